@@ -1,0 +1,1 @@
+"""SparseK attention: operator, prefix selection, attention, decode."""

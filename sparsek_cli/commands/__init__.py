@@ -1,0 +1,1 @@
+"""One thin file per verb: flags in, one call down, result out."""

@@ -1,0 +1,5 @@
+"""`sparsek bench`."""
+
+
+def bench() -> None:
+    """To be written."""

@@ -1,0 +1,5 @@
+"""`sparsek chat`."""
+
+
+def chat() -> None:
+    """To be written."""

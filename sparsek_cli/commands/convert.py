@@ -1,0 +1,5 @@
+"""`sparsek convert`."""
+
+
+def convert() -> None:
+    """To be written."""

@@ -1,0 +1,5 @@
+"""`sparsek doctor`."""
+
+
+def doctor() -> None:
+    """To be written."""

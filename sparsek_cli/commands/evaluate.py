@@ -1,0 +1,5 @@
+"""`sparsek evaluate`."""
+
+
+def evaluate() -> None:
+    """To be written."""

@@ -1,0 +1,5 @@
+"""`sparsek finetune`."""
+
+
+def finetune() -> None:
+    """To be written."""

@@ -1,0 +1,28 @@
+"""The one exception a user is meant to read: what went wrong, and what to do about it."""
+
+RAN_AND_FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+
+class SparsekError(Exception):
+    """A failure with a cause and a remedy, printed as `error:` and `hint:` without a traceback.
+
+    Args:
+        message: what is wrong, one line, naming the file, key or value at fault.
+        hint: what to do about it, one line.
+        exit_code: `USAGE` (2) when the request itself is wrong, `RAN_AND_FAILED` (1) otherwise.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", exit_code: int = RAN_AND_FAILED):
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.exit_code = exit_code
+
+
+class UsageError(SparsekError):
+    """A request that cannot be carried out as written: exit code 2."""
+
+    def __init__(self, message: str, *, hint: str = ""):
+        super().__init__(message, hint=hint, exit_code=USAGE)

@@ -1,0 +1,1 @@
+"""Recipes: YAML, dotted overrides and flags become one validated object."""
