@@ -1,0 +1,51 @@
+"""Where a model runs and in which number format, from the words a user may write."""
+
+from typing import TYPE_CHECKING
+
+from sparsek_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def choose_device(name: str | None = None) -> "torch.device":
+    """`auto` (or None) is the first GPU, else Apple's, else the CPU."""
+    import torch
+
+    if name in (None, "auto"):
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(
+            f"unknown device '{name}'", hint="use auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UsageError(
+            f"device '{name}' is not there: this PyTorch sees {count} CUDA device(s)",
+            hint="use --device cpu, or look with `sparsek doctor`",
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device 'mps' is not there", hint="use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"device '{name}' is not supported", hint="use auto, cpu, cuda or mps")
+    return device
+
+
+def choose_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
+    """`auto` (or None) is bfloat16 on a GPU that has it, else float32."""
+    import torch
+
+    if name in (None, "auto"):
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    names = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32"}
+    name = names.get(name, name)
+    if name not in DTYPES:
+        raise UsageError(f"unknown dtype '{name}'", hint=f"use one of {', '.join(DTYPES)}")
+    return getattr(torch, name)

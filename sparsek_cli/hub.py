@@ -1,0 +1,217 @@
+"""A name becomes a folder: a local checkpoint, a short name, or a hub id fetched into its cache."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
+
+# Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/).
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "README.md")
+UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ot", "*.msgpack", "*.h5")
+HUB_TIMEOUT = 8  # seconds for each answer of the hub; a slow network must not look like a hang
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine.
+
+    Attributes:
+        path: folder with config.json, *.safetensors and the tokenizer.
+        name: what to call it, without slashes: folder name, short name or the hub id's last part.
+        source: "folder", "bundled" or the hub id.
+        revision: what the user asked for; None for folders and for the default branch.
+    """
+
+    path: Path
+    name: str
+    source: str
+    revision: str | None = None
+
+    def config(self) -> dict:
+        """config.json as a dictionary."""
+        return _read_config(self.path)
+
+
+def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
+    """Finds or fetches the checkpoint that `name` means, and checks that it is a causal LM.
+
+    Args:
+        name: a folder, a short name (see `short_names.py`) or a hub id "owner/name".
+        revision: branch, tag or commit on the hub; refused for folders.
+
+    Raises:
+        UsageError: the name means nothing, or what it names is no causal LM in safetensors.
+        SparsekError: the hub could not be reached, or refused.
+    """
+    name = os.fspath(name)
+    if not name.strip():
+        raise UsageError("the model's name is empty", hint="name a folder, a hub id or a short name")
+    folder = Path(name).expanduser()
+    short = SHORT_NAMES.get(name.lower())
+    known = short is not None or name.lower() in BUNDLED
+    if folder.is_dir() and ((folder / "config.json").is_file() or not known):
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision} given, but '{name}' is a folder",
+                hint="a revision belongs to a hub id; drop it, or name the hub id",
+            )
+        return _checked(Checkpoint(folder.resolve(), folder.resolve().name, "folder"))
+    if name.lower() in BUNDLED:
+        if revision is not None:
+            raise UsageError(
+                f"--revision {revision} given, but '{name}' ships with sparsek",
+                hint="a revision belongs to a hub id; drop it, or name the hub id",
+            )
+        return bundled(name.lower())
+    if short is not None:
+        path = _download(short.hub_id, revision)
+        return _checked(Checkpoint(path, name.lower(), short.hub_id, revision))
+    if _looks_like_path(name) or not _HUB_ID.fullmatch(name):
+        raise _no_such_name(name, folder)
+    path = _download(name, revision)
+    return _checked(Checkpoint(path, name.split("/")[1], name, revision))
+
+
+def bundled(name: str = "tiny") -> Checkpoint:
+    """The model that ships inside the package, for use without a network."""
+    path = Path(__file__).parent / "bundled" / name
+    if not (path / "config.json").is_file():
+        raise SparsekError(
+            f"the bundled model '{name}' is missing from this installation",
+            hint="reinstall sparsek, or name a model: `sparsek convert --list-models`",
+        )
+    return Checkpoint(path, name, "bundled")
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
+
+
+def _no_such_name(name: str, folder: Path) -> UsageError:
+    if folder.is_file():
+        return UsageError(f"'{name}' is a file, not a checkpoint folder", hint="name its folder")
+    if "/" in name or name.startswith((".", "~")):
+        beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        near = get_close_matches(folder.name, beside, n=1)
+        hint = f"did you mean '{folder.parent / near[0]}'?" if near else "check the path"
+        return UsageError(f"no such folder: '{name}'", hint=hint)
+    beside = [p.name for p in Path().iterdir() if p.is_dir()]
+    near = get_close_matches(name.lower(), [*BUNDLED, *SHORT_NAMES, *beside], n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return UsageError(
+        f"unknown model '{name}'",
+        hint=hint + "`sparsek convert --list-models` shows the names; a folder or owner/name works",
+    )
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    # Imported here: half a second that no other source of a model needs.
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"https://huggingface.co/{hub_id}"
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                hub_id,
+                revision=revision,
+                allow_patterns=list(WANTED),
+                ignore_patterns=list(UNWANTED),
+                etag_timeout=HUB_TIMEOUT,
+            )
+        )
+    except errors.GatedRepoError as error:
+        raise SparsekError(
+            f"'{hub_id}' is gated: its licence must be accepted first",
+            hint=f"accept it at {where}, then run `hf auth login` (or set HF_TOKEN)",
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise UsageError(
+            f"'{hub_id}' has no revision '{revision}'",
+            hint=f"see {where}/tree/main for its branches",
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise UsageError(
+            f"the hub has no model '{hub_id}'",
+            hint="check the spelling; for a private model run `hf auth login` (or set HF_TOKEN)",
+        ) from error
+    except errors.HFValidationError as error:
+        raise UsageError(f"'{hub_id}' is no valid hub id", hint="a hub id is owner/name") from error
+    except errors.HfHubHTTPError as error:
+        raise SparsekError(
+            f"the hub refused '{hub_id}': {_first_line(error)}", hint="try again later"
+        ) from error
+    except Exception as error:
+        # Besides LocalEntryNotFoundError this is the HTTP client's own family of connection errors,
+        # which changed its package name between hub releases; an OSError of the disk is not theirs.
+        if isinstance(error, OSError) and not isinstance(
+            error, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError
+        ):
+            raise
+        raise _unreachable(hub_id) from error
+
+
+def _unreachable(hub_id: str) -> SparsekError:
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
+    why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face hub cannot be reached"
+    return SparsekError(
+        f"{why} and '{hub_id}' is not in the cache",
+        hint=f"{'unset it' if offline else 'connect'}, or copy config.json, *.safetensors and the "
+        "tokenizer files into a folder and name that folder; `tiny` works offline",
+    )
+
+
+def _checked(checkpoint: Checkpoint) -> Checkpoint:
+    path, label = checkpoint.path, f"'{checkpoint.name}'"
+    config = _read_config(path)
+    architectures = config.get("architectures") or []
+    causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+    if architectures and not causal:
+        raise UsageError(
+            f"{label} is a {architectures[0]}, not a causal language model",
+            hint="name a model that generates text left to right (its class ends in ForCausalLM)",
+        )
+    if not any(path.glob("*.safetensors")):
+        pickled = any(any(path.glob(p)) for p in _PICKLES) or checkpoint.source not in (
+            "folder",
+            "bundled",
+        )
+        raise UsageError(
+            f"{label} holds no .safetensors weights"
+            + ("; pickled weights (.bin, .pt) are refused: they can run code" if pickled else ""),
+            hint="save it again from transformers: from_pretrained(...).save_pretrained(FOLDER) "
+            "writes safetensors",
+        )
+    return checkpoint
+
+
+def _read_config(path: Path) -> dict:
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"'{path}' is no checkpoint: it has no config.json",
+            hint="name a folder written by save_pretrained or by sparsek convert",
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{file} is not valid JSON: {_first_line(error)}", hint="fetch or save the model again"
+        ) from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} holds no JSON object", hint="fetch or save the model again")
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
