@@ -1,18 +1,25 @@
 """The `sparsek` command: verbs, global flags, and the one place where errors become messages."""
 
+import errno
+import os
+import re
 import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
 from typing import Annotated
 
 import typer
 
 from sparsek_cli import __version__
 from sparsek_cli.commands import bench, chat, convert, doctor, evaluate, finetune, recipes
-from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, SparsekError
+from sparsek_cli.console import report_error, set_up_logging
+from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError
 
 app = typer.Typer(
     name="sparsek",
     help="Convert, fine-tune, evaluate and chat with language models under SparseK attention.",
-    no_args_is_help=True,
+    invoke_without_command=True,
+    suggest_commands=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -27,12 +34,19 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show version.")
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    # Taken out by `run`, so that it may stand anywhere in the line; listed here for --help.
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show tracebacks; may stand after the verb too.")
+    ] = False,
 ) -> None:
     """Linear-time attention and a constant-size KV cache for the models you already have."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(USAGE)
 
 
 app.command("convert")(convert.convert)
@@ -46,27 +60,100 @@ app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
-    """Console entry point: runs a verb and turns failures into `error:` / `hint:` lines."""
+    """Console entry point."""
+    set_up_logging(sys.argv[1:])
+    code = run()
     try:
-        app()
-    except KeyboardInterrupt:
-        _stop("interrupted", "", INTERRUPTED)
-    except SparsekError as error:
-        if "--debug" in sys.argv:
-            raise
-        _stop(error.message, error.hint, error.exit_code)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb, turns every failure into `error:` / `hint:`, and returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = words[: words.index("--")] if "--" in words else words
+    debug = "--debug" in options
+    if debug:
+        words = [w for w in options if w != "--debug"] + words[len(options) :]
+    try:
+        outcome = app(args=words, prog_name="sparsek", standalone_mode=False)
+        code = outcome if type(outcome) is int else 0
+        # Typer turns Ctrl-C into this exit code on its own.
+        return _interrupted() if code == INTERRUPTED else code
+    except (KeyboardInterrupt, typer.Abort):
+        return _interrupted()
+    except BrokenPipeError:
+        _forget_stdout()
+        return RAN_AND_FAILED
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else RAN_AND_FAILED if stop.code else 0
     except Exception as error:
-        if "--debug" in sys.argv:
-            raise
-        message = f"{type(error).__name__}: {error}".splitlines()[0]
-        _stop(message, "run again with `sparsek --debug ...` to see where", RAN_AND_FAILED)
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        message, hint, code = _describe(error)
+        report_error(message, hint)
+        return code
 
 
-def _stop(message: str, hint: str, exit_code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
-    sys.exit(exit_code)
+def _interrupted() -> int:
+    report_error("interrupted", "run the same command again; finetune goes on with --resume")
+    return INTERRUPTED
+
+
+def _forget_stdout() -> None:
+    """The reader is gone: point stdout at nothing, or Python complains again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _describe(error: Exception) -> tuple[str, str, int]:
+    """Message, hint and exit code of whatever a verb may raise."""
+    if isinstance(error, SparsekError):
+        return error.message, error.hint, error.exit_code
+    if hasattr(error, "format_message"):
+        return *_usage(error), USAGE
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+        where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
+        return f"the disk is full{where}", "free some space, or write elsewhere", RAN_AND_FAILED
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        where = getattr(error, "filename", None) or text
+        return (
+            f"no permission for {where}",
+            "choose another folder, or change its rights",
+            RAN_AND_FAILED,
+        )
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        hint = "take a smaller batch, context or chunk, --dtype bfloat16, or --device cpu"
+        return "out of memory", hint, RAN_AND_FAILED
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        hint = "check the path; --debug shows where it happened"
+        return f"{error.strerror}: {error.filename}", hint, RAN_AND_FAILED
+    first = f"{type(error).__name__}: {text}".splitlines()[0].rstrip(": ")
+    return first, "run again with --debug to see where it happened", RAN_AND_FAILED
+
+
+def _usage(error: Exception) -> tuple[str, str]:
+    """A usage error of the command line, with the nearest option or verb."""
+    context = getattr(error, "ctx", None)
+    verb = context.command_path if context else "sparsek"
+    message = re.sub(r"\s+", " ", error.format_message()).strip()
+    unknown = getattr(error, "option_name", None)
+    possible = getattr(error, "possibilities", None)
+    if unknown and possible is not None:
+        if possible:
+            return f"no such option: {unknown}", f"did you mean '{possible[0]}'?"
+        return f"no such option: {unknown}", f"`{verb} --help` lists the options"
+    wrong = re.match(r"No such command '(.*)'", message)
+    if wrong:
+        verbs = [*getattr(context.command, "commands", {})]
+        near = get_close_matches(wrong[1], verbs, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(verbs)}"
+        return f"no such verb: '{wrong[1]}'", hint
+    return message[:1].lower() + message[1:].rstrip("."), f"`{verb} --help` shows the usage"
 
 
 if __name__ == "__main__":

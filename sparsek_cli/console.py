@@ -5,10 +5,59 @@ passes in, or through `logging`.
 """
 
 import json
+import logging
+import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
+
+PLAIN_INTERVAL = 15.0  # seconds between progress lines when stderr is not a terminal
+
+
+def colourful(stream: TextIO) -> bool:
+    """Whether `stream` is a terminal that wants colour (https://no-color.org)."""
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wanted and stream.isatty()
+
+
+def report_error(message: str, hint: str = "") -> None:
+    """One `error:` line and at most one `hint:` line on stderr."""
+    red, blue, end = ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") if colourful(sys.stderr) else [""] * 3
+    print(f"{red}error:{end} {_one_line(message)}", file=sys.stderr)
+    if hint:
+        print(f"{blue}hint:{end} {_one_line(hint)}", file=sys.stderr, flush=True)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(str(text).split("\n"))
+
+
+def set_up_logging(arguments: Sequence[str] = ()) -> None:
+    """Our own log on stderr; other libraries keep quiet unless -v or --debug is given."""
+    talkative = {"-v", "--verbose", "--debug"} & set(arguments)
+    ours, theirs = (logging.INFO, "warning") if talkative else (logging.WARNING, "error")
+    if {"-q", "--quiet"} & set(arguments):
+        ours = logging.ERROR
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter())
+    logging.basicConfig(level=theirs.upper(), handlers=[handler])
+    logging.getLogger("sparsek_cli").setLevel(ours)
+    logging.getLogger("sparsek_kernels").setLevel(ours)
+    for library in ("TRANSFORMERS", "DATASETS", "HF_HUB", "DIFFUSERS"):
+        os.environ.setdefault(f"{library}_VERBOSITY", theirs)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not talkative and not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+class _PlainFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
 class Console:
@@ -35,7 +84,13 @@ class Console:
 
     @contextmanager
     def progress(self, description: str, total: float | None = None) -> Iterator["Progress"]:
-        """A progress bar with rate and time left on stderr; plain silence when not a terminal."""
+        """A progress bar with rate and time left on stderr; a line now and then when piped."""
+        if self.quiet:
+            yield Progress(description, total, lambda text: None)
+            return
+        if not sys.stderr.isatty():
+            yield Progress(description, total, self.say)
+            return
         from rich.console import Console as RichConsole
         from rich.progress import (
             BarColumn,
@@ -46,7 +101,6 @@ class Console:
         )
         from rich.progress import Progress as RichProgress
 
-        err = RichConsole(stderr=True)
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),
@@ -55,14 +109,33 @@ class Console:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        disable = self.quiet or not err.is_terminal
-        with RichProgress(*columns, console=err, disable=disable, transient=True) as bar:
-            yield Progress(bar, bar.add_task(description, total=total, rate=""))
+        with RichProgress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+            yield _BarProgress(bar, bar.add_task(description, total=total, rate=""))
 
 
 class Progress:
     """The handle a long-running function calls; `advance` may carry a rate to show."""
 
+    def __init__(self, description: str, total: float | None, say: Any):
+        self._description, self._total, self._say = description, total, say
+        self._done = 0.0
+        self._last = time.monotonic()
+
+    def advance(self, steps: float = 1, *, rate: str | None = None) -> None:
+        self._done += steps
+        now = time.monotonic()
+        if now - self._last >= PLAIN_INTERVAL:
+            self._last = now
+            of = f"/{self._total:g}" if self._total else ""
+            self._say(f"{self._description}: {self._done:g}{of}{'  ' + rate if rate else ''}")
+
+    def describe(self, description: str, *, total: float | None = None) -> None:
+        self._description = description
+        if total is not None:
+            self._total, self._done = total, 0.0
+
+
+class _BarProgress(Progress):
     def __init__(self, bar: Any, task: Any):
         self._bar, self._task = bar, task
 
@@ -71,5 +144,7 @@ class Progress:
         self._bar.update(self._task, advance=steps, **fields)
 
     def describe(self, description: str, *, total: float | None = None) -> None:
-        fields = {} if total is None else {"total": total}
-        self._bar.update(self._task, description=description, **fields)
+        if total is None:
+            self._bar.update(self._task, description=description)
+        else:
+            self._bar.reset(self._task, description=description, total=total, rate="")

@@ -53,7 +53,7 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     """
     name = os.fspath(name)
     if not name.strip():
-        raise UsageError("the model's name is empty", hint="name a folder, a hub id or a short name")
+        raise UsageError("the model's name is empty", hint="name a folder, a hub id or a name")
     folder = Path(name).expanduser()
     short = SHORT_NAMES.get(name.lower())
     known = short is not None or name.lower() in BUNDLED
