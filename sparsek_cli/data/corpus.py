@@ -1,0 +1,205 @@
+"""Tokenised documents: one flat array on disk, mapped into every process that reads it."""
+
+import hashlib
+import json
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsek_cli.data.text import find_files, is_hub_id, iterate_texts
+from sparsek_cli.errors import UsageError
+
+BATCH = 64  # documents per tokenizer call; it works on them in parallel
+LOCK_PATIENCE = 1800.0  # seconds to wait for another process that tokenises the same text
+
+
+class Corpus:
+    """Documents as token ids.
+
+    Attributes:
+        tokens: [T] uint16 or uint32, all documents one after the other; may be a memory map.
+        starts, ends: [D] int64, where each document lies in `tokens`.
+    """
+
+    def __init__(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray):
+        self.tokens, self.starts, self.ends = tokens, starts, ends
+        self._cumulative = np.cumsum(ends - starts)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def total(self) -> int:
+        """Tokens in all documents."""
+        return int(self._cumulative[-1]) if len(self) else 0
+
+    def document(self, index: int) -> np.ndarray:
+        """Token ids of one document, int64."""
+        return self.tokens[self.starts[index] : self.ends[index]].astype(np.int64)
+
+    def slice(self, rng: random.Random, length: int) -> np.ndarray:
+        """`length` running tokens from a random place, int64 [length].
+
+        Documents are drawn by their length; short ones are joined until there is enough.
+        """
+        parts, missing = [], length
+        while missing > 0:
+            at = rng.randrange(self.total)
+            index = int(np.searchsorted(self._cumulative, at, side="right"))
+            start, end = int(self.starts[index]), int(self.ends[index])
+            latest = max(end - missing, start)
+            begin = rng.randint(start, latest)
+            parts.append(self.tokens[begin : min(begin + missing, end)].astype(np.int64))
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def split(self, share: float, seed: int) -> tuple["Corpus", "Corpus"]:
+        """(training, held out): whole documents, about `share` of the tokens, at least one.
+
+        A single document is cut near its end instead.
+        """
+        if len(self) == 1:
+            cut = int(self.ends[0] - max(1, round(share * self.total)))
+            middle = np.array([cut])
+            return (
+                Corpus(self.tokens, self.starts, middle),
+                Corpus(self.tokens, middle, self.ends),
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        lengths = (self.ends - self.starts)[order]
+        count = int(np.searchsorted(np.cumsum(lengths), share * self.total)) + 1
+        held, kept = np.sort(order[: min(count, len(self) - 1)]), None
+        kept = np.setdiff1d(np.arange(len(self)), held)
+        return (
+            Corpus(self.tokens, self.starts[kept], self.ends[kept]),
+            Corpus(self.tokens, self.starts[held], self.ends[held]),
+        )
+
+
+def build_corpus(
+    texts: Iterable[str], tokenizer: Any, *, max_tokens: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [T] and ends [D] of the documents, each closed by the end-of-text token if any."""
+    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    parts: list[np.ndarray] = []
+    ends: list[int] = []
+    total = 0
+    for batch in _batches(iter(texts)):
+        # verbose=False: documents longer than the model's context are expected here.
+        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
+            if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
+                ids = [*ids, tokenizer.eos_token_id]
+            parts.append(np.asarray(ids, dtype=dtype))
+            total += len(ids)
+            ends.append(total)
+            if max_tokens is not None and total >= max_tokens:
+                return np.concatenate(parts), np.asarray(ends)
+    if not parts:
+        raise UsageError("there is no text to train on", hint="name files that hold some")
+    return np.concatenate(parts), np.asarray(ends)
+
+
+def load_corpus(
+    spec: str | list[str],
+    tokenizer: Any,
+    *,
+    name: str | None = None,
+    split: str = "train",
+    column: str | None = None,
+    max_tokens: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Corpus:
+    """Reads and tokenises what `spec` means (see `read_documents`), once: the result is cached.
+
+    The cache lies in $SPARSEK_CACHE_DIR, else in the XDG cache directory; its key covers files
+    (path, size, time of change), tokenizer and settings. Several processes share one result.
+    """
+    where = {"name": name, "split": split, "column": column}
+    key = _key(spec, tokenizer, {**where, "max_tokens": max_tokens})
+    folder = cache_folder()
+    file = folder / f"{key}"
+    if not (file / "ends.npy").is_file():
+        with _turn(folder / f"{key}.lock", file / "ends.npy") as mine:
+            if mine:
+                say(f"tokenising {spec if isinstance(spec, str) else ', '.join(spec)}")
+                texts = iterate_texts(spec, column=column, name=name, split=split)
+                _store(file, *build_corpus(texts, tokenizer, max_tokens=max_tokens))
+    tokens = np.load(file / "tokens.npy", mmap_mode="r")
+    ends = np.load(file / "ends.npy")
+    return Corpus(tokens, np.concatenate([[0], ends[:-1]]), ends)
+
+
+def cache_folder() -> Path:
+    """Where tokenised text is kept; safe to delete at any time."""
+    own = os.environ.get("SPARSEK_CACHE_DIR")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return (Path(own) if own else Path(base) / "sparsek") / "tokens"
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    while batch := list(islice(texts, BATCH)):
+        yield batch
+
+
+def _key(spec: str | list[str], tokenizer: Any, settings: dict) -> str:
+    if is_hub_id(spec):
+        source: Any = str(spec)
+    else:
+        stats = [(str(f.resolve()), f.stat()) for f in find_files(spec)]
+        source = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+    ends = [tokenizer.eos_token_id, len(tokenizer)]
+    text = json.dumps([source, settings, words, ends], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _store(file: Path, tokens: np.ndarray, ends: np.ndarray) -> None:
+    part = file.with_suffix(f".{os.getpid()}.part")
+    part.mkdir(parents=True, exist_ok=True)
+    np.save(part / "tokens.npy", tokens)
+    np.save(part / "ends.npy", ends)
+    part.replace(file)
+
+
+class _turn:
+    """One process tokenises, the others wait for it; yields whether the turn is ours."""
+
+    def __init__(self, lock: Path, done: Path):
+        self._lock, self._done, self._mine = lock, done, False
+
+    def __enter__(self) -> bool:
+        self._lock.parent.mkdir(parents=True, exist_ok=True)
+        until = time.monotonic() + LOCK_PATIENCE
+        while not self._done.is_file():
+            try:
+                os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                if time.monotonic() > until or self._stale():
+                    self._lock.unlink(missing_ok=True)
+                time.sleep(0.2)
+            else:
+                self._mine = True
+                self._lock.write_text(str(os.getpid()))
+                return True
+        return False
+
+    def _stale(self) -> bool:
+        """Whether the holder was killed (only a process on this machine can be asked)."""
+        try:
+            os.kill(int(self._lock.read_text() or os.getpid()), 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, ValueError):
+            return False
+        return False
+
+    def __exit__(self, *_: object) -> None:
+        if self._mine:
+            self._lock.unlink(missing_ok=True)

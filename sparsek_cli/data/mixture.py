@@ -1,0 +1,185 @@
+"""Several sources, one dataset: item i is a pure function of (recipe, seed, i)."""
+
+import random
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparsek_cli.data import ANSWER, IGNORED, TEXT
+from sparsek_cli.data.corpus import Corpus, load_corpus
+from sparsek_cli.data.packing import PackedDocuments, PackedText, PackedSequence
+from sparsek_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe, TextSource
+
+ROLES = {"text": TEXT, "answer": ANSWER, "none": IGNORED}
+CUE = 4  # tokens of a repeated passage that cannot be foreseen
+
+
+class Mixture:
+    """A map-style dataset of `total` sequences drawn from weighted sources.
+
+    Which source item i comes from, and which sequence of that source it is, are fixed by the seed
+    alone, so a run can resume at any position, on any number of processes, with the same data.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Callable[[int], PackedSequence]],
+        weights: Mapping[str, float],
+        total: int,
+        seed: int,
+    ):
+        self.names = list(sources)
+        self._sources = list(sources.values())
+        share = np.array([weights[name] for name in self.names], dtype=np.float64)
+        draws = np.random.default_rng(seed).random(total)
+        bounds = np.cumsum(share / share.sum())
+        self._choice = np.searchsorted(bounds[:-1], draws, side="right").astype(np.int16)
+        self._ordinal = np.zeros(total, dtype=np.int64)
+        for number in range(len(self.names)):
+            chosen = self._choice == number
+            self._ordinal[chosen] = np.arange(chosen.sum())
+
+    def __len__(self) -> int:
+        return len(self._choice)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sequence = self._sources[self._choice[index]](int(self._ordinal[index]))
+        return {
+            "input_ids": sequence.ids,
+            "roles": sequence.roles,
+            "starts": sequence.starts,
+            "index": index,
+        }
+
+    def name_of(self, index: int) -> str:
+        """The source that item `index` comes from."""
+        return self.names[self._choice[index]]
+
+
+class CopySource:
+    """Text in which one passage comes twice; all but the cue of the second is an ANSWER."""
+
+    def __init__(self, corpus: Corpus, passage: tuple[int, int]):
+        self.corpus, self.passage = corpus, passage
+
+    def __call__(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """One document of exactly `length` tokens and its roles."""
+        longest = min(self.passage[1], length // 2)
+        size = rng.randint(min(self.passage[0], longest), longest)
+        first = rng.randint(0, length - 2 * size)
+        second = rng.randint(first + size, length - size)
+        ids = self.corpus.slice(rng, length)
+        roles = np.full(length, TEXT, dtype=np.int8)
+        ids[second : second + size] = ids[first : first + size]
+        roles[second : second + size] = ANSWER
+        roles[second : second + min(CUE, size)] = IGNORED
+        return ids, roles
+
+
+class HeldOut:
+    """The first `count` sequences of held-out text, as a map-style dataset."""
+
+    def __init__(self, corpus: Corpus, length: int, count: int, seed: int):
+        self._packed = PackedText(corpus, length, seed)
+        self._count = min(count, self._packed.per_epoch)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sequence = self._packed(index)
+        return {
+            "input_ids": sequence.ids,
+            "roles": sequence.roles,
+            "starts": sequence.starts,
+            "index": index,
+        }
+
+
+def load_texts(
+    recipe: "FinetuneRecipe", tokenizer: Any, say: Callable[[str], None]
+) -> tuple[dict[str, Corpus], Corpus | None]:
+    """The text sources by name, and the held-out text (None: no evaluation).
+
+    Raises:
+        UsageError: no sources, or a source without text.
+    """
+    if not recipe.data:
+        raise UsageError("no training data", hint="give --data FILE or a 'data' block in a recipe")
+    texts = {
+        name: _corpus(source, tokenizer, say)
+        for name, source in recipe.data.items()
+        if source.kind == "text"
+    }
+    wanted = recipe.evaluation
+    if wanted.files is not None or wanted.dataset is not None:
+        return texts, _corpus(wanted, tokenizer, say)
+    if wanted.held_out == 0 or not texts:
+        return texts, None
+    held: list[Corpus] = []
+    for name, corpus in texts.items():
+        texts[name], rest = corpus.split(wanted.held_out, recipe.seed)
+        if recipe.data[name].weight > 0:
+            held.append(rest)
+    largest = max(held, key=lambda corpus: corpus.total, default=None)
+    return texts, largest
+
+
+def build_mixture(
+    recipe: "FinetuneRecipe", texts: Mapping[str, Corpus], tokenizer: Any, total: int
+) -> Mixture:
+    """The training dataset of a recipe: `total` sequences of `recipe.sequence_length` tokens."""
+    length, seed = recipe.sequence_length, recipe.seed
+    sources: dict[str, Callable[[int], PackedSequence]] = {}
+    weights: dict[str, float] = {}
+    for number, (name, block) in enumerate(recipe.data.items()):
+        if block.weight == 0:
+            continue  # only filler for others
+        weights[name] = block.weight
+        if block.kind == "text":
+            role = ROLES[block.loss]
+            sources[name] = PackedText(texts[name], length, seed * 1000 + number, role)
+            continue
+        sources[name] = PackedDocuments(
+            _generator(block, texts, tokenizer),
+            length,
+            f"{seed}:{name}",
+            document_length=block.document_length,
+            pad_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
+        )
+    if not sources:
+        raise UsageError("every data source has weight 0", hint="give one of them a weight")
+    return Mixture(sources, weights, total, seed)
+
+
+def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Callable:
+    if block.kind == "copies":
+        return CopySource(texts[block.filler], block.passage)
+    try:
+        if block.kind == "needles":
+            from sparsek_cli.data.needles import NeedleSource
+
+            return NeedleSource(tokenizer, texts[block.filler], **block.options)
+        from sparsek_cli.data.series import make_series
+
+        return make_series(block.generator, tokenizer, **block.options)
+    except TypeError as error:
+        raise UsageError(
+            f"data options of kind '{block.kind}': {error}", hint=f"see data/{block.kind}.py"
+        ) from error
+
+
+def _corpus(block: "TextSource", tokenizer: Any, say: Callable[[str], None]) -> Corpus:
+    return load_corpus(
+        block.files if block.files is not None else block.dataset,
+        tokenizer,
+        name=block.name,
+        split=block.split,
+        column=block.column,
+        max_tokens=getattr(block, "max_tokens", None),
+        say=say,
+    )

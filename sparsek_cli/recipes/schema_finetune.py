@@ -1,0 +1,267 @@
+"""The recipe of `sparsek finetune`: every key, its type, default and meaning."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+class Strict(BaseModel):
+    """A block in which an unknown key is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Architecture(Strict):
+    """Shape of a model trained from scratch."""
+
+    type: str = Field("llama", description="dense family: llama, mistral, qwen2, qwen3, ...")
+    settings: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fields of the family's own config, by its own names (hidden_size, n_embd, ...)",
+    )
+    scaled_init: bool = Field(
+        True, description="divide output and down projections by sqrt(2 x layers) at the start"
+    )
+
+
+class SparseK(Strict):
+    """Attention settings; for a converted model the ones given here replace its own."""
+
+    topk: int | list[int] | list[int | list[int]] | None = Field(
+        None, description="selected keys per KV head: one number, one per layer, or one per head"
+    )
+    window: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="newest tokens always seen, itself included"
+    )
+    sinks: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="first tokens always seen"
+    )
+    gate: Literal["straight_through", "log", "kv"] | None = Field(
+        None, description="how scores enter attention: straight_through, log or kv (the paper's)"
+    )
+
+
+class Lora(Strict):
+    """Low-rank adapters; used with `train: lora` and merged into the weights at the end."""
+
+    rank: PositiveInt = Field(16, description="rank of the adapters")
+    alpha: Positive = Field(32.0, description="adapter scale; the update is alpha / rank x B A")
+    dropout: Fraction = Field(0.0, description="dropout on the adapters' input")
+    targets: list[str] = Field(
+        default_factory=list,
+        description="names of the linear layers to adapt; empty: all linear layers of the blocks",
+    )
+    scorers: bool = Field(True, description="train the scorers together with the adapters")
+
+
+class Objective(Strict):
+    """What is minimised: lm x language-model loss + distill x KL to dense attention."""
+
+    lm: NonNegativeFloat = Field(1.0, description="weight of the language-model loss")
+    distill: NonNegativeFloat = Field(
+        0.0, description="weight of the KL divergence to the same weights with dense attention"
+    )
+    answer_weight: NonNegativeFloat = Field(
+        1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
+    )
+    temperature: Positive = Field(1.0, description="softmax temperature of the distillation")
+
+
+class SourceBlock(Strict):
+    """What every source has."""
+
+    weight: NonNegativeFloat = Field(
+        1.0, description="share of the training sequences, relative to the other sources"
+    )
+
+
+class TextSource(SourceBlock):
+    """Documents, packed back to back; a document never sees its neighbours."""
+
+    kind: Literal["text"] = Field(description="text | needles | copies | series")
+    files: str | list[str] | None = Field(
+        None, description="files, folders or globs (.jsonl .txt .md .py .parquet, each also .zst)"
+    )
+    dataset: str | None = Field(None, description="hub dataset id, read by streaming")
+    name: str | None = Field(None, description="configuration of the hub dataset")
+    split: str = Field("train", description="split of the hub dataset")
+    column: str | None = Field(None, description="column that holds the text; default: text")
+    loss: Literal["text", "answer", "none"] = Field(
+        "text", description="which mean these tokens count in"
+    )
+    max_tokens: PositiveInt | None = Field(
+        None, description="stop reading after this many tokens (needed for a large hub dataset)"
+    )
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "TextSource":
+        if (self.files is None) == (self.dataset is None):
+            raise ValueError("needs either 'files' or 'dataset'")
+        return self
+
+
+class NeedleBlock(SourceBlock):
+    """Facts hidden in filler text and questions about them (data/needles.py)."""
+
+    kind: Literal["needles"] = Field(description="text | needles | copies | series")
+    filler: str = Field(description="name of the text source that the filler comes from")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the generator, see data/needles.py"
+    )
+    document_length: PositiveInt | None = Field(
+        None, description="tokens per document, several packed per sequence; default: one"
+    )
+
+
+class CopyBlock(SourceBlock):
+    """A passage, something in between, and the passage again."""
+
+    kind: Literal["copies"] = Field(description="text | needles | copies | series")
+    filler: str = Field(description="name of the text source that passages come from")
+    passage: tuple[PositiveInt, PositiveInt] = Field(
+        (32, 128), description="shortest and longest passage, in tokens"
+    )
+    document_length: PositiveInt | None = Field(
+        None, description="tokens per document, several packed per sequence; default: one"
+    )
+
+
+class SeriesBlock(SourceBlock):
+    """Symbol streams and tokenised time series (data/series.py)."""
+
+    kind: Literal["series"] = Field(description="text | needles | copies | series")
+    generator: Literal["nucleotides", "waves"] = Field(description="which stream to generate")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of the generator, see data/series.py"
+    )
+    document_length: PositiveInt | None = Field(
+        None, description="tokens per document, several packed per sequence; default: one"
+    )
+
+
+Source = Annotated[
+    TextSource | NeedleBlock | CopyBlock | SeriesBlock, Field(discriminator="kind")
+]
+
+
+class Evaluation(Strict):
+    """Held-out loss during and after training."""
+
+    files: str | list[str] | None = Field(None, description="held-out text; as data.*.files")
+    dataset: str | None = Field(None, description="held-out hub dataset id")
+    name: str | None = Field(None, description="configuration of the hub dataset")
+    split: str = Field("validation", description="split of the hub dataset")
+    column: str | None = Field(None, description="column that holds the text; default: text")
+    held_out: Fraction = Field(
+        0.02,
+        description="without files or dataset: this share of each text source's documents is "
+        "kept out of training and used here (at least one document; 0: no evaluation)",
+    )
+    sequences: PositiveInt = Field(16, description="held-out sequences, of sequence_length each")
+    every: int = Field(0, ge=0, description="evaluate every so many steps; 0: at the end only")
+
+
+class FinetuneRecipe(Strict):
+    """Everything `sparsek finetune` does, in one mapping."""
+
+    model: str | None = Field(None, description="folder, short name or hub id to start from")
+    output: str | None = Field(None, description="folder to write; default <name>-finetuned")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="start from the model's weights, or from random ones"
+    )
+    architecture: Architecture | None = Field(
+        None, description="shape of the model when init is random"
+    )
+    tokenizer: str | None = Field(
+        None, description="folder or model whose tokenizer is used; default: the model's own"
+    )
+    sparsek: SparseK | None = Field(
+        None, description="attention settings; null trains the model as it is (dense when dense)"
+    )
+    train: Literal["scorers", "lora", "all"] = Field(
+        "scorers", description="scorers (frozen base), lora (adapters and scorers), or all"
+    )
+    lora: Lora = Field(default_factory=Lora, description="adapter settings for train: lora")
+    objective: Objective = Field(default_factory=Objective, description="what is minimised")
+    data: dict[str, Source] = Field(
+        default_factory=dict, description="sources by name; each sequence comes from one of them"
+    )
+    sequence_length: Annotated[int, Field(ge=8)] = Field(4096, description="tokens per sequence")
+    batch_size: PositiveInt = Field(
+        8, description="sequences per optimiser step, over all processes"
+    )
+    micro_batch_size: PositiveInt = Field(
+        1, description="sequences per forward pass and process; the rest is accumulated"
+    )
+    steps: PositiveInt | None = Field(None, description="optimiser steps (or give tokens/epochs)")
+    tokens: PositiveInt | None = Field(None, description="training tokens, rounded up to a step")
+    epochs: Positive | None = Field(None, description="passes over the text sources")
+    learning_rate: Positive = Field(1e-4, description="peak rate of the base or adapters")
+    scorer_learning_rate: Positive | None = Field(
+        None, description="peak rate of scorers and slopes; default: learning_rate"
+    )
+    schedule: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="how the rate falls after the warm-up"
+    )
+    min_learning_rate: Fraction = Field(
+        0.0, description="end of the cosine, as a share of the peak"
+    )
+    warmup: Annotated[float, Field(ge=0)] = Field(
+        0.03, description="warm-up: a share of the steps if below 1, else steps"
+    )
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW decay of weight matrices")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW moments")
+    max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the gradient; 0: never")
+    checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass to save memory"
+    )
+    loss_chunk: PositiveInt = Field(
+        2048, description="tokens whose logits exist at one time"
+    )
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="bf16 autocast or fp32; auto: bf16 where the GPU has it"
+    )
+    compile: bool = Field(False, description="torch.compile the model")
+    keep_better: bool = Field(
+        True,
+        description="with train: scorers, keep the start if its held-out loss was better",
+    )
+    evaluation: Evaluation = Field(
+        default_factory=Evaluation, description="held-out loss during and after training"
+    )
+    save_steps: int = Field(0, ge=0, description="checkpoint every so many steps; 0: never")
+    keep_checkpoints: PositiveInt = Field(1, description="how many checkpoints to keep")
+    log_steps: PositiveInt = Field(10, description="log every so many steps")
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default_factory=list, description="where the log also goes"
+    )
+    data_workers: int = Field(
+        0, ge=0, description="processes that prepare sequences; 0: in the training process"
+    )
+    seed: int = Field(0, description="seed of data, initialisation and dropout")
+    device: str | None = Field(None, description="cpu or cuda; default: cuda where there is one")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "FinetuneRecipe":
+        lengths = [self.steps, self.tokens, self.epochs]
+        if sum(length is not None for length in lengths) > 1:
+            raise ValueError("takes one of 'steps', 'tokens', 'epochs', not several")
+        if self.init == "random" and self.architecture is None:
+            raise ValueError("with init: random needs an 'architecture'")
+        if self.init == "random" and self.train != "all":
+            raise ValueError("with init: random needs train: all (nothing is worth freezing)")
+        if self.objective.lm == 0 and self.objective.distill == 0:
+            raise ValueError("has nothing to minimise: objective.lm and objective.distill are 0")
+        if self.train == "all" and self.objective.distill > 0 and self.objective.lm == 0:
+            raise ValueError(
+                "with train: all cannot be distilled alone, teacher and student are the same "
+                "weights and could agree on nonsense: give objective.lm a weight or train lora"
+            )
+        for name, source in self.data.items():
+            filler = getattr(source, "filler", None)
+            if filler is not None and getattr(self.data.get(filler), "kind", None) != "text":
+                raise ValueError(f"data.{name}.filler must name a text source, not '{filler}'")
+        return self
