@@ -1,14 +1,17 @@
 """Text and generated documents become fixed-length training sequences.
 
 A *source* is anything callable as `source(rng, length) -> (ids, roles)`: one document of at most
-`length` tokens, a pure function of the state of `rng` (a `random.Random`), with one role per token:
+`length` tokens, a function of the state of `rng` (a `numpy.random.Generator`) and nothing else,
+with one role per token:
 
     IGNORED  no loss on this token (a prompt, padding, a fact that cannot be known yet)
     TEXT     counted in the mean text loss
     ANSWER   counted in the mean answer loss (what a question asks for, a repeated passage)
 
 The training loss is `mean over TEXT + answer_weight * mean over ANSWER`. A role belongs to the
-token that is predicted; the shift by one is made where the loss is computed.
+token that is predicted; the shift by one is made where the loss is computed. Recipes name a source
+by `kind` (mixture.py); kind `needles` is `needle_source(tokenizer, texts, **options)` of
+training_sequences.py, `texts` being an iterable of the filler's training documents as strings.
 """
 
 IGNORED = 0

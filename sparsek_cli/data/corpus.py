@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -25,10 +24,18 @@ class Corpus:
     Attributes:
         tokens: [T] uint16 or uint32, all documents one after the other; may be a memory map.
         starts, ends: [D] int64, where each document lies in `tokens`.
+        numbers: [D] which documents of the source, in reading order, these are.
     """
 
-    def __init__(self, tokens: np.ndarray, starts: np.ndarray, ends: np.ndarray):
+    def __init__(
+        self,
+        tokens: np.ndarray,
+        starts: np.ndarray,
+        ends: np.ndarray,
+        numbers: np.ndarray | None = None,
+    ):
         self.tokens, self.starts, self.ends = tokens, starts, ends
+        self.numbers = np.arange(len(starts)) if numbers is None else numbers
         self._cumulative = np.cumsum(ends - starts)
 
     def __len__(self) -> int:
@@ -43,18 +50,18 @@ class Corpus:
         """Token ids of one document, int64."""
         return self.tokens[self.starts[index] : self.ends[index]].astype(np.int64)
 
-    def slice(self, rng: random.Random, length: int) -> np.ndarray:
+    def slice(self, rng: np.random.Generator, length: int) -> np.ndarray:
         """`length` running tokens from a random place, int64 [length].
 
         Documents are drawn by their length; short ones are joined until there is enough.
         """
         parts, missing = [], length
         while missing > 0:
-            at = rng.randrange(self.total)
+            at = int(rng.integers(self.total))
             index = int(np.searchsorted(self._cumulative, at, side="right"))
             start, end = int(self.starts[index]), int(self.ends[index])
             latest = max(end - missing, start)
-            begin = rng.randint(start, latest)
+            begin = int(rng.integers(start, latest + 1))
             parts.append(self.tokens[begin : min(begin + missing, end)].astype(np.int64))
             missing -= len(parts[-1])
         return np.concatenate(parts)
@@ -74,12 +81,12 @@ class Corpus:
         order = np.random.default_rng(seed).permutation(len(self))
         lengths = (self.ends - self.starts)[order]
         count = int(np.searchsorted(np.cumsum(lengths), share * self.total)) + 1
-        held, kept = np.sort(order[: min(count, len(self) - 1)]), None
+        held = np.sort(order[: min(count, len(self) - 1)])
         kept = np.setdiff1d(np.arange(len(self)), held)
-        return (
-            Corpus(self.tokens, self.starts[kept], self.ends[kept]),
-            Corpus(self.tokens, self.starts[held], self.ends[held]),
-        )
+        return self._only(kept), self._only(held)
+
+    def _only(self, which: np.ndarray) -> "Corpus":
+        return Corpus(self.tokens, self.starts[which], self.ends[which], self.numbers[which])
 
 
 def build_corpus(

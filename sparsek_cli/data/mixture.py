@@ -1,14 +1,15 @@
 """Several sources, one dataset: item i is a pure function of (recipe, seed, i)."""
 
-import random
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.data.corpus import Corpus, load_corpus
-from sparsek_cli.data.packing import PackedDocuments, PackedText, PackedSequence
+from sparsek_cli.data.packing import PackedDocuments, PackedSequence, PackedText
+from sparsek_cli.data.text import iterate_texts
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -66,12 +67,12 @@ class CopySource:
     def __init__(self, corpus: Corpus, passage: tuple[int, int]):
         self.corpus, self.passage = corpus, passage
 
-    def __call__(self, rng: random.Random, length: int) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """One document of exactly `length` tokens and its roles."""
         longest = min(self.passage[1], length // 2)
-        size = rng.randint(min(self.passage[0], longest), longest)
-        first = rng.randint(0, length - 2 * size)
-        second = rng.randint(first + size, length - size)
+        size = _between(rng, min(self.passage[0], longest), longest)
+        first = _between(rng, 0, length - 2 * size)
+        second = _between(rng, first + size, length - size)
         ids = self.corpus.slice(rng, length)
         roles = np.full(length, TEXT, dtype=np.int8)
         ids[second : second + size] = ids[first : first + size]
@@ -98,6 +99,10 @@ class HeldOut:
             "starts": sequence.starts,
             "index": index,
         }
+
+
+def _between(rng: np.random.Generator, low: int, high: int) -> int:
+    return int(rng.integers(low, high + 1))
 
 
 def load_texts(
@@ -145,9 +150,9 @@ def build_mixture(
             sources[name] = PackedText(texts[name], length, seed * 1000 + number, role)
             continue
         sources[name] = PackedDocuments(
-            _generator(block, texts, tokenizer),
+            _generator(block, recipe.data, texts, tokenizer),
             length,
-            f"{seed}:{name}",
+            (seed, zlib.crc32(name.encode())),
             document_length=block.document_length,
             pad_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         )
@@ -156,14 +161,37 @@ def build_mixture(
     return Mixture(sources, weights, total, seed)
 
 
-def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Callable:
+class TrainingTexts:
+    """The documents of a text source as strings, without those held out of training."""
+
+    def __init__(self, block: "TextSource", corpus: Corpus):
+        self._block, self._corpus = block, corpus
+
+    def __iter__(self) -> Iterator[str]:
+        corpus, block = self._corpus, self._block
+        wanted = set(corpus.numbers.tolist())
+        texts = iterate_texts(
+            place_of(block), name=block.name, split=block.split, column=block.column
+        )
+        for number, text in enumerate(texts):
+            if number in wanted:
+                yield text
+                wanted.remove(number)
+            if not wanted:
+                return
+
+
+def _generator(
+    block: Any, fillers: Mapping[str, Any], texts: Mapping[str, Corpus], tokenizer: Any
+) -> Callable:
     if block.kind == "copies":
         return CopySource(texts[block.filler], block.passage)
     try:
         if block.kind == "needles":
-            from sparsek_cli.data.needles import NeedleSource
+            from sparsek_cli.data.training_sequences import needle_source
 
-            return NeedleSource(tokenizer, texts[block.filler], **block.options)
+            filler = TrainingTexts(fillers[block.filler], texts[block.filler])
+            return needle_source(tokenizer, filler, **block.options)
         from sparsek_cli.data.series import make_series
 
         return make_series(block.generator, tokenizer, **block.options)
@@ -173,9 +201,14 @@ def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Calla
         ) from error
 
 
+def place_of(block: Any) -> str | list[str]:
+    """Files or hub id of a block that has both keys."""
+    return block.files if block.files is not None else block.dataset
+
+
 def _corpus(block: "TextSource", tokenizer: Any, say: Callable[[str], None]) -> Corpus:
     return load_corpus(
-        block.files if block.files is not None else block.dataset,
+        place_of(block),
         tokenizer,
         name=block.name,
         split=block.split,

@@ -1,6 +1,5 @@
 """Documents become fixed-length sequences that remember where each document begins."""
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -81,9 +80,9 @@ class PackedDocuments:
 
     def __init__(
         self,
-        source: Callable[[random.Random, int], tuple[Sequence[int], Sequence[int]]],
+        source: Callable[[np.random.Generator, int], tuple[Sequence[int], Sequence[int]]],
         length: int,
-        seed: str,
+        seed: Sequence[int],
         *,
         document_length: int | None = None,
         pad_id: int = 0,
@@ -93,7 +92,7 @@ class PackedDocuments:
 
     def __call__(self, index: int) -> PackedSequence:
         """Sequence number `index`; a pure function of (seed, index)."""
-        rng = random.Random(f"{self.seed}:{index}")
+        rng = np.random.default_rng([*self.seed, index])
         ids = np.full(self.length, self.pad_id, dtype=np.int64)
         roles = np.full(self.length, IGNORED, dtype=np.int8)
         starts, filled = [], 0

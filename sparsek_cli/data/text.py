@@ -215,7 +215,7 @@ def _jsonl(stream: BinaryIO, path: Path, column: str | None) -> Iterator[str]:
             ) from error
         if not isinstance(row, dict):
             raise UsageError(
-                f"{path}:{number}: not a JSON object", hint="write {\"text\": ...} on each line"
+                f"{path}:{number}: not a JSON object", hint='write {"text": ...} on each line'
             )
         yield _pick(row, column, f"{path}:{number}")
 

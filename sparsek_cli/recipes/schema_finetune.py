@@ -36,9 +36,7 @@ class SparseK(Strict):
     window: Annotated[int, Field(ge=1)] | None = Field(
         None, description="newest tokens always seen, itself included"
     )
-    sinks: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="first tokens always seen"
-    )
+    sinks: Annotated[int, Field(ge=0)] | None = Field(None, description="first tokens always seen")
     gate: Literal["straight_through", "log", "kv"] | None = Field(
         None, description="how scores enter attention: straight_through, log or kv (the paper's)"
     )
@@ -142,9 +140,7 @@ class SeriesBlock(SourceBlock):
     )
 
 
-Source = Annotated[
-    TextSource | NeedleBlock | CopyBlock | SeriesBlock, Field(discriminator="kind")
-]
+Source = Annotated[TextSource | NeedleBlock | CopyBlock | SeriesBlock, Field(discriminator="kind")]
 
 
 class Evaluation(Strict):
@@ -218,9 +214,7 @@ class FinetuneRecipe(Strict):
     checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
-    loss_chunk: PositiveInt = Field(
-        2048, description="tokens whose logits exist at one time"
-    )
+    loss_chunk: PositiveInt = Field(2048, description="tokens whose logits exist at one time")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16 autocast or fp32; auto: bf16 where the GPU has it"
     )
