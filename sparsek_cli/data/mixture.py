@@ -1,7 +1,7 @@
 """Several sources, one dataset: item i is a pure function of (recipe, seed, i)."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,7 +9,6 @@ import numpy as np
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.data.corpus import Corpus, load_corpus
 from sparsek_cli.data.packing import PackedDocuments, PackedSequence, PackedText
-from sparsek_cli.data.text import iterate_texts
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -150,7 +149,7 @@ def build_mixture(
             sources[name] = PackedText(texts[name], length, seed * 1000 + number, role)
             continue
         sources[name] = PackedDocuments(
-            _generator(block, recipe.data, texts, tokenizer),
+            _generator(block, texts, tokenizer),
             length,
             (seed, zlib.crc32(name.encode())),
             document_length=block.document_length,
@@ -161,37 +160,14 @@ def build_mixture(
     return Mixture(sources, weights, total, seed)
 
 
-class TrainingTexts:
-    """The documents of a text source as strings, without those held out of training."""
-
-    def __init__(self, block: "TextSource", corpus: Corpus):
-        self._block, self._corpus = block, corpus
-
-    def __iter__(self) -> Iterator[str]:
-        corpus, block = self._corpus, self._block
-        wanted = set(corpus.numbers.tolist())
-        texts = iterate_texts(
-            place_of(block), name=block.name, split=block.split, column=block.column
-        )
-        for number, text in enumerate(texts):
-            if number in wanted:
-                yield text
-                wanted.remove(number)
-            if not wanted:
-                return
-
-
-def _generator(
-    block: Any, fillers: Mapping[str, Any], texts: Mapping[str, Corpus], tokenizer: Any
-) -> Callable:
+def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Callable:
     if block.kind == "copies":
         return CopySource(texts[block.filler], block.passage)
     try:
         if block.kind == "needles":
-            from sparsek_cli.data.training_sequences import needle_source
+            from sparsek_cli.data.needle_source import NeedleSource
 
-            filler = TrainingTexts(fillers[block.filler], texts[block.filler])
-            return needle_source(tokenizer, filler, **block.options)
+            return NeedleSource(tokenizer, texts[block.filler], **block.options)
         from sparsek_cli.data.series import make_series
 
         return make_series(block.generator, tokenizer, **block.options)
