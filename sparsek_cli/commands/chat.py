@@ -1,5 +1,133 @@
-"""`sparsek chat`."""
+"""`sparsek chat`: talk to a converted (or plain) model, or ask it one thing and leave."""
+
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparsek_cli.commands import options
+from sparsek_cli.console import Console
+from sparsek_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparsek_cli.chat.session import Session
 
 
-def chat() -> None:
-    """To be written."""
+def chat(
+    model: options.Model = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt", metavar="TEXT", help="Answer once and exit; a pipe does the same."
+        ),
+    ] = None,
+    load: Annotated[
+        list[str] | None,
+        typer.Option("--load", metavar="FILE", help="Read a text file first; may be repeated."),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System message.")
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest reply.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", min=0, help="0 takes the likeliest.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", metavar="P", help="Draw from the likeliest mass P.")
+    ] = 1.0,
+    revision: options.Revision = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Talk to a model; its cache stays the same size however long the text."""
+    from sparsek_cli.chat.engine import Sampling
+    from sparsek_cli.chat.repl import check_sampling
+    from sparsek_cli.last_model import model_or_default
+
+    console = Console(as_json=json, quiet=quiet, verbose=verbose)
+    sampling = Sampling(temperature, top_p, max_new_tokens, 0 if seed is None else seed)
+    check_sampling(sampling)
+    if prompt is None and not sys.stdin.isatty():
+        prompt = _read_pipe()
+    if prompt is not None and not prompt.strip() and not load:
+        raise UsageError("the prompt is empty", hint="give --prompt TEXT, or pipe some text in")
+    if json and prompt is None:
+        raise UsageError("--json needs a question", hint="give --prompt TEXT, or pipe some text in")
+    checkpoint = model_or_default(model, revision, say=console.say)
+
+    from sparsek_cli.chat.engine import Engine
+    from sparsek_cli.chat.session import Session
+    from sparsek_cli.devices import choose_device, choose_dtype
+    from sparsek_cli.loading import load_model, load_tokenizer
+
+    where = choose_device(device)
+    tokenizer = load_tokenizer(checkpoint)
+    weights = load_model(checkpoint, device=where, dtype=choose_dtype(dtype, where))
+    session = Session(Engine(weights), tokenizer, sampling, system)
+    if not session.engine.sparse:
+        console.say(f"{checkpoint.name} is a dense model: its cache grows with every token")
+    if session.plain:
+        console.say(f"{checkpoint.name} has no chat template: it continues your text")
+    if prompt is not None:
+        _answer_once(session, prompt, load or [], console, checkpoint.name)
+    else:
+        _converse(session, load or [], console, checkpoint.name)
+
+
+def _read_pipe() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the piped text is not UTF-8 (byte {error.start})", hint="convert it first: iconv"
+        ) from error
+
+
+def _answer_once(
+    session: "Session", prompt: str, files: list[str], console: Console, name: str
+) -> None:
+    from dataclasses import asdict
+
+    from sparsek_cli.chat.figures import status_line
+    from sparsek_cli.chat.repl import load_file
+
+    engine = session.engine
+    for file in files:
+        load_file(session, file, progress=console.progress)
+        _stop_if(engine.interrupted)
+    pieces = []
+    for piece in session.ask(prompt):
+        pieces.append(piece)
+        if not console.as_json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    if not console.as_json:
+        print(flush=True)
+    _stop_if(engine.interrupted)
+    stats = session.stats()
+    if console.as_json:
+        console.result("", {"model": name, "reply": "".join(pieces), **asdict(stats)})
+    console.say(status_line(stats, sparse=engine.sparse, limit=engine.context_limit))
+
+
+def _stop_if(interrupted: bool) -> None:
+    # There is no conversation to go on with, so here Ctrl-C ends the program.
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _converse(session: "Session", files: list[str], console: Console, name: str) -> None:
+    from sparsek_cli.chat.repl import Repl, terminal_reader
+    from sparsek_cli.last_model import state_file
+
+    repl = Repl(session, say=console.say, progress=console.progress)
+    console.say(f"{name}: /help lists the commands, Ctrl-D leaves")
+    for file in files:
+        repl.handle(f"/load {file}")
+    repl.run(terminal_reader(repl, state_file().with_name("chat-history")))

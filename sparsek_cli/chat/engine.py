@@ -1,0 +1,231 @@
+"""A model, its cache and a loop: tokens are fed once, replies stream out one token at a time."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparsek_cli.errors import SparsekError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import Cache, PreTrainedModel
+
+CHUNK = 1024  # tokens per forward while reading: bounds activations, not what is remembered
+
+
+@dataclass
+class Sampling:
+    """How the next token is drawn; temperature 0 takes the most likely one."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    max_new_tokens: int = 256
+    seed: int = 0
+
+
+class Engine:
+    """Feeds tokens to a model and draws replies; the cache holds exactly what was fed.
+
+    Attributes:
+        fed: number of tokens the model has seen in this conversation.
+        sparse: whether the checkpoint is converted; a dense one works too, with a growing cache.
+        interrupted: whether the last `feed` or `stream` was stopped by Ctrl-C.
+    """
+
+    def __init__(self, model: "PreTrainedModel", *, chunk: int = CHUNK):
+        self.model = model
+        self.chunk = chunk
+        self.sparse = getattr(model.config, "sparsek", None) is not None
+        self.interrupted = False
+        # Learned positions (gpt2) are a table: beyond its end there is nothing to look up.
+        learned = any(name.endswith("wpe.weight") for name, _ in model.named_parameters())
+        self._table = self.context_limit if learned else None
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation."""
+        self.cache = self._new_cache()
+        self.fed = 0
+        self._logits: torch.Tensor | None = None
+        self._unfed: list[int] = []  # drawn and shown, but not yet read by the model
+
+    def _new_cache(self) -> "Cache":
+        if self.sparse:
+            from sparsek_cli.models import SparseKCache
+
+            return SparseKCache(self.model.config)
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.config)
+
+    def feed(
+        self, tokens: Sequence[int], *, on_tokens: Callable[[int], None] | None = None
+    ) -> bool:
+        """Reads tokens in chunks; a Ctrl-C stops between two chunks.
+
+        Args:
+            on_tokens: called with the number of tokens read after each chunk.
+
+        Returns:
+            Whether everything was read.
+        """
+        import torch
+
+        queue = [*self._unfed, *tokens]
+        self._check_room(len(queue))
+        self._unfed = []
+        self.interrupted = False
+        device = self.model.device
+        with interruptible() as stop:
+            for start in range(0, len(queue), self.chunk):
+                piece = queue[start : start + self.chunk]
+                positions = torch.arange(self.fed, self.fed + len(piece), device=device)
+                with torch.inference_mode():
+                    output = self.model(
+                        input_ids=torch.tensor([piece], device=device),
+                        position_ids=positions.unsqueeze(0),
+                        past_key_values=self.cache,
+                        use_cache=True,
+                        logits_to_keep=1,
+                    )
+                self._logits = output.logits[0, -1].float()
+                self.fed += len(piece)
+                if on_tokens is not None:
+                    on_tokens(len(piece))
+                if stop.is_set() and start + self.chunk < len(queue):
+                    self.interrupted = True
+                    return False
+        return True
+
+    def stream(self, sampling: Sampling, stop_tokens: frozenset[int]) -> Iterator[int]:
+        """Draws the reply. Ends at a stop token (not yielded, not fed), at the limit, or at Ctrl-C.
+
+        Raises:
+            SparsekError: nothing was fed yet, or the logits are not numbers.
+        """
+        import torch
+
+        if self._logits is None and not self._unfed:
+            raise SparsekError("nothing to answer", hint="write something first")
+        self.interrupted = False
+        generator = torch.Generator(device="cpu").manual_seed(sampling.seed + self.fed)
+        with interruptible() as stop:
+            for _ in range(sampling.max_new_tokens):
+                if self._unfed:
+                    self.feed([])
+                if stop.is_set():
+                    self.interrupted = True
+                    return
+                token = draw(self._logits, sampling, generator)
+                if token in stop_tokens:
+                    return
+                self._unfed = [token]
+                yield token
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the conversation: fed, and the last one drawn."""
+        return self.fed + len(self._unfed)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values (and of the selection's bookkeeping) held now."""
+        if self.sparse:
+            return self.cache.nbytes
+        layers = [layer for layer in self.cache.layers if layer.is_initialized]
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+
+    @property
+    def dense_kv_bytes(self) -> int:
+        """Bytes a dense cache would hold for the tokens fed so far."""
+        from sparsek_cli.models import dense_cache_bytes
+
+        return dense_cache_bytes(self.model.config, self.fed, self.model.dtype, 1)
+
+    @property
+    def context_limit(self) -> int | None:
+        """Longest context the positions of this model were made for, None if unknown."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def _check_room(self, tokens: int) -> None:
+        limit = self._table
+        if limit is not None and self.fed + tokens > limit:
+            raise SparsekError(
+                f"the context is full: this model has learned positions for {limit} tokens only",
+                hint="start again with /clear, load less, or use a model with rotary positions",
+            )
+
+
+def draw(
+    logits: "torch.Tensor", sampling: Sampling, generator: "torch.Generator | None" = None
+) -> int:
+    """One token id from logits [vocabulary], float32: greedy, or nucleus sampling (Holtzman 2020).
+
+    Raises:
+        SparsekError: the logits hold NaN.
+    """
+    import torch
+
+    if torch.isnan(logits).any():
+        raise SparsekError(
+            "the model's output is not a number",
+            hint="its weights are damaged or the dtype overflows; try --dtype float32 or doctor",
+        )
+    if sampling.temperature <= 0:
+        return int(logits.argmax())
+    probabilities = torch.softmax(logits.cpu() / sampling.temperature, dim=-1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True)
+        # Keep the smallest set whose mass reaches top_p: drop what comes after it was reached.
+        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
+        return int(order[torch.multinomial(ordered, 1, generator=generator)])
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+@contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that no forward stops half way and the cache stays whole.
+
+    A second Ctrl-C is a real one. Nested uses share the outer event.
+    """
+    event = _current.get("event")
+    if event is not None or threading.current_thread() is not threading.main_thread():
+        yield event or threading.Event()
+        return
+    event = threading.Event()
+    previous = signal.getsignal(signal.SIGINT)
+
+    def stop(signum: int, frame: object) -> None:
+        if event.is_set():
+            raise KeyboardInterrupt
+        event.set()
+
+    signal.signal(signal.SIGINT, stop)
+    _current["event"] = event
+    try:
+        yield event
+    finally:
+        _current.pop("event", None)
+        signal.signal(signal.SIGINT, previous)
+
+
+_current: dict[str, threading.Event] = {}
+
+
+class Clock:
+    """Counts tokens per second of the last reply."""
+
+    def __init__(self) -> None:
+        self.tokens, self._start, self.seconds = 0, time.perf_counter(), 0.0
+
+    def tick(self) -> None:
+        self.tokens += 1
+        self.seconds = time.perf_counter() - self._start
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0

@@ -1,0 +1,31 @@
+"""How the figures of a conversation are written for a person."""
+
+from sparsek_cli.chat.session import Stats
+
+
+def size(count: int) -> str:
+    """Bytes in binary units, three digits: 1536 -> "1.50 KiB"."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if amount < 1000 or unit == "TiB":
+            break
+        amount /= 1024
+    digits = 0 if unit == "B" or amount >= 100 else 1 if amount >= 10 else 2
+    return f"{amount:.{digits}f} {unit}"
+
+
+def status_line(stats: Stats, *, sparse: bool, limit: int | None = None) -> str:
+    """One line: context used, KV bytes now, what dense would hold, tokens per second."""
+    context = f"{stats.context_tokens:,} tokens"
+    if limit and stats.context_tokens > limit:
+        context += f" (made for {limit:,})"
+    parts = [context, f"KV {size(stats.kv_bytes)}"]
+    if sparse and stats.context_tokens:
+        parts.append(f"dense {size(stats.dense_kv_bytes)}")
+        if stats.kv_bytes:
+            parts[-1] += f" ({stats.dense_kv_bytes / stats.kv_bytes:.1f}x)"
+    elif not sparse:
+        parts[-1] += " (dense, grows)"
+    if stats.tokens_per_second:
+        parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
+    return "  |  ".join(parts)

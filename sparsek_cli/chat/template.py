@@ -1,0 +1,70 @@
+"""What a chat template writes around a turn, cut out once, so that turns can be appended.
+
+A template renders whole conversations. Rendering one with marked messages and cutting it at the
+marks gives the pieces around a user turn; the cache then only ever receives the new piece, and
+what the model said stays in it word for word, whatever the template would make of it later.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REPLY, _USER = "sparsek-reply-mark-7f3a", "sparsek-user-mark-5c1e"
+
+
+@dataclass(frozen=True)
+class TurnPieces:
+    """Text before and after the user's words.
+
+    Attributes:
+        before: closes the previous reply (if there is one) and opens the user turn.
+        after: closes the user turn and opens the reply.
+    """
+
+    before: str
+    after: str
+
+
+def turn_pieces(
+    tokenizer: "PreTrainedTokenizerBase", system: str | None, *, first: bool
+) -> TurnPieces | None:
+    """The pieces around the next user turn, or None when this template cannot be cut.
+
+    Args:
+        system: the system message, part of `before` in the first turn.
+        first: whether nothing was said yet.
+    """
+    start = [{"role": "system", "content": system}] if system else []
+    earlier = [{"role": "user", "content": "x"}, {"role": "assistant", "content": _REPLY}]
+    messages = [*start, *([] if first else earlier), {"role": "user", "content": _USER}]
+    try:
+        text = render(tokenizer, messages)
+    except Exception:
+        # A template may refuse with any error of its own; the caller renders whole conversations.
+        return None
+    if text.count(_USER) != 1 or (not first and text.count(_REPLY) != 1):
+        return None
+    before, after = text.split(_USER)
+    if not first:
+        if _REPLY not in before:
+            return None
+        before = before.split(_REPLY)[1]
+    return TurnPieces(before, after)
+
+
+def render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]) -> str:
+    """The conversation as text, ending where the reply begins."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def template_error(
+    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
+) -> str | None:
+    """Why this template refuses these messages, or None if it does not."""
+    try:
+        render(tokenizer, messages)
+    except Exception as error:
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
