@@ -1,0 +1,266 @@
+"""Where SparseK meets transformers' attention: one mixin, one function, one mask.
+
+Every family's attention block ends in `attention_interface(self, q, k, v, mask, **kwargs)` and
+hands its own keyword arguments through. So the mixin only computes the scores and passes them on;
+rotary positions, QK norms, fused projections and biases stay the family's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sparsek_kernels import sparsek_attention
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.config import ATTENTION, layer_budget
+
+DENSE_ATTENTION = "sparsek_dense"
+
+
+class SparseKAttentionMixin:
+    """Put in front of a family's attention class: scores in, the family's own forward after it.
+
+    The module gains `scorer` (see scorer.py). No hook and no state between calls, so gradient
+    checkpointing recomputes the scores with the rest and they get their gradients.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any):
+        """As the family's attention; hidden_states [B, N, hidden_size]."""
+        if self.config._attn_implementation == ATTENTION:
+            cache = kwargs.get("past_key_values")
+            if cache is None:
+                cache = kwargs.get("layer_past")  # GPT-NeoX's name
+            kwargs["sparsek_cache"] = None if cache is None else cache.layers[self.layer_idx]
+            kwargs["sparsek_scores"] = self.scorer(
+                hidden_states, position_ids=kwargs.get("position_ids")
+            )
+            kwargs["sparsek_slopes"] = self.scorer.slopes
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+def sparsek_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sparsek_scores: torch.Tensor | None = None,
+    sparsek_slopes: torch.Tensor | None = None,
+    sparsek_cache: SparseKCacheLayer | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The one function that calls sparsek_kernels.
+
+    Args:
+        module: the attention module; gives `config` and `layer_idx`.
+        query: [B, H, N, D]. key, value: [B, G, N, D], the new tokens only.
+        attention_mask: None, or bool [B, N]: False marks padding among the new tokens.
+        scaling: factor of the logits.
+        dropout: must be 0: a dropped pair would be one the selection paid for.
+        sparsek_scores: [B, G, N] float32. sparsek_slopes: [G].
+        sparsek_cache: the layer's cache, whose state is advanced; None without a cache.
+        cu_seq_lens_q: int32 [documents + 1], bounds of packed documents over all B * N tokens.
+
+    Returns:
+        Output [B, N, H, D] and None (there are no attention weights to return).
+
+    Raises:
+        SparsekError: no scores (not a converted model), dropout, a sliding window, padding in a
+            packed batch, or a 4D mask.
+    """
+    if sparsek_scores is None:
+        raise SparsekError(
+            f"attention {ATTENTION!r} was set on a {type(module).__name__}, which has no scorer",
+            hint="convert the model first (sparsek convert)",
+        )
+    if dropout:
+        raise SparsekError(
+            f"attention dropout is {dropout}",
+            hint="SparseK trains without attention dropout: set it to 0 in the config",
+        )
+    if sliding_window is not None:
+        raise SparsekError(
+            f"layer {module.layer_idx} asks for a sliding window of {sliding_window}",
+            hint="SparseK's own window takes its place: convert from a config without one",
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise SparsekError(
+            f"the attention mask has {attention_mask.ndim} dimensions",
+            hint="SparseK attention is causal: pass a 2D padding mask",
+        )
+    if attention_mask is not None and cu_seq_lens_q is not None:
+        raise SparsekError(
+            "a packed batch came with a padding mask", hint="pass cu_seq_lens_q or a mask, not both"
+        )
+    budget = layer_budget(module.config, module.layer_idx)
+
+    def attend(q, k, v, scores, cu_seqlens):
+        settings = {
+            "topk": budget.topk,
+            "window": budget.window,
+            "sinks": budget.sinks,
+            "slopes": sparsek_slopes,
+            "gate": budget.gate,
+            "cu_seqlens": cu_seqlens,
+            "scale": scaling,
+        }
+        if sparsek_cache is None:
+            return sparsek_attention(q, k, v, scores, **settings)
+        _check_budget(sparsek_cache, budget)
+        out, sparsek_cache.state = sparsek_attention(
+            q, k, v, scores, state=sparsek_cache.state, **settings
+        )
+        return out
+
+    if attention_mask is not None:
+        out = _attend_unpadded(attend, query, key, value, sparsek_scores, attention_mask)
+    elif cu_seq_lens_q is not None:
+        out = _attend_packed(attend, query, key, value, sparsek_scores, cu_seq_lens_q)
+    else:
+        out = attend(query, key, value, sparsek_scores, None)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _check_budget(layer: SparseKCacheLayer, budget: Any) -> None:
+    if layer.budget != budget:
+        raise SparsekError(
+            f"the cache was made for {layer.budget}, the model now has {budget}",
+            hint="make a new cache after changing the budget",
+        )
+
+
+def _flatten(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, heads, N, ...] -> [1, heads, B * N, ...]: rows of the batch one after the other."""
+    return tensor.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _unflatten(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """[1, heads, B * N, D] -> [B, heads, N, D]."""
+    return tensor[0].unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _attend_packed(
+    attend: Callable, query, key, value, scores, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """Documents packed over all rows of the batch."""
+    cu_seqlens = cu_seqlens.to(device=query.device, dtype=torch.int32)
+    packed = [_flatten(tensor) for tensor in (query, key, value, scores)]
+    return _unflatten(attend(*packed, cu_seqlens), query.shape[0])
+
+
+def _attend_unpadded(
+    attend: Callable, query, key, value, scores, mask: torch.Tensor
+) -> torch.Tensor:
+    """Each row is a document without its padding; outputs at padding are 0."""
+    lengths = mask.sum(dim=1, dtype=torch.int32)
+    cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    (tokens,) = mask.flatten().nonzero(as_tuple=True)
+    packed = [_flatten(tensor).index_select(2, tokens) for tensor in (query, key, value, scores)]
+    flat = query.new_zeros((1, query.shape[1], mask.numel(), value.shape[-1]))
+    if tokens.numel():
+        flat = flat.index_copy(2, tokens, attend(*packed, cu_seqlens).to(flat.dtype))
+    return _unflatten(flat, query.shape[0])
+
+
+def sparsek_padding_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """Padding of the new tokens, bool [B, q_length], or None when there is none.
+
+    Causality needs no mask, and padding among earlier tokens never reached the state.
+    """
+    if attention_mask is None:
+        return None
+    new = attention_mask[:, -q_length:].to(torch.bool)
+    return None if bool(new.all()) else new
+
+
+def dense_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Ordinary causal attention (torch's sdpa), document by document where they are packed.
+
+    Shapes as in `sparsek_attention_forward`. One causal call per document keeps torch's fast
+    kernels and never builds the N x N mask that packing would otherwise need.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    bounds = cu_seq_lens_q.tolist()
+    packed = [_flatten(tensor) for tensor in (query, key, value)]
+    parts = [
+        sdpa_attention_forward(
+            module, *(tensor[:, :, start:end] for tensor in packed), None, **kwargs
+        )[0]
+        for start, end in zip(bounds, bounds[1:], strict=False)
+        if end > start
+    ]
+    out = torch.cat(parts, dim=1)  # [1, B * N, H, D]
+    return out.reshape(query.shape[0], -1, *out.shape[2:]), None
+
+
+def dense_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    attention_mask: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """As sdpa's mask, but none for whole unpadded (perhaps packed) sequences."""
+    if attention_mask is None and q_length == kv_length:
+        return None
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def register_attention() -> None:
+    """Make both attention functions known to transformers by name."""
+    AttentionInterface.register(ATTENTION, sparsek_attention_forward)
+    AttentionMaskInterface.register(ATTENTION, sparsek_padding_mask)
+    AttentionInterface.register(DENSE_ATTENTION, dense_attention_forward)
+    AttentionMaskInterface.register(DENSE_ATTENTION, dense_mask)
+
+
+def check_cache(cache: Any, implementation: str) -> None:
+    """A SparseK cache belongs to SparseK attention and to nothing else.
+
+    Raises:
+        SparsekError: the cache and the attention implementation do not fit.
+    """
+    if cache is None or isinstance(cache, SparseKCache) == (implementation == ATTENTION):
+        return
+    if implementation == ATTENTION:
+        raise SparsekError(
+            f"past_key_values is a {type(cache).__name__}, which grows with the text",
+            hint="pass a SparseKCache(model.config), or none and let the model make one",
+        )
+    raise SparsekError(
+        f"past_key_values is a SparseKCache, but attention is {implementation!r}",
+        hint="use a fresh cache inside and outside of dense_attention()",
+    )

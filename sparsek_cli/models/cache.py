@@ -1,0 +1,197 @@
+"""A transformers cache that never grows: sinks, selected pairs and the window of every layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sparsek_kernels import SparseKState
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.models.config import (
+    LayerBudget,
+    head_dim,
+    kv_heads,
+    layer_budget,
+    slots_per_layer,
+)
+
+
+class SparseKCacheLayer(CacheLayerMixin):
+    """One layer's state, in the shape transformers expects of a cache layer.
+
+    Scores are not known where transformers calls `update`, so `update` only counts tokens and
+    hands the new keys and values back; the attention function reads `state` and puts the advanced
+    one in its place. The state is replaced, never written in place.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    is_croppable = False
+    supports_early_init = True
+
+    def __init__(self, budget: LayerBudget):
+        # Not calling the base initializer: `keys` and `values` are views of the state here.
+        self.budget = budget
+        self.state: SparseKState | None = None
+        self.tokens_seen = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state is not None
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """Kept keys [B, slots of all KV heads, D], or None before the first token."""
+        return None if self.state is None else self.state.keys
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """Kept values, as `keys`."""
+        return None if self.state is None else self.state.values
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything this layer holds."""
+        return 0 if self.state is None else self.state.nbytes
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Allocate the slots for keys [B, G, N, D]; their number never changes afterwards."""
+        batch, heads, _, size = key_states.shape
+        self.state = SparseKState.empty(
+            batch,
+            heads,
+            size,
+            topk=self.budget.topk,
+            window=self.budget.window,
+            sinks=self.budget.sinks,
+            dtype=key_states.dtype,
+            device=key_states.device,
+        )
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count the new tokens and return their keys and values [B, G, N, D] unchanged."""
+        if self.state is None:
+            self.lazy_initialization(key_states, value_states)
+        elif self.state.keys.shape[0] != key_states.shape[0]:
+            raise SparsekError(
+                f"the cache holds {self.state.keys.shape[0]} sequences, the input has "
+                f"{key_states.shape[0]}",
+                hint="start a new cache, or call batch_repeat_interleave on this one",
+            )
+        self.tokens_seen += key_states.shape[-2]
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens this layer has seen, padding included: what position_ids continue from."""
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Physical keys a query of `query_length` tokens meets, and how many came before them."""
+        topk = self.budget.topk
+        slots = (
+            self.budget.sinks + self.budget.window + (topk if isinstance(topk, int) else max(topk))
+        )
+        held = min(self.tokens_seen, slots)
+        return held + query_length, self.tokens_seen - held
+
+    def get_max_length(self) -> int:
+        """No limit: any number of tokens may be fed."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """The name transformers before 5.20 gives `get_max_length`."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything; the next update allocates anew."""
+        self.state = None
+        self.tokens_seen = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row `beam_idx[i]` was."""
+        if self.state is not None:
+            self.state = self.state.index_select(beam_idx.to(self.state.keys.device))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies side by side."""
+        if self.state is not None:
+            rows = torch.arange(self.state.keys.shape[0], device=self.state.keys.device)
+            self.state = self.state.index_select(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep only these rows."""
+        if self.state is not None:
+            device = self.state.keys.device
+            rows = torch.arange(self.state.keys.shape[0], device=device)
+            self.state = self.state.index_select(rows[indices.to(device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Refused: pairs that were evicted cannot come back.
+
+        Raises:
+            SparsekError: unless there is nothing to remove.
+        """
+        if tokens_to_remove != 0:
+            raise SparsekError(
+                "a SparseK cache cannot be cropped: evicted pairs are gone",
+                hint="copy the cache (copy.deepcopy) before the tokens you may want to take back; "
+                "assisted and contrastive decoding need a croppable cache and are not supported",
+            )
+
+    def activate_past_recording(self) -> None:
+        """Refused: called where tokens will be taken back (see `crop`)."""
+        self.crop(-1)
+
+    def offload(self) -> None:
+        """Nothing to do: the layer is small and stays where it is."""
+
+    def prefetch(self) -> None:
+        """Nothing to do, see `offload`."""
+
+
+class SparseKCache(Cache):
+    """The cache of a converted model: sinks + topk + window pairs per KV head, at any length.
+
+    `generate` and `forward(use_cache=True)` make one by themselves; make it by hand to keep it
+    between calls (prefill in chunks, several turns).
+
+    Args:
+        config: a `sparsek_<type>` config; its budget at this moment is the cache's for good.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__(
+            layers=[
+                SparseKCacheLayer(layer_budget(config, layer))
+                for layer in range(config.num_hidden_layers)
+            ]
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now, over all layers: 0 before the first token, then constant."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held, or -1 before the first token."""
+        keys = self.layers[0].keys
+        return -1 if keys is None else keys.shape[0]
+
+
+def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes of keys and values that a `SparseKCache` keeps, by the formula 2 (s + k + w) D.
+
+    Positions, scores and counters (at most 24 bytes per slot) come on top in `SparseKCache.nbytes`.
+    """
+    return 2 * batch * sum(slots_per_layer(config)) * head_dim(config) * dtype.itemsize
+
+
+def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes of keys and values that a dense cache of the same model holds after `tokens` tokens."""
+    pairs = batch * config.num_hidden_layers * kv_heads(config) * tokens
+    return 2 * pairs * head_dim(config) * dtype.itemsize

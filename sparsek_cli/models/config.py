@@ -1,0 +1,184 @@
+"""The `sparsek` block of a converted model's config.json: what it may hold and how it is read.
+
+```json
+"sparsek": {"topk": 380, "window": 128, "sinks": 4, "gate": "straight_through",
+            "scorer": {"type": "linear"}}
+```
+`topk` is one integer, or a list with one entry per layer, each an integer or a list with one
+integer per KV head. Every KV head of a layer then keeps sinks + topk + window pairs, always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+
+GATES = ("straight_through", "log", "kv")
+SCORERS = ("linear",)
+ATTENTION = "sparsek"  # the name under which transformers knows our attention function
+DEFAULTS: dict[str, Any] = {
+    "topk": 380,
+    "window": 128,
+    "sinks": 4,
+    "gate": "straight_through",
+    "scorer": {"type": "linear"},
+}
+# The file beside every converted checkpoint through which transformers finds this package.
+REMOTE_CODE_FILE = "modeling_sparsek.py"
+
+
+@dataclass(frozen=True)
+class LayerBudget:
+    """What one layer's attention needs to know.
+
+    Attributes:
+        topk: selected pairs, one integer for all KV heads or a tuple with one per head.
+        window: most recent tokens always seen, the query's own included; >= 1.
+        sinks: first tokens always seen; >= 0.
+        gate: one of `GATES` (method: straight_through, log, or the paper's kv).
+    """
+
+    topk: int | tuple[int, ...]
+    window: int
+    sinks: int
+    gate: str
+
+
+def kv_heads(config: Any) -> int:
+    """Number of KV heads per layer, for families that do and do not name it."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def head_dim(config: Any) -> int:
+    """Size of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def layer_budget(config: Any, layer: int) -> LayerBudget:
+    """The budget of one layer, read from `config.sparsek` (already checked)."""
+    block = config.sparsek
+    topk = block["topk"]
+    if isinstance(topk, list):
+        topk = topk[layer]
+        topk = tuple(topk) if isinstance(topk, list) else topk
+    return LayerBudget(topk, block["window"], block["sinks"], block["gate"])
+
+
+def slots_per_layer(config: Any) -> list[int]:
+    """Cached pairs of each layer, summed over its KV heads: sum of (sinks + topk_g + window)."""
+    heads = kv_heads(config)
+    totals = []
+    for layer in range(config.num_hidden_layers):
+        budget = layer_budget(config, layer)
+        fixed = heads * (budget.window + budget.sinks)
+        selected = heads * budget.topk if isinstance(budget.topk, int) else sum(budget.topk)
+        totals.append(fixed + selected)
+    return totals
+
+
+def check_settings(settings: Mapping[str, Any], *, layers: int, heads: int) -> dict[str, Any]:
+    """Validate a `sparsek` block and return it complete, as plain JSON values.
+
+    Args:
+        settings: the block, missing keys take `DEFAULTS`.
+        layers: number of layers of the model.
+        heads: number of KV heads of each layer.
+
+    Raises:
+        UsageError: an unknown key, a wrong type, or a value out of range; names the key.
+    """
+    for key in settings:
+        if key not in DEFAULTS:
+            near = get_close_matches(str(key), DEFAULTS, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(DEFAULTS)}"
+            raise UsageError(f"sparsek settings have no key `{key}`", hint=hint)
+    merged = {**DEFAULTS, **settings}
+    checked: dict[str, Any] = {
+        "topk": _check_topk(merged["topk"], layers=layers, heads=heads),
+        "window": _check_integer("window", merged["window"], least=1),
+        "sinks": _check_integer("sinks", merged["sinks"], least=0),
+    }
+    if merged["gate"] not in GATES:
+        raise UsageError(f"gate is {merged['gate']!r}", hint=f"the gates are {', '.join(GATES)}")
+    checked["gate"] = merged["gate"]
+    scorer = merged["scorer"]
+    if not isinstance(scorer, Mapping) or scorer.get("type") not in SCORERS or len(scorer) != 1:
+        raise UsageError(f"scorer is {scorer!r}", hint='the only scorer is {"type": "linear"}')
+    checked["scorer"] = dict(scorer)
+    return checked
+
+
+def _check_integer(name: str, value: Any, *, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UsageError(
+            f"{name} is {value!r}, not a whole number", hint=f"give an integer >= {least}"
+        )
+    if value < least:
+        raise UsageError(f"{name} is {value}", hint=f"{name} must be at least {least}")
+    return value
+
+
+def _check_topk(topk: Any, *, layers: int, heads: int) -> int | list[int | list[int]]:
+    if not isinstance(topk, (list, tuple)):
+        return _check_integer("topk", topk, least=0)
+    if len(topk) != layers:
+        raise UsageError(
+            f"topk has {len(topk)} entries for {layers} layers",
+            hint="give one integer, or one entry per layer",
+        )
+    checked: list[int | list[int]] = []
+    for layer, entry in enumerate(topk):
+        name = f"topk of layer {layer}"
+        if isinstance(entry, (list, tuple)):
+            if len(entry) != heads:
+                raise UsageError(
+                    f"{name} has {len(entry)} entries for {heads} KV heads",
+                    hint="give one integer, or one per KV head",
+                )
+            checked.append([_check_integer(name, value, least=0) for value in entry])
+        else:
+            checked.append(_check_integer(name, entry, least=0))
+    return checked
+
+
+class SparseKConfigMixin:
+    """What every `sparsek_<type>` config adds to its family's config.
+
+    `sparsek` is checked and completed on construction, the attention function is ours (it is not
+    among the things transformers saves), and every save also writes the file `auto_map` names.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # transformers takes the attention function from here, or picks sdpa.
+        if kwargs.get("attn_implementation") is None:
+            kwargs["attn_implementation"] = ATTENTION
+        super().__post_init__(**kwargs)
+        self.sparsek = check_settings(
+            self.sparsek or {}, layers=self.num_hidden_layers, heads=kv_heads(self)
+        )
+        self.auto_map = {
+            "AutoConfig": f"{REMOTE_CODE_FILE.removesuffix('.py')}.{type(self).__name__}",
+            **{
+                auto: f"{REMOTE_CODE_FILE.removesuffix('.py')}.{name}"
+                for auto, name in self.model_names.items()
+            },
+        }
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any):
+        """Write config.json and, beside it, the file its `auto_map` names."""
+        from pathlib import Path
+
+        from sparsek_cli.models.remote_code import remote_code_text
+
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / REMOTE_CODE_FILE).write_text(remote_code_text(), encoding="utf-8")
+        return super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing to do: the default would copy this package's sources into every save."""

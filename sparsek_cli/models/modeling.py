@@ -1,0 +1,153 @@
+"""What `sparsek_<type>` models add to their family's classes: scorers, cache, packing, generation.
+
+No modelling code is copied: a family's model is built by its own class, and then its attention
+modules (and, inside a causal LM, its base model) change class in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.generation import GenerationMode
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.models.attention import SparseKAttentionMixin, check_cache
+from sparsek_cli.models.cache import SparseKCache
+from sparsek_cli.models.config import ATTENTION, kv_heads
+from sparsek_cli.models.scorer import DEFAULT_SLOPE, SparseKScorer
+
+
+def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
+    """Turn every `dense` attention module below `base` into a `sparse` one with a scorer."""
+    for module in base.modules():
+        if type(module) is dense:
+            module.__class__ = sparse
+            module.scorer = SparseKScorer(base.config.hidden_size, kv_heads(base.config))
+
+
+def sparsek_attentions(model: nn.Module) -> list[nn.Module]:
+    """The SparseK attention modules of a model (wrapped or not), in order of their layer."""
+    found = [module for module in model.modules() if isinstance(module, SparseKAttentionMixin)]
+    if not found:
+        raise SparsekError(
+            f"{type(model).__name__} has no SparseK attention", hint="convert the model first"
+        )
+    return sorted(found, key=lambda module: module.layer_idx)
+
+
+class SparseKPreTrainedMixin:
+    """For base models and causal LMs alike: scorers are initialised, and stay float32."""
+
+    _keep_in_fp32_modules_strict = {"scorer"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SparseKScorer):
+            # The input is normalised, so this gives scores a spread of about 1: far smaller and
+            # nothing is selected clearly, far larger and no score gets a gradient.
+            init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+            init.zeros_(module.bias)
+            init.constant_(module.slopes, DEFAULT_SLOPE)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing to do: the default would copy this package's sources into every save."""
+
+
+class SparseKModelMixin(SparseKPreTrainedMixin):
+    """For base models: brings its own cache, and finds packed documents once for all layers."""
+
+    def forward(self, *args: Any, **kwargs: Any):
+        """As the family's base model.
+
+        Beyond it, `cu_seq_lens_q` (int32 [documents + 1], over all tokens of the batch) or
+        `position_ids` that start again mark packed documents, which never see each other.
+        """
+        names = self._forward_names
+        kwargs.update(zip(names, args, strict=False))
+        implementation = self.config._attn_implementation
+        given = kwargs.get("past_key_values")
+        check_cache(given, implementation)
+        if given is None:
+            self._prepare_packing(kwargs)
+            if kwargs.get("use_cache") is None:
+                packed = kwargs.get("cu_seq_lens_q") is not None
+                kwargs["use_cache"] = self.config.use_cache and not (self.training or packed)
+            recomputing = self.training and getattr(self, "gradient_checkpointing", False)
+            if implementation == ATTENTION and kwargs["use_cache"] and not recomputing:
+                kwargs["past_key_values"] = SparseKCache(self.config)
+        if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("use_cache"):
+            raise SparsekError("packed documents cannot share a cache", hint="pass use_cache=False")
+        return super().forward(**kwargs)
+
+    @staticmethod
+    def _prepare_packing(kwargs: dict[str, Any]) -> None:
+        """Fill in whichever of `cu_seq_lens_q` and `position_ids` a packed batch left out."""
+        bounds, positions = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            return  # the family's own forward says what is missing
+        batch, length = tokens.shape[:2]
+        if bounds is not None:
+            if int(bounds[-1]) != batch * length:
+                raise SparsekError(
+                    f"cu_seq_lens_q ends at {int(bounds[-1])}, the batch has {batch * length} "
+                    "tokens",
+                    hint="its last entry is the number of tokens in all rows together",
+                )
+            if positions is None:
+                flat = torch.arange(batch * length, device=tokens.device)
+                bounds = bounds.to(flat.device, torch.long)
+                document = torch.searchsorted(bounds, flat, right=True) - 1
+                kwargs["position_ids"] = (flat - bounds[document]).view(batch, length)
+        elif positions is not None and kwargs.get("attention_mask") is None:
+            positions = positions.expand(batch, length)
+            restarts = positions[:, 1:] != positions[:, :-1] + 1
+            if bool(restarts.any()):
+                starts = nn.functional.pad(restarts, (1, 0), value=True).flatten()
+                bounds = starts.nonzero().flatten().to(torch.int32)
+                kwargs["cu_seq_lens_q"] = nn.functional.pad(bounds, (0, 1), value=batch * length)
+
+
+class SparseKCausalLMMixin(SparseKPreTrainedMixin):
+    """For causal LMs: `generate` uses a `SparseKCache` and says no to what cannot work."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
+    ):
+        implementation = self.config._attn_implementation
+        if implementation == ATTENTION:
+            self._check_generation(generation_config, generation_mode)
+            if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
+                model_kwargs["past_key_values"] = SparseKCache(self.config)
+        check_cache(model_kwargs.get("past_key_values"), implementation)
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, *args, **kwargs
+        )
+
+    @staticmethod
+    def _check_generation(generation_config, generation_mode) -> None:
+        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted or getattr(generation_config, "is_assistant", False):
+            raise SparsekError(
+                "assisted decoding takes tokens back, and evicted pairs cannot come back",
+                hint="generate without assistant_model and prompt_lookup_num_tokens",
+            )
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic"):
+            raise SparsekError(
+                f"cache_implementation is {kind!r}",
+                hint="a SparseK model brings its own constant-size cache: leave it out",
+            )
+        generation_config.cache_implementation = None
+
+
+def forward_names(model_class: type) -> tuple[str, ...]:
+    """Names of the positional arguments of a model class's forward, without self."""
+    return tuple(inspect.signature(model_class.forward).parameters)[1:]

@@ -1,0 +1,85 @@
+"""Scores of KV pairs: from the token's own hidden state, or from its position alone.
+
+A scorer is a module with `slopes` [G] and `forward(hidden_states, position_ids)`; whatever stands
+at `attention.scorer` decides what is kept, so a policy is a scorer put in its place.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+DEFAULT_SLOPE = 1e-3
+
+
+class SparseKScorer(nn.Module):
+    """u = W x + b per KV head, from the attention block's input; never from a query.
+
+    arXiv 2406.16747 section 3 (the scoring network), with one linear map; `slopes` is the age
+    preference of the derived form u_j + lambda j. Everything stays float32 whatever the model's
+    dtype is: scores, slopes and tau lose their order in bf16.
+
+    Args:
+        hidden_size: width of the block's input.
+        heads: number of KV heads G.
+
+    Attributes:
+        weight: [G, hidden_size] float32. bias: [G] float32. slopes: [G] float32, per token.
+    """
+
+    def __init__(self, hidden_size: int, heads: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.slopes = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scores [B, G, N] float32 of hidden states [B, N, hidden_size]; positions are unused."""
+        # Autocast would turn the product into bf16, whose steps are larger than score gaps.
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            scores = F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+        return scores.transpose(1, 2)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `model.to(torch.bfloat16)` moves devices here, but leaves float32 as it is.
+        def keep_dtype(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.weight.shape[1]}, heads={self.weight.shape[0]}"
+
+
+class RandomScorer(nn.Module):
+    """A policy that keeps random pairs: a hash of (position, head, layer, seed) in [0, 1).
+
+    A pure function of the absolute position, so that decoding token by token, prefilling in
+    chunks and one forward pass agree, and so that eviction is final as with learned scores.
+    """
+
+    def __init__(self, heads: int, *, layer: int, seed: int):
+        super().__init__()
+        self.heads, self.layer, self.seed = heads, layer, seed
+        self.register_buffer("slopes", torch.zeros(heads), persistent=False)
+
+    def forward(
+        self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Scores [B, G, N] float32 for positions [B or 1, N]."""
+        if position_ids is None:
+            raise ValueError("random scores need the tokens' position_ids")
+        batch, tokens = hidden_states.shape[:2]
+        positions = position_ids.expand(batch, tokens).to(torch.int64)[:, None, :]
+        heads = torch.arange(self.heads, device=positions.device)[None, :, None]
+        # Multiplicative mixing in wrapping int64; the constants are odd and unrelated.
+        mixed = positions * 6364136223846793005 + heads * 1442695040888963407
+        mixed = mixed + self.layer * 3935559000370003845 + self.seed * 2691343689449507681
+        for shift in (29, 32, 31):
+            mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * 5536775847593249645
+        top = (mixed >> 40) & 0xFFFFFF  # 24 bits: exact in float32
+        return top.to(torch.float32) / float(1 << 24)
