@@ -1,8 +1,8 @@
 """Shared fixtures: tiny random dense models of every family and a tokenizer, all built offline.
 
 Everything here is random and small (two layers, hidden size 32): enough to hold shapes, masks,
-caches and file formats to account in milliseconds. Nothing here knows SparseK, so that every
-area can build what it needs from an ordinary dense checkpoint.
+caches and file formats to account in milliseconds. `sparse_model` gives the same weights with
+SparseK attention and random scorers.
 """
 
 from __future__ import annotations
@@ -81,6 +81,40 @@ def tiny_dense_model(family: str, *, seed: int = 0, dtype: str = "float32", **ov
     return model.to(getattr(torch, dtype)).eval()
 
 
+def tiny_sparse_model(
+    family: str,
+    *,
+    topk: Any = 3,
+    window: int = 4,
+    sinks: int = 1,
+    gate: str = "straight_through",
+    seed: int = 0,
+    **options: Any,
+):
+    """`tiny_dense_model(family, seed=, **options)` with SparseK attention, in eval mode.
+
+    Its scorers are random with slope 0, so that no order of keys is special.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models as models
+
+    dense = tiny_dense_model(family, seed=seed, **options)
+    settings = {"topk": topk, "window": window, "sinks": sinks, "gate": gate}
+    config = models.sparsek_config_from(dense.config, settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        model = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
+    loaded = model.load_state_dict(dense.state_dict(), strict=False)
+    assert not loaded.unexpected_keys
+    assert all(".scorer." in name for name in loaded.missing_keys), loaded.missing_keys
+    with torch.no_grad():
+        for attention in models.sparsek_attentions(model):
+            attention.scorer.slopes.zero_()
+    return model.eval()
+
+
 def tiny_tokenizer(chat: bool = True):
     """A byte-level tokenizer of exactly `VOCAB_SIZE` ids, built in memory.
 
@@ -154,6 +188,12 @@ def dense_config() -> Callable[..., Any]:
 def dense_model() -> Callable[..., Any]:
     """`tiny_dense_model(family, seed=, dtype=, **overrides)`."""
     return tiny_dense_model
+
+
+@pytest.fixture
+def sparse_model() -> Callable[..., Any]:
+    """`tiny_sparse_model(family, topk=, window=, sinks=, gate=, ...)`."""
+    return tiny_sparse_model
 
 
 @pytest.fixture

@@ -1,0 +1,159 @@
+"""generate() and the cache behind it."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import sparsek_cli.models as models
+from sparsek_cli.errors import SparsekError
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(4, 128, (2, 14))
+
+
+@torch.no_grad()
+def test_greedy_equals_an_argmax_loop(family, sparse_model, ids):
+    model = sparse_model(family)
+    text = ids
+    for _ in range(8):
+        text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    out = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert torch.equal(out, text)
+
+
+@torch.no_grad()
+def test_left_padded_batch_equals_rows_alone(family, sparse_model):
+    model = sparse_model(family)
+    rows = [torch.randint(4, 128, (length,)) for length in (15, 6, 11)]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    batch = torch.zeros(3, 15, dtype=torch.long)
+    mask = torch.zeros(3, 15, dtype=torch.long)
+    for row, tokens in enumerate(rows):
+        batch[row, -len(tokens) :], mask[row, -len(tokens) :] = tokens, 1
+    out = model.generate(batch, attention_mask=mask, **options)
+    for row, tokens in enumerate(rows):
+        alone = model.generate(tokens[None], **options)[0, len(tokens) :]
+        assert torch.equal(out[row, 15:], alone)
+
+
+@torch.no_grad()
+def test_beams_equal_beams_without_cache(family, sparse_model, ids):
+    model = sparse_model(family)
+    options = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    cached = model.generate(ids, num_return_sequences=2, **options)
+    plain = model.generate(ids, num_return_sequences=2, use_cache=False, **options)
+    assert torch.equal(cached, plain)
+
+
+@torch.no_grad()
+def test_sampling_runs_and_is_seeded(sparse_model, ids):
+    model = sparse_model("llama")
+    options = {"do_sample": True, "max_new_tokens": 5, "num_return_sequences": 3}
+    torch.manual_seed(1)
+    first = model.generate(ids, **options)
+    torch.manual_seed(1)
+    assert torch.equal(model.generate(ids, **options), first)
+    assert first.shape[0] == 6
+
+
+@torch.no_grad()
+def test_a_cache_carries_over_turns(family, sparse_model, ids):
+    model = sparse_model(family)
+    options = {"do_sample": False, "eos_token_id": None}
+    cache = models.SparseKCache(model.config)
+    first = model.generate(ids, past_key_values=cache, max_new_tokens=3, **options)
+    text = torch.cat([first, torch.randint(4, 128, (2, 5))], dim=1)
+    second = model.generate(text, past_key_values=cache, max_new_tokens=3, **options)
+    assert torch.equal(second, model.generate(text, max_new_tokens=3, **options))
+    returned = model.generate(
+        ids, max_new_tokens=3, return_dict_in_generate=True, **options
+    ).past_key_values
+    assert isinstance(returned, models.SparseKCache)
+
+
+@torch.no_grad()
+def test_cache_bytes_are_constant_and_known(sparse_model):
+    model = sparse_model("llama", topk=[[5, 0], 2], window=6, sinks=2)
+    cache = models.SparseKCache(model.config)
+    assert cache.nbytes == 0
+    sizes = []
+    for tokens in (1, 3, 40, 200):
+        model(torch.randint(4, 128, (2, tokens)), past_key_values=cache)
+        sizes.append(cache.nbytes)
+    assert len(set(sizes)) == 1
+    slots = (5 + 0 + 2 * 8) + (2 * 2 + 2 * 8)
+    pairs = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    formula = models.sparsek_cache_bytes(model.config, torch.float32, batch=2)
+    assert pairs == formula == 2 * 2 * slots * 8 * 4
+    assert sizes[0] - pairs <= 2 * slots * 24 + 2 * 2 * 64  # positions, scores, counters
+    # Dense: 2 (K and V) * 2 rows * 2 layers * 2 heads * 244 tokens * 8 * 4 bytes.
+    dense = models.dense_cache_bytes(model.config, 244, torch.float32, batch=2)
+    assert dense == 2 * 2 * 2 * 2 * 244 * 8 * 4
+    with models.dense_attention(model):
+        held = model(torch.randint(4, 128, (2, 244)), use_cache=True).past_key_values
+    assert sum(layer.keys.nbytes + layer.values.nbytes for layer in held.layers) == dense
+
+
+@torch.no_grad()
+def test_cache_row_operations(sparse_model, ids):
+    model = sparse_model("qwen3")
+    more = torch.randint(4, 128, (2, 4))
+    cache = models.SparseKCache(model.config)
+    model(ids, past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    swapped = model(more, past_key_values=cache).logits
+    whole = model(torch.cat([ids.flip(0), more], dim=1), use_cache=False).logits[:, -4:]
+    torch.testing.assert_close(swapped, whole, atol=1e-5, rtol=1e-5)
+
+    cache.reset()
+    assert cache.get_seq_length() == 0 and cache.nbytes == 0
+    model(ids, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    assert cache.batch_size == 4
+    cache.batch_select_indices(torch.tensor([0, 3]))
+    again = model(more, past_key_values=cache).logits
+    whole = model(torch.cat([ids, more], dim=1), use_cache=False).logits[:, -4:]
+    torch.testing.assert_close(again, whole, atol=1e-5, rtol=1e-5)
+    assert cache.get_seq_length() == 18
+    assert sum(cache.get_mask_sizes(1, 0)) == 19
+
+
+def test_what_cannot_work_is_refused(sparse_model, ids):
+    model = sparse_model("llama")
+    cache = models.SparseKCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    with pytest.raises(SparsekError, match="cropped"):
+        cache.crop(-1)
+    with pytest.raises(SparsekError, match="2 sequences"):
+        model(ids[:1], past_key_values=cache)
+    with pytest.raises(SparsekError, match="DynamicCache"):
+        model(ids, past_key_values=DynamicCache())
+    with pytest.raises(SparsekError, match="DynamicCache"):
+        model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=2)
+    with pytest.raises(SparsekError, match="assisted decoding"):
+        model.generate(ids[:1], assistant_model=sparse_model("llama"), max_new_tokens=2)
+    with pytest.raises(SparsekError, match="assisted decoding"):
+        model.generate(ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=2)
+    with pytest.raises(SparsekError, match="cache_implementation"):
+        model.generate(ids, cache_implementation="static", max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_training_makes_no_cache_unless_asked(sparse_model, ids):
+    model = sparse_model("llama").train()
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values is not None
+    model.eval()
+    positions = torch.arange(14) % 7
+    assert model(ids, position_ids=positions[None]).past_key_values is None
+
+
+@torch.no_grad()
+def test_the_base_model_alone_brings_its_cache(family, sparse_model, ids):
+    base = sparse_model(family).base_model
+    out = base(ids)
+    assert isinstance(out.past_key_values, models.SparseKCache)
+    assert out.last_hidden_state.shape == (2, 14, 32)
