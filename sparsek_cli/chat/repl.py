@@ -202,7 +202,7 @@ def load_file(session: Session, file: str, *, progress: ProgressMaker) -> bool:
     except UnicodeDecodeError as error:
         raise UsageError(
             f"'{file}' is not UTF-8 text (byte {error.start})",
-            hint="convert it: iconv -f latin1 -t utf-8; PDF and Word files need their text extracted",
+            hint="convert it (iconv -t utf-8); of a PDF or Word file, extract the text first",
         ) from error
     except OSError as error:
         raise UsageError(

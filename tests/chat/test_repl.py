@@ -1,0 +1,110 @@
+"""Commands of the conversation at a terminal."""
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from sparsek_cli.chat.engine import Sampling
+from sparsek_cli.chat.figures import size, status_line
+from sparsek_cli.chat.repl import Repl, changed, load_file, save_conversation
+from sparsek_cli.chat.session import Session, Stats
+from sparsek_cli.errors import SparsekError, UsageError
+
+
+@contextmanager
+def no_progress(description, total):
+    yield SimpleNamespace(advance=lambda steps: None)
+
+
+@pytest.fixture
+def said() -> list[str]:
+    return []
+
+
+@pytest.fixture
+def repl(engine, tokenizer, said) -> Repl:
+    session = Session(engine(), tokenizer, Sampling(max_new_tokens=3))
+    return Repl(session, say=said.append, progress=no_progress)
+
+
+def run(repl: Repl, *lines: str) -> None:
+    rest = iter(lines)
+
+    def read_line() -> str:
+        try:
+            return next(rest)
+        except StopIteration:
+            raise EOFError from None
+
+    repl.run(read_line)
+
+
+def test_conversation_commands(repl, said, tmp_path, capsys):
+    (tmp_path / "doc.txt").write_text("A fact stands here.", encoding="utf-8")
+    saved = tmp_path / "talk.json"
+    run(repl, "", f"/load {tmp_path / 'doc.txt'}", "What stands here?", f"/save {saved}", "/help")
+    assert capsys.readouterr().out.endswith("\n")
+    messages = json.loads(saved.read_text())["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"]
+    assert messages[0]["content"].startswith("[doc.txt]")
+    assert "/load FILE" in said[-1]
+    run(repl, "/clear", "/exit", "never reached")
+    assert repl.session.engine.fed == 0
+
+
+def test_bad_commands_say_what_instead(repl, said):
+    run(repl, "/laod x", "/load nowhere.txt", "/set temprature=1", "/set top_p=2", "/set seed=x")
+    text = "\n".join(said)
+    assert "unknown command /laod\nhint: did you mean /load?" in text
+    assert "no such file: 'nowhere.txt'" in text
+    assert "did you mean temperature?" in text
+    assert "top_p 2.0 is out of range" in text
+    assert "seed=x is not a whole number" in text
+
+
+def test_set_changes_one_setting(repl, said):
+    run(repl, "/set temperature=0.7", "/set")
+    assert repl.session.sampling.temperature == 0.7
+    assert "temperature=0.7" in said[-1]
+    assert changed(Sampling(), "max_new_tokens = 9").max_new_tokens == 9
+
+
+def test_system_starts_anew(repl, said):
+    run(repl, "Hello?", "/system Be brief.")
+    assert repl.session.system == "Be brief." and repl.session.engine.fed == 0
+
+
+def test_ctrl_c_at_the_prompt_goes_on(repl):
+    answers = iter([KeyboardInterrupt, EOFError])
+
+    def read_line() -> str:
+        raise next(answers)
+
+    repl.run(read_line)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00bad", b"  \n"])
+def test_unreadable_documents(repl, tmp_path, content):
+    file = tmp_path / "bad.txt"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match="UTF-8|empty"):
+        load_file(repl.session, str(file), progress=no_progress)
+    with pytest.raises(UsageError, match="cannot read"):
+        load_file(repl.session, str(tmp_path), progress=no_progress)
+
+
+def test_save_to_nowhere(repl, tmp_path):
+    with pytest.raises(SparsekError, match="cannot write"):
+        save_conversation(repl.session, tmp_path / "no" / "such" / "file.txt")
+
+
+def test_figures():
+    assert size(0) == "0 B" and size(1536) == "1.50 KiB" and size(16 << 20) == "16.0 MiB"
+    stats = Stats(8192, 1 << 20, 16 << 20, 31.4, 10)
+    line = status_line(stats, sparse=True, limit=4096)
+    assert line == (
+        "8,192 tokens (made for 4,096)  |  KV 1.00 MiB  |  dense 16.0 MiB (16.0x)  |  31.4 tokens/s"
+    )
+    assert "grows" in status_line(stats, sparse=False)
