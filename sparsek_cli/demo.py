@@ -1,0 +1,118 @@
+"""The whole idea on one machine: convert, fine-tune, evaluate, chat (`make demo`).
+
+Runs the command line exactly as a user would, prints each command before it, and needs neither a
+GPU nor a network. Text comes from Python's own documentation, which every Python carries.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SEED = 7
+BUDGET = {"topk": 380, "window": 128, "sinks": 4}  # 512 of tiny's 8192: a sixteenth
+LENGTHS = (4096, 8192)
+
+
+def main() -> int:
+    """Runs the demo in runs/demo below the current folder; returns the exit code."""
+    folder = Path("runs/demo")
+    folder.mkdir(parents=True, exist_ok=True)
+    start = time.monotonic()
+    texts = _write_texts(folder)
+    converted, tuned, results = folder / "tiny-sparsek", folder / "tiny-tuned", folder / "results"
+
+    flags = [word for name, value in BUDGET.items() for word in (f"--{name}", str(value))]
+    _run("1/4  convert: learn which keys to keep, in closed form",
+         "convert", "tiny", converted, *flags, "--overwrite")
+    _run("2/4  fine-tune: a few steps on text found on this machine",
+         "finetune", converted, tuned, "--recipe", "demo", f"data.text.files={texts['train']}",
+         "--overwrite")
+    _run("3/4  evaluate: sparse, dense, window and random at equal bytes",
+         "evaluate", tuned, "--recipe", "demo", "--text", texts["validation"], "--lengths",
+         ",".join(map(str, LENGTHS)), "--output", results, "--overwrite")
+    answer = _run("4/4  chat: read a long document, ask about a fact near its start",
+                  "chat", tuned, "--load", texts["document"], "--prompt", texts["question"],
+                  "--temperature", "0", capture=True)
+
+    from sparsek_cli.data.needles import is_correct
+
+    answered = is_correct(answer, texts["expected"])
+    print(f"\nasked:    {texts['question']}\nanswered: {answer.strip()}")
+    print(f"expected: {texts['expected']}  ->  {'found' if answered else 'NOT FOUND'}")
+    print(f"\nplots:    {', '.join(str(p) for p in sorted(results.rglob('*.png')))}")
+    print(f"took:     {time.monotonic() - start:.0f} s\n\nNext, with a real model:")
+    for line in (
+        "sparsek convert qwen3-0.6b",
+        "sparsek finetune qwen3-0.6b-sparsek --recipe scorers data.text.files=my-documents/",
+        "sparsek eval --tasks scrolls --baselines dense,window,random",
+        "sparsek chat --load my-document.txt",
+    ):
+        print(f"  {line}")
+    return 0 if answered else 1
+
+
+def _write_texts(folder: Path) -> dict[str, str]:
+    """Text to train on, text to measure on, and a document with one fact near its start."""
+    import numpy as np
+    from pydoc_data.topics import topics
+
+    from sparsek_cli.data.needles import Filler, make_document
+    from sparsek_cli.data.phrasings import phrasings
+
+    names = sorted(topics)
+    held_out = names[::4]
+    split = {"train": [n for n in names if n not in held_out], "validation": held_out}
+    paths = {}
+    for part, chosen in split.items():
+        path = folder / f"{part}.jsonl"
+        path.write_text("".join(json.dumps({"text": topics[n]}) + "\n" for n in chosen))
+        paths[part] = str(path)
+
+    tokenizer = _tokenizer()
+    filler = Filler.from_documents(["\n\n".join(topics[n] for n in held_out)], tokenizer)
+    document = make_document(
+        np.random.default_rng(SEED), filler, tokens=LENGTHS[-1] - 128, needles=1,
+        phrasings=phrasings("held_out"), depths=[0.1],
+    )
+    [fact] = document.facts
+    (folder / "document.txt").write_text(document.text, encoding="utf-8")
+    return {
+        **paths,
+        "document": str(folder / "document.txt"),
+        "question": fact.question,
+        "expected": fact.expected,
+    }
+
+
+def _tokenizer():
+    from transformers import AutoTokenizer
+
+    from sparsek_cli import hub
+
+    return AutoTokenizer.from_pretrained(hub.bundled().path)
+
+
+def _run(title: str, *words: object, capture: bool = False) -> str:
+    """Runs `sparsek ...` offline; stops the demo when it fails. Returns stdout when captured."""
+    arguments = [str(word) for word in words]
+    print(f"\n{title}\n$ sparsek {' '.join(arguments)}", flush=True)
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "SPARSEK_STATE_DIR": str(Path("runs/demo/state").resolve()),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsek_cli", *arguments],
+        env=environment, text=True, stdout=subprocess.PIPE if capture else None,
+    )
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
