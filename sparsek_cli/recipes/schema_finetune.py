@@ -20,7 +20,7 @@ class Architecture(Strict):
     type: str = Field("llama", description="dense family: llama, mistral, qwen2, qwen3, ...")
     settings: dict[str, Any] = Field(
         default_factory=dict,
-        description="fields of the family's own config, by its own names (hidden_size, n_embd, ...)",
+        description="fields of the family's own config: hidden_size, n_embd, ...",
     )
     scaled_init: bool = Field(
         True, description="divide output and down projections by sqrt(2 x layers) at the start"
@@ -217,6 +217,9 @@ class FinetuneRecipe(Strict):
     loss_chunk: PositiveInt = Field(2048, description="tokens whose logits exist at one time")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="bf16 autocast or fp32; auto: bf16 where the GPU has it"
+    )
+    save_dtype: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="weights on disk; auto: as the base has them, else as trained"
     )
     compile: bool = Field(False, description="torch.compile the model")
     keep_better: bool = Field(

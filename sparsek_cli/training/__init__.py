@@ -1,0 +1,1 @@
+"""Training: data and objective in, a better model out, on transformers' Trainer."""

@@ -1,0 +1,80 @@
+"""Checkpoints of a run: written beside, renamed, and holding only what learns."""
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sparsek_cli.errors import SparsekError
+
+WEIGHTS = "trained.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """Finished checkpoints, oldest first; a checkpoint has its name only once it is complete."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_trained(model: torch.nn.Module, folder: Path, state: dict[str, Any] | None) -> None:
+    """Writes the parameters that learn.
+
+    Args:
+        state: full state dict gathered by FSDP or DeepSpeed; None: read from `model`.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    own = dict(model.named_parameters()) if state is None else state
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: own[name].detach().cpu().contiguous() for name in names}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def load_trained(model: torch.nn.Module, folder: Path) -> None:
+    """Puts back what `save_trained` wrote.
+
+    Raises:
+        SparsekError: the checkpoint belongs to other parameters.
+    """
+    tensors = load_file(folder / WEIGHTS)
+    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if tensors.keys() != own.keys():
+        odd = sorted(tensors.keys() ^ own.keys())[0]
+        raise SparsekError(
+            f"{folder} does not fit this recipe: parameter {odd} is on one side only",
+            hint="resume with the recipe the run was started with, or start over",
+        )
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Deletes all but the newest `count` checkpoints."""
+    for old in checkpoints_in(folder)[:-count]:
+        # Renamed first, so that a kill in the middle leaves nothing that looks complete.
+        doomed = old.with_name(f"old-{old.name}")
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def disk_error(error: OSError, folder: Path) -> SparsekError:
+    """What to tell when saving failed; earlier checkpoints are untouched."""
+    kept = checkpoints_in(folder)
+    after = f"; {kept[-1].name} is kept" if kept else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SparsekError(
+            f"the disk is full while saving a checkpoint in {folder}{after}",
+            hint="free some space, then continue with --resume",
+        )
+    return SparsekError(
+        f"cannot save a checkpoint in {folder}: {os.strerror(error.errno or 0)}{after}",
+        hint="check permissions, then continue with --resume",
+    )

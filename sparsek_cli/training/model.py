@@ -1,0 +1,164 @@
+"""The model to train: loaded from a checkpoint, or built from a recipe with random weights."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.training.parameters import is_scorer, is_sparse
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+
+# Projections that write into the residual stream; GPT-2's own initialisation scales its already.
+_WRITERS = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """The tokenizer in a folder.
+
+    Raises:
+        SparsekError: there is none, or it cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise SparsekError(
+            f"no usable tokenizer in {source}: {str(error).splitlines()[0]}",
+            hint="name one with the key 'tokenizer' (a folder, short name or hub id)",
+        ) from error
+
+
+def random_config(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
+    """The config of a model from scratch: the recipe's settings, sizes from the tokenizer.
+
+    Raises:
+        UsageError: unknown family, an unknown or impossible setting, or too small a vocabulary.
+    """
+    from transformers import AutoConfig
+
+    from sparsek_cli.models import sparsek_config_from
+
+    shape = recipe.architecture
+    settings = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        ("n_positions" if shape.type == "gpt2" else "max_position_embeddings"): (
+            recipe.sequence_length
+        ),
+        **shape.settings,
+    }
+    try:
+        config = AutoConfig.for_model(shape.type)
+        unknown = [key for key in shape.settings if not hasattr(config, key)]
+        if unknown:
+            raise UsageError(
+                f"architecture.settings: a {shape.type} config has no '{unknown[0]}'",
+                hint="use the field names of the family's own transformers config",
+            )
+        config = AutoConfig.for_model(shape.type, **settings)
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"architecture: {str(error).splitlines()[0]}",
+            hint="types: llama, mistral, qwen2, qwen3, gpt_neox, gpt2",
+        ) from error
+    if config.vocab_size < len(tokenizer):
+        raise UsageError(
+            f"architecture.settings.vocab_size is {config.vocab_size}, the tokenizer has "
+            f"{len(tokenizer)} tokens",
+            hint="leave vocab_size out, or round it up",
+        )
+    if recipe.sparsek is None:
+        return config
+    return sparsek_config_from(config, recipe.sparsek.model_dump(exclude_none=True))
+
+
+def build_random(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
+    """A float32 model with random weights, the same for the same seed."""
+    from transformers import AutoModelForCausalLM
+
+    config = random_config(recipe, tokenizer)
+    torch.manual_seed(recipe.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if recipe.architecture.scaled_init:
+        factor = (2 * config.num_hidden_layers) ** -0.5
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(_WRITERS):
+                    parameter.mul_(factor)
+    return model
+
+
+def load_pretrained(folder: Path, recipe: "FinetuneRecipe", dtype: torch.dtype) -> Any:
+    """The checkpoint in `folder`, with the recipe's attention settings.
+
+    Args:
+        dtype: of the weights in memory; what learns becomes float32 later.
+
+    Raises:
+        UsageError: attention settings are given for a dense model, or do not fit.
+        SparsekError: the weights cannot be read.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401  (registers our families)
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        raise SparsekError(
+            f"cannot load {folder}: {str(error).splitlines()[0]}",
+            hint="check the checkpoint, or convert it again",
+        ) from error
+    settings = {} if recipe.sparsek is None else recipe.sparsek.model_dump(exclude_none=True)
+    if settings and not is_sparse(model):
+        raise UsageError(
+            "the recipe sets 'sparsek', but the model is dense",
+            hint="convert it first: `sparsek convert MODEL`, then fine-tune the result",
+        )
+    if settings:
+        from sparsek_cli.models import set_budget
+
+        set_budget(model, **settings)
+    return model
+
+
+def teacher_context(model: Any, tuner: Any | None):
+    """A context manager factory: inside, `model` attends densely and adapters are off."""
+    from contextlib import contextmanager
+
+    from sparsek_cli.models import dense_attention
+
+    @contextmanager
+    def teacher():
+        if tuner is None:
+            with dense_attention(model):
+                yield
+            return
+        learns = [p for p in model.parameters() if p.requires_grad]
+        with dense_attention(model):
+            tuner.disable_adapter_layers()
+            try:
+                yield
+            finally:
+                tuner.enable_adapter_layers()
+                # PEFT switches requires_grad together with the adapters.
+                for parameter in learns:
+                    parameter.requires_grad_(True)
+
+    return teacher
+
+
+def cast_for_saving(model: Any, dtype: torch.dtype) -> Any:
+    """Weights in `dtype`, scorers in float32; returns the model."""
+    for name, parameter in model.named_parameters():
+        if not is_scorer(name) and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    return model

@@ -1,0 +1,178 @@
+"""Losses: language model and distillation to dense attention, without logits for whole sequences.
+
+`attach` gives a causal LM a `forward` that returns loss sums instead of logits. The loss is
+computed inside `forward`, so DDP, FSDP and DeepSpeed see one ordinary forward pass.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from sparsek_cli.data import ANSWER, IGNORED, TEXT
+from sparsek_cli.errors import UsageError
+
+# Output transforms between hidden state and logits that the chunked loss would leave out.
+_UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised: lm x (text + a x answers) + distill x the same two means of the KL.
+
+    Attributes:
+        lm, distill: weights of the two parts.
+        answer_weight: the factor a of the mean over ANSWER tokens.
+        temperature: softmax temperature of the distillation.
+        loss_chunk: tokens whose logits exist at one time.
+    """
+
+    lm: float = 1.0
+    distill: float = 0.0
+    answer_weight: float = 1.0
+    temperature: float = 1.0
+    loss_chunk: int = 2048
+
+    def combine(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The loss from sums [4] (see `loss_sums`) and counts [2] of TEXT and ANSWER tokens."""
+        text, answers = counts.clamp(min=1).to(sums.dtype).unbind()
+        lm = sums[0] / text + self.answer_weight * sums[1] / answers
+        kl = sums[2] / text + self.answer_weight * sums[3] / answers
+        return self.lm * lm + self.distill * kl
+
+
+def attach(
+    model: Any,
+    objective: Objective,
+    teacher: Callable[[], AbstractContextManager] = nullcontext,
+) -> None:
+    """Replaces `model.forward` by one that returns {"sums": [4] float32}; `detach` undoes it.
+
+    Args:
+        model: a transformers causal LM.
+        objective: which sums are needed.
+        teacher: inside this context the same model is the teacher (dense attention).
+
+    Raises:
+        UsageError: the family changes its logits after the output layer.
+    """
+    for name in _UNSUPPORTED:
+        if getattr(model.config, name, None) is not None:
+            raise UsageError(
+                f"family '{model.config.model_type}' cannot be trained here: it uses {name}",
+                hint="train a llama, mistral, qwen2, qwen3, gpt_neox or gpt2 model",
+            )
+    decoder = decoder_of(model)
+    sparse = getattr(model.config, "sparsek", None) is not None
+
+    def forward(
+        self: Any,
+        input_ids: torch.Tensor,
+        roles: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        cu_seq_lens: torch.Tensor | None = None,
+        **_: Any,
+    ) -> dict[str, torch.Tensor]:
+        # Dense families make a block mask of position_ids that start again; SparseK takes bounds.
+        inputs = {"input_ids": input_ids, "position_ids": position_ids}
+        if sparse and cu_seq_lens is not None:
+            inputs["cu_seq_lens_q"] = cu_seq_lens
+        known = None
+        if objective.distill > 0 and self.training:
+            was = [module for module in self.modules() if module.training]
+            with torch.no_grad(), teacher():
+                self.eval()
+                known = decoder(**inputs, use_cache=False).last_hidden_state
+            for module in was:
+                module.training = True
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
+        sums = loss_sums(hidden, known, self.get_output_embeddings(), input_ids, roles, objective)
+        return {"sums": sums}
+
+    model.forward = MethodType(forward, model)
+
+
+def detach(model: Any) -> None:
+    """Gives the model its own `forward` back."""
+    model.__dict__.pop("forward", None)
+
+
+def decoder_of(model: Any) -> torch.nn.Module:
+    """The part of a causal LM below its output layer."""
+    return getattr(model, model.base_model_prefix)
+
+
+def count_roles(roles: torch.Tensor) -> torch.Tensor:
+    """[2] int64: how many tokens of roles [B, N] count as TEXT and as ANSWER targets."""
+    targets = roles[:, 1:]
+    return torch.stack([(targets == TEXT).sum(), (targets == ANSWER).sum()])
+
+
+def loss_sums(
+    hidden: torch.Tensor,
+    known: torch.Tensor | None,
+    head: torch.nn.Module,
+    input_ids: torch.Tensor,
+    roles: torch.Tensor,
+    objective: Objective,
+) -> torch.Tensor:
+    """Sums over tokens: [text nll, answer nll, text KL, answer KL], float32 [4].
+
+    Args:
+        hidden: [B, N, C] states below the output layer.
+        known: the teacher's states, or None.
+        head: the output layer, shared by both.
+        input_ids, roles: [B, N]; position t is scored on the token at t + 1.
+
+    Logits exist for `objective.loss_chunk` tokens at a time and are made again for the backward
+    pass, so memory is O(chunk x vocabulary), whatever the length.
+    """
+    wanted = (roles[:, 1:] != IGNORED).reshape(-1).nonzero().squeeze(1)
+    width = hidden.shape[-1]
+    states = hidden[:, :-1].reshape(-1, width)[wanted]
+    targets = input_ids[:, 1:].reshape(-1)[wanted]
+    answers = (roles[:, 1:] == ANSWER).reshape(-1)[wanted].float()
+    teacher = None if known is None else known[:, :-1].reshape(-1, width)[wanted]
+    total = torch.zeros(4, dtype=torch.float32, device=hidden.device)
+    for start in range(0, len(wanted), objective.loss_chunk):
+        piece = slice(start, start + objective.loss_chunk)
+        aim = None if teacher is None else teacher[piece]
+        total = total + checkpoint(
+            _chunk_sums,
+            states[piece],
+            aim,
+            head,
+            targets[piece],
+            answers[piece],
+            objective.temperature,
+            use_reentrant=False,
+        )
+    # A batch without any target still needs a graph: DDP expects a gradient from every process.
+    return total + 0.0 * hidden.flatten()[:1].float().sum()
+
+
+def _chunk_sums(
+    states: torch.Tensor,
+    known: torch.Tensor | None,
+    head: torch.nn.Module,
+    targets: torch.Tensor,
+    answers: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    logits = head(states).float()
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    if known is None:
+        kl = torch.zeros_like(nll)
+    else:
+        with torch.no_grad():
+            aim = torch.log_softmax(head(known).float() / temperature, dim=-1)
+        ours = torch.log_softmax(logits / temperature, dim=-1)
+        kl = F.kl_div(ours, aim, reduction="none", log_target=True).sum(-1) * temperature**2
+    text = 1.0 - answers
+    return torch.stack([(nll * text).sum(), (nll * answers).sum(),
+                        (kl * text).sum(), (kl * answers).sum()])  # fmt: skip

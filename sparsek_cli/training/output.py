@@ -1,0 +1,128 @@
+"""The finished model folder: weights, tokenizer, card and the resolved recipe, in one rename."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+
+from sparsek_cli import last_model
+from sparsek_cli.conversion.link import link_or_copy
+from sparsek_cli.conversion.staging import staged
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.training.model import cast_for_saving
+from sparsek_cli.training.parameters import is_scorer
+
+if TYPE_CHECKING:
+    from sparsek_cli.hub import Checkpoint
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+
+SCORERS = "sparsek.safetensors"
+RECIPE = "finetune.yaml"
+
+
+def write_model(
+    model: Any,
+    tokenizer: Any,
+    output: Path,
+    *,
+    recipe: "FinetuneRecipe",
+    result: Any,
+    dtype: torch.dtype,
+    base: "Checkpoint | None",
+    state: dict[str, torch.Tensor] | None,
+    name: str,
+) -> None:
+    """Writes `output` and remembers it as the last model.
+
+    With `train: scorers` the base's shards are linked, not written again.
+
+    Args:
+        dtype: of the weights on disk (scorers stay float32).
+        base: the checkpoint that was trained.
+        state: the full state dict where the model is sharded, else None.
+
+    Raises:
+        SparsekError: disk full or no permission; nothing is left behind.
+    """
+    try:
+        with staged(output) as folder:
+            if recipe.train == "scorers" and (base.path / SCORERS).is_file():
+                _link_base(model, base.path, folder, state)
+            else:
+                model = cast_for_saving(model, dtype)
+                model.config.use_cache = True
+                model.save_pretrained(folder, state_dict=state)
+            tokenizer.save_pretrained(folder)
+            text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+            (folder / RECIPE).write_text(
+                "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
+                + text,
+                encoding="utf-8",
+            )
+            (folder / "README.md").write_text(_card(recipe, result, name), encoding="utf-8")
+    except OSError as error:
+        raise SparsekError(
+            f"cannot write {output}: {error.strerror or error}",
+            hint="check free space and permissions; --resume finishes from the last checkpoint",
+        ) from error
+    last_model.remember(output)
+
+
+def _link_base(
+    model: Any, source: Path, folder: Path, state: dict[str, torch.Tensor] | None
+) -> None:
+    from safetensors.torch import save_file
+
+    for file in sorted(source.iterdir()):
+        if file.suffix == ".safetensors" and file.name != SCORERS:
+            link_or_copy(file, folder / file.name)
+        elif file.is_file() and file.name not in (SCORERS, "README.md", RECIPE):
+            shutil.copyfile(file, folder / file.name)
+    named = dict(model.named_parameters()) if state is None else state
+    tensors = {
+        key: value.detach().float().cpu().contiguous()
+        for key, value in named.items()
+        if is_scorer(key)
+    }
+    save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["sparsek"] = model.config.sparsek
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _card(recipe: "FinetuneRecipe", result: Any, name: str) -> str:
+    losses = ""
+    if result.held_out_loss is not None:
+        before = f" (before: {result.start_loss:.4f})" if result.start_loss is not None else ""
+        losses = f"Held-out loss per token: {result.held_out_loss:.4f} nats{before}.\n"
+    tokens = result.steps * recipe.batch_size * recipe.sequence_length
+    what = {
+        "scorers": "only the scoring network was trained, the base is unchanged",
+        "lora": "trained with LoRA adapters, merged into the weights",
+        "all": "all weights were trained",
+    }[recipe.train]
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- sparsek
+---
+
+# {Path(result.output).name}
+
+Made from {name} with `sparsek finetune`: {what}.
+{result.steps:,} steps, {tokens:,} tokens of {recipe.sequence_length:,} per sequence.
+{losses}
+To repeat it: `sparsek finetune --recipe {RECIPE}` (the recipe beside this card).
+
+```python
+import sparsek_cli.models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{Path(result.output).name}")
+tokenizer = AutoTokenizer.from_pretrained("{Path(result.output).name}")
+```
+"""

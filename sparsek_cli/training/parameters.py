@@ -1,0 +1,138 @@
+"""Which parameters learn: scorers, LoRA adapters, or everything; and at which rate."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from sparsek_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+
+
+def is_scorer(name: str) -> bool:
+    """Whether a parameter name belongs to a scoring network (its slopes included)."""
+    return ".scorer." in name
+
+
+def is_sparse(model: Any) -> bool:
+    """Whether the model's attention is SparseK."""
+    return getattr(model.config, "sparsek", None) is not None
+
+
+def choose_parameters(model: Any, recipe: "FinetuneRecipe") -> Any | None:
+    """Sets requires_grad everywhere; what learns becomes float32.
+
+    Returns:
+        PEFT's LoraModel for `train: lora` (it has put adapters into `model`), else None.
+
+    Raises:
+        UsageError: scorers are to be trained and the model has none.
+    """
+    tuner = None
+    if recipe.train == "scorers" and not is_sparse(model):
+        raise UsageError(
+            "this model has no scorers: it is dense",
+            hint="convert it first (`sparsek convert`), or set train=all or train=lora",
+        )
+    if recipe.train == "lora":
+        tuner = _add_adapters(model, recipe)
+    for name, parameter in model.named_parameters():
+        if recipe.train == "all":
+            learns = True
+        elif recipe.train == "scorers":
+            learns = is_scorer(name)
+        else:
+            learns = "lora_" in name or (recipe.lora.scorers and is_scorer(name))
+        parameter.requires_grad_(learns)
+    for name in _idle_scorers(model):
+        model.get_parameter(name).requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return tuner
+
+
+def _idle_scorers(model: Any) -> Iterable[str]:
+    """Scorers of layers that select nothing: they get no gradient, which DDP takes for a fault."""
+    if not is_sparse(model):
+        return
+    topk = model.config.sparsek.get("topk")
+    for name, _ in model.named_parameters():
+        if not is_scorer(name):
+            continue
+        layer = next(int(part) for part in name.split(".") if part.isdigit())
+        here = topk[layer] if isinstance(topk, list | tuple) else topk
+        if not any(here) if isinstance(here, list | tuple) else not here:
+            yield name
+
+
+def _add_adapters(model: Any, recipe: "FinetuneRecipe") -> Any:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    from sparsek_cli.models import family_of
+
+    wanted = recipe.lora.targets or list(family_of(model.config).lora_targets)
+    settings = LoraConfig(
+        r=recipe.lora.rank,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=wanted,
+    )
+    try:
+        return LoraModel(model, {"default": settings}, "default")
+    except ValueError as error:
+        raise UsageError(
+            f"lora.targets {wanted}: {str(error).splitlines()[0]}",
+            hint=f"layers of this model: {', '.join(sorted(_linear_names(model)))}",
+        ) from error
+
+
+def _linear_names(model: Any) -> set[str]:
+    """Last names of the linear layers inside the blocks (not the output layer, not scorers)."""
+    from transformers.pytorch_utils import Conv1D
+
+    output = model.get_output_embeddings()
+    return {
+        name.split(".")[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output
+        and not is_scorer(f"{name}.")
+    }
+
+
+def optimizer_groups(model: Any, recipe: "FinetuneRecipe") -> list[dict[str, Any]]:
+    """AdamW groups: matrices decay, vectors and embeddings do not, scorers have their own rate."""
+    embeddings = {
+        id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
+    scorers, matrices, rest = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if is_scorer(name):
+            scorers.append(parameter)
+        elif parameter.ndim >= 2 and id(parameter) not in embeddings:
+            matrices.append(parameter)
+        else:
+            rest.append(parameter)
+    rate = recipe.learning_rate
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay, "lr": rate},
+        {"params": rest, "weight_decay": 0.0, "lr": rate},
+        {"params": scorers, "weight_decay": 0.0, "lr": recipe.scorer_learning_rate or rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def trained_state(model: Any) -> dict[str, torch.Tensor]:
+    """The parameters that learn, by name, on the CPU."""
+    return {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }

@@ -1,0 +1,74 @@
+"""What a person sees while training: speed, loss, time left."""
+
+import time
+from typing import Any, Protocol
+
+from transformers import TrainerCallback
+
+
+class Report(Protocol):
+    """Where progress goes; commands give one that draws a bar on stderr."""
+
+    def say(self, text: str) -> None:
+        """One line."""
+
+    def step(self, done: int, total: int, rate: str) -> None:
+        """`done` of `total` optimiser steps; `rate` is ready to be shown."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def step(self, done: int, total: int, rate: str) -> None:
+        pass
+
+
+class ProgressReport(TrainerCallback):
+    """Turns the Trainer's events into steps and lines, on the first process only.
+
+    Args:
+        report: where they go.
+        tokens_per_step: over all processes.
+    """
+
+    def __init__(self, report: Report, tokens_per_step: int):
+        self.report, self.tokens_per_step = report, tokens_per_step
+        self._marks: list[tuple[float, int]] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._marks = [(time.monotonic(), state.global_step)]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self._marks = [*self._marks[-20:], (time.monotonic(), state.global_step)]
+        self.report.step(state.global_step, state.max_steps, f"{self.rate():,.0f} tokens/s")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if not state.is_world_process_zero or not logs:
+            return
+        shown = [f"step {state.global_step}/{state.max_steps}"]
+        if "loss" in logs:
+            shown += [f"loss {logs['loss']:.4f}", f"lr {logs['learning_rate']:.2e}"]
+            if self.rate() > 0:
+                left = (state.max_steps - state.global_step) * self.tokens_per_step / self.rate()
+                shown += [f"{self.rate():,.0f} tokens/s", f"{_clock(left)} left"]
+        elif "eval_loss" in logs:
+            shown.append(f"held-out loss {logs['eval_loss']:.4f}")
+        else:
+            return
+        self.report.say("  ".join(shown))
+
+    def rate(self) -> float:
+        """Tokens per second over the last twenty steps; 0 before the first."""
+        (first, low), (last, high) = self._marks[0], self._marks[-1]
+        return (high - low) * self.tokens_per_step / max(last - first, 1e-9)
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

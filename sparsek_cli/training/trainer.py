@@ -1,0 +1,233 @@
+"""transformers' Trainer with our loss: the same run on any process count, and after a kill."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from sparsek_cli.data.mixture import Mixture
+from sparsek_cli.data.packing import collate
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.training import checkpoints
+from sparsek_cli.training.objectives import Objective, count_roles
+from sparsek_cli.training.parameters import optimizer_groups
+
+
+class SparsekTrainer(Trainer):
+    """Loss means over the whole global batch, data in a fixed order, checkpoints in one rename.
+
+    Args:
+        recipe: the validated FinetuneRecipe.
+        objective: how loss sums become one number.
+        kwargs: what Trainer takes.
+    """
+
+    def __init__(self, *, recipe: Any, objective: Objective, **kwargs: Any):
+        super().__init__(data_collator=collate, **kwargs)
+        # The loss is divided by the counts of the whole global batch, in `compute_loss`.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self.recipe, self.objective = recipe, objective
+        self.last_loss: torch.Tensor | None = None
+        self._unchecked: tuple[torch.Tensor, list[int]] | None = None
+        self._step_loss: torch.Tensor | None = None
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+
+    # Data: item i of the mixture is the i-th sequence of the run, whoever asks for it.
+
+    def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
+        counts = sum(count_roles(batch["roles"]) for batch in batch_samples).to(device)
+        if self.args.world_size > 1:
+            counts = self.accelerator.reduce(counts, reduction="sum")
+        return counts
+
+    # Loss.
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        """The share of this micro-batch in the loss of the global batch."""
+        sums = model(**inputs)["sums"]
+        loss = self.objective.combine(sums, num_items_in_batch)
+        # DDP and FSDP average gradients over processes; ours is a sum over them.
+        loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model: torch.nn.Module, inputs: dict, *args: Any, **kw: Any) -> Any:
+        """As Trainer's; a loss that is not finite stops the run and names its sequences."""
+        indices = inputs.pop("indices").tolist()
+        self.stop_if_not_finite()
+        loss = super().training_step(model, inputs, *args, **kw)
+        # Looked at one micro-batch later, so that the GPU is never waited for.
+        self._unchecked = (loss.detach(), indices)
+        known = 0.0 if self._step_loss is None else self._step_loss
+        self._step_loss = loss.detach() + known
+        if self.accelerator.sync_gradients:
+            self.last_loss, self._step_loss = self._step_loss, None
+        return loss
+
+    def stop_if_not_finite(self) -> None:
+        """Raises SparsekError if the last micro-batch gave NaN or infinity."""
+        if self._unchecked is None:
+            return
+        loss, indices = self._unchecked
+        self._unchecked = None
+        if torch.isfinite(loss):
+            return
+        data: Mixture = self.train_dataset
+        named = ", ".join(f"{index} ({data.name_of(index)})" for index in indices)
+        step = indices[0] // self.recipe.batch_size + 1
+        raise SparsekError(
+            f"the loss became {loss.item()} at step {step}, in sequences {named}",
+            hint="lower learning_rate, or raise warmup; with precision: bf16 try fp32. "
+            "Checkpoints before it are good: --resume continues from the last",
+        )
+
+    def final_loss(self) -> float:
+        """Training loss of the last step, over all processes."""
+        if self.last_loss is None:
+            return float("nan")
+        return self.accelerator.reduce(self.last_loss.clone(), reduction="mean").item()
+
+    # Optimiser.
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW over the groups of parameters.py."""
+        if self.optimizer is None:
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            groups = optimizer_groups(self.model if model is None else model, self.recipe)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    # Evaluation: means over tokens, not over batches.
+
+    @torch.no_grad()
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict:
+        """Held-out language-model loss per token, nats."""
+        data = self.eval_dataset
+        world, rank = self.args.world_size, self.args.process_index
+        was_training = self.model.training
+        self.model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        each = self.args.per_device_eval_batch_size
+        # Every process makes the same number of forward passes: FSDP hangs otherwise.
+        for first in range(0, len(data), each * world):
+            start = first + rank * each
+            items = [data[min(i, len(data) - 1)] for i in range(start, start + each)]
+            inputs = collate(items)
+            inputs["roles"][max(0, min(each, len(data) - start)) :] = 0
+            inputs.pop("indices")
+            inputs = self._prepare_inputs(inputs)
+            with self.compute_loss_context_manager():
+                sums = self.model_wrapped(**inputs)["sums"]
+            total += torch.stack([sums[:2].sum(), count_roles(inputs["roles"]).sum()]).double()
+        total = self.accelerator.reduce(total, reduction="sum")
+        self.model.train(was_training)
+        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    # Checkpoints.
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return getattr(self, "_writing", None) or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        self.stop_if_not_finite()
+        home = Path(self.args.output_dir)
+        writing = home / "writing"
+        self._writing = str(writing)
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                name = f"checkpoint-{self.state.global_step}"
+                shutil.rmtree(home / name, ignore_errors=True)
+                os.replace(writing / name, home / name)
+                checkpoints.keep_newest(home, self.recipe.keep_checkpoints)
+        except OSError as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            raise checkpoints.disk_error(error, home) from error
+        finally:
+            self._writing = None
+        self.accelerator.wait_for_everyone()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            model = self.accelerator.unwrap_model(self.model)
+            checkpoints.save_trained(model, Path(output_dir), state_dict)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        checkpoints.load_trained(self.model, Path(resume_from_checkpoint))
+
+
+def training_arguments(
+    recipe: Any, folder: Path, *, steps: int, bf16: bool, cpu: bool, processes: int
+) -> TrainingArguments:
+    """The recipe in Trainer's words.
+
+    Args:
+        folder: where checkpoints go.
+        steps: optimiser steps of the whole run.
+        processes: how many share the global batch.
+    """
+    warmup = recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps
+    schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
+    cosine = {"min_lr_rate": recipe.min_learning_rate} if recipe.schedule == "cosine" else {}
+    evaluates = recipe.evaluation.every > 0
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=recipe.micro_batch_size,
+        per_device_eval_batch_size=recipe.micro_batch_size,
+        gradient_accumulation_steps=recipe.batch_size // (recipe.micro_batch_size * processes),
+        max_steps=steps,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=schedule.get(recipe.schedule, recipe.schedule),
+        lr_scheduler_kwargs=cosine,
+        warmup_steps=round(warmup),
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch" if cpu else "adamw_torch_fused",
+        bf16=bf16,
+        use_cpu=cpu,
+        gradient_checkpointing=recipe.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="steps" if evaluates else "no",
+        eval_steps=recipe.evaluation.every if evaluates else None,
+        save_strategy="steps" if recipe.save_steps else "no",
+        save_steps=recipe.save_steps or 500,
+        logging_steps=recipe.log_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=recipe.report_to or "none",
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        dataloader_num_workers=recipe.data_workers,
+        dataloader_pin_memory=not cpu,
+        remove_unused_columns=False,
+        prediction_loss_only=True,
+        label_names=[],
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        average_tokens_across_devices=False,
+    )
