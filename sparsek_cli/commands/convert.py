@@ -1,5 +1,127 @@
 """`sparsek convert`."""
 
+from typing import Annotated
 
-def convert() -> None:
-    """To be written."""
+import typer
+
+from sparsek_cli.commands import options
+
+# Numbers are taken as text, so that "many" and 0 are refused by the recipe with the same words
+# whether they come from a flag, a dotted word or a file.
+_Number = str | None
+
+
+def convert(
+    words: options.Words = None,
+    topk: Annotated[
+        _Number, typer.Option("--topk", metavar="N", help="Selected keys per KV head.")
+    ] = None,
+    window: Annotated[
+        _Number, typer.Option("--window", metavar="N", help="Newest tokens always seen.")
+    ] = None,
+    sinks: Annotated[
+        _Number, typer.Option("--sinks", metavar="N", help="First tokens always seen [4].")
+    ] = None,
+    gate: Annotated[
+        str | None,
+        typer.Option("--gate", metavar="GATE", help="straight_through (default), log or kv."),
+    ] = None,
+    calibrate: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate", metavar="TEXT", help="auto (default), none, a file, or a hub dataset."
+        ),
+    ] = None,
+    calibrate_tokens: Annotated[
+        _Number, typer.Option("--calibrate-tokens", metavar="N", help="Tokens of calibration text.")
+    ] = None,
+    calibrate_length: Annotated[
+        _Number, typer.Option("--calibrate-length", metavar="N", help="Tokens per sequence [4096].")
+    ] = None,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")] = False,
+    overwrite: options.Overwrite = False,
+    revision: options.Revision = None,
+    recipe: options.Recipe = None,
+    list_models: Annotated[
+        bool, typer.Option("--list-models", help="Show the short names and stop.")
+    ] = False,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Give a model SparseK attention: MODEL (folder, hub id or short name) becomes OUT."""
+    from sparsek_cli.console import Console
+
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+    if list_models:
+        console.result(*_short_names())
+        return
+    from sparsek_cli import hub, last_model
+    from sparsek_cli.conversion.convert import convert as run
+    from sparsek_cli.conversion.plan import make_plan
+    from sparsek_cli.errors import UsageError
+    from sparsek_cli.recipes.load import load_recipe
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    (model, out), overrides = options.split_words(words, "MODEL", "OUT")
+    numbers = {
+        "topk": topk,
+        "window": window,
+        "sinks": sinks,
+        "calibrate_tokens": calibrate_tokens,
+        "calibrate_length": calibrate_length,
+    }
+    flags = {
+        "model": model,
+        "out": out,
+        "gate": gate,
+        "calibrate": calibrate,
+        "copy": copy or None,
+        "overwrite": overwrite or None,
+        "revision": revision,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        **{key: _number(text) for key, text in numbers.items()},
+    }
+    request = load_recipe(ConvertRecipe, recipe, overrides, flags, verb="convert")
+    if request.model is None:
+        raise UsageError(
+            "MODEL is missing", hint="name one, e.g. `sparsek convert tiny`; --list-models shows"
+        )
+    plan = make_plan(request, hub.resolve(request.model, request.revision))
+    if dry_run:
+        console.result(plan.text() + "\ndry run: nothing was written", plan.summary())
+        return
+    done = run(plan, console)
+    last_model.remember(plan.out)
+    console.result(done.text(), done.data())
+    console.say(f"\nnext: sparsek chat {plan.out}")
+    console.say(f"      sparsek eval {plan.out} --tasks ppl,recall --baselines dense,window,random")
+
+
+def _number(text: str | None) -> int | str | None:
+    """The number that a flag spells, or its text for the recipe to refuse."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
+
+
+def _short_names() -> tuple[str, dict]:
+    from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
+
+    rows = [(name, "llama", "bundled, works offline") for name in BUNDLED]
+    rows += [
+        (name, row.family, row.hub_id + (" (gated)" if row.gated else ""))
+        for name, row in SHORT_NAMES.items()
+    ]
+    width = max(len(name) for name, _, _ in rows)
+    text = "\n".join(f"{name:<{width}}  {family:<8}  {where}" for name, family, where in rows)
+    return text, {
+        name: {"family": family, "source": where} for name, family, where in rows
+    }

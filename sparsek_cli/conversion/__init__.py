@@ -1,0 +1,1 @@
+"""Conversion: plan -> calibrate -> write -> verify."""

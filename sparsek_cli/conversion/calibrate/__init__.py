@@ -1,0 +1,13 @@
+"""Closed-form scorers from the base's own attention: method.md section 5.
+
+collect   one layer of the dense base at a time: inputs, queries, keys, values
+targets   how much later queries want each key, over blocks of queries
+maps      streamed ridge regression from inputs to targets
+choose    error of the attention output after W_o for a candidate's choice of keys
+sequences text, and documents with questions about things far back
+run       all of it, layer by layer
+"""
+
+from sparsek_cli.conversion.calibrate.run import calibrate
+
+__all__ = ["calibrate"]

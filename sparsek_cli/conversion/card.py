@@ -1,0 +1,76 @@
+"""README.md of a converted checkpoint."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsek_cli.conversion.plan import Plan
+
+
+def model_card(plan: Plan, report: Mapping[str, Any] | None) -> str:
+    """Model card with front matter that the hub reads.
+
+    Args:
+        plan: the conversion.
+        report: what calibration measured; None without calibration.
+    """
+    size = plan.geometry
+    source = plan.base.name if plan.base.source == "folder" else plan.base.source
+    hub = f"base_model: {source}\n" if "/" in source else ""
+    kept, dense = (plan.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
+    name = plan.out.name
+    return f"""---
+{hub}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- sparsek
+- sparse-attention
+---
+
+# {name}
+
+{source} with SparseK attention (arXiv 2406.16747): each KV head keeps {plan.sinks} first tokens,
+the newest {plan.window}, and the {plan.topk} others that a learned score ranks highest. The cache
+holds {plan.budget} tokens per KV head at any length: {kept:.1f} MiB for the whole model, where the
+dense one holds {dense:.1f} MiB at its context of {size.context:,} tokens.
+
+{_calibration(plan, report)}
+
+## Use
+
+The `sparsek` package must be installed.
+
+```python
+import sparsek_cli.models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+```
+sparsek chat {name}
+sparsek evaluate {name} --tasks ppl,recall --baselines dense,window,random
+sparsek finetune {name}
+```
+
+## Files
+
+`base-*.safetensors` are the base model's weights, byte for byte; they may share disk space with
+the base (reflink or hard link), so replace them rather than editing them in place.
+`sparsek.safetensors` holds the scorers and slopes, `sparsek.yaml` the settings of this conversion.
+The base model's licence applies to its weights.
+"""
+
+
+def _calibration(plan: Plan, report: Mapping[str, Any] | None) -> str:
+    if not report:
+        return (
+            "The scorers are neutral: without calibration or fine-tuning the selected tokens are "
+            "simply\nthe newest ones, as in a sliding window."
+        )
+    return (
+        f"Scorers were calibrated in closed form on {plan.calibrate_tokens:,} tokens "
+        f"(`{plan.recipe.calibrate}`),\nwithout a gradient step. On held-out sequences the "
+        f"error of the attention outputs is\n{report['error']:.3f} of the dense output's energy; "
+        f"a plain window of the same size has {report['window_error']:.3f}."
+    )

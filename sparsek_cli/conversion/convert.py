@@ -1,0 +1,86 @@
+"""`convert`: plan -> calibrate -> write -> verify, and the folder takes its name."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.shards import find_nan
+from sparsek_cli.conversion.staging import staged
+from sparsek_cli.conversion.verify import Verified, verify
+from sparsek_cli.conversion.write import Written, neutral_scorers, write_checkpoint
+
+# Above this many bytes weights are sampled for NaN, not read whole: seconds stay seconds.
+_READ_WHOLE = 4 * 2**30
+
+
+class Reporter(Protocol):
+    """Where progress goes; the command line's console is one."""
+
+    def say(self, text: str = "") -> None: ...
+
+    def progress(
+        self, description: str, total: float | None = None
+    ) -> AbstractContextManager[Any]: ...
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did."""
+
+    plan: Plan
+    written: Written
+    verified: Verified
+    nan_checked: str
+    calibration: dict[str, Any] | None
+
+    def data(self) -> dict[str, Any]:
+        """For --json."""
+        return {
+            **self.plan.summary(),
+            "linked_by": sorted(set(self.written.means)),
+            "base_bytes_copied": self.written.bytes_copied,
+            "nan_check": self.nan_checked,
+            "tensors": self.verified.tensors,
+            "logits": self.verified.logits,
+            "logit_difference": self.verified.logit_difference,
+            "kv_bytes": self.verified.kv_bytes,
+            "calibration": self.calibration,
+        }
+
+    def text(self) -> str:
+        """For a person."""
+        lines = [
+            self.plan.text(),
+            f"written     base by {' and '.join(sorted(set(self.written.means)))}, "
+            f"{self.written.bytes_copied:,} base bytes copied; NaN check: {self.nan_checked}",
+            f"verified    {self.verified.text()}",
+        ]
+        if self.calibration:
+            lines.append(
+                f"calibrated  output error {self.calibration['error']:.3f}, plain window "
+                f"{self.calibration['window_error']:.3f} (dense: 0)"
+            )
+        return "\n".join(lines)
+
+
+def convert(plan: Plan, reporter: Reporter) -> Converted:
+    """Carries out a plan.
+
+    Raises:
+        SparsekError: see plan, shards, write and verify; `plan.out` is then as it was before.
+    """
+    with reporter.progress("reading weights", plan.base_bytes) as bar:
+        whole = find_nan(plan.shards, limit=_READ_WHOLE, advance=bar.advance)
+    scorers, report = neutral_scorers(plan), None
+    if plan.calibrate_tokens:
+        # Imported here: transformers takes longer to import than all the rest.
+        from sparsek_cli.conversion.calibrate import calibrate
+
+        scorers, report = calibrate(plan, reporter)
+    with staged(plan.out) as folder:
+        written = write_checkpoint(plan, scorers, folder, report)
+        reporter.say("verifying")
+        verified = verify(plan, folder, written)
+    nan = "all weights read" if whole else f"sampled above {_READ_WHOLE >> 30} GiB"
+    return Converted(plan, written, verified, nan, report)

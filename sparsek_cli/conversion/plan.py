@@ -1,0 +1,284 @@
+"""The plan of a conversion: everything decided and checked before anything is written.
+
+Reads config.json and safetensors headers only.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.conversion.layout import (
+    Geometry,
+    Layout,
+    geometry,
+    layout_of,
+    without_sliding_window,
+)
+from sparsek_cli.conversion.shards import Shard, read_shards
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.hub import Checkpoint
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+# A sixteenth of the context is where selection still keeps recall while a window does not.
+_SHARE_OF_CONTEXT = 16
+_DEFAULT_WINDOW = 128
+_SMALLEST_BUDGET = 64
+_CALIBRATION_LENGTH = 4096
+# Closed-form maps have one unknown per feature: this many rows for each.
+_ROWS_PER_FEATURE = 128
+_LEAST_TOKENS = 131_072
+_MOST_TOKENS = 1_048_576
+_SIDE_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        base: the checkpoint to convert; `config` is its config.json.
+        out: folder to appear.
+        layout, geometry: where its attention is and how large.
+        prefixed: whether the base's tensor names carry the base model's prefix.
+        shards: base files in order.
+        side_files: small files that come along.
+        topk, window, sinks: slots per KV head.
+        linkable: whether `out` lies on the base's filesystem.
+        calibrate_tokens, calibrate_length: amount of calibration text; 0 without calibration.
+        recipe: the request, complete.
+    """
+
+    base: Checkpoint
+    config: dict[str, Any]
+    out: Path
+    model_type: str
+    layout: Layout
+    geometry: Geometry
+    prefixed: bool
+    shards: list[Shard]
+    side_files: list[Path]
+    topk: int
+    window: int
+    sinks: int
+    linkable: bool
+    calibrate_tokens: int
+    calibrate_length: int
+    recipe: ConvertRecipe
+
+    @property
+    def budget(self) -> int:
+        """Slots per KV head: sinks + topk + window."""
+        return self.sinks + self.topk + self.window
+
+    @property
+    def base_bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    def scorer_path(self, layer: int) -> str:
+        """State-dict path of one layer's scorer, in the naming style of the base's tensors."""
+        path = f"{self.layout.attention_path(layer)}.scorer"
+        return path if self.prefixed else path.removeprefix(f"{self.layout.prefix}.")
+
+    def resolved(self) -> dict[str, Any]:
+        """The request with every default filled in: what sparsek.yaml records."""
+        settings = self.recipe.model_dump(by_alias=True)
+        where = str(self.base.path) if self.base.source == "folder" else self.base.name
+        settings.update(model=where, out=str(self.out), topk=self.topk, window=self.window)
+        settings.update(
+            calibrate_tokens=self.calibrate_tokens or None,
+            calibrate_length=self.calibrate_length or None,
+        )
+        return settings
+
+    def cache_bytes(self, tokens: int, *, dense: bool) -> int:
+        """KV bytes of one sequence, all layers, in the checkpoint's number format."""
+        size = self.geometry
+        slots = tokens if dense else self.budget
+        width = 4 if size.dtype in ("float32", "float") else 2
+        return 2 * size.layers * size.kv_heads * slots * size.head_dim * width
+
+    def summary(self) -> dict[str, Any]:
+        """What --dry-run shows."""
+        size = self.geometry
+        return {
+            "model": str(self.base.path),
+            "family": self.model_type,
+            "out": str(self.out),
+            "layers": size.layers,
+            "kv_heads": size.kv_heads,
+            "head_dim": size.head_dim,
+            "context": size.context,
+            "topk": self.topk,
+            "window": self.window,
+            "sinks": self.sinks,
+            "gate": self.recipe.gate,
+            "slots_per_kv_head": self.budget,
+            "kv_bytes": self.cache_bytes(size.context, dense=False),
+            "dense_kv_bytes_at_context": self.cache_bytes(size.context, dense=True),
+            "base_files": len(self.shards),
+            "base_bytes": self.base_bytes,
+            "base_bytes_to_copy": 0 if self.linkable else self.base_bytes,
+            "calibrate": self.recipe.calibrate,
+            "calibrate_tokens": self.calibrate_tokens,
+            "calibrate_length": self.calibrate_length,
+        }
+
+    def text(self) -> str:
+        """`summary` for a person."""
+        size = self.geometry
+        gib = self.base_bytes / 2**30
+        how = "linked, 0 bytes copied" if self.linkable else "copied"
+        kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
+        if self.calibrate_tokens:
+            count = self.calibrate_tokens // self.calibrate_length
+            calibration = (
+                f"{self.recipe.calibrate}: {count} sequences of {self.calibrate_length:,} tokens"
+            )
+        else:
+            calibration = "none: neutral scorers, a plain window until fine-tuned"
+        return "\n".join(
+            [
+                f"base        {self.base.path} ({self.model_type}, {size.layers} layers, "
+                f"{size.kv_heads} KV heads, context {size.context:,})",
+                f"out         {self.out}",
+                f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
+                f"{self.budget} slots per KV head, gate {self.recipe.gate}",
+                f"cache       {kept:.1f} MiB always; dense at {size.context:,}: {dense:.1f} MiB",
+                f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
+                f"calibration {calibration}",
+            ]
+        )
+
+
+def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
+    """Checks the request and the base checkpoint, and fills in what was left open.
+
+    Raises:
+        UsageError: the request cannot be carried out (family, sizes, OUT).
+        SparsekError: the checkpoint is damaged, or there is no room for it.
+    """
+    config = base.config()
+    model_type, layout = layout_of(config)
+    sizes = geometry(config, layout)
+    without_sliding_window(config, sizes.context)
+    topk, window = _slots(recipe, sizes.context)
+    out = Path(recipe.out or f"{base.name}-sparsek").expanduser()
+    out = Path(os.path.abspath(out))
+    _check_out(out, base.path, overwrite=recipe.overwrite)
+    shards = read_shards(base.path)
+    prefixed = _check_tensors(shards, layout, sizes)
+    parent = _existing(out)
+    linkable = not recipe.copy_base and all(
+        shard.path.stat().st_dev == parent.stat().st_dev for shard in shards
+    )
+    if not linkable:
+        _check_room(parent, sum(shard.bytes for shard in shards))
+    tokens, length = _calibration_size(recipe, sizes)
+    side = {path for pattern in _SIDE_FILES for path in base.path.glob(pattern) if path.is_file()}
+    return Plan(
+        base=base,
+        config=config,
+        out=out,
+        model_type=model_type,
+        layout=layout,
+        geometry=sizes,
+        prefixed=prefixed,
+        shards=shards,
+        side_files=sorted(side),
+        topk=topk,
+        window=window,
+        sinks=recipe.sinks,
+        linkable=linkable,
+        calibrate_tokens=tokens,
+        calibrate_length=length,
+        recipe=recipe,
+    )
+
+
+def _slots(recipe: ConvertRecipe, context: int) -> tuple[int, int]:
+    budget = max(context // _SHARE_OF_CONTEXT, _SMALLEST_BUDGET)
+    window = recipe.window or min(_DEFAULT_WINDOW, budget // 2)
+    return recipe.topk or max(1, budget - window - recipe.sinks), window
+
+
+def _calibration_size(recipe: ConvertRecipe, sizes: Geometry) -> tuple[int, int]:
+    if recipe.calibrate == "none":
+        return 0, 0
+    length = recipe.calibrate_length or _CALIBRATION_LENGTH
+    if length > sizes.context:
+        if recipe.calibrate_length:
+            raise UsageError(
+                f"calibrate_length {length} is longer than the model's context {sizes.context}",
+                hint=f"give at most {sizes.context}",
+            )
+        length = sizes.context
+    tokens = recipe.calibrate_tokens
+    if tokens is None:
+        tokens = min(max(_ROWS_PER_FEATURE * sizes.hidden, _LEAST_TOKENS), _MOST_TOKENS)
+    return max(tokens // length, 8) * length, length
+
+
+def _check_out(out: Path, base: Path, *, overwrite: bool) -> None:
+    inside = out.resolve() == base.resolve() or base.resolve().is_relative_to(out.resolve())
+    if inside:
+        raise UsageError(
+            f"OUT '{out}' is, or holds, the base model", hint="name another folder as OUT"
+        )
+    if out.is_file():
+        raise UsageError(f"OUT '{out}' is a file", hint="name a folder that does not exist yet")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise UsageError(
+            f"OUT '{out}' exists", hint="add --overwrite to replace it, or name another folder"
+        )
+    if not (out / "config.json").is_file():
+        raise UsageError(
+            f"OUT '{out}' does not look like a checkpoint and is not replaced",
+            hint="remove it yourself, or name another folder",
+        )
+
+
+def _existing(path: Path) -> Path:
+    """The nearest folder above `path` that exists; OUT's parents are made when writing."""
+    return next(parent for parent in path.parents if parent.is_dir())
+
+
+def _check_room(parent: Path, needed: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise SparsekError(
+            f"not enough space in {parent}: {needed / 2**30:.1f} GiB needed, "
+            f"{free / 2**30:.1f} GiB free",
+            hint="free some space, or choose OUT on the base's filesystem so that it can be linked",
+        )
+
+
+def _check_tensors(shards: list[Shard], layout: Layout, sizes: Geometry) -> bool:
+    """Whether names carry the prefix; every layer's attention tensors must be there."""
+    names = {name for shard in shards for name in shard.tensors}
+    prefixed = any(name.startswith(f"{layout.prefix}.") for name in names)
+    for layer in range(sizes.layers):
+        for projection in layout.projections:
+            name = f"{layout.attention_path(layer)}.{projection}"
+            if not prefixed:
+                name = name.removeprefix(f"{layout.prefix}.")
+            if name not in names:
+                raise SparsekError(
+                    f"the checkpoint lacks {name}, which its config.json promises",
+                    hint="download or save the checkpoint again",
+                )
+    return prefixed

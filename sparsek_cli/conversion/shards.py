@@ -1,0 +1,168 @@
+"""Base checkpoints as they lie on disk: headers, lengths, index, and a streamed look for NaN.
+
+Only headers are parsed; tensor bytes are read through one small buffer, never mapped, so that
+memory stays flat whatever the size of the model.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparsek_cli.errors import SparsekError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# The safetensors format allows headers up to 100 MB; a larger number means garbage.
+_LONGEST_HEADER = 100_000_000
+_AGAIN = "download or save the checkpoint again"
+_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_BUFFER = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor of a shard: safetensors dtype name, shape, byte range in the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: where it is, its bytes, and what its header lists."""
+
+    path: Path
+    bytes: int
+    tensors: dict[str, TensorEntry] = field(repr=False)
+
+
+def read_shard(path: Path) -> Shard:
+    """Parses a safetensors header and checks it against the file's length.
+
+    Raises:
+        SparsekError: the file is corrupt or shorter (or longer) than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length > _LONGEST_HEADER or length < 2:
+            raise SparsekError(f"corrupt safetensors file: {path}", hint=_AGAIN)
+        if 8 + length > size:
+            raise SparsekError(
+                f"truncated shard: {path} ends inside its header ({size:,} bytes)", hint=_AGAIN
+            )
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        tensors = {
+            name: TensorEntry(
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+                8 + length + entry["data_offsets"][1],
+            )
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise SparsekError(f"corrupt safetensors file: {path}", hint=_AGAIN) from error
+    expected = max((entry.end for entry in tensors.values()), default=8 + length)
+    if size < expected:
+        raise SparsekError(
+            f"truncated shard: {path} has {size:,} of {expected:,} bytes", hint=_AGAIN
+        )
+    if size > expected:
+        raise SparsekError(
+            f"corrupt safetensors file: {path} has {size - expected:,} bytes too many", hint=_AGAIN
+        )
+    return Shard(path, size, tensors)
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The shards of a checkpoint folder in the order of their names.
+
+    Raises:
+        SparsekError: no safetensors weights, a shard that the index names is missing, a tensor
+            that the index names is not where it says, or a shard is damaged.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        single = folder / SINGLE
+        if single.is_file():
+            return [read_shard(single)]
+        raise SparsekError(_no_weights(folder), hint=_weights_hint(folder))
+    try:
+        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SparsekError(f"corrupt index: {index}", hint=_AGAIN) from error
+    for name in names:
+        if Path(name).name != name:
+            raise SparsekError(f"{index} names a file outside its folder: {name}", hint=_AGAIN)
+        if not (folder / name).is_file():
+            raise SparsekError(f"{index.name} names {name}, which is missing", hint=_AGAIN)
+    shards = [read_shard(folder / name) for name in names]
+    held = {shard.path.name: shard.tensors for shard in shards}
+    for tensor, name in weight_map.items():
+        if tensor not in held[name]:
+            raise SparsekError(
+                f"{index.name} expects {tensor} in {name}, which does not hold it", hint=_AGAIN
+            )
+    return shards
+
+
+def _no_weights(folder: Path) -> str:
+    return f"no safetensors weights in {folder}"
+
+
+def _weights_hint(folder: Path) -> str:
+    if any(folder.glob("*.bin")):
+        return "pickled weights are not read; load and `save_pretrained` them once as safetensors"
+    return f"expected {SINGLE} or {INDEX}"
+
+
+def find_nan(
+    shards: list[Shard], *, limit: int, advance: Callable[[int], None] = lambda done: None
+) -> bool:
+    """Looks for NaN in every floating tensor, shard by shard, through one buffer of 16 MB.
+
+    Args:
+        shards: what to read.
+        limit: bytes to read at most; beyond it each tensor is sampled in evenly spaced buffers.
+        advance: called with the number of bytes just read.
+
+    Returns:
+        Whether every byte was read (False: sampled).
+
+    Raises:
+        SparsekError: a tensor holds NaN; the message names it and its file.
+    """
+    import torch
+
+    total = sum(shard.bytes for shard in shards)
+    stride = max(1, -(-total // limit))
+    buffer = bytearray(_BUFFER)
+    view = memoryview(buffer)
+    for shard in shards:
+        with shard.path.open("rb", buffering=0) as file:
+            for name, entry in shard.tensors.items():
+                if entry.dtype not in _FLOATS:
+                    continue
+                dtype = getattr(torch, _FLOATS[entry.dtype])
+                for start in range(entry.start, entry.end, _BUFFER * stride):
+                    file.seek(start)
+                    count = file.readinto(view[: min(_BUFFER, entry.end - start)])
+                    values = torch.frombuffer(buffer, dtype=dtype, count=count // dtype.itemsize)
+                    # aminmax propagates NaN and is several times faster than isnan().any().
+                    if values.numel() and torch.aminmax(values).max.isnan():
+                        raise SparsekError(
+                            f"NaN weights: {name} in {shard.path.name}",
+                            hint="the checkpoint is damaged; " + _AGAIN,
+                        )
+                    advance(count)
+    return stride == 1

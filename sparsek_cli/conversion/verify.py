@@ -1,0 +1,194 @@
+"""Checks of a written checkpoint before it takes its name.
+
+Always: every file and tensor is where the index says, the base's bytes are the base's, the cache
+has the size of the formula, and attention with topk >= length equals dense attention in this
+model's geometry. Then the logits: of the whole model where it is small, of its first two layers
+where calibration has imported transformers anyway. A large uncalibrated model is left at the
+first four: its base files are the same bytes, and importing transformers alone takes longer than
+the rest of the conversion.
+"""
+
+import filecmp
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.shards import read_shards
+from sparsek_cli.conversion.write import SCORERS, Written
+from sparsek_cli.errors import SparsekError
+
+# Largest base, in bytes, whose logits are compared whole.
+SMALL_MODEL = 256 * 2**20
+_LAYERS_OF_LARGE = 2
+# float32 on CPU; differences come from another order of summation only.
+_TOLERANCE = 1e-3
+_BUG = "please report this with the model's name; nothing was written"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What was checked.
+
+    Attributes:
+        tensors: tensors found.
+        logits: "all layers", "first 2 layers" or "not compared".
+        logit_difference: largest absolute difference to the dense model, relative to the largest
+            logit; None when not compared.
+        kv_bytes: bytes of keys and values of one sequence.
+    """
+
+    tensors: int
+    logits: str
+    logit_difference: float | None
+    kv_bytes: int
+
+    def text(self) -> str:
+        if self.logit_difference is None:
+            return (
+                f"{self.tensors} tensors found, base bytes identical; logits not compared "
+                "(`sparsek doctor OUT` does)"
+            )
+        return (
+            f"{self.tensors} tensors found, base bytes identical; logits equal the dense model's "
+            f"({self.logits}, largest relative difference {self.logit_difference:.1e})"
+        )
+
+
+def verify(plan: Plan, folder: Path, written: Written) -> Verified:
+    """Runs every check on the staged `folder`.
+
+    Raises:
+        SparsekError: something is not as it must be.
+    """
+    tensors = _check_tensors(plan, folder)
+    _check_base_bytes(plan, folder, written)
+    _check_operator(plan)
+    kv_bytes = _check_cache_bytes(plan)
+    if plan.base_bytes <= SMALL_MODEL:
+        layers, label = plan.geometry.layers, "all layers"
+    elif plan.calibrate_tokens:
+        layers = min(_LAYERS_OF_LARGE, plan.geometry.layers)
+        label = f"first {layers} layers"
+    else:
+        return Verified(tensors, "not compared", None, kv_bytes)
+    difference = _logit_difference(plan, folder, layers)
+    if not difference <= _TOLERANCE:
+        raise SparsekError(
+            f"verification failed: logits differ from the dense model's by {difference:.1e}",
+            hint=_BUG,
+        )
+    return Verified(tensors, label, difference, kv_bytes)
+
+
+def _check_tensors(plan: Plan, folder: Path) -> int:
+    held = {name: entry for shard in read_shards(folder) for name, entry in shard.tensors.items()}
+    for shard in plan.shards:
+        for name, entry in shard.tensors.items():
+            if name not in held or held[name].shape != entry.shape:
+                raise SparsekError(f"verification failed: {name} is not in OUT", hint=_BUG)
+    heads, hidden = plan.geometry.kv_heads, plan.geometry.hidden
+    shapes = {"weight": (heads, hidden), "bias": (heads,), "slopes": (heads,)}
+    for layer in range(plan.geometry.layers):
+        for part, shape in shapes.items():
+            name = f"{plan.scorer_path(layer)}.{part}"
+            if name not in held or held[name].shape != shape:
+                raise SparsekError(f"verification failed: {name} is not in {SCORERS}", hint=_BUG)
+    return len(held)
+
+
+def _check_base_bytes(plan: Plan, folder: Path, written: Written) -> None:
+    for number, (shard, means) in enumerate(zip(plan.shards, written.means, strict=True), start=1):
+        path = folder / f"base-{number:05}.safetensors"
+        if means == "hard link":
+            same = path.samefile(shard.path)
+        elif means == "reflink":
+            same = path.stat().st_size == shard.bytes
+        else:
+            same = filecmp.cmp(path, shard.path.resolve(), shallow=False)
+        if not same:
+            raise SparsekError(
+                f"verification failed: {path.name} differs from {shard.path}",
+                hint="the base changed meanwhile, or the disk is failing; run it again",
+            )
+
+
+def _check_operator(plan: Plan) -> None:
+    import torch
+    from sparsek_kernels import sparsek_attention
+
+    size = plan.geometry
+    tokens = min(32, plan.topk)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, heads, tokens, size.head_dim, generator=generator)
+        for heads in (size.heads, size.kv_heads, size.kv_heads)
+    )
+    scores = torch.randn(1, size.kv_heads, tokens, generator=generator)
+    out = sparsek_attention(q, k, v, scores, topk=plan.topk, window=plan.window)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, is_causal=True, enable_gqa=True
+    )
+    if not torch.allclose(out, dense, atol=1e-4):
+        raise SparsekError(
+            "verification failed: attention with topk >= length differs from dense attention",
+            hint="run `sparsek doctor`; nothing was written",
+        )
+
+
+def _check_cache_bytes(plan: Plan) -> int:
+    import torch
+    from sparsek_kernels import SparseKState
+
+    size = plan.geometry
+    half = size.dtype not in ("float32", "float")
+    state = SparseKState.empty(
+        1,
+        size.kv_heads,
+        size.head_dim,
+        topk=plan.topk,
+        window=plan.window,
+        sinks=plan.sinks,
+        dtype=torch.bfloat16 if half else torch.float32,
+        device="cpu",
+    )
+    held = size.layers * sum(x.numel() * x.element_size() for x in (state.keys, state.values))
+    expected = plan.cache_bytes(0, dense=False)
+    if held != expected:
+        raise SparsekError(
+            f"verification failed: the cache holds {held:,} bytes, the formula says {expected:,}",
+            hint=_BUG,
+        )
+    return held
+
+
+def _logit_difference(plan: Plan, folder: Path, layers: int) -> float:
+    """Largest logit difference to the base over the largest logit, float32 on the CPU."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401  (registers the converted classes)
+
+    def load(path: Path, **extra: Any) -> Any:
+        config = AutoConfig.from_pretrained(path)
+        config.num_hidden_layers = layers
+        if getattr(config, "sparsek", None) and isinstance(config.sparsek["topk"], list):
+            config.sparsek["topk"] = config.sparsek["topk"][:layers]
+        # Types of the layers that are left out would make the config contradict itself.
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[:layers]
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, config=config, dtype=torch.float32, output_loading_info=True, **extra
+        )
+        if info["missing_keys"] or info["mismatched_keys"]:
+            names = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
+            raise SparsekError(f"verification failed: {names[0]} was not loaded", hint=_BUG)
+        return model.eval()
+
+    tokens = min(48, plan.budget, plan.geometry.context)
+    vocabulary = plan.config.get("vocab_size", 256)
+    ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        dense = load(plan.base.path, attn_implementation="sdpa")(ids, use_cache=False).logits
+        converted = load(folder)(ids, use_cache=False).logits
+    return float((dense - converted).abs().max() / dense.abs().max())

@@ -1,0 +1,194 @@
+"""Writing a converted checkpoint: links to the base, one small file of scorers, and JSON."""
+
+import errno
+import importlib.util
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparsek_cli.conversion.card import model_card
+from sparsek_cli.conversion.layout import without_sliding_window
+from sparsek_cli.conversion.link import Means, link_or_copy
+from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.shards import INDEX
+from sparsek_cli.errors import SparsekError
+
+SCORERS = "sparsek.safetensors"
+RECIPE = "sparsek.yaml"
+CALIBRATION = "calibration.json"
+
+# Equal scores with any slope > 0 keep the newest tokens; this one is small beside real scores.
+NEUTRAL_SLOPE = 1e-3
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """One layer's scorer: weight [G, hidden], bias [G], slopes [G], all float32."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+    slopes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Written:
+    """How the base's files came along."""
+
+    means: tuple[Means, ...]
+    bytes_copied: int
+
+
+def neutral_scorers(plan: Plan) -> list[Scorer]:
+    """Scores 0 and a small recency slope: keeps the newest topk, a plain window until trained."""
+    heads, hidden = plan.geometry.kv_heads, plan.geometry.hidden
+    return [
+        Scorer(
+            np.zeros((heads, hidden), np.float32),
+            np.zeros(heads, np.float32),
+            np.full(heads, NEUTRAL_SLOPE, np.float32),
+        )
+        for _ in range(plan.geometry.layers)
+    ]
+
+
+def write_checkpoint(
+    plan: Plan, scorers: list[Scorer], folder: Path, report: Mapping[str, Any] | None = None
+) -> Written:
+    """Fills the empty `folder` with the converted checkpoint.
+
+    Args:
+        plan: what to convert.
+        scorers: one per layer.
+        folder: where; a staging folder, see staging.py.
+        report: what calibration measured, kept beside the weights.
+
+    Raises:
+        SparsekError: disk full or no permission.
+    """
+    try:
+        return _write(plan, scorers, folder, report)
+    except OSError as error:
+        raise _write_error(error, plan.out) from error
+
+
+def _write(
+    plan: Plan, scorers: list[Scorer], folder: Path, report: Mapping[str, Any] | None
+) -> Written:
+    from safetensors.numpy import save_file
+
+    weight_map: dict[str, str] = {}
+    means: list[Means] = []
+    copied = 0
+    for number, shard in enumerate(plan.shards, start=1):
+        name = f"base-{number:05}.safetensors"
+        means.append(link_or_copy(shard.path, folder / name, copy=plan.recipe.copy_base))
+        copied += shard.bytes if means[-1] == "copy" else 0
+        weight_map.update(dict.fromkeys(shard.tensors, name))
+    tensors = {
+        f"{plan.scorer_path(layer)}.{part}": np.ascontiguousarray(getattr(scorer, part))
+        for layer, scorer in enumerate(scorers)
+        for part in ("weight", "bias", "slopes")
+    }
+    save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
+    # safetensors makes private files; this one is as readable as its neighbours.
+    mode = (folder.stat().st_mode | 0o600) & 0o666
+    (folder / SCORERS).chmod(mode)
+    weight_map.update(dict.fromkeys(tensors, SCORERS))
+    total = sum(e.end - e.start for s in plan.shards for e in s.tensors.values())
+    total += sum(array.nbytes for array in tensors.values())
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(folder / "config.json", converted_config(plan))
+    remote = _remote_code()
+    (folder / remote.name).write_text(remote.text, encoding="utf-8")
+    for path in plan.side_files:
+        shutil.copyfile(path.resolve(), folder / path.name)
+    if report:
+        _write_json(folder / CALIBRATION, report)
+    (folder / RECIPE).write_text(_recipe_text(plan), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")
+    return Written(tuple(means), copied)
+
+
+def converted_config(plan: Plan) -> dict[str, Any]:
+    """config.json of the converted model: the base's, plus type, classes and `sparsek` block."""
+    module = Path(_remote_code().name).stem
+    base = plan.layout.causal_lm
+    stem = base.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    config = {k: v for k, v in plan.config.items() if not k.startswith("_attn_implementation")}
+    config.update(without_sliding_window(plan.config, plan.geometry.context))
+    config.update(
+        model_type=f"sparsek_{plan.model_type}",
+        architectures=[f"SparseK{base}"],
+        auto_map={
+            "AutoConfig": f"{module}.SparseK{stem}Config",
+            "AutoModel": f"{module}.SparseK{stem}Model",
+            "AutoModelForCausalLM": f"{module}.SparseK{base}",
+        },
+        sparsek={
+            "topk": plan.topk,
+            "window": plan.window,
+            "sinks": plan.sinks,
+            "gate": plan.recipe.gate,
+            "scorer": {"type": "linear"},
+        },
+    )
+    config[plan.layout.dropout] = 0.0
+    return config
+
+
+@dataclass(frozen=True)
+class _RemoteCode:
+    name: str
+    text: str
+
+
+def _remote_code() -> _RemoteCode:
+    """The file that `auto_map` names, from two small modules of sparsek_cli/models.
+
+    Importing them through their package would import transformers' modelling code: longer than
+    the whole conversion takes.
+    """
+    folder = Path(__file__).parents[1] / "models"
+
+    def load(name: str) -> Any:
+        spec = importlib.util.spec_from_file_location(f"_sparsek_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        # Dataclasses look their module up by name.
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        return module
+
+    return _RemoteCode(load("config").REMOTE_CODE_FILE, load("remote_code").remote_code_text())
+
+
+def _recipe_text(plan: Plan) -> str:
+    import yaml
+
+    head = "# What made this checkpoint; `sparsek convert --recipe sparsek.yaml` makes it again.\n"
+    return head + yaml.safe_dump(plan.resolved(), sort_keys=False, allow_unicode=True)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_error(error: OSError, out: Path) -> SparsekError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return SparsekError(
+            f"the disk is full while writing {out}",
+            hint="free some space, or choose OUT on the base's filesystem so that it can be linked",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return SparsekError(
+            f"no permission to write {error.filename or out}",
+            hint="check the permissions of OUT's parent and of the base's files",
+        )
+    return SparsekError(
+        f"cannot write {out}: {error}", hint="check the disk, or choose another OUT"
+    )

@@ -1,0 +1,55 @@
+"""The recipe of `sparsek convert`: every key, its type, default and meaning."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictInt
+
+# A number in quotes or with a fraction is a mistake here, not something to round.
+Count = Annotated[StrictInt, Field(ge=1)]
+
+
+class ConvertRecipe(BaseModel):
+    """Everything `sparsek convert` does, in one mapping."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+    model: str | None = Field(None, description="folder, short name or hub id of the base model")
+    out: str | None = Field(None, description="folder to write; default <name>-sparsek")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    topk: Count | None = Field(
+        None,
+        description="selected keys per KV head, a whole number >= 1; default: what window and "
+        "sinks leave of a sixteenth of the model's context",
+    )
+    window: Count | None = Field(
+        None,
+        description="newest tokens always seen, itself included, a whole number >= 1; default "
+        "128, less for short contexts",
+    )
+    sinks: Annotated[StrictInt, Field(ge=0)] = Field(
+        4, description="first tokens always seen, a whole number >= 0"
+    )
+    gate: Literal["straight_through", "log", "kv"] = Field(
+        "straight_through",
+        description="how scores enter attention: straight_through, log or kv (the paper's)",
+    )
+    calibrate: str = Field(
+        "auto",
+        description="text for the closed-form scorers: auto (generated, offline), none (neutral "
+        "scorers: a plain window until fine-tuned), a file or folder, or a hub dataset",
+    )
+    calibrate_tokens: PositiveInt | None = Field(
+        None, description="tokens of calibration text; default: by the model's width"
+    )
+    calibrate_length: Annotated[int, Field(ge=64)] | None = Field(
+        None, description="tokens per calibration sequence; default 4096, at most the context"
+    )
+    copy_base: bool = Field(
+        False, alias="copy", description="copy the base weights instead of linking them"
+    )
+    overwrite: bool = Field(False, description="replace `out` if it exists")
+    device: str = Field("auto", description="where calibration runs: auto, cpu, cuda, cuda:N, mps")
+    dtype: str = Field(
+        "auto", description="number format while calibrating: auto, bfloat16, float16, float32"
+    )
+    seed: int = Field(0, description="seed of the calibration text")
