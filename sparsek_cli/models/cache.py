@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sparsek_kernels import SparseKState
+from sparsek_kernels import SparseKState, cache_bytes
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sparsek_cli.errors import SparsekError
@@ -14,7 +14,6 @@ from sparsek_cli.models.config import (
     head_dim,
     kv_heads,
     layer_budget,
-    slots_per_layer,
 )
 
 
@@ -23,7 +22,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     Scores are not known where transformers calls `update`, so `update` only counts tokens and
     hands the new keys and values back; the attention function reads `state` and puts the advanced
-    one in its place. The state is replaced, never written in place.
+    one in its place. A state is consumed when it is advanced: copy.deepcopy a cache to keep it.
     """
 
     is_compileable = False
@@ -76,9 +75,9 @@ class SparseKCacheLayer(CacheLayerMixin):
         """Count the new tokens and return their keys and values [B, G, N, D] unchanged."""
         if self.state is None:
             self.lazy_initialization(key_states, value_states)
-        elif self.state.keys.shape[0] != key_states.shape[0]:
+        elif self.state.batch != key_states.shape[0]:
             raise SparsekError(
-                f"the cache holds {self.state.keys.shape[0]} sequences, the input has "
+                f"the cache holds {self.state.batch} sequences, the input has "
                 f"{key_states.shape[0]}",
                 hint="start a new cache, or call batch_repeat_interleave on this one",
             )
@@ -102,10 +101,6 @@ class SparseKCacheLayer(CacheLayerMixin):
         """No limit: any number of tokens may be fed."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """The name transformers before 5.20 gives `get_max_length`."""
-        return -1
-
     def reset(self) -> None:
         """Forget everything; the next update allocates anew."""
         self.state = None
@@ -114,19 +109,19 @@ class SparseKCacheLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes what row `beam_idx[i]` was."""
         if self.state is not None:
-            self.state = self.state.index_select(beam_idx.to(self.state.keys.device))
+            self.state = self.state.index_select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, copies side by side."""
         if self.state is not None:
-            rows = torch.arange(self.state.keys.shape[0], device=self.state.keys.device)
+            rows = torch.arange(self.state.batch, device=self.state.keys.device)
             self.state = self.state.index_select(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep only these rows."""
         if self.state is not None:
             device = self.state.keys.device
-            rows = torch.arange(self.state.keys.shape[0], device=device)
+            rows = torch.arange(self.state.batch, device=device)
             self.state = self.state.index_select(rows[indices.to(device)])
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -179,16 +174,22 @@ class SparseKCache(Cache):
     @property
     def batch_size(self) -> int:
         """Sequences held, or -1 before the first token."""
-        keys = self.layers[0].keys
-        return -1 if keys is None else keys.shape[0]
+        state = self.layers[0].state
+        return -1 if state is None else state.batch
 
 
 def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
-    """Bytes of keys and values that a `SparseKCache` keeps, by the formula 2 (s + k + w) D.
+    """Bytes a `SparseKCache` holds at any context: `SparseKCache.nbytes` equals it.
 
-    Positions, scores and counters (at most 24 bytes per slot) come on top in `SparseKCache.nbytes`.
+    Per slot: key, value, position and score; see `sparsek_kernels.cache_bytes`. Gates log and kv
+    keep some scores (no keys) beyond it.
     """
-    return 2 * batch * sum(slots_per_layer(config)) * head_dim(config) * dtype.itemsize
+    heads, size = kv_heads(config), head_dim(config)
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        budget = layer_budget(config, layer)
+        total += cache_bytes(batch, budget.topk, budget.window, budget.sinks, heads, size, dtype)
+    return total
 
 
 def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:

@@ -68,18 +68,6 @@ def layer_budget(config: Any, layer: int) -> LayerBudget:
     return LayerBudget(topk, block["window"], block["sinks"], block["gate"])
 
 
-def slots_per_layer(config: Any) -> list[int]:
-    """Cached pairs of each layer, summed over its KV heads: sum of (sinks + topk_g + window)."""
-    heads = kv_heads(config)
-    totals = []
-    for layer in range(config.num_hidden_layers):
-        budget = layer_budget(config, layer)
-        fixed = heads * (budget.window + budget.sinks)
-        selected = heads * budget.topk if isinstance(budget.topk, int) else sum(budget.topk)
-        totals.append(fixed + selected)
-    return totals
-
-
 def check_settings(settings: Mapping[str, Any], *, layers: int, heads: int) -> dict[str, Any]:
     """Validate a `sparsek` block and return it complete, as plain JSON values.
 

@@ -83,11 +83,10 @@ def test_cache_bytes_are_constant_and_known(sparse_model):
         model(torch.randint(4, 128, (2, tokens)), past_key_values=cache)
         sizes.append(cache.nbytes)
     assert len(set(sizes)) == 1
-    slots = (5 + 0 + 2 * 8) + (2 * 2 + 2 * 8)
-    pairs = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    formula = models.sparsek_cache_bytes(model.config, torch.float32, batch=2)
-    assert pairs == formula == 2 * 2 * slots * 8 * 4
-    assert sizes[0] - pairs <= 2 * slots * 24 + 2 * 2 * 64  # positions, scores, counters
+    # 2 rows * slots * (K and V of 8 floats, an int32 position, a float64 score) + an int64 count.
+    slots = [5 + 0 + 2 * 8, 2 * 2 + 2 * 8]
+    formula = sum(2 * (count * (2 * 8 * 4 + 4 + 8) + 8) for count in slots)
+    assert sizes[0] == formula == models.sparsek_cache_bytes(model.config, torch.float32, batch=2)
     # Dense: 2 (K and V) * 2 rows * 2 layers * 2 heads * 244 tokens * 8 * 4 bytes.
     dense = models.dense_cache_bytes(model.config, 244, torch.float32, batch=2)
     assert dense == 2 * 2 * 2 * 2 * 244 * 8 * 4
