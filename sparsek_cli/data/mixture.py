@@ -171,9 +171,9 @@ def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Calla
         from sparsek_cli.data.series import make_series
 
         return make_series(block.generator, tokenizer, **block.options)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UsageError(
-            f"data options of kind '{block.kind}': {error}", hint=f"see data/{block.kind}.py"
+            f"data options of kind '{block.kind}': {error}", hint="the settings are described in sparsek_cli/data"
         ) from error
 
 

@@ -154,7 +154,7 @@ class NeedleSource:
         if rng.random() < self.distractors:
             extra = int(rng.integers(1, 2 + min(8, length // 256)))
         tokens = max(length - 50 * asked - 8, 64 + 40 * (count + extra))
-        filler = self.filler if rng.random() >= self.generated else self._generated_filler(rng)
+        filler = self.filler if rng.random() >= self.generated else self._generated_filler()
         document = make_document(
             rng,
             filler,
@@ -223,9 +223,11 @@ class NeedleSource:
             ]
         return pieces
 
-    def _generated_filler(self, rng: np.random.Generator) -> Filler:
+    def _generated_filler(self) -> Filler:
         if self._generated is None:
-            self._generated = Filler.from_documents([generated_text(rng, 4000)], self.tokenizer)
+            # A generator of its own: what a document holds must not depend on earlier calls.
+            text = generated_text(np.random.default_rng(0), 4000)
+            self._generated = Filler.from_documents([text], self.tokenizer)
         return self._generated
 
 

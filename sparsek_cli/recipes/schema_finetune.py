@@ -102,12 +102,12 @@ class TextSource(SourceBlock):
 
 
 class NeedleBlock(SourceBlock):
-    """Facts hidden in filler text and questions about them (data/needles.py)."""
+    """Facts hidden in filler text and questions about them (data/needle_source.py)."""
 
     kind: Literal["needles"] = Field(description="text | needles | copies | series")
     filler: str = Field(description="name of the text source that the filler comes from")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="settings of the generator, see data/needles.py"
+        default_factory=dict, description="settings of data/needle_source.py"
     )
     document_length: PositiveInt | None = Field(
         None, description="tokens per document, several packed per sequence; default: one"

@@ -128,6 +128,8 @@ def finetune(
     )  # fmt: skip
     checkpoint = _checkpoint(recipe, part, resume)
     args.eval_on_start = start is not None and checkpoint is None
+    if recipe.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     if recipe.compile:
         decoder_of(model).compile()
     attach(model, objective, teacher_context(model, tuner))

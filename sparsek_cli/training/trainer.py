@@ -210,8 +210,6 @@ def training_arguments(
         optim="adamw_torch" if cpu else "adamw_torch_fused",
         bf16=bf16,
         use_cpu=cpu,
-        gradient_checkpointing=recipe.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="steps" if evaluates else "no",
         eval_steps=recipe.evaluation.every if evaluates else None,
         save_strategy="steps" if recipe.save_steps else "no",
