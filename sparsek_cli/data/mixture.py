@@ -173,7 +173,8 @@ def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Calla
         return make_series(block.generator, tokenizer, **block.options)
     except (TypeError, ValueError) as error:
         raise UsageError(
-            f"data options of kind '{block.kind}': {error}", hint="the settings are described in sparsek_cli/data"
+            f"data options of kind '{block.kind}': {error}",
+            hint="the settings are described in sparsek_cli/data",
         ) from error
 
 
