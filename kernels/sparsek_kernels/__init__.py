@@ -1,1 +1,15 @@
 """SparseK attention: operator, prefix selection, attention, decode."""
+
+from sparsek_kernels.attention import GATES, sparsek_attention
+from sparsek_kernels.operator import sparsek
+from sparsek_kernels.scores import effective_scores
+from sparsek_kernels.state import SparseKState, cache_bytes
+
+__all__ = [
+    "GATES",
+    "SparseKState",
+    "cache_bytes",
+    "effective_scores",
+    "sparsek",
+    "sparsek_attention",
+]

@@ -1,0 +1,210 @@
+"""sparsek_attention: the one function that models call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparsek_kernels import keys as key_lists
+from sparsek_kernels.rows import pack, row_groups
+from sparsek_kernels.scores import effective_scores
+from sparsek_kernels.state import SlotLayout, SparseKState, topk_per_head
+
+GATES = ("straight_through", "log", "kv")
+
+
+def sparsek_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    *,
+    topk: int | Sequence[int],
+    window: int,
+    sinks: int = 0,
+    slopes: Tensor | None = None,
+    gate: str = "straight_through",
+    cu_seqlens: Tensor | None = None,
+    state: SparseKState | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, SparseKState]:
+    """Causal attention to sinks, a window and the k best-scored earlier keys (arXiv 2406.16747).
+
+    Query t sees, in one softmax: the first `sinks` tokens, the `window` latest ones (itself
+    included) and, of the candidates s <= j <= t - w, the `topk` best by (u_j + slope * j, then
+    the earlier token). Time O(N (k + w)), memory O(N). topk >= N is dense causal attention.
+
+    Differentiable once in q, k, v, scores and slopes. Keys carried in by `state` are constants;
+    under `straight_through` a state that has seen tokens keeps no tau, so scores and slopes
+    then get no gradient.
+
+    Args:
+        q: [B, H, N, D], fp64, fp32, bf16 or fp16. Computed in fp32, or fp64 for fp64.
+        k, v: [B, G, N, D] with H a multiple of G, q's dtype.
+        scores: [B, G, N] u_j, any floating dtype, finite; compared in float64.
+        topk: k >= 0, or one per KV head. 0 leaves window and sinks.
+        window: w >= 1.
+        sinks: s >= 0.
+        slopes: [G] or None, added as slope * position.
+        gate: `straight_through` (plain softmax; gates only in the gradient), `log` (log m added
+            to the logits) or `kv` (the paper's: m scales key and value rows).
+        cu_seqlens: [docs + 1] bounds of documents packed along N (B must be 1); prefixes, sinks
+            and windows restart at each. With a state, one row of the state per document, and
+            empty documents are allowed.
+        state: what earlier calls kept. It is consumed: use the returned one, clone() to keep it.
+        scale: default 1 / sqrt(D).
+        backend: `pytorch`, `triton`, or None to choose by device.
+
+    Returns:
+        [B, H, N, D] in q's dtype; with a state, (that, the new state).
+
+    Raises:
+        ValueError, TypeError: the arguments do not fit together; nothing was computed.
+    """
+    layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    options = dict(
+        layout=layout, slopes=slopes, gate=gate, scale=scale, backend=_backend(backend, q)
+    )
+    if cu_seqlens is None:
+        out, new = _attend_rows(q, k, v, scores, None, state, **options)
+        return out if state is None else (out, new)
+
+    groups = row_groups(cu_seqlens, q.shape[2])
+    documents = cu_seqlens.numel() - 1
+    outputs, states, order = [], [], []
+    for group in groups:
+        part = None if state is None else state.index_select(group.documents)
+        rows = [group.gather(x) for x in (q, k, v, scores)]
+        out, part = _attend_rows(*rows, group.lengths, part, **options)
+        outputs.append(out)
+        states.append(part)
+        order.append(group.documents)
+    out = pack(groups, outputs) if groups else torch.zeros_like(q)
+    if state is None:
+        return out
+    return out, _join(state, states, order, documents)
+
+
+def _join(
+    old: SparseKState, states: list[SparseKState], order: list[Tensor], documents: int
+) -> SparseKState:
+    """Rows of the groups' states in document order; empty documents keep their old row."""
+    if not states:
+        return old
+    done = torch.cat(order)
+    idle = torch.ones(documents, dtype=torch.bool, device=done.device)
+    idle[done] = False
+    rest = idle.nonzero()[:, 0]
+    if rest.numel():
+        kept = old.index_select(rest)
+        if kept.support is None and states[0].support is not None:
+            shape = (rest.numel(), old.layout.heads)
+            kept.support = states[0].support.new_empty(*shape, 0)
+            kept.tau = states[0].tau.new_full(shape, -torch.inf)
+        states, done = [*states, kept], torch.cat([done, rest])
+    return SparseKState.cat(states).index_select(done.argsort())
+
+
+def _attend_rows(
+    q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, gate, scale, backend
+):
+    """One call on rows [B, ..., N]; `lengths` [B] int64 or None where all N tokens are real."""
+    batch, _, n, _ = q.shape
+    with torch.no_grad():
+        positions = torch.arange(n, device=q.device).expand(batch, -1)
+        if state is not None:
+            positions = positions + state.seen[:, None]
+    effective = effective_scores(scores, slopes, positions)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, effective))
+    if n == 0:
+        return torch.zeros_like(q), state
+    if state is not None and n == 1 and lengths is None and not grad and gate == GATES[0]:
+        state.support = state.tau = None
+        backend.insert(state, k[:, :, 0], v[:, :, 0], effective[:, :, 0])
+        return backend.decode(q, state, scale=scale), state
+
+    keys = key_lists.list_keys(k, v, effective, positions, layout, state)
+    soft = _needs_tau(gate, effective, state)
+    with torch.no_grad():
+        end = key_lists.select(keys, layout)
+        tau = counts = None
+        if soft:
+            tau, counts = key_lists.thresholds(keys, layout, state)
+    out = backend.attend(
+        q, keys.keys, keys.values, keys.effective, end,
+        base=keys.base, window=layout.window, gate=gate, scale=scale, tau=tau, counts=counts,
+    )  # fmt: skip
+    if state is None:
+        return out, None
+    with torch.no_grad():
+        if lengths is None:
+            lengths = torch.full((batch,), n, device=q.device)
+        kept = tau if gate != GATES[0] else None
+        return out, key_lists.next_state(keys, layout, end, lengths, state, kept)
+
+
+def _needs_tau(gate: str, effective: Tensor, state: SparseKState | None) -> bool:
+    carried = state is not None and bool(state.seen.any())
+    if gate == GATES[0]:
+        return torch.is_grad_enabled() and effective.requires_grad and not carried
+    if carried and state.support is None:
+        raise ValueError(
+            f"gate {gate!r} needs the thresholds of the tokens already seen, "
+            "and this state was filled under gate 'straight_through'"
+        )
+    return True
+
+
+def _backend(name: str | None, q: Tensor):
+    if name not in (None, "pytorch"):
+        raise ValueError(f"backend must be None or 'pytorch', got {name!r}")
+    from sparsek_kernels import pytorch
+
+    return pytorch
+
+
+def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state) -> SlotLayout:
+    for name, x, dims in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("scores", scores, 3)):
+        if not torch.is_tensor(x) or not x.is_floating_point():
+            raise TypeError(f"{name} must be a floating-point tensor")
+        if x.dim() != dims:
+            raise ValueError(f"{name} must have {dims} dimensions, got shape {tuple(x.shape)}")
+    batch, heads, n, dim = q.shape
+    groups = k.shape[1]
+    if k.shape != (batch, groups, n, dim) or v.shape != k.shape:
+        raise ValueError(
+            f"k and v must be [B, G, N, D] like q {tuple(q.shape)}, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if scores.shape != (batch, groups, n):
+        raise ValueError(f"scores must be {(batch, groups, n)}, got {tuple(scores.shape)}")
+    if groups == 0 or heads % groups:
+        raise ValueError(f"{heads} query heads cannot share {groups} KV heads")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise TypeError(f"q, k and v must share a dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, value, least in (("window", window, 1), ("sinks", sinks, 0)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if slopes is not None and slopes.shape != (groups,):
+        raise ValueError(f"slopes must be [{groups}], got {tuple(slopes.shape)}")
+    if gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {gate!r}")
+    layout = SlotLayout(topk_per_head(topk, groups), window, sinks)
+    if cu_seqlens is not None and batch != 1:
+        raise ValueError(f"cu_seqlens packs documents into one row, got batch {batch}")
+    if state is not None:
+        rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
+        if state.batch != rows:
+            raise ValueError(f"the state has {state.batch} rows, the call has {rows}")
+        if state.layout != layout:
+            raise ValueError(f"the state was made for {state.layout}, the call asks {layout}")
+        if state.keys.shape[-1] != dim or state.keys.dtype != q.dtype:
+            raise ValueError("the state's head size or dtype is not that of q, k and v")
+    return layout

@@ -1,0 +1,1 @@
+"""N x N and sequential twins in plain PyTorch and Python: references for tests, nothing else."""

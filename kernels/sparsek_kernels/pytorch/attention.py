@@ -1,0 +1,275 @@
+"""Sparse attention by tiles of queries against gathered keys, with its own backward."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparsek_kernels.pytorch.blocks import BlockLists, block_lists
+from sparsek_kernels.thresholds import interior_runs
+
+BLOCK = 128
+# Logits held at once: what stays in a CPU's caches, or keeps an accelerator busy.
+LOGITS_CPU = 1 << 20
+LOGITS_DEVICE = 1 << 25
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclasses.dataclass
+class _Tiles:
+    """One step of work: some tiles, their keys and what each query sees of them."""
+
+    span: slice
+    index: Tensor  # [T * W] int64 into flattened keys
+    visible: Tensor  # [T, 1, Bq, W] bool
+    gated: Tensor | None  # visible as a selected key, not by window [T, 1, Bq, W]
+    effective: Tensor | None  # [T, 1, 1, W] float64
+    tau: Tensor | None  # [T, 1, Bq, 1] float64
+
+    def gate(self, dtype: torch.dtype) -> Tensor:
+        """m = clip(e - tau, 0, 1) on selected keys, 1 on window and sinks."""
+        m = (self.effective - self.tau).clamp(0, 1)
+        return torch.where(self.gated, m, 1.0).to(dtype)
+
+    def interior(self) -> Tensor:
+        """Selected keys through which tau and the score carry gradient."""
+        e = self.effective
+        return self.gated & (e > self.tau) & (e - 1 < self.tau)
+
+
+class _Plan:
+    """The tiling of one call: shapes, key lists, and the walk over steps."""
+
+    def __init__(self, q: Tensor, keys: Tensor, end: Tensor, base: int, window: int):
+        self.batch, self.heads, self.n, self.dim = q.shape
+        self.groups, self.m = keys.shape[1:3]
+        self.rep = self.heads // self.groups
+        self.rows = self.batch * self.groups
+        self.block = min(BLOCK, self.n)
+        self.base, self.window = base, window
+        self.end = end.reshape(self.rows, self.m)
+        self.lists: BlockLists = block_lists(
+            self.end, n=self.n, base=base, window=window, block=self.block
+        )
+        self.blocks = self.lists.blocks
+        self.pad = self.blocks * self.block - self.n
+
+    def to_tiles(self, x: Tensor) -> Tensor:
+        """[B, H, N, ...] -> [tiles, rep, Bq, ...]."""
+        tail = x.shape[3:]
+        if self.pad:
+            x = torch.cat([x, x.new_zeros(*x.shape[:2], self.pad, *tail)], 2)
+        x = x.reshape(self.rows, self.rep, self.blocks, self.block, *tail)
+        return x.transpose(1, 2).reshape(self.rows * self.blocks, self.rep, self.block, *tail)
+
+    def from_tiles(self, x: Tensor) -> Tensor:
+        """[tiles, rep, Bq, ...] -> [B, H, N, ...]."""
+        tail = x.shape[3:]
+        x = x.reshape(self.rows, self.blocks, self.rep, self.block, *tail).transpose(1, 2)
+        x = x.reshape(self.batch, self.heads, self.blocks * self.block, *tail)
+        return x[:, :, : self.n].contiguous() if self.pad else x
+
+    def pad_rows(self, x: Tensor, value: float) -> Tensor:
+        """[R, N] -> [tiles, Bq]."""
+        x = torch.nn.functional.pad(x, (0, self.pad), value=value)
+        return x.reshape(self.rows * self.blocks, self.block)
+
+    def steps(self, effective: Tensor | None, tau: Tensor | None):
+        """Yield _Tiles that cover all tiles, each step within the logit budget."""
+        device = self.end.device
+        budget = LOGITS_CPU if device.type == "cpu" else LOGITS_DEVICE
+        tiles = self.rows * self.blocks
+        near = self.block + self.window - 1
+        tau = self.pad_rows(tau, 0.0) if tau is not None else None
+        end, first = self.end.flatten(), 0
+        inside = torch.arange(self.block, device=device)
+        while first < tiles:
+            last, width = first, 0
+            while last < tiles:
+                width = max(width, near + self.lists.widths[last])
+                if last > first and (last + 1 - first) * width * self.block * self.rep > budget:
+                    break
+                last += 1
+            index, real = self.lists.columns(first, last)
+            number = torch.arange(first, last, device=device)
+            flat = index + (number // self.blocks * self.m)[:, None]
+            query = (number % self.blocks * self.block)[:, None] + inside
+            query = query[:, None, :, None]
+            joins = (index - self.base)[:, None, None, :]
+            stop = end[flat].masked_fill(~real, -1)[:, None, None, :]
+            visible = (query < stop) & (query >= joins - self.window)
+            gated = e = t = None
+            if tau is not None:
+                gated = visible & (query >= joins)
+                e = effective.flatten()[flat][:, None, None, :]
+                t = tau[first:last, None, :, None]
+            yield _Tiles(slice(first, last), flat.flatten(), visible, gated, e, t)
+            first = last
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, keys, values, effective, end, tau, counts, base, window, gate, scale):
+        plan = _Plan(q, keys, end, base, window)
+        dtype = compute_dtype(q.dtype)
+        tiles = plan.to_tiles(q)
+        flat_k, flat_v = keys.reshape(-1, plan.dim), values.reshape(-1, plan.dim)
+        out = torch.empty_like(tiles)
+        logsum = torch.empty(tiles.shape[:3], dtype=dtype, device=q.device)
+        soft = gate != "straight_through"
+        for step in plan.steps(effective if soft else None, tau if soft else None):
+            logits, m = _logits(step, tiles, flat_k, scale, gate, dtype)
+            part = logits.logsumexp(-1)
+            # A query beyond the end of the sequence may see nothing at all.
+            part = part.masked_fill(part == -torch.inf, 0)
+            weights = logits.sub_(part[..., None]).exp_()
+            if gate == "kv":
+                weights *= m
+            v = _take(flat_v, step, dtype)
+            out[step.span] = _rows(weights).bmm(v).view_as(out[step.span]).to(q.dtype)
+            logsum[step.span] = part
+        out = plan.from_tiles(out)
+        ctx.save_for_backward(q, keys, values, effective, end, tau, counts, out, logsum)
+        ctx.settings = (base, window, gate, scale)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out):
+        q, keys, values, effective, end, tau, counts, out, logsum = ctx.saved_tensors
+        base, window, gate, scale = ctx.settings
+        plan = _Plan(q, keys, end, base, window)
+        dtype = compute_dtype(q.dtype)
+        wants_scores = ctx.needs_input_grad[3] and tau is not None
+        tiles, grads = plan.to_tiles(q), plan.to_tiles(grad_out)
+        delta = plan.to_tiles((out.to(dtype) * grad_out.to(dtype)).sum(-1))
+        flat_k, flat_v = keys.reshape(-1, plan.dim), values.reshape(-1, plan.dim)
+        dq = torch.empty_like(tiles)
+        dk = torch.zeros(flat_k.shape, dtype=dtype, device=q.device)
+        dv = torch.zeros_like(dk)
+        if wants_scores:
+            de = torch.zeros(plan.rows * plan.m, dtype=torch.float64, device=q.device)
+            dm_sum = torch.zeros(tiles.shape[0], plan.block, dtype=torch.float64, device=q.device)
+        soft = gate != "straight_through" or wants_scores
+        for step in plan.steps(effective if soft else None, tau if soft else None):
+            raw, logits, m = _logits(step, tiles, flat_k, scale, gate, dtype, keep_raw=True)
+            weights = logits.sub_(logsum[step.span, ..., None]).exp_()
+            go = grads[step.span].to(dtype).flatten(1, 2)
+            v = _take(flat_v, step, dtype)
+            p = go.bmm(v.transpose(1, 2)).view_as(weights)
+            d = delta[step.span, ..., None]
+            dm = None
+            if gate == "kv":
+                g = weights * (m * p - d)
+                if wants_scores:
+                    dm = weights * p + raw * g
+                ds = m * g
+                weights = weights * m
+            else:
+                ds = weights * (p - d)
+                if wants_scores:
+                    dm = ds
+                    if gate == "log":
+                        bare = (raw - logsum[step.span, ..., None]).exp()
+                        dm = bare.masked_fill_(~(step.visible & (m > 0)), 0) * (p - d)
+            ds3 = _rows(ds)
+            qs = tiles[step.span].to(dtype).flatten(1, 2)
+            k = _take(flat_k, step, dtype)
+            dq[step.span] = (ds3.bmm(k) * scale).view_as(dq[step.span]).to(q.dtype)
+            dk.index_add_(0, step.index, (ds3.transpose(1, 2).bmm(qs) * scale).flatten(0, 1))
+            dv.index_add_(0, step.index, _rows(weights).transpose(1, 2).bmm(go).flatten(0, 1))
+            if wants_scores:
+                dm = dm.to(torch.float64).sum(1, keepdim=True).masked_fill_(~step.interior(), 0)
+                de.index_add_(0, step.index, dm.sum(2).flatten())
+                dm_sum[step.span] = dm.sum(3).squeeze(1)
+        grad_e = None
+        if wants_scores:
+            grad_e = _score_gradient(plan, de, dm_sum, effective, tau, counts)
+        return (
+            plan.from_tiles(dq),
+            dk.view(keys.shape).to(keys.dtype),
+            dv.view(values.shape).to(values.dtype),
+            grad_e,
+            *(None,) * 7,
+        )
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(1, 2)
+
+
+def _take(flat: Tensor, step: _Tiles, dtype: torch.dtype) -> Tensor:
+    tiles = step.visible.shape[0]
+    return flat.index_select(0, step.index).to(dtype).view(tiles, -1, flat.shape[1])
+
+
+def _logits(step, tiles, flat_k, scale, gate, dtype, keep_raw=False):
+    """Masked logits [T, rep, Bq, W] and the gates m [T, 1, Bq, W] (None without a soft gate)."""
+    k = _take(flat_k, step, dtype)
+    q = tiles[step.span].to(dtype) * scale
+    raw = q.flatten(1, 2).bmm(k.transpose(1, 2)).view(*q.shape[:3], -1)
+    hidden, m, logits = ~step.visible, None, raw
+    if gate == "log":
+        m = step.gate(dtype)
+        logits = raw + m.log()
+    elif gate == "kv":
+        m = step.gate(dtype)
+        logits = raw * m
+    logits = logits.masked_fill_(hidden, -torch.inf)
+    return (raw, logits, m) if keep_raw else (logits, m)
+
+
+def _score_gradient(plan: _Plan, de, dm_sum, effective, tau, counts) -> Tensor:
+    """du = selected interior dm, minus the mean over I_t at every query where j is interior.
+
+    tau is monotone, so a key's interior queries are one run [a, b): a prefix sum of the means
+    replaces the second sum (method section 3, derived).
+    """
+    n = plan.n
+    sums = dm_sum.view(plan.rows, -1)[:, :n]
+    mean = sums / counts.clamp(min=1)
+    total = torch.cat([mean.new_zeros(plan.rows, 1), mean.cumsum(1)], 1)
+    joins = torch.arange(plan.m, device=tau.device) - plan.base
+    a, b = interior_runs(effective.reshape(plan.rows, plan.m), joins, tau)
+    de = de.view(plan.rows, plan.m) - (total.gather(1, b) - total.gather(1, a))
+    return de.view(effective.shape)
+
+
+def attend(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    effective: Tensor,
+    end: Tensor,
+    *,
+    base: int,
+    window: int,
+    gate: str,
+    scale: float,
+    tau: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    """Attention over an interval of queries per key; differentiable in q, keys, values, effective.
+
+    Query i sees key m iff m - base - window <= i < end[m]; from i >= m - base on it does so as a
+    selected key (gate clip(e - tau_i, 0, 1)), before as one of its window (gate 1).
+
+    Args:
+        q: [B, H, N, D]. keys, values: [B, G, M, D], H a multiple of G.
+        effective: [B, G, M] float64; +inf for sinks, whose gate is always 1.
+        end: [B, G, M] int32.
+        tau: [B * G, N] float64 and counts [B * G, N] int64 = |I_t|; needed by gates log and kv
+            and for the gradient of `effective`, else None.
+
+    Returns:
+        [B, H, N, D] in q's dtype.
+    """
+    return _Attend.apply(
+        q, keys, values, effective, end, tau, counts, base, window, gate, scale
+    )

@@ -1,0 +1,70 @@
+"""Packed documents <-> padded rows: every document becomes a row of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class RowGroup:
+    """Documents of similar length, right-padded to the longest.
+
+    Attributes:
+        documents: [R] int64, which documents these are.
+        lengths: [R] int64.
+        index: [R, n] int64 position in the packed axis, 0 where padded.
+        real: [R, n] bool.
+    """
+
+    documents: Tensor
+    lengths: Tensor
+    index: Tensor
+    real: Tensor
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[1, H, N, ...] -> [R, H, n, ...]; padding repeats token 0, which nothing looks at."""
+        picked = x[0].index_select(1, self.index.flatten())
+        return picked.unflatten(1, self.index.shape).transpose(0, 1)
+
+
+def row_groups(cu_seqlens: Tensor, n: int) -> list[RowGroup]:
+    """Group documents by length, within a factor of two, so that padding at most doubles work.
+
+    Args:
+        cu_seqlens: [docs + 1] integers, bounds of documents packed along N; 0 first, n last.
+
+    Raises:
+        ValueError: the bounds are not 0 .. n in order.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError("cu_seqlens must hold at least two integer bounds")
+    bounds = cu_seqlens.to(torch.int64)
+    host = bounds.tolist()
+    lengths = [b - a for a, b in zip(host, host[1:], strict=False)]
+    if host[0] != 0 or host[-1] != n or min(lengths) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to {n}, the number of packed tokens")
+    buckets: dict[int, list[int]] = {}
+    for document, length in enumerate(lengths):
+        if length:
+            buckets.setdefault(length.bit_length(), []).append(document)
+    groups = []
+    for members in buckets.values():
+        documents = torch.tensor(members, device=bounds.device)
+        size = (bounds[1:] - bounds[:-1])[documents]
+        offset = torch.arange(max(lengths[d] for d in members), device=bounds.device)
+        real = offset < size[:, None]
+        index = (bounds[documents][:, None] + offset).masked_fill(~real, 0)
+        groups.append(RowGroup(documents, size, index, real))
+    return groups
+
+
+def pack(groups: list[RowGroup], outputs: list[Tensor]) -> Tensor:
+    """Inverse of `gather`: [R, H, n, D] per group -> [1, H, N, D]."""
+    flat, place = [], []
+    for group, out in zip(groups, outputs, strict=True):
+        flat.append(out.transpose(0, 1)[:, group.real])
+        place.append(group.index[group.real])
+    return torch.cat(flat, 1).index_select(1, torch.cat(place).argsort())[None]

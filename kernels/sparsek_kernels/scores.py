@@ -1,0 +1,29 @@
+"""Effective scores: the one number per key and head that every comparison is made on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def effective_scores(scores: Tensor, slopes: Tensor | None, positions: Tensor) -> Tensor:
+    """e_j = u_j + slope * j in float64 (derived: an age preference is still a static score).
+
+    Computed once and used by selection, gates, gradients and the decoder's state, so that all of
+    them order keys alike: float32 would lose the scores beside a large slope * j.
+
+    Args:
+        scores: [B, G, N], any floating dtype, finite.
+        slopes: [G] or None.
+        positions: [N] or [B, N] integers, counted from the start of the document.
+
+    Returns:
+        [B, G, N] float64, differentiable in scores and slopes.
+    """
+    effective = scores.to(torch.float64)
+    if slopes is None:
+        return effective
+    if positions.dim() == 2:
+        positions = positions[:, None, :]
+    # Two rounded operations, never a fused one: prefill and decode must agree bit for bit.
+    return effective + slopes.to(torch.float64)[:, None] * positions.to(torch.float64)

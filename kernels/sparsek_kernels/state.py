@@ -1,0 +1,198 @@
+"""What a decoder keeps per layer: a fixed number of key-value slots for every row."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+EMPTY = -1  # the position of a slot that holds nothing
+
+
+def topk_per_head(topk: int | Sequence[int], heads: int) -> tuple[int, ...]:
+    """One k per KV head; raises ValueError or TypeError where `topk` is neither."""
+    values = (topk,) * heads if isinstance(topk, int) else tuple(topk)
+    if any(isinstance(value, bool) or not isinstance(value, int) for value in values):
+        raise TypeError(f"topk must be an integer or integers, got {topk!r}")
+    if len(values) != heads:
+        raise ValueError(f"topk names {len(values)} heads, the keys have {heads}")
+    if min(values) < 0:
+        raise ValueError(f"topk must not be negative, got {topk!r}")
+    return values
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotLayout:
+    """Where each head's slots lie: [sinks | selected | window] per head, heads one after another.
+
+    The padded form gives every head the largest k: [G, s + max k + w].
+    """
+
+    topk: tuple[int, ...]
+    window: int
+    sinks: int
+
+    @property
+    def heads(self) -> int:
+        return len(self.topk)
+
+    @property
+    def width(self) -> int:
+        """Slots of the widest head."""
+        return self.sinks + max(self.topk) + self.window
+
+    @property
+    def total(self) -> int:
+        """Slots of all heads together."""
+        return sum(self.topk) + self.heads * (self.sinks + self.window)
+
+    @property
+    def uniform(self) -> bool:
+        return min(self.topk) == max(self.topk)
+
+    def real(self, device: torch.device) -> Tensor:
+        """[G, max k] bool: selected slots that the head really has."""
+        return _index(self, device)[2]
+
+    def expand(self, device: torch.device) -> Tensor:
+        """[G, width] int64: padded slot -> slot; absent ones repeat the head's first window slot."""
+        return _index(self, device)[0]
+
+    def flatten(self, device: torch.device) -> Tensor:
+        """[total] int64: slot -> index in the flattened padded form."""
+        return _index(self, device)[1]
+
+
+@functools.lru_cache(maxsize=64)
+def _index(layout: SlotLayout, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    expand = torch.zeros(layout.heads, layout.width, dtype=torch.int64)
+    real = torch.zeros(layout.heads, layout.width, dtype=torch.bool)
+    widest, start = max(layout.topk), 0
+    for head, k in enumerate(layout.topk):
+        held = layout.sinks + k
+        window = slice(layout.sinks + widest, layout.width)
+        expand[head, :held] = start + torch.arange(held)
+        expand[head, held:] = start + held
+        expand[head, window] = start + held + torch.arange(layout.window)
+        real[head, :held] = True
+        real[head, window] = True
+        start += held + layout.window
+    flatten = real.flatten().nonzero()[:, 0]
+    selected = real[:, layout.sinks : layout.sinks + widest].contiguous()
+    return expand.to(device), flatten.to(device), selected.to(device)
+
+
+def cache_bytes(
+    batch: int,
+    topk: int | Sequence[int],
+    window: int,
+    sinks: int,
+    heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> int:
+    """Bytes of one layer's SparseKState, whatever the context (section 2: s + k + w slots).
+
+    Per slot: key and value, the position (int32) and the effective score (float64); per row the
+    number of tokens seen (int64).
+    """
+    layout = SlotLayout(topk_per_head(topk, heads), window, sinks)
+    slot = 2 * head_dim * dtype.itemsize + torch.int32.itemsize + torch.float64.itemsize
+    return batch * (layout.total * slot + torch.int64.itemsize)
+
+
+@dataclasses.dataclass
+class SparseKState:
+    """Slots of one layer; S = sum over heads of s + k_g + w, allocated whole from the start.
+
+    Attributes:
+        layout: how the S slots divide among heads.
+        keys, values: [B, S, D].
+        positions: [B, S] int32, EMPTY (-1) where a slot is free. A sink's token stands only in
+            its sink slot; token p of the window stands in ring slot p mod w.
+        scores: [B, S] float64 effective scores.
+        seen: [B] int64, tokens seen by each row (rows may differ).
+        support, tau: only under gates `log` and `kv`, else None: [B, G, W] float64 scores (no
+            keys) of the candidates above tau, -inf where none, and tau [B, G]. W follows the
+            scores' spread and is not part of `cache_bytes`.
+    """
+
+    layout: SlotLayout
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    scores: Tensor
+    seen: Tensor
+    support: Tensor | None = None
+    tau: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        *,
+        topk: int | Sequence[int],
+        window: int,
+        sinks: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> SparseKState:
+        """A state that has seen nothing, for `heads` KV heads."""
+        if window < 1 or sinks < 0:
+            raise ValueError(f"window must be >= 1 and sinks >= 0, got {window} and {sinks}")
+        layout = SlotLayout(topk_per_head(topk, heads), window, sinks)
+        slots = (batch, layout.total)
+        return cls(
+            layout=layout,
+            keys=torch.zeros(*slots, head_dim, dtype=dtype, device=device),
+            values=torch.zeros(*slots, head_dim, dtype=dtype, device=device),
+            positions=torch.full(slots, EMPTY, dtype=torch.int32, device=device),
+            scores=torch.zeros(slots, dtype=torch.float64, device=device),
+            seen=torch.zeros(batch, dtype=torch.int64, device=device),
+        )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in fields.items() if torch.is_tensor(value)}
+
+    def _map(self, change) -> SparseKState:
+        return dataclasses.replace(self, **{n: change(t) for n, t in self._tensors().items()})
+
+    @property
+    def batch(self) -> int:
+        return self.seen.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; equals `cache_bytes` (plus the soft support of log and kv)."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def index_select(self, rows: Tensor) -> SparseKState:
+        """The given rows [B'] int64, repeats allowed (beam reorder); a copy."""
+        return self._map(lambda t: t.index_select(0, rows.to(t.device)))
+
+    def to(self, device: torch.device | str) -> SparseKState:
+        return self._map(lambda t: t.to(device))
+
+    def clone(self) -> SparseKState:
+        return self._map(torch.clone)
+
+    @classmethod
+    def cat(cls, states: Sequence[SparseKState]) -> SparseKState:
+        """Rows of several states of one layout, in order; a copy."""
+        fields: dict[str, Tensor] = {}
+        for name in states[0]._tensors():
+            parts = [getattr(state, name) for state in states]
+            if name == "support":
+                width = max(part.shape[2] for part in parts)
+                parts = [
+                    torch.nn.functional.pad(p, (width - p.shape[2], 0), value=-torch.inf)
+                    for p in parts
+                ]
+            fields[name] = torch.cat(parts)
+        return dataclasses.replace(states[0], **fields)

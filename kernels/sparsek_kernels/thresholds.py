@@ -1,0 +1,168 @@
+"""tau of every prefix: the threshold of the SparseK operator as candidates arrive."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsek_kernels.selection import CHUNK, CONTENDERS, compress
+
+_STEPS = 200  # Newton needs a handful; bisection to the last bit needs about 60
+
+
+def prefix_thresholds(
+    candidates: Tensor,
+    topk: Tensor,
+    *,
+    support: Tensor | None = None,
+    seen: Tensor | None = None,
+    tau: Tensor | None = None,
+) -> Tensor:
+    """Exact tau_t over the candidates 0..t of each row, for every t (derived).
+
+    tau never decreases, so a candidate at or below it is dropped for good. The rest of the past
+    is a sorted list with suffix sums; a chunk's own candidates are compared directly; a
+    bracketed Newton iteration finds the linear piece and the closed form gives tau on it.
+    Sums are taken about floor(tau), where float32 scores are exact whatever their offset.
+
+    Args:
+        candidates: [R, N] float64; candidate i joins at query i; -inf marks none.
+        topk: [R] int64; 0 means no selection (tau stays -inf).
+        support: [R, W] float64, earlier candidates above tau; -inf marks none.
+        seen: [R] int64, number of earlier candidates, dropped ones included.
+        tau: [R] float64, tau before query 0.
+
+    Returns:
+        [R, N] float64, non-decreasing; -inf while there are at most k candidates.
+    """
+    rows, n = candidates.shape
+    device = candidates.device
+    if tau is None:
+        tau = candidates.new_full((rows,), -torch.inf)
+    if seen is None:
+        seen = torch.zeros(rows, dtype=torch.int64, device=device)
+    if support is None:
+        support = candidates.new_empty(rows, 0)
+    active = support.sort(dim=1).values
+    out = candidates.new_empty(rows, n)
+    selects = (topk > 0)[:, None]
+    for begin in range(0, n, CHUNK):
+        chunk = candidates[:, begin : begin + CHUNK]
+        contends = (chunk > tau[:, None]) & selects
+        width = int(contends.sum(1).max()) if rows else 0
+        if width == 0:
+            out[:, begin : begin + CHUNK] = tau[:, None]
+        else:
+            columns = compress(contends, width)
+            absent = columns == chunk.shape[1]
+            picked = columns.masked_fill(absent, 0)
+            values = chunk.gather(1, picked).masked_fill_(absent, -torch.inf)
+            counts = (chunk > -torch.inf).cumsum(1) + seen[:, None]
+            enough = counts.gather(1, picked).masked_fill_(absent, 0) > topk[:, None]
+            taus = [tau[:, None]]
+            for a in range(0, width, CONTENDERS):
+                part = slice(a, a + CONTENDERS)
+                taus.append(_solve(active, values[:, part], enough[:, part], tau, topk))
+                tau = taus[-1][:, -1]
+                active = _merge(active, values[:, part], tau)
+            steps = torch.cat(taus, 1)
+            out[:, begin : begin + CHUNK] = steps.gather(1, contends.cumsum(1))
+        seen = seen + (chunk > -torch.inf).sum(1)
+    return out
+
+
+def _merge(active: Tensor, new: Tensor, tau: Tensor) -> Tensor:
+    """Sorted union of what is above tau; -inf pads on the left, as few as possible."""
+    both = torch.cat([active, new], 1)
+    both = both.masked_fill(~(both > tau[:, None]), -torch.inf).sort(dim=1).values
+    width = int((both > -torch.inf).sum(1).max())
+    return both[:, both.shape[1] - width :].contiguous()
+
+
+def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tensor) -> Tensor:
+    """tau after each of the new candidates; rows of `enough` False keep the old tau."""
+    everything = torch.cat([active, new], 1)
+    lowest = everything.masked_fill(everything == -torch.inf, torch.inf).amin(1)
+    lowest = torch.where(torch.isfinite(lowest), lowest - 1, 0.0)
+    start = torch.where(torch.isfinite(tau), tau, lowest)
+    centre = start.floor()
+    # Absent elements sit at -1, below every tau that is tried (all >= 0 after centring).
+    old = (active - centre[:, None]).clamp(min=-1)
+    old_low = old - 1
+    suffix = torch.cat([old.flip(1).cumsum(1).flip(1), old.new_zeros(old.shape[0], 1)], 1)
+    own = (new - centre[:, None]).clamp(min=-1)
+    width = own.shape[1]
+    arrived = torch.ones(width, width, dtype=torch.bool, device=own.device).tril()
+    own_t = own[:, None, :].masked_fill(~arrived, -1)
+    own_low = own_t - 1
+    k = topk[:, None].to(torch.float64)
+
+    low = (start - centre)[:, None].expand(-1, width).contiguous()
+    high = torch.cat([old, own], 1).amax(1)[:, None].expand(-1, width).contiguous()
+    floor = low
+    x = low.clone()
+    done = ~enough
+    before_full = torch.full_like(x, -1)
+    before_interior = torch.full_like(x, -1)
+    for _ in range(_STEPS):
+        above = torch.searchsorted(old, x, right=True)
+        full = torch.searchsorted(old_low, x)
+        inside = (own_t > x[:, :, None]) & (own_low < x[:, :, None])
+        n_full = (old.shape[1] - full + (own_low >= x[:, :, None]).sum(2)).to(x.dtype)
+        n_interior = (full - above + inside.sum(2)).to(x.dtype)
+        total = suffix.gather(1, above) - suffix.gather(1, full)
+        total = total + (own_t * inside).sum(2)
+        mass = total - n_interior * x + n_full
+        flat = (n_interior == 0) & (n_full == k)
+        newton = (total + n_full - k) / n_interior.clamp(min=1)
+        same = (n_full == before_full) & (n_interior == before_interior)
+        settled = (n_interior > 0) & (
+            same | ((newton - x).abs() <= 4 * torch.finfo(x.dtype).eps * x.abs())
+        )
+        # A flat stretch has many solutions: take its left end, the largest element outside.
+        edge = torch.where(above > 0, old.gather(1, (above - 1).clamp(min=0)), floor) \
+            if old.shape[1] else floor
+        own_edge = own_t.masked_fill(own_t > x[:, :, None], -1).amax(2)
+        edge = torch.maximum(torch.maximum(edge, own_edge), floor)
+        x = torch.where(~done & flat, edge, torch.where(~done & settled, newton, x))
+        done = done | flat | settled
+        if bool(done.all()):
+            break
+        rises = mass > k
+        low = torch.where(rises, x, low)
+        high = torch.where(rises, high, x)
+        usable = (n_interior > 0) & (newton > low) & (newton < high)
+        step = torch.where(usable, newton, (low + high) / 2)
+        before_full = torch.where(usable, n_full, -1.0)
+        before_interior = torch.where(usable, n_interior, -1.0)
+        x = torch.where(done, x, step)
+    result = torch.where(enough, x + centre[:, None], tau[:, None])
+    return torch.maximum(result.cummax(1).values, tau[:, None])
+
+
+def interior_runs(effective: Tensor, joins: Tensor, tau: Tensor) -> tuple[Tensor, Tensor]:
+    """Queries [a, b) for which each key is interior: e > tau and e - 1 < tau.
+
+    Args:
+        effective: [R, M] float64. joins: [R, M] or [M] int64, query at which a key becomes a
+            candidate. tau: [R, N] float64, non-decreasing.
+
+    Returns:
+        a, b: [R, M] int64 with joins <= a <= b (clipped to N).
+    """
+    n = tau.shape[1]
+    tau = tau.contiguous()
+    a = torch.searchsorted(tau, (effective - 1).contiguous(), right=True)
+    b = torch.searchsorted(tau, effective.contiguous())
+    a = torch.maximum(a, joins.clamp(0, n).expand_as(a))
+    return a, torch.maximum(a, b)
+
+
+def interior_counts(effective: Tensor, joins: Tensor, tau: Tensor) -> Tensor:
+    """|I_t| for every query, [R, N] int64, by the same predicate as everything else."""
+    rows, n = tau.shape
+    a, b = interior_runs(effective, joins, tau)
+    change = torch.zeros(rows, n + 1, dtype=torch.int64, device=tau.device)
+    one = torch.ones_like(a)
+    change.scatter_add_(1, a, one).scatter_add_(1, b, -one)
+    return change.cumsum(1)[:, :n]
