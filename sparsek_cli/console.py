@@ -48,6 +48,8 @@ def set_up_logging(arguments: Sequence[str] = ()) -> None:
     for library in ("TRANSFORMERS", "DATASETS", "HF_HUB", "DIFFUSERS"):
         os.environ.setdefault(f"{library}_VERBOSITY", theirs)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if ours == logging.ERROR or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if not talkative and not sys.warnoptions:
         import warnings
 

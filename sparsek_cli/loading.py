@@ -1,5 +1,7 @@
 """A checkpoint on disk becomes a model and its tokenizer, ready to run."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import SparsekError
@@ -29,9 +31,14 @@ def load_model(
 
     damaged = "the folder is incomplete or damaged: fetch or convert it again"
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=dtype, output_loading_info=True, use_safetensors=True, **options
-        )
+        with _no_progress_bar():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.path,
+                dtype=dtype,
+                output_loading_info=True,
+                use_safetensors=True,
+                **options,
+            )
     except SafetensorError as error:
         raise SparsekError(
             f"the weights of '{checkpoint.name}' cannot be read: {_first_line(error)}", hint=damaged
@@ -69,6 +76,21 @@ def load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
             f"'{checkpoint.name}' has no usable tokenizer: {_first_line(error)}",
             hint="copy tokenizer.json and tokenizer_config.json of the base model into its folder",
         ) from error
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    # Seconds at most, and it would stand between the user and the first line of a result.
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    shown = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

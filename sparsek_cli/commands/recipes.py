@@ -1,10 +1,72 @@
-"""`sparsek recipes`."""
+"""`sparsek recipes`: list, show and copy the recipes that ship."""
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="List, show and copy recipes.")
+from sparsek_cli.commands import options
+from sparsek_cli.console import Console
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.recipes.load import find_recipe, recipe_folder, recipe_names
+
+app = typer.Typer(
+    help="List, show and copy recipes.",
+    invoke_without_command=True,
+    suggest_commands=False,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Recipe name or file.")]
 
 
 @app.callback()
-def recipes() -> None:
+def recipes(context: typer.Context) -> None:
     """List, show and copy recipes."""
+    if context.invoked_subcommand is None:
+        list_recipes(json=False)
+
+
+@app.command("list")
+def list_recipes(json: options.Json = False) -> None:
+    """Names of the shipped recipes, and what each is for."""
+    rows = [
+        {"name": name, "about": _about(recipe_folder() / f"{name}.yaml")} for name in recipe_names()
+    ]
+    if not rows:
+        raise SparsekError(
+            f"no recipes in {recipe_folder()}", hint="reinstall sparsek, or write your own file"
+        )
+    width = max(len(row["name"]) for row in rows)
+    text = "\n".join(f"{row['name']:<{width}}  {row['about']}".rstrip() for row in rows)
+    Console(as_json=json).result(text, rows)
+
+
+@app.command("show")
+def show(name: Name) -> None:
+    """Print a recipe."""
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@app.command("copy")
+def copy(
+    name: Name,
+    to: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="Where to; default: NAME.yaml here.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    source = find_recipe(name)
+    target = to or Path(source.name)
+    if target.is_dir():
+        target = target / source.name
+    if target.exists() and not overwrite:
+        raise UsageError(f"'{target}' exists", hint="give --overwrite, or another file name")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    Console().result(str(target), {})
+
+
+def _about(file: Path) -> str:
+    """The recipe's first comment line."""
+    first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
