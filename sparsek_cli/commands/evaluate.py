@@ -1,5 +1,113 @@
-"""`sparsek evaluate`."""
+"""`sparsek evaluate` (alias `eval`)."""
+
+from typing import Annotated
+
+import typer
+
+from sparsek_cli.commands import options
+from sparsek_cli.console import Console
+
+Value = typer.Option
 
 
-def evaluate() -> None:
-    """To be written."""
+def evaluate(
+    words: options.Words = None,
+    tasks: Annotated[
+        str | None, Value("--tasks", metavar="A,B", help="Tasks and groups; see --list.")
+    ] = None,
+    baselines: Annotated[
+        str | None,
+        Value("--baselines", metavar="A,B", help="Other policies: dense,window,random."),
+    ] = None,
+    budgets: Annotated[
+        str | None,
+        Value("--budgets", metavar="N,N", help="Pairs per KV head to try, same checkpoint."),
+    ] = None,
+    limit: Annotated[
+        int | None, Value("--limit", metavar="N", help="Samples per task and length.")
+    ] = None,
+    lengths: Annotated[
+        str | None, Value("--lengths", metavar="N,N", help="Prompt lengths, in tokens.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        Value("--data", metavar="DIR", help="Data in DIR/<config>/<split>.jsonl[.zst], DIR/text."),
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        Value("--text", metavar="FILE", help="Text for ppl and filler for needles; repeatable."),
+    ] = None,
+    truncate: Annotated[
+        str | None,
+        Value("--truncate", metavar="left|middle", help="Cut prompts that are too long [refuse]."),
+    ] = None,
+    max_length: Annotated[
+        int | None, Value("--max-length", metavar="N", help="Most tokens of prompt and answer.")
+    ] = None,
+    batch_size: Annotated[
+        str | None, Value("--batch-size", metavar="N|auto", help="Prompts scored side by side.")
+    ] = None,
+    output: Annotated[
+        str | None, Value("--output", "-o", metavar="DIR", help="Result folder.")
+    ] = None,
+    resume: Annotated[
+        bool, Value("--resume", help="Go on where a run with the same settings stopped.")
+    ] = False,
+    overwrite: Annotated[
+        bool, Value("--overwrite", help="Replace results of other settings in DIR.")
+    ] = False,
+    show_list: Annotated[bool, Value("--list", help="List tasks and stop.")] = False,
+    recipe: options.Recipe = None,
+    revision: options.Revision = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Measure a model on long-context tasks against its dense self and others at equal bytes.
+
+    Without MODEL: the last model converted or fine-tuned here, else the bundled one.
+    """
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+    (model,), overrides = options.split_words(words, "MODEL")
+    if show_list:
+        from sparsek_cli.evaluation.listing import listing, listing_data
+
+        console.result(listing(), listing_data())
+        return
+    from sparsek_cli.recipes.load import load_recipe
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    flags = {
+        "model": model,
+        "tasks": tasks,
+        "baselines": baselines,
+        "budgets": budgets,
+        "limit": limit,
+        "lengths": lengths,
+        "data": data,
+        "text": text or None,
+        "truncate": truncate,
+        "max_length": max_length,
+        "batch_size": batch_size,
+        "output": output,
+        "revision": revision,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+    }
+    settings = load_recipe(EvaluateRecipe, recipe, overrides, flags, verb="evaluate")
+    if dry_run:
+        from sparsek_cli.evaluation.catalogue import expand
+
+        plan = {"recipe": settings.model_dump(), "tasks": [e.name for e in expand(settings.tasks)]}
+        console.result("would evaluate " + ", ".join(plan["tasks"]), plan)
+        return
+    from sparsek_cli.evaluation.run import evaluate as run
+    from sparsek_cli.evaluation.table import text as as_text
+
+    report = run(settings, console, resume=resume, overwrite=overwrite)
+    console.result(f"{as_text(report)}\n\nresults: {report['folder']}", report)

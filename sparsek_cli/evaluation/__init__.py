@@ -1,0 +1,1 @@
+"""Measuring a model against its dense self, at equal bytes, through lm-eval."""

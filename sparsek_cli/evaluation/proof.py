@@ -1,0 +1,123 @@
+"""Evidence that an evaluation measured what it says: what ran, and what the cache held."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparsek_cli.errors import SparsekError
+
+
+@dataclass
+class Proof:
+    """What was seen while one task ran under one policy; goes into the result as it is.
+
+    Attributes:
+        attention: name of the attention function the model was set to.
+        sparse_calls: calls into SparseK attention.
+        sparse_queries: query positions that went through it, summed over layers.
+        backends: kernels that ran it, with their calls.
+        kv_tokens: longest sequence read; kv_pairs and kv_bytes are the cache's content after it.
+        kv_pairs: key-value pairs held, summed over layers and KV heads.
+        kv_bytes: size of the cache's tensors.
+        kept_share: kv_pairs over what a dense cache would hold for kv_tokens.
+        prompts, longest_prompt: how many, and the longest in tokens with room for its answer.
+        truncated_prompts, truncated_tokens: prompts cut because the user said so, tokens lost.
+    """
+
+    attention: str = ""
+    sparse_calls: int = 0
+    sparse_queries: int = 0
+    backends: dict[str, int] = field(default_factory=dict)
+    kv_tokens: int = 0
+    kv_pairs: int = 0
+    kv_bytes: int = 0
+    kept_share: float = 0.0
+    prompts: int = 0
+    longest_prompt: int = 0
+    truncated_prompts: int = 0
+    truncated_tokens: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def saw_cache(self, cache: Any, tokens: int, config: Any) -> None:
+        """Notes what `cache` (batch 1) holds after `tokens` tokens, if no longer one was seen."""
+        if tokens <= self.kv_tokens:
+            return
+        pairs, size = held(cache)
+        self.kv_tokens, self.kv_pairs, self.kv_bytes = tokens, pairs, size
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self.kept_share = round(pairs / (config.num_hidden_layers * heads * tokens), 6)
+
+
+def held(cache: Any) -> tuple[int, int]:
+    """(key-value pairs, bytes of their tensors) of a transformers cache, batch 1.
+
+    Bytes are those of keys and values alone for every policy; what SparseK keeps beside them
+    (positions and scores of the slots, in `SparseKCache.nbytes`) is bookkeeping of a fixed size.
+    """
+    pairs = size = 0
+    for layer in cache.layers:
+        state = getattr(layer, "state", None)
+        if state is not None:  # slots, of which -1 marks the empty ones
+            pairs += int((state.positions >= 0).sum())
+        else:
+            pairs += layer.keys.shape[1] * layer.keys.shape[2]
+        size += layer.keys.nbytes + layer.values.nbytes
+    return pairs, size
+
+
+@contextmanager
+def watch_attention(proof: Proof) -> Iterator[None]:
+    """Counts what passes through SparseK attention while the block runs."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if "sparsek" not in ALL_ATTENTION_FUNCTIONS:
+        yield
+        return
+    attend = ALL_ATTENTION_FUNCTIONS["sparsek"]
+    backends: Counter = Counter()
+
+    def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        proof.sparse_calls += 1
+        proof.sparse_queries += query.shape[0] * query.shape[2]
+        backends[_backend_for(query)] += 1
+        return attend(module, query, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sparsek"] = counted
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sparsek"] = attend
+        for name, count in backends.items():
+            proof.backends[name] = proof.backends.get(name, 0) + count
+
+
+def _backend_for(query: Any) -> str:
+    """The kernel backend that runs for this query; the dispatcher's own answer."""
+    try:
+        from sparsek_kernels import dispatch
+
+        return str(dispatch.backend_for(query))
+    except (ImportError, AttributeError):
+        return "triton" if query.is_cuda else "pytorch"
+
+
+def check(proof: Proof, *, sparse: bool, task: str, policy: str) -> None:
+    """Fails an evaluation whose sparse path did not run, or whose dense one did not stay dense.
+
+    Raises:
+        SparsekError: the numbers would not mean what their label says.
+    """
+    if sparse and proof.sparse_calls == 0:
+        raise SparsekError(
+            f"{task} under '{policy}': SparseK attention was never called",
+            hint="the model was loaded with another attention; convert it again, or report this",
+        )
+    if not sparse and proof.sparse_calls:
+        raise SparsekError(
+            f"{task} under '{policy}': SparseK attention ran in what should be a dense pass",
+            hint="report this with the command",
+        )

@@ -1,0 +1,140 @@
+"""The `recall` tasks: facts hidden in long filler text, asked for when all of it has been read.
+
+Each sample is one question; the questions about one document follow each other and share all of it,
+so that the harness reads it once. The order of facts within a document, their depths and phrasings
+are random, but the same for every policy and independent of `--limit`.
+"""
+
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from sparsek_cli.data.generated_text import generated_text
+from sparsek_cli.data.needles import (
+    Filler,
+    NeedleDocument,
+    chat_messages,
+    is_correct,
+    make_document,
+    plain_prompt,
+)
+from sparsek_cli.evaluation.texts import documents, lengths_of, named_text, tokenizer_of
+
+ROOM = 112  # tokens kept free for the question, the chat template and the answer
+FILLER_DOCUMENTS = 8
+FILLER_CHARACTERS = 400_000  # of each; sentences are drawn from them
+GENERATED_SENTENCES = 4000
+
+
+def dataset(**settings: Any) -> dict:
+    """{"test": Dataset of prompt, question, answer, value, depth, phrasing, split, document id}.
+
+    Args:
+        settings: the task's metadata: tokenizer, max_seq_lengths, text, data, limit, seed, chat
+            (whether the chat template will be applied) and the `sparsek` block with needles,
+            questions, and optionally depths and distractors.
+    """
+    from datasets import Dataset
+
+    block = settings["sparsek"]
+    count = settings.get("limit") or block["questions"]
+    filler = _filler(settings)
+    rows = []
+    for length in lengths_of(settings):
+        made: list[dict[str, Any]] = []
+        number = 0
+        while len(made) < count:
+            made += _questions(settings, filler, length, number)
+            number += 1
+        rows += made[:count]
+    return {"test": Dataset.from_list(rows)}
+
+
+def _questions(
+    settings: dict[str, Any], filler: Filler, length: int, number: int
+) -> list[dict[str, Any]]:
+    """The questions about document `number`, in random order."""
+    block = settings["sparsek"]
+    needles = block["needles"]
+    rng = np.random.default_rng([settings.get("seed") or 0, length, needles, number])
+    document = make_document(
+        rng,
+        filler,
+        tokens=length - ROOM,
+        needles=needles,
+        depths=_depths(rng, block.get("depths"), needles, number),
+        distractors=block.get("distractors", 0),
+    )
+    order = rng.permutation(len(document.facts))
+    return [_row(settings, document, int(i), f"{length}-{needles}-{number}") for i in order]
+
+
+def _depths(
+    rng: np.random.Generator, given: Sequence[float] | None, needles: int, number: int
+) -> list[float]:
+    """One depth per needle, spread evenly; over documents when there are few needles."""
+    if given:
+        low, high = given
+        return sorted(low + (high - low) * rng.random(needles))
+    if needles >= 4:
+        return list((np.arange(needles) + rng.random(needles)) / needles)
+    # The golden ratio's multiples cover [0, 1] evenly however many documents there are.
+    return [(0.5 + (number * needles + i) * 0.6180339887) % 1 for i in range(needles)]
+
+
+def _row(
+    settings: dict[str, Any], document: NeedleDocument, which: int, name: str
+) -> dict[str, Any]:
+    fact = document.facts[which]
+    if settings.get("chat"):
+        prompt = chat_messages(document.text, fact.question)[0]["content"]
+    else:
+        prompt = plain_prompt(document.text, fact.question)
+    return {
+        "prompt": prompt,
+        "question": fact.question,
+        "answer": fact.answer,
+        "value": fact.value,
+        "depth": round(fact.depth, 4),
+        "phrasing": fact.phrasing.name,
+        "split": fact.phrasing.split,
+        "document": name,
+    }
+
+
+_FILLERS: dict[tuple, Filler] = {}
+
+
+def _filler(settings: dict[str, Any]) -> Filler:
+    """Sentences to hide facts in; cutting and tokenising them is shared by all recall tasks."""
+    tokenizer = tokenizer_of(settings)
+    seed = settings.get("seed") or 0
+    key = (id(tokenizer), seed, *named_text(settings))
+    if key not in _FILLERS:
+        if named_text(settings):
+            texts = [t[:FILLER_CHARACTERS] for t in islice(documents(settings), FILLER_DOCUMENTS)]
+        else:
+            rng = np.random.default_rng(seed)
+            texts = [generated_text(rng, GENERATED_SENTENCES)]
+        _FILLERS[key] = Filler.from_documents(texts, tokenizer)
+    return _FILLERS[key]
+
+
+def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """exact: the first line is the answer and nothing else; contains: the value is in it.
+
+    `exact_heldout` repeats `exact` for phrasings that calibration never sees.
+    """
+    reply = results[0].strip().split("\n")[0]
+    said = _plain(reply)
+    exact = float(said in (_plain(doc["answer"]), _plain(doc["value"])))
+    scores = {"exact": exact, "contains": float(is_correct(reply, doc["value"]))}
+    if doc["split"] != "calibration":
+        scores["exact_heldout"] = exact
+    return scores
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().strip().rstrip(".!").split())

@@ -1,0 +1,124 @@
+"""The result folder: one file per finished piece of work, every write all or nothing.
+
+results.json              everything below in one file, plus settings and versions
+units/<policy>/<unit>.json    metrics and proof of one task, length and policy
+samples/<policy>/<unit>.jsonl every prompt's end, answer and score
+loss_by_position.png .svg, report.md, report.html
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.errors import SparsekError, UsageError
+
+RESULTS = "results.json"
+
+
+def digest(value: Any) -> str:
+    """Twelve hex digits that change with any part of a JSON-like value."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Puts `content` at `file` by one rename; a crash leaves the old file or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        if isinstance(content, bytes):
+            part.write_bytes(content)
+        else:
+            part.write_text(content, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
+
+
+class Store:
+    """One run's folder.
+
+    Args:
+        folder: where; made on the first write.
+        fingerprint: of everything that the numbers depend on.
+        resume: keep what is finished there.
+        overwrite: replace a folder of another run.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, *, resume: bool, overwrite: bool):
+        self.folder = folder
+        before = self._fingerprint_there()
+        if before is not None and before != fingerprint and not overwrite:
+            raise UsageError(
+                f"{folder} holds results of other settings",
+                hint="name another --output, or --overwrite to replace them",
+            )
+        if folder.exists() and before is None and any(folder.iterdir()):
+            raise UsageError(
+                f"{folder} exists and holds no evaluation", hint="name an empty folder for --output"
+            )
+        if before is not None and (not resume or before != fingerprint):
+            for name in ("units", "samples"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+        try:
+            write_atomically(folder / "run.json", to_json({"fingerprint": fingerprint}))
+        except OSError as error:
+            raise SparsekError(
+                f"cannot write to {folder}: {error.strerror}", hint="name another --output"
+            ) from error
+
+    def _fingerprint_there(self) -> str | None:
+        try:
+            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def finished(self, policy: str, unit: str) -> dict[str, Any] | None:
+        """The stored result of one unit, or None."""
+        try:
+            return json.loads(self._unit(policy, unit).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+
+    def save(
+        self, policy: str, unit: str, result: dict[str, Any], samples: Iterable[dict[str, Any]]
+    ) -> None:
+        """Stores one unit: samples first, so that a stored result always has them."""
+        lines = "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
+        write_atomically(self.folder / "samples" / policy / f"{unit}.jsonl", lines)
+        write_atomically(self._unit(policy, unit), to_json(result))
+
+    def _unit(self, policy: str, unit: str) -> Path:
+        return self.folder / "units" / policy / f"{unit}.json"
+
+
+def folder_name(parts: Iterable[object]) -> str:
+    """Parts joined into one readable folder name."""
+    words = [re.sub(r"[^\w.+=-]+", "-", str(part)).strip("-") for part in parts if part]
+    return "_".join(words)[:120]
+
+
+def load_results(folder: str | Path) -> dict[str, Any]:
+    """results.json of a result folder.
+
+    Raises:
+        UsageError: there is none.
+    """
+    file = Path(folder) / RESULTS
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(
+            f"no {RESULTS} in '{folder}'", hint="name a folder written by `sparsek evaluate`"
+        ) from error
+    except ValueError as error:
+        raise UsageError(f"{file} is not valid JSON", hint="evaluate again") from error

@@ -1,0 +1,176 @@
+"""Results as a table: plain text for a terminal, Markdown for a model card."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from sparsek_cli.evaluation.policies import DENSE
+
+SECONDARY = {"ppl": ("ppl_last_quarter",), "recall": ("exact_heldout",)}  # shown beside the primary
+
+
+def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per task, length and metric, with a cell per policy that was measured.
+
+    A cell has value, stderr, delta (to dense, None without it), bytes and kept (share of pairs).
+    """
+    table: dict[tuple, dict[str, Any]] = {}
+    for unit in report["units"]:
+        for metric in _shown(unit):
+            found = unit["metrics"][metric]
+            key = (unit["task"], unit["length"], metric)
+            row = table.setdefault(
+                key,
+                {
+                    "task": unit["task"],
+                    "length": unit["length"],
+                    "metric": metric,
+                    "higher_is_better": found["higher_is_better"],
+                    "cells": {},
+                },
+            )
+            row["cells"][unit["policy"]] = {
+                "value": found["value"],
+                "stderr": found["stderr"],
+                "delta": None,
+                "bytes": unit["proof"]["kv_bytes"],
+                "tokens": unit["proof"]["kv_tokens"],
+                "kept": unit["proof"]["kept_share"],
+                "truncated": unit["proof"]["truncated_prompts"],
+                "samples": unit["samples"],
+            }
+    for row in table.values():
+        dense = row["cells"].get(DENSE)
+        if dense is not None:
+            for name, cell in row["cells"].items():
+                cell["delta"] = None if name == DENSE else cell["value"] - dense["value"]
+    return list(table.values())
+
+
+def _shown(unit: dict[str, Any]) -> list[str]:
+    extra = next((v for k, v in SECONDARY.items() if unit["task"].startswith(k)), ())
+    return [unit["primary"], *(m for m in extra if m in unit["metrics"])]
+
+
+def text(report: dict[str, Any]) -> str:
+    """The table for a terminal, with what a reader needs to judge it below."""
+    return "\n".join([_title(report), "", *_layout(_grid(report)), "", *_notes(report)])
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The table as Markdown, ready for a model card."""
+    grid = _grid(report)
+    lines = ["| " + " | ".join(row) + " |" for row in grid]
+    lines.insert(1, "|" + "|".join(["---"] * len(grid[0])) + "|")
+    return "\n".join([f"## {_title(report)}", "", *lines, "", *_notes(report)]) + "\n"
+
+
+def _title(report: dict[str, Any]) -> str:
+    model, environment = report["model"], report["environment"]
+    block = model["sparsek"]
+    budget = ""
+    if block is not None:
+        topk = block["topk"] if isinstance(block["topk"], int) else "per head"
+        budget = f", keeps {block['sinks']} sinks + {topk} selected + {block['window']} window"
+    dtype = environment["dtype"].removeprefix("torch.")
+    return f"{model['name']} ({model['type']}{budget}; {dtype} on {environment['device']})"
+
+
+def _grid(report: dict[str, Any]) -> list[list[str]]:
+    policies = report["policies"]
+    grid = [["task", "tokens", "n", "metric", *policies]]
+    for row in rows(report):
+        samples = next(iter(row["cells"].values()))["samples"]
+        arrow = "" if row["higher_is_better"] else " (lower)"
+        grid.append(
+            [
+                row["task"],
+                str(row["length"] or "data"),
+                str(samples),
+                row["metric"] + arrow,
+                *(_cell(row["cells"].get(name)) for name in policies),
+            ]
+        )
+    grid += _bytes(report)
+    return grid
+
+
+def _cell(cell: dict[str, Any] | None) -> str:
+    if cell is None:
+        return "-"
+    text = number(cell["value"])
+    if cell["stderr"] is not None:
+        text += f" ±{number(cell['stderr'])}"
+    return text if cell["delta"] is None else f"{text} ({cell['delta']:+.3g})"
+
+
+def number(value: float) -> str:
+    """Four significant digits, without an exponent where people expect none."""
+    if value != value:
+        return "nan"
+    if value == 0 or 0.001 <= abs(value) < 100_000:
+        digits = max(0, 3 - _magnitude(value))
+        return f"{value:.{min(digits, 4)}f}"
+    return f"{value:.3g}"
+
+
+def _magnitude(value: float) -> int:
+    return len(str(int(abs(value)))) - 1 if abs(value) >= 1 else 0
+
+
+def _bytes(report: dict[str, Any]) -> list[list[str]]:
+    """One row per length: bytes of keys and values that each policy holds after as many tokens."""
+    longest: dict[str, dict[str, Any]] = {}
+    lengths: dict[int | None, dict[str, dict[str, Any]]] = {}
+    for unit in report["units"]:
+        longest = lengths.setdefault(unit["length"], {})
+        before = longest.get(unit["policy"])
+        if before is None or unit["proof"]["kv_tokens"] > before["kv_tokens"]:
+            longest[unit["policy"]] = unit["proof"]
+    rows = []
+    for length, by_policy in sorted(lengths.items(), key=lambda item: item[0] or 0):
+        dense = by_policy.get(DENSE)
+        cells = []
+        for name in report["policies"]:
+            proof = by_policy.get(name)
+            share = f" (1/{dense['kv_bytes'] / proof['kv_bytes']:.3g})" if dense and proof else ""
+            cells.append(
+                "-" if proof is None else size(proof["kv_bytes"]) + ("" if name == DENSE else share)
+            )
+        tokens = max(proof["kv_tokens"] for proof in by_policy.values())
+        rows.append(["KV cache", str(length or tokens), "", "bytes (lower)", *cells])
+    return rows
+
+
+def size(count: float) -> str:
+    """Bytes with a unit: 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _layout(grid: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
+    lines = []
+    for row in grid:
+        # Words to the left, numbers to the right.
+        cells = [
+            cell.rjust(width) if column in (1, 2) or column > 3 else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return [lines[0], "-" * len(lines[0]), *lines[1:]]
+
+
+def _notes(report: dict[str, Any]) -> list[str]:
+    notes = ["± standard error; in brackets the difference to dense, the same weights."]
+    cut = sum(u["proof"]["truncated_prompts"] for u in report["units"] if u["policy"] == DENSE)
+    if cut:
+        notes.append(f"{cut} prompts were cut ({report['recipe']['truncate']}).")
+    backends = sorted({b for unit in report["units"] for b in unit["proof"]["backends"]})
+    if backends:
+        notes.append(f"SparseK attention ran on: {', '.join(backends)}.")
+    for item in report["absent"]:
+        notes.append(f"absent: {item['task']}: {item['reason']} ({item['remedy']})")
+    return notes

@@ -1,0 +1,59 @@
+"""Which local text a task reads: what the user named, else what is on every machine."""
+
+import sysconfig
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.data.text import iterate_texts
+
+MIN_SOURCE_BYTES = 40_000  # of a Python source that may stand in for text; shorter ones say little
+
+
+def named_text(settings: Mapping[str, Any]) -> list[str]:
+    """Files the user named for text: `--text`, else DIR/text under `--data`; may be empty.
+
+    Args:
+        settings: a task's metadata; the keys `text` and `data` are looked at.
+    """
+    if settings.get("text"):
+        return [str(item) for item in settings["text"]]
+    folder = Path(settings["data"]) / "text" if settings.get("data") else None
+    return [str(folder)] if folder is not None and folder.is_dir() else []
+
+
+def documents(settings: Mapping[str, Any]) -> Iterator[str]:
+    """The documents of `named_text`, else the longer sources of this Python's standard library."""
+    files = named_text(settings)
+    if files:
+        yield from iterate_texts(files)
+        return
+    library = Path(sysconfig.get_path("stdlib"))
+    for file in sorted(library.glob("*.py")):
+        if file.stat().st_size >= MIN_SOURCE_BYTES:
+            yield file.read_text(encoding="utf-8", errors="replace")
+
+
+def tokenizer_of(settings: Mapping[str, Any]) -> Any:
+    """The tokenizer that sizes a task's prompts, loaded once per process.
+
+    lm-eval hands tasks the model's arguments under `tokenizer` or `pretrained`.
+    """
+    return _tokenizer(str(settings.get("tokenizer") or settings["pretrained"]))
+
+
+_LOADED: dict[str, Any] = {}
+
+
+def _tokenizer(name: str) -> Any:
+    if name not in _LOADED:
+        from transformers import AutoTokenizer
+
+        _LOADED[name] = AutoTokenizer.from_pretrained(name)
+    return _LOADED[name]
+
+
+def lengths_of(settings: Mapping[str, Any]) -> list[int]:
+    """Prompt lengths asked for, in tokens: `max_seq_lengths` as in lm-eval's RULER, else 4096."""
+    given = settings.get("max_seq_lengths") or [4096]
+    return [int(n) for n in (given if isinstance(given, list | tuple) else [given])]

@@ -1,0 +1,72 @@
+"""The recipe of `sparsek evaluate`: every key, its type, default and meaning."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+
+from sparsek_cli.evaluation.policies import SUMMARIES
+
+Names = Annotated[list[str], Field(min_length=1)]
+
+
+class EvaluateRecipe(BaseModel):
+    """What to measure, on what, against what."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = Field(
+        None, description="folder, hub id or short name; default: the last model made here"
+    )
+    revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    tasks: Names = Field(
+        ["ppl", "recall"], description="tasks and groups, see `sparsek evaluate --list`"
+    )
+    baselines: list[str] = Field(
+        ["dense", "window", "random"],
+        description=f"same weights under other policies: {', '.join(SUMMARIES)}",
+    )
+    budgets: list[PositiveInt] = Field(
+        [], description="pairs per layer and KV head to try; empty: the checkpoint's own"
+    )
+    limit: PositiveInt | None = Field(None, description="samples per task and length; default: all")
+    lengths: list[PositiveInt] = Field(
+        [], description="prompt lengths in tokens, for tasks that can be made at any length"
+    )
+    data: str | None = Field(
+        None, description="folder with <config>/<split>.jsonl[.zst] and text/, instead of the hub"
+    )
+    text: list[str] = Field(
+        [], description="files, folders or globs of text for ppl and as filler for needles"
+    )
+    max_length: PositiveInt | None = Field(
+        None, description="most tokens of prompt and answer together; default: the model's own"
+    )
+    truncate: Literal["refuse", "left", "middle"] = Field(
+        "refuse", description="prompts over max_length: refuse, or cut at the left or in the middle"
+    )
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="upper bound on generated answers, below each task's own"
+    )
+    chat_template: Literal["auto", "on", "off"] = Field(
+        "auto", description="auto: for our own tasks when the tokenizer has one; on, off: for all"
+    )
+    batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="prompts scored side by side where they share nothing; auto or a number"
+    )
+    share_prefix: bool = Field(
+        True, description="read a document once for all questions about it (off: as lm-eval does)"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    dtype: str = Field("auto", description="auto, bfloat16, float16 or float32")
+    seed: int = Field(0, description="of generated samples and of the random baseline")
+    output: str | None = Field(
+        None, description="result folder; default: runs/evaluate/<model>/<settings>"
+    )
+
+    @field_validator("tasks", "baselines", "budgets", "lengths", "text", mode="before")
+    @classmethod
+    def _words(cls, value: object) -> object:
+        """`a,b` and a single value are lists too, so that flags and words need no brackets."""
+        if isinstance(value, str):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return [value] if isinstance(value, int) else value
