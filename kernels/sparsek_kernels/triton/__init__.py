@@ -1,0 +1,4 @@
+"""Triton backend: prefix selection, gathered attention forward and backward, decode.
+
+Import it only where Triton is installed; `sparsek_kernels.dispatch` decides when that is.
+"""

@@ -1,0 +1,317 @@
+"""Gradient of keys and values, walked key by key.
+
+Two launches of one kernel. The window first: a tile of neighbouring keys loops over the queries
+whose window holds them and stores dK, dV (so nothing has to be zeroed). Then the selected keys: a
+tile of keys from the list of a super tile (1024 queries) loops over the part of it in which they
+are selected and adds its sum. A super tile holds a key once, so the additions of one super tile
+never collide: added in super-tile order they are deterministic, added atomically they all run at
+once.
+
+The gate gradient dm (method section 3) is summed over the queries of a key here, and over the keys
+of a query in `forward._attend`; `scores.py` joins both.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from sparsek_kernels.triton.forward import (
+    GATES,
+    LOG2_E,
+    dot_precision,
+    load_rows,
+    needs_wide_index,
+    strides,
+)
+from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.lists import KeyLists
+from sparsek_kernels.triton.tuning import Config
+
+_LOG = tl.constexpr(1)
+_KV = tl.constexpr(2)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_FAR = tl.constexpr(2**31 - 1)
+
+
+@triton.jit
+def _delta(out, do, delta, o_b, o_h, o_n, do_b, do_h, do_n, heads, queries,
+           ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
+    """delta = rowsum(out * do), float32 [B, H, N]."""
+    row = tl.program_id(1).to(tl.int64)
+    batch = row // heads
+    head = row % heads
+    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = query < queries
+    d = tl.arange(0, DP)
+    at = query.to(tl.int64)
+    a = load_rows(out + batch * o_b + head * o_h, at * o_n, d, inside, D, DP, True)
+    b = load_rows(do + batch * do_b + head * do_h, at * do_n, d, inside, D, DP, True)
+    total = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
+    tl.store(delta + row * queries + query, total, mask=inside)
+
+
+@triton.jit
+def _key_gradient_step(
+    block, head_in_group, k, v, dk, dv, column_sum,
+    q_base, do_base, lse_base, delta_base, tau_base,
+    q_h, q_n, do_h, do_n, stat_h, d, t0, t1, scale,
+    begin, stop, run_low, run_high, gate_score, centre,
+    BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
+    MASKED: tl.constexpr, SCORES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds the queries of one block and head to dK and dV of a tile of keys (rows = keys)."""
+    t = t0 + block * BQ + tl.arange(0, BQ)
+    at = (t - t0).to(tl.int64)
+    inside = t < t1
+    q = load_rows(q_base + head_in_group * q_h, at * q_n, d, inside, D, DP, MASKED)
+    do = load_rows(do_base + head_in_group * do_h, at * do_n, d, inside, D, DP, MASKED)
+    stat = head_in_group * stat_h + at
+    if MASKED:
+        lse = tl.load(lse_base + stat, mask=inside, other=float("inf"))
+        delta = tl.load(delta_base + stat, mask=inside, other=0.0)
+    else:
+        lse = tl.load(lse_base + stat)
+        delta = tl.load(delta_base + stat)
+    raw = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    logits = raw
+    if GATE != 0 and not WINDOW:
+        tau = tl.load(tau_base + at, mask=inside, other=-float("inf"))
+        tau_row = tl.where(tau > -1.0e300, tau - centre, -1.0e30).to(tl.float32)
+        gate = tl.minimum(tl.maximum(gate_score[:, None] - tau_row[None, :], 0.0), 1.0)
+        if GATE == _LOG:
+            logits = raw + tl.log2(gate)
+        else:
+            logits = raw * gate
+    if MASKED:
+        visible = (t[None, :] >= begin[:, None]) & (t[None, :] < stop[:, None])
+        logits = tl.where(visible, logits, -float("inf"))
+    weights = tl.exp2(logits - lse[None, :])
+    if GATE == _KV and not WINDOW:
+        dv = tl.dot((weights * gate).to(do.dtype), do, dv, input_precision=PRECISION)
+    else:
+        dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+    weighted = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    if GATE == _KV and not WINDOW:
+        ds = weights * (weighted * gate - delta[None, :])
+        dm = weights * weighted + raw * _LN_2 * ds
+        ds = ds * gate
+    else:
+        ds = weights * (weighted - delta[None, :])
+        dm = ds
+    if SCORES and not WINDOW:
+        if GATE == _LOG:
+            bare = tl.where(gate > 0, tl.exp2(raw - lse[None, :]), 0.0)
+            dm = bare * (weighted - delta[None, :])
+        counted = (t[None, :] >= run_low[:, None]) & (t[None, :] < run_high[:, None])
+        if MASKED:
+            counted = counted & visible
+        column_sum += tl.sum(tl.where(counted, dm, 0.0), 1)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv, column_sum
+
+
+@triton.jit
+def _key_gradient(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, column_ptr,
+    gate_scores, tau, run_start, run_stop,
+    end, sequences, tiles, offsets, counts, listed,
+    q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n,
+    heads, group, queries, row_keys, window, scale, first_tile, tile_step,
+    SIZE: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    GATE: tl.constexpr, WINDOW: tl.constexpr, SCORES: tl.constexpr, ATOMIC: tl.constexpr,
+    WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED_STAGES: tl.constexpr,
+):  # fmt: skip
+    """dK, dV (float32 [B, G, M, D], added or stored) and the key sums of dm of a tile of keys."""
+    if WINDOW:
+        tile = tl.program_id(0)
+        part = 0
+    else:
+        tile = first_tile + tl.program_id(1) * tile_step
+        part = tl.program_id(0)
+    head = tl.program_id(1) if WINDOW else tl.program_id(2)
+    sequence = tl.load(tiles + 2 * tile)
+    if sequence < 0:
+        return
+    place = tl.load(tiles + 2 * tile + 1)
+    line = sequences + 6 * sequence
+    batch = tl.load(line).to(tl.int64)
+    first_query = tl.load(line + 1)
+    query_count = tl.load(line + 2)
+    first_key = tl.load(line + 3)
+    key_count = tl.load(line + 4)
+    shift = first_key + key_count - query_count
+    last = first_key + key_count
+    row = batch * heads + head
+    row_at = row * row_keys
+    lane = tl.arange(0, BN)
+    if WINDOW:
+        key = first_key + place * BN + lane
+        present = key < last
+        key = tl.where(present, key, first_key)
+        t0 = tl.maximum(first_key + place * BN, shift)
+        t1 = tl.minimum(first_key + place * BN + BN - 1 + window, last)
+        begin = key
+        stop = tl.where(present, key + window, 0)
+    else:
+        one = tile * heads + head
+        front = tl.load(counts + 2 * one)
+        back = tl.load(counts + 2 * one + 1)
+        if part * BN >= front + back:
+            return
+        base = tl.load(offsets + one)
+        room = tl.load(offsets + one + 1) - base
+        item = part * BN + lane
+        present = item < front + back
+        where = tl.where(item < front, item, room - back + item - front)
+        key = tl.load(listed + base + where, mask=present, other=0)
+        t0 = shift + place * SIZE
+        t1 = tl.minimum(t0 + SIZE, last)
+        begin = key + window
+        stop = tl.load(end + row_at + key, mask=present, other=0)
+    # Blocks of queries [low, high) matter at all; in [clear_low, clear_high) nothing is hidden.
+    any_begin = tl.min(tl.where(present, begin, _FAR), 0)
+    any_stop = tl.max(stop, 0)
+    all_begin = tl.max(tl.where(present, begin, 0), 0)
+    all_stop = tl.minimum(tl.min(tl.where(present, stop, _FAR), 0), t1)
+    low = tl.maximum(any_begin - t0, 0) // BQ
+    high = (tl.maximum(tl.minimum(any_stop, t1) - t0, 0) + BQ - 1) // BQ
+    high = tl.maximum(high, low)
+    clear_low = tl.minimum(tl.maximum((tl.maximum(all_begin - t0, 0) + BQ - 1) // BQ, low), high)
+    clear_high = tl.minimum(tl.maximum(tl.maximum(all_stop - t0, 0) // BQ, clear_low), high)
+
+    d = tl.arange(0, DP)
+    q0 = (first_query + t0 - shift).to(tl.int64)
+    q_head = (head * group).to(tl.int64)
+    q_base = q_ptr + batch * q_b + q_head * q_h + q0 * q_n
+    do_base = do_ptr + batch * do_b + q_head * do_h + q0 * do_n
+    stat = (batch * heads * group + q_head) * queries + q0
+    tau_base = tau + row * queries + q0
+    # Adding to a 64-bit zero widens arguments that may be compile-time constants.
+    stat_h = batch * 0 + queries
+    wide_q_h = batch * 0 + q_h
+    wide_do_h = batch * 0 + do_h
+    centre = 0.0
+    gate_score = begin.to(tl.float32)
+    if GATE != 0 and not WINDOW:
+        # The last query has the largest tau; -inf there means that every gate of the tile is 1.
+        value = tl.load(tau_base + t1 - 1 - t0)
+        centre = tl.where(value > -1.0e300, value, 0.0)
+        gate_score = (tl.load(gate_scores + row_at + key) - centre).to(tl.float32)
+    run_low = begin
+    run_high = begin
+    if SCORES and not WINDOW:
+        run_low = tl.load(run_start + row_at + key, mask=present, other=0)
+        run_high = tl.load(run_stop + row_at + key, mask=present, other=0)
+    index = key.to(tl.int64) if WIDE else key
+    k_base = k_ptr + batch * k_b + head.to(tl.int64) * k_h
+    v_base = v_ptr + batch * v_b + head.to(tl.int64) * v_h
+    k = load_rows(k_base, index * k_n, d, present, D, DP, True)
+    v = load_rows(v_base, index * v_n, d, present, D, DP, True)
+    dk = tl.zeros([BN, DP], tl.float32)
+    dv = tl.zeros([BN, DP], tl.float32)
+    column_sum = tl.zeros([BN], tl.float32)
+    for step in range(clear_low * group, clear_high * group):
+        dk, dv, column_sum = _key_gradient_step(
+            step // group, step % group, k, v, dk, dv, column_sum,
+            q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
+            wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale,
+            begin, stop, run_low, run_high, gate_score, centre,
+            BQ, D, DP, GATE, False, SCORES, WINDOW, PRECISION,
+        )  # fmt: skip
+    ramp = clear_low - low
+    for step in tl.range(0, (ramp + high - clear_high) * group, num_stages=MASKED_STAGES):
+        block = step // group
+        block = tl.where(block < ramp, low + block, clear_high + block - ramp)
+        dk, dv, column_sum = _key_gradient_step(
+            block, step % group, k, v, dk, dv, column_sum,
+            q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
+            wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale,
+            begin, stop, run_low, run_high, gate_score, centre,
+            BQ, D, DP, GATE, True, SCORES, WINDOW, PRECISION,
+        )  # fmt: skip
+    dk = dk * (scale * _LN_2)
+    grad_at = ((row_at + key) * D)[:, None] + d[None, :]
+    mask = present[:, None] & (d < D)[None, :]
+    if WINDOW:
+        tl.store(dk_ptr + grad_at, dk, mask=mask)
+        tl.store(dv_ptr + grad_at, dv, mask=mask)
+    elif ATOMIC:
+        tl.atomic_add(dk_ptr + grad_at, dk, mask=mask, sem="relaxed")
+        tl.atomic_add(dv_ptr + grad_at, dv, mask=mask, sem="relaxed")
+        if SCORES:
+            tl.atomic_add(column_ptr + row_at + key, column_sum, mask=present, sem="relaxed")
+    else:
+        dk += tl.load(dk_ptr + grad_at, mask=mask, other=0.0)
+        dv += tl.load(dv_ptr + grad_at, mask=mask, other=0.0)
+        tl.store(dk_ptr + grad_at, dk, mask=mask)
+        tl.store(dv_ptr + grad_at, dv, mask=mask)
+        if SCORES:
+            column_sum += tl.load(column_ptr + row_at + key, mask=present, other=0.0)
+            tl.store(column_ptr + row_at + key, column_sum, mask=present)
+
+
+def row_products(out: torch.Tensor, do: torch.Tensor) -> torch.Tensor:
+    """delta [B, H, N] float32 of the flash-attention backward: rowsum(out * do)."""
+    batch, heads, queries, dim = out.shape
+    delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
+    rows = 64
+    _delta[(triton.cdiv(queries, rows), batch * heads)](
+        out, do, delta, *strides(out), *strides(do), heads, queries,
+        ROWS=rows, D=dim, DP=max(16, triton.next_power_of_2(dim)), num_warps=4,
+    )  # fmt: skip
+    return delta
+
+
+def key_gradient(
+    q, k, v, do, lse, delta, end, lists: KeyLists, geometry: Geometry, *,
+    window: int, scale: float, gate: str, config: Config, gate_scores, tau, runs,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """dk, dv float32 [B, G, M, D] and, if `runs` is given, the key sums of dm, float32 [B, G, M].
+
+    Args:
+        lists: key lists of the super tiles.
+        runs: int32 [B, G, M] twice, the queries [start, stop) at which a key is interior.
+        deterministic: one launch per super tile instead of atomics.
+    """
+    dk = torch.empty(k.shape, dtype=torch.float32, device=k.device)
+    dv = torch.empty(v.shape, dtype=torch.float32, device=k.device)
+    if geometry.keys != geometry.queries:
+        dk.zero_()  # slots before the first query have no window tile of their own
+        dv.zero_()
+    sums = None
+    if runs is not None:
+        sums = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+    run_start, run_stop = runs or (end, end)
+    dim = q.shape[3]
+
+    def launch(grid, tiles, size, is_window, first_tile=0, tile_step=1):
+        _key_gradient[grid](
+            q, k, v, do, lse, delta, dk, dv, lse if sums is None else sums,
+            end if gate_scores is None else gate_scores, end if tau is None else tau,
+            run_start, run_stop,
+            end, geometry.sequences, tiles, lists.offsets, lists.counts, lists.keys,
+            *strides(q), *strides(k), *strides(v), *strides(do),
+            geometry.heads, geometry.group, geometry.queries, geometry.keys, window,
+            scale * LOG2_E, first_tile, tile_step,
+            SIZE=size, BN=config.keys, BQ=config.rows, D=dim,
+            DP=max(16, triton.next_power_of_2(dim)), GATE=GATES[gate], WINDOW=is_window,
+            SCORES=runs is not None, ATOMIC=not deterministic, WIDE=needs_wide_index(k, v),
+            PRECISION=dot_precision(q.dtype), MASKED_STAGES=config.masked_stages,
+            num_warps=config.warps, num_stages=config.stages,
+        )  # fmt: skip
+
+    tiles = geometry.tiles(config.keys)
+    launch((tiles.shape[0], geometry.heads), tiles, config.keys, True)
+    parts = -(-lists.capacity // config.keys)
+    count = lists.tiles.shape[0]
+    if parts and deterministic:
+        # Batch items share no key, so their super tiles of one place may run together.
+        items = 1 if geometry.packed else geometry.batch
+        step = count // items
+        for place in range(step):
+            grid = (parts, items, geometry.heads)
+            launch(grid, lists.tiles, lists.size, False, first_tile=place, tile_step=step)
+    elif parts:
+        launch((parts, count, geometry.heads), lists.tiles, lists.size, False)
+    return dk, dv, sums

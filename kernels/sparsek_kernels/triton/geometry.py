@@ -1,0 +1,122 @@
+"""Which queries and keys belong together: sequences of a batch, or documents packed in one row.
+
+Every kernel sees key coordinates: inside the row of a batch item and KV head the keys are numbered
+0..M-1, the queries are the last keys of their sequence, and "query t" means the key index of that
+query. A carried state therefore needs nothing special: its slots are simply earlier keys.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+SEQUENCE_FIELDS = 6  # batch item, first query, queries, first key, keys, first key of the window
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shapes of one call.
+
+    Attributes:
+        batch, heads, group: batch size, KV heads, query heads per KV head.
+        queries, keys: length of the query and of the key axis (N and M).
+        sequences: int32 [S, 6], one line per batch item or document, see `SEQUENCE_FIELDS`.
+        packed: documents are packed along the row (S documents) instead of one per batch item.
+        longest: an upper bound on the keys of one sequence, known without asking the device.
+    """
+
+    batch: int
+    heads: int
+    group: int
+    queries: int
+    keys: int
+    sequences: torch.Tensor
+    packed: bool
+    longest: int
+
+    @property
+    def count(self) -> int:
+        return self.sequences.shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.heads
+
+    def tiles(self, size: int) -> torch.Tensor:
+        """Query tiles of `size`: int32 [T, 2] of (sequence, index in it); sequence -1 is unused.
+
+        Packed documents get N / size + S tiles, an upper bound that needs no device
+        synchronisation.
+        """
+        if not self.packed:
+            return _dense_tiles(self.batch, self.queries, size, self.sequences.device)
+        counts = (self.sequences[:, 2] + size - 1) // size
+        return _ragged(counts, self.queries // size + self.count)
+
+
+def ragged_index(counts: torch.Tensor, total: int) -> torch.Tensor:
+    """int32 [total, 2] of (owner, index in owner), owner -1 past the end; `total` is a bound."""
+    return _ragged(counts, total)
+
+
+def _ragged(counts: torch.Tensor, total: int) -> torch.Tensor:
+    ends = counts.cumsum(0)
+    place = torch.arange(total, device=counts.device)
+    owner = torch.searchsorted(ends, place, right=True)
+    inside = owner < counts.shape[0]
+    owner = owner.clamp(max=counts.shape[0] - 1)
+    index = place - (ends[owner] - counts[owner])
+    return torch.stack((torch.where(inside, owner, -1), index), dim=1).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _dense_tiles(batch: int, queries: int, size: int, device: torch.device) -> torch.Tensor:
+    per_row = -(-queries // size)
+    place = torch.arange(batch * per_row, device=device)
+    return torch.stack((place // per_row, place % per_row), dim=1).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def _dense_sequences(batch: int, queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    table = torch.zeros(batch, SEQUENCE_FIELDS, dtype=torch.int32)
+    table[:, 0] = torch.arange(batch)
+    table[:, 2] = queries
+    table[:, 4] = keys
+    return table.to(device)
+
+
+def geometry(
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    device: torch.device,
+    cu_seqlens: torch.Tensor | None = None,
+    cu_keys: torch.Tensor | None = None,
+    window_start: torch.Tensor | None = None,
+) -> Geometry:
+    """Geometry of q [B, H, N, D] and k [B, G, M, D].
+
+    Args:
+        cu_seqlens: int32 [S + 1], document bounds along N (B must be 1).
+        cu_keys: int32 [S + 1], the same along M when a carried state puts slots before each
+            document; None means the queries' own bounds.
+        window_start: int32 [S], first key index a window may reach (slots of a state that are
+            still empty lie before it); None means the first key of the sequence.
+    """
+    batch, q_heads, queries, _ = q_shape
+    _, heads, keys, _ = k_shape
+    if cu_seqlens is None:
+        sequences = _dense_sequences(batch, queries, keys, device)
+        if window_start is not None:
+            sequences = sequences.clone()
+            sequences[:, 5] = window_start
+    else:
+        bounds = cu_seqlens.to(device=device, dtype=torch.int32)
+        key_bounds = bounds if cu_keys is None else cu_keys.to(device=device, dtype=torch.int32)
+        zero = torch.zeros_like(bounds[:-1])
+        first = key_bounds[:-1] if window_start is None else window_start.to(torch.int32)
+        sequences = torch.stack(
+            (zero, bounds[:-1], bounds.diff(), key_bounds[:-1], key_bounds.diff(), first), dim=1
+        ).contiguous()
+    return Geometry(
+        batch, heads, q_heads // heads, queries, keys, sequences, cu_seqlens is not None, keys
+    )

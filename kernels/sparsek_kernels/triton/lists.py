@@ -1,0 +1,210 @@
+"""Key lists: for each tile of queries, the keys selected by any of its queries.
+
+The lists of small tiles are filtered copies of the lists of the larger tiles around them, so the
+work per tile is its parent's list (k + sinks + parent's size) and not the whole prefix. In a list,
+keys selected by every query of the tile stand at the front and the others at the back, which is
+why most of the attention needs no mask at all. The order inside both parts is fixed, so a sum over
+a list is the same in every run.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from sparsek_kernels.triton.geometry import Geometry
+
+SUPER_TILE = 1024  # queries of the tiles that the backward pass walks key by key
+BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class KeyLists:
+    """Lists of all tiles of one size.
+
+    Attributes:
+        size: queries per tile.
+        tiles: int32 [T, 2], see `Geometry.tiles`.
+        offsets: int64 [T*G + 1]; list l = tile*G + head lies in keys[offsets[l] : offsets[l + 1]].
+        counts: int32 [T*G, 2]: entries at the front (whole tile) and at the back (part of it).
+        keys: int32, key indices inside their row. ends: the same for their `end`, or None.
+        capacity: an upper bound on front + back.
+    """
+
+    size: int
+    tiles: torch.Tensor
+    offsets: torch.Tensor
+    counts: torch.Tensor
+    keys: torch.Tensor
+    ends: torch.Tensor | None
+    capacity: int
+
+
+@triton.jit
+def _build(
+    end, sequences, tiles, offsets, counts, keys, ends,
+    parent_index, parent_offsets, parent_counts, parent_keys, parent_ends,
+    heads, row_keys, window,
+    SIZE: tl.constexpr, RATIO: tl.constexpr, FROM_PARENT: tl.constexpr,
+    STORE_END: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One list: the keys that are selected somewhere in the tile, whole-tile keys first."""
+    tile = tl.program_id(0)
+    head = tl.program_id(1)
+    one = tile * heads + head
+    sequence = tl.load(tiles + 2 * tile)
+    if sequence < 0:
+        tl.store(counts + 2 * one, 0)
+        tl.store(counts + 2 * one + 1, 0)
+        return
+    place = tl.load(tiles + 2 * tile + 1)
+    line = sequences + 6 * sequence
+    batch = tl.load(line)
+    query_count = tl.load(line + 2)
+    first_key = tl.load(line + 3)
+    key_count = tl.load(line + 4)
+    t0 = first_key + key_count - query_count + place * SIZE
+    t1 = tl.minimum(t0 + SIZE, first_key + key_count)
+    row_end = end + (batch * heads + head).to(tl.int64) * row_keys
+    base = tl.load(offsets + one)
+    room = tl.load(offsets + one + 1) - base
+    front = 0
+    back = 0
+    if FROM_PARENT:
+        above = (tl.load(parent_index + sequence) + place // RATIO) * heads + head
+        above_base = tl.load(parent_offsets + above)
+        above_room = tl.load(parent_offsets + above + 1) - above_base
+        above_front = tl.load(parent_counts + 2 * above)
+        above_back = tl.load(parent_counts + 2 * above + 1)
+        low = 0
+        high = above_front + above_back
+    else:
+        low = first_key
+        high = tl.maximum(t1 - window, low)
+    for start in range(low, high, BLOCK):
+        item = start + tl.arange(0, BLOCK)
+        inside = item < high
+        if FROM_PARENT:
+            back_item = above_room - above_back + item - above_front
+            where = above_base + tl.where(item < above_front, item, back_item)
+            key = tl.load(parent_keys + where, mask=inside, other=0)
+            key_end = tl.load(parent_ends + where, mask=inside, other=0)
+        else:
+            key = item
+            key_end = tl.load(row_end + item, mask=inside, other=0)
+        live = inside & (key_end > t0) & (key + window < t1) & (key_end > key + window)
+        whole = live & (key_end >= t1) & (key + window <= t0)
+        part = (live & (whole == 0)).to(tl.int32)
+        whole = whole.to(tl.int32)
+        at_front = base + front + tl.cumsum(whole, 0) - whole
+        at_back = base + room - 1 - back - (tl.cumsum(part, 0) - part)
+        where = tl.where(whole != 0, at_front, at_back)
+        tl.store(keys + where, key, mask=live)
+        if STORE_END:
+            tl.store(ends + where, key_end, mask=live)
+        front += tl.sum(whole, 0)
+        back += tl.sum(part, 0)
+    tl.store(counts + 2 * one, front)
+    tl.store(counts + 2 * one + 1, back)
+
+
+def key_lists(
+    end: torch.Tensor,
+    topk: Sequence[int],
+    window: int,
+    sinks: int,
+    geometry: Geometry,
+    sizes: Sequence[int],
+) -> list[KeyLists]:
+    """Lists for the wanted tile sizes, ascending powers of two; coarser ones help to build them.
+
+    Args:
+        end: int32 [B, G, M] from `selection_ends`.
+        sizes: tile sizes; each is returned, finest first, with `ends` for the sizes >= SUPER_TILE.
+    """
+    wanted = sorted(set(sizes))
+    ladder = list(wanted)
+    # A tile without a parent reads its whole prefix: fine for a few dozen tiles.
+    if ladder[-1] < SUPER_TILE < geometry.queries:
+        ladder.append(SUPER_TILE)
+    while geometry.queries > 128 * ladder[-1]:
+        ladder.append(ladder[-1] * 32)
+    built: dict[int, KeyLists] = {}
+    parent = None
+    for size in reversed(ladder):
+        keep_ends = size >= SUPER_TILE or size != ladder[0]
+        parent = _lists_of_size(end, topk, window, sinks, geometry, size, parent, keep_ends)
+        built[size] = parent
+    return [built[size] for size in wanted]
+
+
+def _lists_of_size(end, topk, window, sinks, geometry, size, parent, keep_ends) -> KeyLists:
+    device = end.device
+    tiles = geometry.tiles(size)
+    offsets, total, capacity = _room(topk, window, sinks, geometry, size, tiles)
+    lists = tiles.shape[0] * geometry.heads
+    counts = torch.empty(lists, 2, dtype=torch.int32, device=device)
+    keys = torch.empty(max(total, 1), dtype=torch.int32, device=device)
+    ends = torch.empty_like(keys) if keep_ends else None
+    made = KeyLists(size, tiles, offsets, counts, keys, ends, capacity)
+    above = parent or made
+    _build[(tiles.shape[0], geometry.heads)](
+        end, geometry.sequences, tiles, offsets, counts, keys, keys if ends is None else ends,
+        _first_tiles(geometry, above.size), above.offsets, above.counts, above.keys,
+        above.keys if above.ends is None else above.ends,
+        geometry.heads, geometry.keys, window,
+        SIZE=size, RATIO=above.size // size, FROM_PARENT=parent is not None,
+        STORE_END=ends is not None, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+_CACHE: dict[tuple, tuple] = {}
+
+
+def _first_tiles(geometry: Geometry, size: int) -> torch.Tensor:
+    """int32 [S]: index of the first tile of each sequence."""
+    key = ("first", geometry.batch, geometry.queries, size, geometry.sequences.device)
+    if not geometry.packed and key in _CACHE:
+        return _CACHE[key]
+    counts = (geometry.sequences[:, 2] + size - 1) // size
+    first = (counts.cumsum(0) - counts).to(torch.int32)
+    if not geometry.packed:
+        _CACHE[key] = first
+    return first
+
+
+def _room(topk, window, sinks, geometry, size, tiles) -> tuple[torch.Tensor, int, int]:
+    """Offsets of the lists, their total room and the longest list, without asking the device.
+
+    A tile sees at most k + sinks keys at its first query and one more with each further query; and
+    never more than the keys older than the window at its last query.
+    """
+    key = ("room", geometry.batch, geometry.heads, geometry.queries, geometry.keys, tuple(topk),
+           window, sinks, size, tiles.device)  # fmt: skip
+    if not geometry.packed and key in _CACHE:
+        return _CACHE[key]
+    device = tiles.device
+    most = [k + sinks + size for k in topk]
+    budget = torch.tensor(most, dtype=torch.int64).to(device, non_blocking=True)
+    line = geometry.sequences[tiles[:, 0].clamp(min=0).long()]
+    length = line[:, 4] - line[:, 2] + torch.minimum((tiles[:, 1] + 1) * size, line[:, 2])
+    older = (length - window).clamp(min=0) * (tiles[:, 0] >= 0)
+    room = torch.minimum(older[:, None], budget[None, :])
+    offsets = torch.zeros(room.numel() + 1, dtype=torch.int64, device=device)
+    offsets[1:] = room.reshape(-1).cumsum(0)
+    longest = max(geometry.longest - window, 0)
+    per_list = [min(m, longest) for m in most]
+    if geometry.packed:
+        # First tiles of documents hold at most their own keys; the others are N / size at most.
+        total = sum(per_list) * (geometry.queries // size) + geometry.keys * geometry.heads
+    else:
+        total = sum(per_list) * tiles.shape[0]
+    found = (offsets, total, max(per_list))
+    if not geometry.packed:
+        if len(_CACHE) > 512:
+            _CACHE.clear()
+        _CACHE[key] = found
+    return found

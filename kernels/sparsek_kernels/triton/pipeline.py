@@ -1,0 +1,151 @@
+"""One call end to end: selection, lists, attention; and its gradient."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparsek_kernels.triton.backward import key_gradient, row_products
+from sparsek_kernels.triton.forward import attend_forward, query_gradient, rows_of
+from sparsek_kernels.triton.geometry import Geometry, geometry
+from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
+from sparsek_kernels.triton.scores import interior_runs, prefix_thresholds, score_gradient
+from sparsek_kernels.triton.selection import selection_ends
+from sparsek_kernels.triton.tuning import device_capability, launch_config
+
+LIST_SHARE = 0.04  # of the bytes of Q + K + V, the most that the finest key lists may take
+
+
+@dataclass(frozen=True)
+class Settings:
+    topk: tuple[int, ...]
+    window: int
+    sinks: int
+    gate: str
+    scale: float
+
+
+def sink_mask(geometry: Geometry, sinks: int) -> torch.Tensor | None:
+    """bool [1, 1, M]: the first `sinks` keys of every sequence (no carried state)."""
+    if sinks == 0:
+        return None
+    device = geometry.sequences.device
+    place = torch.arange(geometry.keys, device=device)
+    if geometry.packed:
+        starts = geometry.sequences[:, 3].contiguous()
+        place = place - starts[torch.searchsorted(starts, place.int(), right=True) - 1]
+    return (place < sinks)[None, None]
+
+
+def list_size(settings: Settings, q: torch.Tensor, k: torch.Tensor) -> int:
+    """Queries per key list: the finest that keeps the lists within `LIST_SHARE` of Q, K and V."""
+    per_query = (q.shape[1] + 2 * k.shape[1]) * q.shape[3] * q.element_size() * LIST_SHARE
+    size = 64
+    while size < SUPER_TILE and 4 * sum(settings.topk) > size * per_query:
+        size *= 2
+    return size
+
+
+def _config(kind: str, q: torch.Tensor, group: int):
+    bits = 8 * q.element_size()
+    return launch_config(kind, device_capability(q.device), q.shape[3], group, bits)
+
+
+def forward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scores: torch.Tensor,
+    settings: Settings,
+    shape: Geometry,
+    *,
+    always: torch.Tensor | None = None,
+    never: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """out, lse, end and (gates log and kv) tau.
+
+    Args:
+        q [B, H, N, D], k and v [B, G, M, D], scores float64 [B, G, M].
+        always, never: bool, broadcastable to scores, see `selection_ends`.
+    """
+    q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    end = selection_ends(scores, settings.topk, settings.window, shape, always=always, never=never)
+    tau = gate_scores = None
+    if settings.gate != "straight_through":
+        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, always)
+        gate_scores = gate_values(scores, always)
+    config = _config("forward", q, shape.group)
+    size = list_size(settings, q, k)
+    (lists,) = key_lists(end, settings.topk, settings.window, settings.sinks, shape, [size])
+    out, lse = attend_forward(
+        q, k, v, end, lists, shape, window=settings.window, scale=settings.scale,
+        gate=settings.gate, config=config, gate_scores=gate_scores, tau=tau,
+    )  # fmt: skip
+    return out, lse, end, tau
+
+
+def gate_values(scores: torch.Tensor, always: torch.Tensor | None) -> torch.Tensor:
+    """Scores with sinks at +inf, so that their gate is 1."""
+    scores = scores.detach()
+    return scores if always is None else scores.masked_fill(always, float("inf"))
+
+
+def backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scores: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    end: torch.Tensor,
+    tau: torch.Tensor | None,
+    settings: Settings,
+    shape: Geometry,
+    *,
+    score_grad: bool,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """dq, dk, dv in the inputs' dtypes and, if asked for, d(scores) float64."""
+    if shape.keys != shape.queries:
+        raise ValueError("no gradient through a carried state: detach it or start without one")
+    q, k, v, do = rows_of(q), rows_of(k), rows_of(v), rows_of(do)
+    always = sink_mask(shape, settings.sinks)
+    runs = gate_scores = None
+    if score_grad and tau is None:
+        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, always)
+    if score_grad:
+        runs = interior_runs(scores, tau, settings.window, shape, always)
+    if settings.gate != "straight_through":
+        gate_scores = gate_values(scores, always)
+    size = list_size(settings, q, k)
+    lists = key_lists(
+        end, settings.topk, settings.window, settings.sinks, shape, [size, SUPER_TILE]
+    )
+    delta = row_products(out, do)
+    common = dict(
+        window=settings.window, scale=settings.scale, gate=settings.gate,
+        gate_scores=gate_scores, tau=tau, runs=runs,
+    )  # fmt: skip
+    dq, row_sum = query_gradient(
+        q, k, v, do, lse, delta, end, lists[0], shape,
+        config=_config("dq", q, shape.group), **common,
+    )  # fmt: skip
+    dk, dv, column_sum = key_gradient(
+        q, k, v, do, lse, delta, end, lists[-1], shape,
+        config=_config("dkdv", q, shape.group), deterministic=deterministic, **common,
+    )  # fmt: skip
+    de = None
+    if score_grad:
+        de = score_gradient(column_sum, row_sum, runs, shape.group)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), de
+
+
+def prepare(
+    q: torch.Tensor, k: torch.Tensor, settings: Settings, cu_seqlens: torch.Tensor | None
+) -> Geometry:
+    return geometry(q.shape, k.shape, q.device, cu_seqlens)
+
+
+def topk_tuple(topk: int | Sequence[int], heads: int) -> tuple[int, ...]:
+    return (topk,) * heads if isinstance(topk, int) else tuple(topk)
