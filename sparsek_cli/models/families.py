@@ -23,6 +23,10 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
 from transformers.models.llama import modeling_llama
@@ -274,3 +278,11 @@ def register_families() -> None:
         AutoModelForCausalLM.register(
             family.sparsek_config, family.sparsek_causal_lm, exist_ok=True
         )
+        # Tensors that files name differently (GPT-NeoX's embed_out); found by class name.
+        for dense, sparse in (
+            (family.model, family.sparsek_model),
+            (family.causal_lm, family.sparsek_causal_lm),
+        ):
+            renames = get_checkpoint_conversion_mapping(dense.__name__)
+            if renames is not None:
+                register_checkpoint_conversion_mapping(sparse.__name__, renames, overwrite=True)
