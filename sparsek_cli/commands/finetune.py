@@ -107,7 +107,6 @@ def _hush() -> None:
     """Libraries keep their chatter to themselves; warnings of ours are exceptions."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,6 +1,7 @@
 """`sparsek finetune` from recipe to finished folder."""
 
 import gc
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from sparsek_cli import hub
 from sparsek_cli.data.mixture import HeldOut, build_mixture, load_texts
 from sparsek_cli.devices import choose_device
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training import checkpoints
 from sparsek_cli.training.model import (
     build_random,
@@ -95,8 +97,10 @@ def finetune(
     device = choose_device(recipe.device)
     bf16 = _wants_bf16(recipe, device)
     source = None if recipe.model is None else hub.resolve(recipe.model)
-    tokenizer = load_tokenizer(_tokenizer_folder(recipe, source))
+    tokenizer = load_tokenizer(_tokenizer_place(recipe, source))
     texts, held_out = load_texts(recipe, tokenizer, report.say)
+    # From here on a few words at a time are tokenised: threads would only be in the way.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name = source.name if source else f"{recipe.architecture.type} (random)"
 
     if dry_run:
@@ -129,7 +133,9 @@ def finetune(
     checkpoint = _checkpoint(recipe, part, resume)
     args.eval_on_start = start is not None and checkpoint is None
     if recipe.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The first name is newer than the oldest transformers supported here.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if recipe.compile:
         decoder_of(model).compile()
     attach(model, objective, teacher_context(model, tuner))
@@ -231,17 +237,22 @@ def _model_without_weights(
         return AutoModelForCausalLM.from_config(config)
 
 
-def _tokenizer_folder(recipe: "FinetuneRecipe", source: hub.Checkpoint | None) -> Path:
-    if recipe.tokenizer is None:
+def _tokenizer_place(recipe: "FinetuneRecipe", source: hub.Checkpoint | None) -> str | Path:
+    """A folder or hub id; of a hub model only the tokenizer's files are fetched."""
+    name = recipe.tokenizer
+    if name is None:
         if source is None:
             raise UsageError(
                 "init: random needs a tokenizer",
                 hint="set 'tokenizer' (a folder, short name or hub id) or 'model'",
             )
         return source.path
-    folder = Path(recipe.tokenizer).expanduser()
-    # A folder that holds only a tokenizer is no checkpoint for hub.resolve.
-    return folder if folder.is_dir() else hub.resolve(recipe.tokenizer).path
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name in BUNDLED:
+        return hub.bundled(name).path
+    return SHORT_NAMES[name].hub_id if name in SHORT_NAMES else name
 
 
 def _wants_bf16(recipe: "FinetuneRecipe", device: torch.device) -> bool:
