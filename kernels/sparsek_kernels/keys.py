@@ -37,7 +37,11 @@ class KeyList:
 
 
 def list_keys(
-    k: Tensor, v: Tensor, effective: Tensor, positions: Tensor, layout: SlotLayout,
+    k: Tensor,
+    v: Tensor,
+    effective: Tensor,
+    positions: Tensor,
+    layout: SlotLayout,
     state: SparseKState | None,
 ) -> KeyList:
     """Join a state and N new tokens.
@@ -53,8 +57,9 @@ def list_keys(
         return KeyList(k, v, effective, where, -layout.window, 0, n)
     held = _held(state)
     keys, values = (
-        t.gather(1, held.flatten(1)[..., None].expand(-1, -1, t.shape[2]))
-        .unflatten(1, held.shape[1:])
+        t.gather(1, held.flatten(1)[..., None].expand(-1, -1, t.shape[2])).unflatten(
+            1, held.shape[1:]
+        )
         for t in (state.keys, state.values)
     )
     at = state.positions.gather(1, held.flatten(1)).view(held.shape).to(torch.int64)

@@ -58,7 +58,7 @@ class SlotLayout:
         return _index(self, device)[2]
 
     def expand(self, device: torch.device) -> Tensor:
-        """[G, width] int64: padded slot -> slot; absent ones repeat the head's first window slot."""
+        """[G, width] int64: padded slot -> slot; absent ones repeat one of the window."""
         return _index(self, device)[0]
 
     def flatten(self, device: torch.device) -> Tensor:

@@ -120,8 +120,11 @@ def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tenso
             same | ((newton - x).abs() <= 4 * torch.finfo(x.dtype).eps * x.abs())
         )
         # A flat stretch has many solutions: take its left end, the largest element outside.
-        edge = torch.where(above > 0, old.gather(1, (above - 1).clamp(min=0)), floor) \
-            if old.shape[1] else floor
+        edge = (
+            torch.where(above > 0, old.gather(1, (above - 1).clamp(min=0)), floor)
+            if old.shape[1]
+            else floor
+        )
         own_edge = own_t.masked_fill(own_t > x[:, :, None], -1).amax(2)
         edge = torch.maximum(torch.maximum(edge, own_edge), floor)
         x = torch.where(~done & flat, edge, torch.where(~done & settled, newton, x))

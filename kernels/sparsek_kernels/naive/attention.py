@@ -22,8 +22,17 @@ def naive_selection(effective: Tensor, k: int, window: int, sinks: int) -> Tenso
 
 
 def naive_attention(
-    q: Tensor, k: Tensor, v: Tensor, scores: Tensor, *, topk, window: int, sinks: int = 0,
-    slopes: Tensor | None = None, gate: str = "straight_through", scale: float | None = None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    *,
+    topk,
+    window: int,
+    sinks: int = 0,
+    slopes: Tensor | None = None,
+    gate: str = "straight_through",
+    scale: float | None = None,
 ) -> Tensor:
     """Twin of sparsek_attention without documents or state; float64, [B, H, N, D]."""
     batch, heads, n, dim = q.shape

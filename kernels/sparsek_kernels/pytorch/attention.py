@@ -270,6 +270,4 @@ def attend(
     Returns:
         [B, H, N, D] in q's dtype.
     """
-    return _Attend.apply(
-        q, keys, values, effective, end, tau, counts, base, window, gate, scale
-    )
+    return _Attend.apply(q, keys, values, effective, end, tau, counts, base, window, gate, scale)

@@ -68,8 +68,7 @@ def decode(q: Tensor, state: SparseKState, *, scale: float) -> Tensor:
         held = state.positions.view(shape) != EMPTY
     else:
         keys, values = (
-            t.index_select(1, slots.flatten()).view(*shape, dim)
-            for t in (state.keys, state.values)
+            t.index_select(1, slots.flatten()).view(*shape, dim) for t in (state.keys, state.values)
         )
         held = state.positions[:, slots] != EMPTY
         selected = slice(layout.sinks, layout.width - layout.window)

@@ -1,0 +1,112 @@
+"""The whole call: documents become rows, keys are listed and selected, tiles attend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsek_kernels import keys as key_lists
+from sparsek_kernels.pytorch.attention import attend
+from sparsek_kernels.pytorch.decode import decode, insert
+from sparsek_kernels.pytorch.rows import pack, row_groups
+from sparsek_kernels.scores import effective_scores
+from sparsek_kernels.state import SlotLayout, SparseKState
+
+
+def run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    *,
+    layout: SlotLayout,
+    slopes: Tensor | None,
+    gate: str,
+    cu_seqlens: Tensor | None,
+    state: SparseKState | None,
+    scale: float,
+) -> tuple[Tensor, SparseKState | None]:
+    """A backend's entry: sparsek_attention with checked arguments; returns (out, new state)."""
+    options = dict(layout=layout, slopes=slopes, gate=gate, scale=scale)
+    if cu_seqlens is None:
+        return _run_rows(q, k, v, scores, None, state, **options)
+    groups = row_groups(cu_seqlens, q.shape[2])
+    outputs, states = [], []
+    for group in groups:
+        part = None if state is None else state.index_select(group.documents)
+        rows = [group.gather(x) for x in (q, k, v, scores)]
+        out, part = _run_rows(*rows, group.lengths, part, **options)
+        outputs.append(out)
+        states.append(part)
+    out = pack(groups, outputs) if groups else torch.zeros_like(q)
+    if state is None:
+        return out, None
+    return out, _join(state, states, [group.documents for group in groups])
+
+
+def _join(old: SparseKState, states: list[SparseKState], order: list[Tensor]) -> SparseKState:
+    """Rows of the groups' states in document order; empty documents keep their old row."""
+    if not states:
+        return old
+    done = torch.cat(order)
+    idle = torch.ones(old.batch, dtype=torch.bool, device=done.device)
+    idle[done] = False
+    rest = idle.nonzero()[:, 0]
+    if rest.numel():
+        kept = old.index_select(rest)
+        if kept.support is None and states[0].support is not None:
+            shape = (rest.numel(), old.layout.heads)
+            kept.support = states[0].support.new_empty(*shape, 0)
+            kept.tau = states[0].tau.new_full(shape, -torch.inf)
+        states, done = [*states, kept], torch.cat([done, rest])
+    return SparseKState.cat(states).index_select(done.argsort())
+
+
+def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, gate, scale):
+    """One call on rows [B, ..., N]; `lengths` [B] int64 or None where all N tokens are real."""
+    batch, _, n, _ = q.shape
+    with torch.no_grad():
+        positions = torch.arange(n, device=q.device).expand(batch, -1)
+        if state is not None:
+            positions = positions + state.seen[:, None]
+    effective = effective_scores(scores, slopes, positions)
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, effective))
+    if n == 0:
+        return torch.zeros_like(q), state
+    if state is not None and n == 1 and lengths is None and not grad and gate == "straight_through":
+        state.support = state.tau = None
+        insert(state, k[:, :, 0], v[:, :, 0], effective[:, :, 0])
+        return decode(q, state, scale=scale), state
+
+    keys = key_lists.list_keys(k, v, effective, positions, layout, state)
+    soft = _needs_tau(gate, effective, state)
+    with torch.no_grad():
+        end = key_lists.select(keys, layout)
+        tau = counts = None
+        if soft:
+            tau, counts = key_lists.thresholds(keys, layout, state)
+    out = attend(
+        q, keys.keys, keys.values, keys.effective, end,
+        base=keys.base, window=layout.window, gate=gate, scale=scale, tau=tau, counts=counts,
+    )  # fmt: skip
+    if state is None:
+        return out, None
+    with torch.no_grad():
+        if lengths is None:
+            lengths = torch.full((batch,), n, device=q.device)
+        kept = tau if gate != "straight_through" else None
+        return out, key_lists.next_state(keys, layout, end, lengths, state, kept)
+
+
+def _needs_tau(gate: str, effective: Tensor, state: SparseKState | None) -> bool:
+    if gate == "straight_through" and not (torch.is_grad_enabled() and effective.requires_grad):
+        return False
+    carried = state is not None and bool(state.seen.any())
+    if gate == "straight_through":
+        return not carried
+    if carried and state.support is None:
+        raise ValueError(
+            f"gate {gate!r} needs the thresholds of the tokens already seen, "
+            "and this state was filled under gate 'straight_through'"
+        )
+    return True
