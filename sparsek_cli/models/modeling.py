@@ -15,10 +15,18 @@ from transformers import initialization as init
 from transformers.generation import GenerationMode
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.attention import SparseKAttentionMixin, check_cache
+from sparsek_cli.models.attention import DENSE_ATTENTION, SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache import SparseKCache
 from sparsek_cli.models.config import ATTENTION, kv_heads
 from sparsek_cli.models.scorer import DEFAULT_SLOPE, SparseKScorer
+
+# Modes that only ever append tokens or reorder rows.
+_GENERATION_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
 
 
 def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
@@ -74,14 +82,16 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
         given = kwargs.get("past_key_values")
         check_cache(given, implementation)
         if given is None:
-            self._prepare_packing(kwargs)
+            if implementation in (ATTENTION, DENSE_ATTENTION):
+                self._prepare_packing(kwargs)
             if kwargs.get("use_cache") is None:
                 packed = kwargs.get("cu_seq_lens_q") is not None
                 kwargs["use_cache"] = self.config.use_cache and not (self.training or packed)
             recomputing = self.training and getattr(self, "gradient_checkpointing", False)
             if implementation == ATTENTION and kwargs["use_cache"] and not recomputing:
                 kwargs["past_key_values"] = SparseKCache(self.config)
-        if kwargs.get("cu_seq_lens_q") is not None and kwargs.get("use_cache"):
+        caching = given is not None or kwargs["use_cache"]
+        if kwargs.get("cu_seq_lens_q") is not None and caching:
             raise SparsekError("packed documents cannot share a cache", hint="pass use_cache=False")
         return super().forward(**kwargs)
 
@@ -133,11 +143,14 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
 
     @staticmethod
     def _check_generation(generation_config, generation_mode) -> None:
-        assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
-        if assisted or getattr(generation_config, "is_assistant", False):
+        if generation_mode not in _GENERATION_MODES or getattr(
+            generation_config, "is_assistant", False
+        ):
+            name = getattr(generation_mode, "value", generation_mode).replace("_", " ")
             raise SparsekError(
-                "assisted decoding takes tokens back, and evicted pairs cannot come back",
-                hint="generate without assistant_model and prompt_lookup_num_tokens",
+                f"{name} takes tokens back, and pairs a SparseK cache evicted cannot come back",
+                hint="use greedy search, sampling or beams, without assistant_model and "
+                "prompt_lookup_num_tokens",
             )
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic"):

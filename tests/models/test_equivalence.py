@@ -125,6 +125,9 @@ def test_packing_mistakes_are_named(sparse_model, ids):
     bounds = torch.tensor([0, 20, 48], dtype=torch.int32)
     with pytest.raises(SparsekError, match="cannot share a cache"):
         model(ids.view(1, -1), cu_seq_lens_q=bounds, use_cache=True)
+    with pytest.raises(SparsekError, match="cannot share a cache"):
+        cache = models.SparseKCache(model.config)
+        model(ids.view(1, -1), cu_seq_lens_q=bounds, past_key_values=cache, use_cache=False)
     with pytest.raises(SparsekError, match="48 tokens"):
         model(ids.view(1, -1), cu_seq_lens_q=bounds[:2], use_cache=False)
     mask = torch.ones(1, 48, dtype=torch.long)
