@@ -23,6 +23,7 @@ class Mixture:
 
     Which source item i comes from, and which sequence of that source it is, are fixed by the seed
     alone, so a run can resume at any position, on any number of processes, with the same data.
+    With `joined`, a sequence counts as one document, whatever it was put together from.
     """
 
     def __init__(
@@ -31,7 +32,9 @@ class Mixture:
         weights: Mapping[str, float],
         total: int,
         seed: int,
+        joined: bool = False,
     ):
+        self.joined = joined
         self.names = list(sources)
         self._sources = list(sources.values())
         share = np.array([weights[name] for name in self.names], dtype=np.float64)
@@ -51,7 +54,7 @@ class Mixture:
         return {
             "input_ids": sequence.ids,
             "roles": sequence.roles,
-            "starts": sequence.starts,
+            "starts": (0,) if self.joined else sequence.starts,
             "index": index,
         }
 
@@ -157,20 +160,16 @@ def build_mixture(
         )
     if not sources:
         raise UsageError("every data source has weight 0", hint="give one of them a weight")
-    return Mixture(sources, weights, total, seed)
+    return Mixture(sources, weights, total, seed, joined=recipe.documents == "joined")
 
 
 def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Callable:
     if block.kind == "copies":
         return CopySource(texts[block.filler], block.passage)
     try:
-        if block.kind == "needles":
-            from sparsek_cli.data.needle_source import NeedleSource
+        from sparsek_cli.data.needle_source import NeedleSource
 
-            return NeedleSource(tokenizer, texts[block.filler], **block.options)
-        from sparsek_cli.data.series import make_series
-
-        return make_series(block.generator, tokenizer, **block.options)
+        return NeedleSource(tokenizer, texts[block.filler], **block.options)
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"data options of kind '{block.kind}': {error}",

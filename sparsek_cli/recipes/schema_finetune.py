@@ -79,7 +79,7 @@ class SourceBlock(Strict):
 class TextSource(SourceBlock):
     """Documents, packed back to back; a document never sees its neighbours."""
 
-    kind: Literal["text"] = Field(description="text | needles | copies | series")
+    kind: Literal["text"] = Field(description="text, needles or copies")
     files: str | list[str] | None = Field(
         None, description="files, folders or globs (.jsonl .txt .md .py .parquet, each also .zst)"
     )
@@ -104,7 +104,7 @@ class TextSource(SourceBlock):
 class NeedleBlock(SourceBlock):
     """Facts hidden in filler text and questions about them (data/needle_source.py)."""
 
-    kind: Literal["needles"] = Field(description="text | needles | copies | series")
+    kind: Literal["needles"] = Field(description="text, needles or copies")
     filler: str = Field(description="name of the text source that the filler comes from")
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of data/needle_source.py"
@@ -117,7 +117,7 @@ class NeedleBlock(SourceBlock):
 class CopyBlock(SourceBlock):
     """A passage, something in between, and the passage again."""
 
-    kind: Literal["copies"] = Field(description="text | needles | copies | series")
+    kind: Literal["copies"] = Field(description="text, needles or copies")
     filler: str = Field(description="name of the text source that passages come from")
     passage: tuple[PositiveInt, PositiveInt] = Field(
         (32, 128), description="shortest and longest passage, in tokens"
@@ -127,20 +127,7 @@ class CopyBlock(SourceBlock):
     )
 
 
-class SeriesBlock(SourceBlock):
-    """Symbol streams and tokenised time series (data/series.py)."""
-
-    kind: Literal["series"] = Field(description="text | needles | copies | series")
-    generator: Literal["nucleotides", "waves"] = Field(description="which stream to generate")
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="settings of the generator, see data/series.py"
-    )
-    document_length: PositiveInt | None = Field(
-        None, description="tokens per document, several packed per sequence; default: one"
-    )
-
-
-Source = Annotated[TextSource | NeedleBlock | CopyBlock | SeriesBlock, Field(discriminator="kind")]
+Source = Annotated[TextSource | NeedleBlock | CopyBlock, Field(discriminator="kind")]
 
 
 class Evaluation(Strict):
@@ -186,6 +173,11 @@ class FinetuneRecipe(Strict):
         default_factory=dict, description="sources by name; each sequence comes from one of them"
     )
     sequence_length: Annotated[int, Field(ge=8)] = Field(4096, description="tokens per sequence")
+    documents: Literal["separate", "joined"] = Field(
+        "separate",
+        description="separate: a document never sees its neighbours in the sequence; joined: it "
+        "does (dense models train several times faster, they need no mask)",
+    )
     batch_size: PositiveInt = Field(
         8, description="sequences per optimiser step, over all processes"
     )

@@ -164,7 +164,7 @@ def finetune(
             "the GPU is out of memory",
             hint="set checkpointing=true, or lower micro_batch_size, sequence_length or loss_chunk",
         ) from error
-    held = trainer.evaluate()["eval_loss"] if evaluation is not None else None
+    held = _last_evaluation(trainer) if evaluation is not None else None
     before = _first_evaluation(trainer.state.log_history)
     kept = "end"
     if start is not None and before is not None and held > before:
@@ -268,6 +268,14 @@ def _compares(recipe: "FinetuneRecipe", evaluation: Any) -> bool:
 def _first_evaluation(history: list[dict]) -> float | None:
     starts = [e["eval_loss"] for e in history if "eval_loss" in e and e.get("step") == 0]
     return starts[0] if starts else None
+
+
+def _last_evaluation(trainer: SparsekTrainer) -> float:
+    """Held-out loss of the finished model, measured now unless it just was."""
+    for entry in reversed(trainer.state.log_history):
+        if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
+            return entry["eval_loss"]
+    return trainer.evaluate()["eval_loss"]
 
 
 def _check_output(output: Path, part: Path, *, resume: bool, overwrite: bool) -> None:

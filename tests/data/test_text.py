@@ -1,0 +1,93 @@
+"""Reading documents: every file type, and what is said when a file is not what it seems."""
+
+import json
+
+import pytest
+import zstandard
+
+from sparsek_cli.data.text import find_files, iterate_texts, read_documents
+from sparsek_cli.errors import SparsekError, UsageError
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def zst(path):
+    packed = path.with_name(path.name + ".zst")
+    packed.write_bytes(zstandard.compress(path.read_bytes()))
+    return packed
+
+
+def parquet(path, rows):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+def test_every_type_gives_its_documents(tmp_path):
+    rows = [{"text": "one"}, {"text": "  "}, {"text": "zwei ü"}]
+    files = [jsonl(tmp_path / "a.jsonl", rows), parquet(tmp_path / "b.parquet", rows)]
+    for name in ("c.txt", "d.md", "e.py"):
+        (tmp_path / name).write_text(f"text of {name}\r\nline", encoding="utf-8")
+        files.append(tmp_path / name)
+    for file in files:
+        assert list(iterate_texts(zst(file))) == list(iterate_texts(file))
+    assert list(iterate_texts(files[0])) == ["one", "zwei ü"]
+    assert list(iterate_texts(files[1])) == ["one", "zwei ü"]
+    assert list(iterate_texts(files[2])) == ["text of c.txt\nline"]
+    assert [row["text"] for row in read_documents(str(files[0]))] == ["one", "zwei ü"]
+
+
+def test_folders_and_globs_are_sorted_and_counted_once(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden.txt", "picture.png"):
+        (tmp_path / name).write_text(name)
+    names = [file.name for file in find_files([tmp_path, str(tmp_path / "*.txt")])]
+    assert names == ["a.txt", "b.txt", "c.txt"]
+
+
+def test_another_column(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", [{"id": 1, "input": "story"}])
+    assert list(iterate_texts(file, column="input")) == ["story"]
+    with pytest.raises(UsageError, match=r"no column 'text'; it has: id, input"):
+        list(iterate_texts(file))
+    file = parquet(tmp_path / "a.parquet", [{"id": 1, "input": "story"}])
+    with pytest.raises(UsageError, match=r"no column 'text'; it has: id, input"):
+        list(iterate_texts(file))
+    with pytest.raises(UsageError, match="column 'id' holds int"):
+        list(iterate_texts(file, column="id"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good \xff bad", r"a.txt is not UTF-8 text: byte 0xff at position 5"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"position 24"),
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', r"a.jsonl:2: not valid JSON"),
+        ("a.jsonl", b"[1, 2]\n", r"a.jsonl:1: not a JSON object"),
+        ("a.txt", b"  \n", r"no text in .*a.txt"),
+        ("a.txt", b"", r"no text in .*a.txt"),
+        ("a.txt.zst", b"no zstandard frame", r"a.txt.zst is not a readable .zst file"),
+        ("a.parquet", b"no parquet", r"a.parquet is not a readable parquet file"),
+        ("a.doc", b"text", r"unknown file type"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        list(iterate_texts(tmp_path / name))
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UsageError, match="no such file or folder"):
+        find_files(tmp_path / "none.txt")
+    with pytest.raises(UsageError, match="holds no text files"):
+        find_files(tmp_path)
+    with pytest.raises(UsageError, match="no text file matches"):
+        find_files(str(tmp_path / "*.txt"))
+    with pytest.raises(SparsekError, match="cannot be read from the hub"):
+        next(iterate_texts("nobody/nothing-here"))
