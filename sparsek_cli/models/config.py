@@ -6,6 +6,8 @@
 ```
 `topk` is one integer, or a list with one entry per layer, each an integer or a list with one
 integer per KV head. Every KV head of a layer then keeps sinks + topk + window pairs, always.
+
+Nothing heavy is imported here: conversion reads this file without transformers.
 """
 
 from __future__ import annotations

@@ -267,3 +267,13 @@ def test_scores_stay_fp32_under_autocast_and_casts(sparse_model, ids):
     assert model.dtype == torch.bfloat16 and scorer.weight.dtype == torch.float32
     torch.testing.assert_close(scorer(hidden), expected, atol=0, rtol=0)
     assert logits(model, ids).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gate", ["log", "kv"])
+def test_soft_gates_decode_as_they_prefill(gate, sparse_model, ids):
+    model = sparse_model("llama", gate=gate)
+    whole = logits(model, ids)
+    cache = models.SparseKCache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 1, 17], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,68 @@
+"""The same promises on a CUDA device, where tensors must follow the model; run by hand."""
+
+import pytest
+import torch
+
+import sparsek_cli.models as models
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(4, 128, (2, 48), device="cuda")
+
+
+def larger(sparse_model, family, **options):
+    """Head size 32 and a budget of 16 + 16 + 4: shapes that kernels accept."""
+    width = {"n_embd": 128} if family == "gpt2" else {"hidden_size": 128, "head_dim": 32}
+    if family in ("gpt_neox", "qwen2"):
+        width.pop("head_dim")
+    return sparse_model(family, topk=16, window=16, sinks=4, **width, **options).cuda()
+
+
+@torch.no_grad()
+def test_equals_dense_and_decodes(family, sparse_model, ids):
+    model = larger(sparse_model, family)
+    whole = model(ids, use_cache=False).logits
+    cache = models.SparseKCache(model.config)
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([9, 1, 37, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-3, rtol=2e-3)
+    models.set_budget(model, topk=48)
+    roomy = model(ids, use_cache=False).logits
+    with models.dense_attention(model):
+        dense = model(ids, use_cache=False).logits
+    torch.testing.assert_close(roomy, dense, atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def test_generates_padded_beams_and_random(family, sparse_model, ids):
+    model = larger(sparse_model, family, dtype="bfloat16")
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "eos_token_id": None}
+    assert model.generate(ids, do_sample=False, **options).shape == (2, 53)
+    assert model.generate(ids, do_sample=False, num_beams=3, **options).shape == (2, 53)
+    with models.random_scores(model):
+        assert model.generate(ids, do_sample=True, **options).shape == (2, 53)
+
+
+def test_trains_packed_documents(family, sparse_model, ids):
+    model = larger(sparse_model, family).train()
+    bounds = torch.tensor([0, 30, 31, 96], dtype=torch.int32, device="cuda")
+    packed = {"input_ids": ids.view(1, -1), "labels": ids.view(1, -1), "cu_seq_lens_q": bounds}
+    model.gradient_checkpointing_enable()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.no_grad(), models.dense_attention(model):
+            assert model(**packed).loss.isfinite()
+        loss = model(**packed).loss
+    loss.backward()
+    for attention in models.sparsek_attentions(model):
+        assert attention.scorer.weight.grad.abs().max() > 0
+    assert all(weight.grad.isfinite().all() for weight in model.parameters())
