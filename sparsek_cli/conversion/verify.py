@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.conversion.write import SCORERS, Written
@@ -188,7 +189,7 @@ def _logit_difference(plan: Plan, folder: Path, layers: int) -> float:
     tokens = min(48, plan.budget, plan.geometry.context)
     vocabulary = plan.config.get("vocab_size", 256)
     ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    with torch.inference_mode(), quiet_transformers():
         dense = load(plan.base.path, attn_implementation="sdpa")(ids, use_cache=False).logits
         converted = load(folder)(ids, use_cache=False).logits
     return float((dense - converted).abs().max() / dense.abs().max())

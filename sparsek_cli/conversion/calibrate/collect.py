@@ -14,6 +14,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
 
 _RECORDING = "sparsek_recording"
@@ -60,9 +61,10 @@ class LayerwiseBase:
         self._last: tuple[torch.Tensor, ...] | None = None
         self._inputs: torch.Tensor | None = None
         self._attention_name = plan.layout.attention
-        model = AutoModelForCausalLM.from_pretrained(
-            plan.base.path, dtype=dtype, attn_implementation=_RECORDING
-        )
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                plan.base.path, dtype=dtype, attn_implementation=_RECORDING
+            )
         self._base = model.base_model.eval().to(device)
         self._layers = self._base.get_submodule(plan.layout.layers)
         self.hidden: list[torch.Tensor] = []

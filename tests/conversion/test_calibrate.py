@@ -1,0 +1,204 @@
+"""Calibration: targets, selection and maps against plain definitions, and what it is good for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sparsek_cli.console import Console
+from sparsek_cli.conversion.calibrate.choose import Budget, output_errors, visible
+from sparsek_cli.conversion.calibrate.collect import Recorded
+from sparsek_cli.conversion.calibrate.maps import SPREAD, Moments, ridge
+from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
+from sparsek_cli.conversion.calibrate.targets import FLOOR, future_attention
+
+STORIES = Path(
+    os.environ.get(
+        "SPARSEK_TEST_STORIES",
+        Path(__file__).parents[3] / "shared" / "models" / "stories260k-hf",
+    )
+)
+HEADS, GROUPS, TOKENS, SIZE, WINDOW = 4, 2, 37, 8, 5
+
+
+@pytest.fixture
+def recorded() -> Recorded:
+    torch.manual_seed(0)
+    return Recorded(
+        inputs=torch.randn(TOKENS, 16),
+        query=3 * torch.randn(HEADS, TOKENS, SIZE),
+        key=torch.randn(GROUPS, TOKENS, SIZE),
+        value=torch.randn(GROUPS, TOKENS, SIZE),
+        scaling=SIZE**-0.5,
+    )
+
+
+def dense_weights(recorded: Recorded) -> torch.Tensor:
+    """[G, heads of the group, N, N] attention probabilities."""
+    key = recorded.key.repeat_interleave(HEADS // GROUPS, 0)
+    logits = recorded.query @ key.transpose(1, 2) * recorded.scaling
+    later = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
+    return logits.masked_fill(later, -torch.inf).softmax(-1).view(GROUPS, -1, TOKENS, TOKENS)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_targets_equal_the_definition(recorded, step, monkeypatch):
+    from sparsek_cli.conversion.calibrate import targets
+
+    monkeypatch.setattr(targets, "_BLOCK", 7)
+    rows = torch.arange(0, TOKENS, step)
+    answer = torch.zeros(TOKENS, dtype=torch.bool)
+    answer[[21, 30, 36]] = True
+    best, best_answer = future_attention(recorded, rows, answer, WINDOW)
+    weights = dense_weights(recorded)
+    for result, chosen in ((best, rows), (best_answer, rows[answer[rows]])):
+        expected = torch.full((GROUPS, TOKENS), FLOOR)
+        for t in chosen.tolist():
+            seen = max(0, t - WINDOW + 1)
+            now = weights[:, :, t, :seen].amax(1).log()
+            expected[:, :seen] = torch.maximum(expected[:, :seen], now)
+        assert torch.allclose(result, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_visible_keys_equal_the_definition(sinks):
+    # Few distinct values: ties go to the earlier token.
+    effective = torch.randint(0, 4, (3, TOKENS)).double()
+    budget = Budget(topk=6, window=WINDOW, sinks=sinks)
+    rows = torch.tensor([0, 4, 9, 20, TOKENS - 1])
+    seen = visible(effective, rows, budget)
+    for line in range(3):
+        for number, t in enumerate(rows.tolist()):
+            candidates = range(sinks, t - WINDOW + 1)
+            best = sorted(candidates, key=lambda j: (-float(effective[line, j]), j))[: budget.topk]
+            expected = {j for j in range(t + 1) if j < sinks or j > t - WINDOW} | set(best)
+            assert set(seen[line, number].nonzero().flatten().tolist()) == expected
+
+
+def test_output_error_equals_attention_over_the_kept_keys(recorded):
+    budget = Budget(topk=4, window=WINDOW, sinks=1)
+    effective = torch.randn(2, GROUPS, TOKENS).double()
+    out_weight = torch.randn(HEADS * SIZE, 16)
+    rows = torch.tensor([15, 30])
+    errors, energy = output_errors(recorded, effective, rows, budget, out_weight)
+    weights = dense_weights(recorded)
+    value = recorded.value[:, None]
+    for candidate in range(2):
+        seen = visible(effective[candidate], torch.arange(TOKENS), budget)
+        sparse = weights * seen[:, None]
+        sparse = sparse / sparse.sum(-1, keepdim=True)
+        for group in range(GROUPS):
+            part = out_weight.view(GROUPS, -1, 16)[group]
+
+            def project(w, group=group, part=part):
+                joined = (w[group] @ value[group]).transpose(0, 1).reshape(TOKENS, -1)
+                return joined @ part
+
+            difference = (project(sparse) - project(weights)).square().sum(-1)[rows]
+            assert torch.allclose(errors[candidate, group], difference, rtol=1e-3, atol=1e-5)
+            assert torch.allclose(energy[group], project(weights).square().sum(-1)[rows], rtol=1e-3)
+    nothing_dropped, _ = output_errors(
+        recorded, effective, rows, Budget(TOKENS, WINDOW, 1), out_weight
+    )
+    assert float(nothing_dropped.max()) < 1e-8
+
+
+def test_ridge_finds_a_planted_map_and_normalises_it():
+    inputs = torch.randn(4000, 6) * torch.tensor([1, 5, 0.1, 1, 1, 2]) + 3.0
+    weight = torch.randn(2, 6)
+    targets = inputs @ weight.T - 7.0
+    moments = Moments(6, 2, inputs.device)
+    for part in (slice(0, 1000), slice(1000, 4000)):
+        moments.add(inputs[part], targets[part])
+    found = ridge(moments)
+    assert torch.allclose(found.scores(inputs).T, targets, atol=0.1)
+    scores = found.normalised(moments).scores(inputs)
+    assert torch.allclose(scores.mean(1), torch.zeros(2), atol=1e-3)
+    assert torch.allclose(scores.std(1), torch.full((2,), SPREAD), atol=1e-2)
+    for before, after in zip(found.scores(inputs), scores, strict=True):
+        assert torch.equal(before.argsort(), after.argsort())
+
+
+def test_sequences_mark_what_stands_far_back(tokenizer):
+    sequences = calibration_sequences(tokenizer, "auto", count=8, length=2048, seed=3)
+    again = calibration_sequences(tokenizer, "auto", count=8, length=2048, seed=3)
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(sequences, again, strict=True))
+    assert [s.is_recall for s in sequences] == [False, True] * 4
+    for sequence in sequences:
+        assert len(sequence.ids) == len(sequence.answer) == 2048
+    from sparsek_cli.data.phrasings import phrasings
+
+    for sequence in sequences[1::2]:
+        text = tokenizer.decode(sequence.ids)
+        for row in phrasings("held_out", "unseen"):
+            assert row.question.split("{key}")[0].strip() + " " not in text or row.name == "hidden"
+        # The byte-level tokenizer has one id per letter: a marked row predicts a letter of a
+        # value or of a repeated passage.
+        ends = np.flatnonzero(sequence.answer[:-1] & ~sequence.answer[1:])
+        starts = np.flatnonzero(~sequence.answer[:-1] & sequence.answer[1:])
+        for start, end in zip(starts[:2], ends[:2], strict=True):
+            answer = tokenizer.decode(sequence.ids[start + 2 : end + 2])
+            assert answer in tokenizer.decode(sequence.ids[: start + 1])
+
+
+def test_models_without_a_chat_template_get_plain_questions(tokenizer):
+    tokenizer.chat_template = None
+    sequence = calibration_sequences(tokenizer, "auto", count=2, length=1024, seed=0)[1]
+    text = tokenizer.decode(sequence.ids)
+    assert "\nAnswer: It is" in text.replace("Answer:It", "Answer: It") and sequence.is_recall
+
+
+def calibrated(base: Path, out: Path, **settings):
+    from sparsek_cli.conversion.convert import convert
+    from sparsek_cli.conversion.plan import make_plan
+    from sparsek_cli.hub import resolve
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    recipe = ConvertRecipe(model=str(base), out=str(out), device="cpu", **settings)
+    return convert(make_plan(recipe, resolve(str(base))), Console(quiet=True))
+
+
+def test_every_family_calibrates(family, dense_checkpoint, tmp_path):
+    from safetensors.numpy import load_file
+
+    base = dense_checkpoint(family)
+    options = {"topk": 24, "window": 16, "calibrate_tokens": 4096, "calibrate_length": 512}
+    reports = [calibrated(base, tmp_path / name, **options).calibration for name in ("a", "b")]
+    one, two = (load_file(tmp_path / name / "sparsek.safetensors") for name in ("a", "b"))
+    assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
+    assert reports[0]["error"] <= reports[0]["window_error"]
+    assert all(np.isfinite(array).all() for array in one.values())
+    weights = [array for name, array in one.items() if name.endswith("weight")]
+    assert all(array.any() for array in weights)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k checkpoint is not here")
+def test_calibrated_scores_beat_random_and_window(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from sparsek_cli.models import budget, dense_attention, random_scores
+
+    out = tmp_path / "out"
+    calibrated(STORIES, out, topk=28, window=16, calibrate_tokens=16384)
+    model = AutoModelForCausalLM.from_pretrained(out)
+    with torch.inference_mode():
+        with dense_attention(model):
+            start = torch.full((4, 1), 1)
+            stories = model.generate(start, max_new_tokens=400, do_sample=True, pad_token_id=2)
+            dense = model(stories, use_cache=False).logits.log_softmax(-1)
+
+        def divergence() -> float:
+            sparse = model(stories, use_cache=False).logits.log_softmax(-1)
+            return float((dense.exp() * (dense - sparse)).sum(-1)[:, 64:].mean())
+
+        ours = divergence()
+        with random_scores(model):
+            random = divergence()
+        with budget(model, topk=0, window=16 + 28):
+            window = divergence()
+    assert ours < 0.7 * random
+    assert ours < window

@@ -1,0 +1,224 @@
+"""Converting checkpoints: what appears, what it shares with the base, and that the base is safe."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sparsek_cli.console import Console
+from sparsek_cli.conversion.convert import convert
+from sparsek_cli.conversion.layout import LAYOUTS
+from sparsek_cli.conversion.plan import Plan, make_plan
+from sparsek_cli.conversion.shards import read_shards
+from sparsek_cli.conversion.write import converted_config
+from sparsek_cli.hub import resolve
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+QUIET = Console(quiet=True)
+
+
+def plan_for(base: Path, out: Path, **settings) -> Plan:
+    settings = {"calibrate": "none", "topk": 8, "window": 8, **settings}
+    recipe = ConvertRecipe(model=str(base), out=str(out), **settings)
+    return make_plan(recipe, resolve(str(base)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_family_converts_and_loads(family, dense_checkpoint, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models
+
+    base = dense_checkpoint(family, max_shard_size="20KB")
+    plan = plan_for(base, tmp_path / "out")
+    done = convert(plan, QUIET)
+    assert done.written.bytes_copied == 0
+    assert done.verified.logits == "all layers" and done.verified.logit_difference < 1e-4
+    model, info = AutoModelForCausalLM.from_pretrained(plan.out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert type(model) is sparsek_cli.models.FAMILIES[family].sparsek_causal_lm
+    # Neutral scorers: scores 0 and a positive slope, whatever the class would have drawn.
+    scorer = sparsek_cli.models.sparsek_attentions(model)[0].scorer
+    assert not scorer.weight.any() and bool((scorer.slopes > 0).all())
+    ids = torch.arange(3, 19)[None]
+    dense = AutoModelForCausalLM.from_pretrained(base)
+    assert torch.allclose(model(ids).logits, dense(ids).logits, atol=1e-4)
+
+
+def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkpoint, tmp_path):
+    from sparsek_cli.models import FAMILIES, head_dim, kv_heads, sparsek_config_from
+
+    assert set(LAYOUTS) == set(FAMILIES)
+    base = dense_checkpoint(family)
+    plan = plan_for(base, tmp_path / "out")
+    config = dense_config(family)
+    sizes = plan.geometry
+    assert (sizes.layers, sizes.hidden) == (config.num_hidden_layers, config.hidden_size)
+    assert (sizes.kv_heads, sizes.head_dim) == (kv_heads(config), head_dim(config))
+    assert sizes.context == config.max_position_embeddings
+    row = FAMILIES[family]
+    assert plan.layout.causal_lm == row.causal_lm.__name__
+    assert plan.layout.dropout == row.dropout
+    # config.json is written without importing transformers: it must say what the class would.
+    written = row.sparsek_config(**converted_config(plan)).to_dict()
+    wanted = sparsek_config_from(config, converted_config(plan)["sparsek"]).to_dict()
+    for key in ("architectures", "auto_map", "sparsek", "model_type", row.dropout):
+        assert written[key] == wanted[key], key
+    auto_map = converted_config(plan)["auto_map"]
+    assert auto_map == wanted["auto_map"]
+
+
+def test_base_is_linked_byte_for_byte(dense_checkpoint, tmp_path):
+    base = dense_checkpoint(max_shard_size="20KB")
+    shards = read_shards(base)
+    assert len(shards) > 1
+    plan = plan_for(base, tmp_path / "out")
+    done = convert(plan, QUIET)
+    for number, shard in enumerate(shards, start=1):
+        linked = plan.out / f"base-{number:05}.safetensors"
+        assert filecmp.cmp(linked, shard.path, shallow=False)
+        if done.written.means[0] == "hard link":
+            assert linked.samefile(shard.path)
+    names = {path.name for path in plan.out.iterdir()}
+    assert {"tokenizer.json", "README.md", "sparsek.yaml", "generation_config.json"} <= names
+    index = json.loads((plan.out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {n for n in names if n.endswith(".safetensors")}
+
+
+def test_copy_makes_files_of_its_own(dense_checkpoint, tmp_path):
+    base = dense_checkpoint()
+    plan = plan_for(base, tmp_path / "out", copy=True)
+    done = convert(plan, QUIET)
+    assert done.written.bytes_copied == plan.base_bytes
+    copied = plan.out / "base-00001.safetensors"
+    assert not copied.samefile(base / "model.safetensors")
+    assert filecmp.cmp(copied, base / "model.safetensors", shallow=False)
+
+
+def test_links_go_through_symbolic_links_to_the_weights(dense_checkpoint, tmp_path):
+    # The hub's cache holds symbolic links to blobs.
+    base = dense_checkpoint()
+    blob = tmp_path / "blob"
+    (base / "model.safetensors").rename(blob)
+    (base / "model.safetensors").symlink_to(blob)
+    plan = plan_for(base, tmp_path / "out")
+    convert(plan, QUIET)
+    linked = plan.out / "base-00001.safetensors"
+    assert not linked.is_symlink() and filecmp.cmp(linked, blob, shallow=False)
+
+
+@pytest.mark.parametrize("shard_size", [None, "20KB"])
+def test_saving_into_out_leaves_the_base_alone(dense_checkpoint, tmp_path, shard_size):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = dense_checkpoint(max_shard_size="20KB")
+    before = contents(base)
+    plan = plan_for(base, tmp_path / "out")
+    convert(plan, QUIET)
+    model = AutoModelForCausalLM.from_pretrained(plan.out)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    model.save_pretrained(plan.out, **({"max_shard_size": shard_size} if shard_size else {}))
+    assert contents(base) == before
+    # And what was saved is what is loaded, not the links that are still there.
+    again = AutoModelForCausalLM.from_pretrained(plan.out)
+    for saved, loaded in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(saved, loaded)
+
+
+def test_names_without_the_base_prefix(dense_model, tokenizer, tmp_path):
+    """Old GPT-2 checkpoints name tensors `h.0...`; the scorers then follow that style."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    model = dense_model("gpt2")
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    tensors = {
+        name.removeprefix("transformer."): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_for(base, tmp_path / "out")
+    assert not plan.prefixed
+    convert(plan, QUIET)
+    _, info = AutoModelForCausalLM.from_pretrained(plan.out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_dry_run_writes_nothing(dense_checkpoint, tmp_path, capsys, monkeypatch):
+    from sparsek_cli.app import run
+
+    base = dense_checkpoint()
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    assert run(["convert", str(base), "--calibrate", "none", "--dry-run", "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["out"] == str(tmp_path / "base-sparsek")
+    assert summary["slots_per_kv_head"] == 256 and summary["base_bytes_to_copy"] == 0
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_command_remembers_and_names_the_next(dense_checkpoint, tmp_path, capsys, monkeypatch):
+    from sparsek_cli import last_model
+    from sparsek_cli.app import run
+
+    monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.chdir(tmp_path)
+    base = dense_checkpoint()
+    words = ["convert", str(base), "--calibrate", "none", "--topk", "8", "window=8"]
+    assert run(words) == 0
+    printed = capsys.readouterr()
+    out = tmp_path / "base-sparsek"
+    assert "0 base bytes copied" in printed.out
+    assert f"sparsek chat {out}" in printed.err
+    assert last_model.recall() == out
+    # The recipe that lies beside the weights makes the same checkpoint again.
+    again = tmp_path / "again"
+    recipe = str(out / "sparsek.yaml")
+    assert run(["convert", "--recipe", recipe, f"out={again}", "--overwrite"]) == 0
+    assert contents(again)["sparsek.safetensors"] == contents(out)["sparsek.safetensors"]
+    assert contents(again)["config.json"] == contents(out)["config.json"]
+
+
+def test_overwrite_replaces_only_after_success(dense_checkpoint, tmp_path, monkeypatch):
+    from sparsek_cli.conversion import convert as module
+    from sparsek_cli.errors import SparsekError
+
+    base = dense_checkpoint()
+    out = tmp_path / "out"
+    convert(plan_for(base, out), QUIET)
+    before = contents(out)
+    plan = plan_for(base, out, overwrite=True, topk=9)
+
+    def fail(*args):
+        raise SparsekError("verification failed: made up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "verify", fail)
+        with pytest.raises(SparsekError):
+            convert(plan, QUIET)
+    assert contents(out) == before
+    convert(plan, QUIET)
+    assert json.loads((out / "config.json").read_text())["sparsek"]["topk"] == 9
+    assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+
+
+def test_list_models_names_tiny_and_hub_models(capsys):
+    from sparsek_cli.app import run
+
+    assert run(["convert", "--list-models"]) == 0
+    printed = capsys.readouterr().out
+    assert "tiny" in printed and "llama-3.1-8b" in printed and "gated" in printed
