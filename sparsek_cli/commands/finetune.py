@@ -77,13 +77,13 @@ def _recipe(words, recipe, data, flags):
         model, output = draft.model, first
     else:
         model, output = first, second
-    places = {"model": model, "output": output}
+    places = {"model": model, "out": output}
     settings = load_recipe(FinetuneRecipe, recipe, overrides, {**flags, **places}, verb="finetune")
     if settings.init == "pretrained" and settings.model is None:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
-    if settings.output is None:
+    if settings.out is None:
         name = os.path.basename(os.path.normpath(settings.model or settings.architecture.type))
-        settings = settings.model_copy(update={"output": f"{name}-finetuned"})
+        settings = settings.model_copy(update={"out": f"{name}-finetuned"})
     return settings
 
 

@@ -151,7 +151,7 @@ class FinetuneRecipe(Strict):
     """Everything `sparsek finetune` does, in one mapping."""
 
     model: str | None = Field(None, description="folder, short name or hub id to start from")
-    output: str | None = Field(None, description="folder to write; default <name>-finetuned")
+    out: str | None = Field(None, description="folder to write; default <name>-finetuned")
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="start from the model's weights, or from random ones"
     )

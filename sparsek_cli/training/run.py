@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 # What may differ between a run and its continuation.
 _FREE = {"save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",
-         "output", "compile", "checkpointing", "loss_chunk"}  # fmt: skip
+         "out", "compile", "checkpointing", "loss_chunk"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def finetune(
     """Trains what the recipe says and writes a complete model folder.
 
     Args:
-        recipe: validated; `output` is set, `model` too unless init is random.
+        recipe: validated; `out` is set, `model` too unless init is random.
         dry_run: return the plan, train nothing.
         resume: continue from the newest checkpoint of an unfinished run of the same recipe.
         overwrite: replace the output folder, and forget an unfinished run.
@@ -90,7 +90,7 @@ def finetune(
         SparsekError: it was tried and failed; checkpoints stay for `resume`.
     """
     report = report or Silent()
-    output = Path(recipe.output).expanduser()
+    output = Path(recipe.out).expanduser()
     part = part_folder(output)
     if not dry_run:
         _check_output(output, part, resume=resume, overwrite=overwrite)

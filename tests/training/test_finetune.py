@@ -1,0 +1,194 @@
+"""Whole runs: what changes, what does not, what is written."""
+
+import filecmp
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.training.run import finetune, part_folder
+
+
+def weights(folder):
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found.update(load_file(file))
+    return found
+
+
+def changed(before, after):
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_scorers_only(recipe, sparse_checkpoint, tmp_path):
+    model = sparse_checkpoint()
+    made = recipe(
+        "objective={lm: 0, distill: 1}", "keep_better=false", "scorer_learning_rate=1e-2",
+        model=model,
+    )  # fmt: skip
+    done = finetune(made)
+    moved = changed(weights(model), weights(tmp_path / "out"))
+    assert moved and all(".scorer." in name for name in moved)
+    for shard in model.glob("base-*.safetensors"):
+        ours = tmp_path / "out" / shard.name
+        assert filecmp.cmp(shard, ours, shallow=False)
+        assert os.stat(ours).st_ino == os.stat(shard).st_ino or os.stat(ours).st_nlink == 1
+    assert done.kept == "end" and done.steps == 3
+    assert not part_folder(tmp_path / "out").exists()
+
+
+def test_lora_is_merged(recipe, sparse_checkpoint, tmp_path):
+    model = sparse_checkpoint()
+    finetune(recipe("train=lora", "lora.rank=2", model=model))
+    before, after = weights(model), weights(tmp_path / "out")
+    moved = changed(before, after)
+    assert any("q_proj" in name for name in moved) and any(".scorer." in name for name in moved)
+    assert not any("mlp" in name or "norm" in name or "embed" in name for name in moved)
+
+
+def test_lora_teacher_is_the_base(recipe, sparse_checkpoint, tmp_path):
+    made = recipe("train=lora", "objective={lm: 0, distill: 1}", "lora.targets=[q_proj]",
+                  "lora.scorers=false", model=sparse_checkpoint())  # fmt: skip
+    finetune(made)
+    moved = changed(weights(tmp_path / "sparse"), weights(tmp_path / "out"))
+    assert moved and all("q_proj" in name for name in moved)
+
+
+def test_all_weights(recipe, sparse_checkpoint, tmp_path):
+    model = sparse_checkpoint()
+    finetune(recipe("train=all", "checkpointing=true", model=model))
+    before, after = weights(model), weights(tmp_path / "out")
+    assert changed(before, after) == set(before)
+
+
+def test_the_folder_is_complete(recipe, sparse_checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from sparsek_cli import last_model
+
+    finetune(recipe("train=all", "sparsek.topk=4", model=sparse_checkpoint()))
+    out = tmp_path / "out"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.sparsek["topk"] == 4
+    assert AutoTokenizer.from_pretrained(out)("Anna").input_ids
+    assert "finetune" in (out / "README.md").read_text()
+    assert "sequence_length: 64" in (out / "finetune.yaml").read_text()
+    assert last_model.recall() == out
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.part"))
+
+
+@pytest.mark.parametrize("attention", ["dense", "sparsek"])
+def test_loss_falls_from_scratch(recipe, scratch, tmp_path, attention):
+    words = [*scratch, "steps=40", "learning_rate=1e-2", "weight_decay=0.1"]
+    if attention == "sparsek":
+        words.append("sparsek={topk: 8, window: 8}")
+    done = finetune(recipe(*words))
+    assert done.loss < 2.0 < 4.0
+    assert done.held_out_loss < 2.5
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert ("sparsek" in config) == (attention == "sparsek")
+
+
+def test_the_better_scorers_are_kept(recipe, sparse_checkpoint, tmp_path):
+    model = sparse_checkpoint()
+    made = recipe("scorer_learning_rate=30", "objective={lm: 0, distill: 1}", model=model)
+    done = finetune(made)
+    if done.kept == "start":
+        assert not changed(weights(model), weights(tmp_path / "out"))
+        assert done.held_out_loss == done.start_loss
+    else:
+        assert done.held_out_loss <= done.start_loss
+
+
+def test_several_sources(recipe, scratch, text_file):
+    words = [
+        f"data.text={{kind: text, files: {text_file}, weight: 0.5}}",
+        "data.copies={kind: copies, filler: text, passage: [8, 16], weight: 0.2}",
+        "data.facts={kind: needles, filler: text, weight: 0.3, document_length: 128, "
+        "options: {key_values: 1.0}}",
+        "objective.answer_weight=0.5",
+        "sequence_length=256",
+    ]
+    done = finetune(recipe(*scratch, *words))
+    assert 0 < done.loss < 20
+
+
+def test_dry_run_plans_and_writes_nothing(recipe, sparse_checkpoint, tmp_path):
+    model = sparse_checkpoint()
+    before = sorted(tmp_path.iterdir())
+    plan = finetune(recipe("steps=null", "tokens=1000", model=model), dry_run=True)
+    assert sorted(tmp_path.iterdir()) == before
+    assert plan.steps == 4 and plan.tokens == 1024 and plan.accumulation == 2
+    scorers = sum(t.numel() for n, t in weights(model).items() if ".scorer." in n)
+    assert plan.trained == scorers and plan.frozen > plan.trained
+    assert "parameters learn" in plan.text()
+
+
+def test_nan_names_the_batch_and_leaves_nothing(recipe, dense_checkpoint, tmp_path):
+    base = dense_checkpoint()
+    made = recipe("train=all", "learning_rate=1e30", "max_grad_norm=0", "steps=8", model=base)
+    with pytest.raises(SparsekError, match=r"loss became .* in sequences \d+ \(text\)"):
+        finetune(made)
+    assert not (tmp_path / "out").exists() and not part_folder(tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(recipe, scratch, tmp_path, monkeypatch):
+    import errno
+
+    from sparsek_cli.training import checkpoints
+
+    real, calls = checkpoints.save_trained, []
+
+    def fails_the_second_time(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_trained", fails_the_second_time)
+    with pytest.raises(SparsekError, match="disk is full.*checkpoint-2 is kept"):
+        finetune(recipe(*scratch, "save_steps=2", "steps=6"))
+    part = part_folder(tmp_path / "out")
+    assert sorted(p.name for p in part.iterdir()) == ["checkpoint-2", "recipe.yaml"]
+    done = finetune(recipe(*scratch, "save_steps=2", "steps=6"), resume=True)
+    assert done.steps == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train=scorers"], "no scorers: it is dense"),
+        (["train=all", "sparsek.topk=8"], "the model is dense"),
+        (["train=all", "objective.distill=1"], "its own teacher"),
+        (["train=all", "batch_size=5"], "no multiple of micro_batch_size"),
+        (["train=all", "data={}"], "no training data"),
+        (["train=lora", "lora.targets=[nonsense]"], "lora.targets"),
+    ],
+)
+def test_impossible_requests(recipe, dense_checkpoint, tmp_path, words, message):
+    made = recipe(*words, model=dense_checkpoint())
+    with pytest.raises(UsageError, match=message):
+        finetune(made)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init=random"], "needs an 'architecture'"),
+        (["steps=3", "tokens=100"], "one of 'steps', 'tokens', 'epochs'"),
+        (["train=all", "objective={lm: 0, distill: 1}"], "agree on nonsense"),
+        (["objective={lm: 0}"], "nothing to minimise"),
+        (["data.copies={kind: copies, filler: nobody}"], "must name a text source"),
+        (["learning_rte=1"], "unknown key 'learning_rte'"),
+        (["data.text.kind=novel"], "kind"),
+        (["train=everything"], "train"),
+    ],
+)
+def test_recipes_that_say_nonsense(recipe, words, message):
+    with pytest.raises(UsageError, match=message):
+        recipe(*words)
