@@ -177,12 +177,14 @@ class SparsekLM(HFLM):
                 )
                 for start in range(0, max(1, len(tokens)), self.max_length)
             ]
-            each = np.concatenate(parts)
-            results.append(TokenLogLikelihood(each, float(sum(part.sum() for part in parts))))
+            # Summed where and as lm-eval sums, so that the total is its total to the last digit.
+            total = sum(float(part.sum()) for part in parts)
+            each = np.concatenate([part.cpu().numpy() for part in parts])
+            results.append(TokenLogLikelihood(each, total))
             self.advance(1)
         return results
 
-    def _score_passage(self, tokens: list[int], before: list[int]) -> np.ndarray:
+    def _score_passage(self, tokens: list[int], before: list[int]) -> torch.Tensor:
         """Log-likelihood (nats, float32 [n]) of each token given the ones before it."""
         ids = [*(before or [self.prefix_token_id]), *tokens]
         cache = self._new_cache()
@@ -193,7 +195,7 @@ class SparsekLM(HFLM):
             log_p = functional.log_softmax(logits, dim=-1, dtype=torch.float32)
             scores.append(log_p.gather(1, target[start : start + step, None])[:, 0])
         self._saw_cache(cache, len(tokens))
-        return torch.cat(scores).cpu().numpy()
+        return torch.cat(scores)
 
     def vocab_width(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]

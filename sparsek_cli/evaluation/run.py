@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation import proof as proofs
 from sparsek_cli.evaluation.catalogue import expand
-from sparsek_cli.evaluation.policies import DENSE, Policy, is_converted, plan_policies
+from sparsek_cli.evaluation.policies import DENSE, OWN, Policy, is_converted, plan_policies
 from sparsek_cli.evaluation.store import (
     RESULTS,
     Store,
@@ -78,9 +78,7 @@ def evaluate(
         say=console.say,
     )
     check_lengths(units, lm, recipe)
-    for policy in policies:  # a budget that does not fit is found before anything has run
-        with policy.applied(model):
-            pass
+    checks = check_policies(model, policies, max_length)
 
     settings = _settings(recipe, checkpoint, model, max_length, files)
     folder = Path(recipe.output) if recipe.output else _default_folder(recipe, checkpoint, settings)
@@ -89,7 +87,9 @@ def evaluate(
     seconds: dict[str, float] = {}
 
     def write() -> dict[str, Any]:
-        report = _report(recipe, checkpoint, model, settings, policies, results, absent, seconds)
+        report = _report(
+            recipe, checkpoint, model, settings, policies, checks, results, absent, seconds
+        )
         write_atomically(folder / RESULTS, to_json(report))
         return report
 
@@ -120,6 +120,22 @@ def evaluate(
     report = write()
     _write_reports(folder, report)
     return report | {"folder": str(folder)}
+
+
+def check_policies(model: Any, policies: Sequence[Policy], max_length: int) -> dict[str, Any]:
+    """Soundness of the model at each of its own budgets; {} for a dense model.
+
+    Raises:
+        SparsekError: a budget that does not fit, or a model whose numbers would mean nothing.
+    """
+    from sparsek_cli.evaluation.soundness import check_soundness
+
+    checks = {}
+    for policy in policies:
+        with policy.applied(model):
+            if policy.name == OWN:
+                checks[policy.label] = check_soundness(model, limit=max_length)
+    return checks
 
 
 def load_model(checkpoint: "Checkpoint", recipe: "EvaluateRecipe") -> tuple[Any, Any]:
@@ -350,6 +366,7 @@ def _report(
     model: Any,
     settings: dict[str, Any],
     policies: Sequence[Policy],
+    checks: dict[str, Any],
     results: list[dict[str, Any]],
     absent: Sequence[Any],
     seconds: dict[str, float],
@@ -380,6 +397,7 @@ def _report(
             "threads": torch.get_num_threads(),
         },
         "policies": [policy.label for policy in policies],
+        "soundness": checks,
         "units": results,
         "absent": [item.as_dict() for item in absent],
         "timings": {"seconds": seconds},

@@ -69,7 +69,7 @@ def load_units(
         UsageError: --lengths beyond max_length, or not one task could be loaded.
     """
     too_long = [n for n in recipe.lengths if n > max_length]
-    if too_long:
+    if too_long and any(entry.lengths for entry in entries):
         raise UsageError(
             f"--lengths {too_long[0]} is beyond the model's {max_length} tokens",
             hint=f"name lengths up to {max_length}, or raise --max-length if the model can take it",

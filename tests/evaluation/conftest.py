@@ -1,0 +1,111 @@
+"""A tiny converted checkpoint beside its dense base, and small local data."""
+
+import importlib.util
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_spec = importlib.util.spec_from_file_location(
+    "sparsek_tests_conftest", Path(__file__).parents[1] / "conftest.py"
+)
+shared = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(shared)
+
+SPARSEK = {"topk": 40, "window": 24, "sinks": 4}
+LENGTH = 640  # tokens, which are characters for the tests' tokenizer
+
+
+def words(count: int, seed: int = 0) -> str:
+    """`count` random short words."""
+    rng = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return " ".join("".join(rng.choices(letters, k=rng.randint(2, 7))) for _ in range(count))
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> tuple[Path, Path]:
+    """(dense folder, converted folder) with the same weights; llama, random."""
+    folder = tmp_path_factory.mktemp("models")
+    dense = shared.save_tiny_checkpoint(folder / "dense", "llama", max_position_embeddings=2048)
+    return dense, save_converted(dense, folder / "converted", SPARSEK)
+
+
+def save_converted(dense: Path, folder: Path, settings: dict[str, Any]) -> Path:
+    """The dense checkpoint with random scorers, saved as a converted one."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparsek_cli.models import sparsek_config_from
+
+    config = sparsek_config_from(AutoConfig.from_pretrained(dense), settings)
+    base = AutoModelForCausalLM.from_pretrained(dense)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(base.state_dict(), strict=False)
+    model.save_pretrained(folder)
+    shared.tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A --data folder: text/ and small SCROLLS sets of all three kinds."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    for number in range(3):
+        text = ". ".join(words(9, number * 1000 + i).capitalize() for i in range(160))
+        (folder / "text" / f"{number}.txt").write_text(text + ".", encoding="utf-8")
+    rows = {"qasper": [], "contract_nli": [], "quality": [], "gov_report": [], "fairytale_qa": []}
+    for number in range(4):
+        document = words(60, number // 2)
+        question = f"What is {words(2, 50 + number)}?"
+        answer = ["yes", words(2, 3), "no", words(3, 4)][number]
+        verdict = ["Entailment", "Contradiction", "Not mentioned", "Entailment"][number]
+        options = [words(2, 70 + i) for i in range(4)]
+        choices = " ".join(f"({c}) {o}" for c, o in zip("ABCD", options, strict=True))
+        rows["qasper"].append((f"{question}\n\n{document}", answer))
+        rows["fairytale_qa"].append((f"{question}\n\n{document}", words(3, 4)))
+        rows["contract_nli"].append((f"{words(5, number)}\n\n{document}", verdict))
+        rows["quality"].append((f"{question}\n\n {choices}\n\n{document}", options[number]))
+        rows["gov_report"].append((document, words(12, number)))
+    for config, items in rows.items():
+        (folder / config).mkdir()
+        lines = [
+            json.dumps({"id": f"{config}{i}", "pid": f"p{i}", "input": text, "output": output})
+            for i, (text, output) in enumerate(items)
+        ]
+        (folder / config / "validation.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def recipe(checkpoints, data, tmp_path) -> Callable[..., Any]:
+    """`recipe(**keys)`: an EvaluateRecipe on the converted model, small by default."""
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    def make(**keys: Any) -> Any:
+        defaults = {
+            "model": str(checkpoints[1]),
+            "data": str(data),
+            "lengths": [LENGTH],
+            "limit": 4,
+            "output": str(tmp_path / "out"),
+            "device": "cpu",
+            "max_new_tokens": 6,
+        }
+        return EvaluateRecipe(**(defaults | keys))
+
+    return make
+
+
+@pytest.fixture
+def console():
+    """A console that says nothing."""
+    from sparsek_cli.console import Console
+
+    return Console(quiet=True)

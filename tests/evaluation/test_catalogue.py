@@ -1,0 +1,55 @@
+"""Listing and naming tasks needs neither lm-eval nor torch."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.catalogue import catalogue, expand
+from sparsek_cli.evaluation.listing import listing, listing_data
+
+
+def test_every_entry_says_what_a_reader_needs():
+    for entry in catalogue().values():
+        assert entry.summary, entry.name
+        assert entry.metric, entry.name
+        assert entry.data, entry.name
+        assert entry.source, entry.name
+
+
+def test_groups_name_tasks_that_exist():
+    for entry in catalogue().values():
+        for member in entry.members:
+            assert member in catalogue() or entry.extra.get("lm_eval"), f"{entry.name}: {member}"
+
+
+def test_list_shows_every_name():
+    shown = listing()
+    assert all(item["name"] in shown for item in listing_data())
+
+
+def test_expand_opens_groups_once_and_in_order():
+    names = [entry.name for entry in expand(["recall", "ppl", "recall_4"])]
+    assert names == ["recall_1", "recall_4", "recall_16", "ppl"]
+
+
+@pytest.mark.parametrize(("wrong", "right"), [("scrols", "scrolls"), ("recall4", "recall_4")])
+def test_unknown_task_names_the_nearest(wrong, right):
+    with pytest.raises(UsageError, match=f"unknown task '{wrong}'") as caught:
+        expand([wrong])
+    assert right in caught.value.hint
+
+
+def test_list_imports_nothing_heavy():
+    code = (
+        "import sys; from sparsek_cli.app import app\n"
+        "try: app(['evaluate', '--list', '--json'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'lm_eval', 'datasets', 'numpy'}\n"
+        "print(sorted(heavy & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.strip() == "[]"
+    assert {"scrolls", "recall", "ppl"} <= {item["name"] for item in json.loads(done.stdout)}

@@ -1,0 +1,106 @@
+"""The dense column is plain lm-eval on the dense checkpoint, and unlimited budgets are dense."""
+
+import pytest
+
+TASKS = [
+    "ppl",
+    "recall_1",
+    "recall_4",
+    "scrolls_qasper",
+    "scrolls_contractnli",
+    "scrolls_quality",
+    "scrolls_govreport",
+    "scrolls_fairytaleqa",
+]
+LENGTH = 640
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoints, data):
+    """{task: {metric: value}} from lm-eval's own model class and evaluate()."""
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from sparsek_cli.evaluation.catalogue import TASK_FOLDER, catalogue
+    from sparsek_cli.evaluation.units import quiet_lm_eval
+
+    dense = str(checkpoints[0])
+    results = {}
+    with quiet_lm_eval(), pytest.MonkeyPatch.context() as monkeypatch:
+        lm = HFLM(pretrained=dense, device="cpu", dtype="float32", batch_size=1)
+        # The bound on answers that the recipe below sets; lm-eval's default is 256.
+        monkeypatch.setattr(HFLM, "max_gen_toks", 6)
+        for name in TASKS:
+            chat = catalogue()[name].chat
+            metadata = {
+                "pretrained": dense, "data": str(data), "limit": 4, "seed": 0, "chat": chat,
+                "max_seq_lengths": [LENGTH],
+            }  # fmt: skip
+            manager = TaskManager(
+                include_path=str(TASK_FOLDER), include_defaults=False, metadata=metadata
+            )
+            loaded = manager.load([name])
+            [task] = loaded["tasks"].values()
+            if "max_gen_toks" in (task.config.generation_kwargs or {}):
+                task.config.generation_kwargs["max_gen_toks"] = 6
+            found = evaluate(
+                lm, loaded, limit=4, apply_chat_template=chat, fewshot_as_multiturn=chat
+            )["results"][name]
+            results[name] = {
+                key.split(",")[0]: value
+                for key, value in found.items()
+                if isinstance(value, int | float) and "stderr" not in key
+            }
+    return results
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints, data, tmp_path_factory):
+    """{policy: {task: {metric: value}}} of one evaluation at the budget, one without limit."""
+    from sparsek_cli.console import Console
+    from sparsek_cli.evaluation.run import evaluate
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    def run(name, **keys):
+        settings = {
+            "model": str(checkpoints[1]), "data": str(data), "lengths": [LENGTH], "limit": 4,
+            "tasks": TASKS, "max_new_tokens": 6, "device": "cpu", "baselines": ["dense"],
+            "output": str(tmp_path_factory.mktemp("runs") / name),
+        }  # fmt: skip
+        report = evaluate(EvaluateRecipe(**(settings | keys)), Console(quiet=True))
+        found = {}
+        for unit in report["units"]:
+            values = {metric: item["value"] for metric, item in unit["metrics"].items()}
+            found.setdefault(unit["policy"], {})[unit["task"]] = values
+        return found
+
+    shared = run("shared")
+    whole = run("whole", share_prefix=False, budgets=[2048])
+    return {
+        "dense": shared["dense"],
+        "dense, prompts read whole": whole["dense"],
+        "sparsek": shared["sparsek"],
+        "unlimited": whole["sparsek-2048"],
+    }
+
+
+@pytest.mark.parametrize("column", ["dense", "dense, prompts read whole"])
+@pytest.mark.parametrize("task", TASKS)
+def test_dense_column_is_plain_lm_eval(plain, runs, task, column):
+    ours = runs[column][task]
+    assert set(plain[task]) <= set(ours)
+    for metric, value in plain[task].items():
+        assert ours[metric] == value, metric
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_topk_beyond_the_length_is_dense(runs, task):
+    ours, dense = runs["unlimited"][task], runs["dense"][task]
+    for metric, value in dense.items():
+        # ppl is a sum of floats in another order; everything else counts right answers.
+        assert ours[metric] == (pytest.approx(value, rel=1e-5) if "ppl" in metric else value)
+
+
+def test_the_budget_makes_a_difference(runs):
+    assert runs["sparsek"]["ppl"]["ppl"] != pytest.approx(runs["dense"]["ppl"]["ppl"], rel=1e-3)

@@ -1,0 +1,86 @@
+"""Every policy holds the same bytes, and holds what its name says."""
+
+import pytest
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.policies import Policy, plan_policies
+
+
+@pytest.fixture
+def model(checkpoints):
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401
+
+    return AutoModelForCausalLM.from_pretrained(checkpoints[1]).eval()
+
+
+def read(model, policy, tokens=300):
+    """(cache, last logits) after the same random tokens under `policy`."""
+    import torch
+
+    ids = torch.randint(0, 128, (1, tokens), generator=torch.Generator().manual_seed(3))
+    with policy.applied(model), torch.no_grad():
+        cache = policy.new_cache(model)
+        logits = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+    return cache, logits
+
+
+@pytest.mark.parametrize("budget", [None, 48])
+def test_bytes_are_equal_and_below_dense(model, budget):
+    from sparsek_cli.evaluation.proof import held
+
+    rows = {
+        name: held(read(model, Policy(name, budget))[0]) for name in ("sparsek", "window", "random")
+    }
+    assert len(set(rows.values())) == 1
+    pairs, size = rows["sparsek"]
+    dense_pairs, dense_size = held(read(model, Policy("dense"))[0])
+    assert pairs == 2 * 2 * (budget or 68)  # layers x KV heads x slots
+    assert dense_pairs == 2 * 2 * 300
+    assert size * dense_pairs == dense_size * pairs
+
+
+def test_window_by_scores_is_window_by_budget(model):
+    import torch
+
+    from sparsek_cli import models
+
+    _, plain = read(model, Policy("window"))
+    layers = model.config.num_hidden_layers
+    with models.budget(model, topk=[[40, 40]] * layers):
+        _, by_scores = read(model, Policy("window"))
+    torch.testing.assert_close(by_scores, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_random_depends_on_its_seed_alone(model):
+    import torch
+
+    first, again = (read(model, Policy("random", seed=5))[1] for _ in range(2))
+    other = read(model, Policy("random", seed=6))[1]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_planned_rows(model):
+    labels = [p.label for p in plan_policies(model, ["window", "dense"], [64, 128], seed=0)]
+    assert labels == ["dense", "sparsek-64", "sparsek-128", "window-64", "window-128"]
+
+
+def test_unknown_baseline_names_the_nearest(model):
+    with pytest.raises(UsageError, match="unknown baseline 'windows'") as caught:
+        plan_policies(model, ["windows"], [], seed=0)
+    assert "window" in caught.value.hint
+
+
+def test_budget_below_window_and_sinks_is_refused(model):
+    with (
+        pytest.raises(UsageError, match="budget 20 is below"),
+        Policy("sparsek", 20).applied(model),
+    ):
+        pass
+
+
+def test_a_dense_model_has_one_row(dense_model):
+    labels = [p.label for p in plan_policies(dense_model("llama"), ["dense", "window"], [], seed=0)]
+    assert labels == ["dense"]

@@ -1,0 +1,165 @@
+"""A run's folder: proof in the results, resume, refusals, reports."""
+
+import json
+
+import pytest
+
+from sparsek_cli.errors import SparsekError, UsageError
+
+
+def without_times(folder):
+    report = json.loads((folder / "results.json").read_text())
+    return {key: value for key, value in report.items() if key != "timings"}
+
+
+@pytest.fixture
+def run():
+    from sparsek_cli.evaluation.run import evaluate
+
+    return evaluate
+
+
+def test_result_folder(run, recipe, console, tmp_path):
+    report = run(recipe(tasks=["ppl", "recall_4"], baselines=["dense", "window"]), console)
+    out = tmp_path / "out"
+    assert report["policies"] == ["dense", "sparsek", "window"]
+    assert len(report["units"]) == 6
+    assert report["environment"]["versions"]["lm_eval"]
+    for unit in report["units"]:
+        proof = unit["proof"]
+        sparse = unit["policy"] != "dense"
+        assert bool(proof["sparse_calls"]) == sparse
+        assert proof["backends"] == ({"pytorch": proof["sparse_calls"]} if sparse else {})
+        assert proof["kv_bytes"] > 0
+        assert (proof["kept_share"] < 0.2) == sparse
+        samples = out / "samples" / unit["policy"] / f"{unit['task']}@{unit['length']}.jsonl"
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert len(lines) == unit["samples"] == 4
+        assert all(line["prompt_end"] or unit["task"] == "ppl" for line in lines)
+    for name in ("loss_by_position.png", "loss_by_position.svg", "report.md"):
+        assert (out / name).stat().st_size > 200
+    assert not [p for p in out.rglob("*.part")]
+    table = (out / "report.md").read_text()
+    assert "| ppl | 640 | 4 |" in table
+    assert "KV cache" in table
+
+
+def test_dense_loss_by_position_is_the_ppl(run, recipe, console):
+    import math
+
+    report = run(recipe(tasks=["ppl"], baselines=["dense"]), console)
+    [unit] = [u for u in report["units"] if u["policy"] == "dense"]
+    curve = unit["loss_by_position"]["loss"]
+    assert math.exp(sum(curve) / len(curve)) == pytest.approx(
+        unit["metrics"]["ppl"]["value"], rel=1e-3
+    )
+
+
+def test_resume_after_a_crash_gives_the_same_results(run, recipe, console, tmp_path, monkeypatch):
+    from sparsek_cli.evaluation import run as module
+
+    settings = {"tasks": ["ppl", "recall_1"], "limit": 2, "baselines": ["dense"]}
+    run(recipe(**settings), console)
+    whole = without_times(tmp_path / "out")
+
+    out = tmp_path / "again"
+    real, calls = module.run_unit, []
+
+    def crashing(unit, policy, lm, recipe):
+        calls.append((unit.name, policy.label))
+        if len(calls) == 3:
+            raise SystemExit("killed")
+        return real(unit, policy, lm, recipe)
+
+    monkeypatch.setattr(module, "run_unit", crashing)
+    with pytest.raises(SystemExit):
+        run(recipe(**settings, output=str(out)), console)
+    (out / ".results.json.999.part").write_text("half of", encoding="utf-8")
+    run(recipe(**settings, output=str(out)), console, resume=True)
+    assert len(calls) == 3 + 2  # four units: two done before the crash, two after it
+    resumed = without_times(out)
+    whole["recipe"].pop("output"), resumed["recipe"].pop("output")
+    assert resumed == whole
+
+
+def test_other_settings_in_the_same_folder_are_refused(run, recipe, console):
+    small = {"tasks": ["ppl"], "limit": 1, "baselines": []}
+    run(recipe(**small), console)
+    with pytest.raises(UsageError, match="other settings"):
+        run(recipe(**small, seed=1), console)
+    run(recipe(**small, seed=1), console, overwrite=True)
+
+
+def test_a_folder_of_something_else_is_left_alone(run, recipe, console, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious")
+    with pytest.raises(UsageError, match="holds no evaluation"):
+        run(recipe(tasks=["ppl"], limit=1), console)
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
+
+
+def test_long_prompts_are_refused_with_their_number(run, recipe, console, tmp_path):
+    with pytest.raises(UsageError, match=r"scrolls_qasper \d of \d \(longest \d+\)"):
+        run(recipe(tasks=["scrolls_qasper"], max_length=100), console)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["left", "middle"])
+def test_cut_prompts_are_counted(run, recipe, console, how):
+    settings = {"tasks": ["scrolls_qasper", "scrolls_quality"], "baselines": []}
+    report = run(recipe(**settings, max_length=100, truncate=how), console)
+    for unit in report["units"]:
+        proof = unit["proof"]
+        assert proof["truncated_prompts"] == proof["prompts"] > 0
+        assert proof["truncated_tokens"] > 100
+        assert proof["kv_tokens"] <= 100
+
+
+def test_absent_data_is_named_with_where_to_get_it(run, recipe, console):
+    report = run(recipe(tasks=["scrolls"], baselines=[], limit=1), console)
+    ran = {unit["task"] for unit in report["units"]}
+    assert "scrolls_fairytaleqa" in ran  # stands in for the absent narrative_qa
+    absent = {item["task"]: item for item in report["absent"]}
+    assert set(absent) == {"scrolls_narrativeqa", "scrolls_qmsum", "scrolls_summscreenfd"}
+    assert "huggingface.co" in absent["scrolls_qmsum"]["remedy"]
+
+
+def test_nothing_to_evaluate_is_an_error(run, recipe, console):
+    with pytest.raises(SparsekError, match="no data for scrolls_qmsum"):
+        run(recipe(tasks=["scrolls_qmsum"]), console)
+
+
+def test_lengths_beyond_the_model_are_refused(run, recipe, console):
+    with pytest.raises(UsageError, match="--lengths 9999"):
+        run(recipe(tasks=["ppl"], lengths=[9999]), console)
+
+
+def test_broken_rows_are_named_with_file_and_line(run, recipe, console, tmp_path):
+    folder = tmp_path / "broken" / "qasper"
+    folder.mkdir(parents=True)
+    (folder / "validation.jsonl").write_text('{"id": 1}\n')
+    with pytest.raises(SparsekError, match=r"validation.jsonl:1: not a SCROLLS row"):
+        run(recipe(tasks=["scrolls_qasper"], data=str(tmp_path / "broken")), console)
+
+
+def test_zst_data_loads(run, recipe, console, data, tmp_path):
+    import zstandard
+
+    folder = tmp_path / "packed" / "qasper"
+    folder.mkdir(parents=True)
+    plain = (data / "qasper" / "validation.jsonl").read_bytes()
+    (folder / "validation.jsonl.zst").write_bytes(zstandard.compress(plain))
+    report = run(
+        recipe(tasks=["scrolls_qasper"], data=str(tmp_path / "packed"), baselines=[]), console
+    )
+    assert report["units"][0]["samples"] == 4
+
+
+def test_recipe_file_names_every_key():
+    from sparsek_cli.recipes.load import load_recipe, read_yaml, recipe_folder
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    tree, _ = read_yaml(recipe_folder() / "tiny.evaluate.yaml")
+    assert set(tree) == set(EvaluateRecipe.model_fields)
+    loaded = load_recipe(EvaluateRecipe, "tiny", ["limit=3"], {"tasks": "ppl"}, verb="evaluate")
+    assert (loaded.limit, loaded.tasks, loaded.lengths) == (3, ["ppl"], [4096, 8192])

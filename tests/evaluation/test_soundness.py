@@ -1,0 +1,116 @@
+"""Sabotaged models and policies are caught, and sound ones pass."""
+
+import pytest
+
+from sparsek_cli.errors import SparsekError
+
+
+@pytest.fixture
+def model(checkpoints):
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401
+
+    return AutoModelForCausalLM.from_pretrained(checkpoints[1]).eval()
+
+
+@pytest.fixture
+def sabotage():
+    """`sabotage(change)`: SparseK attention with `change(scores)` for its scores."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend = ALL_ATTENTION_FUNCTIONS["sparsek"]
+
+    def install(change):
+        def changed(module, query, *args, sparsek_scores, **kwargs):
+            return attend(module, query, *args, sparsek_scores=change(sparsek_scores), **kwargs)
+
+        ALL_ATTENTION_FUNCTIONS["sparsek"] = changed
+
+    yield install
+    ALL_ATTENTION_FUNCTIONS["sparsek"] = attend
+
+
+def check(model, **options):
+    from sparsek_cli.evaluation.soundness import check_soundness
+
+    return check_soundness(model, limit=2048, **options)
+
+
+def test_a_sound_model_passes(model):
+    found = check(model)
+    assert found["checked"]
+    assert found["leak"] < 1e-4 < found["score_effect"]
+
+
+def test_a_budget_beyond_the_model_is_not_checked(model):
+    from sparsek_cli.evaluation.soundness import check_soundness
+
+    assert not check_soundness(model, limit=64)["checked"]
+
+
+def test_scores_that_are_ignored_are_caught(model, sabotage):
+    sabotage(lambda scores: scores * 0)
+    for attention in (layer.self_attn for layer in model.model.layers):
+        attention.scorer.slopes.data.zero_()
+    with pytest.raises(SparsekError, match="scores do not decide"):
+        check(model)
+
+
+def test_scores_that_see_the_future_are_caught(model, sabotage):
+    sabotage(lambda scores: scores - scores.mean(dim=-1, keepdim=True) * (scores > 0))
+    with pytest.raises(SparsekError, match="sees the future"):
+        check(model)
+
+
+def test_a_cache_that_grows_is_caught(model):
+    import torch
+
+    from sparsek_cli.evaluation.policies import OWN, Policy
+    from sparsek_cli.models import SparseKCache
+
+    class Growing(SparseKCache):
+        """Keeps every key beside the slots."""
+
+        def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+            layer = self.layers[layer_idx]
+            extra = getattr(layer, "extra", key_states[:, :, :0])
+            layer.extra = torch.cat([extra, key_states], dim=2)
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    class Sabotaged(Policy):
+        def new_cache(self, model):
+            cache = Growing(model.config)
+            for layer in cache.layers:
+                layer.__class__ = Layer
+            return cache
+
+    class Layer(type(SparseKCache(model.config).layers[0])):
+        @property
+        def keys(self):
+            kept = super().keys
+            return None if kept is None else torch.cat([kept.flatten(), self.extra.flatten()])
+
+    with pytest.raises(SparsekError, match="cache grew"):
+        check(model, policy=Sabotaged(OWN))
+
+
+def test_a_run_without_sparse_attention_fails(recipe, console, monkeypatch):
+    from sparsek_cli.evaluation import run
+    from sparsek_cli.evaluation.policies import Policy
+    from sparsek_cli.models import dense_attention
+
+    def applied(self, model):
+        return dense_attention(model)
+
+    monkeypatch.setattr(Policy, "applied", applied)
+    monkeypatch.setattr(Policy, "new_cache", lambda self, model: _dynamic(model))
+    monkeypatch.setattr(run, "check_policies", lambda *args: {})
+    with pytest.raises(SparsekError, match="SparseK attention was never called"):
+        run.evaluate(recipe(tasks=["ppl"], limit=1), console)
+
+
+def _dynamic(model):
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
