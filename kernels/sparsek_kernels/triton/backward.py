@@ -78,10 +78,7 @@ def _key_gradient_step(
         tau = tl.load(tau_base + at, mask=inside, other=-float("inf"))
         tau_row = tl.where(tau > -1.0e300, tau - centre, -1.0e30).to(tl.float32)
         gate = tl.minimum(tl.maximum(gate_score[:, None] - tau_row[None, :], 0.0), 1.0)
-        if GATE == _LOG:
-            logits = raw + tl.log2(gate)
-        else:
-            logits = raw * gate
+        logits = raw + tl.log2(gate) if GATE == _LOG else raw * gate
     if MASKED:
         visible = (t[None, :] >= begin[:, None]) & (t[None, :] < stop[:, None])
         logits = tl.where(visible, logits, -float("inf"))

@@ -51,25 +51,38 @@ def load_rows(
 
 
 @triton.jit
+def _index(key, WIDE: tl.constexpr):
+    return key.to(tl.int64) if WIDE else key
+
+
+@triton.jit
+def _clear_key(start, lane, whole, listed, first_near, t1):
+    """Keys start.. of the run [front of the list, window from `first_near`]."""
+    near = tl.minimum(first_near + start - whole + lane, t1 - 1)
+    return tl.where(
+        start < whole, tl.load(listed + start + lane, mask=start < whole, other=0), near
+    )
+
+
+@triton.jit
 def _softmax_step(
-    q, k, v, acc, top, total, scale, gate, visible,
-    GATE: tl.constexpr, GATED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    raw, v, acc, top, total, scale, gate, visible,
+    GATE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of keys; logits are kept in base 2 (`scale` carries log2 e)."""
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    if GATED and GATE == _LOG:
-        logits = logits * scale + tl.log2(gate)
-    elif GATED and GATE == _KV:
-        logits = logits * (scale * gate)
+    """Adds one tile of keys, raw = q k^T; logits are kept in base 2 (`scale` carries log2 e)."""
+    if GATE == _LOG:
+        logits = raw * scale + tl.log2(gate)
+    elif GATE == _KV:
+        logits = raw * (scale * gate)
     else:
-        logits = logits * scale
+        logits = raw * scale
     if MASKED:
         logits = tl.where(visible, logits, -float("inf"))
     new_top = tl.maximum(top, tl.max(logits, 1))
     weights = tl.exp2(logits - new_top[:, None])
     shrink = tl.exp2(top - new_top)
     total = total * shrink + tl.sum(weights, 1)
-    if GATED and GATE == _KV:
+    if GATE == _KV:
         weights = weights * gate
     acc = acc * shrink[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
@@ -79,30 +92,29 @@ def _softmax_step(
 @triton.jit
 def _query_gradient_step(
     q, k, v, do, lse, delta, dq, row_sum, scale, gate, interior, visible,
-    GATE: tl.constexpr, GATED: tl.constexpr, MASKED: tl.constexpr,
-    SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    GATE: tl.constexpr, MASKED: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     weighted = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     logits = raw
-    if GATED and GATE == _LOG:
+    if GATE == _LOG:
         logits = raw + tl.log2(gate)
-    elif GATED and GATE == _KV:
+    elif GATE == _KV:
         logits = raw * gate
     if MASKED:
         logits = tl.where(visible, logits, -float("inf"))
     weights = tl.exp2(logits - lse[:, None])
-    if GATED and GATE == _KV:
+    if GATE == _KV:
         ds = weights * (weighted * gate - delta[:, None])
         dm = weights * weighted + raw * _LN_2 * ds
         ds = ds * gate
     else:
         ds = weights * (weighted - delta[:, None])
         dm = ds
-        if GATED and SCORES and GATE == _LOG:
+        if SCORES and GATE == _LOG:
             bare = tl.where(gate > 0, tl.exp2(raw - lse[:, None]), 0.0)
             dm = bare * (weighted - delta[:, None])
-    if GATED and SCORES:
+    if SCORES:
         row_sum += tl.sum(tl.where(interior, dm, 0.0), 1)
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq, row_sum
@@ -180,9 +192,6 @@ def _attend(
 
     if GATE != 0:
         centre, tau_row = gate_row(tau, row * queries + query, row_inside)
-    gate = 1.0
-    interior = True
-
     one = tile * heads + head
     base = tl.load(offsets + one)
     room = tl.load(offsets + one + 1) - base
@@ -191,48 +200,38 @@ def _attend(
     whole = front // BN * BN
     lane_n = tl.arange(0, BN)
 
-    # Selected keys that every query of the tile sees.
-    for start in range(0, whole, BN):
-        key = tl.load(listed + base + start + lane_n)
-        if GATE != 0:
-            above = (tl.load(row_gate + key) - centre).to(tl.float32)
-            gate = tl.minimum(tl.maximum(above[None, :] - tau_row[:, None], 0.0), 1.0)
-        if BACKWARD and SCORES:
-            run_low = tl.load(run_start + row * row_keys + key)
-            run_high = tl.load(run_stop + row * row_keys + key)
-            interior = (t[:, None] >= run_low[None, :]) & (t[:, None] < run_high[None, :])
-        if WIDE:
-            key = key.to(tl.int64)
-        k = load_rows(k_base, key * k_n, d, True, D, DP, False)
-        v = load_rows(v_base, key * v_n, d, True, D, DP, False)
-        if BACKWARD:
-            acc, row_sum = _query_gradient_step(
-                q, k, v, do, lse, delta, acc, row_sum, scale, gate, interior, True,
-                GATE, True, False, SCORES, PRECISION,
-            )  # fmt: skip
-        else:
-            acc, top, total = _softmax_step(
-                q, k, v, acc, top, total, scale, gate, True, GATE, True, False, PRECISION
-            )
-
-    # Window keys that every query of the tile sees.
+    # Keys that every query of the tile sees: from the front of the list, then from the window.
     low = tl.maximum(window_first, t0 - window + 1)
     ramp_end = tl.minimum(tl.maximum(t1 - window, low), t1)
     middle = tl.maximum(t0 + 1 - ramp_end, 0) // BN * BN
-    for start in range(ramp_end, ramp_end + middle, BN):
-        key = start + lane_n
-        if WIDE:
-            key = key.to(tl.int64)
-        k = load_rows(k_base, key * k_n, d, True, D, DP, False)
-        v = load_rows(v_base, key * v_n, d, True, D, DP, False)
+    # Keys are read one step ahead: their rows' addresses are then known when the loads are issued.
+    next_key = _clear_key(0, lane_n, whole, listed + base, ramp_end, t1)
+    for start in range(0, whole + middle, BN):
+        key = next_key
+        next_key = _clear_key(start + BN, lane_n, whole, listed + base, ramp_end, t1)
+        gate = 1.0
+        interior = True
+        if GATE != 0:
+            above = (tl.load(row_gate + key) - centre).to(tl.float32)
+            gate = tl.minimum(tl.maximum(above[None, :] - tau_row[:, None], 0.0), 1.0)
+            gate = tl.where(start < whole, gate, 1.0)
+        if BACKWARD and SCORES:
+            run_low = tl.load(run_start + row * row_keys + key)
+            run_high = tl.load(run_stop + row * row_keys + key)
+            run_high = tl.where(start < whole, run_high, 0)
+            interior = (t[:, None] >= run_low[None, :]) & (t[:, None] < run_high[None, :])
+        index = _index(key, WIDE)
+        k = load_rows(k_base, index * k_n, d, True, D, DP, False)
+        v = load_rows(v_base, index * v_n, d, True, D, DP, False)
         if BACKWARD:
             acc, row_sum = _query_gradient_step(
-                q, k, v, do, lse, delta, acc, row_sum, scale, 1.0, False, True,
-                GATE, False, False, SCORES, PRECISION,
+                q, k, v, do, lse, delta, acc, row_sum, scale, gate, interior, True,
+                GATE, False, SCORES, PRECISION,
             )  # fmt: skip
         else:
+            raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             acc, top, total = _softmax_step(
-                q, k, v, acc, top, total, scale, 1.0, True, GATE, False, False, PRECISION
+                raw, v, acc, top, total, scale, gate, True, GATE, False, PRECISION
             )
 
     # Everything that some query of the tile does not see.
@@ -258,6 +257,8 @@ def _attend(
         )
         stop = tl.where(inside, stop, 0)
         visible = (t[:, None] >= begin[None, :]) & (t[:, None] < stop[None, :])
+        gate = 1.0
+        interior = True
         if GATE != 0:
             above = (tl.load(row_gate + key) - centre).to(tl.float32)
             gate = tl.minimum(tl.maximum(above[None, :] - tau_row[:, None], 0.0), 1.0)
@@ -266,18 +267,18 @@ def _attend(
             run_low = tl.load(run_start + row * row_keys + key, mask=is_selected, other=0)
             run_high = tl.load(run_stop + row * row_keys + key, mask=is_selected, other=0)
             interior = visible & (t[:, None] >= run_low[None, :]) & (t[:, None] < run_high[None, :])
-        if WIDE:
-            key = key.to(tl.int64)
-        k = load_rows(k_base, key * k_n, d, inside, D, DP, True)
-        v = load_rows(v_base, key * v_n, d, inside, D, DP, True)
+        index = _index(key, WIDE)
+        k = load_rows(k_base, index * k_n, d, inside, D, DP, True)
+        v = load_rows(v_base, index * v_n, d, inside, D, DP, True)
         if BACKWARD:
             acc, row_sum = _query_gradient_step(
                 q, k, v, do, lse, delta, acc, row_sum, scale, gate, interior, visible,
-                GATE, True, True, SCORES, PRECISION,
+                GATE, True, SCORES, PRECISION,
             )  # fmt: skip
         else:
+            some = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             acc, top, total = _softmax_step(
-                q, k, v, acc, top, total, scale, gate, visible, GATE, True, True, PRECISION
+                some, v, acc, top, total, scale, gate, visible, GATE, True, PRECISION
             )
 
     if BACKWARD:

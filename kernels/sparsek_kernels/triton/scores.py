@@ -71,7 +71,7 @@ def prefix_thresholds(
 
 
 def _descend(e, candidate, k, first, size, geometry: Geometry) -> torch.Tensor:
-    """tau after each key, all arguments flat over rows and keys; `first`, `size` of its sequence."""
+    """tau after each key. All flat; `first` and `size` are those of the key's sequence."""
     keys = e.shape[0]
     device = e.device
     place = torch.arange(2 * keys, device=device)

@@ -11,7 +11,7 @@ import torch
 @dataclass(frozen=True)
 class Config:
     """rows: query rows (queries times packed heads) of a tile; heads: most heads packed; keys: keys
-    per step; stages: software pipeline depth."""
+    per step; stages, masked_stages: software pipeline depth of the loops without and with masks."""
 
     rows: int
     heads: int
