@@ -243,7 +243,7 @@ def test_lora_with_trained_scorers(family, sparse_model, ids):
     assert any("lora_A" in name for name in trainable)
     assert any("scorer" in name for name in trainable)
     assert not any("mlp" in name for name in trainable)
-    assert torch.allclose(wrapped(ids).logits, expected, atol=1e-6)
+    assert torch.allclose(wrapped(ids).logits, expected, atol=1e-5)
     wrapped(input_ids=ids, labels=ids).loss.backward()
     gradients = {n: w.grad for n, w in wrapped.named_parameters() if "scorer.modules_to_save" in n}
     assert any(g is not None and g.abs().max() > 0 for g in gradients.values())

@@ -57,7 +57,7 @@ def test_future_tokens_do_not_change_past_logits(family, sparse_model, ids):
     changed = ids.clone()
     changed[:, 15:] = torch.randint(4, 128, changed[:, 15:].shape)
     before, after = logits(model, ids), logits(model, changed)
-    torch.testing.assert_close(before[:, :15], after[:, :15], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(before[:, :15], after[:, :15], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(before[:, 15:], after[:, 15:])
 
 
@@ -72,7 +72,7 @@ def test_scores_decide(family, sparse_model, ids):
     roomy = logits(model, ids)
     for attention in models.sparsek_attentions(model):
         attention.scorer.weight.neg_()
-    torch.testing.assert_close(logits(model, ids), roomy, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits(model, ids), roomy, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_reach_scorers_and_survive_checkpointing(family, sparse_model, ids):
@@ -163,7 +163,7 @@ def test_dense_attention_is_the_dense_model(family, dense_model, sparse_model, i
     dense, model = dense_model(family), sparse_model(family)
     sparse_logits = logits(model, ids)
     with models.dense_attention(model):
-        torch.testing.assert_close(logits(model, ids), logits(dense, ids), atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(logits(model, ids), logits(dense, ids), atol=1e-5, rtol=1e-5)
         out = model(ids, use_cache=True)
         assert not isinstance(out.past_key_values, models.SparseKCache)
         with pytest.raises(SparsekError, match="SparseKCache"):
