@@ -113,6 +113,29 @@ class _Plan:
             first = last
 
 
+def _inference(q, keys, values, effective, end, tau, base, window, gate, scale) -> Tensor:
+    """Forward alone: gates `straight_through` and `log` are a plain masked attention per tile."""
+    plan = _Plan(q, keys, end, base, window)
+    # A CPU computes in fp32; an accelerator's attention accumulates in it anyway.
+    dtype = compute_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
+    tiles = plan.to_tiles(q)
+    flat_k, flat_v = keys.reshape(-1, plan.dim), values.reshape(-1, plan.dim)
+    out = torch.empty_like(tiles)
+    soft = gate == "log"
+    for step in plan.steps(effective if soft else None, tau if soft else None):
+        mask = step.visible
+        if soft:
+            mask = step.gate(dtype).log_().masked_fill_(~mask, -torch.inf)
+        k, v = (
+            _take(flat, step, dtype)[:, None].expand(-1, plan.rep, -1, -1)
+            for flat in (flat_k, flat_v)
+        )
+        out[step.span] = torch.nn.functional.scaled_dot_product_attention(
+            tiles[step.span].to(dtype), k, v, attn_mask=mask, scale=scale
+        )
+    return plan.from_tiles(out)
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, keys, values, effective, end, tau, counts, base, window, gate, scale):
@@ -124,16 +147,20 @@ class _Attend(torch.autograd.Function):
         logsum = torch.empty(tiles.shape[:3], dtype=dtype, device=q.device)
         soft = gate != "straight_through"
         for step in plan.steps(effective if soft else None, tau if soft else None):
-            logits, m = _logits(step, tiles, flat_k, scale, gate, dtype)
-            part = logits.logsumexp(-1)
+            logits, m = _logits(step, tiles, flat_k, scale, dtype), None
+            if soft:
+                m = step.gate(dtype)
+                logits = logits + m.log() if gate == "log" else logits * m
+            logits.masked_fill_(~step.visible, -torch.inf)
             # A query beyond the end of the sequence may see nothing at all.
-            part = part.masked_fill(part == -torch.inf, 0)
-            weights = logits.sub_(part[..., None]).exp_()
+            top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+            weights = logits.sub_(top).exp_()
+            total = weights.sum(-1, keepdim=True)
             if gate == "kv":
                 weights *= m
-            v = _take(flat_v, step, dtype)
-            out[step.span] = _rows(weights).bmm(v).view_as(out[step.span]).to(q.dtype)
-            logsum[step.span] = part
+            part = _rows(weights).bmm(_take(flat_v, step, dtype)).view_as(out[step.span])
+            out[step.span] = (part / total).to(q.dtype)
+            logsum[step.span] = (top + total.log()).squeeze(-1)
         out = plan.from_tiles(out)
         ctx.save_for_backward(q, keys, values, effective, end, tau, counts, out, logsum)
         ctx.settings = (base, window, gate, scale)
@@ -158,36 +185,31 @@ class _Attend(torch.autograd.Function):
             dm_sum = torch.zeros(tiles.shape[0], plan.block, dtype=torch.float64, device=q.device)
         soft = gate != "straight_through" or wants_scores
         for step in plan.steps(effective if soft else None, tau if soft else None):
-            raw, logits, m = _logits(step, tiles, flat_k, scale, gate, dtype, keep_raw=True)
-            weights = logits.sub_(logsum[step.span, ..., None]).exp_()
-            go = grads[step.span].to(dtype).flatten(1, 2)
-            v = _take(flat_v, step, dtype)
-            p = go.bmm(v.transpose(1, 2)).view_as(weights)
+            log_total = logsum[step.span, ..., None]
             d = delta[step.span, ..., None]
-            dm = None
-            if gate == "kv":
-                g = weights * (m * p - d)
-                if wants_scores:
-                    dm = weights * p + raw * g
-                ds = m * g
-                weights = weights * m
+            go = _rows(grads[step.span].to(dtype))
+            v = _take(flat_v, step, dtype)
+            if gate == "straight_through":
+                weights = _logits(step, tiles, flat_k, scale, dtype, minus=log_total)
+                weights.exp_().masked_fill_(~step.visible, 0)
+                ds = torch.baddbmm(_rows(-d), go, v.transpose(1, 2)).view_as(weights)
+                dm = ds = ds.mul_(weights)
+                carried = weights
             else:
-                ds = weights * (p - d)
-                if wants_scores:
-                    dm = ds
-                    if gate == "log":
-                        bare = (raw - logsum[step.span, ..., None]).exp()
-                        dm = bare.masked_fill_(~(step.visible & (m > 0)), 0) * (p - d)
-            ds3 = _rows(ds)
-            qs = tiles[step.span].to(dtype).flatten(1, 2)
+                raw = _logits(step, tiles, flat_k, scale, dtype)
+                p = go.bmm(v.transpose(1, 2)).view_as(raw)
+                m = step.gate(dtype)
+                ds, carried, dm = _gated(step, gate, raw, m, p, d, log_total)
             k = _take(flat_k, step, dtype)
+            qs = _rows(tiles[step.span].to(dtype))
+            ds3 = _rows(ds)
             dq[step.span] = (ds3.bmm(k) * scale).view_as(dq[step.span]).to(q.dtype)
             dk.index_add_(0, step.index, (ds3.transpose(1, 2).bmm(qs) * scale).flatten(0, 1))
-            dv.index_add_(0, step.index, _rows(weights).transpose(1, 2).bmm(go).flatten(0, 1))
+            dv.index_add_(0, step.index, _rows(carried).transpose(1, 2).bmm(go).flatten(0, 1))
             if wants_scores:
-                dm = dm.to(torch.float64).sum(1, keepdim=True).masked_fill_(~step.interior(), 0)
-                de.index_add_(0, step.index, dm.sum(2).flatten())
-                dm_sum[step.span] = dm.sum(3).squeeze(1)
+                dm = dm.sum(1, keepdim=True).masked_fill_(~step.interior(), 0)
+                de.index_add_(0, step.index, dm.sum(2, dtype=torch.float64).flatten())
+                dm_sum[step.span] = dm.sum(3, dtype=torch.float64).squeeze(1)
         grad_e = None
         if wants_scores:
             grad_e = _score_gradient(plan, de, dm_sum, effective, tau, counts)
@@ -200,7 +222,24 @@ class _Attend(torch.autograd.Function):
         )
 
 
+def _gated(step: _Tiles, gate: str, raw, m, p, d, log_total) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of the raw logits, weights that carry the values, gradient of the gates.
+
+    Method section 3, with a = softmax weight, P = do.v, D = row sum of (weight x gate x P).
+    """
+    if gate == "log":
+        # e^(s - L), never (weight / m): a gate that rounds to zero hides its key.
+        bare = (raw - log_total).exp_().masked_fill_(~(step.visible & (m > 0)), 0)
+        weights = bare * m
+        rest = p - d
+        return weights * rest, weights, bare * rest
+    a = (raw * m).sub_(log_total).exp_().masked_fill_(~step.visible, 0)
+    rest = a * (m * p - d)
+    return m * rest, a * m, a * p + raw * rest
+
+
 def _rows(x: Tensor) -> Tensor:
+    """[T, rep, Bq, W] -> [T, rep * Bq, W]."""
     return x.flatten(1, 2)
 
 
@@ -209,20 +248,14 @@ def _take(flat: Tensor, step: _Tiles, dtype: torch.dtype) -> Tensor:
     return flat.index_select(0, step.index).to(dtype).view(tiles, -1, flat.shape[1])
 
 
-def _logits(step, tiles, flat_k, scale, gate, dtype, keep_raw=False):
-    """Masked logits [T, rep, Bq, W] and the gates m [T, 1, Bq, W] (None without a soft gate)."""
-    k = _take(flat_k, step, dtype)
-    q = tiles[step.span].to(dtype) * scale
-    raw = q.flatten(1, 2).bmm(k.transpose(1, 2)).view(*q.shape[:3], -1)
-    hidden, m, logits = ~step.visible, None, raw
-    if gate == "log":
-        m = step.gate(dtype)
-        logits = raw + m.log()
-    elif gate == "kv":
-        m = step.gate(dtype)
-        logits = raw * m
-    logits = logits.masked_fill_(hidden, -torch.inf)
-    return (raw, logits, m) if keep_raw else (logits, m)
+def _logits(
+    step: _Tiles, tiles: Tensor, flat_k: Tensor, scale: float, dtype, minus: Tensor | None = None
+) -> Tensor:
+    """scale * q.k (- minus [T, rep, Bq, 1]), hidden keys included: [T, rep, Bq, W]."""
+    k = _take(flat_k, step, dtype).transpose(1, 2)
+    q = _rows(tiles[step.span].to(dtype) * scale)
+    logits = q.bmm(k) if minus is None else torch.baddbmm(_rows(minus), q, k, beta=-1)
+    return logits.view(*tiles[step.span].shape[:3], -1)
 
 
 def _score_gradient(plan: _Plan, de, dm_sum, effective, tau, counts) -> Tensor:
@@ -270,4 +303,8 @@ def attend(
     Returns:
         [B, H, N, D] in q's dtype.
     """
-    return _Attend.apply(q, keys, values, effective, end, tau, counts, base, window, gate, scale)
+    args = (q, keys, values, effective, end, tau)
+    settings = (base, window, gate, scale)
+    if gate == "kv" or torch.is_grad_enabled() and any(x.requires_grad for x in args[:4]):
+        return _Attend.apply(*args, counts, *settings)
+    return _inference(*args, *settings)

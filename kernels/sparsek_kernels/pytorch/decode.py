@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
-from sparsek_kernels.state import EMPTY, SparseKState
+from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
 
 
 def insert(state: SparseKState, key: Tensor, value: Tensor, effective: Tensor) -> None:
@@ -18,36 +20,45 @@ def insert(state: SparseKState, key: Tensor, value: Tensor, effective: Tensor) -
         key, value: [B, G, D]. effective: [B, G] float64.
     """
     layout, device = state.layout, state.keys.device
-    slots = layout.expand(device)
-    sinks, window = layout.sinks, layout.window
-    ring_at = layout.width - window
+    rows, slots = _rows(layout, state.batch, device)
     position = state.seen[:, None]
-    row = torch.arange(state.batch, device=device)[:, None]
-    ring = slots[:, ring_at][None] + position % window
+    ring = rows[:, :, layout.width - layout.window] + position % layout.window
+    positions, scores = state.positions.view(-1), state.scores.view(-1)
     if max(layout.topk):
-        selected = slots[:, sinks:ring_at]
-        held = state.scores[:, selected]
-        at = state.positions[:, selected]
-        held = held.masked_fill(at == EMPTY, -torch.inf)
+        selected = rows[:, :, layout.sinks : layout.width - layout.window]
+        at = positions[selected]
+        held = scores[selected].masked_fill_(at == EMPTY, -torch.inf)
         if not layout.uniform:
-            held = held.masked_fill(~layout.real(device), torch.inf)
+            held.masked_fill_(~layout.real(device), torch.inf)
         weakest = held.amin(2, keepdim=True)
         # Of equal scores the latest loses.
-        loser = at.masked_fill(held != weakest, EMPTY - 1).argmax(2)
-        loser = selected.expand(state.batch, -1, -1).gather(2, loser[..., None]).squeeze(2)
-        leaving = state.scores[row, ring]
-        wins = (state.positions[row, ring] != EMPTY) & (leaving > weakest.squeeze(2))
-        target = torch.where(wins, loser, ring)
-        for tensor in (state.keys, state.values, state.positions, state.scores):
-            tensor[row, target] = tensor[row, ring]
-    if sinks:
-        sink = slots[:, 0][None] + position.clamp(max=sinks - 1)
-        ring = torch.where(position < sinks, sink, ring)
-    state.keys[row, ring] = key.to(state.keys.dtype)
-    state.values[row, ring] = value.to(state.values.dtype)
-    state.positions[row, ring] = position.to(torch.int32).expand_as(ring)
-    state.scores[row, ring] = effective
+        loser = at.masked_fill_(held != weakest, EMPTY - 1).argmax(2, keepdim=True)
+        loser = selected.gather(2, loser).squeeze(2)
+        wins = (positions[ring] != EMPTY) & (scores[ring] > weakest.squeeze(2))
+        # On an accelerator asking whether anything moves costs more than moving it in place.
+        if device.type != "cpu" or bool(wins.any()):
+            target = torch.where(wins, loser, ring).flatten()
+            source = ring.flatten()
+            for flat in (state.keys.view(slots, -1), state.values.view(slots, -1)):
+                flat.index_copy_(0, target, flat.index_select(0, source))
+            for flat in (positions, scores):
+                flat.index_copy_(0, target, flat.index_select(0, source))
+    if layout.sinks:
+        sink = rows[:, :, 0] + position.clamp(max=layout.sinks - 1)
+        ring = torch.where(position < layout.sinks, sink, ring)
+    ring = ring.flatten()
+    state.keys.view(slots, -1).index_copy_(0, ring, key.flatten(0, 1).to(state.keys.dtype))
+    state.values.view(slots, -1).index_copy_(0, ring, value.flatten(0, 1).to(state.values.dtype))
+    positions.index_copy_(0, ring, position.to(torch.int32).expand(-1, layout.heads).flatten())
+    scores.index_copy_(0, ring, effective.flatten())
     state.seen += 1
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(layout: SlotLayout, batch: int, device: torch.device) -> tuple[Tensor, int]:
+    """[B, G, width] int64 slots in the state flattened over rows; and how many there are."""
+    offset = torch.arange(batch, device=device)[:, None, None] * layout.total
+    return layout.expand(device) + offset, batch * layout.total
 
 
 def decode(q: Tensor, state: SparseKState, *, scale: float) -> Tensor:

@@ -66,9 +66,12 @@ def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, ga
     """One call on rows [B, ..., N]; `lengths` [B] int64 or None where all N tokens are real."""
     batch, _, n, _ = q.shape
     with torch.no_grad():
-        positions = torch.arange(n, device=q.device).expand(batch, -1)
-        if state is not None:
-            positions = positions + state.seen[:, None]
+        if state is not None and n == 1:
+            positions = state.seen[:, None]
+        else:
+            positions = torch.arange(n, device=q.device).expand(batch, -1)
+            if state is not None:
+                positions = positions + state.seen[:, None]
     effective = effective_scores(scores, slopes, positions)
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, effective))
     if n == 0:
