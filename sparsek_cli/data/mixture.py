@@ -87,7 +87,7 @@ class HeldOut:
     """The first `count` sequences of held-out text, as a map-style dataset."""
 
     def __init__(self, corpus: Corpus, length: int, count: int, seed: int):
-        self._packed = PackedText(corpus, length, seed)
+        self._packed = PackedText(corpus, length, (seed,))
         self._count = min(count, self._packed.per_epoch)
 
     def __len__(self) -> int:
@@ -143,18 +143,20 @@ def build_mixture(
     length, seed = recipe.sequence_length, recipe.seed
     sources: dict[str, Callable[[int], PackedSequence]] = {}
     weights: dict[str, float] = {}
-    for number, (name, block) in enumerate(recipe.data.items()):
+    # By name, so that the order of the recipe's keys changes nothing.
+    for name, block in sorted(recipe.data.items()):
         if block.weight == 0:
             continue  # only filler for others
         weights[name] = block.weight
+        own_seed = (seed, zlib.crc32(name.encode()))
         if block.kind == "text":
             role = ROLES[block.loss]
-            sources[name] = PackedText(texts[name], length, seed * 1000 + number, role)
+            sources[name] = PackedText(texts[name], length, own_seed, role)
             continue
         sources[name] = PackedDocuments(
             _generator(block, texts, tokenizer),
             length,
-            (seed, zlib.crc32(name.encode())),
+            own_seed,
             document_length=block.document_length,
             pad_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         )

@@ -31,7 +31,7 @@ class PackedSequence:
 class PackedText:
     """Sequences of running text: each epoch covers every document once, in a new order."""
 
-    def __init__(self, corpus: Corpus, length: int, seed: int, role: int = TEXT):
+    def __init__(self, corpus: Corpus, length: int, seed: Sequence[int], role: int = TEXT):
         self.corpus, self.length, self.seed, self.role = corpus, length, seed, role
         self.per_epoch = max(1, corpus.total // length)
         # Bound per object, so that two corpora never share an order.
@@ -45,7 +45,7 @@ class PackedText:
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([*self.seed, epoch])
         order = rng.permutation(len(self.corpus))
         bounds = np.cumsum((self.corpus.ends - self.corpus.starts)[order])
         chunks = rng.permutation(self.per_epoch)

@@ -18,7 +18,7 @@ def corpus(*lengths):
 
 def test_an_epoch_covers_the_text_once():
     data = corpus(5, 17, 40, 1, 33)
-    packed = PackedText(data, 16, seed=3)
+    packed = PackedText(data, 16, seed=(3,))
     assert packed.per_epoch == 6
     for epoch in range(3):
         rows = [packed(epoch * 6 + i).ids for i in range(6)]
@@ -31,7 +31,7 @@ def test_an_epoch_covers_the_text_once():
 def test_starts_are_where_documents_begin():
     data = corpus(5, 17, 40, 1, 33)
     begins = set(data.starts.tolist())
-    packed = PackedText(data, 16, seed=0)
+    packed = PackedText(data, 16, seed=(0,))
     for i in range(12):
         row = packed(i)
         for at in range(1, 16):
@@ -42,7 +42,7 @@ def test_starts_are_where_documents_begin():
 
 
 def test_a_text_shorter_than_a_sequence_repeats():
-    row = PackedText(corpus(3, 4), 16, seed=0)(5)
+    row = PackedText(corpus(3, 4), 16, seed=(0,))(5)
     assert len(row.ids) == 16 and set(row.ids) == set(range(7))
 
 
@@ -70,7 +70,7 @@ def test_copies_come_back():
 
 
 def test_the_mixture_is_a_function_of_seed_and_index():
-    sources = {"a": PackedText(corpus(300), 8, 0), "b": PackedText(corpus(500), 8, 1)}
+    sources = {"a": PackedText(corpus(300), 8, (0,)), "b": PackedText(corpus(500), 8, (1,))}
     long = Mixture(sources, {"a": 3.0, "b": 1.0}, 2000, seed=5)
     short = Mixture(sources, {"a": 3.0, "b": 1.0}, 40, seed=5)
     for i in reversed(range(40)):

@@ -1,0 +1,44 @@
+"""Every shipped fine-tuning recipe runs, and explains every key."""
+
+import re
+
+import pytest
+
+from sparsek_cli.recipes.load import load_recipe, recipe_folder, recipe_names
+from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+from sparsek_cli.training.run import finetune
+
+NAMES = [name for name in recipe_names() if name.endswith(".finetune")]
+SMALL = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_is_explained(name):
+    text = (recipe_folder() / f"{name}.yaml").read_text()
+    assert text.startswith("# ")
+    for number, line in enumerate(text.splitlines(), start=1):
+        # A key with a block below it is explained by the keys in the block.
+        key = re.match(r"\s*[\w-]+:\s*[^#\s]", line)
+        assert key is None or "# " in line, f"{name}.yaml:{number}: {line}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tiny")])
+def test_it_runs(name, text_file, tmp_path, sparse_checkpoint, scratch):
+    draft = load_recipe(FinetuneRecipe, name, verb="finetune")
+    words = [
+        f"data.books.files={text_file}", "data.books.dataset=null", f"out={tmp_path / 'out'}",
+        "sequence_length=64", "batch_size=2", "micro_batch_size=2", "steps=1", "tokens=null",
+        "evaluation.sequences=1", "evaluation.every=0", "save_steps=0", "data_workers=0",
+        "device=cpu",
+    ]  # fmt: skip
+    if draft.init == "random":
+        words += [f"architecture.settings.{k}={v}"
+                  for k, v in SMALL[draft.architecture.type].items()]  # fmt: skip
+        words.append(next(word for word in scratch if word.startswith("tokenizer=")))
+    else:
+        words.append(f"model={sparse_checkpoint(window=4)}")
+    done = finetune(load_recipe(FinetuneRecipe, name, words, verb="finetune"))
+    assert done.steps == 1 and done.held_out_loss > 0

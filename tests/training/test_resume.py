@@ -1,0 +1,82 @@
+"""kill -9 at any moment, then --resume: the same model as if nothing had happened."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.training.run import finetune, part_folder
+
+# Dropout, so that the state of the random generators matters; two micro-batches per step.
+WORDS = ["steps=12", "save_steps=3", "architecture.settings.attention_dropout=0.1",
+         "log_steps=1", "evaluation.every=4", "warmup=2"]  # fmt: skip
+
+
+def start(made, folder: Path, *flags: str) -> subprocess.Popen:
+    file = folder / "resume.yaml"
+    file.write_text(yaml.safe_dump(made.model_dump(mode="json", exclude_none=True)))
+    command = [sys.executable, "-m", "sparsek_cli", "finetune", "--recipe", str(file), *flags]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_resumed_equals_uninterrupted(recipe, scratch, tmp_path):
+    whole = finetune(recipe(*scratch, *WORDS, out="whole"))
+    made = recipe(*scratch, *WORDS)
+    part = part_folder(tmp_path / "out")
+    process = start(made, tmp_path)
+    until = time.monotonic() + 120
+    while not list(part.glob("checkpoint-[369]")) and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    kept = sorted(part.glob("checkpoint-*"))
+    assert kept, process.stderr.read()
+    with pytest.raises(UsageError, match="an unfinished run"):
+        finetune(made)
+    with pytest.raises(UsageError, match="learning_rate"):
+        finetune(made.model_copy(update={"learning_rate": 1.0}), resume=True)
+    done = finetune(made, resume=True)
+    assert done.loss == whole.loss and done.held_out_loss == whole.held_out_loss
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not part.exists()
+
+
+def test_half_written_checkpoints_are_not_taken(recipe, scratch, tmp_path):
+    with pytest.raises(UsageError, match="nothing to resume"):
+        finetune(recipe(*scratch), resume=True)
+    part = part_folder(tmp_path / "out")
+    (part / "writing" / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(UsageError, match="nothing to resume"):
+        finetune(recipe(*scratch), resume=True)
+    assert finetune(recipe(*scratch)).steps == 3
+
+
+def test_scorers_resume_without_copying_the_base(recipe, sparse_checkpoint, tmp_path, monkeypatch):
+    from sparsek_cli.training.trainer import SparsekTrainer
+
+    model = sparse_checkpoint()
+    words = ["objective={lm: 0, distill: 1}", "steps=4", "save_steps=2", "keep_better=false"]
+    whole = finetune(recipe(*words, model=model, out="whole"))
+    real = SparsekTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparsekTrainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(recipe(*words, model=model))
+    monkeypatch.undo()
+    saved = part_folder(tmp_path / "out") / "checkpoint-2"
+    assert all(".scorer." in name for name in load_file(saved / "trained.safetensors"))
+    done = finetune(recipe(*words, model=model), resume=True)
+    assert done.loss == whole.loss and done.held_out_loss == whole.held_out_loss
