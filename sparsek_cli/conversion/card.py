@@ -14,7 +14,7 @@ def model_card(plan: Plan, report: Mapping[str, Any] | None) -> str:
         report: what calibration measured; None without calibration.
     """
     size = plan.geometry
-    source = plan.base.name if plan.base.source == "folder" else plan.base.source
+    source = plan.base.source if "/" in plan.base.source else plan.base.name
     hub = f"base_model: {source}\n" if "/" in source else ""
     kept, dense = (plan.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
     name = plan.out.name

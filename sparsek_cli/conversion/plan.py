@@ -26,9 +26,11 @@ _SHARE_OF_CONTEXT = 16
 _DEFAULT_WINDOW = 128
 _SMALLEST_BUDGET = 64
 _CALIBRATION_LENGTH = 4096
+# Calibration must drop keys to learn which: sequences several times as long as the slots.
+_LENGTH_PER_SLOT = 4
 # Closed-form maps have one unknown per feature: this many rows for each.
 _ROWS_PER_FEATURE = 128
-_LEAST_TOKENS = 131_072
+_LEAST_TOKENS = 65_536
 _MOST_TOKENS = 1_048_576
 _SIDE_FILES = (
     "tokenizer*",
@@ -95,7 +97,7 @@ class Plan:
     def resolved(self) -> dict[str, Any]:
         """The request with every default filled in: what sparsek.yaml records."""
         settings = self.recipe.model_dump(by_alias=True)
-        where = str(self.base.path) if self.base.source == "folder" else self.base.name
+        where = str(self.base.path) if self.base.source == "folder" else self.recipe.model
         settings.update(model=where, out=str(self.out), topk=self.topk, window=self.window)
         settings.update(
             calibrate_tokens=self.calibrate_tokens or None,
@@ -186,7 +188,7 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     )
     if not linkable:
         _check_room(parent, sum(shard.bytes for shard in shards))
-    tokens, length = _calibration_size(recipe, sizes)
+    tokens, length = _calibration_size(recipe, sizes, topk + window + recipe.sinks)
     side = {path for pattern in _SIDE_FILES for path in base.path.glob(pattern) if path.is_file()}
     return Plan(
         base=base,
@@ -214,17 +216,24 @@ def _slots(recipe: ConvertRecipe, context: int) -> tuple[int, int]:
     return recipe.topk or max(1, budget - window - recipe.sinks), window
 
 
-def _calibration_size(recipe: ConvertRecipe, sizes: Geometry) -> tuple[int, int]:
+def _calibration_size(
+    recipe: ConvertRecipe, sizes: Geometry, budget: int
+) -> tuple[int, int]:
     if recipe.calibrate == "none":
         return 0, 0
-    length = recipe.calibrate_length or _CALIBRATION_LENGTH
+    length = recipe.calibrate_length
+    if length is None:
+        length = min(max(_CALIBRATION_LENGTH, _LENGTH_PER_SLOT * budget), sizes.context)
     if length > sizes.context:
-        if recipe.calibrate_length:
-            raise UsageError(
-                f"calibrate_length {length} is longer than the model's context {sizes.context}",
-                hint=f"give at most {sizes.context}",
-            )
-        length = sizes.context
+        raise UsageError(
+            f"calibrate_length {length} is longer than the model's context {sizes.context}",
+            hint=f"give at most {sizes.context}",
+        )
+    if length <= budget:
+        raise UsageError(
+            f"sequences of {length} tokens fit into {budget} slots: nothing to choose from",
+            hint="give a smaller topk or window, a larger calibrate_length, or --calibrate none",
+        )
     tokens = recipe.calibrate_tokens
     if tokens is None:
         tokens = min(max(_ROWS_PER_FEATURE * sizes.hidden, _LEAST_TOKENS), _MOST_TOKENS)

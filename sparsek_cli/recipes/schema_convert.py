@@ -42,7 +42,9 @@ class ConvertRecipe(BaseModel):
         None, description="tokens of calibration text; default: by the model's width"
     )
     calibrate_length: Annotated[int, Field(ge=64)] | None = Field(
-        None, description="tokens per calibration sequence; default 4096, at most the context"
+        None,
+        description="tokens per calibration sequence; default 4096, or four "
+        "times the slots if that is more, at most the context",
     )
     copy_base: bool = Field(
         False, alias="copy", description="copy the base weights instead of linking them"

@@ -123,6 +123,7 @@ def test_damaged_or_unsuitable_bases(dense_checkpoint, refused, how, code, says)
         (["base", "--calibrate", "blank.txt"], "blank.txt"),
         (["base", "--calibrate", "latin.txt"], "UTF-8"),
         (["base", "--calibrate-length", "100000"], "context"),
+        (["base", "--topk", "5000"], "nothing to choose from"),
         (["base", "--device", "tpu9"], "device"),
         (["base", "--dtype", "int3"], "dtype"),
     ],

@@ -78,24 +78,27 @@ def output_errors(
     positions = torch.arange(tokens, device=rows.device)
     logits.masked_fill_(positions > rows[:, None], -torch.inf)
     weights = logits.softmax(-1)
-    value = recorded.value.float()
+    # A column of ones: its weighted sum is what the kept weights must be divided by.
+    value = torch.nn.functional.pad(recorded.value.float(), (0, 1), value=1.0)
     # Rows of W_o by KV head: the error of a group's heads is added up before it is squared.
     out_weight = out_weight.view(groups, heads // groups * size, -1)
+
+    def attend(weights: torch.Tensor) -> torch.Tensor:
+        """[G, Q, R, N] -> [G, Q, R, D]."""
+        output = torch.matmul(weights.flatten(1, 2), value).view(*weights.shape[:3], size + 1)
+        return output[..., :size] / output[..., size:].clamp_min(1e-20)
 
     def project(output: torch.Tensor) -> torch.Tensor:
         """[G, Q, R, D] -> squared length after W_o, [G, R]."""
         joined = output.transpose(1, 2).reshape(groups, len(rows), -1)
         return torch.matmul(joined, out_weight).square().sum(-1)
 
-    dense = torch.matmul(weights, value[:, None])
+    dense = attend(weights)
     energy = project(dense)
     errors = []
     step = max(1, _LARGEST // (groups * len(rows) * tokens))
     for chunk in effective.split(step):
         seen = visible(chunk.flatten(0, 1), rows, budget).view(*chunk.shape[:2], len(rows), tokens)
         for mask in seen:
-            kept = weights * mask[:, None]
-            sparse = torch.matmul(kept, value[:, None])
-            sparse /= kept.sum(-1, keepdim=True).clamp_min(1e-20)
-            errors.append(project(sparse - dense))
+            errors.append(project(attend(weights * mask[:, None]) - dense))
     return torch.stack(errors), energy

@@ -21,10 +21,8 @@ class Moments:
     """
 
     def __init__(self, hidden: int, targets: int, device: torch.device):
-        # Apple's GPUs have no float64; there float32 has to do.
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.xx = torch.zeros(hidden + 1, hidden + 1, dtype=dtype, device=device)
-        self.xy = torch.zeros(hidden + 1, targets, dtype=dtype, device=device)
+        self.xx = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(hidden + 1, targets, dtype=torch.float64, device=device)
 
     def add(
         self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None

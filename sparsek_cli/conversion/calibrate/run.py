@@ -18,13 +18,15 @@ from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import SparsekError
 
-# Slopes in units of score spread per topk tokens: 0 is pure importance, 30 a plain window.
-SLOPES = (0.0, 0.03, 0.1, 0.3, 1.0, 4.0, 30.0)
+# Slopes in units of score spread per topk tokens: 0 is pure importance.
+SLOPES = (0.0, 0.1, 0.3, 1.0, 3.0)
+# So steep that nothing but age counts: a plain window, with which candidates are compared.
+WINDOW_SLOPE = 30.0
 # Queries whose attention forms a target, and queries at which candidates are compared, per
 # sequence: a CPU affords fewer.
 _TARGET_ROWS = {"cpu": 1024, "other": 1 << 30}
-_TEXT_ROWS = {"cpu": 48, "other": 256}
-_ANSWER_ROWS = {"cpu": 32, "other": 128}
+_TEXT_ROWS = {"cpu": 32, "other": 256}
+_ANSWER_ROWS = {"cpu": 24, "other": 128}
 _HELD_OUT = (4, 16)
 _HELD_OUT_SHARE = 0.2
 # How much a squared error at an answer counts against one in text.
@@ -48,6 +50,9 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
     started = time.perf_counter()
     recipe = plan.recipe
     device = choose_device(recipe.device)
+    if device.type == "mps":
+        # Apple's GPUs have no float64, in which statistics and selection are kept.
+        device = torch.device("cpu")
     dtype = choose_dtype(recipe.dtype, device)
     length, count = plan.calibrate_length, plan.calibrate_tokens // plan.calibrate_length
     reporter.say(f"calibrating on {count} sequences of {length:,} tokens ({device.type})")
@@ -121,11 +126,14 @@ class _Run:
             )
         maps = self._maps(text, recall, focus)
         out_weight = self.base.output_weight(layer)
-        slopes = torch.tensor(SLOPES, dtype=torch.float64) * SPREAD / self.plan.topk
-        totals = _Totals(len(maps) * len(slopes), groups)
+        candidates = [(name, slope) for name in maps for slope in SLOPES]
+        candidates.append(("text", WINDOW_SLOPE))
+        unit = SPREAD / self.plan.topk
+        totals = _Totals(len(candidates), groups)
 
         def compare(number: int, recorded: Recorded) -> None:
-            effective = _effective(list(maps.values()), slopes, recorded.inputs)
+            scores = {name: map_.scores(recorded.inputs) for name, map_ in maps.items()}
+            effective = torch.stack([_aged(scores[name], c * unit) for name, c in candidates])
             rows = self.error_rows[number]
             errors, energy = output_errors(
                 recorded, effective, rows.to(self.device), self.budget, out_weight
@@ -134,7 +142,7 @@ class _Run:
             advance(1)
 
         self.base.run_layer(layer, self.held_out, compare, advance=True)
-        return _choose(maps, slopes, totals)
+        return _choose(maps, candidates, unit, totals)
 
     def _add(
         self, number: int, recorded: Recorded, text: Moments, recall: Moments, focus: Moments
@@ -222,35 +230,31 @@ class _Totals:
         return self.errors / rows[:, None, None], self.energy / rows[:, None]
 
 
-def _effective(
-    maps: list[LinearMap], slopes: torch.Tensor, inputs: torch.Tensor
-) -> torch.Tensor:
-    """[maps x slopes, G, N] float64: u + slope * position."""
-    scores = torch.stack([map_.scores(inputs) for map_ in maps]).double()
-    positions = torch.arange(inputs.shape[0], device=inputs.device, dtype=torch.float64)
-    age = slopes.to(inputs.device)[:, None, None] * positions
-    return (scores[:, None] + age).flatten(0, 1)
+def _aged(scores: torch.Tensor, slope: float) -> torch.Tensor:
+    """[G, N] float64: score + slope * position."""
+    return scores.double() + slope * torch.arange(scores.shape[-1], device=scores.device).double()
 
 
 def _choose(
-    maps: dict[str, LinearMap], slopes: torch.Tensor, totals: _Totals
+    maps: dict[str, LinearMap],
+    candidates: list[tuple[str, float]],
+    unit: float,
+    totals: _Totals,
 ) -> tuple[Scorer, dict[str, Any]]:
+    """Each KV head's best candidate; `unit` turns a candidate's slope into one per token."""
     errors, energy = totals.means()
-    combined = errors[0] + _ANSWER_WEIGHT * errors[1]
-    best = combined.argmin(0)
-    names = list(maps)
+    best = (errors[0] + _ANSWER_WEIGHT * errors[1]).argmin(0)
     heads = range(len(best))
-    picked = [(names[int(b) // len(slopes)], slopes[int(b) % len(slopes)]) for b in best]
-    # The steepest slope keeps the newest tokens whatever the map: a plain window.
-    window = errors[:, len(slopes) - 1]
+    picked = [candidates[int(b)] for b in best]
+    window = errors[:, -1]
     scorer = Scorer(
         weight=_float32([maps[name].weight[g] for g, (name, _) in enumerate(picked)]),
         bias=_float32([maps[name].bias[g] for g, (name, _) in enumerate(picked)]),
-        slopes=_float32([slope for _, slope in picked]),
+        slopes=np.asarray([slope * unit for _, slope in picked], dtype=np.float32),
     )
     return scorer, {
         "map": [name for name, _ in picked],
-        "slope": [SLOPES[int(b) % len(slopes)] for b in best],
+        "slope": [slope for _, slope in picked],
         "error": [[float(errors[k, best[g], g]) for g in heads] for k in range(2)],
         "window_error": window.tolist(),
         "energy": energy.tolist(),
