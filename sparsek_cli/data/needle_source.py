@@ -168,7 +168,7 @@ class NeedleSource:
         for first, last in document.statements:
             roles[first:last] = IGNORED
         pieces = [(self.chat.start, IGNORED), *_runs(document.ids, roles)]
-        order = rng.permutation(count)[:asked]
+        order = rng.permutation(len(document.facts))[:asked]
         return pieces + self._turns([document.facts[i] for i in order])
 
     def _key_values(self, rng: np.random.Generator, room: int) -> list[tuple[Any, int]]:
@@ -182,6 +182,7 @@ class NeedleSource:
         if repeat and rng.random() < 0.4:
             rows = [_BARE]
         facts = draw_facts(rng, rows, count, self.words)
+        count = len(facts)  # fewer where one phrasing has run out of names
         told = " ".join(fact.statement for fact in facts)
         start = encode(self.tokenizer, [told])[0]
         pieces: list[tuple[Any, int]] = [(self.chat.start, IGNORED), (start, IGNORED)]

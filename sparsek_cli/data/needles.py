@@ -250,7 +250,10 @@ def draw_facts(
     words: Words | None = None,
     taken: Iterable[Fact] = (),
 ) -> list[Fact]:
-    """`count` facts with distinct keys and distinct values, phrasings taken in turn, shuffled."""
+    """`count` facts with distinct keys and distinct values, phrasings taken in turn, shuffled.
+
+    Fewer where the phrasings' word lists have no more to give.
+    """
     if not phrasings:
         raise ValueError("no phrasing to draw facts from")
     keys = {fact.key for fact in taken}

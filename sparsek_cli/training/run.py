@@ -1,7 +1,6 @@
 """`sparsek finetune` from recipe to finished folder."""
 
 import gc
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +98,9 @@ def finetune(
     source = None if recipe.model is None else hub.resolve(recipe.model)
     tokenizer = load_tokenizer(_tokenizer_place(recipe, source))
     texts, held_out = load_texts(recipe, tokenizer, report.say)
-    # From here on a few words at a time are tokenised: threads would only be in the way.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # From here on a few words at a time are tokenised, in forked data workers, which would wait
+    # for ever for the threads of their parent.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     name = source.name if source else f"{recipe.architecture.type} (random)"
 
     if dry_run:
