@@ -94,7 +94,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        message, hint, code = _describe(error)
+        message, hint, code = _describe(error, words)
         report_error(message, hint)
         return code
 
@@ -109,12 +109,12 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _describe(error: Exception) -> tuple[str, str, int]:
+def _describe(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
     """Message, hint and exit code of whatever a verb may raise."""
     if isinstance(error, SparsekError):
         return error.message, error.hint, error.exit_code
     if hasattr(error, "format_message"):
-        return *_usage(error), USAGE
+        return *_usage(error, words), USAGE
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
         where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
@@ -136,10 +136,10 @@ def _describe(error: Exception) -> tuple[str, str, int]:
     return first, "run again with --debug to see where it happened", RAN_AND_FAILED
 
 
-def _usage(error: Exception) -> tuple[str, str]:
+def _usage(error: Exception, words: Sequence[str]) -> tuple[str, str]:
     """A usage error of the command line, with the nearest option or verb."""
     context = getattr(error, "ctx", None)
-    verb = context.command_path if context else "sparsek"
+    verb = context.command_path if context else " ".join(["sparsek", *words[:1]])
     message = re.sub(r"\s+", " ", error.format_message()).strip()
     unknown = getattr(error, "option_name", None)
     possible = getattr(error, "possibilities", None)

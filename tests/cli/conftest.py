@@ -1,0 +1,48 @@
+"""Runs `sparsek` in this process, as the console entry point would."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+
+@dataclass
+class Outcome:
+    """Exit code and the two streams."""
+
+    code: int
+    out: str
+    err: str
+
+    def failed(self, code: int) -> bool:
+        """Whether this is an error as users are promised it: two lines and no traceback."""
+        lines = self.err.strip().splitlines()
+        return (
+            self.code == code
+            and len([line for line in lines if line.startswith("error: ")]) == 1
+            and len([line for line in lines if line.startswith("hint: ")]) == 1
+            and lines[-2].startswith("error: ")
+            and "Traceback" not in self.err
+        )
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+@pytest.fixture
+def sparsek(capfd) -> Callable[..., Outcome]:
+    """`sparsek("convert", "tiny", ...)` -> Outcome."""
+
+    def call(*words: object) -> Outcome:
+        from sparsek_cli.app import run
+
+        capfd.readouterr()
+        code = run([str(word) for word in words])
+        return Outcome(code, *capfd.readouterr())
+
+    return call

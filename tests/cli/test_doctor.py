@@ -1,0 +1,75 @@
+"""Doctor passes on a healthy installation and fails, with exit 1, on a sick one."""
+
+import json
+import types
+
+import pytest
+
+from sparsek_cli import diagnosis
+
+
+@pytest.fixture
+def converted(dense_model, tokenizer, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from sparsek_cli.models import sparsek_config_from
+
+    config = sparsek_config_from(dense_model("llama").config, {"topk": 8, "window": 8, "sinks": 2})
+    folder = tmp_path / "converted"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_healthy(sparsek, converted):
+    shown = sparsek("doctor", converted, "--json", "--device", "cpu")
+    report = json.loads(shown.out)
+    assert shown.code == 0 and report["ok"], report
+    rows = {row["name"]: row for row in report["checks"]}
+    for name in (
+        "shadowing",
+        "operator",
+        "attention",
+        "decode",
+        "dense equivalence",
+        "cache bytes",
+    ):
+        assert rows[name]["ok"] is True, rows[name]
+    assert rows["torch"]["detail"] and rows["backend"]["detail"]
+
+
+def test_dense_model_is_said_to_be_dense(sparsek, dense_checkpoint):
+    shown = sparsek("doctor", dense_checkpoint(), "--device", "cpu")
+    assert shown.code == 0 and "is dense" in shown.out
+
+
+def test_failing_check_is_reported_and_exits_1(sparsek, monkeypatch):
+    def broken(device):
+        raise RuntimeError("kernel exploded\nat line 3")
+        yield
+
+    monkeypatch.setattr(diagnosis, "operator", broken)
+    shown = sparsek("doctor", "--device", "cpu")
+    assert shown.failed(1)
+    assert "FAIL operator" in shown.out and "kernel exploded" in shown.out
+    assert "ok   attention" in shown.out, "one failed check does not stop the others"
+
+
+def test_wrong_operator_is_noticed(monkeypatch):
+    import sparsek_kernels
+    import torch
+
+    monkeypatch.setattr(sparsek_kernels, "sparsek", lambda z, k: torch.full_like(z, 0.5))
+    assert [check.ok for check in diagnosis.operator(torch.device("cpu"))] == [False]
+
+
+def test_shadowing_is_noticed(monkeypatch):
+    ours = diagnosis.Path(diagnosis.__file__).resolve().parents[1] / "kernels" / "__init__.py"
+    spec = types.SimpleNamespace(origin=str(ours))
+    monkeypatch.setattr(diagnosis.importlib.util, "find_spec", lambda name: spec)
+    [check] = diagnosis.shadowing()
+    assert check.ok is False and "source root" in check.hint
+
+
+def test_unknown_model(sparsek):
+    assert sparsek("doctor", "tinny").failed(2)

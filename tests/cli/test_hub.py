@@ -1,0 +1,169 @@
+"""Names become checkpoints, or an error that says which name would have worked."""
+
+import json
+import re
+
+import pytest
+
+from sparsek_cli import hub
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.short_names import SHORT_NAMES
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """`checkpoint(name, config, *files)` writes a folder that looks like one."""
+
+    def make(name="base", config=None, *files):
+        folder = tmp_path / name
+        folder.mkdir()
+        config = {"architectures": ["LlamaForCausalLM"]} if config is None else config
+        text = config if isinstance(config, str) else json.dumps(config)
+        (folder / "config.json").write_text(text)
+        for file in files or ("model.safetensors",):
+            (folder / file).touch()
+        return folder
+
+    return make
+
+
+def test_folder(checkpoint):
+    found = hub.resolve(checkpoint("my-model"))
+    assert (found.name, found.source, found.revision) == ("my-model", "folder", None)
+    assert found.config()["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_short_names_and_hub_ids_are_fetched_without_pickles(checkpoint, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def fetch(hub_id, **options):
+        asked.update(hub_id=hub_id, **options)
+        return str(folder)
+
+    folder = checkpoint()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    found = hub.resolve("Qwen3-4B", "v1")
+    assert (found.name, found.source) == ("qwen3-4b", "Qwen/Qwen3-4B")
+    assert asked["hub_id"] == "Qwen/Qwen3-4B" and asked["revision"] == "v1"
+    assert "*.bin" in asked["ignore_patterns"] and "*.safetensors" in asked["allow_patterns"]
+    assert hub.resolve("owner/some-model").name == "some-model"
+
+
+def test_every_short_name_is_a_hub_id_of_a_known_family():
+    from sparsek_cli.models import FAMILIES
+
+    for name, row in SHORT_NAMES.items():
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", row.hub_id), name
+        assert row.family in FAMILIES and name == name.lower()
+    for name in ("llama-7b", "llama-3.1-8b", "qwen3-4b", "pythia-410m", "gpt2", "mistral-7b"):
+        assert name in SHORT_NAMES
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "hint"),
+    [
+        ("qwen3-4", "unknown model 'qwen3-4'", "did you mean 'qwen3-4b'?"),
+        ("tinny", "unknown model 'tinny'", "did you mean 'tiny'?"),
+        ("./nowhere", "no such folder: './nowhere'", "check the path"),
+        ("/a/b/c", "no such folder", "check the path"),
+        ("", "empty", "name a folder"),
+        ("what is this", "unknown model", "--list-models"),
+    ],
+)
+def test_unknown_names(name, error, hint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=re.escape(error)) as caught:
+        hub.resolve(name)
+    assert hint in caught.value.hint and caught.value.exit_code == 2
+
+
+def test_nearest_folder_is_named(checkpoint, tmp_path):
+    folder = checkpoint("my-model")
+    with pytest.raises(UsageError) as caught:
+        hub.resolve(tmp_path / "my-modle")
+    assert str(folder) in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "error"),
+    [
+        ({"architectures": ["BertForMaskedLM"]}, (), "not a causal language model"),
+        ({"architectures": ["LlamaForCausalLM"]}, ("pytorch_model.bin",), "pickled weights"),
+        ({"architectures": ["LlamaForCausalLM"]}, ("notes.txt",), "no .safetensors"),
+        ("{not json", (), "not valid JSON"),
+        ("[1]", (), "no JSON object"),
+    ],
+)
+def test_folders_that_are_no_causal_lm(checkpoint, config, files, error):
+    with pytest.raises(UsageError, match=error):
+        hub.resolve(checkpoint("base", config, *files))
+
+
+def test_not_a_checkpoint_at_all(tmp_path):
+    with pytest.raises(UsageError, match="no config.json"):
+        hub.resolve(tmp_path)
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(UsageError, match="is a file"):
+        hub.resolve(tmp_path / "file.txt")
+
+
+def test_revision_belongs_to_the_hub(checkpoint):
+    with pytest.raises(UsageError, match="--revision"):
+        hub.resolve(checkpoint(), "main")
+    with pytest.raises(UsageError, match="--revision"):
+        hub.resolve("tiny", "main")
+
+
+def test_offline_says_how_to_place_the_files():
+    with pytest.raises(SparsekError, match="not in the cache") as caught:
+        hub.resolve("nobody/never-cached-model")
+    assert "copy config.json" in caught.value.hint and caught.value.exit_code == 1
+
+
+def _hub_errors():
+    from huggingface_hub import errors
+
+    def http(kind):
+        error = kind.__new__(kind)
+        Exception.__init__(error, "403 Client Error\nmore")
+        return error
+
+    return [
+        (http(errors.GatedRepoError), "gated", "hf auth login"),
+        (http(errors.RepositoryNotFoundError), "no model", "check the spelling"),
+        (http(errors.RevisionNotFoundError), "no revision", "branches"),
+        (http(errors.HfHubHTTPError), "refused", "try again"),
+        (errors.HFValidationError("bad"), "no valid hub id", "owner/name"),
+        (ConnectionError("no route"), "not in the cache", "copy config.json"),
+        (TimeoutError("slow"), "not in the cache", "copy config.json"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_what_the_hub_may_answer(monkeypatch, case):
+    import huggingface_hub
+
+    error, message, hint = _hub_errors()[case]
+
+    def fetch(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(SparsekError, match=message) as caught:
+        hub.resolve("owner/model")
+    assert hint in caught.value.hint
+
+
+def test_full_disk_while_fetching_is_not_called_a_network_error(monkeypatch):
+    import errno
+
+    import huggingface_hub
+
+    def fetch(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(OSError, match="No space"):
+        hub.resolve("owner/model")

@@ -1,0 +1,149 @@
+"""Recipes: precedence, and mistakes reported where they were written."""
+
+from typing import Literal
+
+import pytest
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from sparsek_cli.commands.options import split_words
+from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes import load
+from sparsek_cli.recipes.load import find_recipe, load_recipe, recipe_folder, recipe_names
+
+
+class Train(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    lr: float = 1e-3
+    steps: int = Field(10, gt=0, description="optimizer steps")
+
+
+class Recipe(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    topk: int | list[int] = 512
+    gate: Literal["log", "kv"] = "log"
+    train: Train = Train()
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """`recipe(text)` -> path of a YAML file."""
+
+    def write(text: str | bytes):
+        file = tmp_path / "r.yaml"
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return file
+
+    return write
+
+
+def test_precedence_flag_word_recipe_default(recipe):
+    file = recipe("topk: 1\ntrain:\n  lr: 3e-4\n  steps: 5\n")
+    made = load_recipe(Recipe, file, ["topk=2", "train.steps=6"], {"topk": 3, "gate": None})
+    assert (made.topk, made.train.steps, made.train.lr, made.gate) == (3, 6, 3e-4, "log")
+    assert load_recipe(Recipe, None) == Recipe()
+    assert load_recipe(Recipe, recipe("# nothing but a comment\n")) == Recipe()
+
+
+def test_words_are_yaml_scalars():
+    made = load_recipe(Recipe, None, ["topk=[1, 2]", "train.lr=3e-4", "gate=kv"])
+    assert (made.topk, made.train.lr, made.gate) == ([1, 2], 3e-4, "kv")
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "hint"),
+    [
+        ("topk: 1\ntrain:\n  stpes: 3\n", "r.yaml:3: unknown key 'train.stpes'", "'train.steps'"),
+        ("lr: 3\n", "r.yaml:1: unknown key 'lr'", "did you mean 'train.lr'?"),
+        ("zebra: 3\n", "unknown key 'zebra'", "known here: topk, gate, train"),
+        ("\ntopk: many\n", "r.yaml:2: 'topk' should be a valid integer", ""),
+        ("topk: [1, x]\n", "r.yaml:1: 'topk' should be a valid integer", ""),
+        ("train:\n  lr: fast\n", "r.yaml:2: 'train.lr' should be a valid number, not 'fast'", ""),
+        ("train:\n  steps: 0\n", "'train.steps' should be greater than 0", "optimizer steps"),
+        ("train: 3\n", "r.yaml:1: 'train' should be a mapping, not 3", ""),
+        ("gate: soft\n", "'gate' should be 'log' or 'kv', not 'soft'", ""),
+        ("topk: 1\ntopk: 2\n", "r.yaml:2: key 'topk' is given twice", ""),
+        ("- 1\n", "must be a mapping, not a list", ""),
+        ("a: [1\n", "not valid YAML", ""),
+        ("topk: !!python/object:os.system x\n", "not valid YAML", ""),
+        (b"\xff\xfe", "not UTF-8", ""),
+    ],
+)
+def test_mistakes_name_file_line_and_remedy(recipe, text, error, hint):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(Recipe, recipe(text))
+    assert error in caught.value.message and hint in caught.value.hint
+    assert caught.value.hint and "\n" not in caught.value.message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "flags", "error"),
+    [
+        (["train.steps=abc"], {}, "'train.steps=abc': 'train.steps' should be a valid integer"),
+        (["stpes=1"], {}, "'stpes=1': unknown key 'stpes'"),
+        (["noequals"], {}, "'noequals' is no setting"),
+        (["topk=[1"], {}, "the value is not valid YAML"),
+        (["topk=1", "topk.a=1"], {}, "it has no part 'a'"),
+        ([], {"train.steps": -1}, "--steps: 'train.steps' should be greater than 0, not -1"),
+    ],
+)
+def test_mistakes_name_the_word_or_flag(words, flags, error):
+    with pytest.raises(UsageError) as caught:
+        load_recipe(Recipe, None, words, flags)
+    assert error in caught.value.message
+
+
+def test_several_mistakes_are_counted(recipe):
+    with pytest.raises(UsageError, match=r"\(and 1 more\)"):
+        load_recipe(Recipe, recipe("topk: x\ngate: y\n"))
+
+
+def test_names_find_shipped_recipes(monkeypatch, tmp_path):
+    (tmp_path / "tiny.convert.yaml").write_text("topk: 7\n")
+    monkeypatch.setattr(load, "recipe_folder", lambda: tmp_path)
+    assert recipe_names() == ["tiny.convert"]
+    for name in ("tiny.convert", "tiny.convert.yaml", "tiny"):
+        assert load_recipe(Recipe, name, verb="convert").topk == 7
+    with pytest.raises(UsageError) as caught:
+        find_recipe("tiny.covnert")
+    assert "tiny.convert" in caught.value.hint
+    with pytest.raises(UsageError, match="is a folder"):
+        find_recipe(tmp_path)
+
+
+def test_split_words():
+    assert split_words(["m", "a.b=1", "o"], "MODEL", "OUT") == (["m", "o"], ["a.b=1"])
+    assert split_words(["m", "k=3"], "MODEL", "OUT") == (["m", None], ["k=3"])
+    assert split_words(["./x=y"], "MODEL") == (["./x=y"], [])
+    assert split_words(None, "MODEL") == ([None], [])
+    with pytest.raises(UsageError, match="unexpected argument 'c'"):
+        split_words(["a", "b", "c"], "MODEL", "OUT")
+    with pytest.raises(UsageError, match="MODEL is missing"):
+        split_words([], "MODEL", required=1)
+
+
+def test_verb(sparsek, monkeypatch, tmp_path):
+    from sparsek_cli.commands import recipes
+
+    folder = tmp_path / "shipped"
+    folder.mkdir()
+    (folder / "tiny.convert.yaml").write_text("# What it is for.\ntopk: 7\n")
+    for module in (load, recipes):
+        monkeypatch.setattr(module, "recipe_folder", lambda: folder)
+    assert sparsek("recipes", "list").out == "tiny.convert  What it is for.\n"
+    assert sparsek("recipes").out == sparsek("recipes", "list").out
+    assert '"tiny.convert"' in sparsek("recipes", "list", "--json").out
+    assert sparsek("recipes", "show", "tiny.convert").out == "# What it is for.\ntopk: 7\n"
+    monkeypatch.chdir(tmp_path)
+    assert sparsek("recipes", "copy", "tiny.convert").out == "tiny.convert.yaml\n"
+    assert sparsek("recipes", "copy", "tiny.convert").failed(2)
+    assert sparsek("recipes", "copy", "tiny.convert", "--overwrite").code == 0
+    assert sparsek("recipes", "show", "tiny.covnert").failed(2)
+
+
+def test_shipped_recipes_are_mappings_with_a_first_comment():
+    for file in recipe_folder().glob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        assert text.startswith("# "), f"{file.name}: the first line says what it is for"
+        assert isinstance(yaml.safe_load(text), dict), file.name

@@ -1,0 +1,113 @@
+"""What a user installs: the wheel holds everything, and nothing of ours is called `kernels`."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = ("sparsek_cli", "kernels", "recipes")
+FILES = ("pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel built from a copy of the tree, so that nothing is left in the checkout."""
+    tree = tmp_path_factory.mktemp("tree")
+    for folder in SOURCES:
+        ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignore)
+    for file in FILES:
+        if (ROOT / file).exists():
+            shutil.copy(ROOT / file, tree / file)
+    (tree / "README.md").touch()
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    [built] = (tree / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def names(wheel) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+def shipped(folder: str, *patterns: str) -> set[str]:
+    found = {file for pattern in patterns for file in (ROOT / folder).rglob(pattern)}
+    return {str(file.relative_to(ROOT)) for file in found if "__pycache__" not in file.parts}
+
+
+def test_wheel_holds_every_module(names):
+    expected = shipped("sparsek_cli", "*.py", "py.typed")
+    expected |= {
+        name.removeprefix("kernels/") for name in shipped("kernels/sparsek_kernels", "*.py")
+    }
+    assert expected <= names, sorted(expected - names)
+
+
+def test_wheel_holds_the_data(names):
+    expected = shipped("sparsek_cli/evaluation/tasks", "*.yaml")
+    expected |= {name for name in shipped("sparsek_cli/bundled", "*") if (ROOT / name).is_file()}
+    expected |= {n.removeprefix("kernels/") for n in shipped("kernels/sparsek_kernels", "*.json")}
+    assert expected <= names, sorted(expected - names)
+    recipes = {Path(name).name for name in names if "/data/share/sparsek/recipes/" in name}
+    assert recipes == {file.name for file in (ROOT / "recipes").glob("*.yaml")}
+
+
+def test_wheel_holds_nothing_else(names):
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.startswith("sparsek-")} == {
+        "sparsek_cli",
+        "sparsek_kernels",
+    }
+    assert not [name for name in names if name.startswith(("kernels", "tests"))]
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_unpacked_wheel_runs_and_finds_its_recipes(wheel, tmp_path):
+    """As pip lays it out: the package beside share/, no checkout in sight."""
+    site = tmp_path / "lib" / "site-packages"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    for data in site.glob("*.data/data/share"):
+        shutil.copytree(data, tmp_path / "share")
+    code = (
+        f"import sys; sys.path.insert(0, {str(site)!r})\n"
+        "import sparsek_cli, sparsek_kernels\n"
+        "from sparsek_cli.recipes.load import recipe_names\n"
+        "from sparsek_cli.app import run\n"
+        "assert sparsek_cli.__file__.startswith(sys.path[0]), sparsek_cli.__file__\n"
+        "print(*recipe_names()); sys.exit(run(['--version']))"
+    )
+    # -S -E would lose the dependencies; the path entry in front is enough to win.
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml"))
+    assert done.stdout.splitlines()[0].split() == expected
+
+
+def test_kernels_folder_is_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("path", [[ROOT], [ROOT, ROOT / "kernels"], [ROOT / "kernels"]])
+def test_transformers_imports_with_our_tree_on_the_path(path):
+    """Hugging Face's package `kernels` must never be looked for, and found, in our tree."""
+    code = (
+        f"import sys; sys.path[:0] = {[str(p) for p in path]!r}\n"
+        "from transformers import LlamaForCausalLM, Qwen3ForCausalLM\n"
+        "from transformers.utils import is_kernels_available\n"
+        "import importlib.util\n"
+        "spec = importlib.util.find_spec('kernels')\n"
+        f"ours = spec is not None and (spec.origin or '').startswith({str(ROOT)!r})\n"
+        "sys.exit(int(ours))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
