@@ -102,6 +102,7 @@ def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tenso
     floor = low
     x = low.clone()
     done = ~enough
+    flat = torch.zeros_like(done)
     before_full = torch.full_like(x, -1)
     before_interior = torch.full_like(x, -1)
     for _ in range(_STEPS):
@@ -113,22 +114,16 @@ def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tenso
         total = suffix.gather(1, above) - suffix.gather(1, full)
         total = total + (own_t * inside).sum(2)
         mass = total - n_interior * x + n_full
-        flat = (n_interior == 0) & (n_full == k)
         newton = (total + n_full - k) / n_interior.clamp(min=1)
         same = (n_full == before_full) & (n_interior == before_interior)
-        settled = (n_interior > 0) & (
-            same | ((newton - x).abs() <= 4 * torch.finfo(x.dtype).eps * x.abs())
-        )
-        # A flat stretch has many solutions: take its left end, the largest element outside.
-        edge = (
-            torch.where(above > 0, old.gather(1, (above - 1).clamp(min=0)), floor)
-            if old.shape[1]
-            else floor
-        )
-        own_edge = own_t.masked_fill(own_t > x[:, :, None], -1).amax(2)
-        edge = torch.maximum(torch.maximum(edge, own_edge), floor)
-        x = torch.where(~done & flat, edge, torch.where(~done & settled, newton, x))
-        done = done | flat | settled
+        close = (newton - x).abs() <= 4 * torch.finfo(x.dtype).eps * x.abs().clamp(min=1)
+        settled = (n_interior > 0) & (same | close)
+        # A sum of k over a support of k has every p = 1: a stretch of solutions. Decided by
+        # counts, as rounding may put x just beyond the stretch.
+        stretch = (n_full + n_interior == k) & (settled | (n_interior == 0))
+        flat |= stretch & ~done
+        x = torch.where(settled & ~stretch & ~done, newton, x)
+        done |= stretch | settled
         if bool(done.all()):
             break
         rises = mass > k
@@ -139,6 +134,13 @@ def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tenso
         before_full = torch.where(usable, n_full, -1.0)
         before_interior = torch.where(usable, n_interior, -1.0)
         x = torch.where(done, x, step)
+    # Of a stretch the left end, the largest element outside the support: thresholds of growing
+    # prefixes then never decrease.
+    outside = torch.nn.functional.pad(old, (1, 0), value=-1.0)
+    outside = outside.gather(1, torch.searchsorted(old, x, right=True))
+    own_outside = own_t.masked_fill(own_t > x[:, :, None], -1).amax(2)
+    edge = torch.maximum(torch.maximum(outside, own_outside), floor)
+    x = torch.where(flat, edge, x)
     result = torch.where(enough, x + centre[:, None], tau[:, None])
     return torch.maximum(result.cummax(1).values, tau[:, None])
 

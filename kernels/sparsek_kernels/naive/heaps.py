@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 
 def heap_selection(scores: Sequence[float], k: int) -> list[int]:
@@ -29,36 +30,41 @@ def heap_selection(scores: Sequence[float], k: int) -> list[int]:
 def heap_thresholds(scores: Sequence[float], k: int) -> list[float]:
     """tau after each candidate, by two heaps: full elements (p = 1) and interior ones.
 
-    tau only rises: an element goes from full to interior to gone, in order of score.
+    tau only rises: an element goes from full to interior to gone, in order of score. In exact
+    rational arithmetic, because where tau is not unique a rounding error decides which end of
+    the stretch a sweep stops at (the lower one is right).
     """
-    full: list[float] = []
-    interior: list[float] = []
-    tau, taus, total = -math.inf, [], 0.0
-    for t, score in enumerate(scores):
-        heapq.heappush(full, score) if score - 1 >= tau else None
-        if tau < score and score - 1 < tau:
+    full: list[Fraction] = []
+    interior: list[Fraction] = []
+    taus: list[float] = []
+    tau: Fraction | None = None  # None: still at most k candidates
+    total = Fraction(0)
+    for t, value in enumerate(scores):
+        score = Fraction(value)
+        if tau is None or score - 1 >= tau:
+            heapq.heappush(full, score)
+        elif score > tau:
             heapq.heappush(interior, score)
             total += score
         if t + 1 <= k:
-            taus.append(tau)
+            taus.append(-math.inf)
             continue
-        while True:
+        if tau is None:
+            tau = full[0] - 1
+        while interior or len(full) > k:
+            events = [full[0] - 1] if full else []
+            event = min(events + interior[:1])
             if interior:
                 goal = (total + len(full) - k) / len(interior)
+                if goal <= event:
+                    tau = goal
+                    break
+            tau = event
+            if interior and interior[0] == event:
+                total -= heapq.heappop(interior)
             else:
-                goal = math.inf if len(full) > k else tau
-            enters = full[0] - 1 if full else math.inf
-            leaves = interior[0] if interior else math.inf
-            event = min(enters, leaves)
-            if event >= goal or event == math.inf:
-                tau = max(tau, goal)
-                break
-            tau = max(tau, event)
-            if enters <= leaves:
                 moved = heapq.heappop(full)
                 heapq.heappush(interior, moved)
                 total += moved
-            else:
-                total -= heapq.heappop(interior)
-        taus.append(tau)
+        taus.append(float(tau))
     return taus
