@@ -1,6 +1,7 @@
 """`sparsek finetune`: train scorers, adapters or everything, from a recipe."""
 
 import os
+import sys
 from contextlib import contextmanager
 from typing import Annotated
 
@@ -104,13 +105,10 @@ def _data_words(recipe, data, overrides):
 
 
 def _hush() -> None:
-    """Libraries keep their chatter to themselves; warnings of ours are exceptions."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    """No bars of other libraries beside ours."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
 
 
 @contextmanager
@@ -128,7 +126,9 @@ def _report(console: Console):
                 if self.done is None:
                     bar.describe("training", total=total)
                     self.done = 0
-                bar.advance(done - self.done, rate=rate)
+                # Without a terminal the lines of the log say the same.
+                if sys.stderr.isatty():
+                    bar.advance(done - self.done, rate=rate)
                 self.done = done
 
         yield OnConsole()

@@ -98,8 +98,7 @@ def build_corpus(
     ends: list[int] = []
     total = 0
     for batch in _batches(iter(texts)):
-        # verbose=False: documents longer than the model's context are expected here.
-        for ids in tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]:
+        for ids in _encode(tokenizer, batch):
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids = [*ids, tokenizer.eos_token_id]
             parts.append(np.asarray(ids, dtype=dtype))
@@ -110,6 +109,19 @@ def build_corpus(
     if not parts:
         raise UsageError("there is no text to train on", hint="name files that hold some")
     return np.concatenate(parts), np.asarray(ends)
+
+
+def _encode(tokenizer: Any, batch: list[str]) -> list[list[int]]:
+    """Token ids of whole documents, on all cores: elsewhere threads are off, texts being short."""
+    name = "TOKENIZERS_PARALLELISM"
+    before = os.environ.get(name)
+    os.environ[name] = "true"
+    try:
+        # verbose=False: documents longer than the model's context are expected here.
+        return tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]
+    finally:
+        # Never unset: a tokenizer that has used threads warns at the next fork.
+        os.environ[name] = before or "false"
 
 
 def load_corpus(

@@ -105,6 +105,11 @@ def sparsek_attention_forward(
             "a packed batch came with a padding mask", hint="pass cu_seq_lens_q or a mask, not both"
         )
     budget = layer_budget(module.config, module.layer_idx)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As autocast does for sdpa: rotary positions leave q and k in float32, v is in bf16.
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
 
     def attend(q, k, v, scores, cu_seqlens):
         settings = {
@@ -116,13 +121,15 @@ def sparsek_attention_forward(
             "cu_seqlens": cu_seqlens,
             "scale": scaling,
         }
-        if sparsek_cache is None:
-            return sparsek_attention(q, k, v, scores, **settings)
-        _check_budget(sparsek_cache, budget)
-        out, sparsek_cache.state = sparsek_attention(
-            q, k, v, scores, state=sparsek_cache.state, **settings
-        )
-        return out
+        # Inside, some sums are float32 on purpose: autocast must not turn them into bf16.
+        with torch.autocast(q.device.type, enabled=False):
+            if sparsek_cache is None:
+                return sparsek_attention(q, k, v, scores, **settings)
+            _check_budget(sparsek_cache, budget)
+            out, sparsek_cache.state = sparsek_attention(
+                q, k, v, scores, state=sparsek_cache.state, **settings
+            )
+            return out
 
     if attention_mask is not None:
         out = _attend_unpadded(attend, query, key, value, sparsek_scores, attention_mask)

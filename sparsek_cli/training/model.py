@@ -23,6 +23,9 @@ def load_tokenizer(source: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    # Registers our families: transformers would ask whether to run the code of a converted model.
+    import sparsek_cli.models  # noqa: F401
+
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

@@ -1,6 +1,7 @@
 """`sparsek finetune` from recipe to finished folder."""
 
 import gc
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path

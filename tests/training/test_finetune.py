@@ -192,3 +192,15 @@ def test_impossible_requests(recipe, dense_checkpoint, tmp_path, words, message)
 def test_recipes_that_say_nonsense(recipe, words, message):
     with pytest.raises(UsageError, match=message):
         recipe(*words)
+
+
+@pytest.mark.parametrize("train", ["scorers", "lora", "all"])
+def test_bf16_keeps_scorers_in_float32(recipe, sparse_checkpoint, tmp_path, train):
+    model = sparse_checkpoint(dtype="bfloat16")
+    words = [f"train={train}", "precision=bf16", "objective={lm: 1, distill: 0.5}",
+             "checkpointing=true", "keep_better=false"]  # fmt: skip
+    done = finetune(recipe(*words, model=model))
+    assert 0 < done.loss < 20
+    for name, tensor in weights(tmp_path / "out").items():
+        wanted = torch.float32 if ".scorer." in name else torch.bfloat16
+        assert tensor.dtype == wanted, name
