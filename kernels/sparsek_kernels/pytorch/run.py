@@ -41,10 +41,10 @@ def run(
     out = pack(groups, outputs) if groups else torch.zeros_like(q)
     if state is None:
         return out, None
-    return out, _join(state, states, [group.documents for group in groups])
+    return out, join_states(state, states, [group.documents for group in groups])
 
 
-def _join(old: SparseKState, states: list[SparseKState], order: list[Tensor]) -> SparseKState:
+def join_states(old: SparseKState, states: list[SparseKState], order: list[Tensor]) -> SparseKState:
     """Rows of the groups' states in document order; empty documents keep their old row."""
     if not states:
         return old

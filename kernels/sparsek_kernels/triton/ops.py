@@ -1,0 +1,108 @@
+"""The attention call as torch custom ops, so that autograd and torch.compile see one node."""
+
+from collections.abc import Sequence
+
+import torch
+
+from sparsek_kernels.triton import pipeline
+from sparsek_kernels.triton.geometry import geometry
+
+
+@torch.library.custom_op("sparsek::attention", mutates_args=())
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scores: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    topk: Sequence[int],
+    window: int,
+    sinks: int,
+    gate: str,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out [B, H, N, D]; for the backward pass lse [B, H, N], end [B, G, N] and tau (may be empty).
+
+    Args:
+        q [B, H, N, D], k and v [B, G, N, D], scores float64 [B, G, N] (effective scores).
+        cu_seqlens: int32 [docs + 1] or None. topk: one budget per KV head.
+    """
+    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
+    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
+    out, lse, end, tau = pipeline.forward(
+        q, k, v, scores, settings, shape, always=pipeline.sink_mask(shape, sinks)
+    )
+    return out, lse, end, scores.new_empty(0) if tau is None else tau
+
+
+@attention.register_fake
+def _(q, k, v, scores, cu_seqlens, topk, window, sinks, gate, scale):
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape[:3], dtype=torch.float32),
+        scores.new_empty(scores.shape, dtype=torch.int32),
+        scores.new_empty(0 if gate == "straight_through" else scores.shape),
+    )
+
+
+@torch.library.custom_op("sparsek::attention_backward", mutates_args=())
+def attention_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scores: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    end: torch.Tensor,
+    tau: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    topk: Sequence[int],
+    window: int,
+    sinks: int,
+    gate: str,
+    scale: float,
+    score_grad: bool,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv and d(scores) (empty unless `score_grad`)."""
+    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
+    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
+    dq, dk, dv, de = pipeline.backward(
+        grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, settings, shape,
+        score_grad=score_grad, deterministic=deterministic,
+    )  # fmt: skip
+    return dq, dk, dv, scores.new_empty(0) if de is None else de
+
+
+@attention_backward.register_fake
+def _(
+    grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, topk, window, sinks, gate, scale,
+    score_grad, deterministic,
+):  # fmt: skip
+    return (
+        q.new_empty(q.shape),
+        k.new_empty(k.shape),
+        v.new_empty(v.shape),
+        scores.new_empty(scores.shape if score_grad else 0),
+    )
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, scores, cu_seqlens, *ctx.settings = inputs
+    out, lse, end, tau = output
+    ctx.mark_non_differentiable(lse, end, tau)
+    ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, cu_seqlens)
+
+
+def _backward(ctx, grad, *_):
+    q, k, v, scores, out, lse, end, tau, cu_seqlens = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[3]
+    dq, dk, dv, de = attention_backward(
+        grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, *ctx.settings,
+        wanted, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return dq, dk, dv, de if wanted else None, *(None,) * 6
+
+
+attention.register_autograd(_backward, setup_context=_setup)

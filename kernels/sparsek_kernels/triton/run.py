@@ -1,0 +1,108 @@
+"""A backend's entry: sparsek_attention with checked arguments; the carried state included."""
+
+import torch
+
+from sparsek_kernels import keys as key_lists
+from sparsek_kernels.pytorch.rows import pack, row_groups
+from sparsek_kernels.pytorch.run import join_states
+from sparsek_kernels.scores import effective_scores
+from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
+from sparsek_kernels.triton import pipeline
+from sparsek_kernels.triton.decode import decode, insert
+from sparsek_kernels.triton.geometry import geometry
+from sparsek_kernels.triton.ops import attention
+from sparsek_kernels.triton.selection import FOREVER
+
+MAX_HEAD_DIM = 256
+
+
+def unsupported(q: torch.Tensor, *, gate: str, state: SparseKState | None) -> str | None:
+    """Why this backend cannot take the call, or None."""
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"dtype {q.dtype}"
+    if q.shape[-1] > MAX_HEAD_DIM:
+        return f"head size {q.shape[-1]} > {MAX_HEAD_DIM}"
+    if state is not None and gate != "straight_through":
+        return f"gate {gate!r} with a carried state"
+    if state is not None and torch.is_grad_enabled() and q.requires_grad:
+        return "a gradient through a carried state"
+    return None
+
+
+def run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    layout: SlotLayout,
+    slopes: torch.Tensor | None,
+    gate: str,
+    cu_seqlens: torch.Tensor | None,
+    state: SparseKState | None,
+    scale: float,
+) -> tuple[torch.Tensor, SparseKState | None]:
+    """(out, new state); arguments as in sparsek_attention, already checked."""
+    batch, _, n, _ = q.shape
+    if n == 0:
+        return torch.zeros_like(q), state
+    if state is None:
+        positions = torch.arange(n, device=q.device)
+        if cu_seqlens is not None and slopes is not None:
+            starts = cu_seqlens.to(positions.dtype)
+            positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+        effective = effective_scores(scores, slopes, positions)
+        out, *_ = attention(
+            q, k, v, effective, cu_seqlens, layout.topk, layout.window, layout.sinks, gate, scale
+        )
+        return out, None
+    if cu_seqlens is None:
+        return _run_rows(q, k, v, scores, None, state, layout=layout, slopes=slopes, scale=scale)
+    groups = row_groups(cu_seqlens, n)
+    outputs, states = [], []
+    for group in groups:
+        rows = [group.gather(x) for x in (q, k, v, scores)]
+        part = state.index_select(group.documents)
+        out, part = _run_rows(
+            *rows, group.lengths, part, layout=layout, slopes=slopes, scale=scale
+        )
+        outputs.append(out)
+        states.append(part)
+    out = pack(groups, outputs) if groups else torch.zeros_like(q)
+    return out, join_states(state, states, [group.documents for group in groups])
+
+
+@torch.no_grad()
+def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, scale):
+    """Rows [B, ..., N] that continue a state; `lengths` [B] or None where all tokens are real."""
+    batch, _, n, _ = q.shape
+    state.support = state.tau = None
+    positions = torch.arange(n, device=q.device) + state.seen[:, None]
+    effective = effective_scores(scores, slopes, positions)
+    if n == 1 and lengths is None:
+        insert(state, k[:, :, 0], v[:, :, 0], effective[:, :, 0])
+        return decode(q, state, scale=scale), state
+    keys = key_lists.list_keys(k, v, effective, positions, layout, state)
+    total = keys.keys.shape[2]
+    # The state's window holds the tokens since max(sinks, seen - window).
+    window_start = total - n - (state.seen - layout.sinks).clamp(0, layout.window)
+    shape = geometry(q.shape, keys.keys.shape, q.device, window_start=window_start)
+    settings = pipeline.Settings(
+        layout.topk, layout.window, layout.sinks, "straight_through", scale
+    )
+    out, _, end, _ = pipeline.forward(
+        q, keys.keys, keys.values, keys.effective, settings, shape,
+        always=keys.effective == torch.inf, never=keys.positions == EMPTY,
+    )  # fmt: skip
+    if lengths is None:
+        lengths = torch.full((batch,), n, device=q.device)
+    ends = _ends_in_queries(end, keys, total - n)
+    return out, key_lists.next_state(keys, layout, ends, lengths, state, None)
+
+
+def _ends_in_queries(end: torch.Tensor, keys: key_lists.KeyList, first: int) -> torch.Tensor:
+    """`end` counted in queries of this call, where a key never selected ends when it joins."""
+    joins = torch.arange(end.shape[2], device=end.device, dtype=torch.int32) - keys.base
+    relative = torch.maximum(end - first, joins)
+    relative = torch.where(end == FOREVER, keys.n, relative)
+    return relative.masked_fill(keys.positions == EMPTY, key_lists.NEVER)
