@@ -13,7 +13,6 @@ import multiprocessing
 import sys
 
 import torch
-
 from sparsek_kernels.triton import backward as back
 from sparsek_kernels.triton import forward as fore
 from sparsek_kernels.triton import pipeline, scores, selection
@@ -37,7 +36,7 @@ def candidates(kind: str, dim: int) -> list[Config]:
         return [Config(*s, masked_stages=1) for s in shapes]
     shapes = [(64, 1, 128, 8, 2), (64, 1, 128, 8, 3), (32, 1, 128, 8, 2), (32, 1, 128, 8, 3),
               (64, 1, 64, 4, 2), (64, 1, 64, 8, 2), (32, 1, 64, 4, 3), (128, 1, 64, 8, 2),
-              (64, 1, 64, 8, 3), (64, 1, 64, 4, 3), (32, 1, 64, 4, 2), (16, 1, 128, 4, 3)]  # fmt: skip
+              (64, 1, 64, 8, 3), (64, 1, 64, 4, 3), (32, 1, 64, 4, 2)]  # fmt: skip
     return [Config(*s, masked_stages=m) for s in shapes for m in (1, 2)]
 
 

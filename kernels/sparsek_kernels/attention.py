@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparsek_kernels import dispatch
 from sparsek_kernels.state import SlotLayout, SparseKState, topk_per_head
 
 GATES = ("straight_through", "log", "kv")
@@ -54,7 +55,7 @@ def sparsek_attention(
             empty documents are allowed.
         state: what earlier calls kept. It is consumed: use the returned one, clone() to keep it.
         scale: default 1 / sqrt(D).
-        backend: `pytorch`, `triton`, or None to choose by device.
+        backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
 
     Returns:
         [B, H, N, D] in q's dtype; with a state, (that, the new state).
@@ -64,19 +65,14 @@ def sparsek_attention(
     """
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    out, new = _backend(backend, q).run(
+    run = dispatch.backend(
+        backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state
+    )
+    out, new = run(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
     )  # fmt: skip
     return out if state is None else (out, new)
-
-
-def _backend(name: str | None, q: Tensor):
-    if name not in (None, "pytorch"):
-        raise ValueError(f"backend must be None or 'pytorch', got {name!r}")
-    from sparsek_kernels import pytorch
-
-    return pytorch
 
 
 def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state) -> SlotLayout:

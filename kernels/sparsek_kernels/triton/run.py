@@ -63,9 +63,7 @@ def run(
     for group in groups:
         rows = [group.gather(x) for x in (q, k, v, scores)]
         part = state.index_select(group.documents)
-        out, part = _run_rows(
-            *rows, group.lengths, part, layout=layout, slopes=slopes, scale=scale
-        )
+        out, part = _run_rows(*rows, group.lengths, part, layout=layout, slopes=slopes, scale=scale)
         outputs.append(out)
         states.append(part)
     out = pack(groups, outputs) if groups else torch.zeros_like(q)
