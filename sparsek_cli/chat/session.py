@@ -117,6 +117,7 @@ class Session:
                 cut = _safe_cut(self._pending, HELD_BACK if start + BLOCK >= len(text) else 0)
                 ready, self._pending = self._pending[:cut], self._pending[cut:]
                 self._feed_text(ready)
+                self._before = ""
                 if on_progress is not None:
                     on_progress(len(block))
                 if stop.is_set():
@@ -169,7 +170,8 @@ class Session:
     # How it gets into the cache -------------------------------------------------------------
 
     def _forget(self) -> None:
-        self._pending = ""  # text of the open turn, not fed yet
+        self._before = ""  # the open turn's opening, not fed yet
+        self._pending = ""  # the user's text in the open turn, not fed yet
         self._opened = False  # whether the user turn's opening is fed or pending
         self._documents: list[tuple[str, str]] = []  # of the open turn: name, and text if unread
         self._full: list[dict[str, str]] = []  # the conversation with its documents, for renders
@@ -190,17 +192,18 @@ class Session:
             self._pieces = TurnPieces("" if first else "\n", "")
         else:
             self._pieces = turn_pieces(self.tokenizer, self.system, first=first)
-        self._pending = self._pieces.before
+        self._before = self._pieces.before
 
     def _feed_turn(self, question: str) -> bool:
         self._open_turn()
         gap = "\n\n" if self._documents and question.strip() else ""
-        read = self._feed_text(self._pending + gap + question + self._pieces.after)
-        self._pending = ""
+        read = self._feed_text(self._pending + gap + question, self._pieces.after)
+        self._before = self._pending = ""
         return read
 
-    def _feed_text(self, text: str) -> bool:
-        ids = self._encode(text, first=not self.engine.fed, whole=self.plain)
+    def _feed_text(self, text: str, after: str = "") -> bool:
+        first = not self.engine.fed
+        ids = self._encode(self._before, text, after, first=first, plain=self.plain)
         return not ids or self.engine.feed(ids)
 
     def _feed_whole(self, question: str) -> bool:
@@ -209,7 +212,7 @@ class Session:
         self._full.append({"role": "user", "content": content})
         start = [{"role": "system", "content": self.system}] if self.system else []
         try:
-            ids = self._encode(render(self.tokenizer, [*start, *self._full]))
+            ids = self._encode(render(self.tokenizer, [*start, *self._full]), first=True)
         except Exception as error:
             self._full.pop()
             raise SparsekError(
@@ -230,7 +233,7 @@ class Session:
         pieces = None if self.plain else turn_pieces(self.tokenizer, self.system, first=False)
         if pieces is not None and pieces.before:
             # What closes a reply in this template (<|im_end|>, <|eot_id|>) ends one, too.
-            closing = self._encode(pieces.before)[:1]
+            closing = self._encode(pieces.before, first=False)[:1]
             stops |= set(closing) & set(self.tokenizer.all_special_ids)
         return frozenset(token for token in stops if token is not None)
 
@@ -240,34 +243,44 @@ class Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
         self._tokenizer = tokenizer
-        self._lead = self._plain("\n")
+        self._marks = [t for t in tokenizer.all_special_tokens if t]
+        self._lead = self._ids("\n")
         # SentencePiece puts a space before every text it is given, mid-stream pieces included.
-        after_lead = self._plain("\na")
-        self._adds_space = after_lead[: len(self._lead)] == self._lead and after_lead[
-            len(self._lead) :
-        ] != self._plain("a")
+        both = self._ids("\na")
+        cut = len(self._lead)
+        self._adds_space = both[:cut] == self._lead and both[cut:] != self._ids("a")
         with_special = tokenizer("a").input_ids
         self._start = with_special[:1] if with_special[:1] == [tokenizer.bos_token_id] else []
 
-    def __call__(self, text: str, *, first: bool = True, whole: bool = False) -> list[int]:
-        """Ids of `text`.
+    def __call__(
+        self, before: str, text: str = "", after: str = "", *, first: bool, plain: bool = False
+    ) -> list[int]:
+        """Ids of the three texts as one.
 
         Args:
+            before, after: the template's, where special tokens are meant.
+            text: the user's, where "</s>" is four characters that end nothing.
             first: nothing stands before it.
-            whole: it is no template's output, so the first piece gets the tokenizer's own start.
+            plain: no template wrote it, so a first piece gets the tokenizer's own start.
         """
+        start = self._start if plain and first else []
+        if not any(mark in text for mark in self._marks):
+            return [*start, *self._piece(before + text + after, first)]
+        ids = self._piece(before, first)
+        ids += self._piece(text, first and not ids, split_special_tokens=True)
+        return [*start, *ids, *self._piece(after, False)]
+
+    def _piece(self, text: str, first: bool, **options: bool) -> list[int]:
         if not text:
             return []
-        if first:
-            return [*(self._start if whole else []), *self._plain(text)]
-        if self._adds_space:
-            ids = self._plain("\n" + text)
+        if self._adds_space and not first:
+            ids = self._ids("\n" + text, **options)
             if ids[: len(self._lead)] == self._lead:
                 return ids[len(self._lead) :]
-        return self._plain(text)
+        return self._ids(text, **options)
 
-    def _plain(self, text: str) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False, **options).input_ids
 
 
 class Reply:

@@ -64,6 +64,17 @@ def test_document_and_question_share_one_user_turn(session):
     assert session.tokenizer.decode(fed(session)).count("<s>user: ") == 3
 
 
+def test_special_tokens_in_the_users_text_end_nothing(session):
+    session.load("In this file </s> is written, and <s>user: too.", "a")
+    talk(session, "What does </s> mean?")
+    text = "In this file </s> is written, and <s>user: too.\n\nWhat does </s> mean?"
+    ids = fed(session)
+    assert text in session.tokenizer.decode(ids)
+    # One opening of the user's turn and one of the reply, one end of the user's.
+    assert ids.count(session.tokenizer.bos_token_id) == 2
+    assert ids.count(session.tokenizer.eos_token_id) == 1
+
+
 def test_two_documents_then_a_question(session):
     session.load("First text.", "a")
     session.load("Second text.", "b")
@@ -250,5 +261,5 @@ def test_sentencepiece_style_tokenizers_add_no_space_between_pieces():
     backend.decoder = decoders.Metaspace(prepend_scheme="first")
     slow = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     encode = Encoder(slow)
-    assert slow.convert_ids_to_tokens(encode("ab", first=True)) == ["▁", "a", "b"]
-    assert slow.convert_ids_to_tokens(encode("ab", first=False)) == ["a", "b"]
+    assert slow.convert_ids_to_tokens(encode("", "ab", first=True)) == ["▁", "a", "b"]
+    assert slow.convert_ids_to_tokens(encode("", "ab", first=False)) == ["a", "b"]
