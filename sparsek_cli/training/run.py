@@ -179,7 +179,8 @@ def finetune(
                 model.get_parameter(key).copy_(tensor)
         held = before
     seconds = done.metrics.get("train_runtime", 0.0)
-    steps_here = plan.steps - trainer._initial_global_step
+    resumed_at = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+    steps_here = trainer.state.global_step - resumed_at
     result = TrainingResult(
         output=str(output),
         steps=trainer.state.global_step,
