@@ -78,7 +78,9 @@ class RandomScorer(nn.Module):
         heads = torch.arange(self.heads, device=positions.device)[None, :, None]
         # Multiplicative mixing in wrapping int64; the constants are odd and unrelated.
         mixed = positions * 6364136223846793005 + heads * 1442695040888963407
-        mixed = mixed + self.layer * 3935559000370003845 + self.seed * 2691343689449507681
+        offset = self.layer * 3935559000370003845 + self.seed * 2691343689449507681
+        # Python's integers do not wrap by themselves.
+        mixed = mixed + ((offset + (1 << 63)) % (1 << 64) - (1 << 63))
         for shift in (29, 32, 31):
             mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * 5536775847593249645
         top = (mixed >> 40) & 0xFFFFFF  # 24 bits: exact in float32
