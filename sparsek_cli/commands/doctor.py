@@ -13,7 +13,7 @@ from sparsek_cli.errors import RAN_AND_FAILED, SparsekError
 def doctor(
     model: Annotated[
         str | None,
-        typer.Argument(metavar="[MODEL]", help="Check this model, too.", show_default=False),
+        typer.Argument(metavar="MODEL", help="Check this model, too.", show_default=False),
     ] = None,
     revision: options.Revision = None,
     device: options.Device = None,

@@ -11,14 +11,27 @@ import typer
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.load import WORD
 
+_WORDS = "then any recipe keys as key.sub=value; they rank between flags and the recipe."
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[MODEL] [OUT] [key.sub=value ...]", show_default=False),
+    typer.Argument(
+        metavar="MODEL OUT key=value",
+        help=f"Folder, hub id or short name; the folder to write; {_WORDS}",
+        show_default=False,
+    ),
+]
+ModelWords = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="MODEL key=value",
+        help=f"Folder, hub id or short name; {_WORDS}",
+        show_default=False,
+    ),
 ]
 Model = Annotated[
     str | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="Folder, hub id or short name; default: the last model made here, else `tiny`.",
         show_default=False,
     ),

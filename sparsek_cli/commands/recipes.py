@@ -51,7 +51,7 @@ def show(name: Name) -> None:
 def copy(
     name: Name,
     to: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="Where to; default: NAME.yaml here.")
+        Path | None, typer.Argument(metavar="FILE", help="Where to; default: NAME.yaml here.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
