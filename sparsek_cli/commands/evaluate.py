@@ -11,7 +11,7 @@ Value = typer.Option
 
 
 def evaluate(
-    words: options.Words = None,
+    words: options.ModelWords = None,
     tasks: Annotated[
         str | None, Value("--tasks", metavar="A,B", help="Tasks and groups; see --list.")
     ] = None,
@@ -56,6 +56,9 @@ def evaluate(
     overwrite: Annotated[
         bool, Value("--overwrite", help="Replace results of other settings in DIR.")
     ] = False,
+    compare: Annotated[
+        bool, Value("--compare", help="Compare two result folders, given as A B, and stop.")
+    ] = False,
     show_list: Annotated[bool, Value("--list", help="List tasks and stop.")] = False,
     recipe: options.Recipe = None,
     revision: options.Revision = None,
@@ -72,6 +75,14 @@ def evaluate(
     Without MODEL: the last model converted or fine-tuned here, else the bundled one.
     """
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+    if compare:
+        from sparsek_cli.evaluation.compare import as_text as compared_text
+        from sparsek_cli.evaluation.compare import compare as compared
+
+        (first, second), _ = options.split_words(words, "A", "B", required=2)
+        comparison = compared(first, second)
+        console.result(compared_text(comparison), comparison)
+        return
     (model,), overrides = options.split_words(words, "MODEL")
     if show_list:
         from sparsek_cli.evaluation.listing import listing, listing_data

@@ -20,9 +20,11 @@ from sparsek_cli.data.needles import (
     make_document,
     plain_prompt,
 )
+from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.evaluation.texts import documents, lengths_of, named_text, tokenizer_of
 
 ROOM = 112  # tokens kept free for the question, the chat template and the answer
+TURNS_ROOM = 320  # the same where earlier questions and answers stand in the prompt too
 FILLER_DOCUMENTS = 8
 FILLER_CHARACTERS = 400_000  # of each; sentences are drawn from them
 GENERATED_SENTENCES = 4000
@@ -34,7 +36,8 @@ def dataset(**settings: Any) -> dict:
     Args:
         settings: the task's metadata: tokenizer, max_seq_lengths, text, data, limit, seed, chat
             (whether the chat template will be applied) and the `sparsek` block with needles,
-            questions, and optionally depths and distractors.
+            questions, and optionally depths (lowest, highest), distractors, phrasings (splits)
+            and turns (each question follows the earlier ones about its document, answered).
     """
     from datasets import Dataset
 
@@ -59,16 +62,22 @@ def _questions(
     block = settings["sparsek"]
     needles = block["needles"]
     rng = np.random.default_rng([settings.get("seed") or 0, length, needles, number])
+    splits = block.get("phrasings", ())
     document = make_document(
         rng,
         filler,
-        tokens=length - ROOM,
+        tokens=length - (TURNS_ROOM if block.get("turns") else ROOM),
         needles=needles,
+        phrasings=phrasings(*splits),
         depths=_depths(rng, block.get("depths"), needles, number),
         distractors=block.get("distractors", 0),
     )
-    order = rng.permutation(len(document.facts))
-    return [_row(settings, document, int(i), f"{length}-{needles}-{number}") for i in order]
+    order = [int(i) for i in rng.permutation(len(document.facts))]
+    name = f"{length}-{needles}-{number}"
+    return [
+        _row(settings, document, fact, name, order[:turn] if block.get("turns") else [])
+        for turn, fact in enumerate(order)
+    ]
 
 
 def _depths(
@@ -85,10 +94,16 @@ def _depths(
 
 
 def _row(
-    settings: dict[str, Any], document: NeedleDocument, which: int, name: str
+    settings: dict[str, Any],
+    document: NeedleDocument,
+    which: int,
+    name: str,
+    before: Sequence[int],
 ) -> dict[str, Any]:
     fact = document.facts[which]
-    if settings.get("chat"):
+    if settings["sparsek"].get("turns"):
+        prompt = _conversation(settings, document, [*before, which])
+    elif settings.get("chat"):
         prompt = chat_messages(document.text, fact.question)[0]["content"]
     else:
         prompt = plain_prompt(document.text, fact.question)
@@ -100,8 +115,28 @@ def _row(
         "depth": round(fact.depth, 4),
         "phrasing": fact.phrasing.name,
         "split": fact.phrasing.split,
+        "turn": len(before),
         "document": name,
     }
+
+
+def _conversation(settings: dict[str, Any], document: NeedleDocument, facts: Sequence[int]) -> str:
+    """The turns so far with their right answers, ending in the question about the last fact."""
+    *answered, asked = (document.facts[i] for i in facts)
+    tokenizer = tokenizer_of(settings)
+    if not tokenizer.chat_template:
+        told = [plain_prompt(document.text, f.question) + f" {f.value}." for f in answered]
+        rounds = [text[len(document.text) :] for text in told]
+        return document.text + "".join(rounds) + plain_prompt("", asked.question)
+    messages: list[dict[str, str]] = []
+    for fact in answered:
+        messages += [
+            {"role": "user", "content": fact.question},
+            {"role": "assistant", "content": fact.answer},
+        ]
+    messages.append({"role": "user", "content": asked.question})
+    messages[0] = chat_messages(document.text, messages[0]["content"])[0]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 _FILLERS: dict[tuple, Filler] = {}

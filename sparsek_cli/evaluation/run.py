@@ -218,6 +218,7 @@ def run_unit(
         "task": unit.entry.name,
         "length": unit.length,
         "policy": policy.label,
+        "budget": policy.budget,
         "metrics": _metrics(raw, unit, samples),
         "primary": unit.entry.metric,
         "samples": len({s["doc_id"] for s in samples}),
@@ -257,7 +258,7 @@ def _metrics(raw: dict, unit: Unit, samples: list[dict[str, Any]]) -> dict[str, 
     metrics = {}
     for key, value in values.items():
         metric, _, filtered = key.partition(",")
-        if metric.endswith("_stderr") or not isinstance(value, int | float):
+        if metric not in aggregation or not isinstance(value, int | float):
             continue
         error = values.get(f"{metric}_stderr,{filtered}")
         if not isinstance(error, int | float):
@@ -410,8 +411,10 @@ def _brief(result: dict[str, Any]) -> str:
 
 
 def _write_reports(folder: Path, report: dict[str, Any]) -> None:
+    from sparsek_cli.evaluation.html import page
     from sparsek_cli.evaluation.plots import write_plots
     from sparsek_cli.evaluation.table import markdown
 
     write_plots(folder, report)
     write_atomically(folder / "report.md", markdown(report))
+    write_atomically(folder / "report.html", page(report))

@@ -12,12 +12,13 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TextIO
 
 from sparsek_cli.errors import SparsekError
 
@@ -119,7 +120,7 @@ class _Offline:
             return
         from datasets import Dataset, DatasetDict
 
-        files = scrolls_files(self._folder, self.DATASET_NAME)
+        files = local_files(self._folder, self.DATASET_NAME)
         if "validation" not in files:
             raise SparsekError(
                 f"no {self.DATASET_NAME}/validation.jsonl[.zst] under {self._folder}",
@@ -135,8 +136,8 @@ class _Offline:
         return "train" in self.dataset
 
 
-def scrolls_files(folder: str | Path, config: str) -> dict[str, Path]:
-    """The files of one SCROLLS dataset by split, from FOLDER/<config>/ or below scrolls/ there."""
+def local_files(folder: str | Path, config: str) -> dict[str, Path]:
+    """The files of one dataset by split, from FOLDER/<config>/ or below scrolls/ there."""
     found = {}
     for base in (Path(folder) / config, Path(folder) / "scrolls" / config):
         for split in ("train", "validation", "test"):
@@ -154,19 +155,27 @@ def where(config: str) -> str:
     return f"unzip {HUB}/resolve/main/{config}.zip there, or connect and drop --data"
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
-    """The rows of a .jsonl or .jsonl.zst file, with the four columns every SCROLLS dataset has."""
+@contextmanager
+def open_text(file: Path) -> Iterator[TextIO]:
+    """A .jsonl or .jsonl.zst file, to be read line by line."""
     import io
-    import json
 
-    rows = []
     with open(file, "rb") as raw:
         stream: Any = raw
         if file.suffix == ".zst":
             import zstandard
 
-            stream = zstandard.ZstdDecompressor().stream_reader(raw)
-        for number, line in enumerate(io.TextIOWrapper(stream, encoding="utf-8"), 1):
+            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        yield io.TextIOWrapper(stream, encoding="utf-8")
+
+
+def _rows(file: Path) -> list[dict[str, str]]:
+    """The rows of a file, with the four columns every SCROLLS dataset has."""
+    import json
+
+    rows = []
+    with open_text(file) as lines:
+        for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
                 rows.append({key: row[key] for key in ("id", "pid", "input", "output")})

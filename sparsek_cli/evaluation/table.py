@@ -8,6 +8,9 @@ from sparsek_cli.evaluation.policies import DENSE
 SECONDARY = {"ppl": ("ppl_last_quarter",), "recall": ("exact_heldout",)}  # shown beside the primary
 
 
+MAX_COLUMNS = 5  # policies side by side
+
+
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per task, length and metric, with a cell per policy that was measured.
 
@@ -15,7 +18,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """
     table: dict[tuple, dict[str, Any]] = {}
     for unit in report["units"]:
-        for metric in _shown(unit):
+        for metric in shown(unit):
             found = unit["metrics"][metric]
             key = (unit["task"], unit["length"], metric)
             row = table.setdefault(
@@ -46,14 +49,17 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return list(table.values())
 
 
-def _shown(unit: dict[str, Any]) -> list[str]:
+def shown(unit: dict[str, Any]) -> list[str]:
+    """The metrics of a unit that tables show: the primary one and a few beside it."""
     extra = next((v for k, v in SECONDARY.items() if unit["task"].startswith(k)), ())
     return [unit["primary"], *(m for m in extra if m in unit["metrics"])]
 
 
 def text(report: dict[str, Any]) -> str:
     """The table for a terminal, with what a reader needs to judge it below."""
-    return "\n".join([_title(report), "", *_layout(_grid(report)), "", *_notes(report)])
+    grid = _grid(report)
+    words = (0, 3, 4) if grid[0][4] == "policy" else (0, 3)
+    return "\n".join([title(report), "", *layout(grid, words), "", *notes(report)])
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -61,10 +67,10 @@ def markdown(report: dict[str, Any]) -> str:
     grid = _grid(report)
     lines = ["| " + " | ".join(row) + " |" for row in grid]
     lines.insert(1, "|" + "|".join(["---"] * len(grid[0])) + "|")
-    return "\n".join([f"## {_title(report)}", "", *lines, "", *_notes(report)]) + "\n"
+    return "\n".join([f"## {title(report)}", "", *lines, "", *notes(report)]) + "\n"
 
 
-def _title(report: dict[str, Any]) -> str:
+def title(report: dict[str, Any]) -> str:
     model, environment = report["model"], report["environment"]
     block = model["sparsek"]
     budget = ""
@@ -76,6 +82,7 @@ def _title(report: dict[str, Any]) -> str:
 
 
 def _grid(report: dict[str, Any]) -> list[list[str]]:
+    """Cells of the table; a column per policy, or with many of them a line per policy."""
     policies = report["policies"]
     grid = [["task", "tokens", "n", "metric", *policies]]
     for row in rows(report):
@@ -90,8 +97,14 @@ def _grid(report: dict[str, Any]) -> list[list[str]]:
                 *(_cell(row["cells"].get(name)) for name in policies),
             ]
         )
-    grid += _bytes(report)
-    return grid
+    grid += byte_rows(report)
+    if len(policies) <= MAX_COLUMNS:
+        return grid
+    tall = [["task", "tokens", "n", "metric", "policy", "score"]]
+    for first, *line in grid[1:]:
+        for name, cell in zip(policies, line[3:], strict=True):
+            tall.append([first, *line[:3], name, cell])
+    return tall
 
 
 def _cell(cell: dict[str, Any] | None) -> str:
@@ -117,9 +130,8 @@ def _magnitude(value: float) -> int:
     return len(str(int(abs(value)))) - 1 if abs(value) >= 1 else 0
 
 
-def _bytes(report: dict[str, Any]) -> list[list[str]]:
+def byte_rows(report: dict[str, Any]) -> list[list[str]]:
     """One row per length: bytes of keys and values that each policy holds after as many tokens."""
-    longest: dict[str, dict[str, Any]] = {}
     lengths: dict[int | None, dict[str, dict[str, Any]]] = {}
     for unit in report["units"]:
         longest = lengths.setdefault(unit["length"], {})
@@ -127,7 +139,7 @@ def _bytes(report: dict[str, Any]) -> list[list[str]]:
         if before is None or unit["proof"]["kv_tokens"] > before["kv_tokens"]:
             longest[unit["policy"]] = unit["proof"]
     rows = []
-    for length, by_policy in sorted(lengths.items(), key=lambda item: item[0] or 0):
+    for length, by_policy in sorted(lengths.items(), key=lambda item: item[0] or float("inf")):
         dense = by_policy.get(DENSE)
         cells = []
         for name in report["policies"]:
@@ -150,20 +162,20 @@ def size(count: float) -> str:
     raise AssertionError
 
 
-def _layout(grid: Sequence[Sequence[str]]) -> list[str]:
+def layout(grid: Sequence[Sequence[str]], words: Sequence[int] = (0, 3)) -> list[str]:
+    """Lines of aligned columns, a rule below the first; columns in `words` go to the left."""
     widths = [max(len(row[i]) for row in grid) for i in range(len(grid[0]))]
     lines = []
     for row in grid:
-        # Words to the left, numbers to the right.
         cells = [
-            cell.rjust(width) if column in (1, 2) or column > 3 else cell.ljust(width)
+            cell.ljust(width) if column in words else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
-def _notes(report: dict[str, Any]) -> list[str]:
+def notes(report: dict[str, Any]) -> list[str]:
     notes = ["± standard error; in brackets the difference to dense, the same weights."]
     cut = sum(u["proof"]["truncated_prompts"] for u in report["units"] if u["policy"] == DENSE)
     if cut:

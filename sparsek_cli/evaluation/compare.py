@@ -1,0 +1,122 @@
+"""`sparsek evaluate --compare A B`: two result folders side by side."""
+
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.store import load_results
+from sparsek_cli.evaluation.table import layout, number, shown
+
+# Differences in these make scores incomparable; others are worth a line.
+DECISIVE = ("limit", "data", "text", "lengths", "truncate", "max_new_tokens", "seed")
+
+
+def compare(first: str, second: str) -> dict[str, Any]:
+    """Every score that both folders have, and what differs between the runs.
+
+    Raises:
+        UsageError: a folder without results, or no score in common.
+    """
+    reports = load_results(first), load_results(second)
+    ours, theirs = (_scores(report) for report in reports)
+    rows = []
+    for key in ours:
+        if key in theirs:
+            a, b = ours[key], theirs[key]
+            task, length, metric, policy = key
+            rows.append(
+                {
+                    "task": task,
+                    "length": length,
+                    "metric": metric,
+                    "policy": policy,
+                    "a": a["value"],
+                    "b": b["value"],
+                    "difference": b["value"] - a["value"],
+                    "stderr": _joint(a["stderr"], b["stderr"]),
+                    "higher_is_better": a["higher_is_better"],
+                }
+            )
+    if not rows:
+        raise UsageError(
+            f"'{first}' and '{second}' have no score in common",
+            hint="evaluate the same tasks and lengths in both",
+        )
+    return {
+        "a": {"folder": first, "model": reports[0]["model"]["name"]},
+        "b": {"folder": second, "model": reports[1]["model"]["name"]},
+        "scores": rows,
+        "differences": _differences(*reports),
+        "only_a": len(ours.keys() - theirs.keys()),
+        "only_b": len(theirs.keys() - ours.keys()),
+    }
+
+
+def _scores(report: dict[str, Any]) -> dict[tuple, dict[str, Any]]:
+    return {
+        (unit["task"], unit["length"], metric, unit["policy"]): unit["metrics"][metric]
+        for unit in report["units"]
+        for metric in shown(unit)
+    }
+
+
+def _joint(a: float | None, b: float | None) -> float | None:
+    """Standard error of a difference, as if the two were measured on different samples."""
+    return None if a is None or b is None else (a * a + b * b) ** 0.5
+
+
+def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
+    found = []
+    pairs = {
+        "model": (a["model"], b["model"], ("name", "path", "type", "sparsek")),
+        "recipe": (a["recipe"], b["recipe"], tuple(a["recipe"].keys() | b["recipe"].keys())),
+        "versions": (a["environment"]["versions"], b["environment"]["versions"], None),
+        "environment": (a["environment"], b["environment"], ("git", "dtype", "device")),
+    }
+    for section, (left, right, keys) in pairs.items():
+        for key in sorted(keys or left.keys() | right.keys()):
+            if key in ("output", "model"):
+                continue
+            if left.get(key) != right.get(key):
+                found.append(
+                    {
+                        "key": f"{section}.{key}",
+                        "a": left.get(key),
+                        "b": right.get(key),
+                        "decisive": section == "recipe" and key in DECISIVE,
+                    }
+                )
+    return found
+
+
+def as_text(comparison: dict[str, Any]) -> str:
+    """The comparison for a terminal."""
+    a, b = comparison["a"], comparison["b"]
+    grid = [["task", "tokens", "metric", "policy", f"A: {a['model']}", f"B: {b['model']}", "B - A"]]
+    for row in comparison["scores"]:
+        sign = "" if row["higher_is_better"] else " (lower)"
+        difference = f"{row['difference']:+.3g}"
+        if row["stderr"] is not None:
+            difference += f" ±{number(row['stderr'])}"
+        grid.append(
+            [
+                row["task"],
+                str(row["length"] or "data"),
+                row["metric"] + sign,
+                row["policy"],
+                number(row["a"]),
+                number(row["b"]),
+                difference,
+            ]
+        )
+    lines = layout(grid, words=(0, 2, 3))
+    decisive = [d for d in comparison["differences"] if d["decisive"]]
+    if decisive:
+        keys = ", ".join(d["key"].split(".")[1] for d in decisive)
+        lines += ["", f"warning: not the same measurement, these settings differ: {keys}"]
+    others = [d["key"] for d in comparison["differences"] if not d["decisive"]]
+    if others:
+        lines += ["", f"also different: {', '.join(others)}"]
+    for name in "ab":
+        if comparison[f"only_{name}"]:
+            lines.append(f"only in {name.upper()}: {comparison[f'only_{name}']} scores")
+    return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""The recall variants and the ppl passages say what their names promise."""
+
+import pytest
+
+from sparsek_cli.evaluation.catalogue import catalogue
+
+
+@pytest.fixture
+def load(checkpoints, data):
+    def rows(name, length=1400, count=8, **settings):
+        from sparsek_cli.evaluation import ppl, recall
+
+        module = ppl if name == "ppl" else recall
+        keys = {"tokenizer": str(checkpoints[0]), "data": str(data), "limit": count, "chat": True}
+        block = catalogue()[name].extra
+        found = module.dataset(**keys | settings, max_seq_lengths=[length], sparsek=block)
+        return list(found["test"])
+
+    return rows
+
+
+def test_passages_have_their_length(load, tokenizer):
+    for row in load("ppl", length=500, count=5):
+        assert row["tokens"] == len(tokenizer(row["text"])["input_ids"])
+        assert 484 <= row["tokens"] <= 500
+
+
+def test_facts_stand_in_the_text_and_answers_do_not_follow_the_question(load):
+    for row in load("recall_4"):
+        document, question = row["prompt"].rsplit("\n\n", 1)
+        assert question == row["question"]
+        assert row["value"] in document
+        assert row["value"] not in question
+        assert len(row["prompt"]) <= 1400
+
+
+def test_questions_of_one_document_share_all_of_it(load):
+    rows = load("recall_4")
+    assert len({row["document"] for row in rows}) == 2
+    assert len({row["prompt"].rsplit("\n\n", 1)[0] for row in rows}) == 2
+
+
+def test_limit_only_cuts(load):
+    assert load("recall_4", count=3) == load("recall_4", count=8)[:3]
+
+
+def test_start_puts_facts_at_the_start(load):
+    assert all(row["depth"] <= 0.02 for row in load("recall_start"))
+
+
+def test_unseen_uses_phrasings_nobody_saw(load):
+    assert {row["split"] for row in load("recall_unseen")} == {"unseen"}
+
+
+def test_turns_repeat_earlier_questions_with_their_answers(load):
+    rows = load("recall_turns")[:4]
+    assert [row["turn"] for row in rows] == [0, 1, 2, 3]
+    for earlier, later in zip(rows, rows[1:], strict=False):
+        assert earlier["answer"] in later["prompt"]
+        assert later["prompt"].startswith(earlier["prompt"][: earlier["prompt"].rindex("user")])
+
+
+def test_turns_without_a_chat_template(load, checkpoints, tmp_path):
+    from transformers import AutoTokenizer
+
+    plain = AutoTokenizer.from_pretrained(checkpoints[0])
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path)
+    rows = load("recall_turns", tokenizer=str(tmp_path), chat=False)
+    assert rows[1]["prompt"].endswith(f"Question: {rows[1]['question']}\nAnswer: It is")
+    assert f"Answer: It is {rows[0]['value']}." in rows[1]["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("reply", "exact", "contains"),
+    [
+        ("It is anchor.", 1.0, 1.0),
+        (" anchor.\nmore", 1.0, 1.0),
+        ("It is the anchor, surely.", 0.0, 1.0),
+        ("It is anchors.", 0.0, 0.0),
+        ("", 0.0, 0.0),
+    ],
+)
+def test_recall_scores(reply, exact, contains):
+    from sparsek_cli.evaluation.recall import process_results
+
+    doc = {"answer": "It is anchor.", "value": "anchor", "split": "unseen"}
+    scores = process_results(doc, [reply])
+    assert scores == {"exact": exact, "contains": contains, "exact_heldout": exact}
+    assert "exact_heldout" not in process_results(doc | {"split": "calibration"}, [reply])
+
+
+def test_scrolls_metric_takes_the_best_reference():
+    from sparsek_cli.evaluation.scrolls import LocalMetric
+
+    metric = LocalMetric("qasper")
+    both = metric.compute(predictions=["the red car"], references=[["A blue bus", "red car!"]])
+    assert both == {"f1": 100.0}
+    half = metric.compute(predictions=["red bus", ""], references=[["red car"], ["x"]])
+    assert half == {"f1": 25.0}
+    rouge = LocalMetric("qmsum").compute(predictions=["a b c d"], references=[["a b c d"]])
+    assert rouge == {"rouge/rouge1": 100.0, "rouge/rouge2": 100.0, "rouge/rougeL": 100.0}
+
+
+def test_transformers_is_left_as_it_was():
+    import sys
+
+    import sparsek_cli.evaluation.scrolls  # noqa: F401
+
+    assert "transformers.data.metrics.squad_metrics" not in sys.modules
