@@ -104,7 +104,7 @@ def test_transformers_imports_with_our_tree_on_the_path():
         "from transformers import LlamaForCausalLM\n"
         "import importlib.util\n"
         "spec = importlib.util.find_spec('kernels')\n"
-        f"ours = spec is not None and (spec.origin or '').startswith({str(ROOT)!r})\n"
+        f"ours = spec is not None and (spec.origin or '').startswith({str(ROOT / 'kernels')!r})\n"
         "sys.exit('kernels resolves to ' + spec.origin if ours else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
