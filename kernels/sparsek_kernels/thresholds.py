@@ -21,7 +21,7 @@ def prefix_thresholds(
     """Exact tau_t over the candidates 0..t of each row, for every t (derived).
 
     tau never decreases, so a candidate at or below it is dropped for good. The rest of the past
-    is a sorted list with suffix sums; a chunk's own candidates are compared directly; a
+    is a sorted list with running sums; a chunk's own candidates are compared directly; a
     bracketed Newton iteration finds the linear piece and the closed form gives tau on it.
     Sums are taken about floor(tau), where float32 scores are exact whatever their offset.
 
@@ -89,7 +89,8 @@ def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tenso
     # Absent elements sit at -1, below every tau that is tried (all >= 0 after centring).
     old = (active - centre[:, None]).clamp(min=-1)
     old_low = old - 1
-    suffix = torch.cat([old.flip(1).cumsum(1).flip(1), old.new_zeros(old.shape[0], 1)], 1)
+    # Summed from below: full elements, however large, stay out of the interior's sum.
+    sums = torch.nn.functional.pad(old.clamp(min=0).cumsum(1), (1, 0))
     own = (new - centre[:, None]).clamp(min=-1)
     width = own.shape[1]
     arrived = torch.ones(width, width, dtype=torch.bool, device=own.device).tril()
@@ -111,7 +112,7 @@ def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tenso
         inside = (own_t > x[:, :, None]) & (own_low < x[:, :, None])
         n_full = (old.shape[1] - full + (own_low >= x[:, :, None]).sum(2)).to(x.dtype)
         n_interior = (full - above + inside.sum(2)).to(x.dtype)
-        total = suffix.gather(1, above) - suffix.gather(1, full)
+        total = sums.gather(1, full) - sums.gather(1, above)
         total = total + (own_t * inside).sum(2)
         mass = total - n_interior * x + n_full
         newton = (total + n_full - k) / n_interior.clamp(min=1)

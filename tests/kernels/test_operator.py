@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sparsek_kernels import sparsek
 from sparsek_kernels.naive.operator import naive_sparsek
 from sparsek_kernels.operator import threshold

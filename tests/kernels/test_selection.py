@@ -6,14 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from sparsek_kernels import selection, thresholds
 from sparsek_kernels.naive.heaps import heap_selection, heap_thresholds
 from sparsek_kernels.operator import threshold
 from sparsek_kernels.selection import prefix_topk
 from sparsek_kernels.thresholds import interior_counts, interior_runs, prefix_thresholds
 
-KINDS = ("normal", "ties", "equal", "offset", "rising", "falling", "wide", "narrow")
+KINDS = ("normal", "ties", "equal", "offset", "rising", "falling", "wide", "narrow", "spikes")
 
 
 def scores_of(kind: str, rows: int, n: int) -> torch.Tensor:
@@ -28,6 +27,7 @@ def scores_of(kind: str, rows: int, n: int) -> torch.Tensor:
         "falling": u - 0.01 * t,
         "wide": 20 * u,
         "narrow": 0.1 * u,
+        "spikes": torch.where(t % 17 == 3, 1e9, torch.where(t % 23 == 5, u - 1e4, u)),
     }[kind]
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from sparsek_kernels.naive.operator import naive_threshold
+from sparsek_kernels.naive.operator import naive_gates, naive_threshold
 
 
 def naive_selection(effective: Tensor, k: int, window: int, sinks: int) -> Tensor:
@@ -48,29 +48,32 @@ def naive_attention(
     always = (j <= t) & ((j < sinks) | (j > t - window))
     out = []
     for b in range(batch):
-        for h in range(heads):
-            g = h // (heads // groups)
+        for g in range(groups):
             e = effective[b, g]
             chosen = naive_selection(e.detach(), topk[g], window, sinks)
-            rows = []
-            for i in range(n):
-                prefix = e[sinks : max(i - window + 1, sinks)]
-                if topk[g] == 0 or prefix.numel() <= topk[g]:
-                    rows.append(torch.ones_like(e))
-                else:
-                    rows.append((e - naive_threshold(prefix, topk[g])).clamp(0, 1))
-            m = torch.where(chosen, torch.stack(rows), 1.0)
             visible = always | chosen
-            logits = q[b, h] @ k[b, g].T * scale
-            if gate == "straight_through":
-                logits = logits + (m - m.detach())
-                m = torch.ones_like(m)
-            elif gate == "log":
-                # Twice `where`: the gradient of log at a hidden zero must not be NaN.
-                logits = logits + torch.where(visible, m, 1.0).log()
-                m = torch.ones_like(m)
-            else:
-                logits = logits * m
-            weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
-            out.append((weights * m) @ v[b, g])
+            gates = torch.where(chosen, _gates(e, topk[g], window, sinks), 1.0)
+            for h in range(g * heads // groups, (g + 1) * heads // groups):
+                logits, m = q[b, h] @ k[b, g].T * scale, gates
+                if gate == "straight_through":
+                    logits = logits + (m - m.detach())
+                elif gate == "log":
+                    # Hidden gates are zero; their log must not reach the gradient as NaN.
+                    logits = logits + torch.where(visible, m, 1.0).log()
+                else:
+                    logits = logits * m
+                weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+                out.append((weights * m if gate == "kv" else weights) @ v[b, g])
     return torch.stack(out).view(batch, heads, n, dim)
+
+
+def _gates(effective: Tensor, k: int, window: int, sinks: int) -> Tensor:
+    """[N, N]: row t holds clip(e - tau_t, 0, 1), tau_t over the candidates of query t."""
+    rows = []
+    for t in range(effective.shape[0]):
+        prefix = effective[sinks : max(t - window + 1, sinks)]
+        if k == 0 or prefix.numel() <= k:
+            rows.append(torch.ones_like(effective))
+        else:
+            rows.append(naive_gates(effective, naive_threshold(prefix, k)))
+    return torch.stack(rows)
