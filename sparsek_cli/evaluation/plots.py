@@ -53,10 +53,24 @@ def _new_figure(
 
 
 def colour(policy: str, policies: Sequence[str]) -> str:
-    """A policy's colour; the same policy always has the same one."""
-    if policy in COLOURS:
-        return COLOURS[policy]
-    return OTHERS[[p for p in policies if p not in COLOURS].index(policy) % len(OTHERS)]
+    """A policy's colour, the same in every figure and at every budget."""
+    name = _base(policy)
+    if name in COLOURS:
+        return COLOURS[name]
+    others = list(dict.fromkeys(n for n in map(_base, policies) if n not in COLOURS))
+    return OTHERS[others.index(name) % len(OTHERS)]
+
+
+def _base(policy: str) -> str:
+    """A policy's name without its budget."""
+    name, _, budget = policy.rpartition("-")
+    return name if budget.isdigit() else policy
+
+
+def _stroke(policy: str, policies: Sequence[str]) -> Any:
+    """A line style that tells the budgets of one policy apart."""
+    same = [p for p in policies if _base(p) == _base(policy)]
+    return ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)))[same.index(policy) % 4]
 
 
 def loss_by_position(report: dict[str, Any]) -> Any:
@@ -71,7 +85,12 @@ def loss_by_position(report: dict[str, Any]) -> Any:
         top = axes[0, column]
         for unit in (u for u in units if u["length"] == length):
             curve, name = unit["loss_by_position"], unit["policy"]
-            style = {"color": colour(name, report["policies"]), "linewidth": 1.6, "label": name}
+            style = {
+                "color": colour(name, report["policies"]),
+                "linestyle": _stroke(name, report["policies"]),
+                "linewidth": 1.6,
+                "label": name,
+            }
             top.plot(curve["position"], curve["loss"], **style)
             if len(axes) > 1 and name != DENSE and length in dense:
                 gap = [a - b for a, b in zip(curve["loss"], dense[length]["loss"], strict=True)]
@@ -82,7 +101,8 @@ def loss_by_position(report: dict[str, Any]) -> Any:
             axes[1, column].axhline(0, color=COLOURS["dense"], linewidth=0.8)
             axes[1, column].set_ylabel("loss above dense")
         axes[-1, column].set_xlabel("position (tokens)")
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(f"{report['model']['name']}: loss by position", fontsize=11)
     return figure
 
@@ -106,7 +126,10 @@ def recall_by_depth(report: dict[str, Any]) -> Any:
         image = ax.imshow(share, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto", origin="upper")
         for (row, column), value in _cells(share):
             if value == value:
-                ax.text(column, row, f"{value:.0%}", ha="center", va="center", fontsize=7)
+                ink = "white" if value > 0.85 or value < 0.15 else "black"
+                ax.text(
+                    column, row, f"{value:.0%}", color=ink, ha="center", va="center", fontsize=7
+                )
         ax.set_xticks(range(len(lengths)), [f"{n:,}" for n in lengths], fontsize=7, rotation=30)
         bands = [f"{100 * i // DEPTHS}-{100 * (i + 1) // DEPTHS}%" for i in range(DEPTHS)]
         ax.set_yticks(range(DEPTHS), bands, fontsize=7)
@@ -150,7 +173,7 @@ def score_by_budget(report: dict[str, Any]) -> Any:
     panels = list(dict.fromkeys((unit["task"], unit["length"]) for unit in swept))
     columns = min(3, len(panels))
     figure, axes = _new_figure(columns, -(-len(panels) // columns), width=3.9, height=3.0)
-    names = list(dict.fromkeys(unit["policy"].rsplit("-", 1)[0] for unit in swept))
+    names = list(dict.fromkeys(_base(unit["policy"]) for unit in swept))
     for ax, (task, length) in zip(axes.flat, panels, strict=False):
         here = [u for u in report["units"] if (u["task"], u["length"]) == (task, length)]
         for unit in (u for u in here if u["policy"] == DENSE):
@@ -160,7 +183,7 @@ def score_by_budget(report: dict[str, Any]) -> Any:
             points = sorted(
                 (u["budget"], u["metrics"][u["primary"]])
                 for u in here
-                if u.get("budget") and u["policy"].rsplit("-", 1)[0] == name
+                if u.get("budget") and _base(u["policy"]) == name
             )
             ax.errorbar(
                 [budget for budget, _ in points],
@@ -182,6 +205,7 @@ def score_by_budget(report: dict[str, Any]) -> Any:
         ax.set_xlabel("pairs kept per KV head", fontsize=8)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
     figure.suptitle(f"{report['model']['name']}: score against budget", fontsize=11)
     return figure

@@ -77,32 +77,30 @@ def watch_attention(proof: Proof) -> Iterator[None]:
     if "sparsek" not in ALL_ATTENTION_FUNCTIONS:
         yield
         return
-    attend = ALL_ATTENTION_FUNCTIONS["sparsek"]
+    from sparsek_kernels import dispatch
+
+    attend, choose = ALL_ATTENTION_FUNCTIONS["sparsek"], dispatch.backend
     backends: Counter = Counter()
 
     def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
         proof.sparse_calls += 1
         proof.sparse_queries += query.shape[0] * query.shape[2]
-        backends[_backend_for(query)] += 1
         return attend(module, query, *args, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS["sparsek"] = counted
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        run = choose(*args, **kwargs)
+        # sparsek_kernels.<backend>...; the dense shortcut is a function of the dispatcher itself.
+        name = run.__module__.split(".")[1]
+        backends["sdpa" if name == "dispatch" else name] += 1
+        return run
+
+    ALL_ATTENTION_FUNCTIONS["sparsek"], dispatch.backend = counted, noted
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sparsek"] = attend
+        ALL_ATTENTION_FUNCTIONS["sparsek"], dispatch.backend = attend, choose
         for name, count in backends.items():
             proof.backends[name] = proof.backends.get(name, 0) + count
-
-
-def _backend_for(query: Any) -> str:
-    """The kernel backend that runs for this query; the dispatcher's own answer."""
-    try:
-        from sparsek_kernels import dispatch
-
-        return str(dispatch.backend_for(query))
-    except (ImportError, AttributeError):
-        return "triton" if query.is_cuda else "pytorch"
 
 
 def check(proof: Proof, *, sparse: bool, task: str, policy: str) -> None:

@@ -1,7 +1,7 @@
 """RULER's two question-answering tasks: real questions, their documents among unrelated ones.
 
-Questions come from `--data DIR/<squad|hotpot>/validation.jsonl[.zst]` (question, answers, documents)
-or from the hub's SQuAD and HotpotQA.
+Questions come from DIR/<squad or hotpot>/validation.jsonl[.zst] under --data, with the columns
+question, answers and documents, or from the hub's SQuAD and HotpotQA.
 """
 
 import json

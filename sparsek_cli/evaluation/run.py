@@ -24,10 +24,10 @@ from sparsek_cli.evaluation.store import (
 from sparsek_cli.evaluation.units import (
     Unit,
     build_requests,
-    check_lengths,
     data_fingerprint,
     load_units,
     quiet_lm_eval,
+    refuse_long,
 )
 
 if TYPE_CHECKING:
@@ -77,7 +77,10 @@ def evaluate(
         max_length=max_length,
         say=console.say,
     )
-    check_lengths(units, lm, recipe)
+    units, refused = refuse_long(units, lm, recipe)
+    for item in refused:
+        console.say(f"refused {item.name}: {item.reason} ({item.remedy})")
+    absent += refused
     checks = check_policies(model, policies, max_length)
 
     settings = _settings(recipe, checkpoint, model, max_length, files)

@@ -184,5 +184,5 @@ def notes(report: dict[str, Any]) -> list[str]:
     if backends:
         notes.append(f"SparseK attention ran on: {', '.join(backends)}.")
     for item in report["absent"]:
-        notes.append(f"absent: {item['task']}: {item['reason']} ({item['remedy']})")
+        notes.append(f"not measured: {item['task']}: {item['reason']} ({item['remedy']})")
     return notes

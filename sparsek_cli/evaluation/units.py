@@ -14,6 +14,7 @@ from sparsek_cli.evaluation.catalogue import TASK_FOLDER, Entry, catalogue
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its few-shot examples are the same
 # Run where the first one's data is absent and the second one's is there.
 STAND_INS = {"scrolls_narrativeqa": "scrolls_fairytaleqa"}
+CUT_HINT = "--truncate left|middle cuts them and counts it; --max-length N raises the limit"
 HUB_PATIENCE = 3.0  # seconds to find out whether the hub answers
 
 
@@ -230,23 +231,34 @@ def quiet_lm_eval() -> Iterator[None]:
             module.tqdm = bar
 
 
-def check_lengths(units: list[Unit], lm: Any, recipe: Any) -> None:
-    """Refuses prompts that do not fit, all of them at once and before anything has run.
+def refuse_long(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], list[Absent]]:
+    """Leaves out tasks with prompts that do not fit, unless the user said how to cut them.
+
+    Found out for all tasks before anything has run. Nothing is ever cut without being asked for.
+
+    Returns:
+        The units that fit, and the refused ones with how many prompts are over the limit.
 
     Raises:
-        UsageError: names the tasks, the number of prompts over the limit and the longest.
+        UsageError: none fits.
     """
-    over = []
+    fitting: list[Unit] = []
+    refused: list[Absent] = []
     for unit in units:
         build_requests(unit, lm, recipe)
         count, longest = lm.over_limit(unit.task.instances)
-        if count:
-            over.append(f"{unit.name} {count} of {len(unit.task.instances)} (longest {longest:,})")
-    if over and recipe.truncate == "refuse":
-        raise UsageError(
-            f"prompts longer than the model's {lm.max_length:,} tokens: {', '.join(over)}",
-            hint="--truncate left|middle cuts them and counts it; --max-length N raises the limit",
+        if not count or recipe.truncate != "refuse":
+            fitting.append(unit)
+            continue
+        reason = (
+            f"{count} of {len(unit.task.instances)} prompts are longer than the model's "
+            f"{lm.max_length:,} tokens (longest {longest:,})"
         )
+        refused.append(Absent(unit.name, reason, CUT_HINT))
+    if not fitting:
+        shown = "; ".join(f"{item.name}: {item.reason}" for item in refused)
+        raise UsageError(shown, hint=CUT_HINT)
+    return fitting, refused
 
 
 def build_requests(unit: Unit, lm: Any, recipe: Any) -> None:

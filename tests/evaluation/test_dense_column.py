@@ -15,8 +15,7 @@ TASKS = [
 LENGTH = 640
 
 
-@pytest.fixture(scope="module")
-def plain(checkpoints, data):
+def plain_lm_eval(checkpoints, data, tasks, **options):
     """{task: {metric: value}} from lm-eval's own model class and evaluate()."""
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -28,10 +27,10 @@ def plain(checkpoints, data):
     dense = str(checkpoints[0])
     results = {}
     with quiet_lm_eval(), pytest.MonkeyPatch.context() as monkeypatch:
-        lm = HFLM(pretrained=dense, device="cpu", dtype="float32", batch_size=1)
-        # The bound on answers that the recipe below sets; lm-eval's default is 256.
+        lm = HFLM(pretrained=dense, device="cpu", dtype="float32", batch_size=1, **options)
+        # The bound on answers that the recipes below set; lm-eval's default is 256.
         monkeypatch.setattr(HFLM, "max_gen_toks", 6)
-        for name in TASKS:
+        for name in tasks:
             chat = catalogue()[name].chat
             metadata = {
                 "pretrained": dense, "data": str(data), "limit": 4, "seed": 0, "chat": chat,
@@ -50,9 +49,14 @@ def plain(checkpoints, data):
             results[name] = {
                 key.split(",")[0]: value
                 for key, value in found.items()
-                if isinstance(value, int | float) and "stderr" not in key
+                if key.split(",")[0] in task.aggregation() and isinstance(value, int | float)
             }
     return results
+
+
+@pytest.fixture(scope="module")
+def plain(checkpoints, data):
+    return plain_lm_eval(checkpoints, data, TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +108,22 @@ def test_topk_beyond_the_length_is_dense(runs, task):
 
 def test_the_budget_makes_a_difference(runs):
     assert runs["sparsek"]["ppl"]["ppl"] != pytest.approx(runs["dense"]["ppl"]["ppl"], rel=1e-3)
+
+
+def test_cutting_at_the_left_is_what_lm_eval_does(checkpoints, data, tmp_path):
+    from sparsek_cli.console import Console
+    from sparsek_cli.evaluation.run import evaluate
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    tasks = ["scrolls_qasper", "scrolls_contractnli", "scrolls_fairytaleqa"]
+    theirs = plain_lm_eval(checkpoints, data, tasks, max_length=150)
+    recipe = EvaluateRecipe(
+        model=str(checkpoints[1]), data=str(data), tasks=tasks, limit=4, baselines=["dense"],
+        max_new_tokens=6, max_length=150, truncate="left", output=str(tmp_path), device="cpu",
+    )  # fmt: skip
+    report = evaluate(recipe, Console(quiet=True))
+    for unit in report["units"]:
+        if unit["policy"] == "dense":
+            assert unit["proof"]["truncated_prompts"] > 0
+            values = {metric: item["value"] for metric, item in unit["metrics"].items()}
+            assert values == theirs[unit["task"]]

@@ -99,7 +99,9 @@ def test_a_folder_of_something_else_is_left_alone(run, recipe, console, tmp_path
 
 
 def test_long_prompts_are_refused_with_their_number(run, recipe, console, tmp_path):
-    with pytest.raises(UsageError, match=r"scrolls_qasper \d of \d \(longest \d+\)"):
+    with pytest.raises(
+        UsageError, match=r"scrolls_qasper: \d of \d prompts are longer .* \(longest \d+\)"
+    ):
         run(recipe(tasks=["scrolls_qasper"], max_length=100), console)
     assert not (tmp_path / "out").exists()
 
@@ -163,3 +165,12 @@ def test_recipe_file_names_every_key():
     assert set(tree) == set(EvaluateRecipe.model_fields)
     loaded = load_recipe(EvaluateRecipe, "tiny", ["limit=3"], {"tasks": "ppl"}, verb="evaluate")
     assert (loaded.limit, loaded.tasks, loaded.lengths) == (3, ["ppl"], [4096, 8192])
+
+
+def test_tasks_that_fit_run_beside_refused_ones(run, recipe, console):
+    settings = {"tasks": ["scrolls_qasper", "ppl"], "baselines": [], "limit": 1}
+    report = run(recipe(**settings, lengths=[200], max_length=200), console)
+    assert {unit["task"] for unit in report["units"]} == {"ppl"}
+    [refused] = report["absent"]
+    assert refused["task"] == "scrolls_qasper"
+    assert "--truncate" in refused["remedy"]
