@@ -13,8 +13,9 @@ import torch
 
 from sparsek_cli.conversion.calibrate.collect import Recorded
 
-# Elements of the largest temporary [candidates, G, rows, N].
-_LARGEST = 1 << 26
+# Elements of the largest temporaries: masks [candidates, G, rows, N] and logits [H, rows, N].
+_MASKS = 1 << 26
+_LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,25 @@ def output_errors(
     Returns:
         Errors [C, G, R] and the dense output's energy [G, R], both float32.
     """
+    heads, tokens, _ = recorded.query.shape
+    # Rows of W_o by KV head: the error of a group's heads is added up before it is squared.
+    out_weight = out_weight.view(recorded.key.shape[0], -1, out_weight.shape[-1])
+    parts = [
+        _block_errors(recorded, effective, block, budget, out_weight)
+        for block in rows.split(max(1, _LOGITS // (heads * tokens)))
+    ]
+    errors, energy = zip(*parts, strict=True)
+    return torch.cat(errors, dim=-1), torch.cat(energy, dim=-1)
+
+
+def _block_errors(
+    recorded: Recorded,
+    effective: torch.Tensor,
+    rows: torch.Tensor,
+    budget: Budget,
+    out_weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`output_errors` of a few rows; out_weight [G, heads of the group * D, hidden]."""
     heads, _, size = recorded.query.shape
     groups, tokens, _ = recorded.key.shape
     query = recorded.query[:, rows].float() * recorded.scaling
@@ -80,8 +100,6 @@ def output_errors(
     weights = logits.softmax(-1)
     # A column of ones: its weighted sum is what the kept weights must be divided by.
     value = torch.nn.functional.pad(recorded.value.float(), (0, 1), value=1.0)
-    # Rows of W_o by KV head: the error of a group's heads is added up before it is squared.
-    out_weight = out_weight.view(groups, heads // groups * size, -1)
 
     def attend(weights: torch.Tensor) -> torch.Tensor:
         """[G, Q, R, N] -> [G, Q, R, D]."""
@@ -96,7 +114,7 @@ def output_errors(
     dense = attend(weights)
     energy = project(dense)
     errors = []
-    step = max(1, _LARGEST // (groups * len(rows) * tokens))
+    step = max(1, _MASKS // (groups * len(rows) * tokens))
     for chunk in effective.split(step):
         seen = visible(chunk.flatten(0, 1), rows, budget).view(*chunk.shape[:2], len(rows), tokens)
         for mask in seen:

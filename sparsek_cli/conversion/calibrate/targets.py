@@ -11,7 +11,9 @@ import torch
 
 from sparsek_cli.conversion.calibrate.collect import Recorded
 
+# Most queries in a block, and most logits in it: 512 MB in float32.
 _BLOCK = 256
+_LOGITS = 1 << 27
 # Log probabilities below this mean "never looked at"; without a floor they dominate the squares.
 FLOOR = -16.0
 
@@ -36,8 +38,8 @@ def future_attention(
     key = recorded.key.float()
     best = torch.full((groups, tokens), FLOOR, device=device)
     best_answer = best.clone()
-    for start in range(0, len(rows), _BLOCK):
-        block = rows[start : start + _BLOCK].to(device)
+    for rows_here in rows.split(max(1, min(_BLOCK, _LOGITS // (heads * tokens)))):
+        block = rows_here.to(device)
         last = int(block[-1]) + 1
         query = (recorded.query[:, block].float() * recorded.scaling).reshape(groups, -1, size)
         logits = torch.matmul(query, key[:, :last].transpose(1, 2))
@@ -51,7 +53,7 @@ def future_attention(
         near = max(0, int(block[0]) - window + 1)
         logits[..., near:].masked_fill_(columns[near:] > block[:, None] - window, -torch.inf)
         torch.maximum(best[:, :last], logits.amax((1, 2)), out=best[:, :last])
-        asked = answer[block.cpu()].to(device)
+        asked = answer[rows_here].to(device)
         if bool(asked.any()):
             of_answers = logits[:, :, asked].amax((1, 2))
             torch.maximum(best_answer[:, :last], of_answers, out=best_answer[:, :last])
