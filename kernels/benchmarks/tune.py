@@ -7,7 +7,6 @@ and prints milliseconds and achieved TFLOP/s, best first.
 """
 
 import argparse
-import itertools
 import json
 import multiprocessing
 import sys
@@ -22,22 +21,21 @@ from sparsek_kernels.triton.tuning import Config
 
 def candidates(kind: str, dim: int) -> list[Config]:
     """Shapes worth a try; those that do not fit are reported and skipped."""
-    small = dim <= 64
     if kind == "forward":
-        grid = itertools.product((128,), (4,), (64, 128), (4, 8), (2, 3, 4))
-        extra = [(128, 1, 64, 8, 3), (128, 1, 64, 4, 2), (64, 4, 64, 4, 3), (64, 4, 128, 4, 2),
-                 (256, 4, 64, 8, 2), (128, 4, 32, 4, 3), (128, 4, 32, 4, 4)]  # fmt: skip
-        shapes = [s for s in grid if small or s[2:] not in {(128, 4, 2), (128, 4, 3), (128, 4, 4)}]
-        return [Config(*s, masked_stages=1) for s in [*shapes, *extra]]
+        shapes = [(128, 4, 32, 4, 3, 1), (128, 4, 64, 8, 3, 1), (128, 4, 64, 8, 2, 1, 128),
+                  (128, 4, 32, 8, 3, 1, 128), (128, 4, 32, 8, 4, 1, 128),
+                  (64, 4, 64, 4, 3, 1), (128, 4, 64, 8, 2, 1, 168), (128, 4, 32, 4, 3, 2),
+                  (128, 4, 16, 4, 4, 1), (64, 4, 32, 4, 3, 1, 168), (64, 4, 64, 4, 2, 1, 168),
+                  (128, 4, 128, 4, 2, 1), (128, 4, 64, 4, 2, 1)]  # fmt: skip
+        return [Config(*s) for s in shapes]
     if kind == "dq":
-        shapes = [(64, 4, 64, 4, 2), (64, 4, 64, 4, 3), (128, 4, 64, 8, 2), (128, 4, 64, 8, 3),
-                  (128, 4, 32, 8, 3), (128, 4, 32, 8, 4), (64, 4, 128, 8, 2), (64, 4, 32, 4, 3),
-                  (128, 4, 128, 8, 2), (64, 4, 64, 8, 3), (128, 4, 32, 4, 3)]  # fmt: skip
-        return [Config(*s, masked_stages=1) for s in shapes]
-    shapes = [(64, 1, 128, 8, 2), (64, 1, 128, 8, 3), (32, 1, 128, 8, 2), (32, 1, 128, 8, 3),
-              (64, 1, 64, 4, 2), (64, 1, 64, 8, 2), (32, 1, 64, 4, 3), (128, 1, 64, 8, 2),
-              (64, 1, 64, 8, 3), (64, 1, 64, 4, 3), (32, 1, 64, 4, 2)]  # fmt: skip
-    return [Config(*s, masked_stages=m) for s in shapes for m in (1, 2)]
+        shapes = [(64, 4, 64, 4, 2, 1), (64, 4, 32, 4, 3, 1), (128, 4, 64, 8, 2, 1),
+                  (128, 4, 64, 8, 3, 1), (128, 4, 32, 8, 4, 1), (128, 4, 32, 8, 3, 1, 128),
+                  (64, 4, 32, 4, 3, 1, 168), (64, 4, 64, 4, 2, 1, 168)]  # fmt: skip
+        return [Config(*s) for s in shapes]
+    shapes = [(64, 1, 128, 8, 2), (64, 1, 128, 8, 3), (32, 1, 128, 8, 3), (64, 1, 64, 4, 2),
+              (32, 1, 64, 4, 3), (32, 1, 64, 4, 2), (32, 1, 128, 8, 2)]  # fmt: skip
+    return [Config(*s, 1, 0, fused) for s in shapes for fused in (False, True)]
 
 
 class Case:
@@ -143,11 +141,13 @@ def main() -> None:
                 ms = median_ms(lambda kind=kind, config=config: case.run(kind, config))
             except Exception:
                 continue
-            work = case.flops * {"forward": 1, "dq": 1.5, "dkdv": 2}[kind]
+            products = {"forward": 2, "dq": 3, "dkdv": 5 if config.fused else 4}[kind]
+            work = case.flops * products / 2
             lines.append((ms, work / ms / 1e9, config))
         for ms, rate, c in sorted(lines, key=lambda line: line[0]):
             print(f"{kind:8s} {ms:8.3f} ms {rate:6.0f} TFLOP/s  {c.rows}x{c.keys} heads {c.heads} "
-                  f"warps {c.warps} stages {c.stages}/{c.masked_stages}")  # fmt: skip
+                  f"warps {c.warps} stages {c.stages}/{c.masked_stages} registers {c.registers}"
+                  f"{' fused' * c.fused}")  # fmt: skip
             result.append(dict(kind=kind, ms=ms, tflops=rate, **vars(c)))
     if args.json:
         with open(args.json, "w") as file:

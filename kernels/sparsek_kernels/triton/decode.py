@@ -174,7 +174,7 @@ def insert(state: SparseKState, key: torch.Tensor, value: torch.Tensor, score: t
 
 
 def decode(q: torch.Tensor, state: SparseKState, *, scale: float) -> torch.Tensor:
-    """One query per row, q [B, H, 1, D], over every slot that holds a token; shape and dtype of q."""
+    """One query per row, q [B, H, 1, D], over every slot that holds a token; shaped like q."""
     batch, q_heads, _, dim = q.shape
     layout = state.layout
     group = q_heads // layout.heads

@@ -288,6 +288,7 @@ def _attend(
         if SCORES:
             tl.store(row_sum_ptr + stat, row_sum, mask=row_inside)
     else:
+        total = tl.where(row_inside, total, 1.0)
         acc = acc / total[:, None]
         out_at = out_ptr + batch * o_b + query * o_n + q_head * o_h
         tl.store(out_at[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), mask=row_mask)
@@ -383,5 +384,5 @@ def _launch(
         D=dim, DP=max(16, triton.next_power_of_2(dim)), GATE=GATES[gate], BACKWARD=backward,
         SCORES=runs is not None, WIDE=needs_wide_index(k, v), PRECISION=dot_precision(q.dtype),
         MASKED_STAGES=config.masked_stages,
-        num_warps=config.warps, num_stages=config.stages,
+        **config.options(),
     )  # fmt: skip

@@ -118,27 +118,28 @@ def backward(
         runs = interior_runs(scores, tau, settings.window, shape, always)
     if settings.gate != "straight_through":
         gate_scores = gate_values(scores, always)
-    size = list_size(settings, q, k)
-    lists = key_lists(
-        end, settings.topk, settings.window, settings.sinks, shape, [size, SUPER_TILE]
-    )
+    config = _config("dkdv", q, shape.group)
+    fused = config.fused and not deterministic
+    sizes = [SUPER_TILE] if fused else [list_size(settings, q, k), SUPER_TILE]
+    lists = key_lists(end, settings.topk, settings.window, settings.sinks, shape, sizes)
     delta = row_products(out, do)
     common = dict(
         window=settings.window, scale=settings.scale, gate=settings.gate,
         gate_scores=gate_scores, tau=tau, runs=runs,
     )  # fmt: skip
-    dq, row_sum = query_gradient(
-        q, k, v, do, lse, delta, end, lists[0], shape,
-        config=_config("dq", q, shape.group), **common,
-    )  # fmt: skip
-    dk, dv, column_sum = key_gradient(
+    dk, dv, column_sum, dq, row_sum = key_gradient(
         q, k, v, do, lse, delta, end, lists[-1], shape,
-        config=_config("dkdv", q, shape.group), deterministic=deterministic, **common,
+        config=config, deterministic=deterministic, **common,
     )  # fmt: skip
+    if not fused:
+        dq, row_sum = query_gradient(
+            q, k, v, do, lse, delta, end, lists[0], shape,
+            config=_config("dq", q, shape.group), **common,
+        )  # fmt: skip
     de = None
     if score_grad:
         de = score_gradient(column_sum, row_sum, runs, shape.group)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), de
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), de
 
 
 def prepare(

@@ -11,7 +11,8 @@ import torch
 @dataclass(frozen=True)
 class Config:
     """rows: query rows (queries times packed heads) of a tile; heads: most heads packed; keys: keys
-    per step; stages, masked_stages: software pipeline depth of the loops without and with masks."""
+    per step; stages, masked_stages: software pipeline depth of the loops without and with masks;
+    registers: most per thread (0: the compiler decides); fused: dq in the dkdv walk, by atomics."""
 
     rows: int
     heads: int
@@ -19,6 +20,13 @@ class Config:
     warps: int
     stages: int
     masked_stages: int = 2
+    registers: int = 0
+    fused: bool = False
+
+    def options(self) -> dict[str, int]:
+        """Launch options of the compiler."""
+        options = dict(num_warps=self.warps, num_stages=self.stages)
+        return options | ({"maxnreg": self.registers} if self.registers else {})
 
 
 @lru_cache(maxsize=1)
@@ -43,7 +51,16 @@ def launch_config(
             and entry["bits"] == bits
             and entry["group"][0] <= group <= entry["group"][1]
         ):
-            names = ("rows", "heads", "keys", "warps", "stages", "masked_stages")
+            names = (
+                "rows",
+                "heads",
+                "keys",
+                "warps",
+                "stages",
+                "masked_stages",
+                "registers",
+                "fused",
+            )
             return Config(**{name: entry[name] for name in names if name in entry})
     return _default(kind, capability, dim, bits)
 

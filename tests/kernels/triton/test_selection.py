@@ -1,0 +1,115 @@
+"""Exact prefix selection: ends, key lists and thresholds against the naive twins."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sparsek_kernels.naive.attention import naive_selection
+from sparsek_kernels.triton import pipeline
+from sparsek_kernels.triton.geometry import geometry
+from sparsek_kernels.triton.lists import key_lists
+from sparsek_kernels.triton.selection import selection_ends
+
+pytestmark = pytest.mark.interpret
+
+CASES = [  # n, k, window, sinks, kind of scores
+    (1, 1, 1, 0, "normal"),
+    (63, 5, 1, 0, "ties"),
+    (64, 64, 3, 1, "normal"),
+    (65, 1, 4, 2, "equal"),
+    (127, 20, 16, 4, "offset"),
+    (300, 150, 2, 0, "rising"),
+    (300, 3, 1, 0, "falling"),
+    (401, 7, 40, 3, "ties"),
+]
+
+
+def ends_of(scores, topk, window, sinks, cu_seqlens=None):
+    """`end` int32 [B, G, N] of scores [B, G, N]."""
+    batch, heads, n = scores.shape
+    shape = geometry((batch, heads, n, 1), (batch, heads, n, 1), scores.device, cu_seqlens)
+    always = pipeline.sink_mask(shape, sinks)
+    return selection_ends(scores.double(), topk, window, shape, always=always), shape
+
+
+def seen_as_selected(end, window, sinks):
+    """[N, N] bool from one head's `end`: query t (row) sees key j as a selected key."""
+    n = end.shape[0]
+    t, j = torch.arange(n)[:, None], torch.arange(n)
+    return (t >= j + window) & (t < end) & (j >= sinks)
+
+
+@pytest.mark.parametrize("n, k, window, sinks, kind", CASES)
+def test_ends_match_the_naive_selection(make_inputs, n, k, window, sinks, kind):
+    scores = make_inputs(n, groups=2, heads=2, batch=2, kind=kind, grad=False)[3]
+    end, _ = ends_of(scores, (k, k), window, sinks)
+    for b in range(2):
+        for g in range(2):
+            wanted = naive_selection(scores[b, g].double(), k, window, sinks)
+            assert torch.equal(seen_as_selected(end[b, g], window, sinks), wanted)
+
+
+def test_every_head_has_its_own_budget(make_inputs):
+    scores = make_inputs(200, groups=3, heads=3, grad=False)[3]
+    end, _ = ends_of(scores, (0, 9, 200), 3, 1)
+    for g, k in enumerate((0, 9, 200)):
+        wanted = naive_selection(scores[0, g], k, 3, 1)
+        assert torch.equal(seen_as_selected(end[0, g], 3, 1), wanted)
+
+
+def test_documents_are_selected_on_their_own(make_inputs):
+    bounds = [0, 1, 2, 70, 70, 200]
+    scores = make_inputs(200, groups=2, kind="ties", grad=False)[3]
+    end, _ = ends_of(scores, (6, 2), 4, 2, torch.tensor(bounds, dtype=torch.int32))
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        if first == last:
+            continue
+        for g, k in enumerate((6, 2)):
+            wanted = naive_selection(scores[0, g, first:last], k, 4, 2)
+            mine = end[0, g, first:last].long() - first
+            assert torch.equal(seen_as_selected(mine, 4, 2), wanted)
+
+
+@given(
+    n=st.integers(2, 160), k=st.integers(1, 40), window=st.integers(1, 20),
+    sinks=st.integers(0, 4), levels=st.integers(1, 60), seed=st.integers(0, 999),
+)  # fmt: skip
+@settings(
+    max_examples=12, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_any_shape(n, k, window, sinks, levels, seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(0, levels, (1, 1, n), generator=generator).double()
+    end, _ = ends_of(scores, (k,), window, sinks)
+    wanted = naive_selection(scores[0, 0], k, window, sinks)
+    assert torch.equal(seen_as_selected(end[0, 0], window, sinks), wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lists_hold_exactly_the_keys_of_their_tile(make_inputs, packed):
+    n, window, sinks, topk = 700, 9, 2, (20, 5)
+    bounds = torch.tensor([0, 30, 31, 700], dtype=torch.int32) if packed else None
+    scores = make_inputs(n, groups=2, kind="rising", grad=False)[3]
+    end, shape = ends_of(scores, topk, window, sinks, bounds)
+    fine, coarse = key_lists(end, topk, window, sinks, shape, [32, 256])
+    for lists in (fine, coarse):
+        for tile, (sequence, place) in enumerate(lists.tiles.tolist()):
+            if sequence < 0:
+                continue
+            _, first, count, *_ = shape.sequences[sequence].tolist()
+            t0 = first + place * lists.size
+            t1 = min(t0 + lists.size, first + count)
+            for head in range(2):
+                one = tile * 2 + head
+                low, high = lists.offsets[one : one + 2].tolist()
+                front, back = lists.counts[one].tolist()
+                whole = set(lists.keys[low : low + front].tolist())
+                part = set(lists.keys[high - back : high].tolist())
+                j = torch.arange(first, first + count)
+                stop = end[0, head, first : first + count]
+                live = (stop > t0) & (j + window < t1) & (stop > j + window)
+                every = live & (stop >= t1) & (j + window <= t0)
+                assert whole == set(j[every].tolist())
+                assert part == set(j[live & ~every].tolist())
+                assert len(whole) == front and len(part) == back

@@ -1,0 +1,66 @@
+"""Chunked prefill and decode through the Triton backend, against one call and the other backend."""
+
+import pytest
+import torch
+from sparsek_kernels.attention import sparsek_attention
+from sparsek_kernels.state import SparseKState
+
+pytestmark = pytest.mark.interpret
+
+
+def selected_positions(state):
+    """Per row and head, what the slots hold: sinks, selected set, window, each sorted."""
+    parts, first = [], 0
+    for k in state.layout.topk:
+        for size in (state.layout.sinks, k, state.layout.window):
+            parts.append(state.positions[:, first : first + size].sort(1).values)
+            first += size
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize(
+    "topk, window, sinks", [((5, 3), 4, 2), ((4, 0), 3, 1), ((6, 6), 1, 0), ((3, 3), 7, 5)]
+)
+def test_steps_equal_one_call(relative_error, topk, window, sinks):
+    batch, heads, groups, dim, steps = 2, 4, 2, 16, (3, 1, 1, 20, 1, 1, 2, 1)
+    n = sum(steps)
+    new = torch.Generator().manual_seed(3)
+    q = torch.randn(batch, heads, n, dim, generator=new)
+    k, v = (torch.randn(batch, groups, n, dim, generator=new) for _ in range(2))
+    scores = torch.randint(0, 4, (batch, groups, n), generator=new).float()
+    slopes = torch.tensor([0.0, 0.02])
+    options = dict(topk=topk, window=window, sinks=sinks, slopes=slopes)
+    whole = sparsek_attention(q, k, v, scores, backend="triton", **options)
+    shape = dict(topk=topk, window=window, sinks=sinks)
+    state = SparseKState.empty(batch, groups, dim, **shape)
+    other = state.clone()
+    outs, first = [], 0
+    for step in steps:
+        cut = [x[:, :, first : first + step] for x in (q, k, v, scores)]
+        out, state = sparsek_attention(*cut, state=state, backend="triton", **options)
+        _, other = sparsek_attention(*cut, state=other, backend="pytorch", **options)
+        assert torch.equal(selected_positions(state), selected_positions(other))
+        assert torch.equal(state.seen, other.seen)
+        outs.append(out)
+        first += step
+    assert relative_error(torch.cat(outs, 2), whole) < 1e-5
+
+
+def test_packed_documents_fill_their_rows(relative_error):
+    shape = dict(topk=(4, 4), window=3, sinks=2)
+    states = [SparseKState.empty(3, 2, 16, **shape) for _ in range(2)]
+    new = torch.Generator().manual_seed(0)
+    for bounds in ([0, 5, 5, 19], [0, 1, 8, 9]):
+        n = bounds[-1]
+        q = torch.randn(1, 4, n, 16, generator=new)
+        k, v = (torch.randn(1, 2, n, 16, generator=new) for _ in range(2))
+        scores = torch.randn(1, 2, n, generator=new)
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+        outs = []
+        for i, backend in enumerate(("triton", "pytorch")):
+            out, states[i] = sparsek_attention(
+                q, k, v, scores, cu_seqlens=cu_seqlens, state=states[i], backend=backend, **shape
+            )
+            outs.append(out)
+        assert relative_error(outs[0], outs[1]) < 1e-5
+        assert torch.equal(selected_positions(states[0]), selected_positions(states[1]))
