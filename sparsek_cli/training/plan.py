@@ -62,6 +62,7 @@ class TrainingPlan:
                 f"processes    {self.processes}, {self.accumulation} forward passes each per step",
                 f"text         {sources or 'none'} (tokens)",
                 f"precision    {self.precision}",
+                "many GPUs    torchrun --nproc-per-node N -m sparsek_cli finetune ...",
                 f"memory       about {self.memory_gib:.1f} GiB per process (estimate)",
             ]
         )

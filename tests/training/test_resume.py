@@ -38,6 +38,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, scratch, tmp_path):
     process.wait()
     kept = sorted(part.glob("checkpoint-*"))
     assert kept, process.stderr.read()
+    assert {file.suffix for file in kept[0].iterdir()} == {".safetensors", ".json"}
     with pytest.raises(UsageError, match="an unfinished run"):
         finetune(made)
     with pytest.raises(UsageError, match="learning_rate"):

@@ -1,0 +1,90 @@
+"""Optimiser, schedule and random generators of a run as safetensors and JSON: nothing pickled.
+
+Sharded optimisers (FSDP, DeepSpeed) keep the formats of their own libraries.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+OPTIMIZER = "optimizer.safetensors"
+SETTINGS = "optimizer.json"
+
+
+def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
+    """Writes moments as tensors "<parameter>.<name>", everything else as JSON."""
+    state = optimizer.state_dict()
+    tensors, numbers = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if torch.is_tensor(value):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                numbers[f"{index}.{name}"] = value
+    save_file(tensors, folder / OPTIMIZER)
+    rest = {
+        "groups": state["param_groups"],
+        "numbers": numbers,
+        "scheduler": scheduler.state_dict(),
+    }
+    (folder / SETTINGS).write_text(json.dumps(rest), encoding="utf-8")
+
+
+def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
+    """Puts back what `save_optimizer` wrote; tensors go to their parameters' devices."""
+    rest = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    state: dict[int, dict[str, Any]] = {}
+    values = {**load_file(folder / OPTIMIZER), **rest["numbers"]}
+    for key, value in values.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    groups = rest["groups"]
+    for group in groups:
+        # JSON has no tuples, and AdamW's `betas` is one.
+        group.update({k: tuple(v) for k, v in group.items() if k == "betas"})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scheduler.load_state_dict(rest["scheduler"])
+
+
+def save_generators(folder: Path, rank: int) -> None:
+    """Writes the state of this process's random generators (Python, NumPy, PyTorch)."""
+    version, numbers, cached = random.getstate()
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(keys.astype(np.int64))}
+    if torch.cuda.is_available():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    rest = {
+        "python": [version, list(numbers), cached],
+        "numpy": [name, position, has_gauss, gauss],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, _generators(folder, rank), metadata={"rest": json.dumps(rest)})
+
+
+def load_generators(folder: Path, rank: int) -> None:
+    """Puts back what `save_generators` wrote; a process that did not exist then keeps its own."""
+    from safetensors import safe_open
+
+    file = _generators(folder, rank)
+    if not file.is_file():
+        return
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        rest = json.loads(opened.metadata()["rest"])
+    version, numbers, cached = rest["python"]
+    random.setstate((version, tuple(numbers), cached))
+    name, position, has_gauss, gauss = rest["numpy"]
+    keys = tensors["numpy"].numpy().astype(np.uint32)
+    np.random.set_state((name, keys, position, has_gauss, gauss))
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+
+
+def _generators(folder: Path, rank: int) -> Path:
+    return folder / f"generators-{rank}.safetensors"
