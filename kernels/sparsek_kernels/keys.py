@@ -163,10 +163,9 @@ def next_state(
     seen = state.seen + lengths
     index = torch.arange(m, device=device)
     last = (lengths - 1)[:, None, None]
+    # Joined by the last query, not gone by it, and not a sink (in its slot or among the new).
     chosen = (index - keys.base <= last) & (index >= layout.sinks) & (end > last)
-    # New sinks and the carried window lie beyond `base` too, but sinks are not selected keys.
     chosen &= keys.effective.detach() != torch.inf
-    chosen &= (index >= keys.base) | (index >= layout.sinks)
     rank = chosen.cumsum(2).sub_(1).masked_fill_(~chosen, keys.slots)
     selected = torch.full((batch, heads, keys.slots + 1), m, device=device, dtype=torch.int64)
     selected.scatter_(2, rank, index.expand_as(rank))

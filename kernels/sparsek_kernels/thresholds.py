@@ -72,11 +72,19 @@ def prefix_thresholds(
 
 
 def _merge(active: Tensor, new: Tensor, tau: Tensor) -> Tensor:
-    """Sorted union of what is above tau; -inf pads on the left, as few as possible."""
-    both = torch.cat([active, new], 1)
-    both = both.masked_fill(~(both > tau[:, None]), -torch.inf).sort(dim=1).values
-    width = int((both > -torch.inf).sum(1).max())
-    return both[:, both.shape[1] - width :].contiguous()
+    """Sorted union of what is above tau; -inf pads on the left, as few as possible.
+
+    Linear in `active` (a sort of both would cost its logarithm at every step).
+    """
+    new = new.sort(dim=1).values
+    size = active.shape[1] + new.shape[1]
+    at_old = torch.searchsorted(new, active) + torch.arange(active.shape[1], device=new.device)
+    at_new = torch.searchsorted(active, new, right=True)
+    at_new += torch.arange(new.shape[1], device=new.device)
+    both = new.new_empty(new.shape[0], size).scatter_(1, at_old, active).scatter_(1, at_new, new)
+    width = size - int((both <= tau[:, None]).sum(1).min())
+    both = both[:, size - width :]
+    return both.masked_fill(~(both > tau[:, None]), -torch.inf)
 
 
 def _solve(active: Tensor, new: Tensor, enough: Tensor, tau: Tensor, topk: Tensor) -> Tensor:

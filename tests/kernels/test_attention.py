@@ -107,6 +107,18 @@ def test_dtypes(dtype, tolerance, gate, make_inputs, relative_error):
         assert relative_error(a, b) < 4 * tolerance
 
 
+def test_autocast_leaves_the_precision_alone(make_inputs):
+    inputs = make_inputs(80, dtype=torch.float32)
+    expected = sparsek_attention(*inputs, topk=9, window=5)
+    reference = torch.autograd.grad(expected.square().sum(), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = sparsek_attention(*inputs, topk=9, window=5)
+        grads = torch.autograd.grad(out.square().sum(), inputs)
+    for a, b in zip([out, *grads], [expected, *reference], strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b)
+
+
 def test_scores_may_have_another_dtype(make_inputs):
     q, k, v, scores = make_inputs(80, dtype=torch.float32, grad=False)
     wide = sparsek_attention(q, k, v, scores.double(), topk=9, window=5)

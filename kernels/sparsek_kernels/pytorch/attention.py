@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -136,8 +137,20 @@ def _inference(q, keys, values, effective, end, tau, base, window, gate, scale) 
     return plan.from_tiles(out)
 
 
+def _own_precision(function):
+    """Run outside autocast, which would turn the fp32 products into bf16."""
+
+    @functools.wraps(function)
+    def call(ctx, tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(ctx, tensor, *rest)
+
+    return call
+
+
 class _Attend(torch.autograd.Function):
     @staticmethod
+    @_own_precision
     def forward(ctx, q, keys, values, effective, end, tau, counts, base, window, gate, scale):
         plan = _Plan(q, keys, end, base, window)
         dtype = compute_dtype(q.dtype)
@@ -168,6 +181,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_own_precision
     def backward(ctx, grad_out):
         q, keys, values, effective, end, tau, counts, out, logsum = ctx.saved_tensors
         base, window, gate, scale = ctx.settings

@@ -1,0 +1,71 @@
+"""Time grows with N (k + w) and memory with N: measured in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+STATUS = Path("/proc/self/status")
+
+# CPU seconds, not wall clock: other tests run beside this one. Lengths rise, so the high-water
+# mark after each belongs to it.
+PROBE = """
+import json, sys, time
+import torch
+from sparsek_kernels import sparsek_attention
+
+torch.set_num_threads(1)
+lengths, topk, window, train = json.loads(sys.argv[1])
+
+
+def high_water():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+
+
+def call(n):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, n, 16, requires_grad=train) for h in (2, 1, 1))
+    scores = torch.randn(1, 1, n, requires_grad=train)
+    begin = time.process_time()
+    out = sparsek_attention(q, k, v, scores, topk=topk, window=window)
+    if train:
+        out.sum().backward()
+    return time.process_time() - begin
+
+
+call(600)
+base = high_water()
+print(json.dumps([[min(call(n), call(n)), high_water() - base] for n in lengths]))
+"""
+
+
+def check(lengths: list[int], topk: int, window: int, train: bool) -> None:
+    """Per doubling: at most 2.3 times the seconds and 2.2 times the KiB."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, json.dumps([lengths, topk, window, train])],
+        capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    figures = json.loads(done.stdout)
+    for (seconds, kib), (twice_seconds, twice_kib) in zip(figures, figures[1:], strict=False):
+        assert twice_seconds <= 2.3 * seconds, figures
+        assert twice_kib <= 2.2 * kib, figures
+
+
+pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="reads the peak from /proc")
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_linear_at_small_size(train):
+    check([8192, 16384, 32768], 32, 32, train)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
+def test_linear_at_the_size_of_the_bar(train):
+    check([16384, 32768, 65536], 256, 256, train)
