@@ -158,10 +158,17 @@ def teacher_context(model: Any, tuner: Any | None):
     return teacher
 
 
-def cast_for_saving(model: Any, dtype: torch.dtype) -> Any:
-    """Weights in `dtype`, scorers in float32; returns the model."""
+def cast_for_saving(
+    model: Any, dtype: torch.dtype, state: dict[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor] | None:
+    """Weights become `dtype`, scorers float32: in the model, or in its gathered `state`."""
+    model.config.dtype = dtype
+    if state is not None:
+        return {
+            name: tensor.float() if is_scorer(name) else tensor.to(dtype)
+            for name, tensor in state.items()
+        }
     for name, parameter in model.named_parameters():
         if not is_scorer(name) and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    model.config.dtype = dtype
-    return model
+    return None

@@ -52,8 +52,7 @@ def write_model(
             if recipe.train == "scorers" and (base.path / SCORERS).is_file():
                 _link_base(model, base.path, folder, state)
             else:
-                model = cast_for_saving(model, dtype)
-                model.config.use_cache = True
+                state = cast_for_saving(model, dtype, state)
                 model.save_pretrained(folder, state_dict=state)
             tokenizer.save_pretrained(folder)
             text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)

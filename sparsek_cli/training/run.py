@@ -1,6 +1,5 @@
 """`sparsek finetune` from recipe to finished folder."""
 
-import gc
 import os
 import shutil
 from dataclasses import dataclass
@@ -8,14 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 
 from sparsek_cli import hub
-from sparsek_cli.data.mixture import HeldOut, build_mixture, load_texts
+from sparsek_cli.data.corpus import Corpus
+from sparsek_cli.data.mixture import HeldOut, Mixture, build_mixture, load_texts
 from sparsek_cli.devices import choose_device
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
-from sparsek_cli.training import checkpoints
 from sparsek_cli.training.model import (
     build_random,
     load_pretrained,
@@ -29,13 +27,16 @@ from sparsek_cli.training.parameters import choose_parameters, is_sparse, traine
 from sparsek_cli.training.plan import TrainingPlan, make_plan
 from sparsek_cli.training.progress import ProgressReport, Report, Silent
 from sparsek_cli.training.trainer import SparsekTrainer, training_arguments
+from sparsek_cli.training.unfinished import (
+    begin,
+    check_output,
+    checkpoint_to_resume,
+    leave,
+    part_folder,
+)
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-
-# What may differ between a run and its continuation.
-_FREE = {"save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",
-         "out", "compile", "checkpointing", "loss_chunk"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,6 @@ class TrainingResult:
     peak_gib: float | None
 
 
-def part_folder(output: Path) -> Path:
-    """Where a run lives until it is finished."""
-    return output.with_name(output.name + ".part")
-
-
 def finetune(
     recipe: "FinetuneRecipe",
     *,
@@ -91,9 +87,8 @@ def finetune(
     """
     report = report or Silent()
     output = Path(recipe.out).expanduser()
-    part = part_folder(output)
     if not dry_run:
-        _check_output(output, part, resume=resume, overwrite=overwrite)
+        check_output(output, resume=resume, overwrite=overwrite)
     device = choose_device(recipe.device)
     bf16 = _wants_bf16(recipe, device)
     source = None if recipe.model is None else hub.resolve(recipe.model)
@@ -110,29 +105,70 @@ def finetune(
         return make_plan(recipe, model, texts, name=name, output=output, bf16=bf16)
 
     model, tuner, dtype = _load(recipe, tokenizer, source, bf16)
-    plan = make_plan(recipe, model, texts, name=name, output=output, bf16=bf16)
-    report.say(plan.text())
-    data = build_mixture(recipe, texts, tokenizer, plan.steps * recipe.batch_size)
-    evaluation = None
-    if held_out is not None:
-        count = recipe.evaluation.sequences
-        evaluation = HeldOut(held_out, recipe.sequence_length, count, recipe.seed)
-    objective = Objective(
-        **recipe.objective.model_dump(),
-        loss_chunk=recipe.loss_chunk,
-    )
     if recipe.objective.distill > 0 and not is_sparse(model):
         raise UsageError(
             "a dense model is its own teacher: nothing to distill",
             hint="set objective.distill=0, or train a converted model",
         )
-    start = trained_state(model) if _compares(recipe, evaluation) else None
+    plan = make_plan(recipe, model, texts, name=name, output=output, bf16=bf16)
+    report.say(plan.text())
+    part = part_folder(output)
+    checkpoint = checkpoint_to_resume(recipe, part) if resume else None
+    begin(recipe, part, resume=resume)
+    try:
+        trainer = _trainer(
+            recipe, model, tuner, plan, device, part,
+            data=build_mixture(recipe, texts, tokenizer, plan.steps * recipe.batch_size),
+            held_out=held_out, resumed=resume, report=report,
+        )  # fmt: skip
+        result = _train(trainer, plan, checkpoint, report)
+        state = trainer.full_state()
+        if trainer.is_world_process_zero():
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            detach(model)
+            if tuner is not None:
+                model = tuner.merge_and_unload()
+            write_model(
+                model, tokenizer, output,
+                recipe=recipe, result=result, dtype=dtype, base=source, state=state, name=name,
+            )  # fmt: skip
+            shutil.rmtree(part, ignore_errors=True)
+    except BaseException:
+        kept = leave(part) if os.environ.get("RANK", "0") == "0" else None
+        if kept is not None:
+            report.say(f"stopped; {kept} is kept, --resume continues from it")
+        raise
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _trainer(
+    recipe: "FinetuneRecipe",
+    model: Any,
+    tuner: Any | None,
+    plan: TrainingPlan,
+    device: torch.device,
+    part: Path,
+    *,
+    data: Mixture,
+    held_out: Corpus | None,
+    resumed: bool,
+    report: Report,
+) -> SparsekTrainer:
+    """Everything that trains, ready to start."""
+    evaluation = None
+    if held_out is not None:
+        count = recipe.evaluation.sequences
+        evaluation = HeldOut(held_out, recipe.sequence_length, count, recipe.seed)
+    objective = Objective(**recipe.objective.model_dump(), loss_chunk=recipe.loss_chunk)
     args = training_arguments(
-        recipe, part, steps=plan.steps, bf16=bf16, cpu=device.type == "cpu",
+        recipe, part, steps=plan.steps, bf16=plan.precision == "bf16", cpu=device.type == "cpu",
         processes=plan.processes,
     )  # fmt: skip
-    checkpoint = _checkpoint(recipe, part, resume)
-    args.eval_on_start = start is not None and checkpoint is None
+    # The start, to compare the end with; a resumed run has measured it.
+    compares = recipe.train == "scorers" and recipe.keep_better and evaluation is not None
+    start = trained_state(model) if compares else None
+    args.eval_on_start = compares and not resumed
     if recipe.checkpointing:
         # The first name is newer than the oldest transformers supported here.
         newer = getattr(model, "activation_checkpointing_enable", None)
@@ -140,70 +176,55 @@ def finetune(
     if recipe.compile:
         decoder_of(model).compile()
     attach(model, objective, teacher_context(model, tuner))
-    progress = ProgressReport(report, plan.tokens_per_step)
-    trainer = SparsekTrainer(
+    return SparsekTrainer(
         recipe=recipe,
         objective=objective,
+        start=start,
         model=model,
         args=args,
         train_dataset=data,
         eval_dataset=evaluation,
-        callbacks=[progress],
+        callbacks=[ProgressReport(report, plan.tokens_per_step)],
     )
-    if device.type == "cuda":
+
+
+def _train(
+    trainer: SparsekTrainer, plan: TrainingPlan, checkpoint: Path | None, report: Report
+) -> TrainingResult:
+    """Runs to the end; the better of start and end is then in the model."""
+    on_gpu = trainer.args.device.type == "cuda"
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    _begin(recipe, part, trainer)
     try:
         done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.stop_if_not_finite()
-    except (KeyboardInterrupt, SparsekError):
-        _leave(part, trainer, report)
-        raise
     except torch.OutOfMemoryError as error:
-        _leave(part, trainer, report)
         raise SparsekError(
             "the GPU is out of memory",
             hint="set checkpointing=true, or lower micro_batch_size, sequence_length or loss_chunk",
         ) from error
-    held = _last_evaluation(trainer) if evaluation is not None else None
-    before = _first_evaluation(trainer.state.log_history)
+    trainer.stop_if_not_finite()
+    end = None if trainer.eval_dataset is None else _last_evaluation(trainer)
+    start = _first_evaluation(trainer.state.log_history)
     kept = "end"
-    if start is not None and before is not None and held > before:
+    if trainer.start is not None and start is not None and end > start:
+        trainer.put_back_start()
         kept = "start"
         report.say(
-            f"held-out loss rose from {before:.4f} to {held:.4f}: the scorers it started with "
+            f"held-out loss rose from {start:.4f} to {end:.4f}: the scorers it started with "
             "are kept (keep_better)"
         )
-        with torch.no_grad():
-            for key, tensor in start.items():
-                model.get_parameter(key).copy_(tensor)
-        held = before
-    seconds = done.metrics.get("train_runtime", 0.0)
     resumed_at = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
-    steps_here = trainer.state.global_step - resumed_at
-    result = TrainingResult(
-        output=str(output),
+    tokens = (trainer.state.global_step - resumed_at) * plan.tokens_per_step
+    return TrainingResult(
+        output=plan.output,
         steps=trainer.state.global_step,
         loss=trainer.final_loss(),
-        start_loss=before,
-        held_out_loss=held,
+        start_loss=start,
+        held_out_loss=start if kept == "start" else end,
         kept=kept,
-        tokens_per_second=steps_here * plan.tokens_per_step / max(seconds, 1e-9),
-        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        tokens_per_second=tokens / max(done.metrics.get("train_runtime", 0.0), 1e-9),
+        peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     )
-    state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
-    if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        detach(model)
-        if tuner is not None:
-            model = tuner.merge_and_unload()
-        write_model(
-            model, tokenizer, output,
-            recipe=recipe, result=result, dtype=dtype, base=source, state=state, name=name,
-        )  # fmt: skip
-        shutil.rmtree(part, ignore_errors=True)
-    trainer.accelerator.wait_for_everyone()
-    return result
 
 
 def _load(
@@ -263,10 +284,6 @@ def _wants_bf16(recipe: "FinetuneRecipe", device: torch.device) -> bool:
     return recipe.precision == "bf16"
 
 
-def _compares(recipe: "FinetuneRecipe", evaluation: Any) -> bool:
-    return recipe.train == "scorers" and recipe.keep_better and evaluation is not None
-
-
 def _first_evaluation(history: list[dict]) -> float | None:
     starts = [e["eval_loss"] for e in history if "eval_loss" in e and e.get("step") == 0]
     return starts[0] if starts else None
@@ -278,57 +295,3 @@ def _last_evaluation(trainer: SparsekTrainer) -> float:
         if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
             return entry["eval_loss"]
     return trainer.evaluate()["eval_loss"]
-
-
-def _check_output(output: Path, part: Path, *, resume: bool, overwrite: bool) -> None:
-    if output.exists() and not overwrite:
-        raise UsageError(
-            f"'{output}' exists", hint="choose another OUT, or add --overwrite to replace it"
-        )
-    unfinished = checkpoints.checkpoints_in(part)
-    if resume and not unfinished:
-        raise UsageError(
-            f"nothing to resume: {part} holds no checkpoint",
-            hint="start without --resume, and set save_steps to have checkpoints",
-        )
-    if unfinished and not resume and not overwrite:
-        raise UsageError(
-            f"an unfinished run is in {part}",
-            hint="--resume continues it, --overwrite starts over",
-        )
-
-
-def _checkpoint(recipe: "FinetuneRecipe", part: Path, resume: bool) -> Path | None:
-    if not resume:
-        return None
-    before = yaml.safe_load((part / "recipe.yaml").read_text(encoding="utf-8"))
-    now = recipe.model_dump(mode="json")
-    for key in now:
-        if key not in _FREE and before.get(key) != now[key]:
-            raise UsageError(
-                f"the unfinished run has {key} {before.get(key)!r}, now it is {now[key]!r}",
-                hint="resume with the same recipe, or --overwrite to start over",
-            )
-    return checkpoints.checkpoints_in(part)[-1]
-
-
-def _begin(recipe: "FinetuneRecipe", part: Path, trainer: SparsekTrainer) -> None:
-    if trainer.is_world_process_zero():
-        resumed = bool(checkpoints.checkpoints_in(part)) and (part / "recipe.yaml").is_file()
-        if not resumed or not trainer.args.eval_on_start:
-            part.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (part / "recipe.yaml").write_text(text, encoding="utf-8")
-    trainer.accelerator.wait_for_everyone()
-
-
-def _leave(part: Path, trainer: SparsekTrainer, report: Report) -> None:
-    """After a failure: keep what can be resumed, leave nothing else behind."""
-    if not trainer.is_world_process_zero():
-        return
-    kept = checkpoints.checkpoints_in(part)
-    if kept:
-        report.say(f"stopped; {kept[-1].name} is in {part}, --resume continues from it")
-    else:
-        shutil.rmtree(part, ignore_errors=True)
-    gc.collect()

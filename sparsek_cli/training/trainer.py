@@ -23,15 +23,23 @@ class SparsekTrainer(Trainer):
     Args:
         recipe: the validated FinetuneRecipe.
         objective: how loss sums become one number.
+        start: the parameters that learn, as they were before the run; None: not kept.
         kwargs: what Trainer takes.
     """
 
-    def __init__(self, *, recipe: Any, objective: Objective, **kwargs: Any):
+    def __init__(
+        self,
+        *,
+        recipe: Any,
+        objective: Objective,
+        start: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(data_collator=collate, **kwargs)
         # The loss is divided by the counts of the whole global batch, in `compute_loss`.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.recipe, self.objective = recipe, objective
+        self.recipe, self.objective, self.start = recipe, objective, start
         self.last_loss: torch.Tensor | None = None
         self._unchecked: tuple[torch.Tensor, list[int]] | None = None
         self._step_loss: torch.Tensor | None = None
@@ -100,6 +108,19 @@ class SparsekTrainer(Trainer):
         if self.last_loss is None:
             return float("nan")
         return self.accelerator.reduce(self.last_loss.clone(), reduction="mean").item()
+
+    @torch.no_grad()
+    def put_back_start(self) -> None:
+        """The parameters as they were before the run."""
+        model = self.accelerator.unwrap_model(self.model)
+        for name, tensor in self.start.items():
+            model.get_parameter(name).copy_(tensor)
+
+    def full_state(self) -> dict[str, torch.Tensor] | None:
+        """All weights where they are sharded (every process must call this), else None."""
+        if not self._sharded():
+            return None
+        return self.accelerator.get_state_dict(self.model_wrapped)
 
     # Optimiser.
 

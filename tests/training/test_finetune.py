@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.training.run import finetune, part_folder
+from sparsek_cli.training.run import finetune
+from sparsek_cli.training.unfinished import part_folder
 
 
 def weights(folder):

@@ -10,7 +10,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from sparsek_cli.training.run import finetune, part_folder
+from sparsek_cli.training.run import finetune
+from sparsek_cli.training.unfinished import part_folder
 
 WORDS = ["steps=4", "save_steps=2", "batch_size=4", "micro_batch_size=1", "learning_rate=1e-2",
          "data.copies={kind: copies, filler: text, passage: [8, 16], document_length: 32}",

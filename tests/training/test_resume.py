@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.training.run import finetune, part_folder
+from sparsek_cli.training.run import finetune
+from sparsek_cli.training.unfinished import part_folder
 
 # Dropout, so that the state of the random generators matters; two micro-batches per step.
 WORDS = ["steps=12", "save_steps=3", "architecture.settings.attention_dropout=0.1",
