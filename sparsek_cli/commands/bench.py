@@ -1,4 +1,4 @@
-"""`sparsek bench`: time one attention layer here, sparse beside dense."""
+"""`sparsek bench`: how fast attention, training steps, decoding and generation are here."""
 
 from typing import Annotated
 
@@ -8,89 +8,166 @@ from sparsek_cli.commands import options
 from sparsek_cli.console import Console
 from sparsek_cli.errors import UsageError
 
+Value = typer.Option
+WHAT = ("attention", "train", "decode", "generate")
+
 
 def bench(
+    what: Annotated[
+        str, typer.Argument(metavar="WHAT", help="attention, train, decode or generate.")
+    ] = "attention",
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="For generate: a converted model.")
+    ] = None,
     lengths: Annotated[
-        str, typer.Option("--lengths", metavar="N,N,...", help="Context lengths.")
-    ] = "1024,2048,4096,8192",
-    topk: Annotated[int, typer.Option("--topk", metavar="N", min=0, help="Selected keys.")] = 512,
-    window: Annotated[int, typer.Option("--window", metavar="N", min=1, help="Newest.")] = 512,
-    sinks: Annotated[int, typer.Option("--sinks", metavar="N", min=0, help="First tokens.")] = 4,
-    heads: Annotated[int, typer.Option("--heads", metavar="N", min=1, help="Query heads.")] = 8,
-    kv_heads: Annotated[int, typer.Option("--kv-heads", metavar="N", min=1, help="KV heads.")] = 2,
-    head_dim: Annotated[int, typer.Option("--head-dim", metavar="N", min=1, help="Size.")] = 64,
-    backward: Annotated[bool, typer.Option("--backward", help="Time training, too.")] = False,
-    dense: Annotated[bool, typer.Option("--dense/--no-dense", help="Time dense, too.")] = True,
-    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Median of.")] = 3,
+        str | None, Value("--lengths", metavar="N,N", help="Context lengths.")
+    ] = None,
+    heads: Annotated[str, Value("--heads", metavar="H/G", help="Query heads/KV heads.")] = "32/8",
+    dim: Annotated[int, Value("--dim", metavar="N", min=1, help="Head size.")] = 128,
+    topk: Annotated[int, Value("--topk", metavar="N", min=0, help="Selected keys.")] = 1024,
+    window: Annotated[int, Value("--window", metavar="N", min=1, help="Newest keys.")] = 1024,
+    sinks: Annotated[int, Value("--sinks", metavar="N", min=0, help="First tokens.")] = 0,
+    batch: Annotated[int, Value("--batch", metavar="N", min=1, help="Sequences.")] = 1,
+    gate: Annotated[
+        str, Value("--gate", metavar="GATE", help="straight_through, log or kv.")
+    ] = "straight_through",
+    against: Annotated[
+        str | None,
+        Value("--against", metavar="A,B", help="sdpa, sdpa-flash, sdpa-cudnn, flex, fla-nsa."),
+    ] = None,
+    tokens: Annotated[int, Value("--tokens", metavar="N", min=1, help="For generate.")] = 64,
+    repeats: Annotated[int, Value("--repeats", metavar="N", min=1, help="Median of.")] = 20,
+    plot: Annotated[str | None, Value("--plot", metavar="FILE", help="Write a plot.")] = None,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Time one attention layer on this machine, sparse beside dense (batch 1)."""
-    from dataclasses import asdict
-
-    from sparsek_cli.speed import Shape, measure
-
+    """Time the kernels beside their rivals: same process, same random data, checked first."""
+    if what not in WHAT:
+        raise UsageError(f"cannot bench '{what}'", hint=f"choose one of {', '.join(WHAT)}")
     console = Console(as_json=json, quiet=quiet)
-    tokens = _lengths(lengths)
-    if heads % kv_heads:
-        raise UsageError(
-            f"{heads} query heads cannot share {kv_heads} KV heads",
-            hint="--heads must be a multiple of --kv-heads",
-        )
-
     from sparsek_cli.devices import choose_device, choose_dtype
-    from sparsek_cli.diagnosis import chosen_backend
 
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    shape = Shape(heads, kv_heads, head_dim, topk, window, sinks)
-    name, why = chosen_backend(where, kind)
-    console.say(
-        f"{name} on {where} ({why}), {str(kind).removeprefix('torch.')}, {heads} heads, "
-        f"{kv_heads} KV heads of {head_dim}, k {topk}, window {window}, sinks {sinks}"
-    )
-    rows = []
-    if not json:
-        train = "  train ms  dense train" if backward else ""
-        console.result(f"{'tokens':>8}  sparse ms  dense ms  ratio  decode ms{train}", None)
-    for row in measure(
-        tokens,
-        shape,
-        device=where,
-        dtype=kind,
-        dense=dense,
-        backward=backward,
-        repeats=repeats,
-        seed=seed or 0,
-    ):
-        rows.append(asdict(row))
-        if not json:
-            ratio = f"{row.dense_ms / row.sparse_ms:5.2f}" if row.dense_ms else "    -"
-            train = f"  {_ms(row.sparse_train_ms, 8)}  {_ms(row.dense_train_ms, 11)}"
-            console.result(
-                f"{row.length:>8}  {_ms(row.sparse_ms, 9)}  {_ms(row.dense_ms, 8)}  {ratio}  "
-                f"{_ms(row.decode_ms, 9)}{train if backward else ''}",
-                None,
-            )
+    cuda = where.type == "cuda"
+    default = "4096,16384,32768,65536,131072" if cuda else "512,1024,2048"
+    tokens_of = _numbers(lengths or default)
+    if what == "generate":
+        rows, names, extra = _generate(
+            console, model, tokens_of, tokens, repeats, seed, where, kind
+        )
+    else:
+        query, kv = _heads(heads)
+        from sparsek_cli.benchmarks.case import Shape
+
+        shape = Shape(query, kv, dim, topk, window, sinks, batch, gate, kind, where, seed or 0)
+        console.say(_conditions(what, shape))
+        rows, names, extra = _layer(console, what, shape, tokens_of, against, repeats)
+    if plot:
+        from sparsek_cli.benchmarks.report import plot as draw
+
+        draw(what, rows, names, plot)
+        console.say(f"wrote {plot}")
     if json:
-        backend = {"backend": name, "device": str(where), "dtype": str(kind)}
-        console.result("", {**backend, "shape": asdict(shape), "rows": rows})
+        console.result("", {"what": what, **extra, "rows": rows})
 
 
-def _lengths(text: str) -> list[int]:
+def _layer(console, what, shape, lengths, against, repeats):
+    from dataclasses import asdict
+
+    from sparsek_cli.benchmarks import decode, layer, report
+    from sparsek_cli.benchmarks.rivals import RIVALS, default_rivals
+
+    rivals = against.split(",") if against else default_rivals(shape.device)
+    unknown = [name for name in rivals if name not in RIVALS and name != "none"]
+    if unknown:
+        raise UsageError(f"unknown rival '{unknown[0]}'", hint=f"choose from {', '.join(RIVALS)}")
+    rivals = [name for name in rivals if name != "none"]
+    extra = {"shape": asdict(shape)}
+    if what == "decode":
+        names = ["sparsek", *(["sdpa"] if rivals else [])]
+        measured = decode.measure(
+            lengths, shape, dense=bool(rivals), repeats=repeats, say=console.say
+        )
+        header, line = report.decode_header(names), report.decode_line
+    else:
+        names = ["sparsek", *rivals]
+        train = what == "train"
+        extra["errors"] = layer.check(shape, backward=train)
+        shown = ", ".join(f"{name} {value:.1e}" for name, value in extra["errors"].items())
+        console.say(f"checked against float64: {shown}")
+        measured = layer.measure(
+            lengths, shape, rivals, train=train, repeats=repeats, say=console.say
+        )
+        header, line = report.layer_header(names), report.layer_line
+    rows = []
+    if not console.as_json:
+        console.result(header, None)
+    for row in measured:
+        rows.append(row)
+        if not console.as_json:
+            console.result(line(row, names), None)
+    if what != "decode":
+        extra["break_even"] = layer.break_even(rows)
+        if extra["break_even"]:
+            console.say(f"ahead of dense from {extra['break_even']:.0f} tokens on")
+    return rows, names, extra
+
+
+def _generate(console, name, lengths, tokens, repeats, seed, device, dtype):
+    from sparsek_cli import hub
+    from sparsek_cli.benchmarks import generate, report
+    from sparsek_cli.loading import load_model
+
+    if name is None:
+        raise UsageError("generate needs a model", hint="sparsek bench generate MODEL")
+    model = load_model(hub.resolve(name, None), device=device, dtype=dtype)
+    rows = []
+    if not console.as_json:
+        console.result(report.generate_header(), None)
+    for row in generate.measure(
+        model, lengths, tokens=tokens, repeats=min(repeats, 3), seed=seed or 0, say=console.say
+    ):
+        rows.append(row)
+        if not console.as_json:
+            console.result(report.generate_line(row), None)
+    return rows, [], {"model": name}
+
+
+def _conditions(what: str, shape) -> str:
+    import torch
+
+    name = torch.cuda.get_device_name(shape.device) if shape.device.type == "cuda" else "cpu"
+    return (
+        f"{what} on {name}, torch {torch.__version__}, {str(shape.dtype).removeprefix('torch.')}, "
+        f"batch {shape.batch}, {shape.heads}/{shape.kv_heads} heads of {shape.head_dim}, "
+        f"k {shape.topk}, window {shape.window}, sinks {shape.sinks}, gate {shape.gate}"
+    )
+
+
+def _heads(text: str) -> tuple[int, int]:
+    parts = text.split("/")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise UsageError(f"--heads {text} is not H/G", hint="for instance --heads 32/8")
+    query, kv = map(int, parts)
+    if query % kv:
+        raise UsageError(
+            f"{query} query heads cannot share {kv} KV heads",
+            hint="the first number must be a multiple of the second",
+        )
+    return query, kv
+
+
+def _numbers(text: str) -> list[int]:
     try:
-        lengths = [int(word) for word in text.replace("_", "").split(",") if word.strip()]
+        numbers = [int(word) for word in text.replace("_", "").split(",") if word.strip()]
     except ValueError as error:
         raise UsageError(
             f"--lengths {text} is no list of numbers", hint="for instance --lengths 4096,8192"
         ) from error
-    if not lengths or min(lengths) < 1:
+    if not numbers or min(numbers) < 1:
         raise UsageError(f"--lengths {text}: a length is at least 1", hint="--lengths 4096,8192")
-    return lengths
-
-
-def _ms(value: float | None, width: int) -> str:
-    return f"{'-' if value is None else format(value, '.2f'):>{width}}"
+    return numbers

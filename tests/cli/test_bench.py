@@ -4,28 +4,45 @@ import json
 
 import pytest
 
-SMALL = ["--device", "cpu", "--heads", "2", "--kv-heads", "1", "--head-dim", "8", "--topk", "8"]
+SMALL = ["--device", "cpu", "--heads", "2/1", "--dim", "8", "--topk", "8", "--window", "8"]
 
 
-def test_rows(sparsek):
-    words = ["--lengths", "32,64", "--window", "8", "--backward", "--repeats", "1", "--json"]
-    shown = sparsek("bench", *SMALL, *words)
-    data = json.loads(shown.out)
-    assert shown.code == 0 and [row["length"] for row in data["rows"]] == [32, 64]
-    assert all(value > 0 for row in data["rows"] for value in row.values())
-    assert data["backend"] == "pytorch"
-
-
-def test_table(sparsek):
-    shown = sparsek("bench", *SMALL, "--lengths", "32", "--no-dense", "--repeats", "1")
+@pytest.mark.parametrize("what", ["attention", "train"])
+def test_rows(sparsek, what):
+    words = ["--lengths", "32,64", "--repeats", "1", "--against", "sdpa,fla-nsa", "--json"]
+    shown = sparsek("bench", what, *SMALL, *words)
     assert shown.code == 0
-    assert [len(line.split()) for line in shown.out.splitlines()][1] == 5
-    assert "pytorch on cpu" in shown.err
+    data = json.loads(shown.out)
+    assert [row["length"] for row in data["rows"]] == [32, 64]
+    for row in data["rows"]:
+        assert row["ms"]["sparsek"] > 0 and row["ms"]["sdpa"] > 0
+        assert row["ratio"] == pytest.approx(row["ms"]["sdpa"] / row["ms"]["sparsek"])
+        assert "fla-nsa" in row["missing"]
+    wanted = {"out"} if what == "attention" else {"out", "dq", "dk", "dv", "dscores"}
+    assert set(data["errors"]) == wanted
+
+
+def test_decode_is_measured_once_the_slots_are_full(sparsek):
+    words = ["--lengths", "12,64", "--repeats", "1", "--json"]
+    shown = sparsek("bench", "decode", *SMALL, *words)
+    assert shown.code == 0
+    (row,) = json.loads(shown.out)["rows"]
+    assert row["length"] == 64 and row["ms"]["sdpa"] > 0 and "12" in shown.err
+
+
+def test_table_and_plot(sparsek, tmp_path):
+    picture = tmp_path / "out.png"
+    words = ["--lengths", "32,48", "--against", "sdpa", "--repeats", "1", "--plot", str(picture)]
+    shown = sparsek("bench", "attention", *SMALL, *words)
+    assert shown.code == 0
+    assert [line.split()[0] for line in shown.out.splitlines()] == ["tokens", "32", "48"]
+    assert picture.stat().st_size > 1000
 
 
 @pytest.mark.parametrize(
-    "words", [["--lengths", "many"], ["--lengths", "0"], ["--heads", "3", "--kv-heads", "2"],
-              ["--window", "0"], ["--topk", "some"]],
+    "words", [["everything"], ["--lengths", "many"], ["--lengths", "0"], ["--heads", "3/2"],
+              ["--heads", "4"], ["--window", "0"], ["--topk", "some"], ["generate"],
+              ["--device", "cpu", "--against", "magic"]],
 )  # fmt: skip
 def test_bad_requests(sparsek, words):
     assert sparsek("bench", *words).failed(2)

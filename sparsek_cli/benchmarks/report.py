@@ -1,0 +1,79 @@
+"""Benchmark rows as a table for people and a plot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _number(value: float | None, width: int, digits: int = 2) -> str:
+    return f"{'-' if value is None else format(value, f'.{digits}f'):>{width}}"
+
+
+def layer_header(names: list[str]) -> str:
+    columns = "".join(f"{name:>12}" for name in names)
+    return f"{'tokens':>8}{columns}   ratio  TFLOP/s  of ideal  peak MiB  us/token"
+
+
+def layer_line(row: dict[str, Any], names: list[str]) -> str:
+    times = "".join(_number(row["ms"].get(name), 12) for name in names)
+    share = None if row["share_of_ideal"] is None else 100 * row["share_of_ideal"]
+    peak = None if row["peak_bytes"] is None else row["peak_bytes"] / 2**20
+    return (
+        f"{row['length']:>8}{times}{_number(row['ratio'], 8)}{_number(row['tflops'], 9, 1)}"
+        f"{_number(share, 9, 0)}%{_number(peak, 10, 0)}{_number(row['us_per_token'], 10, 4)}"
+    )
+
+
+def decode_header(names: list[str]) -> str:
+    columns = "".join(f"{name + ' us':>14}" for name in names)
+    return f"{'context':>8}{columns}   ratio  state MiB    GB/s  of copy"
+
+
+def decode_line(row: dict[str, Any], names: list[str]) -> str:
+    times = "".join(
+        _number(None if row["ms"].get(name) is None else 1e3 * row["ms"][name], 14, 1)
+        for name in names
+    )
+    share = None if row["share_of_copy"] is None else 100 * row["share_of_copy"]
+    return (
+        f"{row['length']:>8}{times}{_number(row['ratio'], 8)}"
+        f"{_number(row['state_bytes'] / 2**20, 11, 1)}"
+        f"{_number(row['bytes_per_second'] / 1e9, 8, 0)}{_number(share, 8, 0)}%"
+    )
+
+
+def generate_header() -> str:
+    return f"{'prompt':>8}  prefill s (dense)   tokens/s (dense)   ratio"
+
+
+def generate_line(row: dict[str, Any]) -> str:
+    cells = [
+        f"{_number(row.get(f'sparsek_{key}'), 10)} ({_number(row.get(f'dense_{key}'), 0)})"
+        for key in ("prefill_s", "tokens_per_s")
+    ]
+    return f"{row['length']:>8}{cells[0]:>19}{cells[1]:>19}{_number(row.get('ratio'), 8)}"
+
+
+def plot(what: str, rows: list[dict[str, Any]], names: list[str], path: str) -> None:
+    """Milliseconds over length, logarithmic both ways; the suffix of `path` names the format."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    for name in names:
+        points = [(r["length"], r["ms"][name]) for r in rows if name in r.get("ms", {})]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    if what == "generate":
+        for name in ("sparsek", "dense"):
+            key = f"{name}_tokens_per_s"
+            points = [(r["length"], 1e3 / r[key]) for r in rows if key in r]
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=what)
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
