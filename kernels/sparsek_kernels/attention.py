@@ -43,7 +43,8 @@ def sparsek_attention(
     Args:
         q: [B, H, N, D], fp64, fp32, bf16 or fp16. Computed in fp32, or fp64 for fp64.
         k, v: [B, G, N, D] with H a multiple of G, q's dtype.
-        scores: [B, G, N] u_j, any floating dtype, finite; compared in float64.
+        scores: [B, G, N] u_j, any floating dtype, compared in float64. Finite, or -inf for a key
+            that is never selected (it is seen in its window, and as a sink).
         topk: k >= 0, or one per KV head. 0 leaves window and sinks.
         window: w >= 1.
         sinks: s >= 0.
@@ -65,9 +66,7 @@ def sparsek_attention(
     """
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    run = dispatch.backend(
-        backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state
-    )
+    run = dispatch.backend(backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state)
     out, new = run(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,

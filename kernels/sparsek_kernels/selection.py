@@ -50,7 +50,7 @@ def prefix_topk(candidates: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     end[:, slots:] = torch.arange(n + 1, dtype=torch.int32, device=device)
     if slots and n and rows:
         if int((kept == -torch.inf).sum(1).min()) >= n:
-            end[:, slots:] = n  # room for all of them
+            end[:, slots:-1].masked_fill_(candidates > -torch.inf, n)  # room for all of them
         else:
             _settle(candidates, kept, end)
     return end[:, slots:-1], end[:, :slots]

@@ -172,3 +172,27 @@ def test_dead_and_loud_scores_stay_finite(make_inputs):
             out = sparsek_attention(*inputs, gate=gate, **SETTINGS)
             grads = torch.autograd.grad(out.square().sum(), inputs)
             assert torch.isfinite(out).all() and all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_minus_infinity_is_never_selected(gate, make_inputs):
+    """The same as a candidate list without those keys, thresholds and gradients included."""
+    q, k, v, scores = make_inputs(90, grad=False)
+    banned = torch.arange(90) % 3 == 1
+    scores = scores.masked_fill(banned, -torch.inf)
+    changed = [x.masked_fill(banned[None, None, :, None], 7.0) for x in (k, v)]
+    settings = dict(topk=6, window=1, sinks=0, gate=gate)
+    scores.requires_grad_()
+    a = sparsek_attention(q, k, v, scores, **settings)[:, :, ~banned]
+    b = sparsek_attention(q, *changed, scores, **settings)[:, :, ~banned]
+    torch.testing.assert_close(a, b)
+    grad = torch.autograd.grad(a.square().sum(), scores)[0]
+    assert torch.isfinite(grad).all() and not grad[:, :, banned].any()
+    state = SparseKState.empty(1, 1, 4, dtype=torch.float64, topk=6, window=1)
+    with torch.no_grad():
+        pieces = []
+        for t in range(90):
+            part = [x[:, :, t : t + 1] for x in (q, k, v, scores)]
+            piece, state = sparsek_attention(*part, state=state, **settings)
+            pieces.append(piece)
+    torch.testing.assert_close(torch.cat(pieces, 2)[:, :, ~banned], a, atol=1e-12, rtol=0)
