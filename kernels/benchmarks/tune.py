@@ -14,7 +14,7 @@ import sys
 import torch
 from sparsek_kernels.triton import backward as back
 from sparsek_kernels.triton import forward as fore
-from sparsek_kernels.triton import pipeline, scores, selection
+from sparsek_kernels.triton import pipeline, scores, selection, thresholds
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
 from sparsek_kernels.triton.tuning import Config
 
@@ -35,7 +35,7 @@ def candidates(kind: str, dim: int) -> list[Config]:
         return [Config(*s) for s in shapes]
     shapes = [(64, 1, 128, 8, 2), (64, 1, 128, 8, 3), (32, 1, 128, 8, 3), (64, 1, 64, 4, 2),
               (32, 1, 64, 4, 3), (32, 1, 64, 4, 2), (32, 1, 128, 8, 2)]  # fmt: skip
-    return [Config(*s, 1, 0, fused) for s in shapes for fused in (False, True)]
+    return [Config(*s, masked_stages=m) for s in shapes for m in (1, 2)]
 
 
 class Case:
@@ -61,7 +61,7 @@ class Case:
         )
         size = pipeline.list_size(self.settings, self.q, self.k)
         self.lists = key_lists(self.end, topk, args.window, 4, self.shape, [size, SUPER_TILE])
-        self.tau = scores.prefix_thresholds(self.e, topk, args.window, self.shape, self.sinks)
+        self.tau = thresholds.prefix_thresholds(self.e, topk, args.window, self.shape, self.sinks)
         self.runs = scores.interior_runs(self.e, self.tau, args.window, self.shape, self.sinks)
         self.gate_scores = pipeline.gate_values(self.e, self.sinks)
         self.args = args
@@ -141,13 +141,14 @@ def main() -> None:
                 ms = median_ms(lambda kind=kind, config=config: case.run(kind, config))
             except Exception:
                 continue
-            products = {"forward": 2, "dq": 3, "dkdv": 5 if config.fused else 4}[kind]
+            products = {"forward": 2, "dq": 3, "dkdv": 4}[kind]
             work = case.flops * products / 2
             lines.append((ms, work / ms / 1e9, config))
         for ms, rate, c in sorted(lines, key=lambda line: line[0]):
-            print(f"{kind:8s} {ms:8.3f} ms {rate:6.0f} TFLOP/s  {c.rows}x{c.keys} heads {c.heads} "
-                  f"warps {c.warps} stages {c.stages}/{c.masked_stages} registers {c.registers}"
-                  f"{' fused' * c.fused}")  # fmt: skip
+            print(
+                f"{kind:8s} {ms:8.3f} ms {rate:6.0f} TFLOP/s  {c.rows}x{c.keys} heads {c.heads}"
+                f" warps {c.warps} stages {c.stages}/{c.masked_stages} {c.registers}"
+            )
             result.append(dict(kind=kind, ms=ms, tflops=rate, **vars(c)))
     if args.json:
         with open(args.json, "w") as file:

@@ -55,10 +55,9 @@ def _key_gradient_step(
     block, head_in_group, k, v, dk, dv, column_sum,
     q_base, do_base, lse_base, delta_base, tau_base,
     q_h, q_n, do_h, do_n, stat_h, d, t0, t1, scale,
-    begin, stop, run_low, run_high, gate_score, centre, dq_base, row_base, dq_h, dq_scale,
+    begin, stop, run_low, run_high, gate_score, centre,
     BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
     MASKED: tl.constexpr, SCORES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
-    FUSED: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries of one block and head to dK and dV of a tile of keys (rows = keys)."""
     t = t0 + block * BQ + tl.arange(0, BQ)
@@ -103,27 +102,14 @@ def _key_gradient_step(
         counted = (t[None, :] >= run_low[:, None]) & (t[None, :] < run_high[:, None])
         if MASKED:
             counted = counted & visible
-        counted_dm = tl.where(counted, dm, 0.0)
-        column_sum += tl.sum(counted_dm, 1)
-        if FUSED:
-            row_sum = tl.sum(counted_dm, 0)
-            tl.atomic_add(row_base + stat, row_sum, mask=inside, sem="relaxed")
-    ds = ds.to(q.dtype)
-    dk = tl.dot(ds, q, dk, input_precision=PRECISION)
-    if FUSED:
-        dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION) * dq_scale
-        dq_at = dq_base + head_in_group * dq_h + (at * D)[:, None] + d[None, :]
-        if MASKED or D != DP:
-            mask = inside[:, None] & (d < D)[None, :]
-            tl.atomic_add(dq_at, dq, mask=mask, sem="relaxed")
-        else:
-            tl.atomic_add(dq_at, dq, sem="relaxed")
+        column_sum += tl.sum(tl.where(counted, dm, 0.0), 1)
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv, column_sum
 
 
 @triton.jit
 def _key_gradient(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, column_ptr, dq_ptr, row_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, column_ptr,
     gate_scores, tau, run_start, run_stop,
     end, sequences, tiles, offsets, counts, listed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n,
@@ -131,7 +117,6 @@ def _key_gradient(
     SIZE: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     GATE: tl.constexpr, WINDOW: tl.constexpr, SCORES: tl.constexpr, ATOMIC: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED_STAGES: tl.constexpr,
-    FUSED: tl.constexpr,
 ):  # fmt: skip
     """dK, dV (float32 [B, G, M, D], added or stored) and the key sums of dm of a tile of keys."""
     if WINDOW:
@@ -202,8 +187,6 @@ def _key_gradient(
     stat_h = batch * 0 + queries
     wide_q_h = batch * 0 + q_h
     wide_do_h = batch * 0 + do_h
-    dq_h = stat_h * D
-    dq_base = dq_ptr + stat * D
     centre = 0.0
     gate_score = begin.to(tl.float32)
     if GATE != 0 and not WINDOW:
@@ -230,8 +213,7 @@ def _key_gradient(
             q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
             wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale,
             begin, stop, run_low, run_high, gate_score, centre,
-            dq_base, row_ptr + stat, dq_h, scale * _LN_2,
-            BQ, D, DP, GATE, False, SCORES, WINDOW, PRECISION, FUSED,
+            BQ, D, DP, GATE, False, SCORES, WINDOW, PRECISION,
         )  # fmt: skip
     ramp = clear_low - low
     for step in tl.range(0, (ramp + high - clear_high) * group, num_stages=MASKED_STAGES):
@@ -242,8 +224,7 @@ def _key_gradient(
             q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
             wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale,
             begin, stop, run_low, run_high, gate_score, centre,
-            dq_base, row_ptr + stat, dq_h, scale * _LN_2,
-            BQ, D, DP, GATE, True, SCORES, WINDOW, PRECISION, FUSED,
+            BQ, D, DP, GATE, True, SCORES, WINDOW, PRECISION,
         )  # fmt: skip
     dk = dk * (scale * _LN_2)
     grad_at = ((row_at + key) * D)[:, None] + d[None, :]
@@ -282,11 +263,8 @@ def key_gradient(
     q, k, v, do, lse, delta, end, lists: KeyLists, geometry: Geometry, *,
     window: int, scale: float, gate: str, config: Config, gate_scores, tau, runs,
     deterministic: bool,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """dk, dv float32 [B, G, M, D]; key sums of dm, float32 [B, G, M], or None; dq; row sums.
-
-    With `config.fused` the same walk also adds dq, float32 [B, H, N, D], and the row sums of dm
-    atomically (5 matrix products instead of the 7 of two walks); otherwise both are None.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """dk, dv float32 [B, G, M, D] and, if `runs` is given, the key sums of dm, float32 [B, G, M].
 
     Args:
         lists: key lists of the super tiles.
@@ -303,14 +281,10 @@ def key_gradient(
         sums = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
     run_start, run_stop = runs or (end, end)
     dim = q.shape[3]
-    fused = config.fused and not deterministic
-    dq = torch.zeros(q.shape, dtype=torch.float32, device=q.device) if fused else None
-    rows = torch.zeros_like(lse) if fused and runs is not None else None
 
     def launch(grid, tiles, size, is_window, first_tile=0, tile_step=1):
         _key_gradient[grid](
             q, k, v, do, lse, delta, dk, dv, lse if sums is None else sums,
-            dk if dq is None else dq, lse if rows is None else rows,
             end if gate_scores is None else gate_scores, end if tau is None else tau,
             run_start, run_stop,
             end, geometry.sequences, tiles, lists.offsets, lists.counts, lists.keys,
@@ -321,7 +295,7 @@ def key_gradient(
             DP=max(16, triton.next_power_of_2(dim)), GATE=GATES[gate], WINDOW=is_window,
             SCORES=runs is not None, ATOMIC=not deterministic, WIDE=needs_wide_index(k, v),
             PRECISION=dot_precision(q.dtype), MASKED_STAGES=config.masked_stages,
-            FUSED=fused, **config.options(),
+            **config.options(),
         )  # fmt: skip
 
     tiles = geometry.tiles(config.keys)
@@ -337,4 +311,4 @@ def key_gradient(
             launch(grid, lists.tiles, lists.size, False, first_tile=place, tile_step=step)
     elif parts:
         launch((parts, count, geometry.heads), lists.tiles, lists.size, False)
-    return dk, dv, sums, dq, rows
+    return dk, dv, sums

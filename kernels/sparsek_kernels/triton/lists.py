@@ -110,6 +110,58 @@ def _build(
     tl.store(counts + 2 * one + 1, back)
 
 
+@triton.jit
+def _count_kept(end, block_counts, keys, blocks, window, BLOCK: tl.constexpr):
+    """Keys of one block of a row that are selected at some time."""
+    block = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    stop = tl.load(end + row * keys + key, mask=key < keys, other=0)
+    tl.store(block_counts + row * blocks + block, tl.sum((stop > key + window).to(tl.int32), 0))
+
+
+@triton.jit
+def _compact(
+    end, block_counts, kept, kept_ends, counts, keys, blocks, window,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes those keys and their ends in order; the last block also writes how many there are."""
+    block = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    before = 0
+    for start in range(0, block, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        before += tl.sum(tl.load(block_counts + row * blocks + at, mask=at < block, other=0), 0)
+    key = block * BLOCK + tl.arange(0, BLOCK)
+    stop = tl.load(end + row * keys + key, mask=key < keys, other=0)
+    keep = (stop > key + window).to(tl.int32)
+    where = row * keys + before + tl.cumsum(keep, 0) - keep
+    tl.store(kept + where, key, mask=keep != 0)
+    tl.store(kept_ends + where, stop, mask=keep != 0)
+    if block == blocks - 1:
+        tl.store(counts + 2 * row, before + tl.sum(keep, 0))
+        tl.store(counts + 2 * row + 1, 0)
+
+
+def _ever_selected(end: torch.Tensor, window: int, geometry: Geometry) -> KeyLists:
+    """One list per row: its keys that are selected at any time, usually a small part of all."""
+    rows, keys, device = geometry.rows, geometry.keys, end.device
+    blocks = triton.cdiv(keys, BLOCK)
+    block_counts = torch.empty(rows, blocks, dtype=torch.int32, device=device)
+    kept = torch.empty(rows * keys, dtype=torch.int32, device=device)
+    kept_ends = torch.empty_like(kept)
+    counts = torch.empty(rows, 2, dtype=torch.int32, device=device)
+    grid = (blocks, rows)
+    _count_kept[grid](end, block_counts, keys, blocks, window, BLOCK=BLOCK, num_warps=4)
+    _compact[grid](
+        end, block_counts, kept, kept_ends, counts, keys, blocks, window,
+        BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    offsets = torch.arange(rows + 1, dtype=torch.int64, device=device) * keys
+    # One "tile" per sequence, larger than any sequence.
+    return KeyLists(1 << 30, geometry.sequences, offsets, counts, kept, kept_ends, keys)
+
+
 def key_lists(
     end: torch.Tensor,
     topk: Sequence[int],
@@ -122,19 +174,20 @@ def key_lists(
 
     Args:
         end: int32 [B, G, M] from `selection_ends`.
-        sizes: tile sizes; each is returned, finest first, with `ends` for the sizes >= SUPER_TILE.
+        sizes: tile sizes; each is returned, finest first.
     """
     wanted = sorted(set(sizes))
     ladder = list(wanted)
-    # A tile without a parent reads its whole prefix: fine for a few dozen tiles.
+    # The coarsest tiles read all keys ever selected (packed documents: their whole prefix), which
+    # is fine for some dozens of tiles.
     if ladder[-1] < SUPER_TILE < geometry.queries:
         ladder.append(SUPER_TILE)
     while geometry.queries > 128 * ladder[-1]:
         ladder.append(ladder[-1] * 32)
     built: dict[int, KeyLists] = {}
-    parent = None
+    parent = None if geometry.packed else _ever_selected(end, window, geometry)
     for size in reversed(ladder):
-        keep_ends = size >= SUPER_TILE or size != ladder[0]
+        keep_ends = size != ladder[0]  # a list is read with its ends by finer ones only
         parent = _lists_of_size(end, topk, window, sinks, geometry, size, parent, keep_ends)
         built[size] = parent
     return [built[size] for size in wanted]

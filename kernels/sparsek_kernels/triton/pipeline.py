@@ -9,8 +9,9 @@ from sparsek_kernels.triton.backward import key_gradient, row_products
 from sparsek_kernels.triton.forward import attend_forward, query_gradient, rows_of
 from sparsek_kernels.triton.geometry import Geometry, geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
-from sparsek_kernels.triton.scores import interior_runs, prefix_thresholds, score_gradient
+from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
+from sparsek_kernels.triton.thresholds import prefix_thresholds
 from sparsek_kernels.triton.tuning import device_capability, launch_config
 
 LIST_SHARE = 0.04  # of the bytes of Q + K + V, the most that the finest key lists may take
@@ -118,28 +119,25 @@ def backward(
         runs = interior_runs(scores, tau, settings.window, shape, always)
     if settings.gate != "straight_through":
         gate_scores = gate_values(scores, always)
-    config = _config("dkdv", q, shape.group)
-    fused = config.fused and not deterministic
-    sizes = [SUPER_TILE] if fused else [list_size(settings, q, k), SUPER_TILE]
+    sizes = [list_size(settings, q, k), SUPER_TILE]
     lists = key_lists(end, settings.topk, settings.window, settings.sinks, shape, sizes)
     delta = row_products(out, do)
     common = dict(
         window=settings.window, scale=settings.scale, gate=settings.gate,
         gate_scores=gate_scores, tau=tau, runs=runs,
     )  # fmt: skip
-    dk, dv, column_sum, dq, row_sum = key_gradient(
-        q, k, v, do, lse, delta, end, lists[-1], shape,
-        config=config, deterministic=deterministic, **common,
+    dq, row_sum = query_gradient(
+        q, k, v, do, lse, delta, end, lists[0], shape,
+        config=_config("dq", q, shape.group), **common,
     )  # fmt: skip
-    if not fused:
-        dq, row_sum = query_gradient(
-            q, k, v, do, lse, delta, end, lists[0], shape,
-            config=_config("dq", q, shape.group), **common,
-        )  # fmt: skip
+    dk, dv, column_sum = key_gradient(
+        q, k, v, do, lse, delta, end, lists[-1], shape,
+        config=_config("dkdv", q, shape.group), deterministic=deterministic, **common,
+    )  # fmt: skip
     de = None
     if score_grad:
         de = score_gradient(column_sum, row_sum, runs, shape.group)
-    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), de
+    return dq, dk.to(k.dtype), dv.to(v.dtype), de
 
 
 def prepare(

@@ -12,7 +12,7 @@ running statistic of one stream: the k-th smallest position among the ranks befo
 3. inside a chunk only the positions between two neighbouring boundaries can matter, and at most
    CHUNK of them carry a better rank: pairwise comparisons finish the job.
 
-Work is O(N log N) for the sort plus O(N) with small constants; memory 16 bytes per key and head
+Work is O(N log N) for the sort plus O(N) with small constants; memory 28 bytes per key and head
 beyond the sort's own buffers.
 """
 
@@ -24,7 +24,7 @@ import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, ragged_index
 
-CHUNK = 128  # ranks resolved by one program
+CHUNK = 64  # ranks resolved by one program
 BUCKETS = 256  # position buckets of the histogram
 FOREVER = 2**31 - 1  # `end` of a key that is never evicted
 
@@ -144,12 +144,15 @@ def _ends(
     listed = tl.load(mine + lane, mask=lane < kept, other=FOREVER_)
     arriving = low_rank + lane
     key = tl.load(order + first + arriving, mask=arriving < limit, other=FOREVER_)
-    # later[i, m]: keys that arrive at rank i or later and lie at or before listed key m. Before
-    # rank i, the listed key m has k + m - later[i, m] better keys at or before it.
-    below = (key[:, None] <= listed[None, :]) & (arriving < limit)[:, None]
-    later = tl.cumsum(below.to(tl.int32), 0, reverse=True)
-    enough = (lane[None, :] >= later) & (lane < kept)[None, :]
-    statistic = tl.min(tl.where(enough, listed[None, :], high), 1)
+    statistic = tl.zeros([CHUNK], tl.int32) + high
+    if kept > 0:
+        # later[i, m]: keys that arrive at rank i or later and lie at or before listed key m.
+        # Before rank i, the listed key m has k + m - later[i, m] better keys at or before it.
+        below = (key[:, None] <= listed[None, :]) & (arriving < limit)[:, None]
+        below = below.to(tl.int32)
+        later = tl.sum(below, 0)[None, :] - tl.cumsum(below, 0) + below
+        enough = (lane[None, :] >= later) & (lane < kept)[None, :]
+        statistic = tl.min(tl.where(enough, listed[None, :], high), 1)
     leaves = tl.where(statistic > key, statistic - (key // row_keys) * row_keys + window, 0)
     tl.store(end + key, leaves, mask=arriving < limit)
 
@@ -237,7 +240,7 @@ def _resolve(scores, topk, window, geometry, always, never, end) -> None:
     scratch = torch.empty(count, CHUNK, dtype=torch.int32, device=device)
     _ends[(count,)](
         order, rank, chunks, segments, bound, scratch, end, geometry.keys, window,
-        CHUNK=CHUNK, BLOCK=1024, num_warps=8,
+        CHUNK=CHUNK, BLOCK=1024, num_warps=4,
     )  # fmt: skip
 
 

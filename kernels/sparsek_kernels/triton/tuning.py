@@ -12,7 +12,7 @@ import torch
 class Config:
     """rows: query rows (queries times packed heads) of a tile; heads: most heads packed; keys: keys
     per step; stages, masked_stages: software pipeline depth of the loops without and with masks;
-    registers: most per thread (0: the compiler decides); fused: dq in the dkdv walk, by atomics."""
+    registers: most per thread (0: the compiler decides)."""
 
     rows: int
     heads: int
@@ -21,7 +21,6 @@ class Config:
     stages: int
     masked_stages: int = 2
     registers: int = 0
-    fused: bool = False
 
     def options(self) -> dict[str, int]:
         """Launch options of the compiler."""
