@@ -3,6 +3,7 @@
 import os
 import shutil
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,7 @@ def finetune(
     output = Path(recipe.out).expanduser()
     if not dry_run:
         check_output(output, resume=resume, overwrite=overwrite)
+    _check_reporters(recipe)
     device = choose_device(recipe.device)
     bf16 = _wants_bf16(recipe, device)
     source = None if recipe.model is None else hub.resolve(recipe.model)
@@ -276,6 +278,15 @@ def _tokenizer_place(recipe: "FinetuneRecipe", source: hub.Checkpoint | None) ->
     if name in BUNDLED:
         return hub.bundled(name).path
     return SHORT_NAMES[name].hub_id if name in SHORT_NAMES else name
+
+
+def _check_reporters(recipe: "FinetuneRecipe") -> None:
+    packages = {"tensorboard": ("tensorboard", "tensorboardX")}
+    for name in recipe.report_to:
+        if not any(find_spec(package) for package in packages.get(name, (name,))):
+            raise UsageError(
+                f"report_to: {name} is not installed", hint=f"`pip install {name}`, or leave it out"
+            )
 
 
 def _wants_bf16(recipe: "FinetuneRecipe", device: torch.device) -> bool:

@@ -177,6 +177,12 @@ def test_impossible_requests(recipe, dense_checkpoint, tmp_path, words, message)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
 
 
+def test_a_missing_logger_is_named_at_once(recipe, dense_checkpoint, monkeypatch):
+    monkeypatch.setattr("sparsek_cli.training.run.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="report_to: trackio is not installed"):
+        finetune(recipe("train=all", "report_to=[trackio]", model=dense_checkpoint()))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

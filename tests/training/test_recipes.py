@@ -28,12 +28,16 @@ def test_every_key_is_explained(name):
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("tiny")])
 def test_it_runs(name, text_file, tmp_path, sparse_checkpoint, scratch):
     draft = load_recipe(FinetuneRecipe, name, verb="finetune")
+    length = 256 if any(block.kind == "needles" for block in draft.data.values()) else 64
     words = [
-        f"data.books.files={text_file}", "data.books.dataset=null", f"out={tmp_path / 'out'}",
-        "sequence_length=64", "batch_size=2", "micro_batch_size=2", "steps=1", "tokens=null",
+        f"out={tmp_path / 'out'}", f"sequence_length={length}", "batch_size=2",
+        "micro_batch_size=2", "steps=1", "tokens=null", "epochs=null", "evaluation.files=null",
         "evaluation.sequences=1", "evaluation.every=0", "save_steps=0", "data_workers=0",
         "device=cpu",
     ]  # fmt: skip
+    for source, block in draft.data.items():
+        if block.kind == "text":
+            words += [f"data.{source}.files={text_file}", f"data.{source}.dataset=null"]
     if draft.init == "random":
         words += [f"architecture.settings.{k}={v}"
                   for k, v in SMALL[draft.architecture.type].items()]  # fmt: skip
