@@ -7,7 +7,7 @@ from sparsek_cli.evaluation.store import load_results
 from sparsek_cli.evaluation.table import layout, number, shown
 
 # Differences in these make scores incomparable; others are worth a line.
-DECISIVE = ("limit", "data", "text", "lengths", "truncate", "max_new_tokens", "seed")
+DECISIVE = ("limit", "limits", "data", "text", "lengths", "truncate", "max_new_tokens", "seed")
 
 
 def compare(first: str, second: str) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def run_unit(
         raw = lm_eval_evaluate(
             lm,
             {"tasks": {unit.entry.name: unit.task}, "groups": {}, "group_map": {}},
-            limit=recipe.limit,
+            limit=recipe.limit_of(unit.entry.name),
             bootstrap_iters=100,
             apply_chat_template=unit.chat,
             fewshot_as_multiturn=unit.chat,

@@ -89,7 +89,7 @@ def load_units(
                 "data": recipe.data,
                 "text": recipe.text,
                 "seed": recipe.seed,
-                "limit": recipe.limit,
+                "limit": recipe.limit_of(entry.name),
                 "chat": chat,
                 "max_seq_lengths": [length or 4096],
             }
@@ -267,7 +267,7 @@ def build_requests(unit: Unit, lm: Any, recipe: Any) -> None:
 
     with quiet_lm_eval():
         unit.task.build_all_requests(
-            limit=get_sample_size(unit.task, recipe.limit),
+            limit=get_sample_size(unit.task, recipe.limit_of(unit.entry.name)),
             rank=lm.rank,
             world_size=lm.world_size,
             apply_chat_template=unit.chat,

@@ -29,6 +29,9 @@ class EvaluateRecipe(BaseModel):
         [], description="pairs per layer and KV head to try; empty: the checkpoint's own"
     )
     limit: PositiveInt | None = Field(None, description="samples per task and length; default: all")
+    limits: dict[str, PositiveInt] = Field(
+        {}, description="samples of single tasks, before `limit`: {ppl: 2, recall_16: 16}"
+    )
     lengths: list[PositiveInt] = Field(
         [], description="prompt lengths in tokens, for tasks that can be made at any length"
     )
@@ -62,6 +65,10 @@ class EvaluateRecipe(BaseModel):
     output: str | None = Field(
         None, description="result folder; default: runs/evaluate/<model>/<settings>"
     )
+
+    def limit_of(self, task: str) -> int | None:
+        """Samples of one task; None for all of them."""
+        return self.limits.get(task, self.limit)
 
     @field_validator("tasks", "baselines", "budgets", "lengths", "text", mode="before")
     @classmethod
