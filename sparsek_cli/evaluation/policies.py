@@ -137,14 +137,17 @@ def is_converted(model: Any) -> bool:
     return getattr(model.config, "sparsek", None) is not None
 
 
-def plan_policies(model: Any, baselines: list[str], budgets: list[int], seed: int) -> list[Policy]:
+def plan_policies(
+    model: Any, baselines: list[str], budgets: list[int], seed: int, *, own: bool = True
+) -> list[Policy]:
     """The rows of a run: dense first (it is the reference), then ours, then the other baselines.
 
     Args:
-        model: the model; one that is not converted has only its dense row.
+        model: the model; without SparseK attention it has only its dense row.
         baselines: names asked for.
         budgets: pairs per layer and head; empty for the checkpoint's own.
         seed: of `random`.
+        own: whether the model's scores mean something, so that its own row belongs in the table.
 
     Raises:
         UsageError: a name that is no policy.
@@ -156,7 +159,8 @@ def plan_policies(model: Any, baselines: list[str], budgets: list[int], seed: in
             raise UsageError(f"unknown baseline '{name}'", hint=hint)
     if not is_converted(model):
         return [Policy(DENSE)]
-    names = [n for n in dict.fromkeys([DENSE, OWN, *baselines]) if n in baselines or n == OWN]
+    wanted = [OWN, *baselines] if own else [n for n in baselines if n != OWN] or [DENSE]
+    names = [n for n in dict.fromkeys([DENSE, OWN, *wanted]) if n in wanted]
     rows: list[Policy] = []
     for name in names:
         policy = Policy(name, seed=seed)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation import proof as proofs
 from sparsek_cli.evaluation.catalogue import expand
-from sparsek_cli.evaluation.policies import DENSE, OWN, Policy, is_converted, plan_policies
+from sparsek_cli.evaluation.policies import DENSE, OWN, Policy, plan_policies
 from sparsek_cli.evaluation.store import (
     RESULTS,
     Store,
@@ -62,10 +62,11 @@ def evaluate(
     entries = expand(recipe.tasks)
     checkpoint = model_or_default(recipe.model, recipe.revision, say=console.say)
     files = data_fingerprint(recipe)
-    model, tokenizer = load_model(checkpoint, recipe)
-    policies = plan_policies(model, recipe.baselines, recipe.budgets, recipe.seed)
-    if not is_converted(model):
-        console.say(f"{checkpoint.name} is a dense model: only its dense row can be measured")
+    model, tokenizer, own = load_model(checkpoint, recipe)
+    policies = plan_policies(model, recipe.baselines, recipe.budgets, recipe.seed, own=own)
+    if not own:
+        rows = ", ".join(policy.label for policy in policies)
+        console.say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
     max_length = recipe.max_length or _max_length(model, tokenizer)
     lm = _harness(model, tokenizer, recipe, max_length)
     console.say(f"preparing {', '.join(recipe.tasks)}")
@@ -141,24 +142,35 @@ def check_policies(model: Any, policies: Sequence[Policy], max_length: int) -> d
     return checks
 
 
-def load_model(checkpoint: "Checkpoint", recipe: "EvaluateRecipe") -> tuple[Any, Any]:
-    """Model in eval mode on its device, and tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load_model(checkpoint: "Checkpoint", recipe: "EvaluateRecipe") -> tuple[Any, Any, bool]:
+    """Model in eval mode on its device, tokenizer, and whether the model brings its own scores.
 
-    import sparsek_cli.models  # noqa: F401  registers converted models
+    A dense model of a supported family becomes a sparse one in memory when a baseline asks for it:
+    windows and random pairs need no scores.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
     from sparsek_cli.devices import choose_device, choose_dtype
+    from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
 
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=dtype)
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        own = getattr(config, "sparsek", None) is not None
+        kind, options = AutoModelForCausalLM, {}
+        if not own and config.model_type in FAMILIES and set(recipe.baselines) - {DENSE}:
+            kind = family_of(config).sparsek_causal_lm
+            options["config"] = sparsek_config_from(config, {})
+        with quiet_lm_eval():  # scorers are missing there, and reported
+            model = kind.from_pretrained(checkpoint.path, dtype=dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     except (OSError, ValueError, RuntimeError) as error:
         raise SparsekError(
             f"cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}",
             hint="check it with `sparsek doctor MODEL`, or convert it again",
         ) from error
-    return model.to(device).eval(), tokenizer
+    return model.to(device).eval(), tokenizer, own
 
 
 def _harness(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length: int) -> Any:

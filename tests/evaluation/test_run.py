@@ -174,3 +174,14 @@ def test_tasks_that_fit_run_beside_refused_ones(run, recipe, console):
     [refused] = report["absent"]
     assert refused["task"] == "scrolls_qasper"
     assert "--truncate" in refused["remedy"]
+
+
+def test_a_dense_model_is_measured_under_policies_that_need_no_scores(
+    run, recipe, console, checkpoints
+):
+    settings = {"tasks": ["ppl"], "limit": 2, "baselines": ["dense", "window"]}
+    report = run(recipe(**settings, model=str(checkpoints[0]), budgets=[540]), console)
+    assert report["policies"] == ["dense", "window-540"]
+    dense, window = (unit["metrics"]["ppl"]["value"] for unit in report["units"])
+    assert dense != window
+    assert report["units"][1]["proof"]["kv_pairs"] == 2 * 2 * 540
