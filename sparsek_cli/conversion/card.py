@@ -29,7 +29,7 @@ tags:
 # {name}
 
 {source} with SparseK attention (arXiv 2406.16747): each KV head keeps {plan.sinks} first tokens,
-the newest {plan.window}, and the {plan.topk} others that a learned score ranks highest. The cache
+the newest {plan.window}, and {_selected(plan)} that a learned score ranks highest. The cache
 holds {plan.budget} tokens per KV head at any length: {kept:.1f} MiB for the whole model, where the
 dense one holds {dense:.1f} MiB at its context of {size.context:,} tokens.
 
@@ -62,6 +62,12 @@ The base model's licence applies to its weights.
 """
 
 
+def _selected(plan: Plan) -> str:
+    if plan.calibrate_tokens and plan.recipe.budgets == "per_head":
+        return f"on average {plan.topk} others"
+    return f"the {plan.topk} others"
+
+
 def _calibration(plan: Plan, report: Mapping[str, Any] | None) -> str:
     if not report:
         return (
@@ -71,6 +77,6 @@ def _calibration(plan: Plan, report: Mapping[str, Any] | None) -> str:
     return (
         f"Scorers were calibrated in closed form on {plan.calibrate_tokens:,} tokens "
         f"(`{plan.recipe.calibrate}`),\nwithout a gradient step. On held-out sequences the "
-        f"error of the attention outputs is\n{report['error']:.3f} of the dense output's energy; "
+        f"error of the attention outputs is\n{report['error']:.3f} of the dense outputs' energy; "
         f"a plain window of the same size has {report['window_error']:.3f}."
     )

@@ -81,6 +81,6 @@ def convert(plan: Plan, reporter: Reporter) -> Converted:
     with staged(plan.out) as folder:
         written = write_checkpoint(plan, scorers, folder, report)
         reporter.say("verifying")
-        verified = verify(plan, folder, written)
+        verified = verify(plan, scorers, folder, written)
     nan = "all weights read" if whole else f"sampled above {_READ_WHOLE >> 30} GiB"
     return Converted(plan, written, verified, nan, report)

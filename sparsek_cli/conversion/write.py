@@ -29,11 +29,15 @@ NEUTRAL_SLOPE = 1e-3
 
 @dataclass(frozen=True)
 class Scorer:
-    """One layer's scorer: weight [G, hidden], bias [G], slopes [G], all float32."""
+    """One layer's scorer: weight [G, hidden], bias [G], slopes [G], all float32.
+
+    topk holds the selected keys of each KV head.
+    """
 
     weight: np.ndarray
     bias: np.ndarray
     slopes: np.ndarray
+    topk: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def neutral_scorers(plan: Plan) -> list[Scorer]:
             np.zeros((heads, hidden), np.float32),
             np.zeros(heads, np.float32),
             np.full(heads, NEUTRAL_SLOPE, np.float32),
+            (plan.topk,) * heads,
         )
         for _ in range(plan.geometry.layers)
     ]
@@ -103,7 +108,7 @@ def _write(
     total = sum(e.end - e.start for s in plan.shards for e in s.tensors.values())
     total += sum(array.nbytes for array in tensors.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", converted_config(plan))
+    _write_json(folder / "config.json", converted_config(plan, scorers))
     remote = _remote_code()
     (folder / remote.name).write_text(remote.text, encoding="utf-8")
     for path in plan.side_files:
@@ -115,8 +120,10 @@ def _write(
     return Written(tuple(means), copied)
 
 
-def converted_config(plan: Plan) -> dict[str, Any]:
+def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
     """config.json of the converted model: the base's, plus type, classes and `sparsek` block."""
+    sizes = {size for scorer in scorers for size in scorer.topk}
+    topk = sizes.pop() if len(sizes) == 1 else [list(scorer.topk) for scorer in scorers]
     module = Path(_remote_code().name).stem
     base = plan.layout.causal_lm
     stem = base.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
@@ -131,7 +138,7 @@ def converted_config(plan: Plan) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{module}.SparseK{base}",
         },
         sparsek={
-            "topk": plan.topk,
+            "topk": topk,
             "window": plan.window,
             "sinks": plan.sinks,
             "gate": plan.recipe.gate,

@@ -33,6 +33,11 @@ class ConvertRecipe(BaseModel):
         "straight_through",
         description="how scores enter attention: straight_through, log or kv (the paper's)",
     )
+    budgets: Literal["per_head", "uniform"] = Field(
+        "per_head",
+        description="per_head: calibration gives heads that look far back more of the same total; "
+        "uniform: topk for every head",
+    )
     calibrate: str = Field(
         "auto",
         description="text for the closed-form scorers: auto (generated, offline), none (neutral "

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from sparsek_cli.console import Console
-from sparsek_cli.conversion.calibrate.choose import Budget, output_errors, visible
+from sparsek_cli.conversion.calibrate.allot import allot
+from sparsek_cli.conversion.calibrate.choose import (
+    Slots,
+    always_visible,
+    output_errors,
+    prefix_ranks,
+)
 from sparsek_cli.conversion.calibrate.collect import Recorded
 from sparsek_cli.conversion.calibrate.maps import SPREAD, Moments, ridge
 from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
@@ -64,31 +70,36 @@ def test_targets_equal_the_definition(recorded, step, monkeypatch):
         assert torch.allclose(result, expected, atol=1e-5)
 
 
+def visible(effective, rows, slots, topk) -> torch.Tensor:
+    ranks = prefix_ranks(effective, rows, slots)
+    return (ranks <= topk) | always_visible(TOKENS, rows, slots)
+
+
 @pytest.mark.parametrize("sinks", [0, 3])
 def test_visible_keys_equal_the_definition(sinks):
     # Few distinct values: ties go to the earlier token.
     effective = torch.randint(0, 4, (3, TOKENS)).double()
-    budget = Budget(topk=6, window=WINDOW, sinks=sinks)
+    topk, slots = 6, Slots(WINDOW, sinks, (6,))
     rows = torch.tensor([0, 4, 9, 20, TOKENS - 1])
-    seen = visible(effective, rows, budget)
+    seen = visible(effective, rows, slots, topk)
     for line in range(3):
         for number, t in enumerate(rows.tolist()):
             candidates = range(sinks, t - WINDOW + 1)
-            best = sorted(candidates, key=lambda j: (-float(effective[line, j]), j))[: budget.topk]
+            best = sorted(candidates, key=lambda j: (-float(effective[line, j]), j))[:topk]
             expected = {j for j in range(t + 1) if j < sinks or j > t - WINDOW} | set(best)
             assert set(seen[line, number].nonzero().flatten().tolist()) == expected
 
 
 def test_output_error_equals_attention_over_the_kept_keys(recorded):
-    budget = Budget(topk=4, window=WINDOW, sinks=1)
+    slots = Slots(WINDOW, sinks=1, sizes=(2, 4, TOKENS))
     effective = torch.randn(2, GROUPS, TOKENS).double()
     out_weight = torch.randn(HEADS * SIZE, 16)
     rows = torch.tensor([15, 30])
-    errors, energy = output_errors(recorded, effective, rows, budget, out_weight)
+    errors, energy = output_errors(recorded, effective, rows, slots, out_weight)
     weights = dense_weights(recorded)
     value = recorded.value[:, None]
-    for candidate in range(2):
-        seen = visible(effective[candidate], torch.arange(TOKENS), budget)
+    for candidate, level in ((0, 0), (0, 1), (1, 1), (1, 2)):
+        seen = visible(effective[candidate], torch.arange(TOKENS), slots, slots.sizes[level])
         sparse = weights * seen[:, None]
         sparse = sparse / sparse.sum(-1, keepdim=True)
         for group in range(GROUPS):
@@ -99,12 +110,24 @@ def test_output_error_equals_attention_over_the_kept_keys(recorded):
                 return joined @ part
 
             difference = (project(sparse) - project(weights)).square().sum(-1)[rows]
-            assert torch.allclose(errors[candidate, group], difference, rtol=1e-3, atol=1e-5)
+            assert torch.allclose(errors[candidate, level, group], difference, atol=1e-4)
             assert torch.allclose(energy[group], project(weights).square().sum(-1)[rows], rtol=1e-3)
-    nothing_dropped, _ = output_errors(
-        recorded, effective, rows, Budget(TOKENS, WINDOW, 1), out_weight
-    )
-    assert float(nothing_dropped.max()) < 1e-8
+    assert float(errors[:, 2].max()) < 1e-8
+
+
+def test_slots_go_where_the_error_falls():
+    sizes = (1, 2, 4, 8)
+    flat = np.zeros(4)
+    steep = np.array([8.0, 4.0, 2.0, 1.0])
+    chosen = allot(np.stack([flat, steep, flat, flat]), sizes, 16)
+    assert [sizes[c] for c in chosen][1] == 8
+    assert sum(sizes[c] for c in chosen) <= 16
+    rng = np.random.default_rng(0)
+    for total in (5, 9, 17, 40):
+        errors = np.sort(rng.random((5, 4)), axis=1)[:, ::-1]
+        chosen = allot(errors, sizes, total)
+        assert sum(sizes[c] for c in chosen) <= total
+    assert allot(errors[:, :1], (7,), 35).tolist() == [0] * 5
 
 
 def test_ridge_finds_a_planted_map_and_normalises_it():

@@ -14,7 +14,7 @@ from sparsek_cli.conversion.convert import convert
 from sparsek_cli.conversion.layout import LAYOUTS
 from sparsek_cli.conversion.plan import Plan, make_plan
 from sparsek_cli.conversion.shards import read_shards
-from sparsek_cli.conversion.write import converted_config
+from sparsek_cli.conversion.write import converted_config, neutral_scorers
 from sparsek_cli.hub import resolve
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -68,12 +68,12 @@ def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkp
     assert plan.layout.causal_lm == row.causal_lm.__name__
     assert plan.layout.dropout == row.dropout
     # config.json is written without importing transformers: it must say what the class would.
-    written = row.sparsek_config(**converted_config(plan)).to_dict()
-    wanted = sparsek_config_from(config, converted_config(plan)["sparsek"]).to_dict()
+    fields = converted_config(plan, neutral_scorers(plan))
+    written = row.sparsek_config(**fields).to_dict()
+    wanted = sparsek_config_from(config, fields["sparsek"]).to_dict()
     for key in ("architectures", "auto_map", "sparsek", "model_type", row.dropout):
         assert written[key] == wanted[key], key
-    auto_map = converted_config(plan)["auto_map"]
-    assert auto_map == wanted["auto_map"]
+    assert fields["auto_map"] == wanted["auto_map"]
 
 
 def test_base_is_linked_byte_for_byte(dense_checkpoint, tmp_path):

@@ -181,7 +181,7 @@ def test_interrupted_while_verifying(dense_checkpoint, refused, monkeypatch, num
 
     dense_checkpoint()
 
-    def interrupt(plan, folder, written):
+    def interrupt(plan, scorers, folder, written):
         assert (folder / "base-00001.safetensors").exists()
         os.kill(os.getpid(), number)
         raise AssertionError("the signal did nothing")

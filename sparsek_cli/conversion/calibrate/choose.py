@@ -19,43 +19,47 @@ _LOGITS = 1 << 27
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Slots per KV head."""
+class Slots:
+    """Slots per KV head that every candidate shares, and the sizes of topk to compare."""
 
-    topk: int
     window: int
     sinks: int
+    sizes: tuple[int, ...]
 
 
-def visible(effective: torch.Tensor, rows: torch.Tensor, budget: Budget) -> torch.Tensor:
-    """Keys that each query sees: sinks, window, and the topk best candidates of its prefix.
+def prefix_ranks(effective: torch.Tensor, rows: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """Rank of each key among the candidates of each query's prefix; 1 is the best.
 
     Args:
-        effective: [S, N] float64, one line per candidate and KV head.
+        effective: [S, N] float64, one line per candidate map and KV head.
         rows: [R] int64 queries.
-        budget: the slots.
+        slots: window and sinks.
 
     Returns:
-        [S, R, N] bool.
+        [S, R, N] int32; keys that are no candidates have the largest int32.
     """
-    tokens = effective.shape[-1]
-    positions = torch.arange(tokens, device=effective.device)
-    joined = (positions[None] >= budget.sinks) & (positions[None] <= rows[:, None] - budget.window)
+    positions = torch.arange(effective.shape[-1], device=effective.device)
+    joined = (positions >= slots.sinks) & (positions <= rows[:, None] - slots.window)
     # Stable: of equal scores the earlier token comes first, as in the kernels.
     order = effective.sort(dim=-1, descending=True, stable=True).indices
     ranked = joined[:, order].transpose(0, 1)
-    kept = ranked & (ranked.cumsum(-1, dtype=torch.int32) <= budget.topk)
-    selected = torch.zeros_like(kept).scatter_(-1, order[:, None].expand_as(kept), kept)
-    recent = (positions[None] <= rows[:, None]) & (positions[None] > rows[:, None] - budget.window)
-    first = (positions[None] < budget.sinks) & (positions[None] <= rows[:, None])
-    return selected | (recent | first)[None]
+    ranks = ranked.cumsum(-1, dtype=torch.int32)
+    ranks.masked_fill_(~ranked, torch.iinfo(torch.int32).max)
+    return torch.empty_like(ranks).scatter_(-1, order[:, None].expand_as(ranks), ranks)
+
+
+def always_visible(tokens: int, rows: torch.Tensor, slots: Slots) -> torch.Tensor:
+    """Sinks and window of each query: [R, N] bool."""
+    positions = torch.arange(tokens, device=rows.device)
+    recent = positions > rows[:, None] - slots.window
+    return (positions <= rows[:, None]) & (recent | (positions < slots.sinks))
 
 
 def output_errors(
     recorded: Recorded,
     effective: torch.Tensor,
     rows: torch.Tensor,
-    budget: Budget,
+    slots: Slots,
     out_weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared error after W_o of every candidate, per KV head and query.
@@ -64,17 +68,17 @@ def output_errors(
         recorded: one sequence in one layer.
         effective: [C, G, N] float64, each candidate's scores u + slope * position.
         rows: [R] int64 queries.
-        budget: slots.
+        slots: window, sinks and the L sizes of topk.
         out_weight: [H * D, hidden] float32.
 
     Returns:
-        Errors [C, G, R] and the dense output's energy [G, R], both float32.
+        Errors [C, L, G, R] and the dense output's energy [G, R], both float32.
     """
     heads, tokens, _ = recorded.query.shape
     # Rows of W_o by KV head: the error of a group's heads is added up before it is squared.
     out_weight = out_weight.view(recorded.key.shape[0], -1, out_weight.shape[-1])
     parts = [
-        _block_errors(recorded, effective, block, budget, out_weight)
+        _block_errors(recorded, effective, block, slots, out_weight)
         for block in rows.split(max(1, _LOGITS // (heads * tokens)))
     ]
     errors, energy = zip(*parts, strict=True)
@@ -85,7 +89,7 @@ def _block_errors(
     recorded: Recorded,
     effective: torch.Tensor,
     rows: torch.Tensor,
-    budget: Budget,
+    slots: Slots,
     out_weight: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`output_errors` of a few rows; out_weight [G, heads of the group * D, hidden]."""
@@ -114,9 +118,13 @@ def _block_errors(
     dense = attend(weights)
     energy = project(dense)
     errors = []
+    always = always_visible(tokens, rows, slots)
     step = max(1, _MASKS // (groups * len(rows) * tokens))
     for chunk in effective.split(step):
-        seen = visible(chunk.flatten(0, 1), rows, budget).view(*chunk.shape[:2], len(rows), tokens)
-        for mask in seen:
-            errors.append(project(attend(weights * mask[:, None]) - dense))
-    return torch.stack(errors), energy
+        ranks = prefix_ranks(chunk.flatten(0, 1), rows, slots)
+        for ranks_here in ranks.view(*chunk.shape[:2], len(rows), tokens):
+            for size_here in slots.sizes:
+                seen = (ranks_here <= size_here) | always
+                errors.append(project(attend(weights * seen[:, None]) - dense))
+    stacked = torch.stack(errors).unflatten(0, (len(effective), len(slots.sizes)))
+    return stacked, energy

@@ -14,7 +14,7 @@ _RIDGE = 1e-3
 
 
 class Moments:
-    """Weighted second moments of inputs and targets: X^T X and X^T Y in float64.
+    """Second moments of inputs and targets: X^T X and X^T Y in float64.
 
     Args:
         hidden: input width. targets: number of target columns.
@@ -24,15 +24,12 @@ class Moments:
         self.xx = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64, device=device)
         self.xy = torch.zeros(hidden + 1, targets, dtype=torch.float64, device=device)
 
-    def add(
-        self, inputs: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> None:
-        """Adds rows: inputs [R, hidden], targets [R, T], weights [R] or None for 1."""
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """Adds rows: inputs [R, hidden], targets [R, T]."""
         x = torch.nn.functional.pad(inputs.float(), (0, 1), value=1.0)
-        weighted = x if weights is None else x * weights[:, None]
         # One sequence at a time in float32 (fast), summed in float64 (exact over many).
-        self.xx += (weighted.T @ x).to(self.xx.dtype)
-        self.xy += (weighted.T @ targets.float()).to(self.xy.dtype)
+        self.xx += (x.T @ x).double()
+        self.xy += (x.T @ targets.float()).double()
 
     def __add__(self, other: Moments) -> Moments:
         total = Moments(self.xx.shape[0] - 1, self.xy.shape[1], self.xx.device)
@@ -51,7 +48,7 @@ class Moments:
 
     @property
     def rows(self) -> float:
-        """Sum of the weights."""
+        """Rows added."""
         return float(self.xx[-1, -1])
 
 
