@@ -82,9 +82,14 @@ def _is_dense(q, layout: SlotLayout, cu_seqlens, state) -> bool:
     return fits and cu_seqlens is None and state is None and q.dtype != torch.float64
 
 
-@lru_cache(maxsize=16)
+@torch.compiler.assume_constant_result
 def _no_triton(device: torch.device) -> str | None:
-    """Why Triton kernels cannot run on the device, or None."""
+    """Why Triton kernels cannot run on the device, or None; a constant to torch.compile."""
+    return _obstacle(device)
+
+
+@lru_cache(maxsize=16)
+def _obstacle(device: torch.device) -> str | None:
     if util.find_spec("triton") is None:
         return "Triton is not installed"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -115,6 +120,14 @@ def _run_dense(q, k, v, scores, *, layout, slopes, gate, cu_seqlens, state, scal
             if unused is not None and unused.requires_grad:
                 out = out + (unused.sum() * 0).to(out.dtype)
     return out, None
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Backend and reason for a long straight-through call on `device` in `dtype`."""
+    obstacle = _no_triton(device) if device.type == "cuda" else f"device {device.type}"
+    if obstacle is None and dtype == torch.float64:
+        obstacle = f"dtype {dtype}"
+    return ("pytorch", obstacle) if obstacle else ("triton", "CUDA device")
 
 
 def break_evens() -> list[dict[str, Any]]:

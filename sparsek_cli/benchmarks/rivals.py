@@ -77,7 +77,7 @@ def flex(data: Data, shape: Shape) -> Call:
     part = torch.zeros(1, 1, blocks, blocks, dtype=torch.int32)
     rows = torch.arange(blocks, dtype=torch.int32)
     part[0, 0, :, 0] = rows
-    part[0, 0, near:, 1] = rows[: blocks - near]
+    part[0, 0, near:, 1] = rows[: max(0, blocks - near)]
     part_counts = (1 + (rows >= near).int())[None, None]
     window = shape.window
 

@@ -30,7 +30,7 @@ def _once(call: Callable[[], object], device: torch.device) -> float:
         return 1e3 * (time.perf_counter() - start)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # Work ahead of the clock, so that the launches of a long call overlap with it.
-    torch.cuda._sleep(2_000_000)
+    torch.cuda._sleep(8_000_000)
     start.record()
     call()
     stop.record()

@@ -34,7 +34,7 @@ def _terms(here, owner, ordered, sign, place, inside, half):
     return word, mark.to(tl.float64) * value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["half"])
 def _totals(here, owner, ordered, sign, words, masses, size, half, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     place = block * BLOCK + tl.arange(0, BLOCK)
@@ -43,7 +43,7 @@ def _totals(here, owner, ordered, sign, words, masses, size, half, BLOCK: tl.con
     tl.store(masses + block, tl.sum(mass, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["half"])
 def _running(
     here, owner, ordered, sign, words, masses, word_sums, mass_sums, size, half,
     BLOCK: tl.constexpr,
@@ -68,7 +68,7 @@ def _running(
         tl.store(mass_sums + size, mass_first + tl.sum(mass, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["half"])
 def _descend(
     here, moved, owner, ends, ordered, word_sums, mass_sums,
     sums, counts, nodes, arrived, budget, size, queries, half, place_blocks,

@@ -1,0 +1,128 @@
+"""Compiles every Triton kernel for a GPU that need not be there, and reports what it takes.
+
+python kernels/benchmarks/compile_report.py [--capability 9.0] [--dim 128] [--gate log] [--json]
+
+A call of the backend on CPU tensors is recorded instead of launched: each distinct launch is
+compiled with the argument types and divisibilities it was made with. Prints registers, stack bytes
+(spills) and shared memory per kernel. Never set TRITON_INTERPRET with it.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+TYPES = {
+    torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "maxnreg")
+
+
+class Recorder:
+    """Stands in for JITFunction.run."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+        self.rows: dict[str, dict] = {}
+
+    def launch(self, kernel: JITFunction, *args, grid=None, warmup=False, **kwargs) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        signature, constants, attributes = {}, {}, {}
+        for index, name in enumerate(kernel.arg_names):
+            value, path = values[name], (index,)
+            if kernel.params[index].is_constexpr or (isinstance(value, int) and value == 1):
+                signature[name], constants[path] = "constexpr", value
+            elif torch.is_tensor(value):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[path] = [["tt.divisibility", 16]]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32"
+                if value % 16 == 0:
+                    attributes[path] = [["tt.divisibility", 16]]
+        key = f"{kernel.fn.__name__} {signature} {constants}"
+        if key in self.rows:
+            return
+        options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
+        source = ASTSource(kernel, signature, constants, attributes)
+        made = triton.compile(source, target=self.target, options=options)
+        flags = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
+        self.rows[key] = {
+            "kernel": kernel.fn.__name__,
+            "shared": made.metadata.shared,
+            **_resources(made.asm["cubin"]),
+            "constants": {n: v for n, v in flags.items() if n in ("GATE", "WINDOW", "BACKWARD")},
+            **options,
+        }
+
+
+def _resources(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    return {"registers": int(found.group(1)), "stack": int(found.group(2))}
+
+
+def report(capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype) -> list[dict]:
+    """One row per distinct kernel of a prefill, its backward pass and a decoding step."""
+    from sparsek_kernels.state import SparseKState
+    from sparsek_kernels.triton import decode, pipeline
+
+    recorder = Recorder(10 * capability[0] + capability[1])
+    JITFunction.run = lambda kernel, *args, **kwargs: recorder.launch(kernel, *args, **kwargs)
+    pipeline.device_capability = lambda device: capability
+    heads, groups, length, topk, window = 8, 2, 2048, 256, 256
+    q = torch.zeros(1, heads, length, dim, dtype=dtype)
+    k = torch.zeros(1, groups, length, dim, dtype=dtype)
+    scores = torch.zeros(1, groups, length, dtype=torch.float64)
+    settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5)
+    shape = pipeline.prepare(q, k, settings, None)
+    sinks = pipeline.sink_mask(shape, 4)
+    out, lse, end, tau = pipeline.forward(q, k, k, scores, settings, shape, always=sinks)
+    pipeline.backward(
+        q, q, k, k, scores, out, lse, end, tau, settings, shape,
+        score_grad=True, deterministic=False,
+    )  # fmt: skip
+    state = SparseKState.empty(2, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
+    token = torch.zeros(2, groups, dim, dtype=dtype)
+    decode.insert(state, token, token, torch.zeros(2, groups, dtype=torch.float64))
+    decode.decode(torch.zeros(2, heads, 1, dim, dtype=dtype), state, scale=1.0)
+    return list(recorder.rows.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", default="9.0")
+    parser.add_argument("--dim", type=int, default=128)
+    parser.add_argument("--gate", default="straight_through")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    major, minor = map(int, args.capability.split("."))
+    rows = report((major, minor), args.dim, args.gate, getattr(torch, args.dtype))
+    if args.json:
+        json.dump(rows, sys.stdout)
+        return
+    for row in rows:
+        print("{kernel:16s} {registers:4d} registers {stack:5d} stack {shared:7d} shared".format(
+            **row), row["constants"])  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

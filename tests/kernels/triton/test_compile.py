@@ -1,0 +1,36 @@
+"""Every kernel compiles for the GPUs we support, without one: it fits, and spills little."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+REPORT = Path(__file__).parents[3] / "kernels" / "benchmarks" / "compile_report.py"
+KERNELS = {
+    "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept", "_compact", "_build",
+    "_attend", "_delta", "_key_gradient", "_totals", "_running", "_descend",
+    "_insert", "_attend_slots", "_combine",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "capability, dim, gate, shared",
+    [("9.0", 128, "straight_through", 227), ("8.0", 64, "log", 163)],
+)
+def test_every_kernel_compiles(capability, dim, gate, shared):
+    words = ["--capability", capability, "--dim", str(dim), "--gate", gate, "--json"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, REPORT, *words], capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout)
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["shared"] <= shared * 1024, row
+        assert row["stack"] <= 512, row

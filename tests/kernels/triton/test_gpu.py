@@ -1,0 +1,131 @@
+"""The Triton backend on a CUDA device, at real sizes, against the PyTorch backend in float32."""
+
+import pytest
+import torch
+from sparsek_kernels.attention import sparsek_attention
+from sparsek_kernels.state import SparseKState
+
+pytestmark = pytest.mark.gpu
+
+# Against float32: output and gradients carry the rounding of their own dtype only.
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-5}
+CASES = [  # batch, heads, groups, n, dim, topk, window, sinks, gate, dtype
+    (1, 32, 8, 4097, 128, 1024, 1024, 4, "straight_through", torch.bfloat16),
+    (2, 4, 2, 3000, 64, 100, 77, 0, "log", torch.float16),
+    (1, 4, 4, 2500, 80, 64, 33, 1, "kv", torch.float32),
+    (1, 14, 2, 2111, 96, 200, 100, 3, "straight_through", torch.bfloat16),
+    (1, 4, 1, 2500, 256, 300, 200, 0, "straight_through", torch.bfloat16),
+    (1, 16, 1, 1500, 64, 1, 1, 0, "log", torch.float16),
+    (1, 8, 2, 2300, 128, [256, 0], 128, 4, "kv", torch.bfloat16),
+    (1, 1, 1, 127, 64, 5, 1, 0, "straight_through", torch.bfloat16),
+]
+
+
+def random_inputs(batch, heads, groups, n, dim, dtype, seed=0, offset=0.0):
+    new = torch.Generator("cuda").manual_seed(seed)
+    tensors = [
+        torch.randn(batch, h, n, dim, generator=new, device="cuda", dtype=dtype)
+        for h in (heads, groups, groups)
+    ]
+    scores = 2 * torch.randn(batch, groups, n, generator=new, device="cuda") + offset
+    return [x.requires_grad_() for x in (*tensors, scores)]
+
+
+@pytest.mark.parametrize("batch, heads, groups, n, dim, topk, window, sinks, gate, dtype", CASES)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_forward_and_gradients(
+    relative_error, batch, heads, groups, n, dim, topk, window, sinks, gate, dtype, offset
+):
+    inputs = random_inputs(batch, heads, groups, n, dim, dtype, offset=offset)
+    options = dict(topk=topk, window=window, sinks=sinks, gate=gate)
+    out = sparsek_attention(*inputs, backend="triton", **options)
+    grad = torch.randn_like(out)
+    mine = torch.autograd.grad(out, inputs, grad)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    wanted = sparsek_attention(*wide, backend="pytorch", **options)
+    theirs = torch.autograd.grad(wanted, wide, grad.float())
+    assert relative_error(out, wanted) < TOLERANCE[dtype]
+    for name, a, b in zip(("dq", "dk", "dv", "dscores"), mine, theirs, strict=True):
+        assert relative_error(a, b) < TOLERANCE[dtype], name
+
+
+def test_same_bits_twice_in_deterministic_mode():
+    inputs = random_inputs(1, 8, 2, 8192, 128, torch.bfloat16)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = []
+        for _ in range(2):
+            out = sparsek_attention(*inputs, topk=512, window=256, sinks=4, backend="triton")
+            runs.append((out, *torch.autograd.grad(out, inputs, out.detach())))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_prefill_then_graphed_decode_equals_one_call(relative_error):
+    n, prefix = 900, 800
+    q, k, v, scores = (x.detach() for x in random_inputs(2, 8, 2, n, 128, torch.bfloat16))
+    scores = scores.round()  # ties
+    options = dict(topk=100, window=64, sinks=4)
+    whole = sparsek_attention(q, k, v, scores, backend="triton", **options)
+    state = SparseKState.empty(2, 2, 128, dtype=torch.bfloat16, device="cuda", **options)
+    cut = [x[:, :, :prefix] for x in (q, k, v, scores)]
+    _, state = sparsek_attention(*cut, state=state, **options)
+    slot = [x[:, :, prefix : prefix + 1].clone() for x in (q, k, v, scores)]
+    # Warm up on a copy, then capture: capturing does not run the step.
+    sparsek_attention(*slot, state=state.clone(), **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = sparsek_attention(*slot, state=state, **options)
+    for t in range(prefix, n):
+        for target, source in zip(slot, (q, k, v, scores), strict=True):
+            target.copy_(source[:, :, t : t + 1])
+        graph.replay()
+        assert relative_error(out, whole[:, :, t : t + 1]) < TOLERANCE[torch.bfloat16]
+    assert state.seen.tolist() == [n, n]
+
+
+def test_no_query_sees_beyond_its_documents(relative_error):
+    bounds = [0, 1, 2, 1500, 1500, 4000]
+    inputs = random_inputs(1, 8, 2, 4000, 64, torch.float32)
+    options = dict(topk=[100, 60], window=50, sinks=2, backend="triton")
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device="cuda")
+    out = sparsek_attention(*inputs, cu_seqlens=cu_seqlens, **options)
+    mine = torch.autograd.grad(out, inputs, out.detach())
+    parts = [
+        sparsek_attention(*(x[:, :, a:b] for x in inputs), **options)
+        for a, b in zip(bounds, bounds[1:], strict=False)
+        if a < b
+    ]
+    alone = torch.cat(parts, 2)
+    theirs = torch.autograd.grad(alone, inputs, out.detach())
+    assert relative_error(out, alone) < 1e-5
+    for a, b in zip(mine, theirs, strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_a_million_tokens_fit(relative_error):
+    n = 1 << 20
+    inputs = random_inputs(1, 8, 2, n, 128, torch.bfloat16)
+    out = sparsek_attention(*inputs, topk=1024, window=1024, sinks=4, backend="triton")
+    gradients = torch.autograd.grad(out.float().square().sum(), inputs)
+    for g in gradients:
+        assert torch.isfinite(g).all() and g.abs().max() > 0
+    # A prefix does not know what follows it.
+    short = [x.detach()[:, :, :20000] for x in inputs]
+    head = sparsek_attention(*short, topk=1024, window=1024, sinks=4, backend="triton")
+    assert relative_error(out[:, :, :20000], head) < 1e-3
+
+
+def test_compiled_models_keep_one_graph():
+    q, k, v, scores = random_inputs(1, 4, 2, 3000, 64, torch.bfloat16)
+
+    @torch.compile(fullgraph=True)
+    def step(q, k, v, scores):
+        return sparsek_attention(q * 2, k, v, scores, topk=64, window=32, backend="triton") + 1
+
+    out = step(q, k, v, scores)
+    out.sum().backward()
+    assert torch.isfinite(scores.grad).all()
