@@ -94,7 +94,7 @@ def _attend_slots(
     lane = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     is_row = lane < group
-    q_head = head * group + lane
+    q_head = (head * group + lane).to(tl.int64)
     rows = load_rows(q + batch * q_b, q_head * q_h, d, is_row, D, DP, True)
     top = tl.full([ROWS], _LOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)

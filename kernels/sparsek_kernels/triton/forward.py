@@ -165,7 +165,7 @@ def _attend(
     t = t0 + lane // HG
     row_inside = t < t1
     query = (first_query + local + lane // HG).to(tl.int64)
-    q_head = head * group + part * HG + lane % HG
+    q_head = (head * group + part * HG + lane % HG).to(tl.int64)
     d = tl.arange(0, DP)
     d_inside = d < D
     row_mask = row_inside[:, None] & d_inside[None, :]

@@ -12,7 +12,7 @@ running statistic of one stream: the k-th smallest position among the ranks befo
 3. inside a chunk only the positions between two neighbouring boundaries can matter, and at most
    CHUNK of them carry a better rank: pairwise comparisons finish the job.
 
-Work is O(N log N) for the sort plus O(N) with small constants; memory 28 bytes per key and head
+Work is O(N log N) for the sort plus O(N) with small constants; memory 32 bytes per key and head
 beyond the sort's own buffers.
 """
 
