@@ -29,6 +29,9 @@ class TokenLogLikelihood(float):
         self.tokens = tokens
         return self
 
+    def __reduce__(self) -> tuple:
+        return TokenLogLikelihood, (self.tokens, float(self))
+
 
 def dataset(**settings: Any) -> dict:
     """The passages as lm-eval wants them: {"test": Dataset of text, tokens, length}.

@@ -13,11 +13,13 @@ from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation import proof as proofs
 from sparsek_cli.evaluation.catalogue import expand
 from sparsek_cli.evaluation.policies import DENSE, OWN, Policy, plan_policies
+from sparsek_cli.evaluation.ranks import Ranks
 from sparsek_cli.evaluation.store import (
     RESULTS,
     Store,
     digest,
     folder_name,
+    load_unit,
     to_json,
     write_atomically,
 )
@@ -59,34 +61,48 @@ def evaluate(
     """
     from sparsek_cli.last_model import model_or_default
 
+    ranks = Ranks()
+    say = console.say if ranks.first else _unheard
     entries = expand(recipe.tasks)
-    checkpoint = model_or_default(recipe.model, recipe.revision, say=console.say)
+    checkpoint = model_or_default(recipe.model, recipe.revision, say=say)
     files = data_fingerprint(recipe)
-    model, tokenizer, own = load_model(checkpoint, recipe)
+    model, tokenizer, own = load_model(checkpoint, recipe, ranks.device(recipe.device))
     policies = plan_policies(model, recipe.baselines, recipe.budgets, recipe.seed, own=own)
     if not own:
         rows = ", ".join(policy.label for policy in policies)
-        console.say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
+        say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
     max_length = recipe.max_length or _max_length(model, tokenizer)
     lm = _harness(model, tokenizer, recipe, max_length)
-    console.say(f"preparing {', '.join(recipe.tasks)}")
+    say(f"preparing {', '.join(recipe.tasks)}")
     units, absent = load_units(
         entries,
         recipe,
         tokenizer=tokenizer,
         tokenizer_path=str(checkpoint.path),
         max_length=max_length,
-        say=console.say,
+        say=say,
     )
     units, refused = refuse_long(units, lm, recipe)
     for item in refused:
-        console.say(f"refused {item.name}: {item.reason} ({item.remedy})")
+        say(f"refused {item.name}: {item.reason} ({item.remedy})")
     absent += refused
     checks = check_policies(model, policies, max_length)
 
     settings = _settings(recipe, checkpoint, model, max_length, files)
     folder = Path(recipe.output) if recipe.output else _default_folder(recipe, checkpoint, settings)
-    store = Store(folder, digest(settings), resume=resume, overwrite=overwrite)
+    store = None
+    if ranks.first:
+        store = Store(folder, digest(settings), resume=resume, overwrite=overwrite)
+    plan = [(unit, policy) for unit in units for policy in policies]
+    finished: dict[tuple[str, str], Any] = {}
+    ranks.wait()  # for the folder; and again before the first result is written into it
+    if resume:
+        finished = {
+            (unit.name, policy.label): load_unit(folder, policy.label, unit.name)
+            for unit, policy in plan
+        }
+    ranks.wait()
+    ranks.join(lm)
     results: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
 
@@ -94,36 +110,49 @@ def evaluate(
         report = _report(
             recipe, checkpoint, model, settings, policies, checks, results, absent, seconds
         )
-        write_atomically(folder / RESULTS, to_json(report))
+        report["complete"] = len(results) == len(plan)
+        if ranks.first:
+            write_atomically(folder / RESULTS, to_json(report))
         return report
 
-    total = sum(len(unit.task.instances) for unit in units) * len(policies)
     try:
-        with console.progress("evaluating", total=total) as bar:
+        with console.progress("evaluating", total=_requests(units, policies)) as bar:
             lm.advance = bar.advance
-            for unit in units:
-                for policy in policies:
-                    done = store.finished(policy.label, unit.name) if resume else None
-                    if done is not None:
-                        bar.advance(len(unit.task.instances))
-                        results.append(done)
-                        continue
-                    bar.describe(f"{unit.name} {policy.label}")
-                    started = time.monotonic()
-                    result, samples = run_unit(unit, policy, lm, recipe)
-                    seconds[f"{policy.label}/{unit.name}"] = round(time.monotonic() - started, 3)
-                    store.save(policy.label, unit.name, result, samples)
-                    results.append(result)
-                    write()
-                    console.detail(f"{unit.name} {policy.label}: {_brief(result)}")
-                lm.forget_encodings()
+            for unit, policy in plan:
+                done = finished.get((unit.name, policy.label))
+                if done is not None:
+                    bar.advance(len(unit.task.instances))
+                    results.append(done)
+                    continue
+                bar.describe(f"{unit.name} {policy.label}")
+                started = time.monotonic()
+                measured = run_unit(unit, policy, lm, recipe, ranks)
+                if measured is None or store is None:
+                    continue  # gathered by the first process
+                result, samples = measured
+                seconds[f"{policy.label}/{unit.name}"] = round(time.monotonic() - started, 3)
+                store.save(policy.label, unit.name, result, samples)
+                results.append(result)
+                write()
+                console.detail(f"{unit.name} {policy.label}: {_brief(result)}")
+                if policy is policies[-1]:
+                    lm.forget_encodings()
     except KeyboardInterrupt:
         write()
-        console.say(f"stopped; what is finished is in {folder}: go on with --resume")
+        say(f"stopped; what is finished is in {folder}: go on with --resume")
         raise
     report = write()
-    _write_reports(folder, report)
+    if ranks.first:
+        _write_reports(folder, report)
     return report | {"folder": str(folder)}
+
+
+def _unheard(text: str) -> None:
+    """What a process says that is not the first one."""
+
+
+def _requests(units: Sequence[Unit], policies: Sequence[Policy]) -> int:
+    return sum(len(unit.task.instances) for unit in units) * len(policies)
 
 
 def check_policies(model: Any, policies: Sequence[Policy], max_length: int) -> dict[str, Any]:
@@ -142,7 +171,9 @@ def check_policies(model: Any, policies: Sequence[Policy], max_length: int) -> d
     return checks
 
 
-def load_model(checkpoint: "Checkpoint", recipe: "EvaluateRecipe") -> tuple[Any, Any, bool]:
+def load_model(
+    checkpoint: "Checkpoint", recipe: "EvaluateRecipe", device: str
+) -> tuple[Any, Any, bool]:
     """Model in eval mode on its device, tokenizer, and whether the model brings its own scores.
 
     A dense model of a supported family becomes a sparse one in memory when a baseline asks for it:
@@ -153,8 +184,8 @@ def load_model(checkpoint: "Checkpoint", recipe: "EvaluateRecipe") -> tuple[Any,
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
 
-    device = choose_device(recipe.device)
-    dtype = choose_dtype(recipe.dtype, device)
+    where = choose_device(device)
+    dtype = choose_dtype(recipe.dtype, where)
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
         own = getattr(config, "sparsek", None) is not None
@@ -170,7 +201,7 @@ def load_model(checkpoint: "Checkpoint", recipe: "EvaluateRecipe") -> tuple[Any,
             f"cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}",
             hint="check it with `sparsek doctor MODEL`, or convert it again",
         ) from error
-    return model.to(device).eval(), tokenizer, own
+    return model.to(where).eval(), tokenizer, own
 
 
 def _harness(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length: int) -> Any:
@@ -196,12 +227,12 @@ def _max_length(model: Any, tokenizer: Any) -> int:
 
 
 def run_unit(
-    unit: Unit, policy: Policy, lm: Any, recipe: "EvaluateRecipe"
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    unit: Unit, policy: Policy, lm: Any, recipe: "EvaluateRecipe", ranks: Ranks
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """One task at one length under one policy.
 
     Returns:
-        The unit's result, and one record per sample.
+        The unit's result, and one record per sample; None in all processes but the first.
 
     Raises:
         SparsekError: the policy's attention did not run (see proof.check).
@@ -227,7 +258,10 @@ def run_unit(
             apply_chat_template=unit.chat,
             fewshot_as_multiturn=unit.chat,
         )
-    proofs.check(lm.proof, sparse=policy.sparse, task=unit.name, policy=policy.label)
+    proof = ranks.add_up(lm)
+    if raw is None:
+        return None
+    proofs.check(proof, sparse=policy.sparse, task=unit.name, policy=policy.label)
     samples = raw["samples"][unit.entry.name]
     result = {
         "task": unit.entry.name,
@@ -238,13 +272,13 @@ def run_unit(
         "primary": unit.entry.metric,
         "samples": len({s["doc_id"] for s in samples}),
         "chat_template": unit.chat,
-        "proof": lm.proof.as_dict(),
+        "proof": proof.as_dict(),
     }
     result["primary"] = _primary(result)
     if unit.entry.name == "ppl":
         from sparsek_cli.evaluation.ppl import loss_by_position
 
-        passages = [instance.resps[0] for instance in unit.task.instances]
+        passages = [sample["resps"][0][0] for sample in samples]
         result["loss_by_position"] = loss_by_position(passages, unit.length)
     if samples and "depth" in samples[0]["doc"]:
         result["by_depth"] = [

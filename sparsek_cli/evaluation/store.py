@@ -82,23 +82,25 @@ class Store:
         except (OSError, ValueError, KeyError):
             return None
 
-    def finished(self, policy: str, unit: str) -> dict[str, Any] | None:
-        """The stored result of one unit, or None."""
-        try:
-            return json.loads(self._unit(policy, unit).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
-
     def save(
         self, policy: str, unit: str, result: dict[str, Any], samples: Iterable[dict[str, Any]]
     ) -> None:
         """Stores one unit: samples first, so that a stored result always has them."""
         lines = "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
         write_atomically(self.folder / "samples" / policy / f"{unit}.jsonl", lines)
-        write_atomically(self._unit(policy, unit), to_json(result))
+        write_atomically(_unit_file(self.folder, policy, unit), to_json(result))
 
-    def _unit(self, policy: str, unit: str) -> Path:
-        return self.folder / "units" / policy / f"{unit}.json"
+
+def _unit_file(folder: Path, policy: str, unit: str) -> Path:
+    return folder / "units" / policy / f"{unit}.json"
+
+
+def load_unit(folder: Path, policy: str, unit: str) -> dict[str, Any] | None:
+    """The stored result of one unit, or None when it is not there or not whole."""
+    try:
+        return json.loads(_unit_file(folder, policy, unit).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def folder_name(parts: Iterable[object]) -> str:

@@ -65,11 +65,11 @@ def test_resume_after_a_crash_gives_the_same_results(run, recipe, console, tmp_p
     out = tmp_path / "again"
     real, calls = module.run_unit, []
 
-    def crashing(unit, policy, lm, recipe):
+    def crashing(unit, policy, *rest):
         calls.append((unit.name, policy.label))
         if len(calls) == 3:
             raise SystemExit("killed")
-        return real(unit, policy, lm, recipe)
+        return real(unit, policy, *rest)
 
     monkeypatch.setattr(module, "run_unit", crashing)
     with pytest.raises(SystemExit):
@@ -185,3 +185,21 @@ def test_a_dense_model_is_measured_under_policies_that_need_no_scores(
     dense, window = (unit["metrics"]["ppl"]["value"] for unit in report["units"])
     assert dense != window
     assert report["units"][1]["proof"]["kv_pairs"] == 2 * 2 * 540
+
+
+def test_ctrl_c_leaves_a_valid_partial_result(run, recipe, console, tmp_path, monkeypatch):
+    from sparsek_cli.evaluation import run as module
+
+    real = module.run_unit
+
+    def stopped(unit, policy, *rest):
+        if policy.label == "sparsek":
+            raise KeyboardInterrupt
+        return real(unit, policy, *rest)
+
+    monkeypatch.setattr(module, "run_unit", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe(tasks=["ppl"], limit=1), console)
+    report = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert report["complete"] is False
+    assert [unit["policy"] for unit in report["units"]] == ["dense"]

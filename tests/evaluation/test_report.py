@@ -1,0 +1,144 @@
+"""Tables, comparison and the HTML page, from results made by hand."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from sparsek_cli.errors import UsageError
+
+
+def unit(task, length, policy, value, *, metric="exact", budget=None, better=True, **extra):
+    return {
+        "task": task,
+        "length": length,
+        "policy": policy,
+        "budget": budget,
+        "primary": metric,
+        "metrics": {metric: {"value": value, "stderr": 0.01, "higher_is_better": better}},
+        "samples": 8,
+        "proof": {
+            "backends": {} if policy == "dense" else {"pytorch": 9},
+            "sparse_calls": 0 if policy == "dense" else 9,
+            "kv_pairs": 4096 if policy == "dense" else 512,
+            "kv_bytes": 8192 if policy == "dense" else 1024,
+            "kv_tokens": length or 700,
+            "kept_share": 1.0 if policy == "dense" else 0.125,
+            "prompts": 8,
+            "truncated_prompts": 0,
+        },
+    } | extra
+
+
+@pytest.fixture
+def report():
+    curve = {"position": [10.0, 20.0], "loss": [3.0, 2.5]}
+    depths = [[0.1, 1.0, "inn"], [0.9, 0.0, "room"]]
+    units = []
+    for policy, value in (("dense", 1.0), ("sparsek-64", 0.9), ("sparsek-128", 0.95)):
+        budget = None if policy == "dense" else int(policy.split("-")[1])
+        units.append(unit("recall_4", 4096, policy, value, budget=budget, by_depth=depths))
+        units.append(
+            unit("ppl", 4096, policy, 30 / value, metric="ppl", better=False, budget=budget,
+                 loss_by_position=curve)
+        )  # fmt: skip
+    return {
+        "format": 1,
+        "model": {"name": "m <b>", "type": "sparsek_llama", "path": "/x", "sparsek": None},
+        "recipe": {"truncate": "refuse", "limit": 8, "seed": 0},
+        "environment": {"dtype": "torch.float32", "device": "cpu", "versions": {}, "git": None},
+        "policies": ["dense", "sparsek-64", "sparsek-128"],
+        "soundness": {},
+        "fingerprint": "0",
+        "units": units,
+        "absent": [{"task": "scrolls_qmsum", "reason": "not there", "remedy": "unzip it"}],
+        "timings": {},
+    }
+
+
+def test_table_has_deltas_bytes_and_absent_tasks(report):
+    from sparsek_cli.evaluation.table import markdown, text
+
+    shown = text(report)
+    assert re.search(r"recall_4 +4096 +8 +exact +1\.000 ±0\.010 +0\.900 .* \(-0\.1\)", shown)
+    assert re.search(r"ppl +4096 +8 +ppl \(lower\) +30\.00 .*33\.33 .*\(\+3\.33\)", shown)
+    assert "1.02 kB (1/8)" in shown
+    assert "not measured: scrolls_qmsum: not there (unzip it)" in shown
+    assert "| recall_4 | 4096 | 8 | exact |" in markdown(report)
+
+
+def test_many_policies_become_lines(report):
+    from sparsek_cli.evaluation.table import text
+
+    report["policies"] = [*report["policies"], "a", "b", "c"]
+    assert re.search(r"recall_4 +4096 +8 +exact +sparsek-64 +0\.900", text(report))
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0.000"), (1.0, "1.000"), (35.54321, "35.54"), (4096.4, "4096"), (1e-5, "1e-05")],
+)
+def test_numbers(value, shown):
+    from sparsek_cli.evaluation.table import number
+
+    assert number(value) == shown
+
+
+def test_page_is_one_file_with_every_figure(report):
+    from html.parser import HTMLParser
+
+    from sparsek_cli.evaluation.html import page
+
+    html = page(report)
+    assert html.count("<svg") == 3
+    assert "m <b>" not in html
+    assert "m &lt;b&gt;" in html
+    assert not re.search(r'(src|href)="(?!#|data:|[\w_]+-)', html.replace('xlink:href="#', ""))
+    assert "<script" not in html
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+    HTMLParser().feed(html)
+
+
+def test_figures_need_data(report):
+    from sparsek_cli.evaluation.plots import figures
+
+    assert set(figures(report)) == {"score_by_budget", "recall_by_depth", "loss_by_position"}
+    report["units"] = [u for u in report["units"] if u["policy"] == "dense" and "ppl" in u["task"]]
+    assert set(figures(report)) == {"loss_by_position"}
+
+
+def write(folder, report):
+    folder.mkdir()
+    (folder / "results.json").write_text(json.dumps(report), encoding="utf-8")
+    return str(folder)
+
+
+def test_compare_shows_differences(report, tmp_path):
+    from sparsek_cli.evaluation.compare import as_text, compare
+
+    other = copy.deepcopy(report)
+    other["units"][2]["metrics"]["exact"]["value"] = 0.5
+    other["recipe"]["limit"] = 4
+    del other["units"][-1]
+    found = compare(write(tmp_path / "a", report), write(tmp_path / "b", other))
+    changed = [row for row in found["scores"] if row["difference"]]
+    assert [(row["policy"], row["a"], row["b"]) for row in changed] == [("sparsek-64", 0.9, 0.5)]
+    shown = as_text(found)
+    assert "not the same measurement, these settings differ: limit" in shown
+    assert "only in A: 1 scores" in shown
+    assert "-0.4" in shown
+
+
+def test_compare_without_common_scores_or_results(report, tmp_path):
+    from sparsek_cli.evaluation.compare import compare
+
+    other = copy.deepcopy(report)
+    for item in other["units"]:
+        item["length"] = 77
+    first, second = write(tmp_path / "a", report), write(tmp_path / "b", other)
+    with pytest.raises(UsageError, match="no score in common"):
+        compare(first, second)
+    with pytest.raises(UsageError, match=r"no results\.json"):
+        compare(first, str(tmp_path))
