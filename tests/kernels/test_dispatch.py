@@ -1,0 +1,55 @@
+"""Which backend is chosen, what insisting on one does, and what doctor is told."""
+
+import logging
+
+import pytest
+import torch
+from sparsek_kernels import dispatch
+from sparsek_kernels.attention import sparsek_attention
+from sparsek_kernels.state import SlotLayout
+
+
+def choose(name, n=50, dtype=torch.float32, **changes):
+    options = dict(layout=SlotLayout((4, 4), 3, 1), gate="straight_through", cu_seqlens=None,
+                   state=None)  # fmt: skip
+    q = torch.zeros(1, 2, n, 8, dtype=dtype)
+    return dispatch.backend(name, q, **(options | changes))
+
+
+def test_a_cpu_runs_pytorch_and_says_so_once(caplog):
+    dispatch._logged.clear()
+    with caplog.at_level(logging.INFO, "sparsek_kernels"):
+        runs = [choose(None) for _ in range(3)]
+    assert runs[0].__module__ == "sparsek_kernels.pytorch.run"
+    assert [record.message for record in caplog.records] == [
+        "attention runs on the pytorch backend: device cpu"
+    ]
+
+
+def test_insisting_on_what_cannot_run_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="backend must be"):
+        choose("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._obstacle.cache_clear()
+    with pytest.raises(ValueError, match="device cpu"):
+        choose("triton")
+    dispatch._obstacle.cache_clear()
+    with pytest.raises(ValueError, match="no key can be evicted"):
+        choose("sdpa", n=9)
+
+
+def test_dense_agrees_where_it_may_be_chosen(make_inputs, relative_error):
+    inputs = make_inputs(8, heads=4, groups=2, dim=8, dtype=torch.float32)
+    results = []
+    for backend in ("sdpa", "pytorch"):
+        out = sparsek_attention(*inputs, topk=4, window=3, sinks=1, backend=backend)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_doctor_gets_plain_data():
+    found = dispatch.describe()
+    assert {"backend", "reason", "device", "break_even"} <= set(found)
+    name, why = dispatch.explain(torch.device("cpu"), torch.float32)
+    assert (name, why) == ("pytorch", "device cpu")
