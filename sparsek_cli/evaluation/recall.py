@@ -157,18 +157,34 @@ def _filler(settings: dict[str, Any]) -> Filler:
     return _FILLERS[key]
 
 
-def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
+def process_results(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float | None]:
     """exact: the first line is the answer and nothing else; contains: the value is in it.
 
-    `exact_heldout` repeats `exact` for phrasings that calibration never sees.
+    `exact_heldout` is `exact` for phrasings that calibration never sees, and None for the others:
+    every sample has every metric, or lm-eval loses it where processes share the samples.
     """
     reply = results[0].strip().split("\n")[0]
     said = _plain(reply)
     exact = float(said in (_plain(doc["answer"]), _plain(doc["value"])))
-    scores = {"exact": exact, "contains": float(is_correct(reply, doc["value"]))}
-    if doc["split"] != "calibration":
-        scores["exact_heldout"] = exact
-    return scores
+    return {
+        "exact": exact,
+        "contains": float(is_correct(reply, doc["value"])),
+        "exact_heldout": None if doc["split"] == "calibration" else exact,
+    }
+
+
+def mean_of_given(items: Sequence[float | None]) -> float:
+    """Mean over the samples that have the metric; NaN when none has."""
+    given = [item for item in items if item is not None]
+    return sum(given) / len(given) if given else float("nan")
+
+
+def _standard_error(items: Sequence[float | None]) -> float | None:
+    given = [item for item in items if item is not None]
+    return float(np.std(given, ddof=1) / len(given) ** 0.5) if len(given) > 1 else None
+
+
+mean_of_given.standard_error = _standard_error
 
 
 def _plain(text: str) -> str:

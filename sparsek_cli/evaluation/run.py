@@ -307,7 +307,7 @@ def _metrics(raw: dict, unit: Unit, samples: list[dict[str, Any]]) -> dict[str, 
     metrics = {}
     for key, value in values.items():
         metric, _, filtered = key.partition(",")
-        if metric not in aggregation or not isinstance(value, int | float):
+        if metric not in aggregation or not isinstance(value, int | float) or math.isnan(value):
             continue
         error = values.get(f"{metric}_stderr,{filtered}")
         if not isinstance(error, int | float):

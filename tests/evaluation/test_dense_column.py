@@ -49,7 +49,9 @@ def plain_lm_eval(checkpoints, data, tasks, **options):
             results[name] = {
                 key.split(",")[0]: value
                 for key, value in found.items()
-                if key.split(",")[0] in task.aggregation() and isinstance(value, int | float)
+                if key.split(",")[0] in task.aggregation()
+                and isinstance(value, int | float)
+                and value == value
             }
     return results
 

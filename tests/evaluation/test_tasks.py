@@ -87,7 +87,15 @@ def test_recall_scores(reply, exact, contains):
     doc = {"answer": "It is anchor.", "value": "anchor", "split": "unseen"}
     scores = process_results(doc, [reply])
     assert scores == {"exact": exact, "contains": contains, "exact_heldout": exact}
-    assert "exact_heldout" not in process_results(doc | {"split": "calibration"}, [reply])
+    assert process_results(doc | {"split": "calibration"}, [reply])["exact_heldout"] is None
+
+
+def test_mean_of_given_leaves_out_what_is_not_there():
+    from sparsek_cli.evaluation.recall import mean_of_given
+
+    assert mean_of_given([1.0, None, 0.0, None]) == 0.5
+    assert mean_of_given.standard_error([1.0, None, 0.0]) == 0.5
+    assert mean_of_given([None]) != mean_of_given([None])
 
 
 def test_scrolls_metric_takes_the_best_reference():
