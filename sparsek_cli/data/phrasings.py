@@ -2,8 +2,9 @@
 
 Statement and question share the key (who or what the fact is about) and little else, so that a
 question cannot be answered by matching its words against the document. In `value_first` rows the
-value stands before the key, which is harder: what tells facts apart comes after them. Answers have one form for all phrasings (`ANSWER`): a short sentence
-in which the value follows a space, as it does in the statement, and is the only thing to know.
+value stands before the key, which is harder: what tells facts apart comes after them. Answers have
+one form for all phrasings (`ANSWER`): a short sentence in which the value follows a space, as it
+does in the statement, and is the only thing to know.
 
 `split` says who may look at a row:
     "calibration"  training of `tiny` and calibration of conversions
