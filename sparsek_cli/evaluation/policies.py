@@ -1,7 +1,8 @@
 """What a model is compared with: the same weights under another rule for what to keep.
 
-Every policy but `dense` holds exactly as many key-value pairs per layer and KV head as the
-converted model does, in the same cache, so a difference in score is a difference in choice.
+Every policy but `dense` holds exactly as many key-value pairs as the converted model does, in the
+same cache, so a difference in score is a difference in choice. Budgets that differ by head belong
+to the converted model alone; the others spread the same total evenly.
 
     sparsek   the model as it is
     dense     every pair, ordinary attention
@@ -72,10 +73,12 @@ class Policy:
             if self.name == "window":
                 stack.enter_context(_as_window(model))
             elif self.name == "random":
+                stack.enter_context(_evenly(model))
                 stack.enter_context(models.random_scores(model, self.seed))
             yield
 
-    def _topk(self, model: Any) -> int:
+    def _topk(self, model: Any) -> int | list:
+        """What to select so that a head keeps `budget` pairs on average, spread as it was."""
         block = model.config.sparsek
         topk = self.budget - block["window"] - block["sinks"]
         if topk < 0:
@@ -84,7 +87,7 @@ class Policy:
                 f"({block['window']} + {block['sinks']})",
                 hint="name larger --budgets",
             )
-        return topk
+        return topk if isinstance(block["topk"], int) else _scaled(_per_head(model), topk)
 
     def new_cache(self, model: Any) -> Any:
         """An empty cache of the kind that the policy uses; call it inside `applied`."""
@@ -97,18 +100,59 @@ class Policy:
         return DynamicCache(config=model.config)
 
 
+def _per_head(model: Any) -> list[list[int]]:
+    """Selected pairs of every layer and KV head."""
+    from sparsek_cli.models import kv_heads, layer_budget
+
+    config = model.config
+    rows = (layer_budget(config, layer).topk for layer in range(config.num_hidden_layers))
+    return [[row] * kv_heads(config) if isinstance(row, int) else list(row) for row in rows]
+
+
+def _scaled(per_head: list[list[int]], mean: int) -> list[list[int]]:
+    """The same proportions with `mean` pairs on average, to the pair."""
+    flat = [k for row in per_head for k in row]
+    wanted = mean * len(flat)
+    exact = [k * wanted / max(1, sum(flat)) for k in flat]
+    whole = [int(k) for k in exact]
+    # What rounding down left over goes to those that lost most by it.
+    order = sorted(range(len(flat)), key=lambda i: whole[i] - exact[i])
+    for i in order[: wanted - sum(whole)]:
+        whole[i] += 1
+    heads = len(per_head[0])
+    return [whole[start : start + heads] for start in range(0, len(whole), heads)]
+
+
 @contextmanager
-def _as_window(model: Any) -> Iterator[None]:
-    """The model's budget spent on the newest pairs, per layer and head."""
+def _evenly(model: Any) -> Iterator[int | None]:
+    """The model's selected pairs spread evenly over all heads: uneven ones are SparseK's own idea.
+
+    Yields:
+        Pairs per head; None where they do not divide evenly, and the spread stays as it is.
+    """
     from sparsek_cli import models
 
-    block = model.config.sparsek
-    if isinstance(block["topk"], int):
-        with models.budget(model, topk=0, window=block["window"] + block["topk"]):
-            yield
-    else:  # budgets differ by head, windows cannot: the newest pairs win by their scores
-        with models.replaced_scorers(model, _recency):
-            yield
+    flat = [k for row in _per_head(model) for k in row]
+    if sum(flat) % len(flat):
+        yield None
+    else:
+        with models.budget(model, topk=sum(flat) // len(flat)):
+            yield sum(flat) // len(flat)
+
+
+@contextmanager
+def _as_window(model: Any) -> Iterator[None]:
+    """The model's pairs spent on the newest ones."""
+    from sparsek_cli import models
+
+    window = model.config.sparsek["window"]
+    with _evenly(model) as topk:
+        if topk is not None:
+            with models.budget(model, topk=0, window=window + topk):
+                yield
+        else:  # budgets differ by head, windows cannot: the newest pairs win by their scores
+            with models.replaced_scorers(model, _recency):
+                yield
 
 
 def _recency(attention: Any) -> Any:

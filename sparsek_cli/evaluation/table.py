@@ -75,10 +75,15 @@ def title(report: dict[str, Any]) -> str:
     block = model["sparsek"]
     budget = ""
     if block is not None:
-        topk = block["topk"] if isinstance(block["topk"], int) else "per head"
+        topk = block["topk"] if isinstance(block["topk"], int) else _mean_topk(block["topk"])
         budget = f", keeps {block['sinks']} sinks + {topk} selected + {block['window']} window"
     dtype = environment["dtype"].removeprefix("torch.")
     return f"{model['name']} ({model['type']}{budget}; {dtype} on {environment['device']})"
+
+
+def _mean_topk(topk: Sequence[Any]) -> str:
+    flat = [k for row in topk for k in (row if isinstance(row, list) else [row])]
+    return f"{sum(flat) / len(flat):.4g} (mean over heads)"
 
 
 def _grid(report: dict[str, Any]) -> list[list[str]]:

@@ -45,12 +45,30 @@ def test_window_by_scores_is_window_by_budget(model):
     import torch
 
     from sparsek_cli import models
+    from sparsek_cli.evaluation.policies import _recency
 
     _, plain = read(model, Policy("window"))
-    layers = model.config.num_hidden_layers
-    with models.budget(model, topk=[[40, 40]] * layers):
-        _, by_scores = read(model, Policy("window"))
+    with models.replaced_scorers(model, _recency):
+        _, by_scores = read(model, Policy("sparsek"))
     torch.testing.assert_close(by_scores, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("budget", [None, 48])
+@pytest.mark.parametrize("topk", [[[10, 70], [60, 20]], [[10, 71], [60, 20]]])
+def test_uneven_budgets_are_kept_by_the_model_alone(model, topk, budget):
+    from sparsek_cli import models
+    from sparsek_cli.evaluation.proof import held
+
+    with models.budget(model, topk=topk):
+        caches = {n: read(model, Policy(n, budget))[0] for n in ("sparsek", "window", "random")}
+    assert len({held(cache) for cache in caches.values()}) == 1
+    pairs, _ = held(caches["sparsek"])
+    assert pairs == (sum(map(sum, topk)) + 4 * 28 if budget is None else 4 * budget)
+    slots = {n: [layer.budget.topk for layer in cache.layers] for n, cache in caches.items()}
+    assert slots["sparsek"][0] != slots["sparsek"][1]
+    if sum(map(sum, topk)) % 4 == 0 or budget:
+        assert slots["window"] == [0, 0]
+        assert slots["random"] == [20 if budget else 40] * 2
 
 
 def test_random_depends_on_its_seed_alone(model):
