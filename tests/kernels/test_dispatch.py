@@ -53,3 +53,14 @@ def test_doctor_gets_plain_data():
     assert {"backend", "reason", "device", "break_even"} <= set(found)
     name, why = dispatch.explain(torch.device("cpu"), torch.float32)
     assert (name, why) == ("pytorch", "device cpu")
+
+
+def test_triton_is_not_chosen_unasked(monkeypatch):
+    """Until the GPU suite has passed on the present build, CUDA users opt in."""
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
+    monkeypatch.delenv("SPARSEK_BACKEND", raising=False)
+    name, why = dispatch.explain(cuda, torch.bfloat16)
+    assert name == "pytorch" and dispatch.OPT_IN in why
+    monkeypatch.setenv("SPARSEK_BACKEND", "triton")
+    assert dispatch.explain(cuda, torch.bfloat16) == ("triton", dispatch.OPT_IN)
