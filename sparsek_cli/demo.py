@@ -56,23 +56,23 @@ def main() -> int:
 
 def _write_texts(folder: Path) -> dict[str, str]:
     """Text to train on, text to measure on, and a document with one fact near its start."""
-    import numpy as np
     from pydoc_data.topics import topics
+
+    import numpy as np
 
     from sparsek_cli.data.needles import Filler, make_document
     from sparsek_cli.data.phrasings import phrasings
 
     names = sorted(topics)
-    held_out = names[::4]
-    split = {"train": [n for n in names if n not in held_out], "validation": held_out}
-    paths = {}
-    for part, chosen in split.items():
-        path = folder / f"{part}.jsonl"
-        path.write_text("".join(json.dumps({"text": topics[n]}) + "\n" for n in chosen))
-        paths[part] = str(path)
+    held_out = names[::3]
+    paths = {part: str(folder / f"{part}.jsonl") for part in ("train", "validation")}
+    _write_documents(paths["train"], [_prose(topics[n]) for n in names if n not in held_out])
+    # One long document, so that perplexity can be measured far from its start.
+    validation = " ".join(_prose(topics[n]) for n in held_out)
+    _write_documents(paths["validation"], [validation])
 
     tokenizer = _tokenizer()
-    filler = Filler.from_documents(["\n\n".join(topics[n] for n in held_out)], tokenizer)
+    filler = Filler.from_documents([validation], tokenizer)
     document = make_document(
         np.random.default_rng(SEED), filler, tokens=LENGTHS[-1] - 128, needles=1,
         phrasings=phrasings("held_out"), depths=[0.1],
@@ -85,6 +85,17 @@ def _write_texts(folder: Path) -> dict[str, str]:
         "question": fact.question,
         "expected": fact.expected,
     }
+
+
+def _prose(topic: str) -> str:
+    """The paragraphs of a help topic that are sentences: no grammar, code or tables."""
+    paragraphs = (" ".join(p.split()) for p in topic.split("\n\n") if not p.startswith(" "))
+    return " ".join(p for p in paragraphs if p.endswith((".", ":")) and "::=" not in p)
+
+
+def _write_documents(path: str, texts: list[str]) -> None:
+    rows = (json.dumps({"text": text}) + "\n" for text in texts if text)
+    Path(path).write_text("".join(rows), encoding="utf-8")
 
 
 def _tokenizer():
