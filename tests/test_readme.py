@@ -1,0 +1,44 @@
+"""Every command in the README runs; the long ones as far as --dry-run goes."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+LONG = ("finetune", "evaluate")
+
+
+def commands() -> list[list[str]]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+
+
+def test_make_targets_exist():
+    targets = [words[1] for words in commands() if words[0] == "make"]
+    assert targets == ["demo", "test"]
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_sparsek_commands_run_in_order(tmp_path, monkeypatch, capsys):
+    from sparsek_cli.app import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "README.md").write_text(README, encoding="utf-8")
+    lines = [words for words in commands() if words[0] == "sparsek"]
+    assert {words[1] for words in lines} >= {"convert", "finetune", "evaluate", "chat"}
+    for words in lines:
+        arguments = words[1:]
+        if arguments[0] in LONG:
+            arguments.append("--dry-run")
+        elif arguments[:2] == ["convert", "tiny"]:
+            arguments += ["--calibrate", "none"]
+        assert run(arguments) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
+        assert capsys.readouterr().out.strip(), f"{shlex.join(words)} printed nothing"
