@@ -11,18 +11,18 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
 def choose_device(name: str | None = None) -> "torch.device":
-    """`auto` (or None) is the first GPU, else Apple's, else the CPU."""
+    """`auto` (or None) is the CUDA device in use, else the CPU."""
     import torch
 
     if name in (None, "auto"):
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise UsageError(
-            f"unknown device '{name}'", hint="use auto, cpu, cuda, cuda:N or mps"
+            f"unknown device '{name}'", hint="use auto, cpu, cuda or cuda:N"
         ) from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
@@ -30,10 +30,12 @@ def choose_device(name: str | None = None) -> "torch.device":
             f"device '{name}' is not there: this PyTorch sees {count} CUDA device(s)",
             hint="use --device cpu, or look with `sparsek doctor`",
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UsageError("device 'mps' is not there", hint="use --device cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UsageError(f"device '{name}' is not supported", hint="use auto, cpu, cuda or mps")
+    if device.type == "mps":
+        raise UsageError(
+            "device 'mps' has no float64, in which keys are compared", hint="use --device cpu"
+        )
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"device '{name}' is not supported", hint="use auto, cpu or cuda")
     return device
 
 

@@ -121,7 +121,7 @@ def devices() -> Iterator[Check]:
             f"{properties.name}, {memory:.0f} GiB, sm_{properties.major}{properties.minor}",
         )
     if torch.backends.mps.is_available():
-        yield Check("mps", None, "Apple GPU")
+        yield Check("mps", None, "Apple GPU, not used: no float64")
 
 
 def backend(device: "torch.device", dtype: "torch.dtype") -> Iterator[Check]:

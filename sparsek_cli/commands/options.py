@@ -48,7 +48,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Random seed.")]
 Device = Annotated[
     str | None,
-    typer.Option("--device", metavar="DEV", help="auto, cpu, cuda, cuda:N or mps [auto]."),
+    typer.Option("--device", metavar="DEV", help="auto, cpu, cuda or cuda:N [auto]."),
 ]
 Dtype = Annotated[
     str | None,

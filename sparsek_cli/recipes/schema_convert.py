@@ -55,7 +55,7 @@ class ConvertRecipe(BaseModel):
         False, alias="copy", description="copy the base weights instead of linking them"
     )
     overwrite: bool = Field(False, description="replace `out` if it exists")
-    device: str = Field("auto", description="where calibration runs: auto, cpu, cuda, cuda:N, mps")
+    device: str = Field("auto", description="where calibration runs: auto, cpu, cuda, cuda:N")
     dtype: str = Field(
         "auto", description="number format while calibrating: auto, bfloat16, float16, float32"
     )

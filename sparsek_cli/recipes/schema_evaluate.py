@@ -59,7 +59,7 @@ class EvaluateRecipe(BaseModel):
     share_prefix: bool = Field(
         True, description="read a document once for all questions about it (off: as lm-eval does)"
     )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, bfloat16, float16 or float32")
     seed: int = Field(0, description="of generated samples and of the random baseline")
     output: str | None = Field(

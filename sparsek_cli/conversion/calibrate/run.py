@@ -52,9 +52,6 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
     started = time.perf_counter()
     recipe = plan.recipe
     device = choose_device(recipe.device)
-    if device.type == "mps":
-        # Apple's GPUs have no float64, in which statistics and selection are kept.
-        device = torch.device("cpu")
     dtype = choose_dtype(recipe.dtype, device)
     length, count = plan.calibrate_length, plan.calibrate_tokens // plan.calibrate_length
     reporter.say(f"calibrating on {count} sequences of {length:,} tokens ({device.type})")
