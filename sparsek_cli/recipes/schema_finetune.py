@@ -60,7 +60,9 @@ class Objective(Strict):
 
     lm: NonNegativeFloat = Field(1.0, description="weight of the language-model loss")
     distill: NonNegativeFloat = Field(
-        0.0, description="weight of the KL divergence to the same weights with dense attention"
+        0.0,
+        description="weight of the KL divergence to the weights a run starts from, with dense "
+        "attention",
     )
     answer_weight: NonNegativeFloat = Field(
         1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
@@ -187,6 +189,9 @@ class FinetuneRecipe(Strict):
     steps: PositiveInt | None = Field(None, description="optimiser steps (or give tokens/epochs)")
     tokens: PositiveInt | None = Field(None, description="training tokens, rounded up to a step")
     epochs: Positive | None = Field(None, description="passes over the text sources")
+    minutes: Positive | None = Field(
+        None, description="end the run after so many minutes, before its last step if need be"
+    )
     learning_rate: Positive = Field(1e-4, description="peak rate of the base or adapters")
     scorer_learning_rate: Positive | None = Field(
         None, description="peak rate of scorers and slopes; default: learning_rate"
@@ -244,11 +249,6 @@ class FinetuneRecipe(Strict):
             raise ValueError("with init: random needs train: all (nothing is worth freezing)")
         if self.objective.lm == 0 and self.objective.distill == 0:
             raise ValueError("has nothing to minimise: objective.lm and objective.distill are 0")
-        if self.train == "all" and self.objective.distill > 0 and self.objective.lm == 0:
-            raise ValueError(
-                "with train: all cannot be distilled alone, teacher and student are the same "
-                "weights and could agree on nonsense: give objective.lm a weight or train lora"
-            )
         for name, source in self.data.items():
             filler = getattr(source, "filler", None)
             if filler is not None and getattr(self.data.get(filler), "kind", None) != "text":

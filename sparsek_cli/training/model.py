@@ -132,32 +132,6 @@ def load_pretrained(folder: Path, recipe: "FinetuneRecipe", dtype: torch.dtype) 
     return model
 
 
-def teacher_context(model: Any, tuner: Any | None):
-    """A context manager factory: inside, `model` attends densely and adapters are off."""
-    from contextlib import contextmanager
-
-    from sparsek_cli.models import dense_attention
-
-    @contextmanager
-    def teacher():
-        if tuner is None:
-            with dense_attention(model):
-                yield
-            return
-        learns = [p for p in model.parameters() if p.requires_grad]
-        with dense_attention(model):
-            tuner.disable_adapter_layers()
-            try:
-                yield
-            finally:
-                tuner.enable_adapter_layers()
-                # PEFT switches requires_grad together with the adapters.
-                for parameter in learns:
-                    parameter.requires_grad_(True)
-
-    return teacher
-
-
 def cast_for_saving(
     model: Any, dtype: torch.dtype, state: dict[str, torch.Tensor] | None
 ) -> dict[str, torch.Tensor] | None:

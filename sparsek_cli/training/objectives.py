@@ -4,11 +4,9 @@
 computed inside `forward`, so DDP, FSDP and DeepSpeed see one ordinary forward pass.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -46,17 +44,22 @@ class Objective:
         return self.lm * lm + self.distill * kl
 
 
-def attach(
-    model: Any,
-    objective: Objective,
-    teacher: Callable[[], AbstractContextManager] = nullcontext,
-) -> None:
+class Teacher(Protocol):
+    """Who is imitated; see teacher.py."""
+
+    @property
+    def head(self) -> torch.nn.Module: ...
+
+    def states(self, **inputs: Any) -> torch.Tensor: ...
+
+
+def attach(model: Any, objective: Objective, teacher: Teacher | None = None) -> None:
     """Replaces `model.forward` by one that returns {"sums": [4] float32}; `detach` undoes it.
 
     Args:
         model: a transformers causal LM.
         objective: which sums are needed.
-        teacher: inside this context the same model is the teacher (dense attention).
+        teacher: who is imitated where `objective.distill` > 0.
 
     Raises:
         UsageError: the family changes its logits after the output layer.
@@ -84,12 +87,7 @@ def attach(
             inputs["cu_seq_lens_q"] = cu_seq_lens
         known = None
         if objective.distill > 0 and self.training:
-            was = [module for module in self.modules() if module.training]
-            with torch.no_grad(), teacher():
-                self.eval()
-                known = decoder(**inputs, use_cache=False).last_hidden_state
-            for module in was:
-                module.training = True
+            known = (teacher.states(**inputs), teacher.head)
         hidden = decoder(**inputs, use_cache=False).last_hidden_state
         sums = loss_sums(hidden, known, self.get_output_embeddings(), input_ids, roles, objective)
         return {"sums": sums}
@@ -115,7 +113,7 @@ def count_roles(roles: torch.Tensor) -> torch.Tensor:
 
 def loss_sums(
     hidden: torch.Tensor,
-    known: torch.Tensor | None,
+    known: tuple[torch.Tensor, torch.nn.Module] | None,
     head: torch.nn.Module,
     input_ids: torch.Tensor,
     roles: torch.Tensor,
@@ -125,8 +123,8 @@ def loss_sums(
 
     Args:
         hidden: [B, N, C] states below the output layer.
-        known: the teacher's states, or None.
-        head: the output layer, shared by both.
+        known: the teacher's states [B, N, C] and output layer, or None.
+        head: the output layer.
         input_ids, roles: [B, N]; position t is scored on the token at t + 1.
 
     Logits exist for `objective.loss_chunk` tokens at a time and are made again for the backward
@@ -137,11 +135,11 @@ def loss_sums(
     states = hidden[:, :-1].reshape(-1, width)[wanted]
     targets = input_ids[:, 1:].reshape(-1)[wanted]
     answers = (roles[:, 1:] == ANSWER).reshape(-1)[wanted].float()
-    teacher = None if known is None else known[:, :-1].reshape(-1, width)[wanted]
+    aims = None if known is None else known[0][:, :-1].reshape(-1, width)[wanted]
     total = torch.zeros(4, dtype=torch.float32, device=hidden.device)
     for start in range(0, len(wanted), objective.loss_chunk):
         piece = slice(start, start + objective.loss_chunk)
-        aim = None if teacher is None else teacher[piece]
+        aim = None if aims is None else (aims[piece], known[1])
         total = total + checkpoint(
             _chunk_sums,
             states[piece],
@@ -158,7 +156,7 @@ def loss_sums(
 
 def _chunk_sums(
     states: torch.Tensor,
-    known: torch.Tensor | None,
+    known: tuple[torch.Tensor, torch.nn.Module] | None,
     head: torch.nn.Module,
     targets: torch.Tensor,
     answers: torch.Tensor,
@@ -170,7 +168,8 @@ def _chunk_sums(
         kl = torch.zeros_like(nll)
     else:
         with torch.no_grad():
-            aim = torch.log_softmax(head(known).float() / temperature, dim=-1)
+            states_there, head_there = known
+            aim = torch.log_softmax(head_there(states_there).float() / temperature, dim=-1)
         ours = torch.log_softmax(logits / temperature, dim=-1)
         kl = F.kl_div(ours, aim, reduction="none", log_target=True).sum(-1) * temperature**2
     text = 1.0 - answers

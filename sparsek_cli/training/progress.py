@@ -1,8 +1,9 @@
-"""What a person sees while training: speed, loss, time left."""
+"""What a person sees while training: speed, loss, time left; and the end of a time limit."""
 
 import time
 from typing import Any, Protocol
 
+import torch
 from transformers import TrainerCallback
 
 
@@ -66,6 +67,25 @@ class ProgressReport(TrainerCallback):
         """Tokens per second over the last twenty steps; 0 before the first."""
         (first, low), (last, high) = self._marks[0], self._marks[-1]
         return (high - low) * self.tokens_per_step / max(last - first, 1e-9)
+
+
+class TimeLimit(TrainerCallback):
+    """Ends a run after `seconds`, on all processes after the same step."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._start = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._start = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        over = time.monotonic() - self._start >= self.seconds
+        if args.world_size > 1:
+            flag = torch.tensor(float(over), device=args.device)
+            torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+            over = bool(flag)
+        control.should_training_stop |= over
 
 
 def _clock(seconds: float) -> str:

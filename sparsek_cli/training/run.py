@@ -20,13 +20,13 @@ from sparsek_cli.training.model import (
     load_pretrained,
     load_tokenizer,
     random_config,
-    teacher_context,
 )
-from sparsek_cli.training.objectives import Objective, attach, decoder_of, detach
+from sparsek_cli.training.objectives import Objective, Teacher, attach, decoder_of, detach
 from sparsek_cli.training.output import write_model
 from sparsek_cli.training.parameters import choose_parameters, is_sparse, trained_state
 from sparsek_cli.training.plan import TrainingPlan, make_plan
-from sparsek_cli.training.progress import ProgressReport, Report, Silent
+from sparsek_cli.training.progress import ProgressReport, Report, Silent, TimeLimit
+from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.trainer import SparsekTrainer, training_arguments
 from sparsek_cli.training.unfinished import (
     begin,
@@ -177,7 +177,8 @@ def _trainer(
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if recipe.compile:
         decoder_of(model).compile()
-    attach(model, objective, teacher_context(model, tuner))
+    attach(model, objective, _teacher(recipe, model, tuner, plan))
+    limits = [] if recipe.minutes is None else [TimeLimit(60 * recipe.minutes)]
     return SparsekTrainer(
         recipe=recipe,
         objective=objective,
@@ -186,8 +187,18 @@ def _trainer(
         args=args,
         train_dataset=data,
         eval_dataset=evaluation,
-        callbacks=[ProgressReport(report, plan.tokens_per_step)],
+        callbacks=[ProgressReport(report, plan.tokens_per_step), *limits],
     )
+
+
+def _teacher(
+    recipe: "FinetuneRecipe", model: Any, tuner: Any | None, plan: TrainingPlan
+) -> Teacher | None:
+    if recipe.objective.distill == 0:
+        return None
+    if recipe.train != "all":
+        return OwnTeacher(model, tuner)
+    return FrozenTeacher(model, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
 
 
 def _train(

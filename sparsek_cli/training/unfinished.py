@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 RECIPE = "recipe.yaml"
 
-# What may differ between a run and its continuation: none of it changes a number.
+# What may differ between a run and its continuation: none of it changes a step.
 _FREE = ("save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",
-         "out", "compile", "checkpointing", "loss_chunk")  # fmt: skip
+         "out", "compile", "checkpointing", "loss_chunk", "minutes")  # fmt: skip
 
 
 def part_folder(output: Path) -> Path:

@@ -66,6 +66,18 @@ def test_all_weights(recipe, sparse_checkpoint, tmp_path):
     assert changed(before, after) == set(before)
 
 
+def test_all_weights_towards_the_start(recipe, sparse_checkpoint, tmp_path):
+    made = recipe("train=all", "objective={lm: 0, distill: 1}", model=sparse_checkpoint())
+    assert 0 < finetune(made).loss < 1
+    assert len(weights(tmp_path / "out")) == len(weights(tmp_path / "sparse"))
+
+
+def test_a_time_limit_ends_the_run_and_writes_it(recipe, scratch, tmp_path):
+    done = finetune(recipe(*scratch, "steps=100000", "minutes=0.01"))
+    assert 0 < done.steps < 1000
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_the_folder_is_complete(recipe, sparse_checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -188,7 +200,7 @@ def test_a_missing_logger_is_named_at_once(recipe, dense_checkpoint, monkeypatch
     [
         (["init=random"], "needs an 'architecture'"),
         (["steps=3", "tokens=100"], "one of 'steps', 'tokens', 'epochs'"),
-        (["train=all", "objective={lm: 0, distill: 1}"], "agree on nonsense"),
+        (["minutes=0"], "minutes"),
         (["objective={lm: 0}"], "nothing to minimise"),
         (["data.copies={kind: copies, filler: nobody}"], "must name a text source"),
         (["learning_rte=1"], "unknown key 'learning_rte'"),

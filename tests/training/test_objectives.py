@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from sparsek_cli.data.packing import collate
-from sparsek_cli.models import dense_attention, sparsek_config_from
+from sparsek_cli.models import sparsek_config_from
 from sparsek_cli.training.objectives import Objective, attach, count_roles, detach
+from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
 
 
 def batch(rows=2, length=48, starts=((0,), (0, 20)), seed=0):
@@ -82,7 +83,7 @@ def test_the_loss_is_two_means():
 def test_distillation_reaches_the_scorers_and_vanishes_without_a_gap(dense_config):
     model = sparse_model(dense_config)
     made = batch()
-    attach(model, Objective(lm=0.0, distill=1.0), lambda: dense_attention(model))
+    attach(model, Objective(lm=0.0, distill=1.0), OwnTeacher(model))
     sums = model.train()(**made)["sums"]
     assert sums[2] > 0 and model.training
     sums[2:].sum().backward()
@@ -91,8 +92,26 @@ def test_distillation_reaches_the_scorers_and_vanishes_without_a_gap(dense_confi
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
     wide = sparse_model(dense_config, topk=64)
-    attach(wide, Objective(lm=0.0, distill=1.0), lambda: dense_attention(wide))
+    attach(wide, Objective(lm=0.0, distill=1.0), OwnTeacher(wide))
     assert wide.train()(**made)["sums"][2:].abs().max() < 1e-3
+
+
+def test_a_frozen_teacher_stays_where_the_model_was(dense_config):
+    model, made = sparse_model(dense_config), batch()
+    inputs = {"input_ids": made["input_ids"]}
+    teacher = FrozenTeacher(model, torch.float32)
+    before = teacher.states(**inputs)
+    assert torch.allclose(before, OwnTeacher(model).states(**inputs), atol=1e-5)
+    names = set(dict(model.named_parameters()))
+    attach(model, Objective(distill=1.0), teacher)
+    assert set(dict(model.named_parameters())) == names
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(teacher.states(**inputs), before)
+    assert not torch.allclose(OwnTeacher(model).states(**inputs), before, atol=1e-2)
+    model.train()(**made)["sums"].sum().backward()
+    assert all(p.grad is None for p in teacher.head.parameters())
 
 
 def test_checkpointing_changes_no_gradient(dense_config):
@@ -102,7 +121,7 @@ def test_checkpointing_changes_no_gradient(dense_config):
         if checkpointing:
             switch = getattr(model, "activation_checkpointing_enable", None)
             (switch or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        attach(model, Objective(distill=1.0, loss_chunk=16), lambda m=model: dense_attention(m))
+        attach(model, Objective(distill=1.0, loss_chunk=16), OwnTeacher(model))
         model(**batch())["sums"].sum().backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
     for name, grad in grads[0].items():

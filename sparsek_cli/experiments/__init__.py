@@ -1,0 +1,8 @@
+"""What the tables of recipes/README.md are made with: one command each, under a time budget.
+
+conversion  teach a base to recall, convert it, compare what is kept, train it back
+scratch     dense, window, random and SparseK from random weights, then at longer lengths
+speed       a training step of a 1B shape, sparse beside dense
+session     clock, record and guard of an experiment's phases
+suite       perplexity and recall of one checkpoint under every policy
+"""

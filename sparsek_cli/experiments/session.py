@@ -1,0 +1,197 @@
+"""The clock and the record of an experiment: phases that may fail or find no time left.
+
+Everything measured is printed at once and written to `results.json` after every phase, so that an
+experiment that is cut off has still told what it knew.
+"""
+
+import gc
+import json
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparsek_cli.console import Console, set_up_logging
+from sparsek_cli.errors import SparsekError
+
+Result = TypeVar("Result")
+
+
+class Session:
+    """One run of an experiment.
+
+    Args:
+        folder: where results.json and everything made goes.
+        seconds: time for all of it.
+        about: what the record starts with: settings, versions, device.
+    """
+
+    def __init__(self, folder: Path, seconds: float, about: dict[str, Any]):
+        self.folder = folder
+        self._end = time.monotonic() + seconds
+        self._start = time.monotonic()
+        self.record: dict[str, Any] = {"about": about, "phases": {}, "rows": []}
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def left(self) -> float:
+        """Seconds until the time is up; may be negative."""
+        return self._end - time.monotonic()
+
+    def say(self, text: str) -> None:
+        """A line with the time since the start."""
+        print(f"[{time.monotonic() - self._start:5.0f}s] {text}", flush=True)
+
+    def run(self, name: str, work: Callable[[], Result], *, needs: float = 0.0) -> Result | None:
+        """`work()`; None where fewer than `needs` seconds are left, or it failed."""
+        if self.left < needs:
+            self.say(f"{name}: skipped, {self.left:.0f} s left of {needs:.0f} needed")
+            self._note(name, {"skipped": True})
+            return None
+        begun = time.monotonic()
+        self.say(f"--- {name}")
+        try:
+            result = work()
+        except Exception as error:  # the next phase may well work
+            hint = f" ({error.hint})" if isinstance(error, SparsekError) else ""
+            self.say(f"{name}: failed: {type(error).__name__}: {error}{hint}")
+            if not isinstance(error, SparsekError):
+                traceback.print_exc()
+            self._note(name, {"error": str(error), "seconds": time.monotonic() - begun})
+            return None
+        self._note(name, {"seconds": time.monotonic() - begun})
+        _free_memory()
+        return result
+
+    def row(self, **fields: Any) -> None:
+        """A line of the table: shown now, and kept; mappings and lists are only kept."""
+        self.record["rows"].append(fields)
+        simple = [
+            f"{key} {shown(value)}"
+            for key, value in fields.items()
+            if value is not None and not isinstance(value, dict | list)
+        ]
+        self.say("=> " + "  ".join(simple))
+        self._write()
+
+    def table(self, columns: Sequence[str]) -> str:
+        """All rows under `columns`; what a row lacks is left empty."""
+        cells = [[shown(row.get(name)) for name in columns] for row in self.record["rows"]]
+        widths = [
+            max(len(name), *(len(line[i]) for line in cells), 0) for i, name in enumerate(columns)
+        ]
+        lines = [columns, ["-" * width for width in widths], *cells]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+    def _note(self, name: str, fields: dict[str, Any]) -> None:
+        self.record["phases"][name] = {
+            key: round(value, 1) if isinstance(value, float) else value
+            for key, value in fields.items()
+        }
+        self._write()
+
+    def _write(self) -> None:
+        part = self.folder / "results.json.part"
+        part.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
+        part.replace(self.folder / "results.json")
+
+
+def _free_memory() -> None:
+    """What the last phase held on the GPU goes back, models and optimisers in cycles too."""
+    import torch
+
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def quiet_libraries() -> None:
+    """No bars and no warnings of other libraries between our lines."""
+    from transformers.utils import logging
+
+    set_up_logging()
+    logging.disable_progress_bar()
+
+
+def shown(value: Any) -> str:
+    """A value as a table shows it."""
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def machine() -> dict[str, Any]:
+    """Device, versions and attention backend of this process."""
+    import torch
+    import transformers
+    from sparsek_kernels import dispatch
+
+    backend = dispatch.describe()
+    return {
+        "device": backend["device"],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "triton": backend["triton"],
+        "sparse_backend": f"{backend['backend']} ({backend['reason']})",
+    }
+
+
+class Steps:
+    """sparsek's own commands, called as a library and shown as one would type them."""
+
+    def __init__(self, session: Session, words: Sequence[str]):
+        """`words`: dotted words that every fine-tuning run gets, e.g. device=cpu."""
+        self._session, self._words = session, list(words)
+
+    def finetune(self, recipe: str, out: Path, *words: str, model: Path | None = None) -> Any:
+        """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its TrainingResult."""
+        from sparsek_cli.recipes.load import load_recipe
+        from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+        from sparsek_cli.training.run import finetune
+
+        places = "" if model is None else f"{model} "
+        every = [*self._words, *words]
+        quoted = " ".join(f"'{word}'" if set(word) & set("[]{} ") else word for word in every)
+        self._session.say(f"$ sparsek finetune {places}{out} --recipe {recipe} {quoted}")
+        flags = {"out": str(out), "model": None if model is None else str(model)}
+        settings = load_recipe(FinetuneRecipe, recipe, every, flags, verb="finetune")
+        result = finetune(settings, overwrite=True, report=_Lines(self._session))
+        self._session.say(
+            f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} "
+            f"tokens/s, held-out {shown(result.start_loss)} -> {shown(result.held_out_loss)}"
+            + ("" if result.kept == "end" else f", kept: {result.kept}")
+        )
+        return result
+
+    def convert(self, base: Path, out: Path, **settings: Any) -> Any:
+        """`sparsek convert BASE OUT` with the recipe's keys; what it reports."""
+        from sparsek_cli import hub
+        from sparsek_cli.conversion.convert import convert
+        from sparsek_cli.conversion.plan import make_plan
+        from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+        words = " ".join(f"{key}={value}" for key, value in settings.items())
+        self._session.say(f"$ sparsek convert {base} {out} {words}")
+        recipe = ConvertRecipe(model=str(base), out=str(out), overwrite=True, **settings)
+        done = convert(make_plan(recipe, hub.resolve(str(base))), Console())
+        for line in done.text().splitlines():
+            if line.startswith(("attention", "calibrated")):
+                self._session.say(line)
+        return done
+
+
+class _Lines:
+    """Progress of a training run as lines."""
+
+    def __init__(self, session: Session):
+        self._session = session
+
+    def say(self, text: str) -> None:
+        self._session.say(f"  {text}" if "\n" not in text else text)
+
+    def step(self, done: int, total: int, rate: str) -> None:
+        pass

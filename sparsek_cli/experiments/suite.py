@@ -1,0 +1,110 @@
+"""What a checkpoint is worth under each policy: perplexity of unseen novels, recall by phrasing."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsek_cli import hub
+from sparsek_cli.data.corpus import load_corpus
+from sparsek_cli.data.needles import Filler
+from sparsek_cli.data.phrasings import phrasings
+from sparsek_cli.data.questions import Question, make_questions
+from sparsek_cli.evaluation.policies import Policy
+from sparsek_cli.loading import load_model
+from sparsek_cli.training.measure import recalled, token_losses, windows
+from sparsek_cli.training.model import load_tokenizer
+
+SPLITS = ("calibration", "held_out", "unseen")
+NEEDLES = (1, 4, 16)
+SEED = 97
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The same windows and questions for every checkpoint with one tokenizer.
+
+    Attributes:
+        rows: [windows, length] token ids of unseen text.
+        questions: by split of the phrasings and number of needles.
+        batch_tokens: tokens that go through a model together.
+    """
+
+    rows: np.ndarray
+    questions: dict[tuple[str, int], list[Question]]
+    batch_tokens: int
+
+    @classmethod
+    def of(
+        cls, tokenizer_folder: Path, text: str, *, length: int, windows_: int, questions: int,
+        batch_tokens: int,
+    ) -> "Suite":  # fmt: skip
+        """From unseen text; `questions` of each kind and number of needles (0: no recall)."""
+        tokenizer = load_tokenizer(tokenizer_folder)
+        corpus = load_corpus(text, tokenizer)
+        filler = Filler.from_corpus(corpus, tokenizer)
+        most = max(1, length // 128)
+        asked = {
+            (split, needles): make_questions(
+                [SEED], filler, length=length, needles=needles, count=questions,
+                phrasings=phrasings(split),
+            )
+            for split in SPLITS
+            for needles in NEEDLES
+            if questions and needles <= most
+        }  # fmt: skip
+        return cls(windows(corpus, length, windows_), asked, batch_tokens)
+
+    def measure(self, model: Any, policy: str) -> dict[str, Any]:
+        """Losses in nats per token and recall in percent, under one policy.
+
+        Returns:
+            loss, loss_last_quarter, ppl, ppl_last_quarter, and recall: {split: {needles: %}}.
+        """
+        with Policy(policy, seed=SEED).applied(model):
+            losses = token_losses(model, self.rows, batch_tokens=self.batch_tokens)
+            last = losses[:, losses.shape[1] * 3 // 4 :]
+            recall: dict[str, dict[str, float]] = {}
+            for (split, needles), questions in self.questions.items():
+                right = recalled(model, questions, batch_tokens=self.batch_tokens)
+                recall.setdefault(split, {})[str(needles)] = 100 * float(right.mean())
+        return {
+            "ppl_last": float(last.mean().exp()),
+            "ppl": float(losses.mean().exp()),
+            "loss_last": float(last.mean()),
+            "loss": float(losses.mean()),
+            "recall": recall,
+        }
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    """A checkpoint ready to be measured."""
+    return load_model(hub.resolve(str(folder)), device=device, dtype=dtype)
+
+
+def short_recall(model: Any, tokenizer_folder: Path, text: str, questions: int = 128) -> float:
+    """Percent of the questions about two facts in 256 tokens that a model answers."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    filler = Filler.from_corpus(load_corpus(text, tokenizer), tokenizer)
+    asked = make_questions(
+        [SEED], filler, length=256, needles=2, count=questions,
+        phrasings=phrasings("calibration", "held_out"),
+    )  # fmt: skip
+    return 100 * float(recalled(model, asked).mean())
+
+
+def recall_text(recall: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Recall for a table: per split "1 / 4 / 16 needles"."""
+    return {
+        split: "/".join(f"{value:.0f}" for value in by_needles.values())
+        for split, by_needles in recall.items()
+    }
+
+
+def share_closed(row: dict[str, Any], dense: dict[str, Any], window: dict[str, Any]) -> float:
+    """How much of the window's loss over dense is gone, in percent, on the last quarter."""
+    gap = window["loss_last"] - dense["loss_last"]
+    return 100 * (window["loss_last"] - row["loss_last"]) / gap if gap else float("nan")
+

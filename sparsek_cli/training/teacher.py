@@ -1,0 +1,84 @@
+"""Who is imitated in distillation: the weights a run starts from, with dense attention."""
+
+import copy
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sparsek_cli.training.objectives import decoder_of
+
+
+class OwnTeacher:
+    """The model itself without scorers and adapters: for runs in which its base stays frozen.
+
+    Args:
+        model: the causal LM that is trained.
+        tuner: PEFT's LoraModel around it, or None.
+    """
+
+    def __init__(self, model: Any, tuner: Any | None = None):
+        self._model, self._tuner = model, tuner
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """The output layer."""
+        return self._model.get_output_embeddings()
+
+    @torch.no_grad()
+    def states(self, **inputs: Any) -> torch.Tensor:
+        """States below the output layer, [B, N, C]; the arguments are the decoder's."""
+        was = [module for module in self._model.modules() if module.training]
+        with self._dense():
+            self._model.eval()
+            states = decoder_of(self._model)(**inputs, use_cache=False).last_hidden_state
+        for module in was:
+            module.training = True
+        return states
+
+    @contextmanager
+    def _dense(self):
+        from sparsek_cli.models import dense_attention
+
+        if self._tuner is None:
+            with dense_attention(self._model):
+                yield
+            return
+        learns = [p for p in self._model.parameters() if p.requires_grad]
+        with dense_attention(self._model):
+            self._tuner.disable_adapter_layers()
+            try:
+                yield
+            finally:
+                self._tuner.enable_adapter_layers()
+                # PEFT switches requires_grad together with the adapters.
+                for parameter in learns:
+                    parameter.requires_grad_(True)
+
+
+class FrozenTeacher:
+    """A copy of the model as it is now, for runs in which all weights move.
+
+    Not a part of the model: not saved, not sharded, not trained.
+
+    Args:
+        model: the causal LM, before training and before its `forward` is replaced.
+        dtype: of the copy.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype):
+        from sparsek_cli.models import DENSE_ATTENTION
+
+        self._model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self._model.config._attn_implementation = DENSE_ATTENTION
+
+    @property
+    def head(self) -> torch.nn.Module:
+        """The output layer."""
+        return self._model.get_output_embeddings()
+
+    @torch.no_grad()
+    def states(self, **inputs: Any) -> torch.Tensor:
+        """As `OwnTeacher.states`."""
+        self._model.to(inputs["input_ids"].device)
+        return decoder_of(self._model)(**inputs, use_cache=False).last_hidden_state
