@@ -20,7 +20,7 @@ from typing import Any
 from sparsek_cli.errors import UsageError
 
 GATES = ("straight_through", "log", "kv")
-SCORERS = ("linear",)
+SCORERS = ("linear", "random")  # random: a rival to train, pairs kept by a hash of their position
 ATTENTION = "sparsek"  # the name under which transformers knows our attention function
 DEFAULTS: dict[str, Any] = {
     "topk": 380,
@@ -97,7 +97,9 @@ def check_settings(settings: Mapping[str, Any], *, layers: int, heads: int) -> d
     checked["gate"] = merged["gate"]
     scorer = merged["scorer"]
     if not isinstance(scorer, Mapping) or scorer.get("type") not in SCORERS or len(scorer) != 1:
-        raise UsageError(f"scorer is {scorer!r}", hint='the only scorer is {"type": "linear"}')
+        raise UsageError(
+            f"scorer is {scorer!r}", hint=f'it is {{"type": ...}}, one of {", ".join(SCORERS)}'
+        )
     checked["scorer"] = dict(scorer)
     return checked
 

@@ -17,8 +17,8 @@ from transformers.generation import GenerationMode
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention import DENSE_ATTENTION, SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache import SparseKCache
-from sparsek_cli.models.config import ATTENTION, kv_heads
-from sparsek_cli.models.scorer import DEFAULT_SLOPE, SparseKScorer
+from sparsek_cli.models.config import ATTENTION
+from sparsek_cli.models.scorer import DEFAULT_SLOPE, RandomScorer, SparseKScorer, new_scorer
 
 # Modes that only ever append tokens or reorder rows.
 _GENERATION_MODES = (
@@ -34,7 +34,7 @@ def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
     for module in base.modules():
         if type(module) is dense:
             module.__class__ = sparse
-            module.scorer = SparseKScorer(base.config.hidden_size, kv_heads(base.config))
+            module.scorer = new_scorer(base.config, module.layer_idx)
 
 
 def sparsek_attentions(model: nn.Module) -> list[nn.Module]:
@@ -61,6 +61,8 @@ class SparseKPreTrainedMixin:
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             init.zeros_(module.bias)
             init.constant_(module.slopes, DEFAULT_SLOPE)
+        elif isinstance(module, RandomScorer):
+            init.zeros_(module.slopes)  # in no checkpoint, so nobody else fills it
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:

@@ -6,9 +6,13 @@ at `attention.scorer` decides what is kept, so a policy is a scorer put in its p
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from sparsek_cli.models.config import kv_heads
 
 DEFAULT_SLOPE = 1e-3
 
@@ -85,3 +89,11 @@ class RandomScorer(nn.Module):
             mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * 5536775847593249645
         top = (mixed >> 40) & 0xFFFFFF  # 24 bits: exact in float32
         return top.to(torch.float32) / float(1 << 24)
+
+
+def new_scorer(config: Any, layer: int) -> nn.Module:
+    """The scorer that a config's `sparsek` block asks for; weights are not initialised."""
+    heads = kv_heads(config)
+    if config.sparsek["scorer"]["type"] == "random":
+        return RandomScorer(heads, layer=layer, seed=0)
+    return SparseKScorer(config.hidden_size, heads)

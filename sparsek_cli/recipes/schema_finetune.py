@@ -40,6 +40,15 @@ class SparseK(Strict):
     gate: Literal["straight_through", "log", "kv"] | None = Field(
         None, description="how scores enter attention: straight_through, log or kv (the paper's)"
     )
+    scorer: Literal["linear", "random"] | None = Field(
+        None,
+        description="with init: random: linear is learned; random keeps random pairs, a rival",
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """The keys that are given, as a model's `sparsek` block has them."""
+        given = self.model_dump(exclude_none=True)
+        return {**given, "scorer": {"type": self.scorer}} if self.scorer else given
 
 
 class Lora(Strict):
@@ -243,6 +252,8 @@ class FinetuneRecipe(Strict):
         lengths = [self.steps, self.tokens, self.epochs]
         if sum(length is not None for length in lengths) > 1:
             raise ValueError("takes one of 'steps', 'tokens', 'epochs', not several")
+        if self.init == "pretrained" and self.sparsek is not None and self.sparsek.scorer:
+            raise ValueError("can set sparsek.scorer with init: random only")
         if self.init == "random" and self.architecture is None:
             raise ValueError("with init: random needs an 'architecture'")
         if self.init == "random" and self.train != "all":

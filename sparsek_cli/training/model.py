@@ -78,7 +78,7 @@ def random_config(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
         )
     if recipe.sparsek is None:
         return config
-    return sparsek_config_from(config, recipe.sparsek.model_dump(exclude_none=True))
+    return sparsek_config_from(config, recipe.sparsek.settings())
 
 
 def build_random(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
@@ -119,7 +119,7 @@ def load_pretrained(folder: Path, recipe: "FinetuneRecipe", dtype: torch.dtype) 
             f"cannot load {folder}: {str(error).splitlines()[0]}",
             hint="check the checkpoint, or convert it again",
         ) from error
-    settings = {} if recipe.sparsek is None else recipe.sparsek.model_dump(exclude_none=True)
+    settings = {} if recipe.sparsek is None else recipe.sparsek.settings()
     if settings and not is_sparse(model):
         raise UsageError(
             "the recipe sets 'sparsek', but the model is dense",

@@ -10,24 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsek_cli import hub
-from sparsek_cli.data.corpus import Corpus
-from sparsek_cli.data.mixture import HeldOut, Mixture, build_mixture, load_texts
+from sparsek_cli.data.mixture import build_mixture, load_texts
 from sparsek_cli.devices import choose_device
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
-from sparsek_cli.training.model import (
-    build_random,
-    load_pretrained,
-    load_tokenizer,
-    random_config,
-)
-from sparsek_cli.training.objectives import Objective, Teacher, attach, decoder_of, detach
+from sparsek_cli.training.assemble import load, make_trainer
+from sparsek_cli.training.model import load_tokenizer, random_config
+from sparsek_cli.training.objectives import detach
 from sparsek_cli.training.output import write_model
-from sparsek_cli.training.parameters import choose_parameters, is_sparse, trained_state
+from sparsek_cli.training.parameters import choose_parameters, is_sparse
 from sparsek_cli.training.plan import TrainingPlan, make_plan
-from sparsek_cli.training.progress import ProgressReport, Report, Silent, TimeLimit
-from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
-from sparsek_cli.training.trainer import SparsekTrainer, training_arguments
+from sparsek_cli.training.progress import Report, Silent
+from sparsek_cli.training.trainer import SparsekTrainer
 from sparsek_cli.training.unfinished import (
     begin,
     check_output,
@@ -106,7 +100,7 @@ def finetune(
         choose_parameters(model, recipe)
         return make_plan(recipe, model, texts, name=name, output=output, bf16=bf16)
 
-    model, tuner, dtype = _load(recipe, tokenizer, source, bf16)
+    model, tuner, dtype = load(recipe, tokenizer, source, bf16)
     if recipe.objective.distill > 0 and not is_sparse(model):
         raise UsageError(
             "a dense model is its own teacher: nothing to distill",
@@ -118,7 +112,7 @@ def finetune(
     checkpoint = checkpoint_to_resume(recipe, part) if resume else None
     begin(recipe, part, resume=resume)
     try:
-        trainer = _trainer(
+        trainer = make_trainer(
             recipe, model, tuner, plan, device, part,
             data=build_mixture(recipe, texts, tokenizer, plan.steps * recipe.batch_size),
             held_out=held_out, resumed=resume, report=report,
@@ -142,63 +136,6 @@ def finetune(
         raise
     trainer.accelerator.wait_for_everyone()
     return result
-
-
-def _trainer(
-    recipe: "FinetuneRecipe",
-    model: Any,
-    tuner: Any | None,
-    plan: TrainingPlan,
-    device: torch.device,
-    part: Path,
-    *,
-    data: Mixture,
-    held_out: Corpus | None,
-    resumed: bool,
-    report: Report,
-) -> SparsekTrainer:
-    """Everything that trains, ready to start."""
-    evaluation = None
-    if held_out is not None:
-        count = recipe.evaluation.sequences
-        evaluation = HeldOut(held_out, recipe.sequence_length, count, recipe.seed)
-    objective = Objective(**recipe.objective.model_dump(), loss_chunk=recipe.loss_chunk)
-    args = training_arguments(
-        recipe, part, steps=plan.steps, bf16=plan.precision == "bf16", cpu=device.type == "cpu",
-        processes=plan.processes,
-    )  # fmt: skip
-    # The start, to compare the end with; a resumed run has measured it.
-    compares = recipe.train == "scorers" and recipe.keep_better and evaluation is not None
-    start = trained_state(model) if compares else None
-    args.eval_on_start = compares and not resumed
-    if recipe.checkpointing:
-        # The first name is newer than the oldest transformers supported here.
-        newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if recipe.compile:
-        decoder_of(model).compile()
-    attach(model, objective, _teacher(recipe, model, tuner, plan))
-    limits = [] if recipe.minutes is None else [TimeLimit(60 * recipe.minutes)]
-    return SparsekTrainer(
-        recipe=recipe,
-        objective=objective,
-        start=start,
-        model=model,
-        args=args,
-        train_dataset=data,
-        eval_dataset=evaluation,
-        callbacks=[ProgressReport(report, plan.tokens_per_step), *limits],
-    )
-
-
-def _teacher(
-    recipe: "FinetuneRecipe", model: Any, tuner: Any | None, plan: TrainingPlan
-) -> Teacher | None:
-    if recipe.objective.distill == 0:
-        return None
-    if recipe.train != "all":
-        return OwnTeacher(model, tuner)
-    return FrozenTeacher(model, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
 
 
 def _train(
@@ -238,24 +175,6 @@ def _train(
         tokens_per_second=tokens / max(done.metrics.get("train_runtime", 0.0), 1e-9),
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     )
-
-
-def _load(
-    recipe: "FinetuneRecipe", tokenizer: Any, source: hub.Checkpoint | None, bf16: bool
-) -> tuple[Any, Any, torch.dtype]:
-    """Model with its learning parameters chosen, LoRA's tuner if any, and the dtype to save in."""
-    if recipe.init == "random":
-        model = build_random(recipe, tokenizer)
-        stored = torch.bfloat16 if bf16 else torch.float32
-    else:
-        kept = source.config()
-        stored = getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
-        # What is frozen stays as it is stored; what learns all over needs float32 masters.
-        loaded = torch.float32 if recipe.train == "all" or not bf16 else torch.bfloat16
-        model = load_pretrained(source.path, recipe, loaded)
-    if recipe.save_dtype != "auto":
-        stored = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.save_dtype]
-    return model, choose_parameters(model, recipe), stored
 
 
 def _model_without_weights(

@@ -223,7 +223,14 @@ class SparsekTrainer(Trainer):
 
 
 def training_arguments(
-    recipe: Any, folder: Path, *, steps: int, bf16: bool, cpu: bool, processes: int
+    recipe: Any,
+    folder: Path,
+    *,
+    steps: int,
+    bf16: bool,
+    cpu: bool,
+    processes: int,
+    evaluates: bool,
 ) -> TrainingArguments:
     """The recipe in Trainer's words.
 
@@ -231,11 +238,12 @@ def training_arguments(
         folder: where checkpoints go.
         steps: optimiser steps of the whole run.
         processes: how many share the global batch.
+        evaluates: whether there is held-out text.
     """
     warmup = recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
     cosine = {"min_lr_rate": recipe.min_learning_rate} if recipe.schedule == "cosine" else {}
-    evaluates = recipe.evaluation.every > 0
+    evaluates = evaluates and recipe.evaluation.every > 0
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=recipe.micro_batch_size,

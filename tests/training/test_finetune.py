@@ -72,6 +72,31 @@ def test_all_weights_towards_the_start(recipe, sparse_checkpoint, tmp_path):
     assert len(weights(tmp_path / "out")) == len(weights(tmp_path / "sparse"))
 
 
+def test_without_held_out_text_nothing_is_evaluated(recipe, scratch):
+    done = finetune(recipe(*scratch, "evaluation={held_out: 0, every: 1}"))
+    assert done.steps == 3 and done.held_out_loss is None
+
+
+def test_a_random_policy_is_trained_and_comes_back(recipe, scratch, tmp_path, text_file):
+    from transformers import AutoModelForCausalLM
+
+    from sparsek_cli.models import RandomScorer, sparsek_attentions
+    from sparsek_cli.training.model import build_random, load_tokenizer
+
+    made = recipe(*scratch, "sparsek={topk: 8, window: 8, scorer: random}")
+    finetune(made)
+    assert not [name for name in weights(tmp_path / "out") if ".scorer." in name]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    fresh = build_random(made, load_tokenizer(tmp_path / "tokenizer")).eval()
+    fresh.load_state_dict(model.state_dict(), strict=False)
+    ids = torch.arange(64)[None] % 20
+    for attention in sparsek_attentions(model):
+        assert isinstance(attention.scorer, RandomScorer)
+        assert (attention.scorer.slopes == 0).all()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, fresh(ids).logits)
+
+
 def test_a_time_limit_ends_the_run_and_writes_it(recipe, scratch, tmp_path):
     done = finetune(recipe(*scratch, "steps=100000", "minutes=0.01"))
     assert 0 < done.steps < 1000
@@ -201,6 +226,7 @@ def test_a_missing_logger_is_named_at_once(recipe, dense_checkpoint, monkeypatch
         (["init=random"], "needs an 'architecture'"),
         (["steps=3", "tokens=100"], "one of 'steps', 'tokens', 'epochs'"),
         (["minutes=0"], "minutes"),
+        (["sparsek.scorer=random"], "with init: random only"),
         (["objective={lm: 0}"], "nothing to minimise"),
         (["data.copies={kind: copies, filler: nobody}"], "must name a text source"),
         (["learning_rte=1"], "unknown key 'learning_rte'"),

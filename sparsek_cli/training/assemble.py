@@ -1,0 +1,102 @@
+"""From a recipe to a model and a trainer that are ready to start."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from sparsek_cli import hub
+from sparsek_cli.data.corpus import Corpus
+from sparsek_cli.data.mixture import HeldOut, Mixture
+from sparsek_cli.training.model import build_random, load_pretrained
+from sparsek_cli.training.objectives import Objective, Teacher, attach, decoder_of
+from sparsek_cli.training.parameters import choose_parameters, trained_state
+from sparsek_cli.training.plan import TrainingPlan
+from sparsek_cli.training.progress import ProgressReport, Report, TimeLimit
+from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
+from sparsek_cli.training.trainer import SparsekTrainer, training_arguments
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+
+
+def load(
+    recipe: "FinetuneRecipe", tokenizer: Any, source: hub.Checkpoint | None, bf16: bool
+) -> tuple[Any, Any, torch.dtype]:
+    """Model with its learning parameters chosen, LoRA's tuner if any, and the dtype to save in."""
+    if recipe.init == "random":
+        model = build_random(recipe, tokenizer)
+        stored = torch.bfloat16 if bf16 else torch.float32
+    else:
+        kept = source.config()
+        stored = getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
+        # What is frozen stays as it is stored; what learns all over needs float32 masters.
+        loaded = torch.float32 if recipe.train == "all" or not bf16 else torch.bfloat16
+        model = load_pretrained(source.path, recipe, loaded)
+    if recipe.save_dtype != "auto":
+        stored = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.save_dtype]
+    return model, choose_parameters(model, recipe), stored
+
+
+def make_trainer(
+    recipe: "FinetuneRecipe",
+    model: Any,
+    tuner: Any | None,
+    plan: TrainingPlan,
+    device: torch.device,
+    part: Path,
+    *,
+    data: Mixture,
+    held_out: Corpus | None,
+    resumed: bool,
+    report: Report,
+) -> SparsekTrainer:
+    """Everything that trains, ready to start.
+
+    Args:
+        model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
+        plan: what make_plan said. part: where checkpoints go.
+        data: what is trained on. held_out: text for the held-out loss, or None.
+        resumed: whether the run continues an earlier one.
+    """
+    evaluation = None
+    if held_out is not None:
+        count = recipe.evaluation.sequences
+        evaluation = HeldOut(held_out, recipe.sequence_length, count, recipe.seed)
+    objective = Objective(**recipe.objective.model_dump(), loss_chunk=recipe.loss_chunk)
+    args = training_arguments(
+        recipe, part, steps=plan.steps, bf16=plan.precision == "bf16", cpu=device.type == "cpu",
+        processes=plan.processes, evaluates=evaluation is not None,
+    )  # fmt: skip
+    # The start, to compare the end with; a resumed run has measured it.
+    compares = recipe.train == "scorers" and recipe.keep_better and evaluation is not None
+    start = trained_state(model) if compares else None
+    args.eval_on_start = compares and not resumed
+    if recipe.checkpointing:
+        # The first name is newer than the oldest transformers supported here.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if recipe.compile:
+        decoder_of(model).compile()
+    attach(model, objective, _teacher(recipe, model, tuner, plan))
+    limits = [] if recipe.minutes is None else [TimeLimit(60 * recipe.minutes)]
+    return SparsekTrainer(
+        recipe=recipe,
+        objective=objective,
+        start=start,
+        model=model,
+        args=args,
+        train_dataset=data,
+        eval_dataset=evaluation,
+        callbacks=[ProgressReport(report, plan.tokens_per_step), *limits],
+    )
+
+
+def _teacher(
+    recipe: "FinetuneRecipe", model: Any, tuner: Any | None, plan: TrainingPlan
+) -> Teacher | None:
+    if recipe.objective.distill == 0:
+        return None
+    if recipe.train != "all":
+        return OwnTeacher(model, tuner)
+    return FrozenTeacher(model, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
