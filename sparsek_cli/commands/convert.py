@@ -33,10 +33,10 @@ def convert(
         ),
     ] = None,
     calibrate_tokens: Annotated[
-        _Number, typer.Option("--calibrate-tokens", metavar="N", help="Tokens of calibration text.")
+        _Number, typer.Option("--calibrate-tokens", metavar="N", help="Tokens to fit on.")
     ] = None,
     calibrate_length: Annotated[
-        _Number, typer.Option("--calibrate-length", metavar="N", help="Tokens per sequence [4096].")
+        _Number, typer.Option("--calibrate-length", metavar="N", help="Tokens per document.")
     ] = None,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")] = False,
     overwrite: options.Overwrite = False,

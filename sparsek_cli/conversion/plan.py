@@ -25,7 +25,10 @@ from sparsek_cli.recipes.schema_convert import ConvertRecipe
 _SHARE_OF_CONTEXT = 16
 _DEFAULT_WINDOW = 128
 _SMALLEST_BUDGET = 64
-_CALIBRATION_LENGTH = 4096
+# Maps are fitted on short sequences, and compared on long ones: how much age may count depends
+# on the distance over which something must be kept.
+_FIT_LENGTH = (2048, 4096)
+_CALIBRATION_LENGTH = 32_768
 # Calibration must drop keys to learn which: sequences several times as long as the slots.
 _LENGTH_PER_SLOT = 4
 # Closed-form maps have one unknown per feature: this many rows for each.
@@ -59,7 +62,8 @@ class Plan:
         side_files: small files that come along.
         topk, window, sinks: slots per KV head.
         linkable: whether `out` lies on the base's filesystem.
-        calibrate_tokens, calibrate_length: amount of calibration text; 0 without calibration.
+        calibrate_tokens: tokens to fit maps on, in sequences of `fit_length`; 0: no calibration.
+        calibrate_length: tokens of the documents on which they are compared.
         recipe: the request, complete.
     """
 
@@ -84,6 +88,11 @@ class Plan:
     def budget(self) -> int:
         """Slots per KV head: sinks + topk + window."""
         return self.sinks + self.topk + self.window
+
+    @property
+    def fit_length(self) -> int:
+        """Tokens of a sequence that maps are fitted on."""
+        return _fit_length(self.calibrate_length)
 
     @property
     def base_bytes(self) -> int:
@@ -145,9 +154,10 @@ class Plan:
         how = "linked, 0 bytes copied" if self.linkable else "copied"
         kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
         if self.calibrate_tokens:
-            count = self.calibrate_tokens // self.calibrate_length
+            count = self.calibrate_tokens // self.fit_length
             calibration = (
-                f"{self.recipe.calibrate}: {count} sequences of {self.calibrate_length:,} tokens"
+                f"{self.recipe.calibrate}: {count} sequences of {self.fit_length:,} tokens, "
+                f"compared on documents of {self.calibrate_length:,}"
             )
         else:
             calibration = "none: neutral scorers, a plain window until fine-tuned"
@@ -237,7 +247,12 @@ def _calibration_size(
     tokens = recipe.calibrate_tokens
     if tokens is None:
         tokens = min(max(_ROWS_PER_FEATURE * sizes.hidden, _LEAST_TOKENS), _MOST_TOKENS)
-    return max(tokens // length, 8) * length, length
+    short = _fit_length(length)
+    return max(tokens // short, 8) * short, length
+
+
+def _fit_length(length: int) -> int:
+    return min(length, max(length // 4, _FIT_LENGTH[0]), _FIT_LENGTH[1])
 
 
 def _check_out(out: Path, base: Path, *, overwrite: bool) -> None:

@@ -44,12 +44,12 @@ class ConvertRecipe(BaseModel):
         "scorers: a plain window until fine-tuned), a file or folder, or a hub dataset",
     )
     calibrate_tokens: PositiveInt | None = Field(
-        None, description="tokens of calibration text; default: by the model's width"
+        None, description="tokens of text to fit scorers on; default: by the model's width"
     )
     calibrate_length: Annotated[int, Field(ge=64)] | None = Field(
         None,
-        description="tokens per calibration sequence; default 4096, or four "
-        "times the slots if that is more, at most the context",
+        description="tokens of the documents that choices are made on, as long as what will be "
+        "read; default: the context, at most 32768 or four times the slots",
     )
     copy_base: bool = Field(
         False, alias="copy", description="copy the base weights instead of linking them"

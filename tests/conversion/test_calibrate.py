@@ -147,15 +147,18 @@ def test_ridge_finds_a_planted_map_and_normalises_it():
 
 
 def test_sequences_mark_what_stands_far_back(tokenizer):
-    sequences = calibration_sequences(tokenizer, "auto", count=8, length=2048, seed=3)
-    again = calibration_sequences(tokenizer, "auto", count=8, length=2048, seed=3)
-    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(sequences, again, strict=True))
-    assert [s.is_recall for s in sequences] == [False, True] * 4
+    sizes = {"fitting": 6, "fit_length": 2048, "held_out": 2, "length": 2048}
+    fitting, held_out = calibration_sequences(tokenizer, "auto", **sizes, seed=3)
+    again, _ = calibration_sequences(tokenizer, "auto", **sizes, seed=3)
+    assert all(np.array_equal(a.ids, b.ids) for a, b in zip(fitting, again, strict=True))
+    assert [s.is_recall for s in fitting] == [False, True] * 3
+    assert all(s.is_recall for s in held_out)
+    sequences = fitting + held_out
     for sequence in sequences:
         assert len(sequence.ids) == len(sequence.answer) == 2048
     from sparsek_cli.data.phrasings import phrasings
 
-    for sequence in sequences[1::2]:
+    for sequence in filter(lambda s: s.is_recall, sequences):
         text = tokenizer.decode(sequence.ids)
         for row in phrasings("held_out", "unseen"):
             assert row.question.split("{key}")[0].strip() + " " not in text or row.name == "hidden"
@@ -170,7 +173,8 @@ def test_sequences_mark_what_stands_far_back(tokenizer):
 
 def test_models_without_a_chat_template_get_plain_questions(tokenizer):
     tokenizer.chat_template = None
-    sequence = calibration_sequences(tokenizer, "auto", count=2, length=1024, seed=0)[1]
+    sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "length": 1024}
+    _, [sequence] = calibration_sequences(tokenizer, "auto", **sizes, seed=0)
     text = tokenizer.decode(sequence.ids)
     assert "\nAnswer: It is" in text.replace("Answer:It", "Answer: It") and sequence.is_recall
 

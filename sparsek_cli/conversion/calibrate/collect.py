@@ -46,7 +46,7 @@ class LayerwiseBase:
 
     Args:
         plan: which checkpoint.
-        sequences: token ids [N] each, all of one length.
+        sequences: token ids [N] each; lengths may differ.
         device: where layers run. dtype: their number format.
 
     Attributes:
@@ -68,7 +68,7 @@ class LayerwiseBase:
         self._base = model.base_model.eval().to(device)
         self._layers = self._base.get_submodule(plan.layout.layers)
         self.hidden: list[torch.Tensor] = []
-        self._arguments: tuple[tuple, dict] = ((), {})
+        self._arguments: list[tuple[tuple, dict]] = []
         self._embed(sequences, device)
 
     def _attend(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -83,7 +83,7 @@ class LayerwiseBase:
         def keep(module, args, kwargs):
             states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
             self.hidden.append(states)
-            self._arguments = (rest, kwargs)
+            self._arguments.append((rest, kwargs))
             raise _Stop
 
         handle = self._layers[0].register_forward_pre_hook(keep, with_kwargs=True)
@@ -126,9 +126,9 @@ class LayerwiseBase:
         With `advance` their residual streams become the layer's output.
         """
         block = self._layers[layer]
-        rest, kwargs = self._arguments
         with self._recording(block.get_submodule(self._attention_name)):
             for number in numbers:
+                rest, kwargs = self._arguments[number]
                 output = block(self.hidden[number], *rest, **kwargs)
                 query, key, value, scale = self._last
                 use(number, Recorded(self._inputs, query, key, value, scale))

@@ -1,8 +1,9 @@
 """Calibration text: plain text, and documents with questions about things far back.
 
-Half of the sequences are text. In the other half facts are hidden (only phrasings marked for
-calibration) and asked for at the end, and a passage may be repeated word for word: the rows that
-predict such answers are marked, because they say which keys a query far away will need.
+Maps are fitted on text and documents in turn, and compared on longer documents. In a document
+facts are hidden (only phrasings marked for calibration) and asked for at the end, and a passage
+may be repeated word for word: the rows that predict such answers are marked, because they say
+which keys a query far away will need.
 """
 
 import ast
@@ -25,8 +26,9 @@ from sparsek_cli.errors import SparsekError, UsageError
 # Characters of text to read: what most tokenizers make of a token, with room to choose from.
 _CHARACTERS_PER_TOKEN = 8
 _GENERATED_SENTENCES = 2000
-_MOST_NEEDLES = 16
-_TOKENS_PER_NEEDLE = 180
+# Many facts: what a scorer learns of them grows with their number, not with the text around.
+_MOST_NEEDLES = 40
+_TOKENS_PER_NEEDLE = 160
 _TOKENS_PER_QUESTION = 50
 # A repeated passage: recognisable after its first tokens, known from then on.
 _PASSAGE = 64
@@ -41,10 +43,12 @@ class Sequence:
     Attributes:
         ids: [N] int64 token ids.
         answer: [N] bool, rows whose next token stands far back in the text.
+        asking: [N] bool, the rows of questions up to the answer: where a model may already look.
     """
 
     ids: np.ndarray
     answer: np.ndarray
+    asking: np.ndarray
 
     @property
     def is_recall(self) -> bool:
@@ -52,32 +56,42 @@ class Sequence:
 
 
 def calibration_sequences(
-    tokenizer: Any, spec: str, *, count: int, length: int, seed: int
-) -> list[Sequence]:
-    """`count` sequences of `length` tokens, text and recall in turn.
+    tokenizer: Any,
+    spec: str,
+    *,
+    fitting: int,
+    fit_length: int,
+    held_out: int,
+    length: int,
+    seed: int,
+) -> tuple[list[Sequence], list[Sequence]]:
+    """Sequences to fit on, text and documents in turn, and documents to compare on.
 
     Args:
         tokenizer: fast tokenizer of the model.
         spec: "auto", a file, folder or glob, or a hub dataset.
-        count, length: how many and how long.
+        fitting, fit_length: how many to fit on, and their tokens.
+        held_out, length: how many to compare on, and their tokens: as long as what the model will
+            read, because how steeply scores may prefer the new depends on it.
         seed: everything random comes from it.
 
     Raises:
         UsageError: the text named by `spec` is missing, empty or not UTF-8.
     """
     rng = np.random.default_rng(seed)
-    filler = Filler.from_documents(_texts(spec, count * length * _CHARACTERS_PER_TOKEN), tokenizer)
+    characters = (fitting * fit_length + held_out * length) * _CHARACTERS_PER_TOKEN
+    filler = Filler.from_documents(_texts(spec, characters), tokenizer)
     generated = Filler.from_documents([generated_text(rng, _GENERATED_SENTENCES)], tokenizer)
     chat = _format(tokenizer)
     made = []
-    for number in range(count):
+    for number in range(fitting):
         if number % 2 == 0:
-            made.append(_text(rng, filler, length, tokenizer))
+            made.append(_text(rng, filler, fit_length, tokenizer))
         else:
             # Some fillers are generated: facts then stand out less against a single style.
             source = generated if spec == "auto" and number % 8 == 7 else filler
-            made.append(_recall(rng, source, chat, length, tokenizer))
-    return made
+            made.append(_recall(rng, source, chat, fit_length, tokenizer))
+    return made, [_recall(rng, filler, chat, length, tokenizer) for _ in range(held_out)]
 
 
 def _texts(spec: str, characters: int) -> Iterator[str]:
@@ -137,7 +151,8 @@ def _text(rng: np.random.Generator, filler: Filler, length: int, tokenizer: Any)
         chosen = filler.take(rng, length)
         ids += [filler.sentence_ids(i) for i in chosen]
     joined = np.concatenate(ids).astype(np.int64)[:length]
-    return Sequence(joined, np.zeros(length, dtype=bool))
+    nowhere = np.zeros(length, dtype=bool)
+    return Sequence(joined, nowhere, nowhere)
 
 
 def _recall(
@@ -145,7 +160,7 @@ def _recall(
 ) -> Sequence:
     """A document, sometimes a passage of it again, and questions about its facts."""
     most = max(1, min(_MOST_NEEDLES, length // _TOKENS_PER_NEEDLE))
-    count = int(rng.integers(1, most + 1))
+    count = int(rng.integers((most + 1) // 2, most + 1))
     passage = _PASSAGE if length >= 8 * _PASSAGE and rng.random() < _SHARE_WITH_PASSAGE else 0
     room = length - _TOKENS_PER_QUESTION * count - len(chat.start) - passage - 8
     if room < length // 2:
@@ -162,6 +177,7 @@ def _recall(
         begin = len(chat.start) + int(rng.integers(0, len(document.ids) // 2))
         ids += ids[begin : begin + passage]
         known += [position >= _PASSAGE_LEAD for position in range(passage)]
+    asked_from = len(ids)
     questions = [document.facts[i] for i in rng.permutation(count)]
     for number in range(10 * length):
         if len(ids) > length:
@@ -171,7 +187,8 @@ def _recall(
         known += marks
     # A row is marked when the token it predicts, the next one, is known from far back.
     answer = np.asarray([*known[1 : length + 1], False][:length], dtype=bool)
-    return Sequence(np.asarray(ids[:length], dtype=np.int64), answer)
+    asking = (np.arange(length) >= asked_from) & ~answer
+    return Sequence(np.asarray(ids[:length], dtype=np.int64), answer, asking)
 
 
 def _turn(

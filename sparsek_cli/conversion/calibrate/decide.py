@@ -1,0 +1,138 @@
+"""What each KV head gets: its share of the slots, its map and its slope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsek_cli.conversion.calibrate.allot import allot
+from sparsek_cli.conversion.calibrate.maps import LinearMap
+from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.write import Scorer
+
+Candidate = tuple[str, float]
+
+# Sizes that a head's topk may take, in shares of the mean. All heads together spend the same.
+SIZES = (0.25, 0.5, 1.0, 2.0, 4.0)
+# How much a squared error at an answer counts against one in text. Measured on tiny (512 slots
+# of 4096): 1 gives up loss, 0.1 drops needles, 0.3 keeps both.
+_ANSWER_WEIGHT = 0.3
+
+
+class HeldOut:
+    """What the held-out sequences say about one layer; text and answer rows apart.
+
+    Attributes:
+        maps: the layer's candidate maps. candidates: [C][G] pairs (map, slope in units).
+        unit: a slope of 1 per token. errors: sums [2, C, L, G]. energy: sums [2, G] of the
+            dense output's. stream: sums [2] of the residual stream's. rows: counts [2].
+    """
+
+    def __init__(
+        self,
+        maps: dict[str, LinearMap],
+        candidates: list[list[Candidate]],
+        unit: float,
+        sizes: int,
+        groups: int,
+    ):
+        self.maps, self.candidates, self.unit = maps, candidates, unit
+        self.errors = np.zeros((2, len(candidates), sizes, groups))
+        self.energy = np.zeros((2, groups))
+        self.stream = np.zeros(2)
+        self.rows = np.zeros(2)
+
+    def add(
+        self,
+        errors: torch.Tensor,
+        energy: torch.Tensor,
+        stream: torch.Tensor,
+        answer: torch.Tensor,
+    ) -> None:
+        for kind, chosen in enumerate((~answer, answer)):
+            self.errors[kind] += errors[..., chosen].sum(-1).double().cpu().numpy()
+            self.energy[kind] += energy[:, chosen].sum(-1).double().cpu().numpy()
+            self.stream[kind] += float(stream[chosen].sum())
+            self.rows[kind] += int(chosen.sum())
+
+    def relative(self, sums: np.ndarray) -> np.ndarray:
+        """Sums [2, ...] as means per row, relative to the residual stream's energy.
+
+        A layer normalises its input, so that what counts is the error's share of the stream.
+        """
+        rows = np.maximum(self.rows, 1).reshape(2, *[1] * (sums.ndim - 1))
+        return sums / rows / (self.stream.sum() / self.rows.sum())
+
+    def combined(self) -> np.ndarray:
+        """[C, L, G]: error in text plus weighted error at answers."""
+        text, answers = self.relative(self.errors)
+        return text + _ANSWER_WEIGHT * answers
+
+
+def sizes_of(plan: Plan) -> tuple[int, ...]:
+    """The sizes of topk to compare; the mean alone where all heads get the same."""
+    if plan.recipe.budgets == "uniform":
+        return (plan.topk,)
+    longest = plan.calibrate_length - plan.window - plan.sinks
+    sizes = {max(1, round(share * plan.topk)) for share in SIZES}
+    return tuple(sorted(size for size in sizes if size <= longest or size <= plan.topk))
+
+
+def decide(plan: Plan, layers: list[HeldOut]) -> tuple[list[Scorer], dict[str, Any]]:
+    """Sizes for all heads, then each head's best map and slope at its size."""
+    sizes, groups = sizes_of(plan), plan.geometry.kv_heads
+    curves = np.stack([layer.combined() for layer in layers])  # [layers, C, L, G]
+    smallest = curves.min(1).transpose(0, 2, 1).reshape(-1, len(sizes))
+    taken = allot(smallest, sizes, plan.topk * len(smallest))
+    mean = sizes.index(plan.topk)
+    if smallest[np.arange(len(taken)), taken].sum() > smallest[:, mean].sum():
+        taken = np.full(len(taken), mean)
+    taken = taken.reshape(len(layers), groups)
+    scorers, rows = [], []
+    for layer, levels in zip(layers, taken, strict=True):
+        heads = np.arange(groups)
+        best = layer.combined()[:, levels, heads].argmin(0)
+        picked = [layer.candidates[b][head] for head, b in enumerate(best)]
+        topk = [sizes[level] for level in levels]
+        scorers.append(
+            Scorer(
+                weight=_float32([layer.maps[n].weight[g] for g, (n, _) in enumerate(picked)]),
+                bias=_float32([layer.maps[n].bias[g] for g, (n, _) in enumerate(picked)]),
+                slopes=np.asarray([slope * layer.unit for _, slope in picked], dtype=np.float32),
+                topk=tuple(topk),
+            )
+        )
+        rows.append(
+            {
+                "map": [name for name, _ in picked],
+                "slope": [slope for _, slope in picked],
+                "topk": topk,
+                "error": layer.relative(layer.errors[:, best, levels, heads]),
+                # The last candidate is a window, here with the mean number of slots.
+                "window_error": layer.relative(layer.errors[:, -1, mean]),
+                "energy": layer.relative(layer.energy),
+            }
+        )
+    return scorers, _report(rows)
+
+
+def _float32(heads: list[torch.Tensor]) -> np.ndarray:
+    return torch.stack(heads).float().cpu().numpy()
+
+
+def _report(layers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over layers and heads, relative to the dense output's energy."""
+
+    def total(key: str, weights: tuple[float, float]) -> float:
+        return float(sum(np.dot(weights, layer[key].sum(-1)) for layer in layers))
+
+    report: dict[str, Any] = {}
+    kinds = {"": (1.0, _ANSWER_WEIGHT), "text_": (1.0, 0.0), "answer_": (0.0, 1.0)}
+    for name, weights in kinds.items():
+        energy = max(total("energy", weights), 1e-30)
+        report[f"{name}error"] = total("error", weights) / energy
+        report[f"{name}window_error"] = total("window_error", weights) / energy
+    report["layers"] = [{key: layer[key] for key in ("map", "slope", "topk")} for layer in layers]
+    return report
