@@ -55,6 +55,9 @@ def finetune(
     if result.held_out_loss is not None:
         before = "" if result.start_loss is None else f" (before: {result.start_loss:.4f})"
         lines.append(f"held-out loss {result.held_out_loss:.4f}{before}")
+    if result.held_out_recall is not None:
+        before = "" if result.start_recall is None else f" (before: {result.start_recall:.1%})"
+        lines.append(f"held-out recall {result.held_out_recall:.1%}{before}")
     if result.kept == "start":
         lines.append("training did not help: the scorers it started with were kept")
     lines += [

@@ -49,8 +49,13 @@ def make_questions(
         seed: of everything random.
         filler: text that facts are hidden in; its tokenizer has a chat template.
         length: most tokens of document, question and answer.
+
+    Raises:
+        ValueError: no chat template, or too few tokens for so many facts.
     """
     chat = ChatFormat.of(filler.tokenizer)
+    if length < 2 * ROOM:
+        raise ValueError(f"{length} tokens are too few for a document and a question")
     made: list[Question] = []
     number = 0
     while len(made) < count:

@@ -65,13 +65,18 @@ class Lora(Strict):
 
 
 class Objective(Strict):
-    """What is minimised: lm x language-model loss + distill x KL to dense attention."""
+    """What is minimised: the weighted sum of these losses."""
 
     lm: NonNegativeFloat = Field(1.0, description="weight of the language-model loss")
     distill: NonNegativeFloat = Field(
         0.0,
         description="weight of the KL divergence to the weights a run starts from, with dense "
         "attention",
+    )
+    future: NonNegativeFloat = Field(
+        0.0,
+        description="weight of 1 - the correlation of scores and the attention that later queries "
+        "of the dense model give each key; dropped keys have a gradient here only",
     )
     answer_weight: NonNegativeFloat = Field(
         1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
@@ -155,6 +160,13 @@ class Evaluation(Strict):
         "kept out of training and used here (at least one document; 0: no evaluation)",
     )
     sequences: PositiveInt = Field(16, description="held-out sequences, of sequence_length each")
+    questions: int = Field(
+        0,
+        ge=0,
+        description="questions about facts hidden in the held-out text, in the phrasings that "
+        "calibration knows; 0: recall is not measured (it needs a chat template)",
+    )
+    needles: PositiveInt = Field(4, description="facts per document of these questions")
     every: int = Field(0, ge=0, description="evaluate every so many steps; 0: at the end only")
 
 
@@ -198,6 +210,11 @@ class FinetuneRecipe(Strict):
     steps: PositiveInt | None = Field(None, description="optimiser steps (or give tokens/epochs)")
     tokens: PositiveInt | None = Field(None, description="training tokens, rounded up to a step")
     epochs: Positive | None = Field(None, description="passes over the text sources")
+    budget_stages: list[Annotated[float, Field(ge=1.0)]] = Field(
+        default_factory=list,
+        description="topk is multiplied by each of these for an equal part of the run, then by 1: "
+        "[4, 2] trains with four times, twice and once the budget",
+    )
     minutes: Positive | None = Field(
         None, description="end the run after so many minutes, before its last step if need be"
     )
@@ -230,7 +247,7 @@ class FinetuneRecipe(Strict):
     compile: bool = Field(False, description="torch.compile the model")
     keep_better: bool = Field(
         True,
-        description="with train: scorers, keep the start if its held-out loss was better",
+        description="with train: scorers, keep the start if held-out loss or recall got worse",
     )
     evaluation: Evaluation = Field(
         default_factory=Evaluation, description="held-out loss during and after training"
@@ -258,8 +275,12 @@ class FinetuneRecipe(Strict):
             raise ValueError("with init: random needs an 'architecture'")
         if self.init == "random" and self.train != "all":
             raise ValueError("with init: random needs train: all (nothing is worth freezing)")
-        if self.objective.lm == 0 and self.objective.distill == 0:
-            raise ValueError("has nothing to minimise: objective.lm and objective.distill are 0")
+        if not (self.objective.lm or self.objective.distill or self.objective.future):
+            raise ValueError("has nothing to minimise: objective.lm, distill and future are 0")
+        if self.evaluation.questions and self.evaluation.held_out == 0 and not (
+            self.evaluation.files or self.evaluation.dataset
+        ):
+            raise ValueError("needs held-out text for evaluation.questions")
         for name, source in self.data.items():
             filler = getattr(source, "filler", None)
             if filler is not None and getattr(self.data.get(filler), "kind", None) != "text":

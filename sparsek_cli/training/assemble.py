@@ -1,5 +1,6 @@
 """From a recipe to a model and a trainer that are ready to start."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +9,19 @@ import torch
 from sparsek_cli import hub
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.mixture import HeldOut, Mixture
+from sparsek_cli.data.needles import Filler
+from sparsek_cli.data.phrasings import phrasings
+from sparsek_cli.data.questions import Question, make_questions
+from sparsek_cli.errors import UsageError
+from sparsek_cli.models import DENSE_ATTENTION
+from sparsek_cli.training.future import ATTENTION as OBSERVED
+from sparsek_cli.training.future import FutureAttention
 from sparsek_cli.training.model import build_random, load_pretrained
 from sparsek_cli.training.objectives import Objective, Teacher, attach, decoder_of
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.plan import TrainingPlan
 from sparsek_cli.training.progress import ProgressReport, Report, TimeLimit
+from sparsek_cli.training.stages import BudgetStages
 from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.trainer import SparsekTrainer, training_arguments
 
@@ -48,6 +57,7 @@ def make_trainer(
     *,
     data: Mixture,
     held_out: Corpus | None,
+    questions: Sequence[Question] = (),
     resumed: bool,
     report: Report,
 ) -> SparsekTrainer:
@@ -57,6 +67,7 @@ def make_trainer(
         model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
         plan: what make_plan said. part: where checkpoints go.
         data: what is trained on. held_out: text for the held-out loss, or None.
+        questions: for recall, see `held_out_questions`.
         resumed: whether the run continues an earlier one.
     """
     evaluation = None
@@ -78,12 +89,15 @@ def make_trainer(
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if recipe.compile:
         decoder_of(model).compile()
-    attach(model, objective, _teacher(recipe, model, tuner, plan))
+    attach(model, objective, *_teacher(recipe, model, tuner, plan))
+    stages = BudgetStages(model, recipe.budget_stages) if recipe.budget_stages else None
     limits = [] if recipe.minutes is None else [TimeLimit(60 * recipe.minutes)]
     return SparsekTrainer(
         recipe=recipe,
         objective=objective,
         start=start,
+        questions=questions,
+        stages=stages,
         model=model,
         args=args,
         train_dataset=data,
@@ -92,11 +106,40 @@ def make_trainer(
     )
 
 
+def held_out_questions(
+    recipe: "FinetuneRecipe", held_out: Corpus | None, tokenizer: Any
+) -> list[Question]:
+    """The questions that `evaluation.questions` asks for.
+
+    Raises:
+        UsageError: the tokenizer has no chat template, or sequences are too short for a document.
+    """
+    wanted = recipe.evaluation
+    if not wanted.questions or held_out is None:
+        return []
+    try:
+        return make_questions(
+            [recipe.seed], Filler.from_corpus(held_out, tokenizer),
+            length=recipe.sequence_length, needles=wanted.needles, count=wanted.questions,
+            phrasings=phrasings("calibration"),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(
+            f"evaluation.questions: {error}", hint="set it to 0, or sequence_length higher"
+        ) from error
+
+
 def _teacher(
     recipe: "FinetuneRecipe", model: Any, tuner: Any | None, plan: TrainingPlan
-) -> Teacher | None:
-    if recipe.objective.distill == 0:
-        return None
-    if recipe.train != "all":
-        return OwnTeacher(model, tuner)
-    return FrozenTeacher(model, torch.bfloat16 if plan.precision == "bf16" else torch.float32)
+) -> tuple[Teacher | None, FutureAttention | None]:
+    """Who is imitated, and who watches its attention; made before `forward` is replaced."""
+    wanted = recipe.objective
+    if wanted.distill == 0 and wanted.future == 0:
+        return None, None
+    attention = OBSERVED if wanted.future else DENSE_ATTENTION
+    if recipe.train == "all":
+        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        teacher = FrozenTeacher(model, dtype, attention)
+    else:
+        teacher = OwnTeacher(model, tuner, attention)
+    return teacher, FutureAttention(model) if wanted.future else None

@@ -4,9 +4,10 @@
 computed inside `forward`, so DDP, FSDP and DeepSpeed see one ordinary forward pass.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -15,16 +16,20 @@ from torch.utils.checkpoint import checkpoint
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.errors import UsageError
 
+if TYPE_CHECKING:
+    from sparsek_cli.training.future import FutureAttention
+
 # Output transforms between hidden state and logits that the chunked loss would leave out.
 _UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: lm x (text + a x answers) + distill x the same two means of the KL.
+    """What is minimised: lm x (text + a x answers) + distill x the same two means of the KL
+    + future x mean of 1 - correlation of scores and future attention (future.py).
 
     Attributes:
-        lm, distill: weights of the two parts.
+        lm, distill, future: weights of the parts.
         answer_weight: the factor a of the mean over ANSWER tokens.
         temperature: softmax temperature of the distillation.
         loss_chunk: tokens whose logits exist at one time.
@@ -35,13 +40,14 @@ class Objective:
     answer_weight: float = 1.0
     temperature: float = 1.0
     loss_chunk: int = 2048
+    future: float = 0.0
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """The loss from sums [4] (see `loss_sums`) and counts [2] of TEXT and ANSWER tokens."""
-        text, answers = counts.clamp(min=1).to(sums.dtype).unbind()
+        """The loss from sums [5] and counts [3] (see `attach` and `count_targets`)."""
+        text, answers, sequences = counts.clamp(min=1).to(sums.dtype).unbind()
         lm = sums[0] / text + self.answer_weight * sums[1] / answers
         kl = sums[2] / text + self.answer_weight * sums[3] / answers
-        return self.lm * lm + self.distill * kl
+        return self.lm * lm + self.distill * kl + self.future * sums[4] / sequences
 
 
 class Teacher(Protocol):
@@ -53,13 +59,21 @@ class Teacher(Protocol):
     def states(self, **inputs: Any) -> torch.Tensor: ...
 
 
-def attach(model: Any, objective: Objective, teacher: Teacher | None = None) -> None:
-    """Replaces `model.forward` by one that returns {"sums": [4] float32}; `detach` undoes it.
+def attach(
+    model: Any,
+    objective: Objective,
+    teacher: Teacher | None = None,
+    future: "FutureAttention | None" = None,
+) -> None:
+    """Replaces `model.forward` by one that returns {"sums": [5] float32}; `detach` undoes it.
+
+    The sums are those of `loss_sums`, then the scores' against future attention.
 
     Args:
         model: a transformers causal LM.
         objective: which sums are needed.
-        teacher: who is imitated where `objective.distill` > 0.
+        teacher: who is imitated where `objective.distill` or `objective.future` > 0.
+        future: what compares scores with the teacher's attention where `objective.future` > 0.
 
     Raises:
         UsageError: the family changes its logits after the output layer.
@@ -85,12 +99,20 @@ def attach(model: Any, objective: Objective, teacher: Teacher | None = None) -> 
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if sparse and cu_seq_lens is not None:
             inputs["cu_seq_lens_q"] = cu_seq_lens
-        known = None
-        if objective.distill > 0 and self.training:
-            known = (teacher.states(**inputs), teacher.head)
-        hidden = decoder(**inputs, use_cache=False).last_hidden_state
-        sums = loss_sums(hidden, known, self.get_output_embeddings(), input_ids, roles, objective)
-        return {"sums": sums}
+        learning = self.training and teacher is not None
+        with (
+            future.watching(roles, cu_seq_lens)
+            if learning and future is not None
+            else nullcontext()
+        ):
+            known = (teacher.states(**inputs), teacher.head) if learning else None
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state
+            wanted = future.loss() if learning and future is not None else hidden.new_zeros(())
+        if objective.distill == 0:
+            known = None
+        head = self.get_output_embeddings()
+        sums = loss_sums(hidden, known, head, input_ids, roles, objective)
+        return {"sums": torch.cat([sums, wanted.float()[None]])}
 
     model.forward = MethodType(forward, model)
 
@@ -105,10 +127,11 @@ def decoder_of(model: Any) -> torch.nn.Module:
     return getattr(model, model.base_model_prefix)
 
 
-def count_roles(roles: torch.Tensor) -> torch.Tensor:
-    """[2] int64: how many tokens of roles [B, N] count as TEXT and as ANSWER targets."""
+def count_targets(roles: torch.Tensor) -> torch.Tensor:
+    """[3] int64: tokens of roles [B, N] that count as TEXT and as ANSWER, and sequences."""
     targets = roles[:, 1:]
-    return torch.stack([(targets == TEXT).sum(), (targets == ANSWER).sum()])
+    sequences = torch.tensor(len(roles), device=roles.device)
+    return torch.stack([(targets == TEXT).sum(), (targets == ANSWER).sum(), sequences])
 
 
 def loss_sums(

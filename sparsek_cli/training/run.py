@@ -14,7 +14,7 @@ from sparsek_cli.data.mixture import build_mixture, load_texts
 from sparsek_cli.devices import choose_device
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
-from sparsek_cli.training.assemble import load, make_trainer
+from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.model import load_tokenizer, random_config
 from sparsek_cli.training.objectives import detach
 from sparsek_cli.training.output import write_model
@@ -44,6 +44,7 @@ class TrainingResult:
         loss: training loss of the last step.
         start_loss, held_out_loss: held-out loss per token (nats) before and after; None if not
             measured.
+        start_recall, held_out_recall: share of the held-out questions that were answered.
         kept: "end", or "start" when training made scorers worse and the start was kept.
         tokens_per_second: of this process group, over the steps of this call.
         peak_gib: peak GPU memory of the first process; None on the CPU.
@@ -57,6 +58,8 @@ class TrainingResult:
     kept: str
     tokens_per_second: float
     peak_gib: float | None
+    start_recall: float | None = None
+    held_out_recall: float | None = None
 
 
 def finetune(
@@ -101,11 +104,8 @@ def finetune(
         return make_plan(recipe, model, texts, name=name, output=output, bf16=bf16)
 
     model, tuner, dtype = load(recipe, tokenizer, source, bf16)
-    if recipe.objective.distill > 0 and not is_sparse(model):
-        raise UsageError(
-            "a dense model is its own teacher: nothing to distill",
-            hint="set objective.distill=0, or train a converted model",
-        )
+    _check_dense(recipe, model)
+    questions = held_out_questions(recipe, held_out, tokenizer)
     plan = make_plan(recipe, model, texts, name=name, output=output, bf16=bf16)
     report.say(plan.text())
     part = part_folder(output)
@@ -115,7 +115,7 @@ def finetune(
         trainer = make_trainer(
             recipe, model, tuner, plan, device, part,
             data=build_mixture(recipe, texts, tokenizer, plan.steps * recipe.batch_size),
-            held_out=held_out, resumed=resume, report=report,
+            held_out=held_out, questions=questions, resumed=resume, report=report,
         )  # fmt: skip
         result = _train(trainer, plan, checkpoint, report)
         state = trainer.full_state()
@@ -153,27 +153,27 @@ def _train(
             hint="set checkpointing=true, or lower micro_batch_size, sequence_length or loss_chunk",
         ) from error
     trainer.stop_if_not_finite()
-    end = None if trainer.eval_dataset is None else _last_evaluation(trainer)
+    end = {} if trainer.eval_dataset is None else _last_evaluation(trainer)
     start = _first_evaluation(trainer.state.log_history)
     kept = "end"
-    if trainer.start is not None and start is not None and end > start:
+    worse = _what_got_worse(start, end) if trainer.start is not None else None
+    if worse:
         trainer.put_back_start()
-        kept = "start"
-        report.say(
-            f"held-out loss rose from {start:.4f} to {end:.4f}: the scorers it started with "
-            "are kept (keep_better)"
-        )
+        kept, end = "start", start
+        report.say(f"{worse}: the scorers it started with are kept (keep_better)")
     resumed_at = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     tokens = (trainer.state.global_step - resumed_at) * plan.tokens_per_step
     return TrainingResult(
         output=plan.output,
         steps=trainer.state.global_step,
         loss=trainer.final_loss(),
-        start_loss=start,
-        held_out_loss=start if kept == "start" else end,
+        start_loss=start.get("eval_loss"),
+        held_out_loss=end.get("eval_loss"),
         kept=kept,
         tokens_per_second=tokens / max(done.metrics.get("train_runtime", 0.0), 1e-9),
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        start_recall=start.get("eval_recall"),
+        held_out_recall=end.get("eval_recall"),
     )
 
 
@@ -219,20 +219,48 @@ def _check_reporters(recipe: "FinetuneRecipe") -> None:
             )
 
 
+def _check_dense(recipe: "FinetuneRecipe", model: Any) -> None:
+    """Raises UsageError where a dense model is asked for what only SparseK models have."""
+    if is_sparse(model):
+        return
+    wanted = recipe.objective
+    if wanted.distill or wanted.future:
+        raise UsageError(
+            "a dense model is its own teacher: nothing to distill",
+            hint="set objective.distill=0 and objective.future=0, or train a converted model",
+        )
+    if recipe.budget_stages:
+        raise UsageError(
+            "budget_stages needs a SparseK model: a dense one sees every key",
+            hint="leave budget_stages out, or train a converted model",
+        )
+
+
 def _wants_bf16(recipe: "FinetuneRecipe", device: torch.device) -> bool:
     if recipe.precision == "auto":
         return device.type == "cuda" and torch.cuda.is_bf16_supported()
     return recipe.precision == "bf16"
 
 
-def _first_evaluation(history: list[dict]) -> float | None:
-    starts = [e["eval_loss"] for e in history if "eval_loss" in e and e.get("step") == 0]
-    return starts[0] if starts else None
+def _first_evaluation(history: list[dict]) -> dict[str, float]:
+    starts = [e for e in history if "eval_loss" in e and e.get("step") == 0]
+    return starts[0] if starts else {}
 
 
-def _last_evaluation(trainer: SparsekTrainer) -> float:
-    """Held-out loss of the finished model, measured now unless it just was."""
+def _last_evaluation(trainer: SparsekTrainer) -> dict[str, float]:
+    """What is measured of the finished model, now unless it just was."""
     for entry in reversed(trainer.state.log_history):
         if "eval_loss" in entry and entry["step"] == trainer.state.global_step:
-            return entry["eval_loss"]
-    return trainer.evaluate()["eval_loss"]
+            return entry
+    return trainer.evaluate()
+
+
+def _what_got_worse(start: dict[str, float], end: dict[str, float]) -> str | None:
+    """Loss, recall or neither, in words."""
+    if not start:
+        return None
+    if not end["eval_loss"] <= start["eval_loss"]:
+        return f"held-out loss rose from {start['eval_loss']:.4f} to {end['eval_loss']:.4f}"
+    if end.get("eval_recall", 0) < start.get("eval_recall", 0):
+        return f"held-out recall fell from {start['eval_recall']:.1%} to {end['eval_recall']:.1%}"
+    return None

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from sparsek_cli.models import DENSE_ATTENTION, dense_attention
 from sparsek_cli.training.objectives import decoder_of
 
 
@@ -15,10 +16,11 @@ class OwnTeacher:
     Args:
         model: the causal LM that is trained.
         tuner: PEFT's LoraModel around it, or None.
+        attention: name of the dense attention function.
     """
 
-    def __init__(self, model: Any, tuner: Any | None = None):
-        self._model, self._tuner = model, tuner
+    def __init__(self, model: Any, tuner: Any | None = None, attention: str = DENSE_ATTENTION):
+        self._model, self._tuner, self._attention = model, tuner, attention
 
     @property
     def head(self) -> torch.nn.Module:
@@ -29,7 +31,8 @@ class OwnTeacher:
     def states(self, **inputs: Any) -> torch.Tensor:
         """States below the output layer, [B, N, C]; the arguments are the decoder's."""
         was = [module for module in self._model.modules() if module.training]
-        with self._dense():
+        with dense_attention(self._model), self._without_adapters():
+            self._model.config._attn_implementation = self._attention
             self._model.eval()
             states = decoder_of(self._model)(**inputs, use_cache=False).last_hidden_state
         for module in was:
@@ -37,23 +40,19 @@ class OwnTeacher:
         return states
 
     @contextmanager
-    def _dense(self):
-        from sparsek_cli.models import dense_attention
-
+    def _without_adapters(self):
         if self._tuner is None:
-            with dense_attention(self._model):
-                yield
+            yield
             return
         learns = [p for p in self._model.parameters() if p.requires_grad]
-        with dense_attention(self._model):
-            self._tuner.disable_adapter_layers()
-            try:
-                yield
-            finally:
-                self._tuner.enable_adapter_layers()
-                # PEFT switches requires_grad together with the adapters.
-                for parameter in learns:
-                    parameter.requires_grad_(True)
+        self._tuner.disable_adapter_layers()
+        try:
+            yield
+        finally:
+            self._tuner.enable_adapter_layers()
+            # PEFT switches requires_grad together with the adapters.
+            for parameter in learns:
+                parameter.requires_grad_(True)
 
 
 class FrozenTeacher:
@@ -64,13 +63,12 @@ class FrozenTeacher:
     Args:
         model: the causal LM, before training and before its `forward` is replaced.
         dtype: of the copy.
+        attention: name of the dense attention function.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype):
-        from sparsek_cli.models import DENSE_ATTENTION
-
+    def __init__(self, model: Any, dtype: torch.dtype, attention: str = DENSE_ATTENTION):
         self._model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        self._model.config._attn_implementation = DENSE_ATTENTION
+        self._model.config._attn_implementation = attention
 
     @property
     def head(self) -> torch.nn.Module:

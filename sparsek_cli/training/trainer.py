@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
+from sparsek_cli.data.questions import Question
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.training import checkpoints, state
-from sparsek_cli.training.objectives import Objective, count_roles
+from sparsek_cli.training.measure import recalled
+from sparsek_cli.training.objectives import Objective, count_targets
 from sparsek_cli.training.parameters import optimizer_groups
+from sparsek_cli.training.stages import BudgetStages
 
 
 class SparsekTrainer(Trainer):
@@ -24,6 +29,8 @@ class SparsekTrainer(Trainer):
         recipe: the validated FinetuneRecipe.
         objective: how loss sums become one number.
         start: the parameters that learn, as they were before the run; None: not kept.
+        questions: what recall is measured with; empty: it is not.
+        stages: budget annealing, if any.
         kwargs: what Trainer takes.
     """
 
@@ -33,6 +40,8 @@ class SparsekTrainer(Trainer):
         recipe: Any,
         objective: Objective,
         start: dict[str, torch.Tensor] | None = None,
+        questions: Sequence[Question] = (),
+        stages: BudgetStages | None = None,
         **kwargs: Any,
     ):
         super().__init__(data_collator=collate, **kwargs)
@@ -40,11 +49,14 @@ class SparsekTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.recipe, self.objective, self.start = recipe, objective, start
+        self.questions, self.stages = questions, stages
         self.last_loss: torch.Tensor | None = None
         self._unchecked: tuple[torch.Tensor, list[int]] | None = None
         self._step_loss: torch.Tensor | None = None
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
+        if stages is not None:
+            self.add_callback(stages)
 
     # Data: item i of the mixture is the i-th sequence of the run, whoever asks for it.
 
@@ -52,7 +64,7 @@ class SparsekTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor:
-        counts = sum(count_roles(batch["roles"]) for batch in batch_samples).to(device)
+        counts = sum(count_targets(batch["roles"]) for batch in batch_samples).to(device)
         if self.args.world_size > 1:
             counts = self.accelerator.reduce(counts, reduction="sum")
         return counts
@@ -136,7 +148,16 @@ class SparsekTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict:
-        """Held-out language-model loss per token, nats."""
+        """Held-out loss per token (nats) and recall (share), at the budget the run ends with."""
+        with nullcontext() if self.stages is None else self.stages.at_target():
+            metrics = self._measure(metric_key_prefix)
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _measure(self, prefix: str) -> dict[str, float]:
         data = self.eval_dataset
         world, rank = self.args.world_size, self.args.process_index
         was_training = self.model.training
@@ -153,14 +174,16 @@ class SparsekTrainer(Trainer):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 sums = self.model_wrapped(**inputs)["sums"]
-            total += torch.stack([sums[:2].sum(), count_roles(inputs["roles"]).sum()]).double()
+            targets = count_targets(inputs["roles"])[:2].sum()
+            total += torch.stack([sums[:2].sum(), targets]).double()
         total = self.accelerator.reduce(total, reduction="sum")
+        metrics = {f"{prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}
+        if self.questions:
+            tokens = each * self.recipe.sequence_length
+            with self.compute_loss_context_manager():
+                right = recalled(self.model, self.questions, batch_tokens=tokens)
+            metrics[f"{prefix}_recall"] = float(right.mean())
         self.model.train(was_training)
-        metrics = {f"{metric_key_prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}
-        self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
         return metrics
 
     # Checkpoints.

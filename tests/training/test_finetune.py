@@ -131,15 +131,69 @@ def test_loss_falls_from_scratch(recipe, scratch, tmp_path, attention):
     assert ("sparsek" in config) == (attention == "sparsek")
 
 
-def test_the_better_scorers_are_kept(recipe, sparse_checkpoint, tmp_path):
+@pytest.mark.parametrize(
+    ("end", "kept"),
+    [
+        ({"eval_loss": 1.0, "eval_recall": 0.5}, "end"),
+        ({"eval_loss": 9.0, "eval_recall": 1.0}, "start"),
+        ({"eval_loss": float("nan"), "eval_recall": 1.0}, "start"),
+        ({"eval_loss": 1.0, "eval_recall": 0.4}, "start"),
+    ],
+)
+def test_the_better_scorers_are_kept(recipe, sparse_checkpoint, tmp_path, monkeypatch, end, kept):
+    from sparsek_cli.training.trainer import SparsekTrainer
+
+    def measured(self, prefix):
+        first = {"eval_loss": 2.0, "eval_recall": 0.5}
+        return first if self.state.global_step == 0 else end
+
+    monkeypatch.setattr(SparsekTrainer, "_measure", measured)
     model = sparse_checkpoint()
-    made = recipe("scorer_learning_rate=30", "objective={lm: 0, distill: 1}", model=model)
-    done = finetune(made)
-    if done.kept == "start":
-        assert not changed(weights(model), weights(tmp_path / "out"))
-        assert done.held_out_loss == done.start_loss
-    else:
-        assert done.held_out_loss <= done.start_loss
+    done = finetune(recipe("objective={lm: 0, distill: 1}", "scorer_learning_rate=0.1",
+                           model=model))  # fmt: skip
+    assert done.kept == kept
+    moved = changed(weights(model), weights(tmp_path / "out"))
+    assert bool(moved) == (kept == "end")
+    assert done.held_out_recall == (end["eval_recall"] if kept == "end" else 0.5)
+
+
+def test_recall_is_measured_before_and_after(recipe, tmp_path):
+    from sparsek_cli.console import Console
+    from sparsek_cli.conversion.convert import convert
+    from sparsek_cli.conversion.plan import make_plan
+    from sparsek_cli.hub import resolve
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    wanted = ConvertRecipe(
+        model="tiny", out=str(tmp_path / "sparse"), calibrate="none", topk=8, window=120, sinks=4
+    )
+    convert(make_plan(wanted, resolve("tiny")), Console(quiet=True))
+    done = finetune(
+        recipe("objective={lm: 0, distill: 0, future: 1}", "sequence_length=256", "steps=1",
+               "batch_size=1", "micro_batch_size=1", "evaluation.questions=4",
+               "evaluation.needles=1", "keep_better=false", "evaluation.every=1",
+               model=tmp_path / "sparse")
+    )  # fmt: skip
+    assert 0 <= done.held_out_recall <= 1 and done.start_recall is None
+    assert done.loss < 2
+
+
+def test_budget_stages_end_at_the_target(recipe, sparse_checkpoint, tmp_path, monkeypatch):
+    from sparsek_cli.training.trainer import SparsekTrainer
+
+    seen = []
+    real = SparsekTrainer.training_step
+
+    def watched(self, model, *args, **kwargs):
+        seen.append(model.config.sparsek["topk"])
+        return real(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(SparsekTrainer, "training_step", watched)
+    words = ["budget_stages=[4, 2]", "steps=6", "evaluation.every=1", "batch_size=2"]
+    finetune(recipe(*words, model=sparse_checkpoint()))
+    assert seen == [32, 32, 16, 16, 8, 8]
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["sparsek"]["topk"] == 8
 
 
 def test_several_sources(recipe, scratch, text_file):
@@ -202,6 +256,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(recipe, scratch, tmp_path, monkey
         (["train=scorers"], "no scorers: it is dense"),
         (["train=all", "sparsek.topk=8"], "the model is dense"),
         (["train=all", "objective.distill=1"], "its own teacher"),
+        (["train=all", "budget_stages=[2]"], "budget_stages needs a SparseK model"),
+        (["train=all", "evaluation.questions=4"], "evaluation.questions: 64 tokens are too few"),
         (["train=all", "batch_size=5"], "no multiple of micro_batch_size"),
         (["train=all", "data={}"], "no training data"),
         (["train=lora", "lora.targets=[nonsense]"], "lora.targets"),
