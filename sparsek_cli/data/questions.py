@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sparsek_cli.data.needle_source import ChatFormat
-from sparsek_cli.data.needles import Fact, Filler, encode, make_document
+from sparsek_cli.data.chat_format import ChatFormat
+from sparsek_cli.data.facts import Fact
+from sparsek_cli.data.filler import Filler, encode
+from sparsek_cli.data.needles import make_document
 from sparsek_cli.data.phrasings import Phrasing
 
 ROOM = 112  # tokens kept free for the question, the chat template and the answer

@@ -12,8 +12,8 @@ import numpy as np
 
 from sparsek_cli.data import vocabulary
 from sparsek_cli.data.corpus import cache_folder
+from sparsek_cli.data.filler import split_sentences
 from sparsek_cli.data.generated_text import generated_text
-from sparsek_cli.data.needles import split_sentences
 from sparsek_cli.evaluation import ruler_samples
 from sparsek_cli.evaluation.ruler_samples import Haystack
 from sparsek_cli.evaluation.store import digest, write_atomically

@@ -9,7 +9,7 @@ import torch
 
 from sparsek_cli import hub
 from sparsek_cli.data.corpus import load_corpus
-from sparsek_cli.data.needles import Filler
+from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.evaluation.policies import Policy

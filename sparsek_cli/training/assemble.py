@@ -8,8 +8,8 @@ import torch
 
 from sparsek_cli import hub
 from sparsek_cli.data.corpus import Corpus
+from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.mixture import HeldOut, Mixture
-from sparsek_cli.data.needles import Filler
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.errors import UsageError

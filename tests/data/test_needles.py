@@ -4,17 +4,13 @@ import numpy as np
 import pytest
 
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
+from sparsek_cli.data.chat_format import ChatFormat
 from sparsek_cli.data.corpus import Corpus, build_corpus
+from sparsek_cli.data.facts import draw_facts
+from sparsek_cli.data.filler import Filler, split_sentences
 from sparsek_cli.data.generated_text import generated_text
-from sparsek_cli.data.needle_source import ChatFormat, NeedleSource
-from sparsek_cli.data.needles import (
-    Filler,
-    chat_messages,
-    draw_facts,
-    is_correct,
-    make_document,
-    split_sentences,
-)
+from sparsek_cli.data.needle_source import NeedleSource
+from sparsek_cli.data.needles import chat_messages, is_correct, make_document
 from sparsek_cli.data.phrasings import PHRASINGS, phrasings
 
 

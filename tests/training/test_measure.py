@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from sparsek_cli.data.corpus import Corpus
+from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.generated_text import generated_text
-from sparsek_cli.data.needles import Filler
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import make_questions
 from sparsek_cli.hub import bundled
