@@ -55,6 +55,8 @@ def finetune(
     if result.held_out_loss is not None:
         before = "" if result.start_loss is None else f" (before: {result.start_loss:.4f})"
         lines.append(f"held-out loss {result.held_out_loss:.4f}{before}")
+    if result.answer_loss is not None:
+        lines.append(f"held-out loss of answers {result.answer_loss:.4f}")
     if result.held_out_recall is not None:
         before = "" if result.start_recall is None else f" (before: {result.start_recall:.1%})"
         lines.append(f"held-out recall {result.held_out_recall:.1%}{before}")

@@ -9,6 +9,7 @@ import numpy as np
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.data.corpus import Corpus, load_corpus
 from sparsek_cli.data.packing import PackedDocuments, PackedSequence, PackedText
+from sparsek_cli.data.streams import STREAMS, check_tokenizer
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,11 +85,10 @@ class CopySource:
 
 
 class HeldOut:
-    """The first `count` sequences of held-out text, as a map-style dataset."""
+    """The first `count` sequences of a packed source, as a map-style dataset."""
 
-    def __init__(self, corpus: Corpus, length: int, count: int, seed: int):
-        self._packed = PackedText(corpus, length, (seed,))
-        self._count = min(count, self._packed.per_epoch)
+    def __init__(self, packed: Callable[[int], PackedSequence], count: int):
+        self._packed, self._count = packed, count
 
     def __len__(self) -> int:
         return self._count
@@ -101,6 +101,21 @@ class HeldOut:
             "starts": sequence.starts,
             "index": index,
         }
+
+
+def held_out_sequences(
+    recipe: "FinetuneRecipe", held_out: Corpus | None, tokenizer: Any
+) -> HeldOut | None:
+    """What the held-out loss is measured on: text, else the recipe's first stream, else None."""
+    length, count = recipe.sequence_length, recipe.evaluation.sequences
+    if held_out is not None:
+        packed = PackedText(held_out, length, (recipe.seed,))
+        return HeldOut(packed, min(count, packed.per_epoch))
+    streams = [block for _, block in sorted(recipe.data.items()) if block.kind == "stream"]
+    if not streams or recipe.evaluation.held_out == 0:
+        return None
+    seed = (recipe.seed, zlib.crc32(b"held out"))
+    return HeldOut(PackedDocuments(_stream(streams[0], tokenizer), length, seed), count)
 
 
 def _between(rng: np.random.Generator, low: int, high: int) -> int:
@@ -157,7 +172,7 @@ def build_mixture(
             _generator(block, texts, tokenizer),
             length,
             own_seed,
-            document_length=block.document_length,
+            document_length=getattr(block, "document_length", None),
             pad_id=tokenizer.pad_token_id or tokenizer.eos_token_id or 0,
         )
     if not sources:
@@ -165,7 +180,20 @@ def build_mixture(
     return Mixture(sources, weights, total, seed, joined=recipe.documents == "joined")
 
 
+def _stream(block: Any, tokenizer: Any) -> Callable:
+    try:
+        check_tokenizer(block.stream, tokenizer)
+        return STREAMS[block.stream](**block.options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"stream '{block.stream}': {error}",
+            hint="the settings are described in sparsek_cli/data/streams.py",
+        ) from error
+
+
 def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Callable:
+    if block.kind == "stream":
+        return _stream(block, tokenizer)
     if block.kind == "copies":
         return CopySource(texts[block.filler], block.passage)
     try:

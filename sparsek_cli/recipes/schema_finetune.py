@@ -95,7 +95,7 @@ class SourceBlock(Strict):
 class TextSource(SourceBlock):
     """Documents, packed back to back; a document never sees its neighbours."""
 
-    kind: Literal["text"] = Field(description="text, needles or copies")
+    kind: Literal["text"] = Field(description="text, needles, copies or stream")
     files: str | list[str] | None = Field(
         None, description="files, folders or globs (.jsonl .txt .md .py .parquet, each also .zst)"
     )
@@ -120,7 +120,7 @@ class TextSource(SourceBlock):
 class NeedleBlock(SourceBlock):
     """Facts hidden in filler text and questions about them (data/needle_source.py)."""
 
-    kind: Literal["needles"] = Field(description="text, needles or copies")
+    kind: Literal["needles"] = Field(description="text, needles, copies or stream")
     filler: str = Field(description="name of the text source that the filler comes from")
     options: dict[str, Any] = Field(
         default_factory=dict, description="settings of data/needle_source.py"
@@ -133,7 +133,7 @@ class NeedleBlock(SourceBlock):
 class CopyBlock(SourceBlock):
     """A passage, something in between, and the passage again."""
 
-    kind: Literal["copies"] = Field(description="text, needles or copies")
+    kind: Literal["copies"] = Field(description="text, needles, copies or stream")
     filler: str = Field(description="name of the text source that passages come from")
     passage: tuple[PositiveInt, PositiveInt] = Field(
         (32, 128), description="shortest and longest passage, in tokens"
@@ -143,7 +143,19 @@ class CopyBlock(SourceBlock):
     )
 
 
-Source = Annotated[TextSource | NeedleBlock | CopyBlock, Field(discriminator="kind")]
+class StreamBlock(SourceBlock):
+    """Generated sequences that are not text (data/streams.py); with `tokenizer` of that name."""
+
+    kind: Literal["stream"] = Field(description="text, needles, copies or stream")
+    stream: Literal["nucleotides", "series"] = Field(description="nucleotides or series")
+    options: dict[str, Any] = Field(
+        default_factory=dict, description="settings of data/streams.py"
+    )
+
+
+Source = Annotated[
+    TextSource | NeedleBlock | CopyBlock | StreamBlock, Field(discriminator="kind")
+]
 
 
 class Evaluation(Strict):
@@ -157,7 +169,8 @@ class Evaluation(Strict):
     held_out: Fraction = Field(
         0.02,
         description="without files or dataset: this share of each text source's documents is "
-        "kept out of training and used here (at least one document; 0: no evaluation)",
+        "kept out of training and used here (at least one document; 0: no evaluation); of "
+        "streams, sequences that training never draws",
     )
     sequences: PositiveInt = Field(16, description="held-out sequences, of sequence_length each")
     questions: int = Field(
@@ -182,7 +195,9 @@ class FinetuneRecipe(Strict):
         None, description="shape of the model when init is random"
     )
     tokenizer: str | None = Field(
-        None, description="folder or model whose tokenizer is used; default: the model's own"
+        None,
+        description="folder or model whose tokenizer is used, or the name of a stream; default: "
+        "the model's own",
     )
     sparsek: SparseK | None = Field(
         None, description="attention settings; null trains the model as it is (dense when dense)"

@@ -56,7 +56,7 @@ def make_trainer(
     part: Path,
     *,
     data: Mixture,
-    held_out: Corpus | None,
+    held_out: HeldOut | None,
     questions: Sequence[Question] = (),
     resumed: bool,
     report: Report,
@@ -66,21 +66,17 @@ def make_trainer(
     Args:
         model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
         plan: what make_plan said. part: where checkpoints go.
-        data: what is trained on. held_out: text for the held-out loss, or None.
+        data: what is trained on. held_out: sequences for the held-out loss, or None.
         questions: for recall, see `held_out_questions`.
         resumed: whether the run continues an earlier one.
     """
-    evaluation = None
-    if held_out is not None:
-        count = recipe.evaluation.sequences
-        evaluation = HeldOut(held_out, recipe.sequence_length, count, recipe.seed)
     objective = Objective(**recipe.objective.model_dump(), loss_chunk=recipe.loss_chunk)
     args = training_arguments(
         recipe, part, steps=plan.steps, bf16=plan.precision == "bf16", cpu=device.type == "cpu",
-        processes=plan.processes, evaluates=evaluation is not None,
+        processes=plan.processes, evaluates=held_out is not None,
     )  # fmt: skip
     # The start, to compare the end with; a resumed run has measured it.
-    compares = recipe.train == "scorers" and recipe.keep_better and evaluation is not None
+    compares = recipe.train == "scorers" and recipe.keep_better and held_out is not None
     start = trained_state(model) if compares else None
     args.eval_on_start = compares and not resumed
     if recipe.checkpointing:
@@ -101,7 +97,7 @@ def make_trainer(
         model=model,
         args=args,
         train_dataset=data,
-        eval_dataset=evaluation,
+        eval_dataset=held_out,
         callbacks=[ProgressReport(report, plan.tokens_per_step), *limits],
     )
 

@@ -59,6 +59,8 @@ class ProgressReport(TrainerCallback):
                 shown += [f"{self.rate():,.0f} tokens/s", f"{_clock(left)} left"]
         elif "eval_loss" in logs:
             shown.append(f"held-out loss {logs['eval_loss']:.4f}")
+            if "eval_answer_loss" in logs:
+                shown.append(f"of answers {logs['eval_answer_loss']:.4f}")
             if "eval_recall" in logs:
                 shown.append(f"recall {logs['eval_recall']:.1%}")
         else:

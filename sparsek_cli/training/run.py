@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsek_cli import hub
-from sparsek_cli.data.mixture import build_mixture, load_texts
+from sparsek_cli.data.mixture import build_mixture, held_out_sequences, load_texts
+from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
@@ -44,6 +45,7 @@ class TrainingResult:
         loss: training loss of the last step.
         start_loss, held_out_loss: held-out loss per token (nats) before and after; None if not
             measured.
+        answer_loss: held-out loss per ANSWER token after the run, where there are any.
         start_recall, held_out_recall: share of the held-out questions that were answered.
         kept: "end", or "start" when training made scorers worse and the start was kept.
         tokens_per_second: of this process group, over the steps of this call.
@@ -58,6 +60,7 @@ class TrainingResult:
     kept: str
     tokens_per_second: float
     peak_gib: float | None
+    answer_loss: float | None = None
     start_recall: float | None = None
     held_out_recall: float | None = None
 
@@ -91,7 +94,7 @@ def finetune(
     device = choose_device(recipe.device)
     bf16 = _wants_bf16(recipe, device)
     source = None if recipe.model is None else hub.resolve(recipe.model)
-    tokenizer = load_tokenizer(_tokenizer_place(recipe, source))
+    tokenizer = _tokenizer(recipe, source)
     texts, held_out = load_texts(recipe, tokenizer, report.say)
     # From here on a few words at a time are tokenised, in forked data workers, which would wait
     # for ever for the threads of their parent.
@@ -115,7 +118,8 @@ def finetune(
         trainer = make_trainer(
             recipe, model, tuner, plan, device, part,
             data=build_mixture(recipe, texts, tokenizer, plan.steps * recipe.batch_size),
-            held_out=held_out, questions=questions, resumed=resume, report=report,
+            held_out=held_out_sequences(recipe, held_out, tokenizer), questions=questions,
+            resumed=resume, report=report,
         )  # fmt: skip
         result = _train(trainer, plan, checkpoint, report)
         state = trainer.full_state()
@@ -172,6 +176,7 @@ def _train(
         kept=kept,
         tokens_per_second=tokens / max(done.metrics.get("train_runtime", 0.0), 1e-9),
         peak_gib=torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
+        answer_loss=end.get("eval_answer_loss"),
         start_recall=start.get("eval_recall"),
         held_out_recall=end.get("eval_recall"),
     )
@@ -190,6 +195,12 @@ def _model_without_weights(
         config = AutoConfig.from_pretrained(source.path)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _tokenizer(recipe: "FinetuneRecipe", source: hub.Checkpoint | None) -> Any:
+    if recipe.tokenizer in STREAMS:
+        return stream_tokenizer(recipe.tokenizer)
+    return load_tokenizer(_tokenizer_place(recipe, source))
 
 
 def _tokenizer_place(recipe: "FinetuneRecipe", source: hub.Checkpoint | None) -> str | Path:

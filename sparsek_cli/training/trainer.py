@@ -162,7 +162,7 @@ class SparsekTrainer(Trainer):
         world, rank = self.args.world_size, self.args.process_index
         was_training = self.model.training
         self.model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        total = torch.zeros(4, dtype=torch.float64, device=self.args.device)
         each = self.args.per_device_eval_batch_size
         # Every process makes the same number of forward passes: FSDP hangs otherwise.
         for first in range(0, len(data), each * world):
@@ -174,10 +174,13 @@ class SparsekTrainer(Trainer):
             inputs = self._prepare_inputs(inputs)
             with self.compute_loss_context_manager():
                 sums = self.model_wrapped(**inputs)["sums"]
-            targets = count_targets(inputs["roles"])[:2].sum()
-            total += torch.stack([sums[:2].sum(), targets]).double()
+            total[:2] += sums[:2].double()
+            total[2:] += count_targets(inputs["roles"])[:2]
         total = self.accelerator.reduce(total, reduction="sum")
-        metrics = {f"{prefix}_loss": (total[0] / total[1].clamp(min=1)).item()}
+        (text, answers), counts = total[:2], total[2:]
+        metrics = {f"{prefix}_loss": ((text + answers) / counts.sum().clamp(min=1)).item()}
+        if counts[1] > 0:
+            metrics[f"{prefix}_answer_loss"] = (answers / counts[1]).item()
         if self.questions:
             tokens = each * self.recipe.sequence_length
             with self.compute_loss_context_manager():

@@ -209,6 +209,16 @@ def test_several_sources(recipe, scratch, text_file):
     assert 0 < done.loss < 20
 
 
+def test_a_stream_is_trained_and_held_out(recipe, scratch, tmp_path):
+    words = [w for w in scratch if not w.startswith("tokenizer")]
+    words += ["tokenizer=series", "data={}", "data.stream={kind: stream, stream: series}",
+              "sequence_length=100", "evaluation.every=1"]  # fmt: skip
+    done = finetune(recipe(*words))
+    assert 4 < done.held_out_loss < 8 and 4 < done.answer_loss < 8
+    with pytest.raises(UsageError, match="needs `tokenizer: nucleotides`"):
+        finetune(recipe(*words, "data.stream.stream=nucleotides", out="other"))
+
+
 def test_dry_run_plans_and_writes_nothing(recipe, sparse_checkpoint, tmp_path):
     model = sparse_checkpoint()
     before = sorted(tmp_path.iterdir())
