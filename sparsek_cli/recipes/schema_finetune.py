@@ -183,6 +183,17 @@ class Evaluation(Strict):
     every: int = Field(0, ge=0, description="evaluate every so many steps; 0: at the end only")
 
 
+class Launch(Strict):
+    """How the processes that torchrun or accelerate started share one model."""
+
+    strategy: Literal["ddp", "fsdp", "zero2", "zero3"] = Field(
+        "ddp",
+        description="ddp: every process holds everything; fsdp: parameters, gradients and AdamW "
+        "state are sharded (FSDP2); zero2, zero3: the same by DeepSpeed",
+    )
+    offload: bool = Field(False, description="keep what is sharded in CPU memory")
+
+
 class FinetuneRecipe(Strict):
     """Everything `sparsek finetune` does, in one mapping."""
 
@@ -263,6 +274,9 @@ class FinetuneRecipe(Strict):
     keep_better: bool = Field(
         True,
         description="with train: scorers, keep the start if held-out loss or recall got worse",
+    )
+    launch: Launch = Field(
+        default_factory=Launch, description="how several processes share one model"
     )
     evaluation: Evaluation = Field(
         default_factory=Evaluation, description="held-out loss during and after training"

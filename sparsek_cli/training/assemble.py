@@ -21,6 +21,7 @@ from sparsek_cli.training.objectives import Objective, Teacher, attach, decoder_
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.plan import TrainingPlan
 from sparsek_cli.training.progress import ProgressReport, Report, TimeLimit
+from sparsek_cli.training.sharding import sharding_arguments
 from sparsek_cli.training.stages import BudgetStages
 from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.trainer import SparsekTrainer, training_arguments
@@ -74,6 +75,7 @@ def make_trainer(
     args = training_arguments(
         recipe, part, steps=plan.steps, bf16=plan.precision == "bf16", cpu=device.type == "cpu",
         processes=plan.processes, evaluates=held_out is not None,
+        sharding=sharding_arguments(recipe, model, bf16=plan.precision == "bf16"),
     )  # fmt: skip
     # The start, to compare the end with; a resumed run has measured it.
     compares = recipe.train == "scorers" and recipe.keep_better and held_out is not None

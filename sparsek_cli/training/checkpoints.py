@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.training.state import sharded_like
 
 WEIGHTS = "trained.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -53,7 +54,7 @@ def load_trained(model: torch.nn.Module, folder: Path) -> None:
         )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            own[name].copy_(sharded_like(tensor, own[name]))
 
 
 def keep_newest(folder: Path, count: int) -> None:

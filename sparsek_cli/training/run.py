@@ -22,6 +22,7 @@ from sparsek_cli.training.output import write_model
 from sparsek_cli.training.parameters import choose_parameters, is_sparse
 from sparsek_cli.training.plan import TrainingPlan, make_plan
 from sparsek_cli.training.progress import Report, Silent
+from sparsek_cli.training.sharding import check_launch
 from sparsek_cli.training.trainer import SparsekTrainer
 from sparsek_cli.training.unfinished import (
     begin,
@@ -92,6 +93,7 @@ def finetune(
         check_output(output, resume=resume, overwrite=overwrite)
     _check_reporters(recipe)
     device = choose_device(recipe.device)
+    check_launch(recipe, cpu=device.type == "cpu")
     bf16 = _wants_bf16(recipe, device)
     source = None if recipe.model is None else hub.resolve(recipe.model)
     tokenizer = _tokenizer(recipe, source)

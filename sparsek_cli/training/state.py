@@ -1,6 +1,7 @@
 """Optimiser, schedule and random generators of a run as safetensors and JSON: nothing pickled.
 
-Sharded optimisers (FSDP, DeepSpeed) keep the formats of their own libraries.
+What FSDP has sharded is gathered first, so that a checkpoint fits any number of processes.
+DeepSpeed keeps its own format.
 """
 
 import json
@@ -16,16 +17,39 @@ OPTIMIZER = "optimizer.safetensors"
 SETTINGS = "optimizer.json"
 
 
-def save_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Writes moments as tensors "<parameter>.<name>", everything else as JSON."""
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor on the CPU; every process must ask for a sharded one."""
+    whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return whole.detach().cpu().contiguous()
+
+
+def sharded_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`tensor`, or this process's part of it where `parameter` is sharded."""
+    if not hasattr(parameter, "device_mesh") or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = parameter.device_mesh, parameter.placements
+    # Every process has read the file: nothing needs to be sent.
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, *, write: bool = True) -> None:
+    """Writes moments as tensors "<parameter>.<name>", everything else as JSON.
+
+    Args:
+        write: on one process; the others only take part in gathering.
+    """
     state = optimizer.state_dict()
     tensors, numbers = {}, {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
             if torch.is_tensor(value):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                tensors[f"{index}.{name}"] = gathered(value)
             else:
                 numbers[f"{index}.{name}"] = value
+    if not write:
+        return
     save_file(tensors, folder / OPTIMIZER)
     rest = {
         "groups": state["param_groups"],
@@ -39,9 +63,12 @@ def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
     """Puts back what `save_optimizer` wrote; tensors go to their parameters' devices."""
     rest = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
     state: dict[int, dict[str, Any]] = {}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     values = {**load_file(folder / OPTIMIZER), **rest["numbers"]}
     for key, value in values.items():
         index, name = key.split(".", 1)
+        if torch.is_tensor(value):
+            value = sharded_like(value, parameters[int(index)])
         state.setdefault(int(index), {})[name] = value
     groups = rest["groups"]
     for group in groups:

@@ -19,6 +19,7 @@ from sparsek_cli.training import checkpoints, state
 from sparsek_cli.training.measure import recalled
 from sparsek_cli.training.objectives import Objective, count_targets
 from sparsek_cli.training.parameters import optimizer_groups
+from sparsek_cli.training.sharding import reshard
 from sparsek_cli.training.stages import BudgetStages
 
 
@@ -57,6 +58,13 @@ class SparsekTrainer(Trainer):
             self.remove_callback(callback)
         if stages is not None:
             self.add_callback(stages)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As Trainer's; FSDP leaves weights in float32 and autocast decides, as without it."""
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # Its own policy would round the scorers' weights to bf16 before every pass.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     # Data: item i of the mixture is the i-th sequence of the run, whoever asks for it.
 
@@ -125,8 +133,10 @@ class SparsekTrainer(Trainer):
     def put_back_start(self) -> None:
         """The parameters as they were before the run."""
         model = self.accelerator.unwrap_model(self.model)
+        reshard(model)
         for name, tensor in self.start.items():
-            model.get_parameter(name).copy_(tensor)
+            parameter = model.get_parameter(name)
+            parameter.copy_(state.sharded_like(tensor, parameter))
 
     def full_state(self) -> dict[str, torch.Tensor] | None:
         """All weights where they are sharded (every process must call this), else None."""
@@ -223,13 +233,15 @@ class SparsekTrainer(Trainer):
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if self._sharded():
+        if self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
-            state.save_optimizer(self.optimizer, self.lr_scheduler, Path(output_dir))
+        elif self.is_fsdp_enabled or self.args.should_save:
+            state.save_optimizer(
+                self.optimizer, self.lr_scheduler, Path(output_dir), write=self.args.should_save
+            )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self._sharded():
+        if self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
         elif checkpoint is not None:
             state.load_optimizer(self.optimizer, self.lr_scheduler, Path(checkpoint))
@@ -242,9 +254,6 @@ class SparsekTrainer(Trainer):
             state.load_generators(Path(checkpoint), self.args.process_index)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
         checkpoints.load_trained(self.model, Path(resume_from_checkpoint))
 
 
@@ -257,6 +266,7 @@ def training_arguments(
     cpu: bool,
     processes: int,
     evaluates: bool,
+    sharding: dict[str, Any],
 ) -> TrainingArguments:
     """The recipe in Trainer's words.
 
@@ -264,7 +274,8 @@ def training_arguments(
         folder: where checkpoints go.
         steps: optimiser steps of the whole run.
         processes: how many share the global batch.
-        evaluates: whether there is held-out text.
+        evaluates: whether there is something held out.
+        sharding: see `sharding_arguments`.
     """
     warmup = recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
@@ -305,4 +316,5 @@ def training_arguments(
         disable_tqdm=True,
         ddp_find_unused_parameters=False,
         average_tokens_across_devices=False,
+        **sharding,
     )

@@ -17,7 +17,8 @@ RECIPE = "recipe.yaml"
 
 # What may differ between a run and its continuation: none of it changes a step.
 _FREE = ("save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",
-         "out", "compile", "checkpointing", "loss_chunk", "minutes")  # fmt: skip
+         "out", "compile", "checkpointing", "loss_chunk", "minutes",
+         "launch")  # fmt: skip
 
 
 def part_folder(output: Path) -> Path:
@@ -59,6 +60,12 @@ def checkpoint_to_resume(recipe: "FinetuneRecipe", part: Path) -> Path:
                 f"the unfinished run has {key} {before.get(key)!r}, now it is {now[key]!r}",
                 hint="resume with the same recipe, or --overwrite to start over",
             )
+    kinds = {str(run["launch"]["strategy"]).startswith("zero") for run in (before, now)}
+    if len(kinds) == 2:
+        raise UsageError(
+            "checkpoints of DeepSpeed and those of ddp and fsdp are different things",
+            hint=f"continue with launch.strategy={before['launch']['strategy']}",
+        )
     return checkpoints_in(part)[-1]
 
 

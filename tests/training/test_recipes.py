@@ -38,7 +38,7 @@ def test_it_runs(name, text_file, tmp_path, sparse_checkpoint, scratch):
         f"out={tmp_path / 'out'}", f"sequence_length={length}", "batch_size=2",
         "micro_batch_size=2", "steps=1", "tokens=null", "epochs=null", "evaluation.files=null",
         "evaluation.sequences=1", "evaluation.every=0", "save_steps=0", "data_workers=0",
-        "device=cpu",
+        "device=cpu", "launch.strategy=ddp",
     ]  # fmt: skip
     for source, block in draft.data.items():
         if block.kind == "text":

@@ -1,0 +1,101 @@
+"""FSDP2 and DeepSpeed ZeRO in the Trainer's words, and what they cannot do."""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.training.plan import world_size
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+
+
+def check_launch(recipe: "FinetuneRecipe", *, cpu: bool) -> None:
+    """Raises UsageError where the recipe's strategy cannot run as it was started."""
+    strategy = recipe.launch.strategy
+    if strategy == "ddp":
+        if recipe.launch.offload:
+            raise UsageError(
+                "launch.offload needs something sharded", hint="set launch.strategy=fsdp or zero3"
+            )
+        return
+    if world_size() == 1:
+        raise UsageError(
+            f"launch.strategy={strategy} shards a model over processes, and there is one",
+            hint="start it with `torchrun --nproc-per-node N -m sparsek_cli finetune ...`",
+        )
+    if cpu:
+        raise UsageError(
+            f"launch.strategy={strategy} needs GPUs",
+            hint="set launch.strategy=ddp to train on the CPU",
+        )
+    if strategy.startswith("zero") and find_spec("deepspeed") is None:
+        raise UsageError(
+            f"launch.strategy={strategy}: DeepSpeed is not installed",
+            hint="`pip install deepspeed`, or set launch.strategy=fsdp",
+        )
+    for key, given in (
+        ("objective.future", recipe.objective.future),
+        ("evaluation.questions", recipe.evaluation.questions),
+    ):
+        if given:
+            raise UsageError(
+                f"{key} looks into layers whose parameters are sharded",
+                hint=f"set {key}=0, or launch.strategy=ddp",
+            )
+
+
+def sharding_arguments(recipe: "FinetuneRecipe", model: Any, *, bf16: bool) -> dict[str, Any]:
+    """What TrainingArguments needs for the recipe's strategy; empty for ddp."""
+    strategy, offload = recipe.launch.strategy, recipe.launch.offload
+    if strategy == "fsdp":
+        config = {
+            "version": 2,
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": sorted(_block_names(model)),
+            "state_dict_type": "FULL_STATE_DICT",
+            "cpu_offload": offload,
+        }
+        return {"fsdp": True, "fsdp_config": config}
+    if strategy.startswith("zero"):
+        return {"deepspeed": _deepspeed(recipe, int(strategy[-1]), offload=offload, bf16=bf16)}
+    return {}
+
+
+def reshard(model: Any) -> None:
+    """Gives back what a forward pass gathered: what is written into a gathered copy is lost."""
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_forward"):  # FSDP2's
+            module.reshard()
+
+
+def _block_names(model: Any) -> set[str]:
+    """Class names of the transformer blocks: the parents of the attention modules."""
+    from sparsek_cli.models import family_of
+
+    attention = family_of(model.config).attention
+    return {
+        type(module).__name__
+        for module in model.modules()
+        if any(isinstance(child, attention) for child in module.children())
+    }
+
+
+def _deepspeed(
+    recipe: "FinetuneRecipe", stage: int, *, offload: bool, bf16: bool
+) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu"}
+    if stage == 3:
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+        "gradient_clipping": recipe.max_grad_norm or 0.0,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+    }
