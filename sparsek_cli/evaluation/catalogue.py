@@ -27,7 +27,8 @@ class Entry:
         summary, metric, data, source: for the reader; `metric` of a task is its first metric.
         lengths: prompt lengths in tokens it is run at by default; empty: as long as the data.
         chat: whether prompts go through the chat template when the tokenizer has one.
-        builtin: the task is lm-eval's own, so its whole index is needed to load it.
+        builtin: the task is lm-eval's own.
+        folders: of lm-eval's tasks, where a group's builtin members are defined.
         extra: anything else in the block, for the task's own code.
     """
 
@@ -40,6 +41,7 @@ class Entry:
     lengths: tuple[int, ...] = ()
     chat: bool = False
     builtin: bool = False
+    folders: tuple[str, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     @property
@@ -62,8 +64,9 @@ def catalogue() -> dict[str, Entry]:
             key: block.pop(key)
             for key in ("summary", "metric", "data", "source", "chat") & block.keys()
         }
-        lengths = tuple(block.pop("lengths", ()))
-        entries[name] = Entry(name, members, lengths=lengths, extra=block, **known)
+        for key in ("lengths", "folders"):
+            known[key] = tuple(block.pop(key, ()))
+        entries[name] = Entry(name, members, extra=block, **known)
     return dict(sorted(entries.items(), key=lambda item: (not item[1].is_group, item[0])))
 
 
@@ -120,7 +123,10 @@ def _lm_eval_tasks(name: str, parent: Entry | None) -> Iterator[Entry]:
             data=parent.data,
             source=parent.source,
             chat=parent.chat,
+            lengths=parent.lengths if parent.extra.get("length_names") else (),
             builtin=True,
+            folders=parent.folders,
+            extra=parent.extra,
         )
         return
     near = get_close_matches(name, catalogue(), n=1, cutoff=0.75)

@@ -52,6 +52,10 @@ class Policy:
         """Whether SparseK attention has to run under it."""
         return self.name != DENSE
 
+    def unfit_for(self, requests: str) -> str | None:
+        """Why the policy cannot be measured on a task of these requests, or None."""
+        return None
+
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
         """Makes `model` follow the policy inside the block."""

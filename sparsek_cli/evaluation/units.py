@@ -1,21 +1,25 @@
 """What a run consists of: one task at one length each; loading them, measuring their prompts."""
 
-import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.catalogue import TASK_FOLDER, Entry, catalogue
+from sparsek_cli.evaluation.hub_data import (
+    go_offline,
+    how_to_place,
+    hub_answers,
+    needs_hub,
+    redirected,
+)
+from sparsek_cli.evaluation.quiet import quiet_lm_eval
 
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its few-shot examples are the same
 # Run where the first one's data is absent and the second one's is there.
 STAND_INS = {"scrolls_narrativeqa": "scrolls_fairytaleqa"}
 CUT_HINT = "--truncate left|middle cuts them and counts it; --max-length N raises the limit"
-HUB_PATIENCE = 3.0  # seconds to find out whether the hub answers
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ def load_units(
             f"--lengths {too_long[0]} is beyond the model's {max_length} tokens",
             hint=f"name lengths up to {max_length}, or raise --max-length if the model can take it",
         )
-    if any(_needs_hub(entry, recipe) for entry in entries) and not hub_answers():
-        _go_offline()
+    if any(needs_hub(entry, recipe) for entry in entries) and not hub_answers():
+        go_offline()
     units: list[Unit] = []
     absent: list[Absent] = []
     queue = list(entries)
@@ -91,26 +95,40 @@ def load_units(
                 "seed": recipe.seed,
                 "limit": recipe.limit_of(entry.name),
                 "chat": chat,
-                "max_seq_lengths": [length or 4096],
+                "max_seq_lengths": _length_setting(entry, length or 4096),
             }
             try:
-                task = _load(entry, settings)
+                with redirected(recipe.data) as asked:
+                    task = _load(entry, settings)
             except _DATA_ERRORS as error:
                 if entry in entries:
-                    absent.append(_absent(entry, recipe, error))
+                    absent.append(_absent(entry, error, asked))
                 other = catalogue().get(STAND_INS.get(entry.name, ""))
                 if other is not None and other not in queue and recipe.data is not None:
                     queue.append(other)
                 break
             units.append(Unit(entry, length, task, chat))
-    for item in absent:
-        say(f"skipped {item.name}: {item.reason} ({item.remedy})")
     if not units:
         raise SparsekError(
             f"no data for {', '.join(item.name for item in absent)}: {absent[0].reason}",
             hint=absent[0].remedy,
         )
+    for names, item in _by_reason(absent):
+        say(f"skipped {', '.join(names)}: {item.reason} ({item.remedy})")
     return units, absent
+
+
+def _length_setting(entry: Entry, length: int) -> list[int] | str:
+    """A length as the task's own code wants it."""
+    return f"{length // 1024}k" if entry.extra.get("length_names") == "k" else [length]
+
+
+def _by_reason(absent: Sequence[Absent]) -> list[tuple[list[str], Absent]]:
+    """Names of the tasks that are absent for the same reason, with the first of them."""
+    groups: dict[tuple[str, str], tuple[list[str], Absent]] = {}
+    for item in absent:
+        groups.setdefault((item.reason, item.remedy), ([], item))[0].append(item.name)
+    return list(groups.values())
 
 
 _DATA_ERRORS = (
@@ -124,17 +142,28 @@ _DATA_ERRORS = (
 )
 
 
-def _absent(entry: Entry, recipe: Any, error: Exception) -> Absent:
+def _absent(entry: Entry, error: Exception, asked: Sequence[str]) -> Absent:
+    """Why a task could not be loaded, and what to do; `asked` are hub repositories it wanted."""
     if isinstance(error, UsageError):
         raise error
     if isinstance(error, SparsekError):
         return Absent(entry.name, error.message, error.hint)
     lines = str(error).strip().splitlines()
-    reason = lines[0] if lines else type(error).__name__
+    reason = (lines[0] if lines else type(error).__name__)[:200]
     if isinstance(error, ImportError):
-        return Absent(entry.name, reason, "install what it names")
-    remedy = entry.source or "connect to the hub once, or set HF_HOME to a cache that has it"
-    return Absent(entry.name, reason[:200], remedy)
+        extra = entry.source.partition("; ")[2]
+        return Absent(entry.name, reason, extra or "install what it names")
+    if _is_unreachable(error):
+        what = asked[-1] if entry.builtin and asked else "its data"
+        reason = f"{what} is not in the hub's cache, and the hub does not answer"
+    if entry.builtin and asked:
+        return Absent(entry.name, reason, how_to_place(asked[-1]))
+    return Absent(entry.name, reason, f"it is read from {entry.source}")
+
+
+def _is_unreachable(error: Exception) -> bool:
+    signs = ("offline", "reach", "ConnectionError", "LocalEntryNotFound", "resolve")
+    return any(sign in f"{type(error).__name__}: {error}" for sign in signs)
 
 
 def _uses_chat(entry: Entry, recipe: Any, tokenizer: Any) -> bool:
@@ -154,81 +183,23 @@ def _lengths(entry: Entry, recipe: Any, max_length: int) -> list[int | None]:
     return [n for n in entry.lengths if n <= max_length] or [max_length]
 
 
-def _needs_hub(entry: Entry, recipe: Any) -> bool:
-    return entry.builtin or (entry.data.startswith("hub") and recipe.data is None)
-
-
-def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached, found out within seconds."""
-    if os.environ.get("HF_HUB_OFFLINE", "") in ("1", "true", "ON", "YES"):
-        return False
-    import socket
-    from urllib.parse import urlparse
-
-    url = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    try:
-        address = (url.hostname or "huggingface.co", url.port or 443)
-        with socket.create_connection(address, timeout=HUB_PATIENCE):
-            return True
-    except OSError:
-        return False
-
-
-def _go_offline() -> None:
-    """Makes every later attempt to reach the hub fail at once; what is cached still loads."""
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    import datasets
-    import huggingface_hub.constants
-
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-
-
 def _load(entry: Entry, settings: dict[str, Any]) -> Any:
     """One lm-eval task object, configured as lm-eval's own command line would."""
     with quiet_lm_eval():
-        from lm_eval.tasks import TaskManager
+        import lm_eval.tasks
 
-        manager = TaskManager(
-            include_path=str(TASK_FOLDER), include_defaults=entry.builtin, metadata=settings
+        theirs = Path(lm_eval.tasks.__file__).parent
+        manager = lm_eval.tasks.TaskManager(
+            include_path=[str(theirs / name) for name in entry.folders] or str(TASK_FOLDER),
+            # Its whole index takes seconds: only for tasks whose folder is not known.
+            include_defaults=entry.builtin and not entry.folders,
+            metadata=settings,
         )
         [task] = manager.load([entry.name])["tasks"].values()
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)
         return task
-
-
-@contextmanager
-def quiet_lm_eval() -> Iterator[None]:
-    """Keeps the bars and notes of lm-eval, datasets and transformers off the terminal."""
-    import datasets
-    import lm_eval.api.model
-    import lm_eval.api.task
-    from transformers.utils import logging as transformers_logging
-
-    names = ("lm_eval", "datasets", "huggingface_hub")
-    before = {name: logging.getLogger(name).level for name in names}
-    verbosity = transformers_logging.get_verbosity()
-    datasets_bars = datasets.utils.logging.is_progress_bar_enabled()
-    modules = (lm_eval.api.task, lm_eval.api.model)
-    bars = [module.tqdm for module in modules]
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers_logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    for module in modules:  # drawn without asking
-        module.tqdm = lambda items, **options: items
-    try:
-        yield
-    finally:
-        for name, level in before.items():
-            logging.getLogger(name).setLevel(level)
-        transformers_logging.set_verbosity(verbosity)
-        if datasets_bars:
-            datasets.enable_progress_bars()
-        for module, bar in zip(modules, bars, strict=True):
-            module.tqdm = bar
 
 
 def refuse_long(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], list[Absent]]:

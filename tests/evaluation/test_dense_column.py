@@ -22,7 +22,7 @@ def plain_lm_eval(checkpoints, data, tasks, **options):
     from lm_eval.tasks import TaskManager
 
     from sparsek_cli.evaluation.catalogue import TASK_FOLDER, catalogue
-    from sparsek_cli.evaluation.units import quiet_lm_eval
+    from sparsek_cli.evaluation.quiet import quiet_lm_eval
 
     dense = str(checkpoints[0])
     results = {}

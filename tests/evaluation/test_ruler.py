@@ -107,3 +107,14 @@ def test_questions_from_local_files(checkpoints, tmp_path):
         assert LENGTH * 0.6 < len(row["input"]) <= LENGTH - 32
     assert score(made[1], ["It is N1."]) == {"score": 1.0}
     assert score(made[1], ["It is n2."]) == {"score": 0.0}
+
+
+def test_needles_are_measured_end_to_end(recipe, console, tmp_path, monkeypatch):
+    from sparsek_cli.evaluation.run import evaluate
+
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
+    settings = {"tasks": ["ruler_niah_single_2"], "baselines": ["dense"], "lengths": [LENGTH]}
+    report = evaluate(recipe(**settings, limit=2), console)
+    assert [unit["policy"] for unit in report["units"]] == ["dense", "sparsek"]
+    assert all(len(unit["by_depth"]) == unit["samples"] == 2 for unit in report["units"])
+    assert (tmp_path / "out" / "recall_by_depth.png").is_file()

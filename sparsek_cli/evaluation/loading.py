@@ -1,0 +1,68 @@
+"""The checkpoint of a run as a model on its device, and lm-eval's view of it."""
+
+from typing import TYPE_CHECKING, Any
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.evaluation.policies import DENSE, Policy
+from sparsek_cli.evaluation.quiet import quiet_lm_eval
+
+if TYPE_CHECKING:
+    from sparsek_cli.hub import Checkpoint
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+
+def load_model(
+    checkpoint: "Checkpoint", recipe: "EvaluateRecipe", device: str
+) -> tuple[Any, Any, bool]:
+    """Model in eval mode on its device, tokenizer, and whether the model brings its own scores.
+
+    A dense model of a supported family becomes a sparse one in memory when a baseline asks for it:
+    windows and random pairs need no scores.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    from sparsek_cli.devices import choose_device, choose_dtype
+    from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
+
+    where = choose_device(device)
+    dtype = choose_dtype(recipe.dtype, where)
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path)
+        own = getattr(config, "sparsek", None) is not None
+        kind, options = AutoModelForCausalLM, {}
+        if not own and config.model_type in FAMILIES and set(recipe.baselines) - {DENSE}:
+            kind = family_of(config).sparsek_causal_lm
+            options["config"] = sparsek_config_from(config, {})
+        with quiet_lm_eval():  # scorers are missing there, and reported
+            model = kind.from_pretrained(checkpoint.path, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SparsekError(
+            f"cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}",
+            hint="check it with `sparsek doctor MODEL`, or convert it again",
+        ) from error
+    return model.to(where).eval(), tokenizer, own
+
+
+def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length: int) -> Any:
+    """lm-eval's model class over `model`, set up as the recipe says."""
+    with quiet_lm_eval():
+        from sparsek_cli.evaluation.harness import SparsekLM
+
+        return SparsekLM(
+            model,
+            tokenizer,
+            policy=Policy(DENSE),
+            max_length=max_length,
+            truncate=None if recipe.truncate == "refuse" else recipe.truncate,
+            batch_size=1 if recipe.batch_size == "auto" else recipe.batch_size,
+            share_prefix=recipe.share_prefix,
+            max_new_tokens=recipe.max_new_tokens,
+        )
+
+
+def max_length_of(model: Any, tokenizer: Any) -> int:
+    """Most tokens the model takes, as lm-eval reads it from config and tokenizer."""
+    from lm_eval.models.utils import resolve_max_length
+
+    return resolve_max_length(model.config, tokenizer, default=2048)

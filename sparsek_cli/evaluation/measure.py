@@ -1,0 +1,150 @@
+"""One task at one length under one policy: run by lm-eval, boiled down to a result."""
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from sparsek_cli.evaluation import proof as proofs
+from sparsek_cli.evaluation.policies import Policy
+from sparsek_cli.evaluation.quiet import quiet_lm_eval
+from sparsek_cli.evaluation.ranks import Ranks
+from sparsek_cli.evaluation.units import Unit, build_requests
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # `batch_size: auto` fills a batch with about so many
+MAX_BATCH = 64
+
+
+def run_unit(
+    unit: Unit, policy: Policy, lm: Any, recipe: "EvaluateRecipe", ranks: Ranks
+) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """One task at one length under one policy.
+
+    Returns:
+        The unit's result, and one record per sample; None in all processes but the first.
+
+    Raises:
+        SparsekError: the policy's attention did not run (see proof.check).
+    """
+    from lm_eval.evaluator import evaluate as lm_eval_evaluate
+
+    lm.policy, lm.proof = (
+        policy,
+        proofs.Proof(attention="dense" if not policy.sparse else "sparsek"),
+    )
+    if recipe.batch_size == "auto":
+        lm.batch_size_per_gpu = _batch_size(unit, lm, recipe)
+    with (
+        quiet_lm_eval(),
+        policy.applied(lm.model),
+        proofs.watch_attention(lm.proof),
+    ):
+        raw = lm_eval_evaluate(
+            lm,
+            {"tasks": {unit.entry.name: unit.task}, "groups": {}, "group_map": {}},
+            limit=recipe.limit_of(unit.entry.name),
+            bootstrap_iters=100,
+            apply_chat_template=unit.chat,
+            fewshot_as_multiturn=unit.chat,
+        )
+    proof = ranks.add_up(lm)
+    if raw is None:
+        return None
+    proofs.check(proof, sparse=policy.sparse, task=unit.name, policy=policy.label)
+    samples = raw["samples"][unit.entry.name]
+    result = {
+        "task": unit.entry.name,
+        "length": unit.length,
+        "policy": policy.label,
+        "budget": policy.budget,
+        "metrics": _metrics(raw, unit, samples),
+        "primary": unit.entry.metric,
+        "samples": len({s["doc_id"] for s in samples}),
+        "chat_template": unit.chat,
+        "proof": proof.as_dict(),
+    }
+    result["primary"] = _primary(result)
+    if unit.entry.name == "ppl":
+        from sparsek_cli.evaluation.ppl import loss_by_position
+
+        passages = [sample["resps"][0][0] for sample in samples]
+        result["loss_by_position"] = loss_by_position(passages, unit.length)
+    if samples and "depth" in samples[0]["doc"]:
+        result["by_depth"] = [
+            [s["doc"]["depth"], s[result["primary"]], s["doc"].get("phrasing")] for s in samples
+        ]
+    return result, [_sample(s) for s in samples]
+
+
+def _batch_size(unit: Unit, lm: Any, recipe: "EvaluateRecipe") -> int:
+    build_requests(unit, lm, recipe)
+    _, longest = lm.over_limit(unit.task.instances)
+    room = BATCH_TOKENS["cuda" if lm.device.type == "cuda" else "cpu"]
+    return max(1, min(MAX_BATCH, room // max(1, longest)))
+
+
+def _metrics(raw: dict, unit: Unit, samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{metric: value, stderr, higher_is_better} as lm-eval gives them.
+
+    Where lm-eval has no standard error (its corpus metrics), it is that of the mean of the metric
+    over single samples.
+    """
+    name = unit.entry.name
+    values = raw["results"][name]
+    better = raw.get("higher_is_better", {}).get(name, {})
+    aggregation = unit.task.aggregation()
+    metrics = {}
+    for key, value in values.items():
+        metric, _, filtered = key.partition(",")
+        if metric not in aggregation or not isinstance(value, int | float) or math.isnan(value):
+            continue
+        error = values.get(f"{metric}_stderr,{filtered}")
+        if not isinstance(error, int | float):
+            rows = [s[metric] for s in samples if metric in s and s["filter"] == filtered]
+            error = _standard_error(rows, aggregation.get(metric))
+        label = metric if filtered in ("none", "") else f"{metric},{filtered}"
+        metrics[label] = {
+            "value": value,
+            "stderr": error,
+            "higher_is_better": bool(better.get(metric, True)),
+        }
+    return metrics
+
+
+def _standard_error(rows: list[Any], aggregate: Callable | None) -> float | None:
+    """Standard error of the mean of `aggregate` over single rows, or None."""
+    if len(rows) < 2 or aggregate is None:
+        return None
+    if hasattr(aggregate, "standard_error"):
+        return aggregate.standard_error(rows)
+    each = [aggregate([row]) for row in rows]
+    mean = sum(each) / len(each)
+    return math.sqrt(sum((x - mean) ** 2 for x in each) / (len(each) - 1) / len(each))
+
+
+def _primary(result: dict[str, Any]) -> str:
+    """The metric that stands for the task: the catalogue's, else the first one there is."""
+    metrics = result["metrics"]
+    named = [m for m in metrics if m.split(",")[0] == result["primary"]]
+    return (named or list(metrics))[0]
+
+
+def _sample(sample: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of one sample: documents are long and can be made again, so only their end."""
+    doc = {k: v for k, v in sample["doc"].items() if not (isinstance(v, str) and len(v) > 500)}
+    return {
+        "doc_id": sample["doc_id"],
+        "filter": sample["filter"],
+        "doc": doc,
+        "target": _short(sample["target"]),
+        "prompt_end": str(sample["arguments"][0][0])[-300:],
+        "prompt_hash": sample["prompt_hash"],
+        "responses": [_short(r) for responses in sample["resps"] for r in responses],
+        "scores": {metric: sample[metric] for metric in sample["metrics"]},
+    }
+
+
+def _short(value: Any) -> Any:
+    return value if not isinstance(value, str) or len(value) <= 2000 else value[:2000] + "..."
