@@ -31,7 +31,7 @@ def evaluate(
     ] = None,
     data: Annotated[
         str | None,
-        Value("--data", metavar="DIR", help="Local data: DIR/<config>/*.jsonl[.zst], DIR/text, DIR/<hub id>."),
+        Value("--data", metavar="DIR", help="Local data: DIR/<set>, DIR/text, DIR/<hub id>."),
     ] = None,
     text: Annotated[
         list[str] | None,
