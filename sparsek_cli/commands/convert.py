@@ -13,6 +13,12 @@ _Number = str | None
 
 def convert(
     words: options.Words = None,
+    budget: Annotated[
+        _Number,
+        typer.Option(
+            "--budget", metavar="N|1/N", help="All slots per KV head, or a share of the context."
+        ),
+    ] = None,
     topk: Annotated[
         _Number, typer.Option("--topk", metavar="N", help="Selected keys per KV head.")
     ] = None,
@@ -69,6 +75,7 @@ def convert(
 
     (model, out), overrides = options.split_words(words, "MODEL", "OUT")
     numbers = {
+        "budget": budget,
         "topk": topk,
         "window": window,
         "sinks": sinks,

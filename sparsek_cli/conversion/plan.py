@@ -17,24 +17,11 @@ from sparsek_cli.conversion.layout import (
     without_sliding_window,
 )
 from sparsek_cli.conversion.shards import Shard, read_shards
+from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
-# A sixteenth of the context is where selection still keeps recall while a window does not.
-_SHARE_OF_CONTEXT = 16
-_DEFAULT_WINDOW = 128
-_SMALLEST_BUDGET = 64
-# Maps are fitted on short sequences, and compared on long ones: how much age may count depends
-# on the distance over which something must be kept.
-_FIT_LENGTH = (2048, 4096)
-_CALIBRATION_LENGTH = 32_768
-# Calibration must drop keys to learn which: sequences several times as long as the slots.
-_LENGTH_PER_SLOT = 4
-# Closed-form maps have one unknown per feature: this many rows for each.
-_ROWS_PER_FEATURE = 128
-_LEAST_TOKENS = 65_536
-_MOST_TOKENS = 1_048_576
 _SIDE_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -92,7 +79,7 @@ class Plan:
     @property
     def fit_length(self) -> int:
         """Tokens of a sequence that maps are fitted on."""
-        return _fit_length(self.calibrate_length)
+        return fit_length(self.calibrate_length)
 
     @property
     def base_bytes(self) -> int:
@@ -107,7 +94,8 @@ class Plan:
         """The request with every default filled in: what sparsek.yaml records."""
         settings = self.recipe.model_dump(by_alias=True)
         where = str(self.base.path) if self.base.source == "folder" else self.recipe.model
-        settings.update(model=where, out=str(self.out), topk=self.topk, window=self.window)
+        settings.update(model=where, out=str(self.out))
+        settings.update(budget=None, topk=self.topk, window=self.window)
         settings.update(
             calibrate_tokens=self.calibrate_tokens or None,
             calibrate_length=self.calibrate_length or None,
@@ -186,7 +174,7 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     model_type, layout = layout_of(config)
     sizes = geometry(config, layout)
     without_sliding_window(config, sizes.context)
-    topk, window = _slots(recipe, sizes.context)
+    topk, window = slots(recipe, sizes.context)
     out = Path(recipe.out or f"{base.name}-sparsek").expanduser()
     out = Path(os.path.abspath(out))
     _check_out(out, base.path, overwrite=recipe.overwrite)
@@ -198,7 +186,7 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     )
     if not linkable:
         _check_room(parent, sum(shard.bytes for shard in shards))
-    tokens, length = _calibration_size(recipe, sizes, topk + window + recipe.sinks)
+    tokens, length = calibration_size(recipe, sizes, topk + window + recipe.sinks)
     side = {path for pattern in _SIDE_FILES for path in base.path.glob(pattern) if path.is_file()}
     return Plan(
         base=base,
@@ -218,41 +206,6 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
         calibrate_length=length,
         recipe=recipe,
     )
-
-
-def _slots(recipe: ConvertRecipe, context: int) -> tuple[int, int]:
-    budget = max(context // _SHARE_OF_CONTEXT, _SMALLEST_BUDGET)
-    window = recipe.window or min(_DEFAULT_WINDOW, budget // 2)
-    return recipe.topk or max(1, budget - window - recipe.sinks), window
-
-
-def _calibration_size(
-    recipe: ConvertRecipe, sizes: Geometry, budget: int
-) -> tuple[int, int]:
-    if recipe.calibrate == "none":
-        return 0, 0
-    length = recipe.calibrate_length
-    if length is None:
-        length = min(max(_CALIBRATION_LENGTH, _LENGTH_PER_SLOT * budget), sizes.context)
-    if length > sizes.context:
-        raise UsageError(
-            f"calibrate_length {length} is longer than the model's context {sizes.context}",
-            hint=f"give at most {sizes.context}",
-        )
-    if length <= budget:
-        raise UsageError(
-            f"sequences of {length} tokens fit into {budget} slots: nothing to choose from",
-            hint="give a smaller topk or window, a larger calibrate_length, or --calibrate none",
-        )
-    tokens = recipe.calibrate_tokens
-    if tokens is None:
-        tokens = min(max(_ROWS_PER_FEATURE * sizes.hidden, _LEAST_TOKENS), _MOST_TOKENS)
-    short = _fit_length(length)
-    return max(tokens // short, 8) * short, length
-
-
-def _fit_length(length: int) -> int:
-    return min(length, max(length // 4, _FIT_LENGTH[0]), _FIT_LENGTH[1])
 
 
 def _check_out(out: Path, base: Path, *, overwrite: bool) -> None:

@@ -1,11 +1,22 @@
 """The recipe of `sparsek convert`: every key, its type, default and meaning."""
 
+from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StrictInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, StrictInt
 
 # A number in quotes or with a fraction is a mistake here, not something to round.
 Count = Annotated[StrictInt, Field(ge=1)]
+
+
+def _tokens_or_share(value: object) -> object:
+    if value is None or (type(value) is int and value >= 1):
+        return value
+    if isinstance(value, str):
+        part, _, whole = value.partition("/")
+        if part.isdecimal() and whole.isdecimal() and 0 < int(part) < int(whole):
+            return str(Fraction(int(part), int(whole)))
+    raise ValueError("should be a number of tokens like 512, or a share of the context like 1/16")
 
 
 class ConvertRecipe(BaseModel):
@@ -16,10 +27,15 @@ class ConvertRecipe(BaseModel):
     model: str | None = Field(None, description="folder, short name or hub id of the base model")
     out: str | None = Field(None, description="folder to write; default <name>-sparsek")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    budget: Annotated[int | str | None, BeforeValidator(_tokens_or_share)] = Field(
+        None,
+        description="all slots per KV head, sinks + topk + window, instead of topk: tokens (512), "
+        "or a share of the model's context (1/16, the default)",
+    )
     topk: Count | None = Field(
         None,
         description="selected keys per KV head, a whole number >= 1; default: what window and "
-        "sinks leave of a sixteenth of the model's context",
+        "sinks leave of the budget",
     )
     window: Count | None = Field(
         None,

@@ -76,6 +76,25 @@ def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkp
     assert fields["auto_map"] == wanted["auto_map"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "slots"),
+    [
+        ({}, (4, 124, 128)),  # a sixteenth of the context, 4096
+        ({"budget": 40}, (4, 16, 20)),
+        ({"budget": "1/4"}, (4, 892, 128)),
+        ({"budget": "2/8", "window": 10, "sinks": 0}, (0, 1014, 10)),
+    ],
+)
+def test_budget_splits_into_sinks_topk_and_window(dense_checkpoint, tmp_path, settings, slots):
+    base = dense_checkpoint()
+    plan = plan_for(base, tmp_path / "out", **{"topk": None, "window": None, **settings})
+    assert (plan.sinks, plan.topk, plan.window) == slots
+    # What is recorded makes the same again, and has one way to say it.
+    again = ConvertRecipe(**{**plan.resolved(), "out": str(tmp_path / "again")})
+    assert again.budget is None
+    assert make_plan(again, resolve(str(base))).budget == plan.budget
+
+
 def test_base_is_linked_byte_for_byte(dense_checkpoint, tmp_path):
     base = dense_checkpoint(max_shard_size="20KB")
     shards = read_shards(base)

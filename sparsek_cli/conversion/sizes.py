@@ -1,0 +1,87 @@
+"""How many slots and how much calibration text: what the request leaves open, and its limits."""
+
+from fractions import Fraction
+
+from sparsek_cli.conversion.layout import Geometry
+from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+# A sixteenth of the context is where selection still keeps recall while a window does not.
+_SHARE_OF_CONTEXT = Fraction(1, 16)
+_DEFAULT_WINDOW = 128
+_SMALLEST_BUDGET = 64
+# Maps are fitted on short sequences, and compared on long ones: how much age may count depends
+# on the distance over which something must be kept.
+_FIT_LENGTH = (2048, 4096)
+_CALIBRATION_LENGTH = 32_768
+# Calibration must drop keys to learn which: sequences several times as long as the slots.
+_LENGTH_PER_SLOT = 4
+# Closed-form maps have one unknown per feature: this many rows for each.
+_ROWS_PER_FEATURE = 128
+_LEAST_TOKENS = 65_536
+_MOST_TOKENS = 1_048_576
+
+
+def slots(recipe: ConvertRecipe, context: int) -> tuple[int, int]:
+    """(topk, window) per KV head; with the recipe's sinks they make the budget.
+
+    Raises:
+        UsageError: budget and topk together, or a budget with no room to select.
+    """
+    budget = max(int(context * _SHARE_OF_CONTEXT), _SMALLEST_BUDGET)
+    if recipe.budget is not None:
+        if recipe.topk is not None:
+            raise UsageError(
+                f"budget {recipe.budget} and topk {recipe.topk} are both given",
+                hint="a budget is sinks + topk + window: give one of the two, with or without a "
+                "window (topk=null drops a recipe's)",
+            )
+        share = recipe.budget
+        budget = share if isinstance(share, int) else int(context * Fraction(share))
+    window = recipe.window or max(1, min(_DEFAULT_WINDOW, budget // 2))
+    topk = recipe.topk or budget - window - recipe.sinks
+    if topk < 1 and recipe.budget is not None:
+        written = f"{recipe.budget}" + ("" if recipe.budget == budget else f" ({budget} tokens)")
+        raise UsageError(
+            f"budget {written} leaves nothing to select beside {recipe.sinks} sinks and a window "
+            f"of {window}",
+            hint=f"give at least {recipe.sinks + window + 1}, or a smaller --window",
+        )
+    return max(1, topk), window
+
+
+def calibration_size(recipe: ConvertRecipe, sizes: Geometry, budget: int) -> tuple[int, int]:
+    """(tokens to fit on, tokens of a document to compare on); zeros without calibration.
+
+    Args:
+        sizes: of the base model.
+        budget: slots per KV head.
+
+    Raises:
+        UsageError: documents longer than the context, or so short that all of it fits.
+    """
+    if recipe.calibrate == "none":
+        return 0, 0
+    length = recipe.calibrate_length
+    if length is None:
+        length = min(max(_CALIBRATION_LENGTH, _LENGTH_PER_SLOT * budget), sizes.context)
+    if length > sizes.context:
+        raise UsageError(
+            f"calibrate_length {length} is longer than the model's context {sizes.context}",
+            hint=f"give at most {sizes.context}",
+        )
+    if length <= budget:
+        raise UsageError(
+            f"sequences of {length} tokens fit into {budget} slots: nothing to choose from",
+            hint="give a smaller topk or window, a larger calibrate_length, or --calibrate none",
+        )
+    tokens = recipe.calibrate_tokens
+    if tokens is None:
+        tokens = min(max(_ROWS_PER_FEATURE * sizes.hidden, _LEAST_TOKENS), _MOST_TOKENS)
+    short = fit_length(length)
+    return max(tokens // short, 8) * short, length
+
+
+def fit_length(length: int) -> int:
+    """Tokens of a sequence that maps are fitted on, for documents of `length`."""
+    return min(length, max(length // 4, _FIT_LENGTH[0]), _FIT_LENGTH[1])
