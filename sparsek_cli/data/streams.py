@@ -1,11 +1,12 @@
 """Sequences that are not text: symbols in which something rare is needed again much later.
 
 Both are generated, so that any length and any amount of data is at hand. Most of a stream is
-background that its neighbourhood foretells. Rarely a tag comes; more often a signal, and what
-follows a signal is settled by the newest tag, however long ago that was. It counts as ANSWER.
+background that its neighbourhood foretells. Now and then a tag of one of several channels comes,
+or a signal of one; what follows a signal is settled by the newest tag of its channel, however long
+ago that was, and counts as ANSWER. Channels are many, so that answers to one are far apart too.
 
-    nucleotides  codons by a fixed Markov chain; after ATG: the newest tag, reverse complement
-    series       256 levels of a noisy quantity; after a drop-out: the newest set point again
+    nucleotides  codons by a fixed Markov chain; signals AxG, tags Gx*, answers: reverse complements
+    series       256 levels of a noisy quantity; after a drop-out: its newest set point again
 """
 
 from __future__ import annotations
@@ -25,31 +26,41 @@ _CODONS = tuple("".join(codon) for codon in product("ACGT", repeat=3))
 
 
 class _Stream:
-    """Tags, signals and answers laid over a background.
+    """Tags, signals and answers laid over a background; each channel begins with a tag.
 
     Args:
-        tags: mean number of symbols from one tag to the next.
+        tags: mean number of symbols from one tag to the next, of all channels together.
         signals: the same for signals.
+
+    Attributes:
+        words: the symbols. signals_of: the signal of each channel.
+        tags_of: [channels] the tags of each channel.
     """
 
     words: tuple[str, ...]
-    signal: int
+    signals_of: tuple[int, ...]
+    tags_of: tuple[tuple[int, ...], ...]
 
-    def __init__(self, tags: float = 250.0, signals: float = 40.0):
+    def __init__(self, tags: float = 150.0, signals: float = 60.0):
         self.tags, self.signals = tags, signals
 
     def __call__(self, rng: np.random.Generator, length: int) -> tuple[np.ndarray, np.ndarray]:
         """`length` symbols by number and their roles."""
         ids = self._background(rng, length)
         roles = np.full(length, TEXT, dtype=np.int8)
-        tag, place, draws = None, 0, rng.random(length)
+        newest: dict[int, int] = {}
+        place, draws = 0, rng.random(length)
         while place < length:
-            if tag is None or draws[place] < 1 / self.tags:
-                ids[place] = tag = self._draw_tag(rng)
+            channel = int(rng.integers(len(self.signals_of)))
+            if len(newest) < len(self.signals_of):
+                channel = len(newest)
+            if channel not in newest or draws[place] < 1 / self.tags:
+                tags = self.tags_of[channel]
+                ids[place] = newest[channel] = tags[int(rng.integers(len(tags)))]
                 roles[place] = IGNORED
             elif draws[place] < 1 / self.tags + 1 / self.signals and place + 1 < length:
-                ids[place], ids[place + 1] = self.signal, self._answer(tag)
-                roles[place], roles[place + 1] = IGNORED, ANSWER
+                ids[place : place + 2] = self.signals_of[channel], self._answer(newest[channel])
+                roles[place : place + 2] = IGNORED, ANSWER
                 place += 1
             place += 1
         return ids, roles
@@ -57,24 +68,24 @@ class _Stream:
     def _background(self, rng: np.random.Generator, length: int) -> np.ndarray:
         raise NotImplementedError
 
-    def _draw_tag(self, rng: np.random.Generator) -> int:
-        raise NotImplementedError
-
     def _answer(self, tag: int) -> int:
         raise NotImplementedError
 
 
 class Nucleotides(_Stream):
-    """Codons, 0 to 63. Tags are the codons that begin with G."""
+    """Codons, 0 to 63, four channels of four tags; an answer is its tag's reverse complement."""
 
     words = _CODONS
-    signal = _CODONS.index("ATG")
-    _tags = tuple(i for i, codon in enumerate(_CODONS) if codon[0] == "G")
+    signals_of = tuple(_CODONS.index(f"A{letter}G") for letter in "ACGT")
+    tags_of = tuple(
+        tuple(_CODONS.index(f"G{letter}{last}") for last in "ACGT") for letter in "ACGT"
+    )
 
     def __init__(self, **options: Any):
         super().__init__(**options)
         # One genome's habits for all sequences: which codon tends to follow which.
-        common = [i for i in range(64) if i not in self._tags and i != self.signal]
+        rare = {*self.signals_of, *(tag for tags in self.tags_of for tag in tags)}
+        common = [i for i in range(64) if i not in rare]
         table = np.zeros((64, 64))
         table[:, common] = np.random.default_rng(64).dirichlet(np.full(len(common), 0.15), 64)
         self._chain = np.cumsum(table, axis=1)
@@ -87,19 +98,18 @@ class Nucleotides(_Stream):
             codons[place] = state
         return codons
 
-    def _draw_tag(self, rng: np.random.Generator) -> int:
-        return self._tags[int(rng.integers(len(self._tags)))]
-
     def _answer(self, tag: int) -> int:
         pairs = str.maketrans("ACGT", "TGCA")
         return _CODONS.index(_CODONS[tag][::-1].translate(pairs))
 
 
 class Series(_Stream):
-    """Levels 0 to 255. The quantity stays between 20 and 150; set points are above, drop-outs 0."""
+    """Levels 0 to 255: a quantity between 20 and 150, eight kinds of drop-out below it (signals),
+    and above it eight set points of each kind (tags), which are also the answers."""
 
     words = tuple(str(level) for level in range(256))
-    signal = 0
+    signals_of = tuple(range(8))
+    tags_of = tuple(tuple(range(160 + 8 * kind, 168 + 8 * kind)) for kind in range(8))
 
     def _background(self, rng: np.random.Generator, length: int) -> np.ndarray:
         levels = np.empty(length)
@@ -108,9 +118,6 @@ class Series(_Stream):
             level += 0.05 * (80 - level) + step
             levels[place] = level
         return np.clip(levels, 20, 150).astype(np.int64)
-
-    def _draw_tag(self, rng: np.random.Generator) -> int:
-        return 160 + 6 * int(rng.integers(16))
 
     def _answer(self, tag: int) -> int:
         return tag
