@@ -17,7 +17,7 @@ def evaluate(
     ] = None,
     baselines: Annotated[
         str | None,
-        Value("--baselines", metavar="A,B", help="Other policies: dense,window,random."),
+        Value("--baselines", metavar="A,B", help="Other policies: dense,window,random,snapkv,h2o."),
     ] = None,
     budgets: Annotated[
         str | None,

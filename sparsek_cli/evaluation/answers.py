@@ -1,6 +1,7 @@
 """lm-eval's generation requests: greedy answers, prompts with a common beginning read once."""
 
 import copy
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +11,16 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
+from sparsek_cli.evaluation.joined import join
 from sparsek_cli.evaluation.prefixes import Group, group_by_prefix
+from sparsek_cli.evaluation.proof import held
 from sparsek_cli.evaluation.reading import PromptReader
 
-EXPANDED_CACHE_BYTES = 1 << 30  # questions answered side by side share at most this much cache
+SHARED_CACHE_BYTES = 1 << 30  # questions about one document share at most this much cache
+MEMORY_SHARE = 0.2  # of a GPU's free memory goes to caches of answers written together
+MOST_TOGETHER = 32
+
+Written = tuple[list[int], list[str]]  # which prompts, and their answers
 
 
 class Answers(PromptReader):
@@ -50,57 +57,130 @@ class Answers(PromptReader):
         else:
             groups = [Group(0, [i]) for i in range(len(sequences))]
         results = [""] * len(prompts)
-        for group in groups:
-            shared = self._new_cache()
-            if group.prefix:
-                self._read(sequences[group.members[0]][: group.prefix], shared, keep=1)
-                self._saw_cache(shared, group.prefix)
-            for batch in self._batches(group, sequences):
-                rests = torch.tensor([sequences[i][group.prefix :] for i in batch])
-                cache = copy.deepcopy(shared) if group.prefix else shared
-                if len(batch) > 1:
-                    cache.reorder_cache(
-                        torch.zeros(len(batch), dtype=torch.long, device=self.device)
-                    )
-                texts = self._decode(rests, cache, until, room)
-                for index, text in zip(batch, texts, strict=True):
-                    results[index] = postprocess_generated_text(text, until, None)
-                self.advance(len(batch))
+        for indices, texts in self._all_written(groups, sequences, until, room):
+            for index, text in zip(indices, texts, strict=True):
+                results[index] = postprocess_generated_text(text, until, None)
+            self.advance(len(indices))
         return results
 
-    def _batches(self, group: Group, sequences: list[list[int]]) -> list[list[int]]:
-        """A group's members in batches of equal length, so that no padding is needed."""
-        if not group.prefix:
-            return [group.members]
+    def _all_written(
+        self, groups: Sequence[Group], sequences: list[list[int]], until: list[str], room: int
+    ) -> Iterator[Written]:
+        alone = [group.members[0] for group in groups if not group.prefix]
+        yield from self._write_alone(alone, sequences, until, room)
+        for group in groups:
+            if group.prefix:
+                yield from self._write_shared(group, sequences, until, room)
+
+    def _read_end(self, ids: Any, cache: Any) -> torch.Tensor:
+        """Reads what is left of a prompt; logits [B, 1, V] of the answer's first token."""
+        logits = self._read(ids, cache, keep=1)
+        self.policy.end_prompt(cache)
+        self._saw_cache(cache, cache.get_seq_length())
+        return logits
+
+    # ------------------------------------------------------------------ prompts by themselves
+
+    def _write_alone(
+        self, members: Sequence[int], sequences: list[list[int]], until: list[str], room: int
+    ) -> Iterator[Written]:
+        """Prompts are read one by one, as many answers written together as memory allows."""
+        pile: list[tuple[int, Any, torch.Tensor]] = []
+        for index in members:
+            cache = self._new_cache()
+            pile.append((index, cache, self._read_end(sequences[index], cache)))
+            if len(pile) >= self._together(held(cache)[1]) or index == members[-1]:
+                yield [i for i, _, _ in pile], self._write_pile(pile, until, room)
+                pile = []
+
+    def _together(self, size: int) -> int:
+        """How many answers to write side by side when one cache has `size` bytes."""
+        if self.answers_together is not None:
+            return self.answers_together
+        if self.device.type != "cuda":
+            return 1
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, min(MOST_TOGETHER, int(MEMORY_SHARE * free) // max(1, size)))
+
+    def _write_pile(
+        self, pile: Sequence[tuple[int, Any, torch.Tensor]], until: list[str], room: int
+    ) -> list[str]:
+        joined = None
+        if len(pile) > 1:
+            try:
+                joined = join([cache for _, cache, _ in pile])
+                if joined is not None:
+                    logits = torch.cat([first for _, _, first in pile])
+                    placed = {"positions": joined.positions, "mask": joined.mask}
+                    return self._decode(logits, joined.cache, until, room, **placed)
+            except torch.OutOfMemoryError:  # one by one then: the caches of the pile are whole
+                joined = None
+        return [self._decode(first, cache, until, room)[0] for _, cache, first in pile]
+
+    # ------------------------------------------------------------------ prompts about one document
+
+    def _write_shared(
+        self, group: Group, sequences: list[list[int]], until: list[str], room: int
+    ) -> Iterator[Written]:
+        """The common beginning is read once; answers to rests of equal length come together."""
+        shared = self._new_cache()
+        self._read(sequences[group.members[0]][: group.prefix], shared, keep=1)
+        self._saw_cache(shared, group.prefix)
+        rows = max(1, SHARED_CACHE_BYTES // max(1, held(shared)[1]))
         by_length: dict[int, list[int]] = {}
         for index in group.members:
             by_length.setdefault(len(sequences[index]), []).append(index)
-        rows = max(1, EXPANDED_CACHE_BYTES // max(1, self.proof.kv_bytes))
-        return [
-            members[start : start + rows]
-            for members in by_length.values()
-            for start in range(0, len(members), rows)
-        ]
+        for members in by_length.values():
+            for start in range(0, len(members), rows):
+                batch = members[start : start + rows]
+                rests = torch.tensor([sequences[i][group.prefix :] for i in batch])
+                cache = copy.deepcopy(shared)
+                if len(batch) > 1:
+                    first = torch.zeros(len(batch), dtype=torch.long, device=self.device)
+                    cache.reorder_cache(first)
+                logits = self._read_end(rests, cache)
+                yield batch, self._decode(logits, cache, until, room)
 
-    def _decode(self, ids: torch.Tensor, cache: Any, until: list[str], room: int) -> list[str]:
-        """Greedy continuations of [B, n] prompts (or their rests) whose beginning `cache` holds."""
-        single = ids.shape[0] == 1
-        logits = self._read(ids, cache, keep=1)
-        if single:
-            self._saw_cache(cache, cache.get_seq_length())
+    # ------------------------------------------------------------------ decoding
+
+    def _decode(
+        self,
+        logits: torch.Tensor,
+        cache: Any,
+        until: list[str],
+        room: int,
+        *,
+        positions: torch.Tensor | None = None,
+        mask: torch.Tensor | None = None,
+    ) -> list[str]:
+        """Greedy answers after prompts that `cache` holds.
+
+        Args:
+            logits: [B, 1, V] of the first token.
+            positions: of the next token of each row, int64 [B], where rows differ in length.
+            mask: bool [B, N], False at padding of shorter rows.
+        """
         ends = _end_tokens(self.model, self.eot_token_id)
-        answers: list[list[int]] = [[] for _ in range(ids.shape[0])]
-        running = list(range(ids.shape[0]))
-        for _ in range(room):
+        answers: list[list[int]] = [[] for _ in range(logits.shape[0])]
+        running = list(range(logits.shape[0]))
+        for step in range(room):
             tokens = logits[:, -1].float().argmax(dim=-1)
             chosen = tokens.tolist()
             for row in list(running):
                 answers[row].append(chosen[row])
                 if chosen[row] in ends or self._stopped(answers[row], until):
                     running.remove(row)
-            if not running or len(answers[running[0]]) == room:
+            if not running or step + 1 == room:
                 break
-            logits = self._read(tokens[:, None], cache, keep=1)
+            placed: dict[str, torch.Tensor] = {}
+            if positions is not None:
+                placed["position_ids"] = (positions + step)[:, None]
+            if mask is not None:
+                mask = torch.nn.functional.pad(mask, (0, 1), value=True)
+                placed["attention_mask"] = mask
+            logits = self._read(tokens[:, None], cache, keep=1, **placed)
+        if positions is None:
+            self._saw_cache(cache, cache.get_seq_length())
         return [self.tok_decode(answer) for answer in answers]
 
     def _stopped(self, answer: list[int], until: list[str]) -> bool:

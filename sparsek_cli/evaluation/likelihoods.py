@@ -66,7 +66,7 @@ class Likelihoods(PromptReader):
             groups = group_by_prefix(sequences, limits)
         else:
             groups = [Group(0, [i]) for i in sorted(range(len(requests)), key=lambda i: -limits[i])]
-        alone = [group.members[0] for group in groups if len(group.members) == 1]
+        alone = [group.members[0] for group in groups if self._may_batch(group)]
         for start in range(0, len(alone), self.batch_size):
             batch = alone[start : start + self.batch_size]
             chosen = [(sequences[i], len(answers[i])) for i in batch]
@@ -74,18 +74,34 @@ class Likelihoods(PromptReader):
                 results[i] = _score(log_p, answers[i])
             self.advance(len(batch))
         for group in groups:
-            if len(group.members) == 1:
+            if self._may_batch(group):
                 continue
             shared = self._new_cache()
-            self._read(sequences[group.members[0]][: group.prefix], shared, keep=1)
-            self._saw_cache(shared, group.prefix)
+            if group.prefix:
+                self._read(sequences[group.members[0]][: group.prefix], shared, keep=1)
+                self._saw_cache(shared, group.prefix)
             for i in group.members:
-                logits = self._read(
-                    sequences[i][group.prefix :], copy.deepcopy(shared), keep=len(answers[i])
+                log_p = self._score_rest(
+                    sequences[i][group.prefix :], copy.deepcopy(shared), len(answers[i])
                 )
-                results[i] = _score(_log_softmax(logits[0]), answers[i])
+                results[i] = _score(log_p, answers[i])
                 self.advance(1)
         return results
+
+    def _may_batch(self, group: Group) -> bool:
+        return len(group.members) == 1 and not self.policy.evicts_after_prompt
+
+    def _score_rest(self, rest: list[int], cache: Any, size: int) -> torch.Tensor:
+        """Log-probabilities [size, V] at the last `size` of the tokens fed after `cache`."""
+        if not self.policy.evicts_after_prompt:
+            return _log_softmax(self._read(rest, cache, keep=size)[0])
+        context, answer = rest[: len(rest) - size + 1], rest[len(rest) - size + 1 :]
+        pieces = [self._read(context, cache, keep=1)]
+        self.policy.end_prompt(cache)
+        # One by one, as an answer is written: each token may push a pair out.
+        pieces += [self._read([token], cache, keep=1) for token in answer]
+        self._saw_cache(cache, cache.get_seq_length())
+        return _log_softmax(torch.cat(pieces, dim=1)[0])
 
     def _score_batch(self, batch: list[tuple[list[int], int]]) -> list[torch.Tensor]:
         """Log-probabilities [answer, V] of each (sequence, answer length), padded together."""
@@ -103,10 +119,13 @@ class Likelihoods(PromptReader):
             self._read(max(batch, key=lambda item: len(item[0]))[0], cache, keep=1)
             self._saw_cache(cache, longest)
         rows = [sequence + [0] * (longest - len(sequence)) for sequence, _ in batch]
-        with torch.no_grad():
-            ids = torch.tensor(rows, dtype=torch.long, device=self.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits
-        log_p = _log_softmax(logits)
+        try:
+            with torch.no_grad():
+                ids = torch.tensor(rows, dtype=torch.long, device=self.device)
+                log_p = _log_softmax(self.model(input_ids=ids, use_cache=False).logits)
+        except torch.OutOfMemoryError:
+            half = len(batch) // 2
+            return self._score_batch(batch[:half]) + self._score_batch(batch[half:])
         return [log_p[row, len(s) - n : len(s)] for row, (s, n) in enumerate(batch)]
 
 

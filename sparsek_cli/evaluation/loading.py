@@ -56,6 +56,7 @@ def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length
             max_length=max_length,
             truncate=None if recipe.truncate == "refuse" else recipe.truncate,
             batch_size=1 if recipe.batch_size == "auto" else recipe.batch_size,
+            answers_together=None if recipe.batch_size == "auto" else recipe.batch_size,
             share_prefix=recipe.share_prefix,
             max_new_tokens=recipe.max_new_tokens,
         )

@@ -30,10 +30,8 @@ def run_unit(
     """
     from lm_eval.evaluator import evaluate as lm_eval_evaluate
 
-    lm.policy, lm.proof = (
-        policy,
-        proofs.Proof(attention="dense" if not policy.sparse else "sparsek"),
-    )
+    lm.policy = policy
+    lm.proof = proofs.Proof(attention="sparsek" if policy.sparse else "dense")
     if recipe.batch_size == "auto":
         lm.batch_size_per_gpu = _batch_size(unit, lm, recipe)
     with (
@@ -41,6 +39,7 @@ def run_unit(
         policy.applied(lm.model),
         proofs.watch_attention(lm.proof),
     ):
+        most_pairs = policy.most_pairs(lm.model)
         raw = lm_eval_evaluate(
             lm,
             {"tasks": {unit.entry.name: unit.task}, "groups": {}, "group_map": {}},
@@ -52,7 +51,8 @@ def run_unit(
     proof = ranks.add_up(lm)
     if raw is None:
         return None
-    proofs.check(proof, sparse=policy.sparse, task=unit.name, policy=policy.label)
+    expected = {"sparse": policy.sparse, "most_pairs": most_pairs}
+    proofs.check(proof, **expected, task=unit.name, policy=policy.label)
     samples = raw["samples"][unit.entry.name]
     result = {
         "task": unit.entry.name,

@@ -1,13 +1,15 @@
 """What a model is compared with: the same weights under another rule for what to keep.
 
-Every policy but `dense` holds exactly as many key-value pairs as the converted model does, in the
-same cache, so a difference in score is a difference in choice. Budgets that differ by head belong
-to the converted model alone; the others spread the same total evenly.
+Every policy but `dense` holds as many key-value pairs as the converted model does, so a difference
+in score is a difference in choice. Budgets that differ by head belong to the converted model alone;
+the others spread the same total evenly.
 
     sparsek   the model as it is
     dense     every pair, ordinary attention
     window    sinks and the newest k + w pairs
     random    sinks, window and k random pairs
+    snapkv    dense while the prompt is read; its last queries choose what stays (rivals.py)
+    h2o       dense while the prompt is read; attention received so far chooses
 """
 
 from collections.abc import Iterator
@@ -25,7 +27,10 @@ SUMMARIES = {
     DENSE: "the same weights with ordinary attention and a growing cache",
     "window": "sinks and the newest pairs, at the same bytes",
     "random": "sinks, window and random pairs, at the same bytes",
+    "snapkv": "dense prompt, then what its last queries looked at, at the same bytes",
+    "h2o": "dense prompt, then what received most attention, at the same bytes",
 }
+RIVALS = ("snapkv", "h2o")
 
 
 @dataclass(frozen=True)
@@ -48,19 +53,31 @@ class Policy:
         return self.name if self.budget is None else f"{self.name}-{self.budget}"
 
     @property
+    def bounded(self) -> bool:
+        """Whether the cache stops growing."""
+        return self.name != DENSE
+
+    @property
+    def evicts_after_prompt(self) -> bool:
+        """Whether the prompt is read densely and the cache cut when it ends."""
+        return self.name in RIVALS
+
+    @property
     def sparse(self) -> bool:
         """Whether SparseK attention has to run under it."""
-        return self.name != DENSE
+        return self.bounded and not self.evicts_after_prompt
 
     def unfit_for(self, requests: str) -> str | None:
         """Why the policy cannot be measured on a task of these requests, or None."""
+        if self.evicts_after_prompt and requests == "loglikelihood_rolling":
+            return "it evicts when a prompt ends, and running text has no prompt"
         return None
 
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
         """Makes `model` follow the policy inside the block."""
         if not is_converted(model):
-            if self.sparse:
+            if self.bounded:
                 raise SparsekError(
                     f"policy '{self.name}' needs a converted model",
                     hint="run `sparsek convert` first",
@@ -68,21 +85,28 @@ class Policy:
             yield
             return
         from sparsek_cli import models
+        from sparsek_cli.evaluation.spread import as_window, evenly
 
         with ExitStack() as stack:
-            if self.name == DENSE:
+            if not self.sparse:
                 stack.enter_context(models.dense_attention(model))
-            if self.budget is not None and self.sparse:
+            if self.budget is not None and self.bounded:
                 stack.enter_context(models.budget(model, topk=self._topk(model)))
             if self.name == "window":
-                stack.enter_context(_as_window(model))
+                stack.enter_context(as_window(model))
             elif self.name == "random":
-                stack.enter_context(_evenly(model))
+                stack.enter_context(evenly(model))
                 stack.enter_context(models.random_scores(model, self.seed))
+            elif self.evicts_after_prompt:
+                from sparsek_cli.evaluation.rivals import observed_attention
+
+                stack.enter_context(observed_attention(model))
             yield
 
     def _topk(self, model: Any) -> int | list:
         """What to select so that a head keeps `budget` pairs on average, spread as it was."""
+        from sparsek_cli.evaluation.spread import per_head, scaled
+
         block = model.config.sparsek
         topk = self.budget - block["window"] - block["sinks"]
         if topk < 0:
@@ -91,7 +115,7 @@ class Policy:
                 f"({block['window']} + {block['sinks']})",
                 hint="name larger --budgets",
             )
-        return topk if isinstance(block["topk"], int) else _scaled(_per_head(model), topk)
+        return topk if isinstance(block["topk"], int) else scaled(per_head(model), topk)
 
     def new_cache(self, model: Any) -> Any:
         """An empty cache of the kind that the policy uses; call it inside `applied`."""
@@ -99,85 +123,33 @@ class Policy:
             from sparsek_cli.models import SparseKCache
 
             return SparseKCache(model.config)
+        if self.evicts_after_prompt:
+            from sparsek_cli.evaluation.rivals import new_cache
+            from sparsek_cli.evaluation.spread import slots_per_head
+
+            window = model.config.sparsek["window"]
+            layers = model.config.num_hidden_layers
+            return new_cache(self.name, layers, slots_per_head(model), window)
         from transformers import DynamicCache
 
         return DynamicCache(config=model.config)
 
+    def end_prompt(self, cache: Any) -> None:
+        """Called when a prompt has been read and an answer is about to begin."""
+        if self.evicts_after_prompt:
+            from sparsek_cli.evaluation.rivals import end_prompt
 
-def _per_head(model: Any) -> list[list[int]]:
-    """Selected pairs of every layer and KV head."""
-    from sparsek_cli.models import kv_heads, layer_budget
+            end_prompt(cache)
 
-    config = model.config
-    rows = (layer_budget(config, layer).topk for layer in range(config.num_hidden_layers))
-    return [[row] * kv_heads(config) if isinstance(row, int) else list(row) for row in rows]
+    def most_pairs(self, model: Any) -> int | None:
+        """Pairs that all layers and heads may hold together; None without a bound."""
+        if not self.bounded:
+            return None
+        from sparsek_cli.evaluation.spread import per_head
 
-
-def _scaled(per_head: list[list[int]], mean: int) -> list[list[int]]:
-    """The same proportions with `mean` pairs on average, to the pair."""
-    flat = [k for row in per_head for k in row]
-    wanted = mean * len(flat)
-    exact = [k * wanted / max(1, sum(flat)) for k in flat]
-    whole = [int(k) for k in exact]
-    # What rounding down left over goes to those that lost most by it.
-    order = sorted(range(len(flat)), key=lambda i: whole[i] - exact[i])
-    for i in order[: wanted - sum(whole)]:
-        whole[i] += 1
-    heads = len(per_head[0])
-    return [whole[start : start + heads] for start in range(0, len(whole), heads)]
-
-
-@contextmanager
-def _evenly(model: Any) -> Iterator[int | None]:
-    """The model's selected pairs spread evenly over all heads: uneven ones are SparseK's own idea.
-
-    Yields:
-        Pairs per head; None where they do not divide evenly, and the spread stays as it is.
-    """
-    from sparsek_cli import models
-
-    flat = [k for row in _per_head(model) for k in row]
-    if sum(flat) % len(flat):
-        yield None
-    else:
-        with models.budget(model, topk=sum(flat) // len(flat)):
-            yield sum(flat) // len(flat)
-
-
-@contextmanager
-def _as_window(model: Any) -> Iterator[None]:
-    """The model's pairs spent on the newest ones."""
-    from sparsek_cli import models
-
-    window = model.config.sparsek["window"]
-    with _evenly(model) as topk:
-        if topk is not None:
-            with models.budget(model, topk=0, window=window + topk):
-                yield
-        else:  # budgets differ by head, windows cannot: the newest pairs win by their scores
-            with models.replaced_scorers(model, _recency):
-                yield
-
-
-def _recency(attention: Any) -> Any:
-    import torch
-
-    from sparsek_cli.models import kv_heads
-
-    class RecencyScorer(torch.nn.Module):
-        """Scores [B, G, N] that are the positions: the newest candidates are the best."""
-
-        def __init__(self, heads: int):
-            super().__init__()
-            self.heads = heads
-            self.register_buffer("slopes", torch.zeros(heads), persistent=False)
-
-        def forward(self, hidden_states: Any, position_ids: Any = None) -> Any:
-            batch, tokens = hidden_states.shape[:2]
-            positions = position_ids.expand(batch, tokens).float()
-            return positions[:, None, :].expand(batch, self.heads, tokens).contiguous()
-
-    return RecencyScorer(kv_heads(attention.config))
+        block = model.config.sparsek
+        rows = per_head(model)
+        return sum(k + block["sinks"] + block["window"] for row in rows for k in row)
 
 
 def is_converted(model: Any) -> bool:
@@ -212,6 +184,6 @@ def plan_policies(
     rows: list[Policy] = []
     for name in names:
         policy = Policy(name, seed=seed)
-        sweep = budgets if budgets and policy.sparse else [None]
+        sweep = budgets if budgets and policy.bounded else [None]
         rows += [replace(policy, budget=budget) for budget in sweep]
     return rows

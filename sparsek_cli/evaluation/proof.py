@@ -43,7 +43,7 @@ class Proof:
         return asdict(self)
 
     def saw_cache(self, cache: Any, tokens: int, config: Any) -> None:
-        """Notes what `cache` (batch 1) holds after `tokens` tokens, if no longer one was seen."""
+        """Notes what a row of `cache` holds after `tokens` tokens, if no longer one was seen."""
         if tokens <= self.kv_tokens:
             return
         pairs, size = held(cache)
@@ -53,7 +53,7 @@ class Proof:
 
 
 def held(cache: Any) -> tuple[int, int]:
-    """(key-value pairs, bytes of their tensors) of a transformers cache, batch 1.
+    """(key-value pairs, bytes of their tensors) of one row of a transformers cache.
 
     Bytes are those of keys and values alone for every policy; what SparseK keeps beside them
     (positions and scores of the slots, in `SparseKCache.nbytes`) is bookkeeping of a fixed size.
@@ -62,10 +62,12 @@ def held(cache: Any) -> tuple[int, int]:
     for layer in cache.layers:
         state = getattr(layer, "state", None)
         if state is not None:  # slots, of which -1 marks the empty ones
-            pairs += int((state.positions >= 0).sum())
+            rows = state.batch
+            pairs += int((state.positions[0] >= 0).sum())
         else:
+            rows = layer.keys.shape[0]
             pairs += layer.keys.shape[1] * layer.keys.shape[2]
-        size += layer.keys.nbytes + layer.values.nbytes
+        size += (layer.keys.nbytes + layer.values.nbytes) // rows
     return pairs, size
 
 
@@ -103,11 +105,16 @@ def watch_attention(proof: Proof) -> Iterator[None]:
             proof.backends[name] = proof.backends.get(name, 0) + count
 
 
-def check(proof: Proof, *, sparse: bool, task: str, policy: str) -> None:
-    """Fails an evaluation whose sparse path did not run, or whose dense one did not stay dense.
+def check(proof: Proof, *, sparse: bool, most_pairs: int | None, task: str, policy: str) -> None:
+    """Fails an evaluation that was not what its label says.
+
+    Args:
+        sparse: whether SparseK attention had to run.
+        most_pairs: what the cache may hold, over all layers and heads; None: anything.
 
     Raises:
-        SparsekError: the numbers would not mean what their label says.
+        SparsekError: the sparse path did not run, the dense one did not stay dense, or the cache
+            held more than its budget.
     """
     if sparse and proof.sparse_calls == 0:
         raise SparsekError(
@@ -117,5 +124,11 @@ def check(proof: Proof, *, sparse: bool, task: str, policy: str) -> None:
     if not sparse and proof.sparse_calls:
         raise SparsekError(
             f"{task} under '{policy}': SparseK attention ran in what should be a dense pass",
+            hint="report this with the command",
+        )
+    if most_pairs is not None and proof.kv_pairs > most_pairs:
+        raise SparsekError(
+            f"{task} under '{policy}': the cache grew to {proof.kv_pairs:,} pairs, "
+            f"{most_pairs:,} are its budget",
             hint="report this with the command",
         )

@@ -25,6 +25,8 @@ class PromptReader(HFLM):
         max_length: most tokens of prompt and answer together.
         truncate: None (refuse), "left" or "middle": what to do with longer prompts.
         batch_size: prompts without a shared beginning that are scored side by side.
+        answers_together: answers to unrelated prompts that are written side by side; None: one on a
+            CPU, as many as memory allows on a GPU.
         share_prefix: read shared beginnings once.
         max_new_tokens: upper bound on answers, below the task's own.
         advance: called with the number of requests finished.
@@ -39,6 +41,7 @@ class PromptReader(HFLM):
         max_length: int,
         truncate: str | None = None,
         batch_size: int = 1,
+        answers_together: int | None = None,
         share_prefix: bool = True,
         max_new_tokens: int | None = None,
         advance: Callable[[int], None] = lambda count: None,
@@ -53,6 +56,7 @@ class PromptReader(HFLM):
         )
         self.policy = policy
         self.truncate = truncate
+        self.answers_together = answers_together
         self.share_prefix = share_prefix
         self.max_new_tokens = max_new_tokens
         self.advance = advance
@@ -111,9 +115,11 @@ class PromptReader(HFLM):
 
     @torch.no_grad()
     def _read(
-        self, tokens: Sequence[int] | torch.Tensor, cache: Any, keep: int = 0
+        self, tokens: Sequence[int] | torch.Tensor, cache: Any, keep: int = 0, **placed: Any
     ) -> torch.Tensor:
         """Feeds tokens ([n] ids or an int64 tensor [B, n]) after what `cache` holds.
+
+        `placed` (position_ids, attention_mask) places a single token of rows of unequal length.
 
         Returns:
             Logits [B, keep, V] of the last `keep` positions; all of them when `keep` is 0.
@@ -128,7 +134,11 @@ class PromptReader(HFLM):
             # logits_to_keep=0 means all of them; a position that nobody wants costs little.
             asked = 0 if wanted == chunk.shape[1] else max(wanted, 1)
             logits = self.model(
-                input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=asked
+                input_ids=chunk,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=asked,
+                **placed,
             ).logits
             if wanted:
                 pieces.append(logits)
@@ -138,6 +148,8 @@ class PromptReader(HFLM):
         return self.policy.new_cache(self.model)
 
     def _saw_cache(self, cache: Any, tokens: int) -> None:
+        if self.policy.evicts_after_prompt and not cache.layers[0].bounded:
+            return  # the prompt is still being read
         self.proof.saw_cache(cache, tokens, self.model.config)
 
     def vocab_width(self) -> int:

@@ -54,7 +54,7 @@ class EvaluateRecipe(BaseModel):
         "auto", description="auto: for our own tasks when the tokenizer has one; on, off: for all"
     )
     batch_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="prompts scored side by side where they share nothing; auto or a number"
+        "auto", description="prompts scored, answers written side by side; auto or a number"
     )
     share_prefix: bool = Field(
         True, description="read a document once for all questions about it (off: as lm-eval does)"

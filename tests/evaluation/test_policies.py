@@ -45,10 +45,10 @@ def test_window_by_scores_is_window_by_budget(model):
     import torch
 
     from sparsek_cli import models
-    from sparsek_cli.evaluation.policies import _recency
+    from sparsek_cli.evaluation.spread import recency
 
     _, plain = read(model, Policy("window"))
-    with models.replaced_scorers(model, _recency):
+    with models.replaced_scorers(model, recency):
         _, by_scores = read(model, Policy("sparsek"))
     torch.testing.assert_close(by_scores, plain, rtol=1e-5, atol=1e-5)
 

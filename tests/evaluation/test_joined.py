@@ -1,0 +1,65 @@
+"""Answers written side by side are the ones written alone, under every policy."""
+
+import pytest
+
+
+@pytest.mark.parametrize("limit", [None, 2048])
+def test_answers_do_not_depend_on_their_neighbours(recipe, console, tmp_path, limit):
+    import json
+
+    from sparsek_cli.evaluation.run import evaluate
+
+    policies = ["dense", "window", "random", "snapkv", "h2o"]
+    settings = {"tasks": ["scrolls_qasper", "recall_4"], "baselines": policies}
+    settings |= {"budgets": [limit] if limit else [], "share_prefix": False}
+    answers = {}
+    for rows in (1, 3):
+        out = tmp_path / str(rows)
+        report = evaluate(recipe(**settings, batch_size=rows, output=str(out)), console)
+        assert len(report["policies"]) == 6
+        answers[rows] = {
+            str(file.relative_to(out)): [
+                text
+                for line in file.read_text().splitlines()
+                for text in json.loads(line)["responses"]
+                if isinstance(text, str)
+            ]
+            for file in (out / "samples").rglob("*.jsonl")
+        }
+        assert len(answers[rows]) == 12
+    assert answers[1] == answers[3]
+
+
+def test_joined_rows_continue_where_they_were(checkpoints):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401
+    from sparsek_cli.evaluation.joined import join
+    from sparsek_cli.evaluation.policies import Policy
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoints[1]).eval()
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(3, 128, (1, n), generator=draw) for n in (150, 90, 201)]
+    token = torch.randint(3, 128, (3, 1), generator=draw)
+    for name in ("sparsek", "dense", "window", "snapkv", "h2o"):
+        policy = Policy(name)
+        with policy.applied(model), torch.no_grad():
+            caches = []
+            for ids in prompts:
+                caches.append(policy.new_cache(model))
+                model(input_ids=ids, past_key_values=caches[-1])
+                policy.end_prompt(caches[-1])
+            joined = join(caches)
+            extra = {} if joined.mask is None else {
+                "attention_mask": torch.nn.functional.pad(joined.mask, (0, 1), value=True)
+            }  # fmt: skip
+            together = model(
+                input_ids=token, past_key_values=joined.cache,
+                position_ids=joined.positions[:, None], **extra,
+            ).logits  # fmt: skip
+            alone = [
+                model(input_ids=token[i : i + 1], past_key_values=caches[i]).logits
+                for i in range(3)
+            ]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)

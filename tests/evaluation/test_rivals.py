@@ -1,0 +1,185 @@
+"""SnapKV's and H2O's rules: what they keep, how much, and that nothing else changes."""
+
+import pytest
+import torch
+
+from sparsek_cli.evaluation import rivals
+from sparsek_cli.evaluation.policies import Policy, plan_policies
+
+SLOTS, RECENT = 20, 8
+
+
+@pytest.fixture
+def model(checkpoints):
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401
+
+    return AutoModelForCausalLM.from_pretrained(checkpoints[1]).eval()
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(tokens, seed=3):
+    return torch.randint(3, 128, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("block", [1 << 28, 4 * 4 * 30 * 7])
+def test_mass_is_the_sum_of_attention_weights(monkeypatch, block):
+    monkeypatch.setattr(rivals, "BLOCK_BYTES", block)
+    query, keys = draw(1, 4, 11, 8), draw(1, 2, 30, 8, seed=1)
+    logits = query @ keys.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.3
+    later = torch.ones(11, 30, dtype=torch.bool).triu(20)
+    weights = logits.masked_fill(later, -torch.inf).softmax(-1)
+    naive = weights.sum(2).unflatten(1, (2, 2)).sum(2)
+    torch.testing.assert_close(rivals.attention_mass(query, keys, 0.3), naive)
+
+
+def fed(name, chunks, seed=0):
+    """A layer after tokens in `chunks`, its prompt ended after the second last; what was fed."""
+    layer = rivals.LAYERS[name](SLOTS, RECENT)
+    total = sum(chunks)
+    query, keys = draw(1, 4, total, 8, seed=seed), draw(1, 2, total, 8, seed=seed + 1)
+    start = 0
+    for number, size in enumerate(chunks):
+        if number == len(chunks) - 1:
+            layer.end_prompt()
+            for at in range(start, total):
+                layer.update(keys[:, :, at : at + 1], keys[:, :, at : at + 1])
+                layer.see(query[:, :, at : at + 1], 0.3)
+            return layer, query, keys
+        layer.update(keys[:, :, start : start + size], keys[:, :, start : start + size])
+        layer.see(query[:, :, start : start + size], 0.3)
+        start += size
+
+
+def naive_kept(name, query, keys, prompt):
+    """Positions that each KV head holds at the end, by the rule's words, one token at a time."""
+    total, kept = keys.shape[2], []
+    for head in range(2):
+        k, q = keys[0, head], query[0, 2 * head : 2 * head + 2]
+        weights = torch.stack(
+            [(q[h] @ k.T * 0.3).masked_fill(torch.ones(total, total).triu(1) > 0, -torch.inf)
+             .softmax(-1) for h in range(2)]
+        )  # fmt: skip
+        if name == "h2o":
+            mass = weights[:, :prompt].sum((0, 1))
+        else:
+            seen = weights[:, max(0, prompt - rivals.OBSERVED) : prompt, :prompt].sum((0, 1))
+            padded = torch.nn.functional.pad(seen, (2, 2))
+            mass = padded.unfold(0, 5, 1).mean(-1)
+        held = list(range(prompt))
+        older = sorted(held[:-RECENT], key=lambda j: -mass[j])[: SLOTS - RECENT]
+        held = sorted(older) + held[-RECENT:]
+        for at in range(prompt, total):
+            gone = held[-RECENT]  # what leaves the window
+            if name == "h2o":
+                gone = min(held[: 1 - RECENT], key=mass.__getitem__)
+            held = [j for j in held if j != gone] + [at]
+            if name == "h2o":
+                logits = q[:, at] @ k[held].T * 0.3
+                mass = torch.cat([mass, mass.new_zeros(max(0, total - len(mass)))])
+                mass[held] += logits.softmax(-1).sum(0)
+        kept.append(held)
+    return kept
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+@pytest.mark.parametrize("chunks", [(60, 9), (40, 20, 30), (50, 9, 1, 12)])
+def test_pairs_held_are_those_of_the_rule(name, chunks):
+    layer, query, keys = fed(name, chunks)
+    prompt = sum(chunks[:-1])
+    for head, held in enumerate(naive_kept(name, query, keys, prompt)):
+        assert len(held) == SLOTS
+        torch.testing.assert_close(layer.keys[0, head], keys[0, head, held])
+    assert layer.get_seq_length() == sum(chunks)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_bytes_are_those_of_the_sparse_model_and_stay(model, name):
+    from sparsek_cli.evaluation.proof import held
+
+    own = Policy("sparsek")
+    with own.applied(model), torch.no_grad():
+        cache = own.new_cache(model)
+        model(input_ids=ids(300), past_key_values=cache)
+        budget = held(cache)
+    rival = Policy(name)
+    with rival.applied(model), torch.no_grad():
+        cache = rival.new_cache(model)
+        model(input_ids=ids(300), past_key_values=cache)
+        assert held(cache)[0] > budget[0]
+        rival.end_prompt(cache)
+        for token in range(40):
+            model(input_ids=ids(1, seed=token), past_key_values=cache)
+        assert held(cache) == budget
+        assert held(cache)[0] == rival.most_pairs(model)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_without_eviction_the_answer_is_the_dense_one(model, name):
+    logits = {}
+    for policy in (Policy("dense"), Policy(name, budget=512)):
+        with policy.applied(model), torch.no_grad():
+            cache = policy.new_cache(model)
+            model(input_ids=ids(200), past_key_values=cache)
+            policy.end_prompt(cache)
+            steps = [model(input_ids=ids(1, seed=i), past_key_values=cache) for i in range(5)]
+        logits[policy.name] = torch.cat([step.logits for step in steps])
+    torch.testing.assert_close(logits[name], logits["dense"], rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def report(checkpoints, data, tmp_path_factory):
+    from sparsek_cli.console import Console
+    from sparsek_cli.evaluation.run import evaluate
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    tasks = ["ppl", "recall_4", "scrolls_qasper", "scrolls_contractnli", "scrolls_quality"]
+    recipe = EvaluateRecipe(
+        model=str(checkpoints[1]), data=str(data), lengths=[640], limit=4, device="cpu",
+        tasks=tasks, baselines=["dense", "snapkv", "h2o"], budgets=[68, 2048],
+        max_new_tokens=6, output=str(tmp_path_factory.mktemp("rivals") / "out"),
+    )  # fmt: skip
+    return evaluate(recipe, Console(quiet=True))
+
+
+def test_unlimited_rivals_are_dense_in_every_metric(report):
+    dense = {u["task"]: u["metrics"] for u in report["units"] if u["policy"] == "dense"}
+    rivals = [u for u in report["units"] if u["policy"] in ("snapkv-2048", "h2o-2048")]
+    assert len(rivals) == 2 * 4
+    for unit in rivals:
+        assert unit["metrics"] == dense[unit["task"]], (unit["task"], unit["policy"])
+
+
+def test_rivals_hold_what_we_hold(report):
+    pairs = {}
+    for unit in report["units"]:
+        if unit["policy"].endswith("-68") and unit["task"] == "recall_4":
+            pairs[unit["policy"]] = (unit["proof"]["kv_pairs"], unit["proof"]["kv_bytes"])
+            assert bool(unit["proof"]["sparse_calls"]) == (unit["policy"] == "sparsek-68")
+    assert len(pairs) == 3
+    assert set(pairs.values()) == {(2 * 2 * 68, 2 * 2 * 68 * 8 * 2 * 4)}
+
+
+def test_running_text_has_no_rivals(report):
+    assert not [u for u in report["units"] if u["task"] == "ppl" and "snapkv" in u["policy"]]
+    absent = {item["task"]: item["reason"] for item in report["absent"]}
+    assert "running text has no prompt" in absent["ppl@640 under snapkv-68"]
+    assert report["complete"]
+
+
+def test_a_rival_that_does_not_evict_is_caught(recipe, console, monkeypatch):
+    from sparsek_cli.errors import SparsekError
+    from sparsek_cli.evaluation.run import evaluate
+
+    monkeypatch.setattr(rivals.EvictingLayer, "_evict", lambda self, room: None)
+    with pytest.raises(SparsekError, match="the cache grew to"):
+        evaluate(recipe(tasks=["recall_4"], limit=1, baselines=["snapkv"]), console)
+
+
+def test_rows_come_after_ours(model):
+    labels = [p.label for p in plan_policies(model, ["h2o", "snapkv", "window"], [], seed=0)]
+    assert labels == ["sparsek", "h2o", "snapkv", "window"]
