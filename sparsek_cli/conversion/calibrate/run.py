@@ -27,9 +27,8 @@ WINDOW_SLOPE = 30.0
 # Queries whose attention forms a target, and queries at which candidates are compared, per
 # sequence: a CPU affords fewer.
 _TARGET_ROWS = {"cpu": 512, "other": 4096}
-_TEXT_ROWS = {"cpu": 32, "other": 256}
-_ANSWER_ROWS = {"cpu": 24, "other": 128}
-_ASKING_ROWS = {"cpu": 12, "other": 64}
+_TEXT_ROWS = {"cpu": 64, "other": 256}
+_ANSWER_ROWS = {"cpu": 32, "other": 192}
 _HELD_OUT = {"cpu": 4, "other": 12}
 _FINALISTS = 4
 # Keys of the last part have too few later queries for their largest attention to mean much.
@@ -105,7 +104,6 @@ class _Run:
         self.fitting = range(len(fitting))
         self.held_out = range(len(fitting), len(sequences))
         self.answers = [torch.from_numpy(s.answer) for s in sequences]
-        self.far_back = [torch.from_numpy(s.answer | s.asking) for s in sequences]
         generator = np.random.default_rng(plan.recipe.seed + 1)
         self.target_rows = [self._target_rows(s, generator) for s in fitting]
         self.error_rows = {n: self._error_rows(sequences[n], generator) for n in self.held_out}
@@ -139,12 +137,14 @@ class _Run:
         unit = SPREAD / self.plan.topk
         everything = [[(name, slope)] * groups for name in maps for slope in SLOPES]
         few = self.held_out[: max(1, len(self.held_out) // 2)]
-        # The sizes around the mean, where most heads end.
-        rough = tuple(size for size in self.slots.sizes if size != self.plan.topk)[1:3]
-        slots = replace(self.slots, sizes=rough or self.slots.sizes)
+        # The mean, and what heads get that look far back: the best may differ.
+        slots = replace(self.slots, sizes=tuple(sorted({self.plan.topk, self.slots.sizes[-1]})))
         first = HeldOut(maps, everything, unit, len(slots.sizes), groups)
         self._compare(layer, few, slots, first)
-        order = first.combined().mean(1).argsort(axis=0, kind="stable")[:_FINALISTS]
+        errors = first.combined()
+        # In units of the best, so that both sizes count alike.
+        errors /= np.maximum(errors.min(0), 1e-30)
+        order = errors.mean(1).argsort(axis=0, kind="stable")[:_FINALISTS]
         finalists = [[everything[c][g] for g, c in enumerate(row)] for row in order]
         window = [("text", WINDOW_SLOPE)] * groups
         measured = HeldOut(maps, [*finalists, window], unit, len(self.slots.sizes), groups)
@@ -165,7 +165,7 @@ class _Run:
             )
             errors, energy = output_errors(recorded, effective, rows, slots, out_weight)
             stream = self.base.hidden[number][0, rows].float().square().sum(-1)
-            held_out.add(errors, energy, stream, self.far_back[number].to(self.device)[rows])
+            held_out.add(errors, energy, stream, self.answers[number].to(self.device)[rows])
             if advance is not None:
                 advance(1)
 
@@ -225,7 +225,6 @@ class _Run:
         chosen = [
             draw(text, _TEXT_ROWS),
             draw(np.flatnonzero(sequence.answer), _ANSWER_ROWS),
-            draw(np.flatnonzero(sequence.asking), _ASKING_ROWS),
         ]
         return torch.from_numpy(np.unique(np.concatenate(chosen)).astype(np.int64))
 

@@ -30,6 +30,9 @@ _GENERATED_SENTENCES = 2000
 _MOST_NEEDLES = 40
 _TOKENS_PER_NEEDLE = 160
 _TOKENS_PER_QUESTION = 50
+# In documents to compare on, half of the facts stand here: what is furthest away is what a
+# preference for the new loses first, and evenly spread facts hardly show it.
+_EARLY = 0.1
 # A repeated passage: recognisable after its first tokens, known from then on.
 _PASSAGE = 64
 _PASSAGE_LEAD = 8
@@ -43,7 +46,7 @@ class Sequence:
     Attributes:
         ids: [N] int64 token ids.
         answer: [N] bool, rows whose next token stands far back in the text.
-        asking: [N] bool, the rows of questions up to the answer: where a model may already look.
+        asking: [N] bool, the rows of questions up to the answer, which are neither text nor answer.
     """
 
     ids: np.ndarray
@@ -91,7 +94,10 @@ def calibration_sequences(
             # Some fillers are generated: facts then stand out less against a single style.
             source = generated if spec == "auto" and number % 8 == 7 else filler
             made.append(_recall(rng, source, chat, fit_length, tokenizer))
-    return made, [_recall(rng, filler, chat, length, tokenizer) for _ in range(held_out)]
+    compared = [
+        _recall(rng, filler, chat, length, tokenizer, early=True) for _ in range(held_out)
+    ]
+    return made, compared
 
 
 def _texts(spec: str, characters: int) -> Iterator[str]:
@@ -156,9 +162,18 @@ def _text(rng: np.random.Generator, filler: Filler, length: int, tokenizer: Any)
 
 
 def _recall(
-    rng: np.random.Generator, filler: Filler, chat: ChatFormat, length: int, tokenizer: Any
+    rng: np.random.Generator,
+    filler: Filler,
+    chat: ChatFormat,
+    length: int,
+    tokenizer: Any,
+    *,
+    early: bool = False,
 ) -> Sequence:
-    """A document, sometimes a passage of it again, and questions about its facts."""
+    """A document, sometimes a passage of it again, and questions about its facts.
+
+    With `early` half of the facts stand near its start.
+    """
     most = max(1, min(_MOST_NEEDLES, length // _TOKENS_PER_NEEDLE))
     count = int(rng.integers((most + 1) // 2, most + 1))
     passage = _PASSAGE if length >= 8 * _PASSAGE and rng.random() < _SHARE_WITH_PASSAGE else 0
@@ -168,8 +183,16 @@ def _recall(
             f"calibration sequences of {length} tokens are too short for a question",
             hint="give a larger --calibrate-length, or --calibrate none",
         )
+    depths = rng.random(count)
+    if early:
+        depths[::2] *= _EARLY
     document = make_document(
-        rng, filler, tokens=room, needles=count, phrasings=phrasings("calibration")
+        rng,
+        filler,
+        tokens=room,
+        needles=count,
+        phrasings=phrasings("calibration"),
+        depths=depths.tolist(),
     )
     ids: list[int] = [*chat.start, *document.ids.tolist()]
     known = [False] * len(ids)
