@@ -87,15 +87,21 @@ def evaluate(
     try:
         _measure(plan, finished, lm, record, store, ranks, console)
     except KeyboardInterrupt:
-        if store is not None:
-            write(folder / RESULTS, to_json(record.report()))
+        if ranks.first:
+            _write(folder, record)
         say(f"stopped; what is finished is in {folder}: go on with --resume")
         raise
-    report = record.report()
     if ranks.first:
-        write(folder / RESULTS, to_json(report))
+        _write(folder, record)
+    return record.report() | {"folder": str(folder)}
+
+
+def _write(folder: Path, record: Record) -> None:
+    """results.json and the reports of what there is."""
+    report = record.report()
+    write(folder / RESULTS, to_json(report))
+    if report["units"]:
         write_reports(folder, report)
-    return report | {"folder": str(folder)}
 
 
 def _unheard(text: str) -> None:
@@ -112,7 +118,7 @@ def _plan(units: Sequence[Unit], policies: Sequence[Policy]) -> tuple[list[Pair]
                 plan.append((unit, policy))
             else:
                 name = f"{unit.name} under {policy.label}"
-                unfit.append(Absent(name, reason, "its rivals are window and random"))
+                unfit.append(Absent(name, reason, "window and random can be measured"))
     return plan, unfit
 
 

@@ -6,8 +6,7 @@ from typing import Any
 from sparsek_cli.evaluation.policies import DENSE
 
 SECONDARY = {"ppl": ("ppl_last_quarter",), "recall": ("exact_heldout",)}  # shown beside the primary
-
-
+AFTER = ("snapkv", "h2o", "kvpress")  # policies that evict when a prompt ends
 MAX_COLUMNS = 5  # policies side by side
 
 
@@ -182,12 +181,23 @@ def layout(grid: Sequence[Sequence[str]], words: Sequence[int] = (0, 3)) -> list
 
 def notes(report: dict[str, Any]) -> list[str]:
     notes = ["± standard error; in brackets the difference to dense, the same weights."]
+    if not report.get("complete", True):
+        notes.insert(0, "not complete: the run was stopped; go on with --resume.")
     cut = sum(u["proof"]["truncated_prompts"] for u in report["units"] if u["policy"] == DENSE)
     if cut:
         notes.append(f"{cut} prompts were cut ({report['recipe']['truncate']}).")
     backends = sorted({b for unit in report["units"] for b in unit["proof"]["backends"]})
     if backends:
         notes.append(f"SparseK attention ran on: {', '.join(backends)}.")
+    alike: dict[tuple[str, str], list[str]] = {}
     for item in report["absent"]:
-        notes.append(f"not measured: {item['task']}: {item['reason']} ({item['remedy']})")
+        alike.setdefault((item["reason"], item["remedy"]), []).append(item["task"])
+    for (reason, remedy), tasks in alike.items():
+        notes.append(f"not measured: {', '.join(tasks)}: {reason} ({remedy})")
+    rivals = [name for name in report["policies"] if name.split("-")[0].split(":")[0] in AFTER]
+    if rivals:
+        notes.append(
+            f"{', '.join(rivals)} read each prompt densely, question included, before they evict; "
+            "the others never see the question when they choose."
+        )
     return notes
