@@ -17,7 +17,11 @@ def evaluate(
     ] = None,
     baselines: Annotated[
         str | None,
-        Value("--baselines", metavar="A,B", help="Other policies: dense,window,random,snapkv,h2o."),
+        Value(
+            "--baselines",
+            metavar="A,B",
+            help="Others: dense,window,random,snapkv,h2o,kvpress:NAME.",
+        ),
     ] = None,
     budgets: Annotated[
         str | None,
@@ -113,7 +117,9 @@ def evaluate(
     settings = load_recipe(EvaluateRecipe, recipe, overrides, flags, verb="evaluate")
     if dry_run:
         from sparsek_cli.evaluation.catalogue import expand
+        from sparsek_cli.evaluation.policies import check_names
 
+        check_names(settings.baselines)
         plan = {"recipe": settings.model_dump(), "tasks": [e.name for e in expand(settings.tasks)]}
         console.result("would evaluate " + ", ".join(plan["tasks"]), plan)
         return

@@ -75,7 +75,7 @@ class Answers(PromptReader):
     def _read_end(self, ids: Any, cache: Any) -> torch.Tensor:
         """Reads what is left of a prompt; logits [B, 1, V] of the answer's first token."""
         logits = self._read(ids, cache, keep=1)
-        self.policy.end_prompt(cache)
+        self.policy.end_prompt(self.model, cache)
         self._saw_cache(cache, cache.get_seq_length())
         return logits
 

@@ -97,7 +97,7 @@ class Likelihoods(PromptReader):
             return _log_softmax(self._read(rest, cache, keep=size)[0])
         context, answer = rest[: len(rest) - size + 1], rest[len(rest) - size + 1 :]
         pieces = [self._read(context, cache, keep=1)]
-        self.policy.end_prompt(cache)
+        self.policy.end_prompt(self.model, cache)
         # One by one, as an answer is written: each token may push a pair out.
         pieces += [self._read([token], cache, keep=1) for token in answer]
         self._saw_cache(cache, cache.get_seq_length())

@@ -10,6 +10,7 @@ the others spread the same total evenly.
     random    sinks, window and k random pairs
     snapkv    dense while the prompt is read; its last queries choose what stays (rivals.py)
     h2o       dense while the prompt is read; attention received so far chooses
+    kvpress:NAME  the same cache, and a press of that package chooses (presses.py)
 """
 
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ SUMMARIES = {
     "h2o": "dense prompt, then what received most attention, at the same bytes",
 }
 RIVALS = ("snapkv", "h2o")
+PRESS = "kvpress:"
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Policy:
     """One row of the result.
 
     Attributes:
-        name: key of `SUMMARIES`.
+        name: key of `SUMMARIES`, or "kvpress:" and the name of a press.
         budget: total pairs per layer and KV head to set, or None for the checkpoint's own.
         seed: of `random`.
     """
@@ -60,7 +62,12 @@ class Policy:
     @property
     def evicts_after_prompt(self) -> bool:
         """Whether the prompt is read densely and the cache cut when it ends."""
-        return self.name in RIVALS
+        return self.name in RIVALS or self.is_press
+
+    @property
+    def is_press(self) -> bool:
+        """Whether kvpress chooses."""
+        return self.name.startswith(PRESS)
 
     @property
     def sparse(self) -> bool:
@@ -97,6 +104,10 @@ class Policy:
             elif self.name == "random":
                 stack.enter_context(evenly(model))
                 stack.enter_context(models.random_scores(model, self.seed))
+            elif self.is_press:
+                from sparsek_cli.evaluation import presses
+
+                stack.enter_context(presses.heard_inputs(model, presses.find(self.name)))
             elif self.evicts_after_prompt:
                 from sparsek_cli.evaluation.rivals import observed_attention
 
@@ -124,22 +135,26 @@ class Policy:
 
             return SparseKCache(model.config)
         if self.evicts_after_prompt:
-            from sparsek_cli.evaluation.rivals import new_cache
+            from sparsek_cli.evaluation import presses, rivals
             from sparsek_cli.evaluation.spread import slots_per_head
 
-            window = model.config.sparsek["window"]
-            layers = model.config.num_hidden_layers
-            return new_cache(self.name, layers, slots_per_head(model), window)
+            layers, window = model.config.num_hidden_layers, model.config.sparsek["window"]
+            kind = presses.PressLayer if self.is_press else rivals.LAYERS[self.name]
+            return rivals.new_cache(kind, layers, slots_per_head(model), window)
         from transformers import DynamicCache
 
         return DynamicCache(config=model.config)
 
-    def end_prompt(self, cache: Any) -> None:
+    def end_prompt(self, model: Any, cache: Any) -> None:
         """Called when a prompt has been read and an answer is about to begin."""
-        if self.evicts_after_prompt:
-            from sparsek_cli.evaluation.rivals import end_prompt
+        if self.is_press:
+            from sparsek_cli.evaluation import presses
 
-            end_prompt(cache)
+            presses.end_prompt(model, cache, presses.find(self.name))
+        elif self.evicts_after_prompt:
+            from sparsek_cli.evaluation import rivals
+
+            rivals.end_prompt(cache)
 
     def most_pairs(self, model: Any) -> int | None:
         """Pairs that all layers and heads may hold together; None without a bound."""
@@ -168,15 +183,7 @@ def plan_policies(
         budgets: pairs per layer and head; empty for the checkpoint's own.
         seed: of `random`.
         own: whether the model's scores mean something, so that its own row belongs in the table.
-
-    Raises:
-        UsageError: a name that is no policy.
     """
-    for name in baselines:
-        if name not in SUMMARIES:
-            near = get_close_matches(name, SUMMARIES, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(SUMMARIES)}"
-            raise UsageError(f"unknown baseline '{name}'", hint=hint)
     if not is_converted(model):
         return [Policy(DENSE)]
     wanted = [OWN, *baselines] if own else [n for n in baselines if n != OWN] or [DENSE]
@@ -187,3 +194,22 @@ def plan_policies(
         sweep = budgets if budgets and policy.bounded else [None]
         rows += [replace(policy, budget=budget) for budget in sweep]
     return rows
+
+
+def check_names(baselines: list[str]) -> None:
+    """Refuses what is no policy, before a model is loaded for it.
+
+    Raises:
+        UsageError: a name that is no policy, or a press of a package that is not installed.
+    """
+    for name in baselines:
+        if name.startswith(PRESS):
+            from sparsek_cli.evaluation import presses
+
+            presses.find(name)
+        elif name not in SUMMARIES:
+            near = get_close_matches(name, SUMMARIES, n=1)
+            known = f"known: {', '.join(SUMMARIES)}, {PRESS}NAME"
+            raise UsageError(
+                f"unknown baseline '{name}'", hint=f"did you mean '{near[0]}'?" if near else known
+            )

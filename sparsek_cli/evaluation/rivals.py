@@ -173,9 +173,9 @@ class HeavyHitterLayer(EvictingLayer):
 LAYERS = {"snapkv": SnapLayer, "h2o": HeavyHitterLayer}
 
 
-def new_cache(name: str, layers: int, slots: int, recent: int) -> Cache:
-    """An empty cache that evicts by the rule `name`; its layers are all alike."""
-    return Cache(layers=[LAYERS[name](slots, recent) for _ in range(layers)])
+def new_cache(kind: type[EvictingLayer], layers: int, slots: int, recent: int) -> Cache:
+    """An empty cache whose layers are all alike."""
+    return Cache(layers=[kind(slots, recent) for _ in range(layers)])
 
 
 def end_prompt(cache: Any) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli.evaluation.catalogue import expand
 from sparsek_cli.evaluation.loading import harness_for, load_model, max_length_of
 from sparsek_cli.evaluation.measure import run_unit
-from sparsek_cli.evaluation.policies import OWN, Policy, plan_policies
+from sparsek_cli.evaluation.policies import OWN, Policy, check_names, plan_policies
 from sparsek_cli.evaluation.ranks import Ranks
 from sparsek_cli.evaluation.record import Record, default_folder, settings_of, write_reports
 from sparsek_cli.evaluation.store import RESULTS, Store, digest, load_unit, to_json
@@ -44,6 +44,7 @@ def evaluate(
     ranks = Ranks()
     say = console.say if ranks.first else _unheard
     entries = expand(recipe.tasks)
+    check_names(recipe.baselines)
     checkpoint = model_or_default(recipe.model, recipe.revision, say=say)
     files = data_fingerprint(recipe)
     model, tokenizer, own = load_model(checkpoint, recipe, ranks.device(recipe.device))

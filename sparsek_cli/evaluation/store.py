@@ -87,12 +87,17 @@ class Store:
     ) -> None:
         """Stores one unit: samples first, so that a stored result always has them."""
         lines = "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
-        write_atomically(self.folder / "samples" / policy / f"{unit}.jsonl", lines)
+        write_atomically(self.folder / "samples" / _name(policy) / f"{unit}.jsonl", lines)
         write_atomically(_unit_file(self.folder, policy, unit), to_json(result))
 
 
+def _name(policy: str) -> str:
+    """A policy's folder; not every file system takes a colon."""
+    return policy.replace(":", "-")
+
+
 def _unit_file(folder: Path, policy: str, unit: str) -> Path:
-    return folder / "units" / policy / f"{unit}.json"
+    return folder / "units" / _name(policy) / f"{unit}.json"
 
 
 def load_unit(folder: Path, policy: str, unit: str) -> dict[str, Any] | None:

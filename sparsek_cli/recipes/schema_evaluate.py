@@ -23,7 +23,7 @@ class EvaluateRecipe(BaseModel):
     )
     baselines: list[str] = Field(
         ["dense", "window", "random"],
-        description=f"same weights under other policies: {', '.join(SUMMARIES)}",
+        description=f"same weights under other policies: {', '.join(SUMMARIES)}, kvpress:NAME",
     )
     budgets: list[PositiveInt] = Field(
         [], description="pairs per layer and KV head to try; empty: the checkpoint's own"

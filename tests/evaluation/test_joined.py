@@ -49,7 +49,7 @@ def test_joined_rows_continue_where_they_were(checkpoints):
             for ids in prompts:
                 caches.append(policy.new_cache(model))
                 model(input_ids=ids, past_key_values=caches[-1])
-                policy.end_prompt(caches[-1])
+                policy.end_prompt(model, caches[-1])
             joined = join(caches)
             extra = {} if joined.mask is None else {
                 "attention_mask": torch.nn.functional.pad(joined.mask, (0, 1), value=True)

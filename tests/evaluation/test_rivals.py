@@ -111,7 +111,7 @@ def test_bytes_are_those_of_the_sparse_model_and_stay(model, name):
         cache = rival.new_cache(model)
         model(input_ids=ids(300), past_key_values=cache)
         assert held(cache)[0] > budget[0]
-        rival.end_prompt(cache)
+        rival.end_prompt(model, cache)
         for token in range(40):
             model(input_ids=ids(1, seed=token), past_key_values=cache)
         assert held(cache) == budget
@@ -125,7 +125,7 @@ def test_without_eviction_the_answer_is_the_dense_one(model, name):
         with policy.applied(model), torch.no_grad():
             cache = policy.new_cache(model)
             model(input_ids=ids(200), past_key_values=cache)
-            policy.end_prompt(cache)
+            policy.end_prompt(model, cache)
             steps = [model(input_ids=ids(1, seed=i), past_key_values=cache) for i in range(5)]
         logits[policy.name] = torch.cat([step.logits for step in steps])
     torch.testing.assert_close(logits[name], logits["dense"], rtol=0, atol=0)
