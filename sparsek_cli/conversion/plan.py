@@ -18,6 +18,7 @@ from sparsek_cli.conversion.layout import (
 )
 from sparsek_cli.conversion.shards import Shard, read_shards
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
+from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
@@ -180,7 +181,7 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     _check_out(out, base.path, overwrite=recipe.overwrite)
     shards = read_shards(base.path)
     prefixed = _check_tensors(shards, layout, sizes)
-    parent = _existing(out)
+    parent = existing_parent(out)
     linkable = not recipe.copy_base and all(
         shard.path.stat().st_dev == parent.stat().st_dev for shard in shards
     )
@@ -227,11 +228,6 @@ def _check_out(out: Path, base: Path, *, overwrite: bool) -> None:
             f"OUT '{out}' does not look like a checkpoint and is not replaced",
             hint="remove it yourself, or name another folder",
         )
-
-
-def _existing(path: Path) -> Path:
-    """The nearest folder above `path` that exists; OUT's parents are made when writing."""
-    return next(parent for parent in path.parents if parent.is_dir())
 
 
 def _check_room(parent: Path, needed: int) -> None:

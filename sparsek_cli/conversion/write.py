@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsek_cli import disk
 from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.layout import without_sliding_window
 from sparsek_cli.conversion.link import Means, link_or_copy
@@ -77,7 +78,8 @@ def write_checkpoint(
         SparsekError: disk full or no permission.
     """
     try:
-        return _write(plan, scorers, folder, report)
+        with disk.os_errors():
+            return _write(plan, scorers, folder, report)
     except OSError as error:
         raise _write_error(error, plan.out) from error
 
@@ -186,7 +188,7 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _write_error(error: OSError, out: Path) -> SparsekError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if disk.is_full(error):
         return SparsekError(
             f"the disk is full while writing {out}",
             hint="free some space, or choose OUT on the base's filesystem so that it can be linked",

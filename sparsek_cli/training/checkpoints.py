@@ -1,6 +1,5 @@
 """Checkpoints of a run: written beside, renamed, and holding only what learns."""
 
-import errno
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.training.state import sharded_like
 
@@ -70,12 +70,13 @@ def disk_error(error: OSError, folder: Path) -> SparsekError:
     """What to tell when saving failed; earlier checkpoints are untouched."""
     kept = checkpoints_in(folder)
     after = f"; {kept[-1].name} is kept" if kept else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    go_on = "then continue with --resume" if kept else "then start again"
+    if disk.is_full(error):
         return SparsekError(
             f"the disk is full while saving a checkpoint in {folder}{after}",
-            hint="free some space, then continue with --resume",
+            hint=f"free some space, {go_on}",
         )
     return SparsekError(
         f"cannot save a checkpoint in {folder}: {os.strerror(error.errno or 0)}{after}",
-        hint="check permissions, then continue with --resume",
+        hint=f"check permissions, {go_on}",
     )

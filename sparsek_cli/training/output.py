@@ -2,25 +2,57 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from sparsek_cli import last_model
+from sparsek_cli import disk, last_model
 from sparsek_cli.conversion.link import link_or_copy
 from sparsek_cli.conversion.staging import staged
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.training.checkpoints import checkpoints_in
 from sparsek_cli.training.model import cast_for_saving
 from sparsek_cli.training.parameters import is_scorer
+from sparsek_cli.training.unfinished import part_folder
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+    from sparsek_cli.training.plan import TrainingPlan
+    from sparsek_cli.training.progress import Report
 
 SCORERS = "sparsek.safetensors"
 RECIPE = "finetune.yaml"
+# How long a finished run waits for room on a full disk, and how often it looks, in seconds. Other
+# processes of the run wait too, and give up after ten minutes.
+PATIENCE = 300.0
+_PAUSE = 5.0
+_GIB = 2**30
+
+
+def check_room(recipe: "FinetuneRecipe", plan: "TrainingPlan", dtype: torch.dtype) -> None:
+    """Raises SparsekError where the disk cannot hold what the run will write: better now than then.
+
+    Args:
+        dtype: of the weights on disk.
+    """
+    output = Path(plan.output)
+    weights = 4 * plan.trained
+    # A checkpoint holds weights and both moments, and is whole before an older one goes.
+    saves = min(recipe.keep_checkpoints + 1, plan.steps) if recipe.save_steps else 0
+    model = weights if recipe.train == "scorers" else dtype.itemsize * (plan.trained + plan.frozen)
+    needed = model + 3 * weights * saves
+    free = disk.free_bytes(output) + disk.size(part_folder(output))
+    if free < needed:
+        raise SparsekError(
+            f"the run will write {needed / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB are free in "
+            f"{disk.existing_parent(output)}",
+            hint="free some space, choose another OUT"
+            + (", or set save_steps=0 (no checkpoints)" if saves else ""),
+        )
 
 
 def write_model(
@@ -34,10 +66,12 @@ def write_model(
     base: "Checkpoint | None",
     state: dict[str, torch.Tensor] | None,
     name: str,
+    report: "Report",
 ) -> None:
     """Writes `output` and remembers it as the last model.
 
-    With `train: scorers` the base's shards are linked, not written again.
+    With `train: scorers` the base's shards are linked, not written again. A full disk is not the
+    end of a finished run: for `PATIENCE` seconds it is tried again.
 
     Args:
         dtype: of the weights on disk (scorers stay float32).
@@ -47,27 +81,47 @@ def write_model(
     Raises:
         SparsekError: disk full or no permission; nothing is left behind.
     """
-    try:
-        with staged(output) as folder:
-            if recipe.train == "scorers" and (base.path / SCORERS).is_file():
-                _link_base(model, base.path, folder, state)
-            else:
-                state = cast_for_saving(model, dtype, state)
-                model.save_pretrained(folder, state_dict=state)
-            tokenizer.save_pretrained(folder)
-            text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-            (folder / RECIPE).write_text(
-                "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
-                + text,
-                encoding="utf-8",
+
+    def write(folder: Path) -> None:
+        if recipe.train == "scorers" and (base.path / SCORERS).is_file():
+            _link_base(model, base.path, folder, state)
+        else:
+            weights = cast_for_saving(model, dtype, state)
+            model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        head = "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
+        settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        (folder / RECIPE).write_text(head + settings, encoding="utf-8")
+        (folder / "README.md").write_text(_card(recipe, result, name), encoding="utf-8")
+
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            with disk.os_errors(), staged(output) as folder:
+                write(folder)
+            break
+        except OSError as error:
+            left = until - time.monotonic()
+            if not disk.is_full(error) or left <= 0:
+                raise _write_error(error, output) from error
+            report.say(
+                f"the disk is full while writing {output}: free some space, it is tried again "
+                f"for {left:.0f} s"
             )
-            (folder / "README.md").write_text(_card(recipe, result, name), encoding="utf-8")
-    except OSError as error:
-        raise SparsekError(
-            f"cannot write {output}: {error.strerror or error}",
-            hint="check free space and permissions; --resume finishes from the last checkpoint",
-        ) from error
+            time.sleep(min(_PAUSE, left))
     last_model.remember(output)
+
+
+def _write_error(error: OSError, output: Path) -> SparsekError:
+    after = (
+        "; --resume finishes from the last checkpoint"
+        if checkpoints_in(part_folder(output))
+        else "; with save_steps a run keeps checkpoints to resume from"
+    )
+    return SparsekError(
+        f"cannot write {output}: {error.strerror or error}",
+        hint="check free space and permissions" + after,
+    )
 
 
 def _link_base(

@@ -18,7 +18,7 @@ from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.model import load_tokenizer, random_config
 from sparsek_cli.training.objectives import detach
-from sparsek_cli.training.output import write_model
+from sparsek_cli.training.output import check_room, write_model
 from sparsek_cli.training.parameters import choose_parameters, is_sparse
 from sparsek_cli.training.plan import TrainingPlan, make_plan
 from sparsek_cli.training.progress import Report, Silent
@@ -113,6 +113,7 @@ def finetune(
     questions = held_out_questions(recipe, held_out, tokenizer)
     plan = make_plan(recipe, model, texts, name=name, output=output, bf16=bf16)
     report.say(plan.text())
+    check_room(recipe, plan, dtype)
     part = part_folder(output)
     checkpoint = checkpoint_to_resume(recipe, part) if resume else None
     begin(recipe, part, resume=resume)
@@ -133,6 +134,7 @@ def finetune(
             write_model(
                 model, tokenizer, output,
                 recipe=recipe, result=result, dtype=dtype, base=source, state=state, name=name,
+                report=report,
             )  # fmt: skip
             shutil.rmtree(part, ignore_errors=True)
     except BaseException:

@@ -11,6 +11,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from sparsek_cli import disk
 from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
 from sparsek_cli.data.questions import Question
@@ -210,7 +211,8 @@ class SparsekTrainer(Trainer):
         writing = home / "writing"
         self._writing = str(writing)
         try:
-            super()._save_checkpoint(model, trial)
+            with disk.os_errors():
+                super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 name = f"checkpoint-{self.state.global_step}"

@@ -1,0 +1,50 @@
+"""Room on disks, and what a full one looks like in whichever library was writing."""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+@contextmanager
+def os_errors() -> Iterator[None]:
+    """safetensors wraps what the system said in an error of its own; here it is an OSError again.
+
+    Raises:
+        OSError: with the errno that the message of a SafetensorError names.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
+
+
+def is_full(error: OSError) -> bool:
+    """Whether space was what lacked: of the disk, or of the user's share of it."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above `path` that exists."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def free_bytes(path: Path) -> int:
+    """Room for a file at `path`, whose folders may still have to be made."""
+    return shutil.disk_usage(existing_parent(path)).free
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files below a folder; 0 if there is none."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

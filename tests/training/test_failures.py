@@ -1,0 +1,93 @@
+"""NaN losses and full disks: what is said, and what is left to go on from."""
+
+import shutil
+
+import pytest
+from safetensors import SafetensorError
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.training import checkpoints, output
+from sparsek_cli.training.run import finetune
+from sparsek_cli.training.unfinished import part_folder
+
+
+def full_disk(*args, **kwargs):
+    """What safetensors raises on a full disk: no OSError."""
+    raise SafetensorError(
+        "Error while serializing: I/O error: No space left on device (os error 28)"
+    )
+
+
+def test_nan_names_the_batch_and_leaves_nothing(recipe, dense_checkpoint, tmp_path):
+    base = dense_checkpoint()
+    made = recipe("train=all", "learning_rate=1e30", "max_grad_norm=0", "steps=8", model=base)
+    with pytest.raises(SparsekError, match=r"loss became .* in sequences \d+ \(text\)"):
+        finetune(made)
+    assert not (tmp_path / "out").exists() and not part_folder(tmp_path / "out").exists()
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(recipe, scratch, tmp_path, monkeypatch):
+    real, calls = checkpoints.save_trained, []
+
+    def fails_the_second_time(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            full_disk()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoints, "save_trained", fails_the_second_time)
+    with pytest.raises(SparsekError, match="disk is full.*checkpoint-2 is kept"):
+        finetune(recipe(*scratch, "save_steps=2", "steps=6"))
+    part = part_folder(tmp_path / "out")
+    assert sorted(p.name for p in part.iterdir()) == ["checkpoint-2", "recipe.yaml"]
+    done = finetune(recipe(*scratch, "save_steps=2", "steps=6"), resume=True)
+    assert done.steps == 6
+
+
+class Says:
+    """A report that does something when it is told something."""
+
+    def __init__(self, act=lambda: None):
+        self.lines, self.act = [], act
+
+    def say(self, text):
+        self.lines.append(text)
+        if "the disk is full" in text:
+            self.act()
+
+    def step(self, *args):
+        pass
+
+
+def test_a_finished_run_waits_for_room(recipe, scratch, tmp_path, monkeypatch):
+    """No checkpoint to go back to: the end of the run is all there is."""
+    real = output.staged
+    monkeypatch.setattr(output, "_PAUSE", 0.01)
+    monkeypatch.setattr(output, "staged", full_disk)
+    report = Says(act=lambda: monkeypatch.setattr(output, "staged", real))
+    done = finetune(recipe(*scratch), report=report)
+    assert (tmp_path / "out" / "model.safetensors").is_file() and done.steps == 3
+    assert sum("it is tried again for" in line for line in report.lines) == 1
+
+
+def test_it_does_not_wait_for_ever(recipe, scratch, tmp_path, monkeypatch):
+    monkeypatch.setattr(output, "PATIENCE", 0.0)
+    monkeypatch.setattr(output, "staged", full_disk)
+    with pytest.raises(SparsekError, match="No space left") as caught:
+        finetune(recipe(*scratch))
+    assert "with save_steps" in caught.value.hint and not part_folder(tmp_path / "out").exists()
+    with pytest.raises(SparsekError, match="No space left") as caught:
+        finetune(recipe(*scratch, "save_steps=1"))
+    assert "--resume" in caught.value.hint
+    monkeypatch.undo()
+    assert finetune(recipe(*scratch, "save_steps=1"), resume=True).steps == 3
+
+
+def test_a_disk_that_is_too_small_is_named_at_once(recipe, scratch, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    for words, hint in ([], "another OUT"), (["save_steps=1"], "save_steps=0"):
+        with pytest.raises(SparsekError, match="will write 0.00 GiB, and 0.00 GiB are free") as e:
+            finetune(recipe(*scratch, *words))
+        assert hint in e.value.hint
+    assert not part_folder(tmp_path / "out").exists()
