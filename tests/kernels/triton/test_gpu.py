@@ -46,7 +46,8 @@ def test_forward_and_gradients(
     theirs = torch.autograd.grad(wanted, wide, grad.float())
     assert relative_error(out, wanted) < TOLERANCE[dtype]
     for name, a, b in zip(("dq", "dk", "dv", "dscores"), mine, theirs, strict=True):
-        assert relative_error(a, b) < TOLERANCE[dtype], name
+        # A gradient is a sum of terms of both signs: it loses more of its leading digits.
+        assert relative_error(a, b) < 2 * TOLERANCE[dtype], name
 
 
 def test_same_bits_twice_in_deterministic_mode():
