@@ -19,6 +19,44 @@ def _tokens_or_share(value: object) -> object:
     raise ValueError("should be a number of tokens like 512, or a share of the context like 1/16")
 
 
+class CalibrationMethod(BaseModel):
+    """How calibration finds scorers. The defaults are what won (recipes/README.md, ablations)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    target: Literal["max", "mean", "p99"] = Field(
+        "max",
+        description="what of the attention that later queries give a key its score should follow: "
+        "the largest, the mean (the sum, per query), or the 99th percentile",
+    )
+    documents: Literal["mixed", "questions", "passages", "none"] = Field(
+        "mixed",
+        description="what asks for things far back: questions and repeated passages, one of the "
+        "two (passages are free of any template), or nothing (plain text)",
+    )
+    maps: list[Literal["text", "all", "answers", "blend"]] = Field(
+        ["text", "all", "answers", "blend"],
+        min_length=1,
+        description="maps that a KV head may choose from, by what they are fitted on",
+    )
+    slopes: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.0, 0.05, 0.2, 0.7, 2.5],
+        min_length=1,
+        description="slopes that it may choose from, in units of score spread per topk tokens; "
+        "0 is pure importance",
+    )
+    sizes: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.25, 0.5, 1.0, 2.0, 4.0],
+        min_length=1,
+        description="shares of topk that it may get, with budgets: per_head",
+    )
+    answer_weight: Annotated[float, Field(ge=0)] = Field(
+        0.3,
+        description="how much an error at an answer counts against one in text: 1 gives up loss, "
+        "0.1 drops needles",
+    )
+
+
 class ConvertRecipe(BaseModel):
     """Everything `sparsek convert` does, in one mapping."""
 
@@ -66,6 +104,9 @@ class ConvertRecipe(BaseModel):
         None,
         description="tokens of the documents that choices are made on, as long as what will be "
         "read; default: the context, at most 32768 or four times the slots",
+    )
+    method: CalibrationMethod = Field(
+        default_factory=CalibrationMethod, description="how scorers are found"
     )
     copy_base: bool = Field(
         False, alias="copy", description="copy the base weights instead of linking them"

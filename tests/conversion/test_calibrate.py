@@ -51,23 +51,50 @@ def dense_weights(recorded: Recorded) -> torch.Tensor:
     return logits.masked_fill(later, -torch.inf).softmax(-1).view(GROUPS, -1, TOKENS, TOKENS)
 
 
+def largest(probabilities: torch.Tensor) -> torch.Tensor:
+    return probabilities.amax((0, 1))
+
+
+def mean(probabilities: torch.Tensor) -> torch.Tensor:
+    return probabilities.mean((0, 1))
+
+
+def p99(probabilities: torch.Tensor) -> torch.Tensor:
+    """Of fewer than 100 queries the largest, of 100 to 199 the second."""
+    best = probabilities.amax(0)
+    return best.sort(dim=0, descending=True).values[len(best) // 100]
+
+
 @pytest.mark.parametrize("step", [1, 3])
-def test_targets_equal_the_definition(recorded, step, monkeypatch):
+@pytest.mark.parametrize("reduce", [largest, mean, p99])
+def test_targets_equal_the_definition(recorded, step, reduce, monkeypatch):
     from sparsek_cli.conversion.calibrate import targets
 
     monkeypatch.setattr(targets, "_BLOCK", 7)
     rows = torch.arange(0, TOKENS, step)
     answer = torch.zeros(TOKENS, dtype=torch.bool)
     answer[[21, 30, 36]] = True
-    best, best_answer = future_attention(recorded, rows, answer, WINDOW)
+    target = {largest: "max", mean: "mean", p99: "p99"}[reduce]
+    best, best_answer = future_attention(recorded, rows, answer, WINDOW, target)
     weights = dense_weights(recorded)
     for result, chosen in ((best, rows), (best_answer, rows[answer[rows]])):
         expected = torch.full((GROUPS, TOKENS), FLOOR)
-        for t in chosen.tolist():
-            seen = max(0, t - WINDOW + 1)
-            now = weights[:, :, t, :seen].amax(1).log()
-            expected[:, :seen] = torch.maximum(expected[:, :seen], now)
-        assert torch.allclose(result, expected, atol=1e-5)
+        for key in range(TOKENS):
+            later = chosen[chosen >= key + WINDOW]
+            for group in range(GROUPS if len(later) else 0):
+                expected[group, key] = reduce(weights[group, :, later, key]).log()
+        assert torch.allclose(result, expected.clamp_min(FLOOR), atol=1e-5)
+
+
+def test_a_percentile_leaves_the_largest_out():
+    from sparsek_cli.conversion.calibrate.targets import REDUCTIONS
+
+    logits = torch.rand(2, 3, 350, 4).log()
+    reduction = REDUCTIONS["p99"](2, 4, logits.device)
+    for part in logits.split(100, dim=2):
+        reduction.add(part)
+    expected = logits.amax(1).sort(dim=1, descending=True).values[:, 3]
+    assert torch.equal(reduction.result(), expected)
 
 
 def visible(effective, rows, slots, topk) -> torch.Tensor:
@@ -171,6 +198,22 @@ def test_sequences_mark_what_stands_far_back(tokenizer):
             assert answer in tokenizer.decode(sequence.ids[: start + 1])
 
 
+@pytest.mark.parametrize("documents", ["questions", "passages", "none"])
+def test_documents_ask_for_one_thing_only(tokenizer, documents):
+    sizes = {"fitting": 4, "fit_length": 1024, "held_out": 3, "length": 1024}
+    _, held_out = calibration_sequences(tokenizer, "auto", **sizes, documents=documents, seed=3)
+    for sequence in held_out:
+        text, answer = tokenizer.decode(sequence.ids), sequence.answer
+        assert ("assistant:" in text) == (documents == "questions")
+        assert answer.any() == (documents != "none") and not (answer & sequence.asking).any()
+        if documents == "passages":
+            # What is predicted at a marked row stands in the text before, with what precedes it.
+            first = int(sequence.asking.argmax())
+            before = tokenizer.decode(sequence.ids[:first])
+            for row in np.flatnonzero(answer)[::17]:
+                assert tokenizer.decode(sequence.ids[row - 6 : row + 2]) in before
+
+
 def test_models_without_a_chat_template_get_plain_questions(tokenizer):
     tokenizer.chat_template = None
     sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "length": 1024}
@@ -201,6 +244,29 @@ def test_every_family_calibrates(family, dense_checkpoint, tmp_path):
     assert all(np.isfinite(array).all() for array in one.values())
     weights = [array for name, array in one.items() if name.endswith("weight")]
     assert all(array.any() for array in weights)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"target": "mean", "maps": ["all"], "slopes": [0.3], "sizes": [0.5]},
+        {"target": "p99", "documents": "passages", "answer_weight": 1.0},
+        {"documents": "none"},
+    ],
+)
+def test_methods_that_can_be_chosen(dense_checkpoint, tmp_path, method):
+    options = {"topk": 24, "window": 16, "calibrate_tokens": 2048, "calibrate_length": 256}
+    report = calibrated(dense_checkpoint("llama"), tmp_path / "a", **options, method=method)
+    layers = report.calibration["layers"]
+    chosen = {name for layer in layers for name in layer["map"]}
+    assert chosen <= set(method.get("maps", ["text"] if method == {"documents": "none"} else
+                                    ["text", "all", "answers", "blend"]))  # fmt: skip
+    if "slopes" in method:
+        assert {slope for layer in layers for slope in layer["slope"]} <= {0.3, 30.0}
+        assert {size for layer in layers for size in layer["topk"]} <= {12, 24}
+    assert sum(size for layer in layers for size in layer["topk"]) <= 24 * sum(
+        len(layer["topk"]) for layer in layers
+    )
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k checkpoint is not here")

@@ -3,10 +3,12 @@
 collect   one layer of the dense base at a time: inputs, queries, keys, values
 targets   how much later queries want each key, over blocks of queries
 maps      streamed ridge regression from inputs to targets
+fit       a layer's candidate maps
 choose    error of the attention output after W_o for a candidate's choice of keys
 allot     one total of slots over all heads
 decide    each head's share, map and slope
-sequences text, and documents with questions about things far back
+texts     what is read: a file, a data set, or prose that every machine has
+sequences text, and documents that need things far back
 run       all of it, layer by layer
 """
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsek_cli.conversion.calibrate.collect import Recorded
+
 # Spread of normalised scores: ~0.1 leaves tens of thousands of soft non-zeros, ~10 leaves no
 # interior and no gradient (method.md trap 9).
 SPREAD = 2.0
@@ -51,6 +53,11 @@ class Moments:
         """Rows added."""
         return float(self.xx[-1, -1])
 
+    @property
+    def finite(self) -> bool:
+        """Whether all rows were."""
+        return bool(torch.isfinite(self.xx).all())
+
 
 @dataclass(frozen=True)
 class LinearMap:
@@ -65,6 +72,10 @@ class LinearMap:
     def scores(self, inputs: torch.Tensor) -> torch.Tensor:
         """[G, N] float32 for inputs [N, hidden]: what the converted model's scorer computes."""
         return (inputs.float() @ self.weight.float().T + self.bias.float()).T
+
+    def of(self, recorded: Recorded) -> torch.Tensor:
+        """[G, N] float32 scores of one sequence in one layer."""
+        return self.scores(recorded.inputs)
 
     def normalised(self, moments: Moments) -> LinearMap:
         """The same order with mean 0 and standard deviation `SPREAD` on the rows of `moments`.

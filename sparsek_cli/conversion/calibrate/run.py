@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,15 @@ import torch
 
 from sparsek_cli.conversion.calibrate.choose import Slots, output_errors
 from sparsek_cli.conversion.calibrate.collect import LayerwiseBase, Recorded
-from sparsek_cli.conversion.calibrate.decide import Candidate, HeldOut, decide, sizes_of
-from sparsek_cli.conversion.calibrate.maps import SPREAD, LinearMap, Moments, ridge
+from sparsek_cli.conversion.calibrate.decide import (
+    Candidate,
+    HeldOut,
+    decide,
+    linear_scorers,
+    sizes_of,
+)
+from sparsek_cli.conversion.calibrate.fit import Fit, LinearFit, Map
+from sparsek_cli.conversion.calibrate.maps import SPREAD
 from sparsek_cli.conversion.calibrate.sequences import Sequence, calibration_sequences
 from sparsek_cli.conversion.calibrate.targets import future_attention
 from sparsek_cli.conversion.plan import Plan
@@ -20,8 +28,6 @@ from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import SparsekError
 
-# Slopes in units of score spread per topk tokens: 0 is pure importance.
-SLOPES = (0.0, 0.05, 0.2, 0.7, 2.5)
 # So steep that nothing but age counts: a plain window, with which candidates are compared.
 WINDOW_SLOPE = 30.0
 # Queries whose attention forms a target, and queries at which candidates are compared, per
@@ -46,6 +52,16 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
         SparsekError: no tokenizer, unreadable text, or activations that are not finite.
     """
     started = time.perf_counter()
+    layers = measure(plan, reporter)
+    choices, report = decide(plan, layers)
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    return linear_scorers(layers, choices), report
+
+
+def measure(
+    plan: Plan, reporter: Any, fit: Callable[[Plan, torch.device], Fit] = LinearFit
+) -> list[HeldOut]:
+    """Per layer the candidate maps that `fit` makes, and their errors; see `calibrate`."""
     recipe = plan.recipe
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, device)
@@ -60,17 +76,16 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
         fit_length=plan.fit_length,
         held_out=_HELD_OUT["cpu" if device.type == "cpu" else "other"],
         length=plan.calibrate_length,
+        documents=recipe.method.documents,
         seed=recipe.seed,
     )
-    run = _Run(plan, *sequences, device, dtype)
+    run = _Run(plan, *sequences, device, dtype, fit)
     count = sum(map(len, sequences))
     layers = []
     with torch.inference_mode(), reporter.progress("calibrating", run.base.layers * count) as bar:
         for layer in range(run.base.layers):
             layers.append(run.layer(layer, bar.advance))
-    scorers, report = decide(plan, layers)
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    return scorers, report
+    return layers
 
 
 def _tokenizer(plan: Plan) -> Any:
@@ -95,9 +110,10 @@ class _Run:
         held_out: list[Sequence],
         device: torch.device,
         dtype: torch.dtype,
+        fit: Callable[[Plan, torch.device], Fit],
     ):
-        self.plan = plan
-        self.device = device
+        self.plan, self.method = plan, plan.recipe.method
+        self.device, self.fit = device, fit
         self.kind = "cpu" if device.type == "cpu" else "other"
         self.slots = Slots(plan.window, plan.sinks, sizes_of(plan))
         sequences = [*fitting, *held_out]
@@ -113,41 +129,42 @@ class _Run:
 
     def layer(self, layer: int, advance: Any) -> HeldOut:
         """Fits the candidate maps of a layer, then compares them on the held-out sequences."""
-        size = self.plan.geometry
-        groups = size.kv_heads
-        text, recall = (
-            Moments(size.hidden, targets * groups, self.device) for targets in (1, 2)
-        )
+        fit = self.fit(self.plan, self.device)
 
-        def fit(number: int, recorded: Recorded) -> None:
-            self._add(number, recorded, text, recall)
+        def add(number: int, recorded: Recorded) -> None:
+            self._add(number, recorded, fit)
             advance(1)
 
-        self.base.run_layer(layer, self.fitting, fit, advance=True)
-        if not torch.isfinite(text.xx).all() or not torch.isfinite(recall.xx).all():
+        self.base.run_layer(layer, self.fitting, add, advance=True)
+        try:
+            maps = fit.maps()
+        except FloatingPointError as error:
             raise SparsekError(
                 f"activations of layer {layer} are not finite",
                 hint="try --dtype float32; the checkpoint may be damaged",
-            )
-        return self._narrowed(layer, self._maps(text, recall), advance)
+            ) from error
+        return self._narrowed(layer, maps, advance)
 
-    def _narrowed(self, layer: int, maps: dict[str, LinearMap], advance: Any) -> HeldOut:
+    def _narrowed(self, layer: int, maps: dict[str, Map], advance: Any) -> HeldOut:
         """All candidates on half of the documents at two sizes, then each head's best on all."""
         groups = self.plan.geometry.kv_heads
         unit = SPREAD / self.plan.topk
-        everything = [[(name, slope)] * groups for name in maps for slope in SLOPES]
+        everything = [[(name, slope)] * groups for name in maps for slope in self.method.slopes]
         few = self.held_out[: max(1, len(self.held_out) // 2)]
         # The mean, and what heads get that look far back: the best may differ.
         slots = replace(self.slots, sizes=tuple(sorted({self.plan.topk, self.slots.sizes[-1]})))
-        first = HeldOut(maps, everything, unit, len(slots.sizes), groups)
+        weight = self.method.answer_weight
+        first = HeldOut(maps, everything, unit, len(slots.sizes), groups, weight)
         self._compare(layer, few, slots, first)
         errors = first.combined()
         # In units of the best, so that both sizes count alike.
         errors /= np.maximum(errors.min(0), 1e-30)
         order = errors.mean(1).argsort(axis=0, kind="stable")[:_FINALISTS]
         finalists = [[everything[c][g] for g, c in enumerate(row)] for row in order]
-        window = [("text", WINDOW_SLOPE)] * groups
-        measured = HeldOut(maps, [*finalists, window], unit, len(self.slots.sizes), groups)
+        window = [(next(iter(maps)), WINDOW_SLOPE)] * groups
+        measured = HeldOut(
+            maps, [*finalists, window], unit, len(self.slots.sizes), groups, weight
+        )
         self._compare(layer, self.held_out, self.slots, measured, advance)
         return measured
 
@@ -158,7 +175,7 @@ class _Run:
         out_weight = self.base.output_weight(layer)
 
         def compare(number: int, recorded: Recorded) -> None:
-            scores = {name: map_.scores(recorded.inputs) for name, map_ in held_out.maps.items()}
+            scores = {name: map_.of(recorded) for name, map_ in held_out.maps.items()}
             rows = self.error_rows[number].to(self.device)
             effective = torch.stack(
                 [_effective(scores, row, held_out.unit) for row in held_out.candidates]
@@ -171,36 +188,20 @@ class _Run:
 
         self.base.run_layer(layer, numbers, compare, advance=advance is not None)
 
-    def _add(self, number: int, recorded: Recorded, text: Moments, recall: Moments) -> None:
+    def _add(self, number: int, recorded: Recorded, fit: Fit) -> None:
         answer = self.answers[number]
-        best, best_answer = future_attention(
-            recorded, self.target_rows[number], answer, self.plan.window
+        everywhere, answered = future_attention(
+            recorded, self.target_rows[number], answer, self.plan.window, self.method.target
         )
-        tokens = len(answer)
-        first = self.plan.sinks
-        if not bool(answer.any()):
-            last = max(first + 1, tokens - self.plan.window - tokens // _LAST_PART)
-            text.add(recorded.inputs[first:last], best[:, first:last].T)
-            return
-        # Keys that every answer could have looked at.
-        asked = int(answer.nonzero()[0])
-        last = max(first + 1, min(asked, tokens) - self.plan.window)
-        targets = torch.cat([best, best_answer])[:, first:last].T
-        recall.add(recorded.inputs[first:last], targets)
-
-    def _maps(self, text: Moments, recall: Moments) -> dict[str, LinearMap]:
-        """Candidate maps by name, normalised on all rows."""
-        groups = self.plan.geometry.kv_heads
-        everywhere, answered = recall.split(groups)
-        both = text + everywhere
-        maps = {
-            "text": ridge(text),
-            "all": ridge(both),
-            "answers": ridge(answered),
-        }
-        maps = {name: map_.normalised(both) for name, map_ in maps.items()}
-        blend = (maps["text"] + maps["answers"]).normalised(both)
-        return {**maps, "blend": blend}
+        tokens, first = len(answer), self.plan.sinks
+        is_text = not bool(answer.any())
+        if is_text:
+            last = tokens - self.plan.window - tokens // _LAST_PART
+        else:
+            # Keys that every answer could have looked at.
+            last = int(answer.nonzero()[0]) - self.plan.window
+        span = slice(first, max(first + 1, last))
+        fit.add(recorded, span, everywhere[:, span], None if is_text else answered[:, span])
 
     def _target_rows(self, sequence: Sequence, generator: np.random.Generator) -> torch.Tensor:
         tokens = len(sequence.ids)

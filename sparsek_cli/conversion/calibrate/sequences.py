@@ -3,29 +3,26 @@
 Maps are fitted on text and documents in turn, and compared on longer documents. In a document
 facts are hidden (only phrasings marked for calibration) and asked for at the end, and a passage
 may be repeated word for word: the rows that predict such answers are marked, because they say
-which keys a query far away will need.
+which keys a query far away will need. Documents may also have one of the two alone; repeated
+passages need no template.
 """
 
-import ast
-import sys
-import sysconfig
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparsek_cli.conversion.calibrate.texts import GENERATED_SENTENCES, calibration_texts
+from sparsek_cli.data.chat_format import ChatFormat
+from sparsek_cli.data.facts import Fact
+from sparsek_cli.data.filler import Filler, encode
 from sparsek_cli.data.generated_text import generated_text
-from sparsek_cli.data.needle_source import ChatFormat
-from sparsek_cli.data.needles import Fact, Filler, encode, make_document
+from sparsek_cli.data.needles import make_document
 from sparsek_cli.data.phrasings import phrasings
-from sparsek_cli.data.text import iterate_texts
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import SparsekError
 
 # Characters of text to read: what most tokenizers make of a token, with room to choose from.
 _CHARACTERS_PER_TOKEN = 8
-_GENERATED_SENTENCES = 2000
 # Many facts: what a scorer learns of them grows with their number, not with the text around.
 _MOST_NEEDLES = 40
 _TOKENS_PER_NEEDLE = 160
@@ -36,7 +33,9 @@ _EARLY = 0.1
 # A repeated passage: recognisable after its first tokens, known from then on.
 _PASSAGE = 64
 _PASSAGE_LEAD = 8
-_SHARE_WITH_PASSAGE = 0.5
+_SHARE_WITH_PASSAGE = {"mixed": 0.5, "questions": 0.0}
+# Of a document without questions this much is text, and the rest repeats passages of it.
+_TEXT_SHARE = 0.75
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def calibration_sequences(
     fit_length: int,
     held_out: int,
     length: int,
+    documents: str = "mixed",
     seed: int,
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to fit on, text and documents in turn, and documents to compare on.
@@ -76,6 +76,7 @@ def calibration_sequences(
         fitting, fit_length: how many to fit on, and their tokens.
         held_out, length: how many to compare on, and their tokens: as long as what the model will
             read, because how steeply scores may prefer the new depends on it.
+        documents: what they ask for: mixed, questions, passages or none (they are text then).
         seed: everything random comes from it.
 
     Raises:
@@ -83,9 +84,18 @@ def calibration_sequences(
     """
     rng = np.random.default_rng(seed)
     characters = (fitting * fit_length + held_out * length) * _CHARACTERS_PER_TOKEN
-    filler = Filler.from_documents(_texts(spec, characters), tokenizer)
-    generated = Filler.from_documents([generated_text(rng, _GENERATED_SENTENCES)], tokenizer)
+    filler = Filler.from_documents(calibration_texts(spec, characters), tokenizer)
+    generated = Filler.from_documents([generated_text(rng, GENERATED_SENTENCES)], tokenizer)
     chat = _format(tokenizer)
+
+    def document(source: Filler, tokens: int, *, early: bool = False) -> Sequence:
+        if documents == "none":
+            return _text(rng, source, tokens, tokenizer)
+        if documents == "passages":
+            return _passages(rng, source, tokens, tokenizer, early=early)
+        share = _SHARE_WITH_PASSAGE[documents]
+        return _recall(rng, source, chat, tokens, tokenizer, passages=share, early=early)
+
     made = []
     for number in range(fitting):
         if number % 2 == 0:
@@ -93,51 +103,8 @@ def calibration_sequences(
         else:
             # Some fillers are generated: facts then stand out less against a single style.
             source = generated if spec == "auto" and number % 8 == 7 else filler
-            made.append(_recall(rng, source, chat, fit_length, tokenizer))
-    compared = [
-        _recall(rng, filler, chat, length, tokenizer, early=True) for _ in range(held_out)
-    ]
-    return made, compared
-
-
-def _texts(spec: str, characters: int) -> Iterator[str]:
-    """Documents of `spec` until there are enough characters."""
-    documents = _library_prose() if spec == "auto" else iterate_texts(spec)
-    taken = 0
-    for text in documents:
-        yield text
-        taken += len(text)
-        if taken >= characters:
-            return
-    if spec == "auto" and taken < characters:
-        rng = np.random.default_rng(0)
-        for _ in range(max(1, (characters - taken) // 100_000)):
-            yield generated_text(rng, _GENERATED_SENTENCES)
-    if not taken and spec != "auto":
-        raise UsageError(f"no text in '{spec}'", hint="name a file with text, or use auto")
-
-
-def _library_prose() -> Iterator[str]:
-    """Docstrings of the Python standard library: English that every machine has.
-
-    Modules in an order that mixes topics but is the same everywhere; one document per module.
-    """
-    folder = Path(sysconfig.get_path("stdlib"))
-    names = sorted(sys.stdlib_module_names - {"this", "antigravity"})
-    for name in sorted(names, key=lambda n: n[::-1]):
-        files = [folder / f"{name}.py", *sorted((folder / name).glob("*.py"))]
-        parts: list[str] = []
-        for file in files:
-            try:
-                tree = ast.parse(file.read_bytes())
-            except (OSError, SyntaxError, ValueError):
-                continue
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
-            parts += [text for node in nodes if (text := ast.get_docstring(node))]
-        prose = "\n\n".join(" ".join(part.split()) for part in parts)
-        if len(prose) > 2000:
-            yield prose
+            made.append(document(source, fit_length))
+    return made, [document(filler, length, early=True) for _ in range(held_out)]
 
 
 def _format(tokenizer: Any) -> ChatFormat:
@@ -161,6 +128,33 @@ def _text(rng: np.random.Generator, filler: Filler, length: int, tokenizer: Any)
     return Sequence(joined, nowhere, nowhere)
 
 
+def _passages(
+    rng: np.random.Generator, filler: Filler, length: int, tokenizer: Any, *, early: bool
+) -> Sequence:
+    """Text, then passages of it in any order, word for word; with `early` half are from its start.
+
+    Raises:
+        SparsekError: no room for one.
+    """
+    size = min(_PASSAGE, length // 8)
+    if size <= _PASSAGE_LEAD:
+        raise SparsekError(
+            f"calibration sequences of {length} tokens are too short to repeat a passage",
+            hint="give a larger --calibrate-length, or --calibrate none",
+        )
+    text = _text(rng, filler, int(length * _TEXT_SHARE), tokenizer).ids
+    count = -(-(length - len(text)) // size)
+    begins = rng.random(count)
+    if early:
+        begins[::2] *= _EARLY
+    begins = (begins * (len(text) - size)).astype(np.int64)
+    ids = np.concatenate([text, *(text[begin : begin + size] for begin in begins)])[:length]
+    place = np.arange(length) - len(text)
+    known = (place >= 0) & (place % size >= _PASSAGE_LEAD)
+    answer = np.append(known[1:], False)
+    return Sequence(ids, answer, (place >= 0) & ~answer)
+
+
 def _recall(
     rng: np.random.Generator,
     filler: Filler,
@@ -168,15 +162,16 @@ def _recall(
     length: int,
     tokenizer: Any,
     *,
-    early: bool = False,
+    passages: float,
+    early: bool,
 ) -> Sequence:
-    """A document, sometimes a passage of it again, and questions about its facts.
+    """A document, with the chance `passages` a passage of it again, and questions about its facts.
 
     With `early` half of the facts stand near its start.
     """
     most = max(1, min(_MOST_NEEDLES, length // _TOKENS_PER_NEEDLE))
     count = int(rng.integers((most + 1) // 2, most + 1))
-    passage = _PASSAGE if length >= 8 * _PASSAGE and rng.random() < _SHARE_WITH_PASSAGE else 0
+    passage = _PASSAGE if length >= 8 * _PASSAGE and rng.random() < passages else 0
     room = length - _TOKENS_PER_QUESTION * count - len(chat.start) - passage - 8
     if room < length // 2:
         raise SparsekError(

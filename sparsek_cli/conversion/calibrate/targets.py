@@ -1,8 +1,8 @@
 """What a score should say about a key: how much some later query will want it.
 
 The target is the log of the largest attention probability that any later query outside the
-window, in any head of the group, gives the key (method.md section 5). Computed over blocks of
-queries: no N x N tensor exists.
+window, in any head of the group, gives the key (method.md section 5); or of their mean, or of a
+percentile. Computed over blocks of queries: no N x N tensor exists, but for the percentile.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ FLOOR = -16.0
 
 
 def future_attention(
-    recorded: Recorded, rows: torch.Tensor, answer: torch.Tensor, window: int
+    recorded: Recorded, rows: torch.Tensor, answer: torch.Tensor, window: int, target: str = "max"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """log max attention probability per key over the given queries beyond the window.
+    """log attention probability per key over the given queries beyond the window, reduced.
 
     Args:
         recorded: one sequence in one layer.
         rows: [R] int64, ascending: the queries looked at.
         answer: [N] bool, queries that count in the second result.
         window: keys closer than this to a query do not count there.
+        target: how queries and the group's heads become one number: a key of `REDUCTIONS`.
 
     Returns:
         Two [G, N] float32 tensors, at least `FLOOR`: over all `rows`, over those in `answer`.
@@ -36,8 +37,7 @@ def future_attention(
     groups, tokens, _ = recorded.key.shape
     device = recorded.query.device
     key = recorded.key.float()
-    best = torch.full((groups, tokens), FLOOR, device=device)
-    best_answer = best.clone()
+    best, best_answer = (REDUCTIONS[target](groups, tokens, device) for _ in range(2))
     for rows_here in rows.split(max(1, min(_BLOCK, _LOGITS // (heads * tokens)))):
         block = rows_here.to(device)
         last = int(block[-1]) + 1
@@ -52,9 +52,63 @@ def future_attention(
         logits -= logits.logsumexp(-1, keepdim=True)
         near = max(0, int(block[0]) - window + 1)
         logits[..., near:].masked_fill_(columns[near:] > block[:, None] - window, -torch.inf)
-        torch.maximum(best[:, :last], logits.amax((1, 2)), out=best[:, :last])
+        best.add(logits)
         asked = answer[rows_here].to(device)
         if bool(asked.any()):
-            of_answers = logits[:, :, asked].amax((1, 2))
-            torch.maximum(best_answer[:, :last], of_answers, out=best_answer[:, :last])
-    return best, best_answer
+            best_answer.add(logits[:, :, asked])
+    return best.result(), best_answer.result()
+
+
+class _Max:
+    """The largest probability that any query in any head gives a key."""
+
+    def __init__(self, groups: int, tokens: int, device: torch.device):
+        self._best = torch.full((groups, tokens), FLOOR, device=device)
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Log probabilities [G, heads of the group, R, keys]; -inf where a query does not count."""
+        best = self._best[:, : logits.shape[-1]]
+        torch.maximum(best, logits.amax((1, 2)), out=best)
+
+    def result(self) -> torch.Tensor:
+        return self._best
+
+
+class _Mean:
+    """The mean probability over the queries that count and the heads."""
+
+    def __init__(self, groups: int, tokens: int, device: torch.device):
+        self._sum = torch.zeros(groups, tokens, device=device)
+        self._count = torch.zeros_like(self._sum)
+
+    def add(self, logits: torch.Tensor) -> None:
+        keys = logits.shape[-1]
+        self._sum[:, :keys] += logits.exp().sum((1, 2))
+        self._count[:, :keys] += (logits > -torch.inf).sum((1, 2))
+
+    def result(self) -> torch.Tensor:
+        return (self._sum / self._count.clamp_min(1)).log().clamp_min(FLOOR)
+
+
+class _Percentile99:
+    """What 1 in 100 of the queries that count exceeds; a query's best head speaks for it.
+
+    Holds all R x N probabilities of a KV head at once.
+    """
+
+    def __init__(self, groups: int, tokens: int, device: torch.device):
+        self._shape = (groups, tokens)
+        self._rows = [torch.full((groups, 1, tokens), -torch.inf, device=device)]
+
+    def add(self, logits: torch.Tensor) -> None:
+        best = logits.amax(1)
+        missing = self._shape[1] - best.shape[-1]
+        self._rows.append(torch.nn.functional.pad(best, (0, missing), value=-torch.inf))
+
+    def result(self) -> torch.Tensor:
+        rows = torch.cat(self._rows, 1).sort(dim=1, descending=True).values
+        rank = (rows > -torch.inf).sum(1, keepdim=True) // 100
+        return rows.gather(1, rank)[:, 0].clamp_min(FLOOR)
+
+
+REDUCTIONS = {"max": _Max, "mean": _Mean, "p99": _Percentile99}

@@ -1,0 +1,78 @@
+"""Candidate maps of one layer, fitted to the targets of its keys."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from sparsek_cli.conversion.calibrate.collect import Recorded
+from sparsek_cli.conversion.calibrate.maps import LinearMap, Moments, ridge
+from sparsek_cli.conversion.plan import Plan
+
+
+class Map(Protocol):
+    """From what a layer sees to scores."""
+
+    def of(self, recorded: Recorded) -> torch.Tensor:
+        """[G, N] scores of one sequence, with spread `maps.SPREAD` over the calibration text."""
+
+
+class Fit(Protocol):
+    """Collects rows of one layer and turns them into candidate maps; `Fit(plan, device)`."""
+
+    def add(
+        self,
+        recorded: Recorded,
+        span: slice,
+        everywhere: torch.Tensor,
+        answered: torch.Tensor | None,
+    ) -> None:
+        """Adds the keys `span` of one sequence.
+
+        Args:
+            everywhere: [G, keys of the span] targets over all queries.
+            answered: the same over queries at answers; None in plain text.
+        """
+
+    def maps(self) -> dict[str, Map]:
+        """Candidates by name. Raises FloatingPointError if rows were not finite."""
+
+
+class LinearFit:
+    """Ridge regression on the attention block's input; maps differ in the rows they are fitted on.
+
+    text: plain text. all: documents with questions too. answers: what answers look at. blend: the
+    sum of text and answers.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self._groups = plan.geometry.kv_heads
+        self._wanted = plan.recipe.method.maps
+        width = plan.geometry.hidden
+        self._text = Moments(width, self._groups, device)
+        self._recall = Moments(width, 2 * self._groups, device)
+
+    def add(
+        self,
+        recorded: Recorded,
+        span: slice,
+        everywhere: torch.Tensor,
+        answered: torch.Tensor | None,
+    ) -> None:
+        if answered is None:
+            self._text.add(recorded.inputs[span], everywhere.T)
+        else:
+            self._recall.add(recorded.inputs[span], torch.cat([everywhere, answered]).T)
+
+    def maps(self) -> dict[str, LinearMap]:
+        if not (self._text.finite and self._recall.finite):
+            raise FloatingPointError
+        if not self._recall.rows:
+            return {"text": ridge(self._text).normalised(self._text)}
+        everywhere, answered = self._recall.split(self._groups)
+        both = self._text + everywhere
+        made = {"text": ridge(self._text), "all": ridge(both), "answers": ridge(answered)}
+        made = {name: map_.normalised(both) for name, map_ in made.items()}
+        made["blend"] = (made["text"] + made["answers"]).normalised(both)
+        return {name: made[name] for name in self._wanted}
