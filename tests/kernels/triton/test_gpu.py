@@ -117,7 +117,7 @@ def test_a_million_tokens_fit(relative_error):
     # A prefix does not know what follows it.
     short = [x.detach()[:, :, :20000] for x in inputs]
     head = sparsek_attention(*short, topk=1024, window=1024, sinks=4, backend="triton")
-    assert relative_error(out[:, :, :20000], head) < 1e-3
+    assert relative_error(out[:, :, :20000], head) < TOLERANCE[torch.bfloat16]
 
 
 def test_compiled_models_keep_one_graph():
