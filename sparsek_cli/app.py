@@ -61,6 +61,9 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Console entry point."""
+    # Read when torch loads. By default threads spin while they wait for each other, which takes
+    # several times as long as soon as another process wants a core.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     set_up_logging(sys.argv[1:])
     code = run()
     try:

@@ -109,6 +109,7 @@ def _run(title: str, *words: object, capture: bool = False) -> str:
     """Runs `sparsek ...` offline; stops the demo when it fails. Returns stdout when captured."""
     arguments = [str(word) for word in words]
     print(f"\n{title}\n$ sparsek {' '.join(arguments)}", flush=True)
+    start = time.monotonic()
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -121,6 +122,7 @@ def _run(title: str, *words: object, capture: bool = False) -> str:
     )
     if done.returncode:
         sys.exit(done.returncode)
+    print(f"({time.monotonic() - start:.0f} s)", flush=True)
     return done.stdout or ""
 
 

@@ -77,10 +77,10 @@ def make_trainer(
         processes=plan.processes, evaluates=held_out is not None,
         sharding=sharding_arguments(recipe, model, bf16=plan.precision == "bf16"),
     )  # fmt: skip
-    # The start, to compare the end with; a resumed run has measured it.
     compares = recipe.train == "scorers" and recipe.keep_better and held_out is not None
     start = trained_state(model) if compares else None
-    args.eval_on_start = compares and not resumed
+    # The start, to compare the end with; a resumed run has measured it, random weights say nothing.
+    args.eval_on_start = held_out is not None and recipe.init != "random" and not resumed
     if recipe.checkpointing:
         # The first name is newer than the oldest transformers supported here.
         newer = getattr(model, "activation_checkpointing_enable", None)

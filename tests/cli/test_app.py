@@ -114,6 +114,22 @@ def test_importing_the_package_costs_nothing():
     assert int(done.stdout) == 1
 
 
+@pytest.mark.parametrize(
+    ("given", "policy"), [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")]
+)
+def test_threads_wait_without_spinning(given, policy):
+    code = (
+        "import atexit, os, sys\n"
+        "atexit.register(lambda: print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules))\n"
+        "from sparsek_cli.app import main; sys.argv[1:] = ['recipes', 'list']; main()"
+    )
+    kept = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**kept, **given}, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == f"{policy} False", done.stderr
+
+
 def test_broken_pipe_is_quiet():
     # `head` is gone before anything is written.
     command = f"{' '.join(PYTHON)} chat --help | true; exit ${{PIPESTATUS[0]}}"
