@@ -22,17 +22,22 @@ Time on one H100: about 1 minute for stage 1, 2 to 3 for stage 2, 3 for the rest
 
 import argparse
 import json
-import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli import hub
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE
 from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
-from sparsek_cli.experiments.suite import Suite, load, recall_text, share_closed, short_recall
+from sparsek_cli.experiments.suite import (
+    Suite,
+    load,
+    recall_text,
+    share_closed,
+    short_recall,
+    with_tokenizer,
+)
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 
@@ -155,7 +160,7 @@ class Experiment:
     def base(self) -> Path:
         """A dense model that recalls: the one that was named, or a new one."""
         if self.given.base:
-            return _with_tokenizer(self.given.base, self.out / "base")
+            return with_tokenizer(self.given.base, self.out / "base")
         until = (1 - BASE_SHARE) * self.session.left
         short = self.out / "short-1"
         first = self.short_stage(short)
@@ -206,11 +211,18 @@ class Experiment:
         length = self.scale.length
         window = length // 32
         self.steps.convert(
-            base, self.folder(share),
-            topk=length // share - window - SINKS, window=window, sinks=SINKS,
-            calibrate=self.given.train[0], calibrate_length=length,
-            calibrate_tokens=self.scale.calibrate_tokens, device=self.device.type,
-        )  # fmt: skip
+            base,
+            self.folder(share),
+            {
+                "topk": length // share - window - SINKS,
+                "window": window,
+                "sinks": SINKS,
+                "calibrate": self.given.train[0],
+                "calibrate_length": length,
+                "calibrate_tokens": self.scale.calibrate_tokens,
+                "device": self.device.type,
+            },
+        )
         policies = POLICIES if share == SHARES[0] else POLICIES[1:]
         self.compare("calibrated", self.folder(share), share, policies)
 
@@ -273,17 +285,6 @@ def keep(base: Path, folder: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="14MB")
-
-
-def _with_tokenizer(name: str, place: Path) -> Path:
-    """A base that was kept without its tokenizer gets the bundled one, in a folder of its own."""
-    found = hub.resolve(name).path
-    if (found / "tokenizer.json").is_file():
-        return found
-    shutil.copytree(found, place, dirs_exist_ok=True)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(hub.bundled("tiny").path / file, place / file)
-    return place
 
 
 if __name__ == "__main__":

@@ -8,14 +8,15 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsek_cli.console import Console, set_up_logging
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, UsageError
 
 Result = TypeVar("Result")
+RESULTS = "results.json"
 
 
 class Session:
@@ -25,13 +26,31 @@ class Session:
         folder: where results.json and everything made goes.
         seconds: time for all of it.
         about: what the record starts with: settings, versions, device.
+        resume: settings that may differ when `folder` holds the record of an earlier run, whose
+            finished phases are then not done again; None: an earlier record is forgotten.
+
+    Raises:
+        UsageError: the earlier record has other settings.
     """
 
-    def __init__(self, folder: Path, seconds: float, about: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        seconds: float,
+        about: dict[str, Any],
+        resume: Collection[str] | None = None,
+    ):
         self.folder = folder
         self._end = time.monotonic() + seconds
         self._start = time.monotonic()
         self.record: dict[str, Any] = {"about": about, "phases": {}, "rows": []}
+        if resume is not None and (folder / RESULTS).is_file():
+            self.record = _earlier(folder / RESULTS, about, resume)
+        self._finished = {
+            name
+            for name, phase in self.record["phases"].items()
+            if "seconds" in phase and "error" not in phase
+        }
         folder.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -44,7 +63,9 @@ class Session:
         print(f"[{time.monotonic() - self._start:5.0f}s] {text}", flush=True)
 
     def run(self, name: str, work: Callable[[], Result], *, needs: float = 0.0) -> Result | None:
-        """`work()`; None where fewer than `needs` seconds are left, or it failed."""
+        """`work()`; None where it fails, was done before, or `needs` seconds are not left."""
+        if name in self._finished:
+            return None
         if self.left < needs:
             self.say(f"{name}: skipped, {self.left:.0f} s left of {needs:.0f} needed")
             self._note(name, {"skipped": True})
@@ -95,9 +116,23 @@ class Session:
         self._write()
 
     def _write(self) -> None:
-        part = self.folder / "results.json.part"
+        part = self.folder / f"{RESULTS}.part"
         part.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.folder / "results.json")
+        part.replace(self.folder / RESULTS)
+
+
+def _earlier(file: Path, about: dict[str, Any], free: Collection[str]) -> dict[str, Any]:
+    """The record of an earlier run with the same settings but for those in `free`."""
+    record = json.loads(file.read_text(encoding="utf-8"))
+    before, now = record["about"]["settings"], json.loads(json.dumps(about["settings"]))
+    for key in now:
+        if key not in free and before.get(key) != now[key]:
+            raise UsageError(
+                f"{file.parent} holds results with {key} {before.get(key)!r}, now it is "
+                f"{now[key]!r}",
+                hint="choose another folder, or the same settings to go on",
+            )
+    return {**record, "about": about}
 
 
 def _free_memory() -> None:
@@ -155,7 +190,7 @@ class Steps:
 
         places = "" if model is None else f"{model} "
         every = [*self._words, *words]
-        quoted = " ".join(f"'{word}'" if set(word) & set("[]{} ") else word for word in every)
+        quoted = " ".join(map(_quoted, every))
         self._session.say(f"$ sparsek finetune {places}{out} --recipe {recipe} {quoted}")
         flags = {"out": str(out), "model": None if model is None else str(model)}
         settings = load_recipe(FinetuneRecipe, recipe, every, flags, verb="finetune")
@@ -167,21 +202,31 @@ class Steps:
         )
         return result
 
-    def convert(self, base: Path, out: Path, **settings: Any) -> Any:
-        """`sparsek convert BASE OUT` with the recipe's keys; what it reports."""
+    def convert(self, base: Path, out: Path, settings: dict[str, Any]) -> Any:
+        """`sparsek convert BASE OUT WORDS`, the words being dotted keys; what it reports."""
         from sparsek_cli import hub
         from sparsek_cli.conversion.convert import convert
         from sparsek_cli.conversion.plan import make_plan
+        from sparsek_cli.recipes.load import load_recipe
         from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
-        words = " ".join(f"{key}={value}" for key, value in settings.items())
-        self._session.say(f"$ sparsek convert {base} {out} {words}")
-        recipe = ConvertRecipe(model=str(base), out=str(out), overwrite=True, **settings)
-        done = convert(make_plan(recipe, hub.resolve(str(base))), Console())
+        words = [f"{key}={_yaml(value)}" for key, value in settings.items()]
+        self._session.say(f"$ sparsek convert {base} {out} {' '.join(map(_quoted, words))}")
+        flags = {"model": str(base), "out": str(out), "overwrite": True}
+        recipe = load_recipe(ConvertRecipe, None, words, flags, verb="convert")
+        done = convert(make_plan(recipe, hub.resolve(str(base))), Console(quiet=True))
         for line in done.text().splitlines():
             if line.startswith(("attention", "calibrated")):
                 self._session.say(line)
         return done
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, list | dict) else str(value)
+
+
+def _quoted(word: str) -> str:
+    return f"'{word}'" if set(word) & set("[]{} ") else word
 
 
 class _Lines:

@@ -1,5 +1,7 @@
 """What a checkpoint is worth under each policy: perplexity of unseen novels, recall by phrasing."""
 
+import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ class Suite:
     @classmethod
     def of(
         cls, tokenizer_folder: Path, text: str, *, length: int, windows_: int, questions: int,
-        batch_tokens: int,
+        batch_tokens: int, splits: Sequence[str] = SPLITS,
     ) -> "Suite":  # fmt: skip
         """From unseen text; `questions` of each kind and number of needles (0: no recall)."""
         tokenizer = load_tokenizer(tokenizer_folder)
@@ -51,7 +53,7 @@ class Suite:
                 [SEED], filler, length=length, needles=needles, count=questions,
                 phrasings=phrasings(split),
             )
-            for split in SPLITS
+            for split in splits
             for needles in NEEDLES
             if questions and needles <= most
         }  # fmt: skip
@@ -82,6 +84,17 @@ class Suite:
 def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A checkpoint ready to be measured."""
     return load_model(hub.resolve(str(folder)), device=device, dtype=dtype)
+
+
+def with_tokenizer(name: str, place: Path) -> Path:
+    """The folder of a base; one kept without its tokenizer is copied and gets the bundled one."""
+    found = hub.resolve(name).path
+    if (found / "tokenizer.json").is_file():
+        return found
+    shutil.copytree(found, place, dirs_exist_ok=True)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copyfile(hub.bundled("tiny").path / file, place / file)
+    return place
 
 
 def short_recall(model: Any, tokenizer_folder: Path, text: str, questions: int = 128) -> float:

@@ -46,10 +46,18 @@ class LinearFit:
     sum of text and answers.
     """
 
-    def __init__(self, plan: Plan, device: torch.device):
-        self._groups = plan.geometry.kv_heads
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        *,
+        width: int | None = None,
+        groups: int | None = None,
+    ):
+        """Of inputs as wide as the model, or `width`; for all KV heads, or `groups`."""
+        width = width or plan.geometry.hidden
+        self._groups = groups or plan.geometry.kv_heads
         self._wanted = plan.recipe.method.maps
-        width = plan.geometry.hidden
         self._text = Moments(width, self._groups, device)
         self._recall = Moments(width, 2 * self._groups, device)
 

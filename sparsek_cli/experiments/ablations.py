@@ -1,0 +1,220 @@
+"""What calibration owes to each of its parts: one row per change, everything else as it is.
+
+    python -m sparsek_cli.experiments.ablations OUT --held-out books/validation.jsonl.zst \\
+        [--train books/train-00.jsonl.zst] [--model DIR] [--rows NAME ...] [--seconds 290]
+
+A base is converted once per row, calibration only, at `--share` of `--length`, with one thing
+changed in the request (the words shown) or with another kind of scorer. Measured are perplexity
+of windows of unseen novels, the share of the loss between a window of the same slots and dense
+attention that is closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in
+phrasings that calibration knows and in others that only the base knows. Dense and window are
+measured once. The row `seed` says how much of a difference is chance.
+
+The words of a row that wins become the default in recipes/schema_convert.py; `--set` gives words
+to every row, to see what another default changes.
+
+OUT/results.json holds everything; the same command goes on where an earlier one stopped.
+`--smoke`: toy sizes. On a GPU set SPARSEK_BACKEND=triton for the Triton kernels. Time on one H100:
+about 10 s a row.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli import hub
+from sparsek_cli.console import Console
+from sparsek_cli.conversion.calibrate.decide import decide
+from sparsek_cli.conversion.calibrate.run import measure
+from sparsek_cli.conversion.plan import make_plan
+from sparsek_cli.devices import choose_device, choose_dtype
+from sparsek_cli.evaluation.policies import DENSE, OWN
+from sparsek_cli.experiments.scorers import FITS, in_place_of_linear
+from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
+from sparsek_cli.experiments.suite import Suite, load, recall_text, share_closed, with_tokenizer
+from sparsek_cli.recipes.load import load_recipe
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+SINKS = 4
+SPLITS = ("calibration", "held_out")
+COLUMNS = ("row", "changed", "closed", "over_default", "ppl_last", *SPLITS, "error", "seconds")
+# What may differ between a run and its continuation.
+FREE = ("rows", "seconds", "out")
+
+# By name: the words of `sparsek convert` that differ. "slots" keys share out the same total:
+# share of the window, sinks. "scorer" names one of `scorers.FITS`.
+ROWS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "seed": {"seed": 1},
+    "documents-passages": {"method.documents": "passages"},
+    "documents-questions": {"method.documents": "questions"},
+    "documents-none": {"method.documents": "none"},
+    "scorer-mlp": {"scorer": "mlp"},
+    "scorer-keys-values": {"scorer": "keys-values"},
+    "target-mean": {"method.target": "mean"},
+    "target-p99": {"method.target": "p99"},
+    "budgets-uniform": {"budgets": "uniform"},
+    "sizes-wider": {"method.sizes": [0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8]},
+    "slope-0": {"method.slopes": [0]},
+    "slope-0.2": {"method.slopes": [0.2]},
+    "slope-0.7": {"method.slopes": [0.7]},
+    "slope-2.5": {"method.slopes": [2.5]},
+    "slopes-finer": {"method.slopes": [0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2]},
+    "window-1/8": {"slots.window": 1 / 8},
+    "window-1/4": {"slots.window": 1 / 4},
+    "window-3/4": {"slots.window": 3 / 4},
+    "sinks-0": {"slots.sinks": 0},
+    "sinks-16": {"slots.sinks": 16},
+    "map-text": {"method.maps": ["text"]},
+    "map-all": {"method.maps": ["all"]},
+    "map-answers": {"method.maps": ["answers"]},
+    "map-blend": {"method.maps": ["blend"]},
+    "answers-0.1": {"method.answer_weight": 0.1},
+    "answers-1": {"method.answer_weight": 1.0},
+    "text-quarter": {"tokens": 1 / 4},
+    "text-4-times": {"tokens": 4},
+    "text-prose": {"calibrate": "auto"},
+}
+
+
+def main() -> None:
+    given = _arguments()
+    quiet_libraries()
+    about = {"settings": vars(given), **machine()}
+    session = Session(Path(given.out), given.seconds, about, resume=FREE)
+    session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+    Experiment(session, given).run()
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m sparsek_cli.experiments.ablations",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", help="folder for results.json and one conversion at a time")
+    parser.add_argument("--held-out", required=True, help="text that is only measured")
+    parser.add_argument("--train", help="text to calibrate on; default: prose found here")
+    parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")
+    parser.add_argument("--share", type=int, default=16, help="slots are 1/SHARE of the length")
+    parser.add_argument("--tokens", type=int, default=262_144, help="text to calibrate on")
+    parser.add_argument("--windows", type=int, default=64, help="windows measured")
+    parser.add_argument("--questions", type=int, default=64, help="of each kind and number")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for every row")
+    parser.add_argument("--seconds", type=float, default=290, help="time for all of it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
+    given = parser.parse_args()
+    if given.smoke:
+        given.length, given.tokens, given.windows, given.questions = 512, 4096, 2, 2
+    return given
+
+
+class Experiment:
+    """Dense and window once, then one conversion per row."""
+
+    def __init__(self, session: Session, given: argparse.Namespace):
+        self.session, self.given = session, given
+        self.device = choose_device(given.device)
+        self.dtype = choose_dtype("auto", self.device)
+        self.steps = Steps(session, [])
+        self.model = session.folder / "model"
+
+    def run(self) -> None:
+        """All rows that are not there yet, then the table."""
+        self.base = with_tokenizer(self.given.model, self.session.folder / "base")
+        self.suite = Suite.of(
+            self.base, self.given.held_out, length=self.given.length, windows_=self.given.windows,
+            questions=self.given.questions, batch_tokens=65_536, splits=SPLITS,
+        )  # fmt: skip
+        self.session.say(f"{len(self.suite.rows)} windows, {self.given.questions} of each question")
+        self.session.run("dense and window", self.references)
+        for name in self.given.rows:
+            if name == "text-prose" and not self.given.train:
+                continue  # the default then
+            needs = 1.5 * (self.named("default") or {}).get("seconds", 0)
+            self.session.run(name, partial(self.row, name), needs=needs)
+        print(self.session.table(COLUMNS), flush=True)
+        self.session.say(f"wrote {self.session.folder / 'results.json'}")
+
+    def rows(self) -> list[dict[str, Any]]:
+        return self.session.record["rows"]
+
+    def named(self, name: str) -> dict[str, Any] | None:
+        return next((row for row in self.rows() if row["row"] == name), None)
+
+    def references(self) -> None:
+        """Dense attention, and a window of the same slots."""
+        self.steps.convert(self.base, self.model, self.request("default") | {"calibrate": "none"})
+        model = load(self.model, self.device, self.dtype)
+        for policy in (DENSE, "window", "random"):
+            self.add(policy, None, self.suite.measure(model, policy))
+
+    def request(self, name: str) -> dict[str, Any]:
+        """The words of `sparsek convert` for a row."""
+        changes = dict(ROWS[name])
+        changes.pop("scorer", None)
+        slots = self.given.length // self.given.share
+        sinks = changes.pop("slots.sinks", SINKS)
+        window = int(slots * changes.pop("slots.window", 1 / 2))
+        return {
+            "topk": slots - window - sinks,
+            "window": window,
+            "sinks": sinks,
+            "calibrate": self.given.train or "auto",
+            "calibrate_length": self.given.length,
+            "calibrate_tokens": int(self.given.tokens * changes.pop("tokens", 1)),
+            "device": self.device.type,
+            **dict(word.split("=", 1) for word in self.given.set),
+            **changes,
+        }
+
+    def row(self, name: str) -> None:
+        begun = self.session.left
+        scorer = ROWS[name].get("scorer")
+        if scorer is None:
+            done = self.steps.convert(self.base, self.model, self.request(name))
+            measured = self.suite.measure(load(self.model, self.device, self.dtype), OWN)
+            error = done.calibration["error"]
+        else:
+            error, measured = self.with_scorer(name, FITS[scorer])
+        self.add(name, ROWS[name], measured, error=error, seconds=begun - self.session.left)
+
+    def with_scorer(self, name: str, fit: Any) -> tuple[float, dict[str, Any]]:
+        """Calibration's error and what is measured, with scorers of another kind."""
+        words = self.request(name)
+        self.steps.convert(self.base, self.model, words | {"calibrate": "none"})
+        recipe = load_recipe(
+            ConvertRecipe, None, [f"{key}={value}" for key, value in words.items()],
+            {"model": str(self.base), "out": str(self.model), "overwrite": True},
+        )  # fmt: skip
+        plan = make_plan(recipe, hub.resolve(str(self.base)))
+        layers = measure(plan, Console(quiet=True), fit)
+        choices, report = decide(plan, layers)
+        model = load(self.model, self.device, self.dtype)
+        with in_place_of_linear(model, [layer.maps for layer in layers], choices):
+            return report["error"], self.suite.measure(model, OWN)
+
+    def add(
+        self, name: str, changes: dict[str, Any] | None, measured: dict[str, Any], **more: Any
+    ) -> None:
+        dense, window = self.named(DENSE), self.named("window")
+        closed = share_closed(measured, dense, window) if dense and window else None
+        default = (self.named("default") or {}).get("closed")
+        self.session.row(
+            row=name,
+            changed=" ".join(f"{key}={value}" for key, value in (changes or {}).items()),
+            closed=closed,
+            over_default=None if closed is None or default is None else closed - default,
+            **{key: measured[key] for key in ("ppl_last", "ppl", "loss_last", "loss")},
+            **recall_text(measured["recall"]),
+            recall=measured["recall"],
+            **more,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Every row of the ablations can be asked for; other scorers do what they say."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from sparsek_cli.console import Console
+from sparsek_cli.conversion.calibrate.collect import LayerwiseBase
+from sparsek_cli.conversion.calibrate.decide import decide
+from sparsek_cli.conversion.calibrate.fit import LinearFit
+from sparsek_cli.conversion.calibrate.run import measure
+from sparsek_cli.conversion.plan import make_plan
+from sparsek_cli.errors import UsageError
+from sparsek_cli.experiments import ablations
+from sparsek_cli.experiments.scorers import KeyValueFit, MlpFit, in_place_of_linear
+from sparsek_cli.hub import resolve
+from sparsek_cli.recipes.load import load_recipe
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+
+def arguments(monkeypatch, out, *words):
+    monkeypatch.setattr(sys, "argv", ["ablations", str(out), *words])
+    return ablations._arguments()
+
+
+@pytest.mark.parametrize("name", ablations.ROWS)
+def test_every_row_is_a_request(name, monkeypatch, tmp_path):
+    given = arguments(monkeypatch, tmp_path, "--held-out", "x", "--device", "cpu")
+    words = ablations.Experiment(ablations.Session(tmp_path, 1, {}), given).request(name)
+    words = [f"{key}={json.dumps(value)}" for key, value in words.items()]
+    recipe = load_recipe(ConvertRecipe, None, words, {"model": "tiny"})
+    assert recipe.topk + recipe.window + recipe.sinks == 4096 // 16
+
+
+def test_a_run_goes_on_and_measures_dense_once(novels, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    words = ["--held-out", novels[1], "--smoke", "--device", "cpu", "--rows"]
+    for rows in (["default"], ["default", "scorer-keys-values"]):
+        arguments(monkeypatch, out, *words, *rows)
+        ablations.main()
+    record = json.loads((out / "results.json").read_text())
+    assert [row["row"] for row in record["rows"]] == [
+        "dense", "window", "random", "default", "scorer-keys-values",
+    ]  # fmt: skip
+    dense, window, _, default, other = record["rows"]
+    gap = window["loss_last"] - dense["loss_last"]
+    closed = 100 * (window["loss_last"] - default["loss_last"]) / gap
+    assert default["closed"] == pytest.approx(closed)
+    assert other["over_default"] == pytest.approx(other["closed"] - default["closed"])
+    assert set(default["recall"]) == {"calibration", "held_out"}
+    assert capsys.readouterr().out.count("--- default") == 1
+    arguments(monkeypatch, out, *words, "default", "--length", "256", "--share", "8")
+    with pytest.raises(UsageError, match="holds results with share 16"):
+        ablations.main()
+
+
+@pytest.mark.parametrize("fit", [LinearFit, MlpFit, KeyValueFit])
+def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkeypatch):
+    """Whatever the scorer, and in batches."""
+    from transformers import AutoModelForCausalLM
+
+    from sparsek_cli.conversion.convert import convert
+    from sparsek_cli.models import attention
+
+    base = dense_checkpoint("qwen3")
+    recipe = ConvertRecipe(
+        model=str(base), out=str(tmp_path / "out"), topk=24, window=16, device="cpu",
+        calibrate_tokens=2048, calibrate_length=256,
+    )  # fmt: skip
+    plan = make_plan(recipe, resolve(str(base)))
+    layers = measure(plan, Console(quiet=True), fit)
+    choices, _ = decide(plan, layers)
+    convert(make_plan(recipe.model_copy(update={"calibrate": "none"}), resolve(str(base))),
+            Console(quiet=True))  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.randint(3, 50, (2, 60))
+    given, real = [], attention.sparsek_attention
+
+    def watched(q, k, v, scores, **settings):
+        given.append((scores, settings["topk"]))
+        return real(q, k, v, scores, **settings)
+
+    monkeypatch.setattr(attention, "sparsek_attention", watched)
+    expected = []
+    with torch.inference_mode():
+        with in_place_of_linear(model, [layer.maps for layer in layers], choices):
+            model(ids)
+        model(ids)
+        first = LayerwiseBase(plan, list(ids), torch.device("cpu"), torch.float32)
+        maps, chosen = layers[0].maps, choices[0]
+
+        def score(number, recorded):
+            each = {name: maps[name].of(recorded) for name in maps}
+            expected.append(torch.stack([each[n][g] for g, n in enumerate(chosen.maps)]))
+
+        first.run_layer(0, range(2), score, advance=False)
+    scores, topk = given[0]
+    assert torch.allclose(scores, torch.stack(expected), atol=1e-4)
+    assert topk == chosen.topk and float(scores.std()) > 0.1
+    # Afterwards the model is as it was: neutral scores.
+    after, topk = given[len(layers)]
+    assert not after.any() and topk == 24
+
+
+def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path):
+    from sparsek_cli.conversion.calibrate.collect import Recorded
+
+    base = dense_checkpoint("llama")
+    recipe = ConvertRecipe(model=str(base), out=str(tmp_path / "o"), topk=8, window=8, device="cpu")
+    plan = make_plan(recipe, resolve(str(base)))
+    torch.manual_seed(0)
+    inputs = torch.randn(4000, plan.geometry.hidden)
+    targets = torch.stack([inputs[:, 0].abs() * 3 - 5, inputs[:, 1] - 5])
+    empty = torch.empty(0)
+    recorded = Recorded(inputs, empty, empty, empty, 1.0)
+    quality = {}
+    for name, fit in (("mlp", MlpFit), ("linear", LinearFit)):
+        made = fit(plan, torch.device("cpu"))
+        with torch.inference_mode():
+            made.add(recorded, slice(0, 2000), targets[:, :2000], None)
+            made.add(recorded, slice(2000, 4000), targets[:, 2000:], targets[:, 2000:])
+            scores = made.maps()["all"].of(recorded)
+        assert torch.allclose(scores.mean(1), torch.zeros(2), atol=1e-2)
+        assert torch.allclose(scores.std(1), torch.full((2,), 2.0), atol=1e-2)
+        quality[name] = [float(torch.corrcoef(torch.stack(p))[0, 1])
+                         for p in zip(scores, targets, strict=True)]  # fmt: skip
+    assert quality["linear"][0] < 0.2 and quality["mlp"][0] > 0.5
+    assert quality["linear"][1] > 0.98 and quality["mlp"][1] > 0.95
