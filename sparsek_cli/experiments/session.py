@@ -96,9 +96,10 @@ class Session:
         self.say("=> " + "  ".join(simple))
         self._write()
 
-    def table(self, columns: Sequence[str]) -> str:
-        """All rows under `columns`; what a row lacks is left empty."""
-        cells = [[shown(row.get(name)) for name in columns] for row in self.record["rows"]]
+    def table(self, columns: Sequence[str], rows: Sequence[dict[str, Any]] | None = None) -> str:
+        """All rows, or `rows`, under `columns`; what a row lacks is left empty."""
+        rows = self.record["rows"] if rows is None else rows
+        cells = [[shown(row.get(name)) for name in columns] for row in rows]
         widths = [
             max(len(name), *(len(line[i]) for line in cells), 0) for i, name in enumerate(columns)
         ]
