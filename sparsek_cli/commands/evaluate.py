@@ -48,6 +48,10 @@ def evaluate(
     max_length: Annotated[
         int | None, Value("--max-length", metavar="N", help="Most tokens of prompt and answer.")
     ] = None,
+    yarn: Annotated[
+        float | None,
+        Value("--yarn", metavar="FACTOR", help="Prompts FACTOR times the model's own length."),
+    ] = None,
     batch_size: Annotated[
         str | None, Value("--batch-size", metavar="N|auto", help="Prompts scored side by side.")
     ] = None,
@@ -107,6 +111,7 @@ def evaluate(
         "text": text or None,
         "truncate": truncate,
         "max_length": max_length,
+        "yarn": yarn,
         "batch_size": batch_size,
         "output": output,
         "revision": revision,

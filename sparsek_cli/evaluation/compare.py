@@ -7,7 +7,9 @@ from sparsek_cli.evaluation.store import load_results
 from sparsek_cli.evaluation.table import layout, number, shown
 
 # Differences in these make scores incomparable; others are worth a line.
-DECISIVE = ("limit", "limits", "data", "text", "lengths", "truncate", "max_new_tokens", "seed")
+DECISIVE = (
+    "limit", "limits", "data", "text", "lengths", "seed", "truncate", "yarn", "max_new_tokens",
+)  # fmt: skip
 
 
 def compare(first: str, second: str) -> dict[str, Any]:

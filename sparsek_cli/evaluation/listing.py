@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sparsek_cli.evaluation.catalogue import catalogue
+from sparsek_cli.evaluation.catalogue import Entry, catalogue
 
 
 def listing_data() -> list[dict[str, Any]]:
@@ -31,14 +31,17 @@ def listing() -> str:
             continue
         lines += ["", _describe(entry.name)]
         for member in entry.members:
-            lines.append("  " + (_describe(member) if member in entries else member))
+            lines.append("  " + (_describe(member, entry) if member in entries else member))
     return "\n".join(lines)
 
 
-def _describe(name: str) -> str:
+def _describe(name: str, parent: Entry | None = None) -> str:
+    """One line; a member names the source of its data only where it is not the group's."""
     entry = catalogue()[name]
     lengths = ",".join(map(str, entry.lengths)) or "data"
-    return _line(name, entry.metric, lengths, f"{entry.summary} [{entry.source or entry.data}]")
+    known = parent is not None and parent.source == entry.source
+    where = "" if known else f" [{entry.source or entry.data}]"
+    return _line(name, entry.metric, lengths, entry.summary + where)
 
 
 def _line(name: str, metric: str, lengths: str, rest: str) -> str:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.policies import DENSE, Policy
 from sparsek_cli.evaluation.quiet import quiet_lm_eval
 
@@ -29,12 +29,14 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
         own = getattr(config, "sparsek", None) is not None
-        kind, options = AutoModelForCausalLM, {}
+        kind = AutoModelForCausalLM
+        if recipe.yarn is not None:
+            stretch(config, recipe.yarn)
         if not own and config.model_type in FAMILIES and set(recipe.baselines) - {DENSE}:
             kind = family_of(config).sparsek_causal_lm
-            options["config"] = sparsek_config_from(config, {})
+            config = sparsek_config_from(config, {})
         with quiet_lm_eval():  # scorers are missing there, and reported
-            model = kind.from_pretrained(checkpoint.path, dtype=dtype, **options)
+            model = kind.from_pretrained(checkpoint.path, config=config, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
     except (OSError, ValueError, RuntimeError) as error:
         raise SparsekError(
@@ -42,6 +44,27 @@ def load_model(
             hint="check it with `sparsek doctor MODEL`, or convert it again",
         ) from error
     return model.to(where).eval(), tokenizer, own
+
+
+def stretch(config: Any, factor: float) -> None:
+    """Sets `config` to YaRN, so that the model takes `factor` times its own length.
+
+    Source: Peng et al. 2023, arXiv 2309.00071.
+
+    Raises:
+        UsageError: the model has no rotary positions, or scales them already.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    kind = (rope or {}).get("rope_type")
+    if kind != "default":
+        why = "has no rotary positions" if rope is None else f"scales them already ({kind})"
+        raise UsageError(
+            f"--yarn stretches rotary positions, and {config.model_type} {why}", hint="drop --yarn"
+        )
+    own = config.max_position_embeddings
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": own}
+    config.rope_parameters = rope | scaling
+    config.max_position_embeddings = int(own * factor)
 
 
 def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length: int) -> Any:

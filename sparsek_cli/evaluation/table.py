@@ -183,6 +183,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     notes = ["± standard error; in brackets the difference to dense, the same weights."]
     if not report.get("complete", True):
         notes.insert(0, "not complete: the run was stopped; go on with --resume.")
+    if report["recipe"].get("yarn"):
+        notes.append(f"rotary positions stretched {report['recipe']['yarn']:g} times (YaRN).")
     cut = sum(u["proof"]["truncated_prompts"] for u in report["units"] if u["policy"] == DENSE)
     if cut:
         notes.append(f"{cut} prompts were cut ({report['recipe']['truncate']}).")

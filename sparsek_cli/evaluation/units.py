@@ -77,7 +77,7 @@ def load_units(
     if too_long and any(entry.lengths for entry in entries):
         raise UsageError(
             f"--lengths {too_long[0]} is beyond the model's {max_length} tokens",
-            hint=f"name lengths up to {max_length}, or raise --max-length if the model can take it",
+            hint=f"name lengths up to {max_length}, or stretch the model's positions with --yarn",
         )
     if any(needs_hub(entry, recipe) for entry in entries) and not hub_answers():
         go_offline()

@@ -44,6 +44,9 @@ class EvaluateRecipe(BaseModel):
     max_length: PositiveInt | None = Field(
         None, description="most tokens of prompt and answer together; default: the model's own"
     )
+    yarn: float | None = Field(
+        None, gt=1, description="stretch rotary positions: prompts may be so many times as long"
+    )
     truncate: Literal["refuse", "left", "middle"] = Field(
         "refuse", description="prompts over max_length: refuse, or cut at the left or in the middle"
     )
@@ -69,6 +72,12 @@ class EvaluateRecipe(BaseModel):
     def limit_of(self, task: str) -> int | None:
         """Samples of one task; None for all of them."""
         return self.limits.get(task, self.limit)
+
+    @field_validator("chat_template", mode="before")
+    @classmethod
+    def _switch(cls, value: object) -> object:
+        """YAML reads on and off as true and false."""
+        return {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
 
     @field_validator("tasks", "baselines", "budgets", "lengths", "text", mode="before")
     @classmethod

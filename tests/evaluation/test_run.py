@@ -168,6 +168,15 @@ def test_recipe_file_names_every_key(name):
     assert (loaded.limit, loaded.tasks, loaded.lengths[:2]) == (3, ["ppl"], [4096, 8192])
 
 
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_chat_template_as_a_word(value):
+    from sparsek_cli.recipes.load import load_recipe
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    made = load_recipe(EvaluateRecipe, None, [f"chat_template={value}"], {}, verb="evaluate")
+    assert made.chat_template == value
+
+
 def test_tasks_that_fit_run_beside_refused_ones(run, recipe, console):
     settings = {"tasks": ["scrolls_qasper", "ppl"], "baselines": [], "limit": 1}
     report = run(recipe(**settings, lengths=[200], max_length=200), console)

@@ -1,0 +1,65 @@
+"""Prompts beyond a model's own length: its rotary positions are stretched, and only on request."""
+
+import pytest
+import torch
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.loading import load_model, stretch
+from sparsek_cli.hub import Checkpoint
+
+
+@pytest.fixture
+def load(checkpoints, recipe):
+    def load(which, **keys):
+        path = checkpoints[which]
+        model, _, _ = load_model(Checkpoint(path, path.name, "folder"), recipe(**keys), "cpu")
+        return model
+
+    return load
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_stretched_is_what_transformers_makes_of_the_config(load, checkpoints, which):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparsek_cli.models import dense_attention
+
+    config = AutoConfig.from_pretrained(checkpoints[0])
+    config.rope_parameters |= {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048,
+    }  # fmt: skip
+    theirs = AutoModelForCausalLM.from_pretrained(checkpoints[0], config=config).eval()
+    ours, plain = load(which, yarn=4), load(which)
+    assert ours.config.max_position_embeddings == 4 * plain.config.max_position_embeddings
+    ids = torch.randint(3, 128, (1, 200), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for model in (ours, plain):
+        with dense_attention(model), torch.no_grad():
+            logits.append(model(input_ids=ids).logits)
+    with torch.no_grad():
+        torch.testing.assert_close(logits[0], theirs(input_ids=ids).logits)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
+
+
+def test_a_stretched_model_takes_longer_prompts(recipe, console):
+    from sparsek_cli.evaluation.run import evaluate
+    from sparsek_cli.evaluation.table import notes
+
+    settings = {"tasks": ["recall_1"], "lengths": [2500], "limit": 1, "baselines": ["dense"]}
+    with pytest.raises(UsageError) as caught:
+        evaluate(recipe(**settings), console)
+    assert "--yarn" in caught.value.hint
+    report = evaluate(recipe(**settings, yarn=2), console)
+    assert report["units"][0]["proof"]["kv_tokens"] > 2048
+    assert "rotary positions stretched 2 times (YaRN)." in notes(report)
+
+
+def test_models_that_cannot_be_stretched_are_refused():
+    from transformers import GPT2Config, LlamaConfig
+
+    with pytest.raises(UsageError, match="has no rotary positions"):
+        stretch(GPT2Config(), 2.0)
+    config = LlamaConfig()
+    stretch(config, 2.0)
+    with pytest.raises(UsageError, match=r"scales them already \(yarn\)"):
+        stretch(config, 2.0)
