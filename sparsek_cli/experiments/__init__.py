@@ -3,8 +3,10 @@
 conversion  teach a base to recall, convert it, compare what is kept, train it back
 scratch     dense, window, random and SparseK from random weights, then at longer lengths
 speed       a training step of a 1B shape, sparse beside dense
+budgets     loss and recall by budget, position, depth and length
 cost        what a layer's parts cost, by length and by k
 ablations   calibration with one thing changed at a time
+plots       figures of the results of all of these
 scorers     an MLP, and keys and values, in place of the linear scorer
 session     clock, record and guard of an experiment's phases
 suite       perplexity and recall of one checkpoint under every policy

@@ -21,12 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from sparsek_cli.data.corpus import Corpus, load_corpus
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
+from sparsek_cli.experiments.suite import by_position as loss_by_position
 from sparsek_cli.experiments.suite import load
 from sparsek_cli.hub import bundled
 from sparsek_cli.training.measure import token_losses, windows
@@ -38,7 +36,6 @@ PROBE_STEPS = 40
 # A sparse step may cost this much more than a dense one at the trained length.
 SLOWER = 1.25
 MEASURED_TOKENS = 524_288  # of each length
-BINS = 32
 SETTINGS = ("warmup=40", "save_steps=0", "evaluation.held_out=0", "documents=joined",
             "data.books.dataset=null", "data_workers=4", "log_steps=50", "tokens=null")  # fmt: skip
 SMOKE = ("sequence_length=256", "batch_size=2", "micro_batch_size=2", "data_workers=0", "warmup=1")
@@ -143,7 +140,7 @@ class Experiment:
                 continue
             losses = token_losses(model, rows, batch_tokens=max(STEP_TOKENS, length))
             measured[f"ppl_{length}"] = float(losses.mean().exp())
-            by_position[str(length)] = _bins(losses)
+            by_position[str(length)] = loss_by_position(losses)
             if length == self.length:
                 last = losses[:, losses.shape[1] * 3 // 4 :]
                 measured["ppl_last"] = float(last.mean().exp())
@@ -160,12 +157,6 @@ class Experiment:
             over_dense=100 * (self.losses[name] / dense - 1) if dense else None,
             loss_by_position=by_position,
         )
-
-
-def _bins(losses: torch.Tensor) -> list[float]:
-    """Mean loss over equal spans of positions, nats."""
-    parts = np.array_split(losses.mean(0).numpy(), BINS)
-    return [round(float(part.mean()), 4) for part in parts]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from sparsek_cli.training.model import load_tokenizer
 SPLITS = ("calibration", "held_out", "unseen")
 NEEDLES = (1, 4, 16)
 SEED = 97
+BINS = 32  # spans of equal length that the loss by position is averaged over
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Suite:
     @classmethod
     def of(
         cls, tokenizer_folder: Path, text: str, *, length: int, windows_: int, questions: int,
-        batch_tokens: int, splits: Sequence[str] = SPLITS,
+        batch_tokens: int, splits: Sequence[str] = SPLITS, needles_: Sequence[int] = NEEDLES,
     ) -> "Suite":  # fmt: skip
         """From unseen text; `questions` of each kind and number of needles (0: no recall)."""
         tokenizer = load_tokenizer(tokenizer_folder)
@@ -54,7 +55,7 @@ class Suite:
                 phrasings=phrasings(split),
             )
             for split in splits
-            for needles in NEEDLES
+            for needles in needles_
             if questions and needles <= most
         }  # fmt: skip
         return cls(windows(corpus, length, windows_), asked, batch_tokens)
@@ -63,22 +64,35 @@ class Suite:
         """Losses in nats per token and recall in percent, under one policy.
 
         Returns:
-            loss, loss_last_quarter, ppl, ppl_last_quarter, and recall: {split: {needles: %}}.
+            loss and ppl, loss_last and ppl_last (of the last quarter), loss_by_position (`BINS`
+            means), recall: {split: {needles: %}}, and by_depth: a pair (depth in the document,
+            answered or not) per question.
         """
         with Policy(policy, seed=SEED).applied(model):
             losses = token_losses(model, self.rows, batch_tokens=self.batch_tokens)
             last = losses[:, losses.shape[1] * 3 // 4 :]
             recall: dict[str, dict[str, float]] = {}
+            by_depth: list[tuple[float, int]] = []
             for (split, needles), questions in self.questions.items():
                 right = recalled(model, questions, batch_tokens=self.batch_tokens)
                 recall.setdefault(split, {})[str(needles)] = 100 * float(right.mean())
+                depths = (round(question.fact.depth, 3) for question in questions)
+                by_depth += zip(depths, right.astype(int).tolist(), strict=True)
         return {
             "ppl_last": float(last.mean().exp()),
             "ppl": float(losses.mean().exp()),
             "loss_last": float(last.mean()),
             "loss": float(losses.mean()),
+            "loss_by_position": by_position(losses),
             "recall": recall,
+            "by_depth": by_depth,
         }
+
+
+def by_position(losses: torch.Tensor) -> list[float]:
+    """Mean loss over `BINS` equal spans of positions, nats, from losses [rows, positions]."""
+    parts = np.array_split(losses.mean(0).numpy(), BINS)
+    return [round(float(part.mean()), 4) for part in parts]
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from sparsek_cli.experiments import scratch
+from sparsek_cli.experiments.suite import BINS
 
 
 @pytest.mark.slow
@@ -23,5 +24,5 @@ def test_a_toy_run_fills_every_row(novels, tmp_path, monkeypatch):
     assert len({row["tokens"] for row in rows.values()}) == 1
     for row in rows.values():
         assert row["ppl_256"] > 1 and row["ppl_512"] > 1 and row["ppl_1024"] > 1
-        assert len(row["loss_by_position"]["1024"]) == scratch.BINS
+        assert len(row["loss_by_position"]["1024"]) == BINS
     assert rows["dense"]["over_dense"] == 0

@@ -1,0 +1,101 @@
+"""Every experiment's rows become figures; what cannot be drawn is refused."""
+
+import json
+import sys
+
+import pytest
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.experiments import budgets, plots
+from sparsek_cli.experiments.plots import draw, figures
+
+RECALL = {"calibration": {"4": 50.0}, "held_out": {"4": 100.0}}
+PARTS = {"scorer": 0.1, "selection": 1.0, "attention": 2.0, "sparse": 3.0, "dense": 9.0}
+TRAIN = {"train": 9.0, "dense_train": 30.0, "peak_mib": 10.0, "train_peak_mib": 40.0}
+
+
+def budget(policy, share, slots, loss):
+    curve = [loss + 0.1 * i for i in range(4)]
+    depths = {"512": [[0.1, 1], [0.9, 0]], "1024": [[0.5, 1]]}
+    return {"policy": policy, "share": share, "slots": slots, "loss_last": loss, "recall": RECALL,
+            "loss_by_position": curve, "by_depth": depths}  # fmt: skip
+
+
+ROWS = {
+    "budgets": [budget("dense", None, 1024, 3.0), budget("window", 16, 64, 4.0),
+                budget("sparsek", 16, 64, 3.5), budget("sparsek", 8, 128, 3.2)],
+    "conversion": [
+        {"model": model, "policy": policy, "slots": slots, "loss_last": 3.0, "recall": RECALL}
+        for model, policy, slots in [("calibrated", "dense", 1024), ("calibrated", "window", 64),
+                                     ("calibrated", "sparsek", 64), ("all", "sparsek", 128)]
+    ],
+    "scratch": [{"model": name, "loss_by_position": {"512": [4.0, 3.0], "1024": [4.0, 3.5]}}
+                for name in ("dense", "sparsek")],
+    "ablations": [{"row": name, "closed": closed, "recall": RECALL}
+                  for name, closed in [("dense", None), ("default", 40.0), ("slope-0", -3.0)]],
+    "cost": [{"table": table, "length": length, "k": 64, **PARTS, **TRAIN}
+             for table in ("parts", "k") for length in (8192, 32_768)],
+    "speed": [{"attention": kind, "length": 8192, "tokens_per_s": 10, "peak_gib": 3.0}
+              for kind in ("flash", "sparsek")],
+}  # fmt: skip
+DRAWN = {
+    "budgets": ["score_by_budget", "recall_by_depth", "loss_by_position"],
+    "conversion": ["score_by_budget"],
+    "scratch": ["loss_by_position"],
+    "ablations": ["ablations"],
+    "cost": ["by_length", "by_k"],
+    "speed": ["tokens"],
+}
+
+
+def lines_of(axes):
+    """What each line shows, by its label."""
+    return {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_results_become_files(name, tmp_path, monkeypatch, capsys):
+    place = tmp_path / name
+    place.mkdir()
+    (place / "results.json").write_text(json.dumps({"rows": ROWS[name]}))
+    monkeypatch.setattr(sys, "argv", ["plots", str(tmp_path / "figures"), str(place)])
+    plots.main()
+    expected = {f"{name}-{figure}.{kind}" for figure in DRAWN[name] for kind in ("png", "svg")}
+    assert {file.name for file in (tmp_path / "figures").iterdir()} == expected
+    assert len(capsys.readouterr().out.splitlines()) == len(expected)
+
+
+def test_figures_show_what_was_measured():
+    made = figures(ROWS["budgets"], "a")
+    loss = made["score_by_budget"].axes[0]
+    sparsek = [c for c in loss.containers if c.get_label() == "sparsek"][0][0]
+    assert sparsek.get_xdata().tolist() == [64, 128]
+    assert sparsek.get_ydata().tolist() == [3.5, 3.2]
+    curves = lines_of(made["loss_by_position"].axes[0])
+    assert curves["sparsek"] == [3.5, 3.6, 3.7, 3.8] and curves["dense"][0] == 3.0
+    parts = lines_of(figures(ROWS["cost"], "a")["by_length"].axes[0])
+    assert parts["scorer"] == [0.1, 0.1] and parts["dense"] == [9.0, 9.0]
+
+
+def test_nothing_to_draw_is_said(tmp_path):
+    with pytest.raises(UsageError, match="no results in"):
+        draw(tmp_path, tmp_path / "figures")
+    (tmp_path / "results.json").write_text(json.dumps({"rows": []}))
+    with pytest.raises(UsageError, match="holds nothing to draw"):
+        draw(tmp_path, tmp_path / "figures")
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.slow
+def test_budgets_from_conversion_to_figure(novels, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    words = ["--held-out", novels[1], "--smoke", "--device", "cpu", "--shares", "16", "4"]
+    monkeypatch.setattr(sys, "argv", ["budgets", str(out), *words])
+    budgets.main()
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert [(row["share"], row["policy"]) for row in rows] == [
+        (None, "dense"), *((share, policy) for share in (16, 4) for policy in budgets.POLICIES),
+    ]  # fmt: skip
+    assert rows[1]["closed"] == 0 and rows[3]["slots"] == 64 and rows[6]["slots"] == 256
+    assert set(rows[3]["by_depth"]) == {"256", "512", "1024"}
+    assert len(draw(out, tmp_path / "figures")) == 6
