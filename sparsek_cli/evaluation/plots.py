@@ -1,7 +1,8 @@
 """Figures of a result folder, as PNG and SVG."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
     """Figures by name; only those with data."""
     found = {
         "score_by_budget": score_by_budget(report),
+        "score_by_length": score_by_length(report),
         "recall_by_depth": recall_by_depth(report),
         "loss_by_position": loss_by_position(report),
     }
@@ -70,7 +72,8 @@ def _base(policy: str) -> str:
 def _stroke(policy: str, policies: Sequence[str]) -> Any:
     """A line style that tells the budgets of one policy apart."""
     same = [p for p in policies if _base(p) == _base(policy)]
-    return ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)))[same.index(policy) % 4]
+    number = same.index(policy) if policy in same else 0  # a name alone stands for all its budgets
+    return ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1, 2)))[number % 4]
 
 
 def loss_by_position(report: dict[str, Any]) -> Any:
@@ -170,42 +173,95 @@ def score_by_budget(report: dict[str, Any]) -> Any:
     swept = [u for u in report["units"] if u.get("budget")]
     if len({unit["budget"] for unit in swept}) < 2:
         return None
-    panels = list(dict.fromkeys((unit["task"], unit["length"]) for unit in swept))
+    panels = []
+    for task, length in dict.fromkeys((unit["task"], unit["length"]) for unit in swept):
+        here = [u for u in report["units"] if (u["task"], u["length"]) == (task, length)]
+        title = task if length is None else f"{task}, {length:,} tokens"
+        lines = _lines([u for u in here if u.get("budget")], "budget", _base)
+        level = [_primary(u)["value"] for u in here if u["policy"] == DENSE]
+        panels.append(Panel(title, here[0]["primary"], lines, level[0] if level else None))
+    return _score_panels(report, panels, "pairs kept per KV head", "score against budget")
+
+
+def score_by_length(report: dict[str, Any]) -> Any:
+    """Each task's primary metric against the length of its prompts."""
+    panels = []
+    for task in dict.fromkeys(unit["task"] for unit in report["units"]):
+        here = [u for u in report["units"] if u["task"] == task and u["length"] is not None]
+        if len({unit["length"] for unit in here}) > 1:
+            panels.append(Panel(task, here[0]["primary"], _lines(here, "length", str)))
+    if not panels:
+        return None
+    return _score_panels(report, panels, "tokens", "score against length")
+
+
+@dataclass
+class Panel:
+    """One task's curves.
+
+    Attributes:
+        title, metric: above it, and beside it.
+        lines: {policy: [(x, value, standard error)]}, x rising.
+        level: the dense score where it does not depend on x.
+    """
+
+    title: str
+    metric: str
+    lines: dict[str, list[tuple[int, float, float]]]
+    level: float | None = None
+
+
+def _lines(
+    units: Sequence[dict[str, Any]], key: str, name_of: Callable[[str], str]
+) -> dict[str, list[tuple[int, float, float]]]:
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for unit in sorted(units, key=lambda u: u[key]):
+        found = _primary(unit)
+        point = (unit[key], found["value"], found["stderr"] or 0.0)
+        lines.setdefault(name_of(unit["policy"]), []).append(point)
+    return lines
+
+
+def _primary(unit: dict[str, Any]) -> dict[str, Any]:
+    return unit["metrics"][unit["primary"]]
+
+
+def _score_panels(report: dict[str, Any], panels: Sequence[Panel], xlabel: str, title: str) -> Any:
+    """A figure with a panel per task and a line with error bars per policy; x in powers of two."""
     columns = min(3, len(panels))
     figure, axes = _new_figure(columns, -(-len(panels) // columns), width=3.9, height=3.0)
-    names = list(dict.fromkeys(_base(unit["policy"]) for unit in swept))
-    for ax, (task, length) in zip(axes.flat, panels, strict=False):
-        here = [u for u in report["units"] if (u["task"], u["length"]) == (task, length)]
-        for unit in (u for u in here if u["policy"] == DENSE):
-            level = unit["metrics"][unit["primary"]]["value"]
-            ax.axhline(level, color=COLOURS[DENSE], linewidth=1.2, linestyle="--", label=DENSE)
-        for name in names:
-            points = sorted(
-                (u["budget"], u["metrics"][u["primary"]])
-                for u in here
-                if u.get("budget") and _base(u["policy"]) == name
+    shown: dict[str, Any] = {}
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        if panel.level is not None:
+            shown[DENSE] = ax.axhline(
+                panel.level, color=COLOURS[DENSE], linewidth=1.2, linestyle="--"
             )
-            ax.errorbar(
-                [budget for budget, _ in points],
-                [metric["value"] for _, metric in points],
-                yerr=[metric["stderr"] or 0 for _, metric in points],
-                color=colour(name, names),
-                marker="o",
-                markersize=4,
-                linewidth=1.6,
-                capsize=2,
-                label=name,
+        for name in _in_order(report, panel.lines):
+            x, value, error = zip(*panel.lines[name], strict=True)
+            style = {
+                "color": colour(name, report["policies"]),
+                "linestyle": _stroke(name, report["policies"]),
+            }
+            shown[name] = ax.errorbar(
+                x, value, yerr=error, marker="o", markersize=4, linewidth=1.6, capsize=2, **style
             )
-        budgets = sorted({u["budget"] for u in here if u.get("budget")})
+        ticks = sorted({point[0] for line in panel.lines.values() for point in line})
         ax.set_xscale("log", base=2)
-        ax.set_xticks(budgets, [f"{b:,}" for b in budgets], fontsize=8)
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         ax.minorticks_off()
-        ax.set_title(task if length is None else f"{task}, {length:,} tokens", fontsize=9)
-        ax.set_ylabel(next(u["primary"] for u in here), fontsize=8)
-        ax.set_xlabel("pairs kept per KV head", fontsize=8)
+        ax.set_title(panel.title, fontsize=9)
+        ax.set_ylabel(panel.metric, fontsize=8)
+        ax.set_xlabel(xlabel, fontsize=8)
     for ax in list(axes.flat)[len(panels) :]:
         ax.set_visible(False)
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    figure.suptitle(f"{report['model']['name']}: score against budget", fontsize=11)
+    figure.legend(
+        shown.values(), shown.keys(), loc="outside right upper", frameon=False, fontsize=8
+    )
+    figure.suptitle(f"{report['model']['name']}: {title}", fontsize=11)
     return figure
+
+
+def _in_order(report: dict[str, Any], lines: Iterable[str]) -> list[str]:
+    """Names of lines in the order of the report's policies."""
+    order = list(dict.fromkeys(n for p in report["policies"] for n in (p, _base(p))))
+    return sorted(lines, key=order.index)

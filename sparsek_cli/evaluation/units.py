@@ -109,10 +109,10 @@ def load_units(
                 break
             units.append(Unit(entry, length, task, chat))
     if not units:
-        raise SparsekError(
-            f"no data for {', '.join(item.name for item in absent)}: {absent[0].reason}",
-            hint=absent[0].remedy,
-        )
+        groups = _by_reason(absent)
+        missing = "; ".join(f"{', '.join(names)}: {item.reason}" for names, item in groups)
+        remedies = dict.fromkeys(item.remedy for _, item in groups)
+        raise SparsekError(f"no data for {missing}", hint="; ".join(remedies))
     for names, item in _by_reason(absent):
         say(f"skipped {', '.join(names)}: {item.reason} ({item.remedy})")
     return units, absent

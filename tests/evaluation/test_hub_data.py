@@ -64,6 +64,7 @@ def test_babilong_reads_the_length_it_is_asked_for(run, recipe, console, tmp_pat
         ("babilong", "RMT-team/babilong-1k-samples"),
         ("infinitebench", "xinrongzhang2022/InfiniteBench"),
         ("short", "Rowan/hellaswag"),
+        ("short", "openai/gsm8k"),
     ],
 )
 def test_what_is_missing_is_named_with_how_to_place_it(run, recipe, console, group, repository):

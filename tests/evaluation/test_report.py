@@ -109,6 +109,23 @@ def test_figures_need_data(report):
     assert set(figures(report)) == {"loss_by_position"}
 
 
+def test_score_by_length_has_a_line_per_policy(report):
+    from sparsek_cli.evaluation.plots import score_by_length
+
+    assert score_by_length(report) is None
+    longer = [copy.deepcopy(unit) | {"length": 8192} for unit in report["units"]]
+    for unit in longer:
+        unit["metrics"][unit["primary"]]["value"] *= 2
+    report["units"] = longer + report["units"]
+    figure = score_by_length(report)
+    panels = {ax.get_title(): ax for ax in figure.axes}
+    assert set(panels) == {"recall_4", "ppl"}
+    drawn = [container.lines[0].get_xydata().tolist() for container in panels["ppl"].containers]
+    assert drawn == [[[4096, 30 / v], [8192, 60 / v]] for v in (1.0, 0.9, 0.95)]
+    [legend] = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == report["policies"]
+
+
 def write(folder, report):
     folder.mkdir()
     (folder / "results.json").write_text(json.dumps(report), encoding="utf-8")
