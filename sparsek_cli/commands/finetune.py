@@ -17,7 +17,11 @@ def finetune(
     recipe: options.Recipe = None,
     data: Annotated[
         list[str] | None,
-        typer.Option("--data", metavar="FILE", help="Text to train on; replaces the recipe's."),
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Text to train on: files, a folder, or a hub dataset; replaces the recipe's.",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", metavar="N", help="Steps.")] = None,
     resume: Annotated[
@@ -94,19 +98,23 @@ def _recipe(words, recipe, data, flags):
 
 
 def _data_words(recipe, data, overrides):
-    """`--data` as words: the files of every text source, or one source where there is none."""
+    """`--data` as words: the place of every text source, or one source where there is none."""
     import json
 
+    from sparsek_cli.data.text import is_hub_id
     from sparsek_cli.recipes.load import load_recipe
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 
     draft = load_recipe(FinetuneRecipe, recipe, overrides, verb="finetune")
     named = [name for name, block in draft.data.items() if block.kind == "text"]
-    files = json.dumps(data)
+    place = {"files": data, "dataset": None}
+    if len(data) == 1 and is_hub_id(data[0]):
+        place = {"files": None, "dataset": data[0]}
     if not named:
-        return [f"data.text={{kind: text, files: {files}}}"]
-    return [word for name in named
-            for word in (f"data.{name}.files={files}", f"data.{name}.dataset=null")]  # fmt: skip
+        return [f"data.text={json.dumps({'kind': 'text', **place})}"]
+    return [
+        f"data.{name}.{key}={json.dumps(value)}" for name in named for key, value in place.items()
+    ]
 
 
 def _hush() -> None:

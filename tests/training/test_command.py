@@ -33,6 +33,24 @@ def test_a_run_with_flags_and_words(text_file, sparse_checkpoint, tmp_path):
     refused("exists", model, out, "--data", text_file, *words)
 
 
+def test_data_may_be_a_hub_dataset(sparse_checkpoint, monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load(hub_id, name, **options):
+        asked.append(hub_id)
+        return [{"text": "a few words and a few more. " * 300}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    model = sparse_checkpoint()
+    for recipe in ([], ["--recipe", "demo"]):
+        done = run(model, "out", *recipe, "--data", "owner/name", "--dry-run",
+                   "sequence_length=64", "lora.rank=2")  # fmt: skip
+        assert done.exit_code == 0, done.exception
+    assert asked and set(asked) == {"owner/name"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,0 +1,101 @@
+"""Bad input to the other verbs: one error, one hint, the right exit code, nothing left behind.
+
+What `convert` refuses is in tests/conversion/test_refusals.py.
+"""
+
+import os
+
+import pytest
+
+FILES = {
+    "latin.txt": b"caf\xe9 ",
+    "good.txt": b"a few words and a few more. " * 200,
+    "blank.txt": b" \n\n",
+    "empty.jsonl": b"",
+    "ids.jsonl": b'{"id": 1}\n',
+    "broken.jsonl": b'{"text": "a"}\nnot json\n',
+    "key.yaml": b"seed: 1\nlearning_rat: 1\n",
+    "type.yaml": b"seed: 1\n\nlearning_rate: fast\n",
+    "evaluate-key.yaml": b"seed: 1\nlimt: 3\n",
+    "evaluate-type.yaml": b"seed: 1\n\nlimit: few\n",
+}
+FINETUNE = ["finetune", "tiny", "out", "--data"]
+PPL = ["evaluate", "tiny", "--tasks", "ppl", "--output", "out"]
+
+
+@pytest.fixture
+def refused(sparsek, tmp_path, monkeypatch):
+    """Runs a line among bad files, expects a refusal that leaves all as it was: its stderr."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "notes.txt").write_text("mine")
+    (tmp_path / "state").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    def check(code: int, *words: str) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        shown = sparsek(*words)
+        assert shown.failed(code), shown
+        assert shown.out == "" and sorted(tmp_path.rglob("*")) == before
+        return shown.err
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "says"),
+    [
+        (2, [*FINETUNE, "latin.txt"], "latin.txt is not UTF-8 text"),
+        (2, [*FINETUNE, "blank.txt"], "no text in blank.txt"),
+        (2, [*FINETUNE, "empty.jsonl"], "no text in empty.jsonl"),
+        (2, [*FINETUNE, "ids.jsonl"], "ids.jsonl:1: no column 'text'"),
+        (2, [*FINETUNE, "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
+        (2, [*FINETUNE, "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
+        (1, [*FINETUNE, "nobody/nothing"], "'nobody/nothing' cannot be read from the hub"),
+        (2, ["finetune", "tiny", "busy", "--data", "README.md"], "busy"),
+        (2, ["finetune", "tinny", "out"], "did you mean 'tiny'"),
+        (1, ["finetune", "nobody/nothing", "out"], "not in the cache"),
+        (
+            2,
+            ["finetune", "tiny", "out", "--recipe", "key.yaml"],
+            "key.yaml:2: unknown key 'learning_rat'",
+        ),
+        (2, ["finetune", "tiny", "out", "--recipe", "type.yaml"], "type.yaml:3: 'learning_rate'"),
+        (2, ["finetune", "tiny", "out", "--steps", "many"], "'--steps'"),
+        (2, ["finetune", "tiny", "out", "--steps", "0"], "steps"),
+        (2, [*PPL, "--text", "latin.txt"], "latin.txt is not UTF-8 text"),
+        (2, [*PPL, "--text", "blank.txt"], "no text in blank.txt"),
+        (2, [*PPL, "--text", "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
+        (2, [*PPL, "--lengths", "many"], "'lengths' should be a valid integer"),
+        (2, [*PPL, "--limit", "0"], "'limit' should be greater than 0"),
+        (2, [*PPL, "--baselines", "windw"], "did you mean 'window'"),
+        (2, ["evaluate", "tiny", "--tasks", "pppl"], "did you mean 'ppl'"),
+        (2, ["evaluate", "tiny", "--recipe", "evaluate-key.yaml"], "did you mean 'limit'"),
+        (2, ["evaluate", "tiny", "--recipe", "evaluate-type.yaml"], "yaml:3: 'limit' should"),
+        (1, ["evaluate", "tiny", "--tasks", "scrolls"], "no data for scrolls_"),
+        (1, ["evaluate", "nobody/nothing", "--tasks", "ppl"], "not in the cache"),
+        (1, ["chat", "nobody/nothing", "--prompt", "x"], "not in the cache"),
+        (2, ["chat", "tiny", "--prompt", "x", "--load", "latin.txt"], "not UTF-8"),
+        (2, ["chat", "tiny", "--prompt", "x", "--load", "blank.txt"], "empty"),
+        (1, ["doctor", "nobody/nothing"], "not in the cache"),
+        (1, ["convert", "nobody/nothing"], "not in the cache"),
+        (1, ["convert", "tiny", "--calibrate", "nobody/nothing"], "cannot be read from the hub"),
+    ],
+)
+def test_refused(refused, code, words, says):
+    assert says in refused(code, *words)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["convert", "tiny", "locked/out", "--calibrate", "none"],
+        ["finetune", "tiny", "locked/out", "--data", "good.txt", "train=all", "sequence_length=32"],
+        ["evaluate", "tiny", "--tasks", "ppl", "--output", "locked/out"],
+    ],
+)
+def test_a_folder_that_may_not_be_written(refused, tmp_path, words):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "locked" in refused(1, *words)
