@@ -14,6 +14,7 @@ from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.errors import UsageError
 from sparsek_cli.models import DENSE_ATTENTION
+from sparsek_cli.training.arguments import training_arguments
 from sparsek_cli.training.future import ATTENTION as OBSERVED
 from sparsek_cli.training.future import FutureAttention
 from sparsek_cli.training.model import build_random, load_pretrained
@@ -24,7 +25,7 @@ from sparsek_cli.training.progress import ProgressReport, Report, TimeLimit
 from sparsek_cli.training.sharding import sharding_arguments
 from sparsek_cli.training.stages import BudgetStages
 from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
-from sparsek_cli.training.trainer import SparsekTrainer, training_arguments
+from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe

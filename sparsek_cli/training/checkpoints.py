@@ -1,5 +1,7 @@
 """Checkpoints of a run: written beside, renamed, and holding only what learns."""
 
+import json
+import math
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ from sparsek_cli.errors import SparsekError
 from sparsek_cli.training.state import sharded_like
 
 WEIGHTS = "trained.safetensors"
+LOSS = "loss.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -55,6 +58,17 @@ def load_trained(model: torch.nn.Module, folder: Path) -> None:
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(sharded_like(tensor, own[name]))
+
+
+def save_loss(loss: float, folder: Path) -> None:
+    """Writes the training loss of the step that the checkpoint follows."""
+    (folder / LOSS).write_text(json.dumps({"loss": loss}), encoding="utf-8")
+
+
+def load_loss(folder: Path) -> float:
+    """What `save_loss` wrote; NaN where an older version did not."""
+    file = folder / LOSS
+    return json.loads(file.read_text(encoding="utf-8"))["loss"] if file.is_file() else math.nan
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -77,7 +77,10 @@ def begin(recipe: "FinetuneRecipe", part: Path, *, resume: bool) -> None:
         shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    (part / RECIPE).write_text(text, encoding="utf-8")
+    # In one step: other processes may be reading what an earlier run left.
+    fresh = part / f"{RECIPE}.new"
+    fresh.write_text(text, encoding="utf-8")
+    fresh.replace(part / RECIPE)
 
 
 def leave(part: Path) -> Path | None:

@@ -1,11 +1,18 @@
 """`sparsek finetune` under FSDP2 without GPUs: accelerate shards on GPUs only, torch on both.
 
-Run by test_processes.py under torchrun. STOP_AT=N interrupts the run in step N + 1.
+Run by test_processes.py under torchrun with a file of jobs, which are run one after the other in
+the same processes: [{"words": [...], "stop_at": N or null, "result": file}, ...]. `stop_at`
+interrupts the run in step N + 1; `result` gets what the command prints.
 """
 
+import contextlib
+import json
 import os
+import sys
+from pathlib import Path
 
 import accelerate.state
+import torch
 from accelerate.utils import DistributedType
 
 from sparsek_cli.app import main
@@ -17,6 +24,7 @@ _state, _step, _loss = (
     SparsekTrainer.training_step,
     SparsekTrainer.final_loss,
 )
+_job: dict = {}
 
 
 def like_gpus(self, *args, **kwargs):
@@ -26,7 +34,7 @@ def like_gpus(self, *args, **kwargs):
 
 
 def interrupted(self, *args, **kwargs):
-    if str(self.state.global_step) == os.environ.get("STOP_AT"):
+    if self.state.global_step == _job["stop_at"]:
         raise KeyboardInterrupt
     return _step(self, *args, **kwargs)
 
@@ -41,4 +49,18 @@ accelerate.state.PartialState.__init__ = like_gpus
 SparsekTrainer.training_step = interrupted
 SparsekTrainer.final_loss = final_loss
 run.check_launch = lambda recipe, cpu: None
-main()
+first = os.environ["RANK"] == "0"
+for _job in json.loads(Path(sys.argv[1]).read_text()):
+    sys.argv[1:] = _job["words"]
+    with (
+        Path(_job["result"] if first else os.devnull).open("w") as out,
+        contextlib.redirect_stdout(out),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            wanted = 0 if _job["stop_at"] is None else 130
+            assert (end.code or 0) == wanted, f"{_job['words']} ended with {end.code}"
+    # As between two commands: nobody begins before all have ended.
+    torch.distributed.barrier()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)

@@ -51,6 +51,42 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, scratch, tmp_path):
     assert not part.exists()
 
 
+@pytest.mark.slow
+def test_killed_again_and_again(recipe, scratch, tmp_path):
+    """While a checkpoint is written, right after one, in a step, and while the model is written."""
+    words = [*WORDS, "steps=30", "evaluation.every=10"]
+    whole = finetune(recipe(*scratch, *words, out="whole"))
+    made = recipe(*scratch, *words)
+    out, part = tmp_path / "out", part_folder(tmp_path / "out")
+
+    def newest() -> int:
+        return max((int(p.name.rsplit("-", 1)[1]) for p in part.glob("checkpoint-*")), default=0)
+
+    moments = [
+        lambda: newest() >= 3 and (part / "writing").is_dir() and any((part / "writing").iterdir()),
+        lambda: newest() >= 12,
+        lambda: newest() >= 18 and not time.sleep(0.03),
+        lambda: any(tmp_path.glob(".out.*.part")),
+    ]
+    reached = []
+    for number, moment in enumerate(moments):
+        process = start(made, tmp_path, *(["--resume"] if number else []))
+        until = time.monotonic() + 120
+        while not moment() and process.poll() is None:
+            assert time.monotonic() < until
+        process.kill()
+        process.wait()
+        reached.append(newest())
+        # The last kill may come too late by a moment: the rename is quick.
+        assert reached[-1] or out.is_dir(), process.stderr.read()
+    assert reached[0] < 12 and reached[1] < 18
+    if not out.is_dir():
+        done = finetune(made, resume=True)
+        assert done.loss == whole.loss and done.held_out_loss == whole.held_out_loss
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_half_written_checkpoints_are_not_taken(recipe, scratch, tmp_path):
     with pytest.raises(UsageError, match="nothing to resume"):
         finetune(recipe(*scratch), resume=True)
