@@ -47,6 +47,7 @@ FREE = ("rows", "seconds", "out")
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {"seed": 1},
+    "documents-statements": {"method.documents": "statements"},
     "documents-passages": {"method.documents": "passages"},
     "documents-questions": {"method.documents": "questions"},
     "documents-none": {"method.documents": "none"},

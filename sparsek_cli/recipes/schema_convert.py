@@ -29,10 +29,10 @@ class CalibrationMethod(BaseModel):
         description="what of the attention that later queries give a key its score should follow: "
         "the largest, the mean (the sum, per query), or the 99th percentile",
     )
-    documents: Literal["mixed", "questions", "passages", "none"] = Field(
+    documents: Literal["mixed", "questions", "statements", "passages", "none"] = Field(
         "mixed",
         description="what asks for things far back: questions and repeated passages, one of the "
-        "two (passages are free of any template), or nothing (plain text)",
+        "two, facts told again, or nothing (plain text); statements and passages need no template",
     )
     maps: list[Literal["text", "all", "answers", "blend"]] = Field(
         ["text", "all", "answers", "blend"],

@@ -3,8 +3,8 @@
 Maps are fitted on text and documents in turn, and compared on longer documents. In a document
 facts are hidden (only phrasings marked for calibration) and asked for at the end, and a passage
 may be repeated word for word: the rows that predict such answers are marked, because they say
-which keys a query far away will need. Documents may also have one of the two alone; repeated
-passages need no template.
+which keys a query far away will need. Documents may also have one of the two alone, or state
+their facts again instead of asking; that, and repeated passages, need no template.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ _EARLY = 0.1
 # A repeated passage: recognisable after its first tokens, known from then on.
 _PASSAGE = 64
 _PASSAGE_LEAD = 8
-_SHARE_WITH_PASSAGE = {"mixed": 0.5, "questions": 0.0}
+_SHARE_WITH_PASSAGE = {"mixed": 0.5, "questions": 0.0, "statements": 0.0}
 # Of a document without questions this much is text, and the rest repeats passages of it.
 _TEXT_SHARE = 0.75
 
@@ -76,7 +76,8 @@ def calibration_sequences(
         fitting, fit_length: how many to fit on, and their tokens.
         held_out, length: how many to compare on, and their tokens: as long as what the model will
             read, because how steeply scores may prefer the new depends on it.
-        documents: what they ask for: mixed, questions, passages or none (they are text then).
+        documents: what they ask for: mixed, questions, statements, passages or none (they are
+            text then).
         seed: everything random comes from it.
 
     Raises:
@@ -93,8 +94,7 @@ def calibration_sequences(
             return _text(rng, source, tokens, tokenizer)
         if documents == "passages":
             return _passages(rng, source, tokens, tokenizer, early=early)
-        share = _SHARE_WITH_PASSAGE[documents]
-        return _recall(rng, source, chat, tokens, tokenizer, passages=share, early=early)
+        return _recall(rng, source, chat, tokens, tokenizer, documents, early=early)
 
     made = []
     for number in range(fitting):
@@ -161,17 +161,18 @@ def _recall(
     chat: ChatFormat,
     length: int,
     tokenizer: Any,
+    documents: str,
     *,
-    passages: float,
     early: bool,
 ) -> Sequence:
-    """A document, with the chance `passages` a passage of it again, and questions about its facts.
+    """A document, sometimes a passage of it again, and questions about its facts, or these again.
 
     With `early` half of the facts stand near its start.
     """
     most = max(1, min(_MOST_NEEDLES, length // _TOKENS_PER_NEEDLE))
     count = int(rng.integers((most + 1) // 2, most + 1))
-    passage = _PASSAGE if length >= 8 * _PASSAGE and rng.random() < passages else 0
+    repeats = length >= 8 * _PASSAGE and rng.random() < _SHARE_WITH_PASSAGE[documents]
+    passage = _PASSAGE if repeats else 0
     room = length - _TOKENS_PER_QUESTION * count - len(chat.start) - passage - 8
     if room < length // 2:
         raise SparsekError(
@@ -200,7 +201,11 @@ def _recall(
     for number in range(10 * length):
         if len(ids) > length:
             break
-        piece, marks = _turn(tokenizer, chat, questions[number % count], first=number == 0)
+        fact, first = questions[number % count], number == 0
+        if documents == "statements":
+            piece, marks = _again(tokenizer, fact, first=first)
+        else:
+            piece, marks = _turn(tokenizer, chat, fact, first=first)
         ids += piece
         known += marks
     # A row is marked when the token it predicts, the next one, is known from far back.
@@ -221,3 +226,15 @@ def _turn(
     told = len(opening) + len(question) + len(chat.reply) + len(before_ids)
     marks = [told <= i < told + len(value) for i in range(len(ids))]
     return ids, marks
+
+
+def _again(tokenizer: Any, fact: Fact, *, first: bool) -> tuple[list[int], list[bool]]:
+    """A fact told once more as ids, and which of them can be known: the later of key and value."""
+    statement = fact.statement
+    later = max(fact.key, fact.value, key=statement.rindex)
+    before, after = statement.rsplit(later, 1)
+    space = " " if before.endswith(" ") else ""
+    texts = [("\n\n" if first else " ") + before.rstrip(" "), space + later, after]
+    before_ids, known, after_ids = encode(tokenizer, texts)
+    marks = [False] * len(before_ids) + [True] * len(known) + [False] * len(after_ids)
+    return [*before_ids, *known, *after_ids], marks
