@@ -48,3 +48,8 @@ def free_bytes(path: Path) -> int:
 def size(folder: Path) -> int:
     """Bytes of all files below a folder; 0 if there is none."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def readable(file: Path) -> None:
+    """safetensors makes private files; this one becomes as readable as its folder."""
+    file.chmod((file.parent.stat().st_mode | 0o600) & 0o666)

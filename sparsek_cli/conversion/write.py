@@ -103,9 +103,7 @@ def _write(
         for part in ("weight", "bias", "slopes")
     }
     save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
-    # safetensors makes private files; this one is as readable as its neighbours.
-    mode = (folder.stat().st_mode | 0o600) & 0o666
-    (folder / SCORERS).chmod(mode)
+    disk.readable(folder / SCORERS)
     weight_map.update(dict.fromkeys(tensors, SCORERS))
     total = sum(e.end - e.start for s in plan.shards for e in s.tensors.values())
     total += sum(array.nbytes for array in tensors.values())

@@ -275,6 +275,7 @@ class Experiment:
                 closed=closed,
                 **recall_text(row["recall"]),
                 recall=row["recall"],
+                loss_by_position=row["loss_by_position"],
             )
 
 

@@ -3,9 +3,10 @@
     python -m sparsek_cli.experiments.plots FOLDER RESULTS [RESULTS ...]
 
 RESULTS are folders of experiments (or their results.json). FOLDER gets a PNG and an SVG for each
-figure, named after the folder of the results: loss by position (scratch, budgets), loss and recall
-against budget (budgets, conversion), recall by depth and length (budgets), the effect of each part
-of calibration (ablations), milliseconds by length and by k (cost), tokens per second (speed).
+figure, named after the folder of the results: loss by position (scratch, budgets, conversion), loss
+and recall against budget (budgets, conversion), recall by depth and length (budgets), the effect of
+each part of calibration (ablations), milliseconds by length and by k (cost), tokens per second
+(speed).
 """
 
 import argparse
@@ -16,7 +17,7 @@ from typing import Any
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation import plots
-from sparsek_cli.evaluation.policies import DENSE
+from sparsek_cli.evaluation.policies import DENSE, OWN
 from sparsek_cli.experiments.session import RESULTS
 
 Rows = list[dict[str, Any]]
@@ -89,7 +90,12 @@ def figures(rows: Rows, name: str) -> dict[str, Any]:
 
 def _of_units(units: Rows, name: str) -> dict[str, Any]:
     policies = list(dict.fromkeys(unit["policy"] for unit in units))
-    return plots.figures({"units": units, "policies": policies, "model": {"name": name}})
+    report = {"units": units, "policies": policies, "model": {"name": name}}
+    return {
+        "score_by_budget": plots.score_by_budget(report),
+        "recall_by_depth": plots.recall_by_depth(report),
+        "loss_by_position": plots.loss_by_position(report),
+    }
 
 
 def _unit(policy: str, length: int | None, **more: Any) -> dict[str, Any]:
@@ -128,12 +134,18 @@ def _budget_units(rows: Rows) -> Iterable[dict[str, Any]]:
 
 
 def _conversion_units(rows: Rows) -> Iterable[dict[str, Any]]:
+    """Dense attention of the base once; by position what the smallest budget gave."""
+    longest = max(row["slots"] for row in rows)
+    smallest = min(row["slots"] for row in rows)
     for row in rows:
-        if row["policy"] == DENSE and row["model"] == "calibrated":
-            yield from _scores(row, DENSE, None)
-        elif row["policy"] != DENSE:
-            name = row["policy"] if row["policy"] != "sparsek" else row["model"]
-            yield from _scores(row, f"{name}-{row['slots']}", row["slots"])
+        dense = row["policy"] == DENSE
+        if dense and row["model"] != "calibrated":
+            continue
+        name = row["model"] if row["policy"] == OWN else row["policy"]
+        slots = None if dense else row["slots"]
+        yield from _scores(row, name if dense else f"{name}-{slots}", slots)
+        if row.get("loss_by_position") and slots in (None, smallest):
+            yield _unit(name, longest, loss_by_position=_curve(row["loss_by_position"], longest))
 
 
 def _scratch_units(rows: Rows) -> Iterable[dict[str, Any]]:

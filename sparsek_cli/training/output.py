@@ -88,6 +88,8 @@ def write_model(
         else:
             weights = cast_for_saving(model, dtype, state)
             model.save_pretrained(folder, state_dict=weights)
+            for file in folder.glob("*.safetensors"):
+                disk.readable(file)
         tokenizer.save_pretrained(folder)
         head = "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
         settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
@@ -141,6 +143,7 @@ def _link_base(
         if is_scorer(key)
     }
     save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
+    disk.readable(folder / SCORERS)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["sparsek"] = model.config.sparsek
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

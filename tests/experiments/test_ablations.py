@@ -34,6 +34,7 @@ def test_every_row_is_a_request(name, monkeypatch, tmp_path):
     assert recipe.topk + recipe.window + recipe.sinks == 4096 // 16
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_measures_dense_once(novels, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     words = ["--held-out", novels[1], "--smoke", "--device", "cpu", "--rows"]

@@ -25,7 +25,8 @@ ROWS = {
     "budgets": [budget("dense", None, 1024, 3.0), budget("window", 16, 64, 4.0),
                 budget("sparsek", 16, 64, 3.5), budget("sparsek", 8, 128, 3.2)],
     "conversion": [
-        {"model": model, "policy": policy, "slots": slots, "loss_last": 3.0, "recall": RECALL}
+        {"model": model, "policy": policy, "slots": slots, "loss_last": 3.0, "recall": RECALL,
+         "loss_by_position": [4.0, 3.0]}
         for model, policy, slots in [("calibrated", "dense", 1024), ("calibrated", "window", 64),
                                      ("calibrated", "sparsek", 64), ("all", "sparsek", 128)]
     ],
@@ -40,7 +41,7 @@ ROWS = {
 }  # fmt: skip
 DRAWN = {
     "budgets": ["score_by_budget", "recall_by_depth", "loss_by_position"],
-    "conversion": ["score_by_budget"],
+    "conversion": ["score_by_budget", "loss_by_position"],
     "scratch": ["loss_by_position"],
     "ablations": ["ablations"],
     "cost": ["by_length", "by_k"],
@@ -68,9 +69,8 @@ def test_results_become_files(name, tmp_path, monkeypatch, capsys):
 def test_figures_show_what_was_measured():
     made = figures(ROWS["budgets"], "a")
     loss = made["score_by_budget"].axes[0]
-    sparsek = [c for c in loss.containers if c.get_label() == "sparsek"][0][0]
-    assert sparsek.get_xdata().tolist() == [64, 128]
-    assert sparsek.get_ydata().tolist() == [3.5, 3.2]
+    shown = [(*line.get_xdata(), *line.get_ydata()) for line in loss.get_lines()]
+    assert (64, 128, 3.5, 3.2) in shown and (64, 4.0) in shown
     curves = lines_of(made["loss_by_position"].axes[0])
     assert curves["sparsek"] == [3.5, 3.6, 3.7, 3.8] and curves["dense"][0] == 3.0
     parts = lines_of(figures(ROWS["cost"], "a")["by_length"].axes[0])

@@ -116,6 +116,7 @@ def test_the_folder_is_complete(recipe, sparse_checkpoint, tmp_path):
     assert "finetune" in (out / "README.md").read_text()
     assert "sequence_length: 64" in (out / "finetune.yaml").read_text()
     assert last_model.recall() == out
+    assert len({file.stat().st_mode for file in out.iterdir()}) == 1
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.part"))
 
 
