@@ -42,9 +42,13 @@ class SparseKScorer(nn.Module):
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Scores [B, G, N] float32 of hidden states [B, N, hidden_size]; positions are unused."""
+        weight, bias = self.weight.float(), self.bias.float()
         # Autocast would turn the product into bf16, whose steps are larger than score gaps.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            scores = F.linear(hidden_states.float(), self.weight.float(), self.bias.float())
+            if _splits(hidden_states):
+                scores = SplitProduct.apply(hidden_states, weight) + bias
+            else:
+                scores = F.linear(hidden_states.float(), weight, bias)
         return scores.transpose(1, 2)
 
     def _apply(self, fn, recurse: bool = True):
@@ -57,6 +61,53 @@ class SparseKScorer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.weight.shape[1]}, heads={self.weight.shape[0]}"
+
+
+def _splits(hidden_states: torch.Tensor) -> bool:
+    """Whether the tensor cores can make the float32 product: bf16 on CUDA, and rows to fill them."""
+    rows = hidden_states.shape[:-1].numel()
+    return hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16 and rows >= 1024
+
+
+def _bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """bf16 tensors whose sum is the float32 `x` to 8 * count bits."""
+    parts = []
+    for _ in range(count):
+        parts.append(x.to(torch.bfloat16))
+        x = x - parts[-1].float()
+    return parts
+
+
+class SplitProduct(torch.autograd.Function):
+    """x W^T in float32 for bf16 x [..., C] and float32 W [G, C], without a float32 copy of x.
+
+    A float32 number is the sum of three bf16 numbers, products of bf16 numbers are exact in
+    float32, and that is where the tensor cores add: the result is a float32 product's. Gradients
+    keep 16 bits of each factor, more than the bf16 that x's gradient is rounded to.
+    """
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        stacked = torch.cat(_bf16_parts(weight, 3))
+        sums = torch.mm(x.flatten(0, -2), stacked.T, out_dtype=torch.float32)
+        return sums.view(*x.shape[:-1], 3, weight.shape[0]).sum(-2)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        high, low = _bf16_parts(grad.flatten(0, -2), 2)
+        d_x = d_weight = None
+        if ctx.needs_input_grad[0]:
+            weight_high, weight_low = _bf16_parts(weight, 2)
+            rows = torch.cat((high, low, high), 1)
+            d_x = (rows @ torch.cat((weight_high, weight_high, weight_low))).view_as(x)
+        if ctx.needs_input_grad[1]:
+            sums = torch.mm(
+                torch.cat((high, low), 1).T, x.flatten(0, -2), out_dtype=torch.float32
+            )
+            d_weight = sums[: weight.shape[0]] + sums[weight.shape[0] :]
+        return d_x, d_weight
 
 
 class RandomScorer(nn.Module):

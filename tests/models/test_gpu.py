@@ -66,3 +66,25 @@ def test_trains_packed_documents(family, sparse_model, ids):
     for attention in models.sparsek_attentions(model):
         assert attention.scorer.weight.grad.abs().max() > 0
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
+
+
+def test_split_product_is_a_float32_product():
+    """Scores of bf16 hidden states come from the tensor cores, exact to float32."""
+    from sparsek_cli.models.scorer import SplitProduct
+
+    new = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(2, 1024, 512, generator=new, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(8, 512, generator=new, device="cuda").requires_grad_()
+    grad = torch.randn(2, 1024, 8, generator=new, device="cuda")
+    mine = SplitProduct.apply(x, weight)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    wanted = exact[0] @ exact[1].T
+    assert (mine - wanted).norm() / wanted.norm() < 1e-6
+    pairs = zip(
+        torch.autograd.grad(mine, (x, weight), grad),
+        torch.autograd.grad(wanted, exact, grad.double()),
+        (4e-3, 1e-4),  # x's gradient is rounded to bf16
+        strict=True,
+    )
+    for got, true, tolerance in pairs:
+        assert (got - true).norm() / true.norm() < tolerance

@@ -23,6 +23,7 @@ class Geometry:
         sequences: int32 [S, 6], one line per batch item or document, see `SEQUENCE_FIELDS`.
         packed: documents are packed along the row (S documents) instead of one per batch item.
         longest: an upper bound on the keys of one sequence, known without asking the device.
+        regular: one sequence per batch item, all of one length, whose window may reach every key.
     """
 
     batch: int
@@ -33,6 +34,7 @@ class Geometry:
     sequences: torch.Tensor
     packed: bool
     longest: int
+    regular: bool
 
     @property
     def count(self) -> int:
@@ -67,6 +69,12 @@ def _ragged(counts: torch.Tensor, total: int) -> torch.Tensor:
     owner = owner.clamp(max=counts.shape[0] - 1)
     index = place - (ends[owner] - counts[owner])
     return torch.stack((torch.where(inside, owner, -1), index), dim=1).to(torch.int32)
+
+
+@lru_cache(maxsize=256)
+def head_budgets(topk: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """k of each KV head, int32 [G]; kept, because a copy to the device waits for all its work."""
+    return torch.tensor(topk, dtype=torch.int32, device=device)
 
 
 @lru_cache(maxsize=256)
@@ -117,6 +125,8 @@ def geometry(
         sequences = torch.stack(
             (zero, bounds[:-1], bounds.diff(), key_bounds[:-1], key_bounds.diff(), first), dim=1
         ).contiguous()
+    packed = cu_seqlens is not None
     return Geometry(
-        batch, heads, q_heads // heads, queries, keys, sequences, cu_seqlens is not None, keys
-    )
+        batch, heads, q_heads // heads, queries, keys, sequences, packed, keys,
+        regular=not packed and window_start is None,
+    )  # fmt: skip

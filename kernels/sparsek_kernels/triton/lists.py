@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.geometry import Geometry, head_budgets
 
 SUPER_TILE = 1024  # queries of the tiles that the backward pass walks key by key
 BLOCK = 1024
@@ -241,7 +241,7 @@ def _room(topk, window, sinks, geometry, size, tiles) -> tuple[torch.Tensor, int
         return _CACHE[key]
     device = tiles.device
     most = [k + sinks + size for k in topk]
-    budget = torch.tensor(most, dtype=torch.int64).to(device, non_blocking=True)
+    budget = head_budgets(tuple(most), device)
     line = geometry.sequences[tiles[:, 0].clamp(min=0).long()]
     length = line[:, 4] - line[:, 2] + torch.minimum((tiles[:, 1] + 1) * size, line[:, 2])
     older = (length - window).clamp(min=0) * (tiles[:, 0] >= 0)

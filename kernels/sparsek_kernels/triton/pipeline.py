@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -75,14 +76,31 @@ def forward(
     if settings.gate != "straight_through":
         tau = prefix_thresholds(scores, settings.topk, settings.window, shape, always)
         gate_scores = gate_values(scores, always)
-    config = _config("forward", q, shape.group)
     size = list_size(settings, q, k)
+    hopper = _hopper_kernels(q, settings)
+    if hopper:
+        size = max(size, hopper.tile_queries(shape.group))
     (lists,) = key_lists(end, settings.topk, settings.window, settings.sinks, shape, [size])
-    out, lse = attend_forward(
-        q, k, v, end, lists, shape, window=settings.window, scale=settings.scale,
-        gate=settings.gate, config=config, gate_scores=gate_scores, tau=tau,
-    )  # fmt: skip
+    common = dict(window=settings.window, scale=settings.scale)
+    if hopper:
+        out, lse = hopper.attend_forward(q, k, v, end, lists, shape, **common)
+    else:
+        out, lse = attend_forward(
+            q, k, v, end, lists, shape, gate=settings.gate,
+            config=_config("forward", q, shape.group), gate_scores=gate_scores, tau=tau, **common,
+        )  # fmt: skip
     return out, lse, end, tau
+
+
+def _hopper_kernels(q: torch.Tensor, settings: Settings) -> ModuleType | None:
+    """The module `hopper`, where it takes the call and Triton has Gluon."""
+    if device_capability(q.device) != (9, 0):
+        return None
+    try:
+        from sparsek_kernels.triton import hopper
+    except ImportError:
+        return None
+    return hopper if hopper.takes(q, settings.gate, settings.scale) else None
 
 
 def gate_values(scores: torch.Tensor, always: torch.Tensor | None) -> torch.Tensor:
@@ -119,21 +137,27 @@ def backward(
         runs = interior_runs(scores, tau, settings.window, shape, always)
     if settings.gate != "straight_through":
         gate_scores = gate_values(scores, always)
-    sizes = [list_size(settings, q, k), SUPER_TILE]
+    hopper = _hopper_kernels(q, settings)
+    size = list_size(settings, q, k)
+    sizes = [max(size, hopper.tile_queries(shape.group)) if hopper else size, SUPER_TILE]
     lists = key_lists(end, settings.topk, settings.window, settings.sinks, shape, sizes)
     delta = row_products(out, do)
-    common = dict(
-        window=settings.window, scale=settings.scale, gate=settings.gate,
-        gate_scores=gate_scores, tau=tau, runs=runs,
-    )  # fmt: skip
-    dq, row_sum = query_gradient(
-        q, k, v, do, lse, delta, end, lists[0], shape,
-        config=_config("dq", q, shape.group), **common,
-    )  # fmt: skip
-    dk, dv, column_sum = key_gradient(
-        q, k, v, do, lse, delta, end, lists[-1], shape,
-        config=_config("dkdv", q, shape.group), deterministic=deterministic, **common,
-    )  # fmt: skip
+    rows = (q, k, v, do, lse, delta, end)
+    common = dict(window=settings.window, scale=settings.scale, runs=runs)
+    if hopper:
+        dq, row_sum = hopper.query_gradient(*rows, lists[0], shape, **common)
+        dk, dv, column_sum = hopper.key_gradient(
+            *rows, lists[-1], shape, deterministic=deterministic, **common
+        )
+    else:
+        common |= dict(gate=settings.gate, gate_scores=gate_scores, tau=tau)
+        dq, row_sum = query_gradient(
+            *rows, lists[0], shape, config=_config("dq", q, shape.group), **common
+        )
+        dk, dv, column_sum = key_gradient(
+            *rows, lists[-1], shape, config=_config("dkdv", q, shape.group),
+            deterministic=deterministic, **common,
+        )  # fmt: skip
     de = None
     if score_grad:
         de = score_gradient(column_sum, row_sum, runs, shape.group)

@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.geometry import Geometry, ragged_index
+from sparsek_kernels.triton.geometry import Geometry, head_budgets, ragged_index
 
 CHUNK = 64  # ranks resolved by one program
 BUCKETS = 256  # position buckets of the histogram
@@ -256,7 +256,7 @@ def _segment_tables(geometry: Geometry, topk: tuple[int, ...], device: torch.dev
     key = (geometry.batch, geometry.heads, geometry.keys, topk, device)
     if not geometry.packed and key in _TABLES:
         return _TABLES[key]
-    k = torch.tensor(topk, dtype=torch.int32).to(device, non_blocking=True)
+    k = head_budgets(topk, device)
     sequence = geometry.sequences
     head = torch.arange(geometry.heads, device=device, dtype=torch.int32)
     row = sequence[:, :1] * geometry.heads + head

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.geometry import Geometry, head_budgets
 
 BLOCK = 1024
 
@@ -129,8 +129,8 @@ def prefix_thresholds(
     e = scores.detach().reshape(batch * heads, keys)
     # Sums about an integer near the scores: float32 scores stay exact whatever their offset.
     centre = e.mean(1, keepdim=True).floor()
-    k = torch.tensor(list(topk), device=device, dtype=torch.int32).repeat(batch)
-    k = k.repeat_interleave(keys)
+    k = head_budgets(tuple(topk), device)[None, :, None]
+    k = k.expand(scores.shape).contiguous().view(-1)
     candidate = torch.ones_like(e, dtype=torch.int32)
     if outside is not None:
         candidate.view(scores.shape).masked_fill_(outside, 0)
