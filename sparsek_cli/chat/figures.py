@@ -22,7 +22,8 @@ def status_line(stats: Stats, *, sparse: bool, limit: int | None = None) -> str:
     parts = [context, f"KV {size(stats.kv_bytes)}"]
     if sparse and stats.context_tokens:
         parts.append(f"dense {size(stats.dense_kv_bytes)}")
-        if stats.kv_bytes:
+        # Before the slots are full dense holds less: no gain to show yet.
+        if 0 < stats.kv_bytes < stats.dense_kv_bytes:
             parts[-1] += f" ({stats.dense_kv_bytes / stats.kv_bytes:.1f}x)"
     elif not sparse:
         parts[-1] += " (dense, grows)"

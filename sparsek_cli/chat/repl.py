@@ -146,18 +146,21 @@ class Repl:
 
 
 def changed(sampling: Sampling, assignment: str) -> Sampling:
-    """A copy of the settings with `key=value` applied.
+    """A copy of the settings with `key=value` (or `key value`) applied.
 
     Raises:
-        UsageError: no such key, or a value out of range.
+        UsageError: no such key, no value, or a value out of range.
     """
-    key, separator, value = (part.strip() for part in assignment.partition("="))
+    key, _, value = assignment.replace("=", " ", 1).strip().partition(" ")
+    value = value.strip()
     known = {f.name: f.type for f in fields(Sampling)}
-    if key not in known or not separator:
+    if key not in known:
         near = get_close_matches(key, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"/set knows {', '.join(known)}"
+        raise UsageError(f"/set has no key '{key}'", hint=hint)
+    if not value:
         raise UsageError(
-            f"/set has no key '{key}'" if separator else "/set needs key=value", hint=hint
+            f"/set {key} needs a value", hint=f"for instance /set {key}={getattr(Sampling(), key)}"
         )
     kind = type(getattr(Sampling(), key))
     try:

@@ -47,6 +47,10 @@ model = AutoModelForCausalLM.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
+Where nothing imports `sparsek_cli`, as in other tools, transformers asks whether it may load the
+file that leads there: answer with `trust_remote_code=True` for the model, and with
+`trust_remote_code=False` for the tokenizer, which does not need it.
+
 ```
 sparsek chat {name}
 sparsek evaluate {name} --tasks ppl,recall --baselines dense,window,random

@@ -55,13 +55,16 @@ def test_conversation_commands(repl, said, tmp_path, capsys):
 
 
 def test_bad_commands_say_what_instead(repl, said):
-    run(repl, "/laod x", "/load nowhere.txt", "/set temprature=1", "/set top_p=2", "/set seed=x")
+    run(repl, "/laod x", "/load nowhere.txt", "/set temprature=1", "/set top_p=2", "/set seed=x",
+        "/set seed", "/set =")  # fmt: skip
     text = "\n".join(said)
     assert "unknown command /laod\nhint: did you mean /load?" in text
     assert "no such file: 'nowhere.txt'" in text
     assert "did you mean temperature?" in text
     assert "top_p 2.0 is out of range" in text
     assert "seed=x is not a whole number" in text
+    assert "/set seed needs a value\nhint: for instance /set seed=0" in text
+    assert "/set has no key ''" in text
 
 
 def test_set_changes_one_setting(repl, said):
@@ -69,6 +72,7 @@ def test_set_changes_one_setting(repl, said):
     assert repl.session.sampling.temperature == 0.7
     assert "temperature=0.7" in said[-1]
     assert changed(Sampling(), "max_new_tokens = 9").max_new_tokens == 9
+    assert changed(Sampling(), "seed 9").seed == 9
 
 
 def test_system_starts_anew(repl, said):
@@ -107,4 +111,6 @@ def test_figures():
     assert line == (
         "8,192 tokens (made for 4,096)  |  KV 1.00 MiB  |  dense 16.0 MiB (16.0x)  |  31.4 tokens/s"
     )
+    early = Stats(100, 1 << 20, 1 << 16, 31.4, 10)
+    assert "dense 64.0 KiB  |" in status_line(early, sparse=True)
     assert "grows" in status_line(stats, sparse=False)
