@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from sparsek_kernels import dispatch, effective_scores, sparsek_attention
@@ -214,31 +215,41 @@ def stages(layer: Layer) -> dict[str, Callable[[], Any]]:
 
 
 def _triton_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
+    """The pipeline's own calls: selection repeated alone, attention with selection given."""
     from sparsek_kernels.triton import pipeline
-    from sparsek_kernels.triton.forward import attend_forward
-    from sparsek_kernels.triton.geometry import geometry
-    from sparsek_kernels.triton.lists import key_lists
-    from sparsek_kernels.triton.selection import selection_ends
-    from sparsek_kernels.triton.tuning import device_capability, launch_config
 
     shape, (q, k, v) = layer.shape, layer.data.leaves()[:3]
     topk = (shape.topk,) * shape.kv_heads
-    scale = shape.head_dim**-0.5
-    settings = pipeline.Settings(topk, shape.window, shape.sinks, shape.gate, scale)
-    place = geometry(q.shape, k.shape, shape.device)
-    size = pipeline.list_size(settings, q, k)
-    capability, bits = device_capability(shape.device), 8 * q.element_size()
-    config = launch_config("forward", capability, shape.head_dim, place.group, bits)
-    effective = layer.effective()
+    settings = pipeline.Settings(
+        topk, shape.window, shape.sinks, shape.gate, shape.head_dim**-0.5
+    )
+    place = pipeline.geometry(q.shape, k.shape, shape.device)
+    run = partial(pipeline.forward, q, k, v, layer.effective(), settings, place)
+    calls: dict[str, tuple[Callable[[], Any], Any]] = {}
 
-    def select() -> tuple[torch.Tensor, Any]:
-        end = selection_ends(effective, topk, shape.window, place)
-        (lists,) = key_lists(end, topk, shape.window, shape.sinks, place, [size])
-        return end, lists
+    def watched(name: str) -> Callable[..., Any]:
+        real = getattr(pipeline, name)
 
-    end, lists = select()
-    options = {"window": shape.window, "scale": scale, "gate": shape.gate, "config": config}
-    attend = partial(attend_forward, q, k, v, end, lists, place, **options)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            again = partial(real, *args, **kwargs)
+            calls[name] = again, again()
+            return calls[name][1]
+
+        return call
+
+    names = ("selection_ends", "key_lists")
+    with patch.multiple(pipeline, **{name: watched(name) for name in names}):
+        run()
+
+    def select() -> None:
+        for name in names:
+            calls[name][0]()
+
+    def attend() -> torch.Tensor:
+        known = {name: lambda *_, name=name, **__: calls[name][1] for name in names}
+        with patch.multiple(pipeline, **known):
+            return run()[0]
+
     return {"selection": select, "attention": attend}
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import pytest
 import torch
 
 from sparsek_cli.benchmarks.case import Shape
@@ -28,11 +29,20 @@ def test_small_lengths_give_every_row(tmp_path, monkeypatch):
     assert record["rows"][2]["cache_mib"] == 80 * 2 * 2 * 32 * 4 / 2**20
 
 
-def test_the_parts_make_the_whole():
+def check_parts(stages):
     shape = Shape(4, 2, 16, 12, 9, 0, 1, "straight_through", torch.float32,
                   torch.device("cpu"), 0)  # fmt: skip
     layer = cost.Layer(shape, 100)
     with torch.no_grad():
-        parts = cost.stages(layer)
+        parts = stages(layer)
         parts["selection"]()
         assert torch.allclose(parts["attention"](), layer(), atol=1e-5)
+
+
+def test_the_parts_make_the_whole():
+    check_parts(cost.stages)
+
+
+@pytest.mark.interpret
+def test_the_parts_of_the_kernels_make_the_whole():
+    check_parts(cost._triton_stages)
