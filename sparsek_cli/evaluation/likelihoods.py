@@ -94,7 +94,9 @@ class Likelihoods(PromptReader):
     def _score_rest(self, rest: list[int], cache: Any, size: int) -> torch.Tensor:
         """Log-probabilities [size, V] at the last `size` of the tokens fed after `cache`."""
         if not self.policy.evicts_after_prompt:
-            return _log_softmax(self._read(rest, cache, keep=size)[0])
+            logits = self._read(rest, cache, keep=size)
+            self._saw_cache(cache, cache.get_seq_length())
+            return _log_softmax(logits[0])
         context, answer = rest[: len(rest) - size + 1], rest[len(rest) - size + 1 :]
         pieces = [self._read(context, cache, keep=1)]
         self.policy.end_prompt(self.model, cache)

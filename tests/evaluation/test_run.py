@@ -197,6 +197,12 @@ def test_a_dense_model_is_measured_under_policies_that_need_no_scores(
     assert report["units"][1]["proof"]["kv_pairs"] == 2 * 2 * 540
 
 
+def test_proof_is_of_the_whole_prompt_where_its_beginning_was_shared(run, recipe, console):
+    report = run(recipe(tasks=["scrolls_contractnli"], baselines=["dense"], limit=1), console)
+    for unit in report["units"]:
+        assert unit["proof"]["kv_tokens"] == unit["proof"]["longest_prompt"]
+
+
 def test_ctrl_c_leaves_a_valid_partial_result(run, recipe, console, tmp_path, monkeypatch):
     from sparsek_cli.evaluation import run as module
 
