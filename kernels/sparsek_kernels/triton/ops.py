@@ -1,4 +1,8 @@
-"""The attention call as torch custom ops, so that autograd and torch.compile see one node."""
+"""The attention call as one node of autograd, and for torch.compile as custom ops.
+
+Called eagerly it is an `autograd.Function`: the checks around a custom op cost as much time on the
+CPU as all its launches.
+"""
 
 from collections.abc import Sequence
 
@@ -8,8 +12,30 @@ from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.geometry import geometry
 
 
+def _forward(q, k, v, scores, cu_seqlens, topk, window, sinks, gate, scale):
+    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
+    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
+    out, lse, end, tau = pipeline.forward(
+        q, k, v, scores, settings, shape, always=pipeline.sink_mask(shape, sinks)
+    )
+    return out, lse, end, scores.new_empty(0) if tau is None else tau
+
+
+def _gradients(
+    grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, topk, window, sinks, gate, scale,
+    score_grad, deterministic,
+):  # fmt: skip
+    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
+    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
+    dq, dk, dv, de = pipeline.backward(
+        grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, settings, shape,
+        score_grad=score_grad, deterministic=deterministic,
+    )  # fmt: skip
+    return dq, dk, dv, scores.new_empty(0) if de is None else de
+
+
 @torch.library.custom_op("sparsek::attention", mutates_args=())
-def attention(
+def attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -27,15 +53,10 @@ def attention(
         q [B, H, N, D], k and v [B, G, N, D], scores float64 [B, G, N] (effective scores).
         cu_seqlens: int32 [docs + 1] or None. topk: one budget per KV head.
     """
-    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
-    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
-    out, lse, end, tau = pipeline.forward(
-        q, k, v, scores, settings, shape, always=pipeline.sink_mask(shape, sinks)
-    )
-    return out, lse, end, scores.new_empty(0) if tau is None else tau
+    return _forward(q, k, v, scores, cu_seqlens, topk, window, sinks, gate, scale)
 
 
-@attention.register_fake
+@attention_op.register_fake
 def _(q, k, v, scores, cu_seqlens, topk, window, sinks, gate, scale):
     return (
         q.new_empty(q.shape),
@@ -66,13 +87,10 @@ def attention_backward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv and d(scores) (empty unless `score_grad`)."""
-    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
-    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
-    dq, dk, dv, de = pipeline.backward(
-        grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, settings, shape,
-        score_grad=score_grad, deterministic=deterministic,
+    return _gradients(
+        grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, topk, window, sinks, gate, scale,
+        score_grad, deterministic,
     )  # fmt: skip
-    return dq, dk, dv, scores.new_empty(0) if de is None else de
 
 
 @attention_backward.register_fake
@@ -95,14 +113,29 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, cu_seqlens)
 
 
-def _backward(ctx, grad, *_):
-    q, k, v, scores, out, lse, end, tau, cu_seqlens = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[3]
-    dq, dk, dv, de = attention_backward(
-        grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, *ctx.settings,
-        wanted, torch.are_deterministic_algorithms_enabled(),
-    )  # fmt: skip
-    return dq, dk, dv, de if wanted else None, *(None,) * 6
+def _backward_by(gradients):
+    def backward(ctx, grad, *_):
+        q, k, v, scores, out, lse, end, tau, cu_seqlens = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[3]
+        dq, dk, dv, de = gradients(
+            grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, *ctx.settings,
+            wanted, torch.are_deterministic_algorithms_enabled(),
+        )  # fmt: skip
+        return dq, dk, dv, de if wanted else None, *(None,) * 6
+
+    return backward
 
 
-attention.register_autograd(_backward, setup_context=_setup)
+attention_op.register_autograd(_backward_by(attention_backward), setup_context=_setup)
+
+
+class _Attention(torch.autograd.Function):
+    forward = staticmethod(_forward)
+    setup_context = staticmethod(_setup)
+    backward = staticmethod(torch.autograd.function.once_differentiable(_backward_by(_gradients)))
+
+
+def attention(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`attention_op` with its arguments: the op itself while compiling, else an eager node."""
+    call = attention_op if torch.compiler.is_compiling() else _Attention.apply
+    return call(*inputs)

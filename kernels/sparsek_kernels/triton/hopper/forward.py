@@ -150,10 +150,10 @@ def _compute(
     fence_async_shared()
     raw = warpgroup_mma(q_s, k_s.index(0).permute((1, 0)), blank, use_acc=False, is_async=True)
     raw = warpgroup_mma_wait(0, deps=[raw])
-    mbarrier.arrive(free.index(0), count=1)
     if clear == 0:
         mbarrier.wait(masked.index(0), 0)
         raw = gl.where(within(ranges.index(0), t, COLUMN), raw, -float("inf"))
+    mbarrier.arrive(free.index(0), count=1)
     weights_32, top, shrink = _softmax(raw, top, scale)
     total = thread_sums(weights_32, BN)
     weights = gl.convert_layout(weights_32.to(k_s.dtype), WEIGHTS)

@@ -153,7 +153,15 @@ def _compute(
     row_sums = thread_sums(gl.where(within(interiors.index(0), t, COLUMN), raw, 0.0), BN)
     mbarrier.arrive(free.index(0), count=1)
     last = gl.convert_layout(raw.to(k_s.dtype), WEIGHTS)
-    for step in range(1, clear):
+    # The window comes first, and nothing in it is interior.
+    scored = gl.minimum(gl.maximum(near // BN, 1), clear)
+    for step in range(1, scored):
+        last, acc, row_sums = _step(
+            step, q_s, do_s, last, acc, row_sums, lse, delta, t, blank, scale,
+            k_s, v_s, ranges, interiors, full, free,
+            BN, STAGES, False, False, WEIGHTS, COLUMN,
+        )  # fmt: skip
+    for step in range(gl.maximum(scored, 1), clear):
         last, acc, row_sums = _step(
             step, q_s, do_s, last, acc, row_sums, lse, delta, t, blank, scale,
             k_s, v_s, ranges, interiors, full, free,
