@@ -48,6 +48,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {"seed": 1},
     "documents-statements": {"method.documents": "statements"},
+    "documents-told-and-asked": {"method.documents": "told_and_asked"},
     "documents-passages": {"method.documents": "passages"},
     "documents-questions": {"method.documents": "questions"},
     "documents-none": {"method.documents": "none"},

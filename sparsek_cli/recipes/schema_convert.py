@@ -29,10 +29,13 @@ class CalibrationMethod(BaseModel):
         description="what of the attention that later queries give a key its score should follow: "
         "the largest, the mean (the sum, per query), or the 99th percentile",
     )
-    documents: Literal["mixed", "questions", "statements", "passages", "none"] = Field(
+    documents: Literal[
+        "mixed", "questions", "statements", "told_and_asked", "passages", "none"
+    ] = Field(
         "mixed",
-        description="what asks for things far back: questions and repeated passages, one of the "
-        "two, facts told again, or nothing (plain text); statements and passages need no template",
+        description="what asks for things far back: questions and repeated passages (mixed), one "
+        "of the two, facts told again (statements: no template), half of them told and half asked, "
+        "or nothing (plain text)",
     )
     maps: list[Literal["text", "all", "answers", "blend"]] = Field(
         ["text", "all", "answers", "blend"],

@@ -33,7 +33,9 @@ _EARLY = 0.1
 # A repeated passage: recognisable after its first tokens, known from then on.
 _PASSAGE = 64
 _PASSAGE_LEAD = 8
-_SHARE_WITH_PASSAGE = {"mixed": 0.5, "questions": 0.0, "statements": 0.0}
+_SHARE_WITH_PASSAGE = {"mixed": 0.5}
+# This much of the facts is told again; the rest is asked for.
+_SHARE_TOLD = {"statements": 1.0, "told_and_asked": 0.5}
 # Of a document without questions this much is text, and the rest repeats passages of it.
 _TEXT_SHARE = 0.75
 
@@ -76,8 +78,8 @@ def calibration_sequences(
         fitting, fit_length: how many to fit on, and their tokens.
         held_out, length: how many to compare on, and their tokens: as long as what the model will
             read, because how steeply scores may prefer the new depends on it.
-        documents: what they ask for: mixed, questions, statements, passages or none (they are
-            text then).
+        documents: what they ask for: mixed, questions, statements, told_and_asked, passages or
+            none (they are text then).
         seed: everything random comes from it.
 
     Raises:
@@ -171,7 +173,7 @@ def _recall(
     """
     most = max(1, min(_MOST_NEEDLES, length // _TOKENS_PER_NEEDLE))
     count = int(rng.integers((most + 1) // 2, most + 1))
-    repeats = length >= 8 * _PASSAGE and rng.random() < _SHARE_WITH_PASSAGE[documents]
+    repeats = length >= 8 * _PASSAGE and rng.random() < _SHARE_WITH_PASSAGE.get(documents, 0)
     passage = _PASSAGE if repeats else 0
     room = length - _TOKENS_PER_QUESTION * count - len(chat.start) - passage - 8
     if room < length // 2:
@@ -197,15 +199,16 @@ def _recall(
         ids += ids[begin : begin + passage]
         known += [position >= _PASSAGE_LEAD for position in range(passage)]
     asked_from = len(ids)
-    questions = [document.facts[i] for i in rng.permutation(count)]
+    facts = [document.facts[i] for i in rng.permutation(count)]
+    told = round(_SHARE_TOLD.get(documents, 0) * count)
     for number in range(10 * length):
         if len(ids) > length:
             break
-        fact, first = questions[number % count], number == 0
-        if documents == "statements":
-            piece, marks = _again(tokenizer, fact, first=first)
+        fact = facts[number % count]
+        if number < told or told == count:
+            piece, marks = _again(tokenizer, fact, first=number == 0)
         else:
-            piece, marks = _turn(tokenizer, chat, fact, first=first)
+            piece, marks = _turn(tokenizer, chat, fact, first=number == told)
         ids += piece
         known += marks
     # A row is marked when the token it predicts, the next one, is known from far back.
