@@ -12,7 +12,7 @@ from lm_eval.models.utils import (
 )
 
 from sparsek_cli.evaluation.joined import join
-from sparsek_cli.evaluation.prefixes import Group, group_by_prefix
+from sparsek_cli.evaluation.prefixes import Group, common, group_by_prefix
 from sparsek_cli.evaluation.proof import held
 from sparsek_cli.evaluation.reading import PromptReader
 
@@ -38,34 +38,37 @@ class Answers(PromptReader):
                 answers = super().generate_until([requests[i] for i in indices], disable_tqdm)
                 self.advance(len(indices))
             else:
-                answers = self._answer([requests[i].args[0] for i in indices], settings)
+                answers = self._answer([requests[i] for i in indices], settings)
             for index, answer in zip(indices, answers, strict=True):
                 results[index] = answer
         return results
 
-    def _answer(self, prompts: list[str], settings: dict[str, Any]) -> list[str]:
+    def _answer(self, requests: list[Any], settings: dict[str, Any]) -> list[str]:
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(settings.get("until"), eos=eos)
         room = min(settings["max_gen_toks"], self.max_new_tokens or settings["max_gen_toks"])
         sequences = []
-        for prompt in prompts:
+        for prompt in (request.args[0] for request in requests):
             tokens = self.tok_encode(prompt)
             self._saw_prompt(len(tokens) + room)
             sequences.append(self._fit(tokens, self.max_length - room))
-        if self.share_prefix:
-            groups = group_by_prefix(sequences, [len(s) - 1 for s in sequences])
-        else:
-            groups = [Group(0, [i]) for i in range(len(sequences))]
-        results = [""] * len(prompts)
-        for indices, texts in self._all_written(groups, sequences, until, room):
+        results = [""] * len(requests)
+        for indices, texts in self._all_written(requests, sequences, until, room):
             for index, text in zip(indices, texts, strict=True):
                 results[index] = postprocess_generated_text(text, until, None)
             self.advance(len(indices))
         return results
 
     def _all_written(
-        self, groups: Sequence[Group], sequences: list[list[int]], until: list[str], room: int
+        self, requests: list[Any], sequences: list[list[int]], until: list[str], room: int
     ) -> Iterator[Written]:
+        if self.policy.evicts_after_prompt and _first_turn(requests[0]) is not None:
+            yield from self._write_turns(requests, sequences, until, room)
+            return
+        if self.share_prefix:
+            groups = group_by_prefix(sequences, [len(s) - 1 for s in sequences])
+        else:
+            groups = [Group(0, [i]) for i in range(len(sequences))]
         alone = [group.members[0] for group in groups if not group.prefix]
         yield from self._write_alone(alone, sequences, until, room)
         for group in groups:
@@ -78,6 +81,21 @@ class Answers(PromptReader):
         self.policy.end_prompt(self.model, cache)
         self._saw_cache(cache, cache.get_seq_length())
         return logits
+
+    def _write_turns(
+        self, requests: list[Any], sequences: list[list[int]], until: list[str], room: int
+    ) -> Iterator[Written]:
+        """Conversations under a policy that evicts at a question: it does so at the first one."""
+        for index, (request, sequence) in enumerate(zip(requests, sequences, strict=True)):
+            told = self.tok_encode(_first_turn(request))
+            first = common(told, sequence)
+            if first < len(told) - 1:  # the user had the prompt cut: all of it is one turn
+                first = len(sequence)
+            cache = self._new_cache()
+            logits = self._read_end(sequence[:first], cache)
+            for token in sequence[first:]:  # as when they were written: each may push a pair out
+                logits = self._read([token], cache, keep=1)
+            yield [index], self._decode(logits, cache, until, room)
 
     # ------------------------------------------------------------------ prompts by themselves
 
@@ -186,6 +204,15 @@ class Answers(PromptReader):
     def _stopped(self, answer: list[int], until: list[str]) -> bool:
         text = self.tok_decode(answer[-32:], skip_special_tokens=False)
         return any(stop and stop in text for stop in until)
+
+
+def _first_turn(request: Any) -> str | None:
+    """What a conversation says before its first answer; None for other prompts."""
+    size = (request.doc or {}).get("first_turn")
+    if size is None:
+        return None
+    start = request.args[0].index(request.doc["prompt"])  # a template may stand around it
+    return request.args[0][: start + size]
 
 
 def _end_tokens(model: Any, eos: int) -> set[int]:

@@ -42,7 +42,7 @@ def group_by_prefix(sequences: Sequence[Sequence[int]], longest: Sequence[int]) 
             last = groups[-1]
             lead = sequences[last.members[0]]
             limit = min(last.prefix, longest[index])
-            shared = _common(lead, sequences[index], limit)
+            shared = common(lead, sequences[index], limit)
             # A much shorter common start would give up what the group already shares.
             if shared >= MIN_SHARED and (2 * shared >= last.prefix or len(last.members) == 1):
                 last.members.append(index)
@@ -55,8 +55,9 @@ def group_by_prefix(sequences: Sequence[Sequence[int]], longest: Sequence[int]) 
     return sorted(groups, key=lambda g: -max(len(sequences[i]) for i in g.members))
 
 
-def _common(a: Sequence[int], b: Sequence[int], limit: int) -> int:
-    limit = min(limit, len(a), len(b))
+def common(a: Sequence[int], b: Sequence[int], limit: int | None = None) -> int:
+    """How many first items `a` and `b` have in common, at most `limit`."""
+    limit = min(len(a), len(b), *([] if limit is None else [limit]))
     if a[:limit] == b[:limit]:
         return limit
     low, high = 0, limit  # equal at low, different at high

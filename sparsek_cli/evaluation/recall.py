@@ -7,6 +7,7 @@ are random, but the same for every policy and independent of `--limit`.
 
 from collections.abc import Sequence
 from itertools import islice
+from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ GENERATED_SENTENCES = 4000
 
 def dataset(**settings: Any) -> dict:
     """{"test": Dataset of prompt, question, answer, value, depth, phrasing, split, document id}.
+
+    Where questions come in turns, `first_turn` is how many characters of the prompt come before the
+    first answer.
 
     Args:
         settings: the task's metadata: tokenizer, max_seq_lengths, text, data, limit, seed, chat
@@ -107,7 +111,11 @@ def _row(
         prompt = chat_messages(document.text, fact.question)[0]["content"]
     else:
         prompt = plain_prompt(document.text, fact.question)
-    return {
+    turns = {}
+    if settings["sparsek"].get("turns"):
+        first = _conversation(settings, document, [*before, which][:1])
+        turns = {"first_turn": len(commonprefix([first, prompt]))}
+    return turns | {
         "prompt": prompt,
         "question": fact.question,
         "answer": fact.answer,

@@ -2,8 +2,8 @@
 
 Both keep as many pairs per KV head as the converted model has slots, and its window among them. The
 prompt is read with ordinary attention and a whole cache, and the question is known when pairs are
-chosen; a SparseK model has neither. While the answer is written the number of pairs stays as it is:
-the oldest pair of the window leaves it.
+chosen; a SparseK model has neither. In a conversation that is at the first question. From then on
+the number of pairs stays as it is: the oldest pair of the window leaves it.
 
     snapkv  the prompt's last queries choose; what leaves the window is dropped
             (Li et al. 2024, arXiv 2404.14469: observation window 32, pooled over 5 neighbours)

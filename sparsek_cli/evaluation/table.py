@@ -199,7 +199,8 @@ def notes(report: dict[str, Any]) -> list[str]:
     rivals = [name for name in report["policies"] if name.split("-")[0].split(":")[0] in AFTER]
     if rivals:
         notes.append(
-            f"{', '.join(rivals)} read each prompt densely, question included, before they evict; "
-            "the others never see the question when they choose."
+            f"{', '.join(rivals)} read each prompt densely, question included, before they evict, "
+            "in a conversation at its first question; the others never see the question when they "
+            "choose."
         )
     return notes

@@ -137,7 +137,8 @@ def report(checkpoints, data, tmp_path_factory):
     from sparsek_cli.evaluation.run import evaluate
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
-    tasks = ["ppl", "recall_4", "scrolls_qasper", "scrolls_contractnli", "scrolls_quality"]
+    tasks = ["ppl", "recall_4", "recall_turns",
+             "scrolls_qasper", "scrolls_contractnli", "scrolls_quality"]  # fmt: skip
     recipe = EvaluateRecipe(
         model=str(checkpoints[1]), data=str(data), lengths=[640], limit=4, device="cpu",
         tasks=tasks, baselines=["dense", "snapkv", "h2o"], budgets=[68, 2048],
@@ -149,7 +150,7 @@ def report(checkpoints, data, tmp_path_factory):
 def test_unlimited_rivals_are_dense_in_every_metric(report):
     dense = {u["task"]: u["metrics"] for u in report["units"] if u["policy"] == "dense"}
     rivals = [u for u in report["units"] if u["policy"] in ("snapkv-2048", "h2o-2048")]
-    assert len(rivals) == 2 * 4
+    assert len(rivals) == 2 * 5
     for unit in rivals:
         assert unit["metrics"] == dense[unit["task"]], (unit["task"], unit["policy"])
 
@@ -169,6 +170,25 @@ def test_running_text_has_no_rivals(report):
     absent = {item["task"]: item["reason"] for item in report["absent"]}
     assert "running text has no prompt" in absent["ppl@640 under snapkv-68"]
     assert report["complete"]
+
+
+def test_in_a_conversation_the_first_question_decides(recipe, console, monkeypatch):
+    """Also for later questions, which otherwise would find the whole document again."""
+    from sparsek_cli.evaluation.run import evaluate
+
+    ended, real = [], rivals.SnapLayer.end_prompt
+
+    def noted(self):
+        ended.append(self.seen)
+        real(self)
+
+    monkeypatch.setattr(rivals.SnapLayer, "end_prompt", noted)
+    report = evaluate(recipe(tasks=["recall_turns"], limit=4, baselines=["snapkv"]), console)
+    proof = next(u["proof"] for u in report["units"] if u["policy"] == "snapkv")
+    assert len(ended) == 2 * 4  # layers x questions about one document
+    assert len(set(ended)) == 1
+    assert proof["kv_tokens"] > ended[0] + 100  # three answered questions and what is written
+    assert proof["kv_pairs"] == 2 * 2 * 68
 
 
 def test_a_rival_that_does_not_evict_is_caught(recipe, console, monkeypatch):
