@@ -38,7 +38,7 @@ class Recorded:
 
 
 class _Stop(Exception):
-    """Ends a forward pass once the first layer's arguments are known."""
+    """Ends a forward pass once all that is wanted of it is known."""
 
 
 class LayerwiseBase:
@@ -60,6 +60,7 @@ class LayerwiseBase:
         AttentionMaskInterface.register(_RECORDING, lambda *args, **kwargs: None)
         self._last: tuple[torch.Tensor, ...] | None = None
         self._inputs: torch.Tensor | None = None
+        self._to_the_end = True
         self._attention_name = plan.layout.attention
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
@@ -74,6 +75,8 @@ class LayerwiseBase:
     def _attend(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         self._last = (query[0], key[0], value[0], scale)
+        if not self._to_the_end:
+            raise _Stop
         kwargs.pop("sliding_window", None)
         return sdpa_attention_forward(
             module, query, key, value, None, scaling=scale, is_causal=True, **kwargs
@@ -123,16 +126,21 @@ class LayerwiseBase:
     ) -> None:
         """Runs one layer over the sequences `numbers` and hands each recording to `use`.
 
-        With `advance` their residual streams become the layer's output.
+        With `advance` their residual streams become the layer's output. Without it, and in the last
+        layer, dense attention is left out: nothing needs its result, and it is most of the work.
         """
         block = self._layers[layer]
+        self._to_the_end = advance and layer + 1 < self.layers
         with self._recording(block.get_submodule(self._attention_name)):
             for number in numbers:
                 rest, kwargs = self._arguments[number]
-                output = block(self.hidden[number], *rest, **kwargs)
+                try:
+                    output = block(self.hidden[number], *rest, **kwargs)
+                except _Stop:
+                    output = None
                 query, key, value, scale = self._last
                 use(number, Recorded(self._inputs, query, key, value, scale))
-                if advance:
+                if output is not None:
                     self.hidden[number] = output[0] if isinstance(output, tuple) else output
         self._last = self._inputs = None
 
