@@ -64,7 +64,7 @@ class SparseKScorer(nn.Module):
 
 
 def _splits(hidden_states: torch.Tensor) -> bool:
-    """Whether the tensor cores can make the float32 product: bf16 on CUDA, and rows to fill them."""
+    """Whether tensor cores can make the float32 product: bf16 on CUDA, and rows to fill them."""
     rows = hidden_states.shape[:-1].numel()
     return hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16 and rows >= 1024
 
