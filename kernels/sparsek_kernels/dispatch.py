@@ -1,7 +1,6 @@
 """The one place that decides which backend computes a call.
 
-- `triton` on CUDA, if Triton is installed and takes the call; for now only with
-  SPARSEK_BACKEND=triton, because its present build has not yet passed the GPU suite;
+- `triton` on CUDA, if Triton is installed and takes the call;
 - `sdpa`, PyTorch's dense kernel, on CUDA where no key can be evicted (N <= s + k + w): SparseK is
   then dense causal attention, so the results are the same and the dense kernel is the faster one;
 - `pytorch` everywhere else.
@@ -25,7 +24,7 @@ from sparsek_kernels.state import SlotLayout, SparseKState
 
 BACKENDS = ("pytorch", "triton", "sdpa")
 MIN_CAPABILITY = (8, 0)
-OPT_IN = "SPARSEK_BACKEND=triton"
+TAKES = "a CUDA device that the kernels support"
 _LOG = logging.getLogger("sparsek_kernels")
 _logged: set[tuple[str, str]] = set()
 
@@ -75,7 +74,7 @@ def _choose(q, layout, gate, cu_seqlens, state) -> tuple[str, str]:
     if q.device.type == "cuda" and _is_dense(q, layout, cu_seqlens, state):
         return "sdpa", "no key can be evicted at this length"
     obstacle = _not_by_itself(q.device) or _unsupported(q, gate, state)
-    return ("pytorch", obstacle) if obstacle else ("triton", OPT_IN)
+    return ("pytorch", obstacle) if obstacle else ("triton", TAKES)
 
 
 def _is_dense(q, layout: SlotLayout, cu_seqlens, state) -> bool:
@@ -86,11 +85,7 @@ def _is_dense(q, layout: SlotLayout, cu_seqlens, state) -> bool:
 @torch.compiler.assume_constant_result
 def _not_by_itself(device: torch.device) -> str | None:
     """Why Triton is not chosen where nobody insists on it, or None."""
-    if device.type != "cuda":
-        return f"device {device.type}"
-    if os.environ.get("SPARSEK_BACKEND") != "triton":
-        return f"the Triton kernels have yet to pass the GPU suite ({OPT_IN} opts in)"
-    return _no_triton(device)
+    return f"device {device.type}" if device.type != "cuda" else _no_triton(device)
 
 
 @torch.compiler.assume_constant_result
@@ -138,7 +133,7 @@ def explain(device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
     obstacle = _not_by_itself(device)
     if obstacle is None and dtype == torch.float64:
         obstacle = f"dtype {dtype}"
-    return ("pytorch", obstacle) if obstacle else ("triton", OPT_IN)
+    return ("pytorch", obstacle) if obstacle else ("triton", TAKES)
 
 
 def break_evens() -> list[dict[str, Any]]:

@@ -14,8 +14,7 @@ The words of a row that wins become the default in recipes/schema_convert.py; `-
 to every row, to see what another default changes.
 
 OUT/results.json holds everything; the same command goes on where an earlier one stopped.
-`--smoke`: toy sizes. On a GPU set SPARSEK_BACKEND=triton for the Triton kernels. Time on one H100:
-about 10 s a row.
+`--smoke`: toy sizes. Time on one H100: about 10 s a row.
 """
 
 import argparse

@@ -9,8 +9,8 @@ perplexity of windows of unseen novels, by position too, and recall of 4 facts i
 quarter, half and all of the length, by depth, in phrasings that calibration knows and in others.
 
 OUT/results.json holds everything (the same command goes on where an earlier one stopped), and
-`python -m sparsek_cli.experiments.plots FOLDER OUT` draws it. `--smoke`: toy sizes. On a GPU set
-SPARSEK_BACKEND=triton for the Triton kernels. Time on one H100: about 15 s a share.
+`python -m sparsek_cli.experiments.plots FOLDER OUT` draws it. `--smoke`: toy sizes.
+Time on one H100: about 15 s a share.
 """
 
 import argparse

@@ -15,7 +15,7 @@ those that nobody knows (unseen).
 OUT/results.json holds everything, also of a run that was cut off; every command it ran is printed
 as one would type it. `--keep-base` writes the base in bf16 shards of less than 15 MB, without its
 tokenizer (the bundled one); `--base FOLDER` starts from such a folder, or from `tiny`. `--smoke`
-is a toy run of about a minute on a CPU. On a GPU set SPARSEK_BACKEND=triton for the Triton kernels.
+is a toy run of about a minute on a CPU.
 
 Time on one H100: about 1 minute for stage 1, 2 to 3 for stage 2, 3 for the rest.
 """

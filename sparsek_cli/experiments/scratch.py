@@ -12,7 +12,7 @@ dotted words to the two SparseK rows, sparsek.gate=log for instance. GPT-2 has l
 and is measured at the trained length only.
 
 OUT/results.json holds every row with the loss by position. `--smoke`: toy sizes on a CPU, a minute.
-On a GPU set SPARSEK_BACKEND=triton for the Triton kernels. Time on one H100: what --seconds says.
+Time on one H100: what --seconds says.
 """
 
 import argparse

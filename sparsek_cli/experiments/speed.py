@@ -8,8 +8,8 @@ checkpointing, the chunked loss and AdamW. Sparse attention keeps k = w = 1024 k
 same weights with torch's sdpa, once with its flash and once with its cuDNN kernel. One warm-up
 step, then `--steps` timed ones (the median counts); memory is the allocator's peak.
 
-OUT/results.json holds every row. `--smoke`: toy sizes on a CPU. On a GPU set
-SPARSEK_BACKEND=triton. Time on one H100: about 20 s a step for dense attention to 131072 tokens.
+OUT/results.json holds every row. `--smoke`: toy sizes on a CPU.
+Time on one H100: about 20 s a step for dense attention to 131072 tokens.
 """
 
 import argparse

@@ -55,12 +55,10 @@ def test_doctor_gets_plain_data():
     assert (name, why) == ("pytorch", "device cpu")
 
 
-def test_triton_is_not_chosen_unasked(monkeypatch):
-    """Until the GPU suite has passed on the present build, CUDA users opt in."""
+def test_triton_is_chosen_on_cuda_where_it_runs(monkeypatch):
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
-    monkeypatch.delenv("SPARSEK_BACKEND", raising=False)
-    name, why = dispatch.explain(cuda, torch.bfloat16)
-    assert name == "pytorch" and dispatch.OPT_IN in why
-    monkeypatch.setenv("SPARSEK_BACKEND", "triton")
-    assert dispatch.explain(cuda, torch.bfloat16) == ("triton", dispatch.OPT_IN)
+    assert dispatch.explain(cuda, torch.bfloat16) == ("triton", dispatch.TAKES)
+    assert dispatch.explain(cuda, torch.float64)[0] == "pytorch"
+    monkeypatch.setattr(dispatch, "_no_triton", lambda device: "Triton is not installed")
+    assert dispatch.explain(cuda, torch.bfloat16) == ("pytorch", "Triton is not installed")
