@@ -31,7 +31,14 @@ from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE, OWN
 from sparsek_cli.experiments.scorers import FITS, in_place_of_linear
 from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
-from sparsek_cli.experiments.suite import Suite, load, recall_text, share_closed, with_tokenizer
+from sparsek_cli.experiments.suite import (
+    Suite,
+    load,
+    recall_text,
+    share_closed,
+    weights_folder,
+    with_tokenizer,
+)
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -85,7 +92,8 @@ def main() -> None:
     about = {"settings": vars(given), **machine()}
     session = Session(Path(given.out), given.seconds, about, resume=FREE)
     session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
-    Experiment(session, given).run()
+    with weights_folder(session.folder) as weights:
+        Experiment(session, given, weights).run()
 
 
 def _arguments() -> argparse.Namespace:
@@ -94,7 +102,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", help="folder for results.json and one conversion at a time")
+    parser.add_argument("out", help="folder for results.json")
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--train", help="text to calibrate on; default: prose found here")
     parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
@@ -117,16 +125,16 @@ def _arguments() -> argparse.Namespace:
 class Experiment:
     """Dense and window once, then one conversion per row."""
 
-    def __init__(self, session: Session, given: argparse.Namespace):
+    def __init__(self, session: Session, given: argparse.Namespace, weights: Path):
         self.session, self.given = session, given
         self.device = choose_device(given.device)
         self.dtype = choose_dtype("auto", self.device)
         self.steps = Steps(session, [])
-        self.model = session.folder / "model"
+        self.weights, self.model = weights, weights / "model"
 
     def run(self) -> None:
         """All rows that are not there yet, then the table."""
-        self.base = with_tokenizer(self.given.model, self.session.folder / "base")
+        self.base = with_tokenizer(self.given.model, self.weights / "base")
         self.suite = Suite.of(
             self.base, self.given.held_out, length=self.given.length, windows_=self.given.windows,
             questions=self.given.questions, batch_tokens=65_536, splits=SPLITS,

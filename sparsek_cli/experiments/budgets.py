@@ -21,7 +21,14 @@ from typing import Any
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE, OWN
 from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
-from sparsek_cli.experiments.suite import Suite, load, recall_text, share_closed, with_tokenizer
+from sparsek_cli.experiments.suite import (
+    Suite,
+    load,
+    recall_text,
+    share_closed,
+    weights_folder,
+    with_tokenizer,
+)
 
 SINKS = 4
 NEEDLES = 4
@@ -38,7 +45,8 @@ def main() -> None:
     about = {"settings": vars(given), **machine()}
     session = Session(Path(given.out), given.seconds, about, resume=FREE)
     session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
-    Experiment(session, given).run()
+    with weights_folder(session.folder) as weights:
+        Experiment(session, given, weights).run()
 
 
 def _arguments() -> argparse.Namespace:
@@ -47,7 +55,7 @@ def _arguments() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("out", help="folder for results.json and one conversion at a time")
+    parser.add_argument("out", help="folder for results.json")
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--train", help="text to calibrate on; default: prose found here")
     parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
@@ -71,17 +79,17 @@ def _arguments() -> argparse.Namespace:
 class Experiment:
     """Dense once, then one conversion per share under three policies."""
 
-    def __init__(self, session: Session, given: argparse.Namespace):
+    def __init__(self, session: Session, given: argparse.Namespace, weights: Path):
         self.session, self.given = session, given
         self.device = choose_device(given.device)
         self.dtype = choose_dtype("auto", self.device)
         self.steps = Steps(session, [])
-        self.model = session.folder / "model"
+        self.weights, self.model = weights, weights / "model"
 
     def run(self) -> None:
         """All shares that are not there yet, then the table."""
         given = self.given
-        self.base = with_tokenizer(given.model, self.session.folder / "base")
+        self.base = with_tokenizer(given.model, self.weights / "base")
         lengths = (given.length // 4, given.length // 2, given.length)
         # Only the longest suite has windows.
         self.suites = {

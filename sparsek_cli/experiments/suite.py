@@ -1,7 +1,8 @@
 """What a checkpoint is worth under each policy: perplexity of unseen novels, recall by phrasing."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,16 @@ def with_tokenizer(name: str, place: Path) -> Path:
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(hub.bundled("tiny").path / file, place / file)
     return place
+
+
+@contextmanager
+def weights_folder(folder: Path) -> Iterator[Path]:
+    """A folder inside `folder` for checkpoints that only live as long as they are measured."""
+    weights = folder / "weights"
+    try:
+        yield weights
+    finally:
+        shutil.rmtree(weights, ignore_errors=True)
 
 
 def short_recall(model: Any, tokenizer_folder: Path, text: str, questions: int = 128) -> float:

@@ -28,7 +28,7 @@ def arguments(monkeypatch, out, *words):
 @pytest.mark.parametrize("name", ablations.ROWS)
 def test_every_row_is_a_request(name, monkeypatch, tmp_path):
     given = arguments(monkeypatch, tmp_path, "--held-out", "x", "--device", "cpu")
-    words = ablations.Experiment(ablations.Session(tmp_path, 1, {}), given).request(name)
+    words = ablations.Experiment(ablations.Session(tmp_path, 1, {}), given, tmp_path).request(name)
     words = [f"{key}={json.dumps(value)}" for key, value in words.items()]
     recipe = load_recipe(ConvertRecipe, None, words, {"model": "tiny"})
     assert recipe.topk + recipe.window + recipe.sinks == 4096 // 16
@@ -52,6 +52,7 @@ def test_a_run_goes_on_and_measures_dense_once(novels, tmp_path, monkeypatch, ca
     assert other["over_default"] == pytest.approx(other["closed"] - default["closed"])
     assert set(default["recall"]) == {"calibration", "held_out"}
     assert capsys.readouterr().out.count("--- default") == 1
+    assert [file.name for file in out.iterdir()] == ["results.json"]
     arguments(monkeypatch, out, *words, "default", "--length", "256", "--share", "8")
     with pytest.raises(UsageError, match="holds results with share 16"):
         ablations.main()
