@@ -114,7 +114,7 @@ def check(proof: Proof, *, sparse: bool, most_pairs: int | None, task: str, poli
 
     Raises:
         SparsekError: the sparse path did not run, the dense one did not stay dense, or the cache
-            held more than its budget.
+            held more than its budget or than there were tokens.
     """
     if sparse and proof.sparse_calls == 0:
         raise SparsekError(
@@ -125,6 +125,12 @@ def check(proof: Proof, *, sparse: bool, most_pairs: int | None, task: str, poli
         raise SparsekError(
             f"{task} under '{policy}': SparseK attention ran in what should be a dense pass",
             hint="report this with the command",
+        )
+    if proof.kept_share > 1:
+        raise SparsekError(
+            f"{task} under '{policy}': the cache held {proof.kept_share:.1%} of the pairs of "
+            f"{proof.kv_tokens:,} tokens: some stand in it twice",
+            hint="report this with the model and the command",
         )
     if most_pairs is not None and proof.kv_pairs > most_pairs:
         raise SparsekError(

@@ -95,6 +95,16 @@ def test_a_cache_that_grows_is_caught(model):
         check(model, policy=Sabotaged(OWN))
 
 
+def test_a_cache_that_holds_pairs_twice_is_caught():
+    from sparsek_cli.evaluation.proof import Proof, check
+
+    labels = {"sparse": True, "most_pairs": 900, "task": "ppl", "policy": "sparsek"}
+    seen = {"sparse_calls": 1, "kv_tokens": 100}
+    check(Proof(**seen, kv_pairs=800, kept_share=1.0), **labels)
+    with pytest.raises(SparsekError, match="some stand in it twice"):
+        check(Proof(**seen, kv_pairs=804, kept_share=1.005), **labels)
+
+
 def test_a_run_without_sparse_attention_fails(recipe, console, monkeypatch):
     from sparsek_cli.evaluation import run
     from sparsek_cli.evaluation.policies import Policy
