@@ -64,6 +64,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("out", help="folder for results.json")
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
     parser.add_argument("--steps", type=int, default=2, help="timed steps")
+    parser.add_argument("--attentions", nargs="+", help="of flash, cudnn and sparsek (sdpa on CPU)")
     parser.add_argument("--seconds", type=float, default=300, help="time for all of it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
@@ -93,7 +94,9 @@ class Experiment:
     def attentions(self) -> tuple[str, ...]:
         """Dense ones first: the sparse row is compared with the faster of them."""
         dense = ("flash", "cudnn") if self.device.type == "cuda" else ("sdpa",)
-        return (*dense, "sparsek")
+        known = (*dense, "sparsek")
+        wanted = self.given.attentions or known
+        return tuple(name for name in known if name in wanted)
 
     def model(self) -> Any:
         from transformers import AutoConfig
