@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TextIO
 
 PLAIN_INTERVAL = 15.0  # seconds between progress lines when stderr is not a terminal
@@ -121,7 +122,7 @@ class Progress:
     def __init__(self, description: str, total: float | None, say: Any):
         self._description, self._total, self._say = description, total, say
         self._done = 0.0
-        self._last = time.monotonic()
+        self._began = self._last = time.monotonic()
 
     def advance(self, steps: float = 1, *, rate: str | None = None) -> None:
         self._done += steps
@@ -129,12 +130,20 @@ class Progress:
         if now - self._last >= PLAIN_INTERVAL:
             self._last = now
             of = f"/{self._total:g}" if self._total else ""
-            self._say(f"{self._description}: {self._done:g}{of}{'  ' + rate if rate else ''}")
+            after = rate or self._time_left(now)
+            self._say(f"{self._description}: {self._done:g}{of}{'  ' + after if after else ''}")
+
+    def _time_left(self, now: float) -> str:
+        if not self._total or not self._done:
+            return ""
+        seconds = (now - self._began) * (self._total / self._done - 1)
+        return f"{timedelta(seconds=round(seconds))} left"
 
     def describe(self, description: str, *, total: float | None = None) -> None:
         self._description = description
         if total is not None:
             self._total, self._done = total, 0.0
+            self._began = time.monotonic()
 
 
 class _BarProgress(Progress):
