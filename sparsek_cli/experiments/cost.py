@@ -9,9 +9,8 @@ the three in one call; of dense attention, torch's flash and cuDNN kernels, the 
 the same with their gradients; and the memory that a call needs beyond its inputs. Then the same
 for k from 128 to 4096 beside that window. Medians of CUDA events, all calls of a length in turn.
 
-OUT/results.json holds every row. On a
-CPU the PyTorch backend is measured at a small shape. Time on one H100: about 90 s, a third of it
-compiling.
+OUT/results.json holds every row. On a CPU the PyTorch backend is measured at a small shape. Time on
+one H100: about 90 s, a third of it compiling.
 """
 
 import argparse
