@@ -6,6 +6,7 @@ GPU nor a network. Text comes from Python's own documentation, which every Pytho
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -45,7 +46,7 @@ def main() -> int:
     print(f"took:     {time.monotonic() - start:.0f} s\n\nNext, with a real model:")
     for line in (
         "sparsek convert qwen3-0.6b",
-        "sparsek finetune qwen3-0.6b-sparsek --recipe scorers data.text.files=my-documents/",
+        "sparsek finetune qwen3-0.6b-sparsek --recipe scorers --data my-documents/",
         "sparsek eval --tasks scrolls --baselines dense,window,random",
         "sparsek chat --load my-document.txt",
     ):
@@ -65,9 +66,12 @@ def _write_texts(folder: Path) -> dict[str, str]:
     names = sorted(topics)
     held_out = names[::3]
     paths = {part: str(folder / f"{part}.jsonl") for part in ("train", "validation")}
-    _write_documents(paths["train"], [_prose(topics[n]) for n in names if n not in held_out])
+    # Topics quote each other: a paragraph counts once, and what is measured is not trained on.
+    measured = dict.fromkeys(p for name in held_out for p in _paragraphs(topics[name]))
+    texts = ([p for p in _paragraphs(topics[name]) if p not in measured] for name in names)
+    _write_documents(paths["train"], [" ".join(paragraphs) for paragraphs in texts])
     # One long document, so that perplexity can be measured far from its start.
-    validation = " ".join(_prose(topics[n]) for n in held_out)
+    validation = " ".join(measured)
     _write_documents(paths["validation"], [validation])
 
     tokenizer = _tokenizer()
@@ -86,10 +90,10 @@ def _write_texts(folder: Path) -> dict[str, str]:
     }
 
 
-def _prose(topic: str) -> str:
-    """The paragraphs of a help topic that are sentences: no grammar, code or tables."""
+def _paragraphs(topic: str) -> list[str]:
+    """Those of a help topic that are sentences: no grammar, code or tables."""
     paragraphs = (" ".join(p.split()) for p in topic.split("\n\n") if not p.startswith(" "))
-    return " ".join(p for p in paragraphs if p.endswith((".", ":")) and "::=" not in p)
+    return [p for p in paragraphs if p.endswith((".", ":")) and "::=" not in p]
 
 
 def _write_documents(path: str, texts: list[str]) -> None:
@@ -108,7 +112,7 @@ def _tokenizer():
 def _run(title: str, *words: object, capture: bool = False) -> str:
     """Runs `sparsek ...` offline; stops the demo when it fails. Returns stdout when captured."""
     arguments = [str(word) for word in words]
-    print(f"\n{title}\n$ sparsek {' '.join(arguments)}", flush=True)
+    print(f"\n{title}\n$ sparsek {shlex.join(arguments)}", flush=True)
     start = time.monotonic()
     environment = {
         **os.environ,
