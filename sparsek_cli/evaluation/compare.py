@@ -1,9 +1,11 @@
 """`sparsek evaluate --compare A B`: two result folders side by side."""
 
+from pathlib import Path
 from typing import Any
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.store import load_results
+from sparsek_cli.evaluation.paired import paired_error
+from sparsek_cli.evaluation.store import load_results, load_samples
 from sparsek_cli.evaluation.table import layout, number, shown
 
 # Differences in these make scores incomparable; others are worth a line.
@@ -25,6 +27,9 @@ def compare(first: str, second: str) -> dict[str, Any]:
         if key in theirs:
             a, b = ours[key], theirs[key]
             task, length, metric, policy = key
+            unit = task if length is None else f"{task}@{length}"
+            samples = [load_samples(Path(f), policy, unit) for f in (first, second)]
+            error = paired_error(*samples, metric)
             rows.append(
                 {
                     "task": task,
@@ -34,7 +39,8 @@ def compare(first: str, second: str) -> dict[str, Any]:
                     "a": a["value"],
                     "b": b["value"],
                     "difference": b["value"] - a["value"],
-                    "stderr": _joint(a["stderr"], b["stderr"]),
+                    "stderr": _joint(a["stderr"], b["stderr"]) if error is None else error,
+                    "paired": error is not None,
                     "higher_is_better": a["higher_is_better"],
                 }
             )
@@ -111,6 +117,11 @@ def as_text(comparison: dict[str, Any]) -> str:
             ]
         )
     lines = layout(grid, words=(0, 2, 3))
+    paired = {row["paired"] for row in comparison["scores"] if row["stderr"] is not None}
+    same, apart = "the same prompts answered twice", "two measurements on their own"
+    if paired:
+        how = f"{same}, or {apart}" if len(paired) > 1 else same if True in paired else apart
+        lines += ["", f"± standard error of the difference ({how})."]
     decisive = [d for d in comparison["differences"] if d["decisive"]]
     if decisive:
         keys = ", ".join(d["key"].split(".")[1] for d in decisive)

@@ -87,7 +87,7 @@ class Store:
     ) -> None:
         """Stores one unit: samples first, so that a stored result always has them."""
         lines = "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
-        write_atomically(self.folder / "samples" / _name(policy) / f"{unit}.jsonl", lines)
+        write_atomically(_samples_file(self.folder, policy, unit), lines)
         write_atomically(_unit_file(self.folder, policy, unit), to_json(result))
 
 
@@ -98,6 +98,19 @@ def _name(policy: str) -> str:
 
 def _unit_file(folder: Path, policy: str, unit: str) -> Path:
     return folder / "units" / _name(policy) / f"{unit}.json"
+
+
+def _samples_file(folder: Path, policy: str, unit: str) -> Path:
+    return folder / "samples" / _name(policy) / f"{unit}.jsonl"
+
+
+def load_samples(folder: Path, policy: str, unit: str) -> list[dict[str, Any]]:
+    """The stored samples of one unit; [] when they are not there or not whole."""
+    try:
+        lines = _samples_file(folder, policy, unit).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+    except (OSError, ValueError):
+        return []
 
 
 def load_unit(folder: Path, policy: str, unit: str) -> dict[str, Any] | None:

@@ -148,6 +148,28 @@ def test_compare_shows_differences(report, tmp_path):
     assert "-0.4" in shown
 
 
+def test_compare_pairs_the_same_prompts(report, tmp_path):
+    from sparsek_cli.evaluation.compare import as_text, compare
+    from sparsek_cli.evaluation.store import Store
+
+    other = copy.deepcopy(report)
+    for name, run, scores in (("a", report, [1, 1, 0, 0]), ("b", other, [1, 1, 1, 0])):
+        store = Store(tmp_path / name, "f", resume=False, overwrite=False)
+        samples = [
+            {"doc_id": i, "prompt_hash": f"h{i}", "filter": "none", "scores": {"exact": score}}
+            for i, score in enumerate(scores)
+        ]
+        store.save("dense", "recall_4@4096", {}, samples)
+        (tmp_path / name / "results.json").write_text(json.dumps(run), encoding="utf-8")
+    found = compare(str(tmp_path / "a"), str(tmp_path / "b"))
+    rows = {(row["task"], row["policy"]): row for row in found["scores"]}
+    assert rows["recall_4", "dense"]["paired"]
+    assert rows["recall_4", "dense"]["stderr"] == pytest.approx(0.25)  # of 0, 0, 1, 0
+    assert not rows["recall_4", "sparsek-64"]["paired"]
+    assert rows["recall_4", "sparsek-64"]["stderr"] == pytest.approx(0.01 * 2**0.5)
+    assert "the same prompts answered twice, or two measurements" in as_text(found)
+
+
 def test_compare_without_common_scores_or_results(report, tmp_path):
     from sparsek_cli.evaluation.compare import compare
 
