@@ -83,6 +83,19 @@ def test_chunked_prefill_and_embeddings_give_the_same_text(family, sparse_model,
     assert torch.equal(embedded, expected[:, 14:])
 
 
+@torch.inference_mode()
+def test_cache_bytes_at_64k_are_those_at_4k(sparse_model):
+    model = sparse_model("llama", topk=24, window=32, max_position_embeddings=65536)
+    cache = models.SparseKCache(model.config)
+    sizes = []
+    for _ in range(16):
+        chunk = torch.randint(4, 128, (1, 4096))
+        model(chunk, past_key_values=cache, logits_to_keep=1)
+        sizes.append(cache.nbytes)
+    assert cache.get_seq_length() == 65536
+    assert set(sizes) == {models.sparsek_cache_bytes(model.config, torch.float32)}
+
+
 @torch.no_grad()
 def test_cache_bytes_are_constant_and_known(sparse_model):
     model = sparse_model("llama", topk=[[5, 0], 2], window=6, sinks=2)

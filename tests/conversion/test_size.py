@@ -1,0 +1,73 @@
+"""Size costs nothing: 1.5 GB in four shards, converted in seconds and in little memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SHARDS, LAYERS, HIDDEN, INNER, VOCABULARY = 4, 14, 2048, 5632, 32000
+KV = HIDDEN // 4
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    attention = {"q": (HIDDEN, HIDDEN), "k": (KV, HIDDEN), "v": (KV, HIDDEN), "o": (HIDDEN, HIDDEN)}
+    mlp = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    named = {"model.embed_tokens.weight": (VOCABULARY, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    named["lm_head.weight"] = (VOCABULARY, HIDDEN)
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}"
+        named |= {f"{at}.self_attn.{x}_proj.weight": shape for x, shape in attention.items()}
+        named |= {f"{at}.mlp.{x}_proj.weight": shape for x, shape in mlp.items()}
+        named |= {f"{at}.{x}_layernorm.weight": (HIDDEN,) for x in ("input", "post_attention")}
+    return named
+
+
+def write_checkpoint(folder: Path) -> int:
+    """A Llama of zeros in sparse files, which take no room; returns its bytes."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS, dtype="bfloat16",
+        num_attention_heads=16, num_key_value_heads=4, vocab_size=VOCABULARY,
+        architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    named, places, total = list(shapes().items()), {}, 0
+    for number in range(SHARDS):
+        name, header, end = f"model-{number + 1:05d}-of-{SHARDS:05d}.safetensors", {}, 0
+        for tensor, shape in named[number::SHARDS]:
+            size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[tensor] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+            places[tensor], end = name, end + size
+        text = json.dumps(header).encode()
+        with (folder / name).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        total += end
+    index = {"metadata": {"total_size": total}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return total
+
+
+def test_linked_read_lazily_and_within_seconds(tmp_path):
+    assert write_checkpoint(tmp_path / "base") > 1.5e9
+    words = ["convert", str(tmp_path / "base"), str(tmp_path / "out"), "--calibrate", "none"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sparsek_cli", *words, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "SPARSEK_STATE_DIR": str(tmp_path / "state")},
+    )  # fmt: skip
+    report = json.loads(process.stdout.read())
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0 and report["base_bytes_copied"] == 0
+    # CPU seconds, not wall clock: other tests run beside this one.
+    assert usage.ru_utime + usage.ru_stime < 10, usage
+    kib = usage.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    assert kib < 700 * 1024
+    for number, base in enumerate(sorted((tmp_path / "base").glob("model-*.safetensors")), 1):
+        linked = tmp_path / "out" / f"base-{number:05d}.safetensors"
+        assert linked.stat().st_size == base.stat().st_size
+        assert linked.samefile(base) or report["linked_by"] == ["reflink"]
