@@ -8,7 +8,7 @@ changed in the request (the words shown) or with another kind of scorer. Measure
 of windows of unseen novels, the share of the loss between a window of the same slots and dense
 attention that is closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in
 phrasings that calibration knows and in others that only the base knows. Dense and window are
-measured once. The row `seed` says how much of a difference is chance.
+measured once. Rows `seed` say how much of a difference is chance.
 
 The words of a row that wins become the default in recipes/schema_convert.py; `--set` gives words
 to every row, to see what another default changes.
@@ -54,6 +54,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {"seed": 1},
     "documents-statements": {"method.documents": "statements"},
+    "documents-statements-seed": {"method.documents": "statements", "seed": 1},
     "documents-told-and-asked": {"method.documents": "told_and_asked"},
     "documents-passages": {"method.documents": "passages"},
     "documents-questions": {"method.documents": "questions"},
