@@ -55,7 +55,7 @@ class Recorder:
         if key in self.rows:
             return
         options = {name: kwargs[name] for name in OPTIONS if name in kwargs}
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = _source_type(kernel)(kernel, signature, constants, attributes)
         made = triton.compile(source, target=self.target, options=options)
         flags = {kernel.arg_names[path[0]]: value for path, value in constants.items()}
         self.rows[key] = {
@@ -65,6 +65,14 @@ class Recorder:
             "constants": {n: v for n, v in flags.items() if n in ("GATE", "WINDOW", "BACKWARD")},
             **options,
         }
+
+
+def _source_type(kernel: JITFunction) -> type[ASTSource]:
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _resources(cubin: bytes) -> dict[str, int]:
@@ -94,11 +102,15 @@ def report(capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype)
     settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5)
     shape = pipeline.prepare(q, k, settings, None)
     sinks = pipeline.sink_mask(shape, 4)
-    out, lse, end, tau = pipeline.forward(q, k, k, scores, settings, shape, always=sinks)
-    pipeline.backward(
-        q, q, k, k, scores, out, lse, end, tau, settings, shape,
-        score_grad=True, deterministic=False,
-    )  # fmt: skip
+    own = pipeline.hopper_kernels
+    for hopper_kernels in {own, lambda *_: None}:  # with Hopper's own kernels and without
+        pipeline.hopper_kernels = hopper_kernels
+        out, lse, end, tau = pipeline.forward(q, k, k, scores, settings, shape, always=sinks)
+        pipeline.backward(
+            q, q, k, k, scores, out, lse, end, tau, settings, shape,
+            score_grad=True, deterministic=False,
+        )  # fmt: skip
+    pipeline.hopper_kernels = own
     state = SparseKState.empty(2, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
     token = torch.zeros(2, groups, dim, dtype=dtype)
     decode.insert(state, token, token, torch.zeros(2, groups, dtype=torch.float64))

@@ -77,7 +77,7 @@ def forward(
         tau = prefix_thresholds(scores, settings.topk, settings.window, shape, always)
         gate_scores = gate_values(scores, always)
     size = list_size(settings, q, k)
-    hopper = _hopper_kernels(q, settings)
+    hopper = hopper_kernels(q, settings)
     if hopper:
         size = max(size, hopper.tile_queries(shape.group))
     (lists,) = key_lists(end, settings.topk, settings.window, settings.sinks, shape, [size])
@@ -92,7 +92,7 @@ def forward(
     return out, lse, end, tau
 
 
-def _hopper_kernels(q: torch.Tensor, settings: Settings) -> ModuleType | None:
+def hopper_kernels(q: torch.Tensor, settings: Settings) -> ModuleType | None:
     """The module `hopper`, where it takes the call and Triton has Gluon."""
     if device_capability(q.device) != (9, 0):
         return None
@@ -137,7 +137,7 @@ def backward(
         runs = interior_runs(scores, tau, settings.window, shape, always)
     if settings.gate != "straight_through":
         gate_scores = gate_values(scores, always)
-    hopper = _hopper_kernels(q, settings)
+    hopper = hopper_kernels(q, settings)
     size = list_size(settings, q, k)
     sizes = [max(size, hopper.tile_queries(shape.group)) if hopper else size, SUPER_TILE]
     lists = key_lists(end, settings.topk, settings.window, settings.sinks, shape, sizes)
