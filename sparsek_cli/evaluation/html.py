@@ -7,7 +7,6 @@ from html import escape
 from typing import Any
 
 from sparsek_cli.evaluation import plots, table
-from sparsek_cli.evaluation.policies import DENSE
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem;
@@ -110,7 +109,7 @@ def _proof(report: dict[str, Any]) -> str:
     for unit in report["units"]:
         proof = unit["proof"]
         where = unit["task"] if unit["length"] is None else f"{unit['task']}@{unit['length']}"
-        backends = ", ".join(proof["backends"]) or ("dense" if unit["policy"] == DENSE else "-")
+        backends = ", ".join(proof["backends"]) or "dense"
         lines.append(
             [
                 escape(where),

@@ -120,8 +120,8 @@ def recall_by_depth(report: dict[str, Any]) -> Any:
         return None
     lengths = sorted({unit["length"] for unit in units})
     policies = [p for p in report["policies"] if any(u["policy"] == p for u in units)]
-    columns = min(4, len(policies))
-    rows = -(-len(policies) // columns)
+    rows = -(-len(policies) // 4)
+    columns = -(-len(policies) // rows)  # five are three and two, not four and one
     figure, axes = _new_figure(columns, rows, width=2.2 + 0.35 * len(lengths), height=2.9)
     image = None
     for ax, policy in zip(axes.flat, policies, strict=False):
