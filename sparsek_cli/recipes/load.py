@@ -86,13 +86,13 @@ def find_recipe(name_or_path: str | Path, *, verb: str | None = None) -> Path:
     given = Path(name_or_path).expanduser()
     if given.is_file():
         return given
-    if given.is_dir():
-        raise UsageError(f"'{given}' is a folder, not a recipe", hint="name a YAML file")
     name = str(name_or_path).removesuffix(".yaml").removesuffix(".yml")
     for candidate in (name, f"{name}.{verb}"):
         file = recipe_folder() / f"{candidate}.yaml"
         if "/" not in candidate and file.is_file():
             return file
+    if given.is_dir():
+        raise UsageError(f"'{given}' is a folder, not a recipe", hint="name a YAML file")
     near = get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
     raise UsageError(
         f"no recipe '{name_or_path}'",

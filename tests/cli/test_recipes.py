@@ -110,6 +110,10 @@ def test_names_find_shipped_recipes(monkeypatch, tmp_path):
     assert "tiny.convert" in caught.value.hint
     with pytest.raises(UsageError, match="is a folder"):
         find_recipe(tmp_path)
+    # A folder of one's own does not hide a shipped recipe.
+    (tmp_path / "work" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    assert find_recipe("tiny", verb="convert") == tmp_path / "tiny.convert.yaml"
 
 
 def test_split_words():
