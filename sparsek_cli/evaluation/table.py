@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sparsek_cli.evaluation.catalogue import catalogue
 from sparsek_cli.evaluation.policies import DENSE
 
 SECONDARY = {"ppl": ("ppl_last_quarter",), "recall": ("exact_heldout",)}  # shown beside the primary
@@ -45,7 +46,47 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         if dense is not None:
             for name, cell in row["cells"].items():
                 cell["delta"] = None if name == DENSE else cell["value"] - dense["value"]
-    return list(table.values())
+    lines = list(table.values())
+    return lines + _group_means(report, lines)
+
+
+def _group_means(report: dict[str, Any], lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows like `lines` with the mean over the tasks of every group that was asked for.
+
+    Only of tasks that were measured alike: same metric, same length, same policies.
+    """
+    found = []
+    for name in report["recipe"].get("tasks", ()):
+        entry = catalogue().get(name)
+        alike: dict[tuple, list[dict[str, Any]]] = {}
+        for line in lines if entry is not None else ():
+            if line["task"] in entry.members:
+                key = (line["length"], line["metric"], *line["cells"])
+                alike.setdefault(key, []).append(line)
+        for many in alike.values():
+            if len(many) > 1:
+                cells = {
+                    policy: _mean_cell([line["cells"][policy] for line in many])
+                    for policy in many[0]["cells"]
+                }
+                label = f"{name}, mean of {len(many)}"
+                found.append(many[0] | {"task": label, "cells": cells})
+    return found
+
+
+def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of several tasks' cells; its error is that of independent tasks."""
+    count = len(cells)
+    errors = [cell["stderr"] for cell in cells]
+    known = None not in errors
+    deltas = [cell["delta"] for cell in cells]
+    return cells[0] | {
+        "value": sum(cell["value"] for cell in cells) / count,
+        "stderr": sum(e * e for e in errors) ** 0.5 / count if known else None,
+        "delta": None if None in deltas else sum(deltas) / count,
+        "truncated": sum(cell["truncated"] for cell in cells),
+        "samples": sum(cell["samples"] for cell in cells),
+    }
 
 
 def shown(unit: dict[str, Any]) -> list[str]:

@@ -101,6 +101,23 @@ def test_page_is_one_file_with_every_figure(report):
     HTMLParser().feed(html)
 
 
+def test_groups_have_a_mean_where_their_tasks_are_alike(report):
+    from sparsek_cli.evaluation.table import rows, text
+
+    for policy, value in (("dense", 0.5), ("sparsek-64", 0.4), ("sparsek-128", 0.5)):
+        report["units"].append(unit("recall_16", 4096, policy, value))
+    report["recipe"]["tasks"] = ["recall", "ppl"]
+    [mean] = [row for row in rows(report) if "mean" in row["task"]]
+    assert mean["task"] == "recall, mean of 2"
+    assert mean["cells"]["dense"]["value"] == 0.75
+    assert mean["cells"]["sparsek-64"]["delta"] == pytest.approx(-0.1)
+    assert mean["cells"]["sparsek-64"]["stderr"] == pytest.approx(0.01 / 2**0.5)
+    assert mean["cells"]["dense"]["samples"] == 16
+    assert "recall, mean of 2" in text(report)
+    report["units"].pop()  # a task that lacks a policy is not comparable
+    assert not [row for row in rows(report) if "mean" in row["task"]]
+
+
 def test_figures_need_data(report):
     from sparsek_cli.evaluation.plots import figures
 
