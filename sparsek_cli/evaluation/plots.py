@@ -143,7 +143,9 @@ def recall_by_depth(report: dict[str, Any]) -> Any:
         ax.set_visible(False)
     axes[0, 0].set_ylabel("depth of the fact", fontsize=8)
     figure.colorbar(image, ax=axes, shrink=0.8, label="answered exactly")
-    figure.suptitle(f"{report['model']['name']}: facts found", fontsize=11)
+    tasks = list(dict.fromkeys(unit["task"] for unit in units))
+    where = ", ".join(tasks) if len(tasks) <= 3 else f"{len(tasks)} tasks"
+    figure.suptitle(f"{report['model']['name']}: facts found in {where}", fontsize=11)
     return figure
 
 
