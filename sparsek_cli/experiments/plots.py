@@ -99,7 +99,7 @@ def _of_units(units: Rows, name: str) -> dict[str, Any]:
 
 
 def _unit(policy: str, length: int | None, **more: Any) -> dict[str, Any]:
-    return {"policy": policy, "length": length, "task": "", **more}
+    return {"policy": policy, "length": length, "task": "documents", **more}
 
 
 def _curve(losses: list[float], length: int) -> dict[str, list[float]]:
