@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+import triton
 
 from sparsek_kernels.triton.backward import key_gradient, row_products
 from sparsek_kernels.triton.forward import attend_forward, query_gradient, rows_of
@@ -15,6 +16,7 @@ from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.thresholds import prefix_thresholds
 from sparsek_kernels.triton.tuning import device_capability, launch_config
 
+GLUON_VERSIONS = ("3.6.", "3.7.")  # of Triton; Gluon is experimental and changes between them
 LIST_SHARE = 0.04  # of the bytes of Q + K + V, the most that the finest key lists may take
 
 
@@ -93,13 +95,11 @@ def forward(
 
 
 def hopper_kernels(q: torch.Tensor, settings: Settings) -> ModuleType | None:
-    """The module `hopper`, where it takes the call and Triton has Gluon."""
-    if device_capability(q.device) != (9, 0):
+    """The module `hopper`, where it takes the call and Triton has the Gluon it was tried with."""
+    if device_capability(q.device) != (9, 0) or not triton.__version__.startswith(GLUON_VERSIONS):
         return None
-    try:
-        from sparsek_kernels.triton import hopper
-    except ImportError:
-        return None
+    from sparsek_kernels.triton import hopper
+
     return hopper if hopper.takes(q, settings.gate, settings.scale) else None
 
 
