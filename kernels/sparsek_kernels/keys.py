@@ -88,7 +88,7 @@ def _held(state: SparseKState) -> Tensor:
     sinks, selected, window = slots.split(split, 2)
     at = state.positions.gather(1, selected.flatten(1)).view(selected.shape)
     at = at.masked_fill((at == EMPTY) | ~layout.real(device), torch.iinfo(torch.int32).max)
-    selected = selected.gather(2, at.argsort(dim=2))
+    selected = selected.gather(2, at.argsort(dim=2, stable=True))
     ring = (state.seen[:, None] + torch.arange(layout.window, device=device)) % layout.window
     window = window.gather(2, ring[:, None].expand_as(window))
     return torch.cat([sinks, selected, window], 2)

@@ -1,8 +1,8 @@
 """Checks on a converted model before anything is measured: would its numbers mean anything?
 
-Three ways in which a sparse model can look good for the wrong reason, each found with two short
-passes: later tokens reach earlier ones through the selection; the scores do not decide what is
-kept; the cache grows.
+Four ways in which a sparse model's numbers mean something else, each found with a short pass or
+two: later tokens reach earlier ones through the selection; the scores do not decide what is kept;
+the cache grows; a prompt read in pieces leaves pairs in the cache twice, or not at all.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from sparsek_cli.evaluation.policies import OWN, Policy
 from sparsek_cli.evaluation.proof import held
 
 BEYOND = 96  # tokens past the budget, so that much is evicted
+PIECES = 5  # that a prompt is read in
 CHANGED = 32  # last tokens that differ between the two passes of the causality check
 MAX_TOKENS = 16_384  # larger budgets are not checked: the passes would cost more than they tell
 # Differences that rounding may cause, in units of the logits' spread.
@@ -22,7 +23,7 @@ HALF_TOLERANCE = 0.1
 
 
 def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> dict[str, Any]:
-    """Runs the three checks; returns what was found, for the record.
+    """Runs the four checks; returns what was found, for the record.
 
     Args:
         model: a converted model. limit: most tokens it takes.
@@ -59,6 +60,12 @@ def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> 
             f"the cache grew by {growth} bytes in {CHANGED} tokens past its budget",
             hint="report this with the model and the command",
         )
+    wrong = _wrong_pairs(model, ids, policy)
+    if wrong:
+        raise SparsekError(
+            f"a prompt read in {PIECES} pieces left {wrong} pairs in the cache twice or not at all",
+            hint="report this with the model and the command",
+        )
     effect = _score_effect(model, ids)
     if effect == 0.0:
         raise SparsekError(
@@ -91,6 +98,28 @@ def _leak_and_growth(
         model(input_ids=ids[:, earlier:], past_key_values=cache, use_cache=True, logits_to_keep=1)
         growth = held(cache)[1] - before
     return float((first - second).abs().max() / first.std().clamp_min(1e-6)), growth
+
+
+@torch.no_grad()
+def _wrong_pairs(model: Any, ids: torch.Tensor, policy: Policy) -> int:
+    """Pairs that are in the cache twice or missing, summed over heads, layers and pieces.
+
+    Every head must hold as many different pairs as it has slots, or as there were tokens.
+    """
+    wrong = seen = 0
+    with policy.applied(model):
+        cache = policy.new_cache(model)
+        for piece in ids.chunk(PIECES, dim=1):
+            model(input_ids=piece, past_key_values=cache, logits_to_keep=1)
+            seen += piece.shape[1]
+            for layer in cache.layers:
+                for slots in layer.state.layout.expand(ids.device):
+                    slots = slots.unique()  # a head's own; the others repeat one of them
+                    at = layer.state.positions[0, slots]
+                    at = at[at >= 0]
+                    different = len(at.unique())
+                    wrong += len(at) - different + abs(different - min(len(slots), seen))
+    return wrong
 
 
 @torch.no_grad()

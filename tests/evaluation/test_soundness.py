@@ -95,6 +95,25 @@ def test_a_cache_that_grows_is_caught(model):
         check(model, policy=Sabotaged(OWN))
 
 
+def test_a_prompt_in_pieces_that_leaves_pairs_twice_is_caught(model):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend = ALL_ATTENTION_FUNCTIONS["sparsek"]
+
+    def doubled(*args, sparsek_cache, **kwargs):
+        out = attend(*args, sparsek_cache=sparsek_cache, **kwargs)
+        if sparsek_cache is not None:
+            sparsek_cache.state.positions[:, 5] = sparsek_cache.state.positions[:, 6]
+        return out
+
+    ALL_ATTENTION_FUNCTIONS["sparsek"] = doubled
+    try:
+        with pytest.raises(SparsekError, match="in the cache twice or not at all"):
+            check(model)
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sparsek"] = attend
+
+
 def test_a_cache_that_holds_pairs_twice_is_caught():
     from sparsek_cli.evaluation.proof import Proof, check
 

@@ -11,6 +11,7 @@ SETTINGS = [
     dict(topk=1, window=1, sinks=0),
     dict(topk=300, window=3, sinks=4),
     dict(topk=(0, 9), window=7, sinks=1),
+    dict(topk=(20, 90), window=7, sinks=1),  # while neither head is full
     dict(topk=0, window=6, sinks=4),
     dict(topk=8, window=150, sinks=0),
 ]
