@@ -1,7 +1,7 @@
 """Evidence that an evaluation measured what it says: what ran, and what the cache held."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -81,13 +81,18 @@ def watch_attention(proof: Proof) -> Iterator[None]:
         return
     from sparsek_kernels import dispatch
 
-    attend, choose = ALL_ATTENTION_FUNCTIONS["sparsek"], dispatch.backend
+    from sparsek_cli.models.attention import replaced_attention
+
+    choose = dispatch.backend
     backends: Counter = Counter()
 
-    def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-        proof.sparse_calls += 1
-        proof.sparse_queries += query.shape[0] * query.shape[2]
-        return attend(module, query, *args, **kwargs)
+    def counting(attend: Callable) -> Callable:
+        def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+            proof.sparse_calls += 1
+            proof.sparse_queries += query.shape[0] * query.shape[2]
+            return attend(module, query, *args, **kwargs)
+
+        return counted
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         run = choose(*args, **kwargs)
@@ -96,11 +101,12 @@ def watch_attention(proof: Proof) -> Iterator[None]:
         backends["sdpa" if name == "dispatch" else name] += 1
         return run
 
-    ALL_ATTENTION_FUNCTIONS["sparsek"], dispatch.backend = counted, noted
+    dispatch.backend = noted
     try:
-        yield
+        with replaced_attention("sparsek", counting):
+            yield
     finally:
-        ALL_ATTENTION_FUNCTIONS["sparsek"], dispatch.backend = attend, choose
+        dispatch.backend = choose
         for name, count in backends.items():
             proof.backends[name] = proof.backends.get(name, 0) + count
 

@@ -11,13 +11,15 @@ the number of pairs stays as it is: the oldest pair of the window leaves it.
             (Zhang et al. 2023, arXiv 2306.14048)
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
+
+from sparsek_cli.models.attention import replaced_attention
 
 OBSERVED = 32  # last queries of a prompt that choose for snapkv
 POOLED = 5  # neighbours that a pair shares its attention with
@@ -188,27 +190,25 @@ def end_prompt(cache: Any) -> None:
 @contextmanager
 def observed_attention(model: Any) -> Iterator[None]:
     """Within the block evicting layers see the queries of every attention call of `model`."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    name = model.config._attn_implementation
-    attend = ALL_ATTENTION_FUNCTIONS[name]
     current: Any = None
 
     def note(module: Any, args: tuple, kwargs: dict[str, Any]) -> None:
         nonlocal current
         current = kwargs.get("past_key_values")
 
-    def observed(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer = None if current is None else current.layers[module.layer_idx]
-        if isinstance(layer, EvictingLayer):
-            scaling = kwargs.get("scaling")
-            layer.see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
-        return attend(module, query, *args, **kwargs)
+    def observing(attend: Callable) -> Callable:
+        def observed(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            layer = None if current is None else current.layers[module.layer_idx]
+            if isinstance(layer, EvictingLayer):
+                scaling = kwargs.get("scaling")
+                layer.see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            return attend(module, query, *args, **kwargs)
+
+        return observed
 
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    ALL_ATTENTION_FUNCTIONS[name] = observed
     try:
-        yield
+        with replaced_attention(model.config._attn_implementation, observing):
+            yield
     finally:
-        ALL_ATTENTION_FUNCTIONS[name] = attend
         hook.remove()

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AttentionInterface
 
 from sparsek_cli.conversion.calibrate.collect import Recorded
 from sparsek_cli.conversion.calibrate.decide import Choice
@@ -20,7 +19,7 @@ from sparsek_cli.conversion.calibrate.fit import LinearFit, Map
 from sparsek_cli.conversion.calibrate.maps import SPREAD, LinearMap
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.models import replaced_scorers, set_budget
-from sparsek_cli.models.attention import sparsek_attention_forward
+from sparsek_cli.models.attention import replaced_attention, sparsek_attention_forward
 from sparsek_cli.models.config import ATTENTION
 
 MLP_WIDTH = 128
@@ -236,6 +235,5 @@ def in_place_of_linear(
         stack.callback(set_budget, model, topk=before)
         stack.enter_context(replaced_scorers(model, lambda a: scorers[a.layer_idx]))
         if any(isinstance(map_, KeyValueMap) for map_ in maps[0].values()):
-            AttentionInterface.register(ATTENTION, _key_value_attention)
-            stack.callback(AttentionInterface.register, ATTENTION, sparsek_attention_forward)
+            stack.enter_context(replaced_attention(ATTENTION, lambda _: _key_value_attention))
         yield

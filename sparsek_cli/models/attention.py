@@ -7,7 +7,8 @@ rotary positions, QK norms, fused projections and biases stay the family's busin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
@@ -252,6 +254,21 @@ def register_attention() -> None:
     AttentionMaskInterface.register(ATTENTION, sparsek_padding_mask)
     AttentionInterface.register(DENSE_ATTENTION, dense_attention_forward)
     AttentionMaskInterface.register(DENSE_ATTENTION, dense_mask)
+
+
+@contextmanager
+def replaced_attention(name: str, make: Callable[[Callable], Callable]) -> Iterator[None]:
+    """Within the block transformers calls `make(what it called before)` under this name.
+
+    Registered, not assigned: an item assigned to transformers' mapping would hide every later
+    registration.
+    """
+    before = ALL_ATTENTION_FUNCTIONS[name]
+    AttentionInterface.register(name, make(before))
+    try:
+        yield
+    finally:
+        AttentionInterface.register(name, before)
 
 
 def check_cache(cache: Any, implementation: str) -> None:

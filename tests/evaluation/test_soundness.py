@@ -1,5 +1,7 @@
 """Sabotaged models and policies are caught, and sound ones pass."""
 
+from contextlib import ExitStack
+
 import pytest
 
 from sparsek_cli.errors import SparsekError
@@ -17,18 +19,19 @@ def model(checkpoints):
 @pytest.fixture
 def sabotage():
     """`sabotage(change)`: SparseK attention with `change(scores)` for its scores."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from sparsek_cli.models.attention import replaced_attention
 
-    attend = ALL_ATTENTION_FUNCTIONS["sparsek"]
+    with ExitStack() as stack:
 
-    def install(change):
-        def changed(module, query, *args, sparsek_scores, **kwargs):
-            return attend(module, query, *args, sparsek_scores=change(sparsek_scores), **kwargs)
+        def install(change):
+            def changing(attend):
+                return lambda *args, sparsek_scores, **kwargs: attend(
+                    *args, sparsek_scores=change(sparsek_scores), **kwargs
+                )
 
-        ALL_ATTENTION_FUNCTIONS["sparsek"] = changed
+            stack.enter_context(replaced_attention("sparsek", changing))
 
-    yield install
-    ALL_ATTENTION_FUNCTIONS["sparsek"] = attend
+        yield install
 
 
 def check(model, **options):
@@ -96,22 +99,20 @@ def test_a_cache_that_grows_is_caught(model):
 
 
 def test_a_prompt_in_pieces_that_leaves_pairs_twice_is_caught(model):
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from sparsek_cli.models.attention import replaced_attention
 
-    attend = ALL_ATTENTION_FUNCTIONS["sparsek"]
+    def doubling(attend):
+        def doubled(*args, sparsek_cache, **kwargs):
+            out = attend(*args, sparsek_cache=sparsek_cache, **kwargs)
+            if sparsek_cache is not None:
+                sparsek_cache.state.positions[:, 5] = sparsek_cache.state.positions[:, 6]
+            return out
 
-    def doubled(*args, sparsek_cache, **kwargs):
-        out = attend(*args, sparsek_cache=sparsek_cache, **kwargs)
-        if sparsek_cache is not None:
-            sparsek_cache.state.positions[:, 5] = sparsek_cache.state.positions[:, 6]
-        return out
+        return doubled
 
-    ALL_ATTENTION_FUNCTIONS["sparsek"] = doubled
-    try:
-        with pytest.raises(SparsekError, match="in the cache twice or not at all"):
-            check(model)
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sparsek"] = attend
+    caught = pytest.raises(SparsekError, match="in the cache twice or not at all")
+    with replaced_attention("sparsek", doubling), caught:
+        check(model)
 
 
 def test_a_cache_that_holds_pairs_twice_is_caught():
