@@ -104,12 +104,11 @@ def _layer(console, what, shape, lengths, against, repeats):
         )
         header, line = report.layer_header(names), report.layer_line
     rows = []
-    if not console.as_json:
-        console.result(header, None)
+    show = _shown(console)
+    show(header)
     for row in measured:
         rows.append(row)
-        if not console.as_json:
-            console.result(line(row, names), None)
+        show(line(row, names))
     if what != "decode":
         extra["break_even"] = layer.break_even(rows)
         if extra["break_even"]:
@@ -126,15 +125,19 @@ def _generate(console, name, lengths, tokens, repeats, seed, device, dtype):
         raise UsageError("generate needs a model", hint="sparsek bench generate MODEL")
     model = load_model(hub.resolve(name, None), device=device, dtype=dtype)
     rows = []
-    if not console.as_json:
-        console.result(report.generate_header(), None)
+    show = _shown(console)
+    show(report.generate_header())
     for row in generate.measure(
         model, lengths, tokens=tokens, repeats=min(repeats, 3), seed=seed or 0, say=console.say
     ):
         rows.append(row)
-        if not console.as_json:
-            console.result(report.generate_line(row), None)
+        show(report.generate_line(row))
     return rows, [], {"model": name}
+
+
+def _shown(console):
+    """Where rows go as they come: to stderr if stdout is for the JSON document at the end."""
+    return console.say if console.as_json else lambda text: console.result(text, None)
 
 
 def _conditions(what: str, shape) -> str:
