@@ -11,6 +11,7 @@ ago that was, and counts as ANSWER. Channels are many, so that answers to one ar
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ END = "<|end|>"
 _CODONS = tuple("".join(codon) for codon in product("ACGT", repeat=3))
 
 
-class _Stream:
+class _Stream(ABC):
     """Tags, signals and answers laid over a background; each channel begins with a tag.
 
     Args:
@@ -65,11 +66,13 @@ class _Stream:
             place += 1
         return ids, roles
 
+    @abstractmethod
     def _background(self, rng: np.random.Generator, length: int) -> np.ndarray:
-        raise NotImplementedError
+        """`length` symbols that say nothing of the answers."""
 
+    @abstractmethod
     def _answer(self, tag: int) -> int:
-        raise NotImplementedError
+        """The symbol that follows a signal whose channel's newest tag is `tag`."""
 
 
 class Nucleotides(_Stream):

@@ -39,6 +39,8 @@ from sparsek_kernels.triton.hopper.tiles import (
 )
 from sparsek_kernels.triton.lists import KeyLists
 
+KEYS, STAGES = 128, 3  # per step, steps in the ring: measured best, and what shared memory holds
+
 
 @gluon.jit
 def _clear_keys(step, lane, near, first_near, listed, BN: gl.constexpr):
@@ -270,14 +272,8 @@ def attend_forward(
     *,
     window: int,
     scale: float,
-    keys: int = 128,
-    stages: int = 3,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, H, N, D] and lse float32 [B, H, N] in base 2, as `forward.attend_forward`.
-
-    Args:
-        keys, stages: keys per step, steps in the ring.
-    """
+    """out [B, H, N, D] and lse float32 [B, H, N] in base 2, as `forward.attend_forward`."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     group, packed_heads = geometry.group, heads_of_tile(geometry.group)
@@ -288,7 +284,7 @@ def attend_forward(
         end, geometry.sequences, lists.tiles, lists.offsets, lists.counts, lists.keys,
         *strides(q), *strides(k), *strides(v), *strides(out),
         geometry.heads, group, geometry.queries, geometry.keys, window, scale * LOG2_E,
-        SIZE=lists.size, BQ=bq, HG=packed_heads, BN=keys, D=q.shape[3], STAGES=stages,
+        SIZE=lists.size, BQ=bq, HG=packed_heads, BN=KEYS, D=q.shape[3], STAGES=STAGES,
         WIDE=needs_wide_index(k, v), REGULAR=geometry.regular, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -23,7 +23,7 @@ from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.hopper.tiles import COPIERS, HALF, copy_rows, thread_sums
 from sparsek_kernels.triton.lists import KeyLists
 
-KEYS = 128
+KEYS, STAGES = 128, 3  # of a program, steps in the ring
 _BLOCK = gl.constexpr(64)  # queries of a step
 _LN_2 = gl.constexpr(0.6931471805599453)
 _FAR = gl.constexpr(2**31 - 1)
@@ -328,7 +328,7 @@ def _key_gradient_hopper(
 
 def key_gradient(
     q, k, v, do, lse, delta, end, lists: KeyLists, geometry: Geometry, *,
-    window: int, scale: float, runs, deterministic: bool, stages: int = 3,
+    window: int, scale: float, runs, deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """dk, dv float32 [B, G, M, D] and the key sums of dm: as `backward.key_gradient`."""
     dk = torch.empty(k.shape, dtype=torch.float32, device=k.device)
@@ -346,7 +346,7 @@ def key_gradient(
             *strides(q), *strides(k), *strides(v), *strides(do),
             geometry.heads, geometry.queries, geometry.keys, window,
             scale * LOG2_E, first_tile, tile_step,
-            GROUP=geometry.group, SIZE=lists.size, D=q.shape[3], STAGES=stages,
+            GROUP=geometry.group, SIZE=lists.size, D=q.shape[3], STAGES=STAGES,
             WIDE=needs_wide_index(k, v), WINDOW=is_window,
             SCORES=runs is not None and not is_window, ATOMIC=not deterministic, num_warps=4,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     ROWS,
     copy_rows,
     heads_of_tile,
+    in_tile,
     items,
     masked_keys,
     rows_at,
@@ -34,15 +35,8 @@ from sparsek_kernels.triton.hopper.tiles import (
 )
 from sparsek_kernels.triton.lists import KeyLists
 
+KEYS, STAGES = 64, 4  # per step, steps in the ring: what shared memory holds
 _LN_2 = gl.constexpr(0.6931471805599453)
-
-
-@gluon.jit
-def _in_tile(first, stop, t0, t1):
-    """Queries [first, stop) as places in the tile, in one word."""
-    count = t1 - t0
-    first = gl.minimum(gl.maximum(first - t0, 0), count)
-    return first + gl.minimum(gl.maximum(stop - t0, 0), count) * 65536
 
 
 @gluon.jit
@@ -71,7 +65,7 @@ def _copy(
             is_selected = (item >= 0) & (item < front + back)
             first = gl.load(run_start + flat_key, mask=is_selected, other=0)
             stop = gl.load(run_stop + flat_key, mask=is_selected, other=0)
-            interiors.index(slot).store(_in_tile(first, stop, t0, t1))
+            interiors.index(slot).store(in_tile(first, stop, t0, t1))
         ranges.index(slot).store(seen)
         mbarrier.wait(free.index((step + 1) % STAGES), ((step + 1) // STAGES & 1) ^ 1)
         copy_rows(k_base, key, k_n, d, k_s.index(slot), WIDE)
@@ -265,7 +259,7 @@ def _query_gradient_hopper(
 
 def query_gradient(
     q, k, v, do, lse, delta, end, lists: KeyLists, geometry: Geometry, *,
-    window: int, scale: float, runs, keys: int = 64, stages: int = 4,
+    window: int, scale: float, runs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """dq [B, H, N, D] and, if `runs` is given, float32 [B, H, N]: as `forward.query_gradient`."""
     dq = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -280,7 +274,7 @@ def query_gradient(
         end, geometry.sequences, lists.tiles, lists.offsets, lists.counts, lists.keys,
         *strides(q), *strides(k), *strides(v), *strides(dq), *strides(do),
         geometry.heads, group, geometry.queries, geometry.keys, window, scale * LOG2_E,
-        SIZE=lists.size, BQ=bq, HG=packed_heads, BN=keys, D=q.shape[3], STAGES=stages,
+        SIZE=lists.size, BQ=bq, HG=packed_heads, BN=KEYS, D=q.shape[3], STAGES=STAGES,
         WIDE=needs_wide_index(k, v), REGULAR=geometry.regular, SCORES=runs is not None,
         num_warps=4,
     )  # fmt: skip

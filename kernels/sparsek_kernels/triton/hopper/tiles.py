@@ -64,6 +64,14 @@ def items(span, BN: gl.constexpr):
 
 
 @gluon.jit
+def in_tile(first, stop, t0, t1):
+    """Queries [first, stop) as places in the tile, in one word."""
+    count = t1 - t0
+    first = gl.minimum(gl.maximum(first - t0, 0), count)
+    return first + gl.minimum(gl.maximum(stop - t0, 0), count) * 65536
+
+
+@gluon.jit
 def masked_keys(step, lane, span, end, window, listed, BN: gl.constexpr):
     """Keys [BN] of any step, and who sees them: queries [a, b) of the tile, as a + 65536 b."""
     near, first_near, front, back, room, low, ramp, total, t0, t1 = span
@@ -79,9 +87,8 @@ def masked_keys(step, lane, span, end, window, listed, BN: gl.constexpr):
     key = gl.where(is_selected, key, other)
     begin = gl.where(is_selected, key + window, key)
     stop = gl.where(is_selected, stop, key + window)
-    begin = gl.minimum(gl.maximum(begin - t0, 0), t1 - t0)
-    stop = gl.minimum(gl.maximum(gl.where(item < total, stop, 0) - t0, 0), t1 - t0)
-    return gl.minimum(key, t1 - 1), begin + stop * 65536
+    stop = gl.where(item < total, stop, 0)
+    return gl.minimum(key, t1 - 1), in_tile(begin, stop, t0, t1)
 
 
 @gluon.jit
