@@ -30,7 +30,7 @@ from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE, OWN
 from sparsek_cli.experiments.scorers import FITS, in_place_of_linear
-from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
+from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (
     Suite,
     load,
@@ -89,21 +89,13 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     given = _arguments()
-    quiet_libraries()
-    about = {"settings": vars(given), **machine()}
-    session = Session(Path(given.out), given.seconds, about, resume=FREE)
-    session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+    session = Session.of(given, FREE)
     with weights_folder(session.folder) as weights:
         Experiment(session, given, weights).run()
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsek_cli.experiments.ablations",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="folder for results.json")
+    parser = arguments("ablations", __doc__, seconds=290)
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--train", help="text to calibrate on; default: prose found here")
     parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
@@ -114,8 +106,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=64, help="windows measured")
     parser.add_argument("--questions", type=int, default=64, help="of each kind and number")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for every row")
-    parser.add_argument("--seconds", type=float, default=290, help="time for all of it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = parser.parse_args()
     if given.smoke:

@@ -20,7 +20,7 @@ from typing import Any
 
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE, OWN
-from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
+from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (
     Suite,
     load,
@@ -41,21 +41,13 @@ FREE = ("shares", "seconds", "out")
 
 def main() -> None:
     given = _arguments()
-    quiet_libraries()
-    about = {"settings": vars(given), **machine()}
-    session = Session(Path(given.out), given.seconds, about, resume=FREE)
-    session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+    session = Session.of(given, FREE)
     with weights_folder(session.folder) as weights:
         Experiment(session, given, weights).run()
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsek_cli.experiments.budgets",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="folder for results.json")
+    parser = arguments("budgets", __doc__, seconds=240)
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--train", help="text to calibrate on; default: prose found here")
     parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
@@ -67,8 +59,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=262_144, help="text to calibrate on")
     parser.add_argument("--windows", type=int, default=64, help="windows measured")
     parser.add_argument("--questions", type=int, default=64, help="of each kind and length")
-    parser.add_argument("--seconds", type=float, default=240, help="time for all of it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = parser.parse_args()
     if given.smoke:

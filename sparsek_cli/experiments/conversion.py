@@ -29,7 +29,7 @@ from typing import Any
 
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE
-from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
+from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (
     Suite,
     load,
@@ -96,27 +96,17 @@ SMOKE = Scale(
 
 def main() -> None:
     given = _arguments()
-    quiet_libraries()
     scale = SMOKE if given.smoke else Scale()
-    about = {"settings": vars(given), **machine()}
-    session = Session(Path(given.out), given.seconds, about)
-    session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+    session = Session.of(given)
     Experiment(session, given, scale).run()
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsek_cli.experiments.conversion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="folder for everything that is made")
+    parser = arguments("conversion", __doc__, seconds=540)
     parser.add_argument("--train", nargs="+", required=True, help="text to train on")
     parser.add_argument("--held-out", required=True, help="text that is only measured")
-    parser.add_argument("--seconds", type=float, default=540, help="time for all of it")
     parser.add_argument("--base", help="use this base (a folder, or tiny) instead of training one")
     parser.add_argument("--keep-base", help="folder to write the base to, in small shards")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser.parse_args()
 

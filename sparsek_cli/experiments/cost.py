@@ -16,7 +16,6 @@ one H100: about 90 s, a third of it compiling.
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +26,7 @@ from sparsek_cli.benchmarks.case import Data, Shape, draw
 from sparsek_cli.benchmarks.rivals import RIVALS, Missing
 from sparsek_cli.benchmarks.timing import interleaved_ms, peak_bytes
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.experiments.session import Session, machine, quiet_libraries
+from sparsek_cli.experiments.session import Session, arguments
 from sparsek_cli.models.scorer import SparseKScorer
 
 LENGTHS = {"cuda": [8192, 32_768, 131_072], "cpu": [512, 1024, 2048]}
@@ -41,25 +40,15 @@ BY_K = ("length", "k", "slots", "sparse", "dense", "times", "peak_mib", "train",
 
 def main() -> None:
     given = _arguments()
-    quiet_libraries()
-    about = {"settings": vars(given), **machine()}
-    session = Session(Path(given.out), given.seconds, about)
-    session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+    session = Session.of(given)
     Experiment(session, given).run()
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsek_cli.experiments.cost",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="folder for results.json")
+    parser = arguments("cost", __doc__, seconds=200)
     parser.add_argument("--lengths", nargs="+", type=int, help="default: 8192 to 131072")
     parser.add_argument("--budgets", nargs="+", type=int, help="k; default: 128 to 4096")
     parser.add_argument("--repeats", type=int, default=5, help="median of so many")
-    parser.add_argument("--seconds", type=float, default=200, help="time for all of it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args()
 
 

@@ -18,12 +18,11 @@ Time on one H100: what --seconds says.
 import argparse
 import json
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from sparsek_cli.data.corpus import Corpus, load_corpus
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.experiments.session import Session, Steps, machine, quiet_libraries
+from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import by_position as loss_by_position
 from sparsek_cli.experiments.suite import load
 from sparsek_cli.hub import bundled
@@ -47,29 +46,19 @@ SMALL_SHAPES = {
 
 def main() -> None:
     given = _arguments()
-    quiet_libraries()
-    about = {"settings": vars(given), **machine()}
-    session = Session(Path(given.out), given.seconds, about)
-    session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+    session = Session.of(given)
     Experiment(session, given).run()
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsek_cli.experiments.scratch",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="folder for everything that is made")
+    parser = arguments("scratch", __doc__, seconds=420)
     parser.add_argument("--train", nargs="+", required=True, help="text to train on")
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--shape", choices=("llama", "gpt2"), default="llama")
     parser.add_argument("--length", type=int, default=8192, help="trained length in tokens")
-    parser.add_argument("--seconds", type=float, default=420, help="time for all of it")
     parser.add_argument("--steps", type=int, help="optimiser steps; default: by the time given")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for SparseK rows")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser.parse_args()
 

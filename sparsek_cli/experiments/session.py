@@ -4,6 +4,7 @@ Everything measured is printed at once and written to `results.json` after every
 experiment that is cut off has still told what it knew.
 """
 
+import argparse
 import gc
 import json
 import time
@@ -52,6 +53,15 @@ class Session:
             if "seconds" in phase and "error" not in phase
         }
         folder.mkdir(parents=True, exist_ok=True)
+
+    @classmethod
+    def of(cls, given: argparse.Namespace, resume: Collection[str] | None = None) -> "Session":
+        """The session that a command line asks for (see `arguments`); says where it runs."""
+        quiet_libraries()
+        about = {"settings": vars(given), **machine()}
+        session = cls(Path(given.out), given.seconds, about, resume)
+        session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+        return session
 
     @property
     def left(self) -> float:
@@ -143,6 +153,19 @@ def _free_memory() -> None:
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()
+
+
+def arguments(name: str, doc: str | None, *, seconds: float) -> argparse.ArgumentParser:
+    """A parser with what every experiment takes: OUT, --seconds and --device."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m sparsek_cli.experiments.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", help="folder for results.json and everything that is made")
+    parser.add_argument("--seconds", type=float, default=seconds, help="time for all of it")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    return parser
 
 
 def quiet_libraries() -> None:

@@ -24,7 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from sparsek_cli.devices import choose_device
-from sparsek_cli.experiments.session import Session, machine, quiet_libraries
+from sparsek_cli.experiments.session import Session, arguments
 from sparsek_cli.models import dense_attention, sparsek_config_from
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 from sparsek_cli.training.assemble import make_trainer
@@ -48,25 +48,15 @@ COLUMNS = ("length", "attention", "seconds", "tokens_per_s", "peak_gib", "times_
 
 def main() -> None:
     given = _arguments()
-    quiet_libraries()
-    about = {"settings": vars(given), **machine()}
-    session = Session(Path(given.out), given.seconds, about)
-    session.say(f"{about['device']}, sparse attention: {about['sparse_backend']}")
+    session = Session.of(given)
     Experiment(session, given).run()
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m sparsek_cli.experiments.speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("out", help="folder for results.json")
+    parser = arguments("speed", __doc__, seconds=300)
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
     parser.add_argument("--steps", type=int, default=2, help="timed steps")
     parser.add_argument("--attentions", nargs="+", help="of flash, cudnn and sparsek (sdpa on CPU)")
-    parser.add_argument("--seconds", type=float, default=300, help="time for all of it")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser.parse_args()
 
