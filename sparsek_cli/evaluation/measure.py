@@ -86,8 +86,9 @@ def _batch_size(unit: Unit, lm: Any, recipe: "EvaluateRecipe") -> int:
 
 
 def _metrics(raw: dict, unit: Unit, samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """{metric: value, stderr, higher_is_better} as lm-eval gives them.
+    """{metric: value, stderr, higher_is_better, samples} as lm-eval gives them.
 
+    `samples` is how many the value is a mean of: not every sample has every metric.
     Where lm-eval has no standard error (its corpus metrics), it is that of the mean of the metric
     over single samples.
     """
@@ -100,15 +101,16 @@ def _metrics(raw: dict, unit: Unit, samples: list[dict[str, Any]]) -> dict[str, 
         metric, _, filtered = key.partition(",")
         if metric not in aggregation or not isinstance(value, int | float) or math.isnan(value):
             continue
+        rows = [s[metric] for s in samples if metric in s and s["filter"] == filtered]
         error = values.get(f"{metric}_stderr,{filtered}")
         if not isinstance(error, int | float):
-            rows = [s[metric] for s in samples if metric in s and s["filter"] == filtered]
             error = _standard_error(rows, aggregation.get(metric))
         label = metric if filtered in ("none", "") else f"{metric},{filtered}"
         metrics[label] = {
             "value": value,
             "stderr": error,
             "higher_is_better": bool(better.get(metric, True)),
+            "samples": sum(row is not None for row in rows),
         }
     return metrics
 

@@ -39,7 +39,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "tokens": unit["proof"]["kv_tokens"],
                 "kept": unit["proof"]["kept_share"],
                 "truncated": unit["proof"]["truncated_prompts"],
-                "samples": unit["samples"],
+                "samples": found["samples"],
             }
     for row in table.values():
         dense = row["cells"].get(DENSE)

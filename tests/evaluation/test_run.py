@@ -44,6 +44,19 @@ def test_result_folder(run, recipe, console, tmp_path):
     assert "KV cache" in table
 
 
+def test_held_out_questions_are_counted_by_themselves(run, recipe, console, tmp_path):
+    report = run(recipe(tasks=["recall_4"], baselines=[], limit=12), console)
+    lines = (tmp_path / "out" / "samples" / "sparsek" / "recall_4@640.jsonl").read_text()
+    docs = [json.loads(line)["doc"] for line in lines.splitlines()]
+    held_out = sum(doc["split"] != "calibration" for doc in docs)
+    assert 0 < held_out < len(docs) == 12
+    metrics = report["units"][0]["metrics"]
+    assert metrics["exact"]["samples"] == 12
+    assert metrics["exact_heldout"]["samples"] == held_out
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert f"| recall_4 | 640 | {held_out} | exact_heldout |" in table
+
+
 def test_dense_loss_by_position_is_the_ppl(run, recipe, console):
     import math
 
