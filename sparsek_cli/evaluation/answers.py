@@ -11,9 +11,9 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from sparsek_cli.evaluation.joined import join
+from sparsek_cli.evaluation.joined import Joined, join
 from sparsek_cli.evaluation.prefixes import Group, common, group_by_prefix
-from sparsek_cli.evaluation.proof import held
+from sparsek_cli.evaluation.proof import row_bytes
 from sparsek_cli.evaluation.reading import PromptReader
 
 SHARED_CACHE_BYTES = 1 << 30  # questions about one document share at most this much cache
@@ -104,15 +104,20 @@ class Answers(PromptReader):
     ) -> Iterator[Written]:
         """Prompts are read one by one, as many answers written together as memory allows."""
         pile: list[tuple[int, Any, torch.Tensor]] = []
+        largest = 0
         for index in members:
             cache = self._new_cache()
             pile.append((index, cache, self._read_end(sequences[index], cache)))
-            if len(pile) >= self._together(held(cache)[1]) or index == members[-1]:
+            largest = max(largest, row_bytes(cache, room))
+            if len(pile) >= self._together(largest) or index == members[-1]:
                 yield [i for i, _, _ in pile], self._write_pile(pile, until, room)
-                pile = []
+                pile, largest = [], 0
 
     def _together(self, size: int) -> int:
-        """How many answers to write side by side when one cache has `size` bytes."""
+        """How many answers to write side by side when the largest cache takes `size` bytes.
+
+        Joined rows are as large as the largest, and the caches they came from stay meanwhile.
+        """
         if self.answers_together is not None:
             return self.answers_together
         if self.device.type != "cuda":
@@ -129,8 +134,7 @@ class Answers(PromptReader):
                 joined = join([cache for _, cache, _ in pile])
                 if joined is not None:
                     logits = torch.cat([first for _, _, first in pile])
-                    placed = {"positions": joined.positions, "mask": joined.mask}
-                    return self._decode(logits, joined.cache, until, room, **placed)
+                    return self._decode(logits, joined.cache, until, room, joined)
             except torch.OutOfMemoryError:  # one by one then: the caches of the pile are whole
                 joined = None
         return [self._decode(first, cache, until, room)[0] for _, cache, first in pile]
@@ -144,7 +148,9 @@ class Answers(PromptReader):
         shared = self._new_cache()
         self._read(sequences[group.members[0]][: group.prefix], shared, keep=1)
         self._saw_cache(shared, group.prefix)
-        rows = max(1, SHARED_CACHE_BYTES // max(1, held(shared)[1]))
+        longest = max(len(sequences[i]) for i in group.members)
+        size = row_bytes(shared, longest - group.prefix + room)
+        rows = max(1, SHARED_CACHE_BYTES // max(1, size))
         by_length: dict[int, list[int]] = {}
         for index in group.members:
             by_length.setdefault(len(sequences[index]), []).append(index)
@@ -167,43 +173,52 @@ class Answers(PromptReader):
         cache: Any,
         until: list[str],
         room: int,
-        *,
-        positions: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
+        joined: Joined | None = None,
     ) -> list[str]:
         """Greedy answers after prompts that `cache` holds.
 
         Args:
             logits: [B, 1, V] of the first token.
-            positions: of the next token of each row, int64 [B], where rows differ in length.
-            mask: bool [B, N], False at padding of shorter rows.
+            joined: where the rows of `cache` stand, when they may differ in length.
         """
         ends = _end_tokens(self.model, self.eot_token_id)
         answers: list[list[int]] = [[] for _ in range(logits.shape[0])]
         running = list(range(logits.shape[0]))
+        read, padding = _row_lengths(cache, len(running), joined)
+        mask = None if joined is None else joined.mask
         for step in range(room):
             tokens = logits[:, -1].float().argmax(dim=-1)
             chosen = tokens.tolist()
             for row in list(running):
                 answers[row].append(chosen[row])
-                if chosen[row] in ends or self._stopped(answers[row], until):
+                stops = chosen[row] in ends or self._stopped(answers[row], until)
+                if stops or step + 1 == room:
                     running.remove(row)
-            if not running or step + 1 == room:
+                    # Now: until the others end, more is read into the row than its answer.
+                    self._saw_cache(cache, read[row] + step, row, padding[row])
+            if not running:
                 break
             placed: dict[str, torch.Tensor] = {}
-            if positions is not None:
-                placed["position_ids"] = (positions + step)[:, None]
+            if joined is not None:
+                placed["position_ids"] = (joined.positions + step)[:, None]
             if mask is not None:
                 mask = torch.nn.functional.pad(mask, (0, 1), value=True)
                 placed["attention_mask"] = mask
             logits = self._read(tokens[:, None], cache, keep=1, **placed)
-        if positions is None:
-            self._saw_cache(cache, cache.get_seq_length())
         return [self.tok_decode(answer) for answer in answers]
 
     def _stopped(self, answer: list[int], until: list[str]) -> bool:
         text = self.tok_decode(answer[-32:], skip_special_tokens=False)
         return any(stop and stop in text for stop in until)
+
+
+def _row_lengths(cache: Any, rows: int, joined: Joined | None) -> tuple[list[int], list[int]]:
+    """(tokens read, padding before them) of each row of a cache whose prompts have been read."""
+    if joined is None:
+        return [cache.get_seq_length()] * rows, [0] * rows
+    read = joined.positions.tolist()
+    padded = joined.mask is not None
+    return read, [max(read) - tokens if padded else 0 for tokens in read]
 
 
 def _first_turn(request: Any) -> str | None:

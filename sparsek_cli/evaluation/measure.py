@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # `batch_size: auto` fills a batch with about so many
+BATCH_LOGITS = {"cpu": 1 << 30, "cuda": 4 << 30}  # bytes of its float32 log-probabilities, at most
 MAX_BATCH = 64
 
 
@@ -33,7 +34,10 @@ def run_unit(
     lm.policy = policy
     lm.proof = proofs.Proof(attention="sparsek" if policy.sparse else "dense")
     if recipe.batch_size == "auto":
-        lm.batch_size_per_gpu = _batch_size(unit, lm, recipe)
+        build_requests(unit, lm, recipe)
+        _, longest = lm.over_limit(unit.task.instances)
+        kind = "cuda" if lm.device.type == "cuda" else "cpu"
+        lm.batch_size_per_gpu = batch_size(longest, lm.vocab_width(), kind)
     with (
         quiet_lm_eval(),
         policy.applied(lm.model),
@@ -78,11 +82,17 @@ def run_unit(
     return result, [_sample(s) for s in samples]
 
 
-def _batch_size(unit: Unit, lm: Any, recipe: "EvaluateRecipe") -> int:
-    build_requests(unit, lm, recipe)
-    _, longest = lm.over_limit(unit.task.instances)
-    room = BATCH_TOKENS["cuda" if lm.device.type == "cuda" else "cpu"]
-    return max(1, min(MAX_BATCH, room // max(1, longest)))
+def batch_size(longest: int, vocabulary: int, device: str) -> int:
+    """Prompts scored side by side under `batch_size: auto`.
+
+    They are padded to the longest and scored without a cache, so what takes memory is the
+    log-probabilities of all their tokens. Nothing that varies from run to run is looked at.
+
+    Args:
+        longest: tokens. vocabulary: width of the logits. device: "cpu" or "cuda".
+    """
+    most = min(BATCH_TOKENS[device], BATCH_LOGITS[device] // (4 * vocabulary))
+    return max(1, min(MAX_BATCH, most // max(1, longest)))
 
 
 def _metrics(raw: dict, unit: Unit, samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from sparsek_cli.errors import SparsekError
 
 
@@ -18,7 +20,8 @@ class Proof:
         sparse_calls: calls into SparseK attention.
         sparse_queries: query positions that went through it, summed over layers.
         backends: kernels that ran it, with their calls.
-        kv_tokens: longest sequence read; kv_pairs and kv_bytes are the cache's content after it.
+        kv_tokens: longest sequence read, with its answer but for the last token, which nothing
+            reads; kv_pairs and kv_bytes are the cache's content after it.
         kv_pairs: key-value pairs held, summed over layers and KV heads.
         kv_bytes: size of the cache's tensors.
         kept_share: kv_pairs over what a dense cache would hold for kv_tokens.
@@ -42,33 +45,58 @@ class Proof:
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def saw_cache(self, cache: Any, tokens: int, config: Any) -> None:
+    def saw_cache(
+        self, cache: Any, tokens: int, config: Any, row: int = 0, padding: int = 0
+    ) -> None:
         """Notes what a row of `cache` holds after `tokens` tokens, if no longer one was seen."""
         if tokens <= self.kv_tokens:
             return
-        pairs, size = held(cache)
+        pairs, size = held(cache, row, padding)
         self.kv_tokens, self.kv_pairs, self.kv_bytes = tokens, pairs, size
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         self.kept_share = round(pairs / (config.num_hidden_layers * heads * tokens), 6)
 
 
-def held(cache: Any) -> tuple[int, int]:
+def held(cache: Any, row: int = 0, padding: int = 0) -> tuple[int, int]:
     """(key-value pairs, bytes of their tensors) of one row of a transformers cache.
 
     Bytes are those of keys and values alone for every policy; what SparseK keeps beside them
     (positions and scores of the slots, in `SparseKCache.nbytes`) is bookkeeping of a fixed size.
+
+    Args:
+        padding: pairs per KV head that only fill the row up to the length of others.
     """
     pairs = size = 0
     for layer in cache.layers:
         state = getattr(layer, "state", None)
         if state is not None:  # slots, of which -1 marks the empty ones
-            rows = state.batch
-            pairs += int((state.positions[0] >= 0).sum())
+            pairs += int((state.positions[row] >= 0).sum())
+            size += (layer.keys.nbytes + layer.values.nbytes) // state.batch
         else:
-            rows = layer.keys.shape[0]
-            pairs += layer.keys.shape[1] * layer.keys.shape[2]
-        size += (layer.keys.nbytes + layer.values.nbytes) // rows
+            rows, heads, columns, _ = layer.keys.shape
+            pairs += heads * (columns - padding)
+            column = (layer.keys.nbytes + layer.values.nbytes) // (rows * columns)
+            size += column * (columns - padding)
     return pairs, size
+
+
+def row_bytes(cache: Any, more: int = 0) -> int:
+    """Memory that one row of a cache takes once `more` tokens have been added.
+
+    With what `held` leaves out: positions and scores of slots, and what rivals rank pairs by. In
+    bfloat16 that is 2 % for heads of 128 numbers, 38 % for heads of 8.
+    """
+    size = 0
+    for layer in cache.layers:
+        state = getattr(layer, "state", None)
+        if state is not None:  # all its slots are there from the start
+            size += layer.nbytes // state.batch
+            continue
+        rows, _, columns, _ = layer.keys.shape
+        whole = sum(t.nbytes for t in vars(layer).values() if isinstance(t, torch.Tensor)) // rows
+        grows = not getattr(layer, "bounded", False)
+        size += whole * (columns + more) // columns if grows else whole
+    return size
 
 
 @contextmanager

@@ -147,10 +147,10 @@ class PromptReader(HFLM):
     def _new_cache(self) -> Any:
         return self.policy.new_cache(self.model)
 
-    def _saw_cache(self, cache: Any, tokens: int) -> None:
+    def _saw_cache(self, cache: Any, tokens: int, row: int = 0, padding: int = 0) -> None:
         if self.policy.evicts_after_prompt and not cache.layers[0].bounded:
             return  # the prompt is still being read
-        self.proof.saw_cache(cache, tokens, self.model.config)
+        self.proof.saw_cache(cache, tokens, self.model.config, row, padding)
 
     def vocab_width(self) -> int:
         return self.model.get_output_embeddings().weight.shape[0]

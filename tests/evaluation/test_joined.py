@@ -12,7 +12,7 @@ def test_answers_do_not_depend_on_their_neighbours(recipe, console, tmp_path, li
     policies = ["dense", "window", "random", "snapkv", "h2o"]
     settings = {"tasks": ["scrolls_qasper", "recall_4"], "baselines": policies}
     settings |= {"budgets": [limit] if limit else [], "share_prefix": False}
-    answers = {}
+    answers, held = {}, {}
     for rows in (1, 3):
         out = tmp_path / str(rows)
         report = evaluate(recipe(**settings, batch_size=rows, output=str(out)), console)
@@ -27,7 +27,13 @@ def test_answers_do_not_depend_on_their_neighbours(recipe, console, tmp_path, li
             for file in (out / "samples").rglob("*.jsonl")
         }
         assert len(answers[rows]) == 12
+        proofs = [unit["proof"] for unit in report["units"]]
+        kept = ("kv_tokens", "kv_pairs", "kv_bytes", "kept_share")
+        held[rows] = [{key: proof[key] for key in kept} for proof in proofs]
+        # What was written is counted, but for the last token, which nothing reads.
+        assert all(proof["kv_tokens"] == proof["longest_prompt"] - 1 for proof in proofs)
     assert answers[1] == answers[3]
+    assert held[1] == held[3]
 
 
 def test_joined_rows_continue_where_they_were(checkpoints):

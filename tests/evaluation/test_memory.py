@@ -1,0 +1,110 @@
+"""What an evaluation thinks its caches and batches take is what they take."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparsek_cli.evaluation.policies import Policy
+from sparsek_cli.evaluation.proof import row_bytes
+
+
+@pytest.fixture
+def model(checkpoints):
+    """Four query heads share two KV heads."""
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401
+
+    return AutoModelForCausalLM.from_pretrained(checkpoints[1]).eval()
+
+
+def read(model, policy, tokens, rows=2):
+    cache = policy.new_cache(model)
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 128, (rows, tokens), generator=draw)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("topk", [40, [[10, 70], [60, 21]]])
+def test_sparse_rows_take_the_formula_s_bytes_from_the_first_token(model, topk):
+    from sparsek_cli import models
+
+    with models.budget(model, topk=topk):
+        cache = read(model, Policy("sparsek"), 30)
+        wanted = models.sparsek_cache_bytes(model.config, model.dtype)
+    assert cache.nbytes == 2 * wanted
+    assert row_bytes(cache) == row_bytes(cache, more=500) == wanted
+
+
+def test_dense_rows_take_the_formula_s_bytes_and_grow(model):
+    from sparsek_cli import models
+
+    with Policy("dense").applied(model):
+        cache = read(model, Policy("dense"), 300)
+    for more in (0, 16):
+        wanted = models.dense_cache_bytes(model.config, 300 + more, model.dtype)
+        assert row_bytes(cache, more) == wanted
+
+
+@pytest.mark.parametrize("name", ["snapkv", "h2o"])
+def test_rivals_take_keys_values_and_what_ranks_them_and_stay(model, name):
+    policy = Policy(name)
+    with policy.applied(model):
+        cache = read(model, policy, 300)
+        grown = row_bytes(cache, 100)
+        assert grown > row_bytes(cache)
+        policy.end_prompt(model, cache)
+    per_pair = 2 * 8 * 4 + 4  # two layers x two KV heads x 68 slots of 8 numbers, and a rank
+    assert row_bytes(cache) == row_bytes(cache, 100) == 2 * 2 * 68 * per_pair
+
+
+def test_a_pile_is_as_large_as_its_largest_cache(recipe, console, monkeypatch):
+    """Rows are padded to the longest when they are joined, whatever the last one's length."""
+    from sparsek_cli.evaluation.harness import SparsekLM
+    from sparsek_cli.evaluation.run import evaluate
+
+    asked, prompts = [], []
+    real = SparsekLM._read_end
+
+    def noted(self, ids, cache):
+        prompts.append(len(ids))
+        return real(self, ids, cache)
+
+    monkeypatch.setattr(SparsekLM, "_read_end", noted)
+    monkeypatch.setattr(SparsekLM, "_together", lambda self, size: asked.append(size) or 99)
+    evaluate(recipe(tasks=["scrolls_qasper"], baselines=["dense"], share_prefix=False), console)
+    asked, prompts = asked[: len(asked) // 2], prompts[: len(prompts) // 2]  # the dense ones
+    assert len(set(prompts)) > 1
+    pair = 2 * 2 * 2 * 8 * 4  # layers, KV heads, key and value, numbers, bytes
+    assert asked == [pair * (max(prompts[: i + 1]) + 6) for i in range(len(prompts))]
+
+
+def test_answers_together_fill_a_share_of_free_memory(monkeypatch):
+    from sparsek_cli.evaluation.answers import Answers
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 80_000))
+    gpu = SimpleNamespace(answers_together=None, device=torch.device("cuda"))
+    assert [Answers._together(gpu, size) for size in (1, 500, 9_000)] == [32, 4, 1]
+    assert Answers._together(SimpleNamespace(answers_together=7), 9_000) == 7
+
+
+@pytest.mark.parametrize(
+    ("longest", "vocabulary", "device", "rows"),
+    [
+        (100, 8_192, "cpu", 20),
+        (100, 151_936, "cpu", 17),
+        (100, 8_192, "cuda", 64),
+        (100, 151_936, "cuda", 64),
+        (1_000, 151_936, "cuda", 7),  # 65 by tokens alone: 40 GB of log-probabilities
+        (100_000, 151_936, "cuda", 1),
+        (0, 8_192, "cuda", 64),
+    ],
+)
+def test_batches_keep_their_logits_in_bounds(longest, vocabulary, device, rows):
+    from sparsek_cli.evaluation.measure import BATCH_LOGITS, batch_size
+
+    assert batch_size(longest, vocabulary, device) == rows
+    assert rows == 1 or rows * longest * vocabulary * 4 <= BATCH_LOGITS[device]
