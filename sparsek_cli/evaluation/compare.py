@@ -131,5 +131,6 @@ def as_text(comparison: dict[str, Any]) -> str:
         lines += ["", f"also different: {', '.join(others)}"]
     for name in "ab":
         if comparison[f"only_{name}"]:
-            lines.append(f"only in {name.upper()}: {comparison[f'only_{name}']} scores")
+            count = comparison[f"only_{name}"]
+            lines.append(f"only in {name.upper()}: {count} score{'s' if count > 1 else ''}")
     return "\n".join(lines)

@@ -1,5 +1,6 @@
 """The checkpoint of a run as a model on its device, and lm-eval's view of it."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import SparsekError, UsageError
@@ -85,8 +86,23 @@ def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length
         )
 
 
-def max_length_of(model: Any, tokenizer: Any) -> int:
-    """Most tokens the model takes, as lm-eval reads it from config and tokenizer."""
+def most_tokens(model: Any, tokenizer: Any, wanted: int | None, say: Callable[[str], None]) -> int:
+    """Most tokens of a prompt with its answer: `wanted`, else what config and tokenizer say.
+
+    Raises:
+        UsageError: `wanted` is beyond positions that were learned one by one.
+    """
     from lm_eval.models.utils import resolve_max_length
 
-    return resolve_max_length(model.config, tokenizer, default=2048)
+    own = resolve_max_length(model.config, tokenizer, default=2048)
+    if wanted is None or wanted <= own:
+        return wanted or own
+    config = model.config
+    rotary = getattr(config, "rope_parameters", None) is not None
+    if not rotary and getattr(config, "max_position_embeddings", None) is not None:
+        raise UsageError(
+            f"--max-length {wanted} is beyond the {own:,} positions of this {config.model_type}",
+            hint=f"name at most {own}",
+        )
+    say(f"--max-length {wanted} is beyond the {own:,} tokens the model was made for")
+    return wanted

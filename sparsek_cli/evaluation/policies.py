@@ -120,11 +120,11 @@ class Policy:
 
         block = model.config.sparsek
         topk = self.budget - block["window"] - block["sinks"]
-        if topk < 0:
+        if topk < 1:
             raise UsageError(
                 f"budget {self.budget} is below the model's window and sinks "
-                f"({block['window']} + {block['sinks']})",
-                hint="name larger --budgets",
+                f"({block['window']} + {block['sinks']}) and one pair to select",
+                hint=f"name --budgets of {block['window'] + block['sinks'] + 1} or more",
             )
         return topk if isinstance(block["topk"], int) else scaled(per_head(model), topk)
 
@@ -183,6 +183,9 @@ def plan_policies(
         budgets: pairs per layer and head; empty for the checkpoint's own.
         seed: of `random`.
         own: whether the model's scores mean something, so that its own row belongs in the table.
+
+    Raises:
+        UsageError: a budget that has no room for the model's window and sinks.
     """
     if not is_converted(model):
         return [Policy(DENSE)]
@@ -193,6 +196,9 @@ def plan_policies(
         policy = Policy(name, seed=seed)
         sweep = budgets if budgets and policy.bounded else [None]
         rows += [replace(policy, budget=budget) for budget in sweep]
+    for policy in rows:
+        if policy.budget is not None:
+            policy._topk(model)
     return rows
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli.errors import SparsekError
-from sparsek_cli.evaluation.texts import documents, lengths_of, tokenizer_of
+from sparsek_cli.evaluation.texts import WrongLength, documents, lengths_of, tokenizer_of
 
 BINS = 32  # positions are averaged over this many equal spans
 CHARACTERS_PER_TOKEN = 8  # more than any text needs; one slice is then nearly always enough
@@ -47,8 +46,8 @@ def dataset(**settings: Any) -> dict:
     for length in lengths_of(settings):
         found = list(_passages(settings, length, count))
         if not found:
-            raise SparsekError(
-                f"no document in the text is {length} tokens long",
+            raise WrongLength(
+                f"no document in the text is {length:,} tokens long",
                 hint="name longer text with --text, or a smaller --lengths",
             )
         rows += found

@@ -22,7 +22,13 @@ from sparsek_cli.data.needles import (
     plain_prompt,
 )
 from sparsek_cli.data.phrasings import phrasings
-from sparsek_cli.evaluation.texts import documents, lengths_of, named_text, tokenizer_of
+from sparsek_cli.evaluation.texts import (
+    WrongLength,
+    documents,
+    lengths_of,
+    named_text,
+    tokenizer_of,
+)
 
 ROOM = 112  # tokens kept free for the question, the chat template and the answer
 TURNS_ROOM = 320  # the same where earlier questions and answers stand in the prompt too
@@ -67,15 +73,22 @@ def _questions(
     needles = block["needles"]
     rng = np.random.default_rng([settings.get("seed") or 0, length, needles, number])
     splits = block.get("phrasings", ())
-    document = make_document(
-        rng,
-        filler,
-        tokens=length - (TURNS_ROOM if block.get("turns") else ROOM),
-        needles=needles,
-        phrasings=phrasings(*splits),
-        depths=_depths(rng, block.get("depths"), needles, number),
-        distractors=block.get("distractors", 0),
-    )
+    room = TURNS_ROOM if block.get("turns") else ROOM
+    try:
+        document = make_document(
+            rng,
+            filler,
+            tokens=length - room,
+            needles=needles,
+            phrasings=phrasings(*splits),
+            depths=_depths(rng, block.get("depths"), needles, number),
+            distractors=block.get("distractors", 0),
+        )
+    except ValueError as error:
+        raise WrongLength(
+            f"{length:,} tokens are too short for {needles} hidden facts and {room} of question",
+            hint="name larger --lengths",
+        ) from error
     order = [int(i) for i in rng.permutation(len(document.facts))]
     name = f"{length}-{needles}-{number}"
     return [

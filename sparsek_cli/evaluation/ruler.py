@@ -17,7 +17,13 @@ from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.evaluation import ruler_samples
 from sparsek_cli.evaluation.ruler_samples import Haystack
 from sparsek_cli.evaluation.store import digest, write_atomically
-from sparsek_cli.evaluation.texts import documents, lengths_of, named_text, tokenizer_of
+from sparsek_cli.evaluation.texts import (
+    WrongLength,
+    documents,
+    lengths_of,
+    named_text,
+    tokenizer_of,
+)
 
 MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "niah": ruler_samples.niah,
@@ -70,7 +76,13 @@ def _samples(settings: dict[str, Any], length: int, count: int) -> list[dict[str
     make = MAKERS[block["maker"]]
     for number in range(len(made), count):
         rng = np.random.default_rng([seed, length, number])
-        made.append(make(rng, hay, length - block["answer"], **block.get("options", {})))
+        try:
+            made.append(make(rng, hay, length - block["answer"], **block.get("options", {})))
+        except ValueError as error:
+            raise WrongLength(
+                f"{length:,} tokens are too short for one sample and {block['answer']} of answer",
+                hint="name larger --lengths",
+            ) from error
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, not results
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in made))
     return made

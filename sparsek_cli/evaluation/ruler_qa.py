@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.evaluation.texts import lengths_of, tokenizer_of
+from sparsek_cli.evaluation.texts import WrongLength, lengths_of, tokenizer_of
 
 PROMPT = (
     "Answer the question based on the given documents. Only give me the answer and do not output "
@@ -60,8 +60,8 @@ def _sample(
     context = "\n\n".join(f"Document {i}:\n{chosen[k]}" for i, k in enumerate(order, 1))
     text = PROMPT.format(context=context, query=row["question"])
     if count(f"{text} {PREFIX}") > room:
-        raise SparsekError(
-            f"the documents of one question do not fit into {room} tokens",
+        raise WrongLength(
+            f"the documents of one question do not fit into {room:,} tokens",
             hint="name larger --lengths",
         )
     return {"input": text, "gen_prefix": PREFIX, "outputs": list(row["answers"])}

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.evaluation.absent import Absent, explained
 from sparsek_cli.evaluation.catalogue import expand
-from sparsek_cli.evaluation.loading import harness_for, load_model, max_length_of
+from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens
 from sparsek_cli.evaluation.measure import run_unit
 from sparsek_cli.evaluation.policies import OWN, Policy, check_names, plan_policies
 from sparsek_cli.evaluation.ranks import Ranks
 from sparsek_cli.evaluation.record import Record, default_folder, settings_of, write_reports
 from sparsek_cli.evaluation.store import RESULTS, Store, digest, load_unit, to_json
 from sparsek_cli.evaluation.store import write_atomically as write
-from sparsek_cli.evaluation.units import Absent, Unit, data_fingerprint, load_units, refuse_long
+from sparsek_cli.evaluation.units import Unit, data_fingerprint, load_units, refuse_long
 
 if TYPE_CHECKING:
     from sparsek_cli.console import Console
@@ -34,7 +35,7 @@ def evaluate(
     Args:
         console: where progress goes (`say`, `detail`, `progress`).
         resume: keep what an interrupted run with the same settings finished.
-        overwrite: replace a folder that holds results of other settings.
+        overwrite: replace the results in the folder, of these settings or others.
 
     Returns:
         What results.json holds, with `folder` added.
@@ -52,7 +53,7 @@ def evaluate(
     if not own:
         rows = ", ".join(policy.label for policy in policies)
         say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
-    max_length = recipe.max_length or max_length_of(model, tokenizer)
+    max_length = most_tokens(model, tokenizer, recipe.max_length, say)
     lm = harness_for(model, tokenizer, recipe, max_length)
     say(f"preparing {', '.join(recipe.tasks)}")
     units, absent = load_units(
@@ -64,9 +65,11 @@ def evaluate(
         say=say,
     )
     units, refused = refuse_long(units, lm, recipe)
-    for item in refused:
-        say(f"refused {item.name}: {item.reason} ({item.remedy})")
     plan, unfit = _plan(units, policies)
+    for lines, remedy in explained([*absent, *refused, *unfit]):
+        for line in lines:
+            say(f"not measured: {line}")
+        say(f"hint: {remedy}")
     record = Record(
         recipe,
         checkpoint,
@@ -83,6 +86,8 @@ def evaluate(
         store = Store(folder, digest(record.settings), resume=resume, overwrite=overwrite)
     ranks.wait()  # for the folder; and again before the first result is written into it
     finished = _finished(folder, plan) if resume else {}
+    if finished:
+        say(f"resuming: {len(finished)} of {len(plan)} results are in {folder}")
     ranks.wait()
     ranks.join(lm)
     try:
@@ -143,13 +148,16 @@ def _measure(
     console: "Console",
 ) -> None:
     """Measures what is not finished; every result is on disk before the next one begins."""
-    total = sum(len(unit.task.instances) for unit, _ in plan)
+    total = sum(
+        len(unit.task.instances)
+        for unit, policy in plan
+        if (unit.name, policy.label) not in finished
+    )
     with console.progress("evaluating", total=total) as bar:
         lm.advance = bar.advance
         for number, (unit, policy) in enumerate(plan):
             done = finished.get((unit.name, policy.label))
             if done is not None:
-                bar.advance(len(unit.task.instances))
                 record.results.append(done)
                 continue
             bar.describe(f"{unit.name} {policy.label}")

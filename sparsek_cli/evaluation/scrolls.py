@@ -152,7 +152,8 @@ def where(config: str) -> str:
     """Where a missing dataset is to be had and to be put."""
     if config == "fairytale_qa":
         return "make it from github.com/uci-soe/FairytaleQAData: id, pid, input, output"
-    return f"unzip {HUB}/resolve/main/{config}.zip there, or connect and drop --data"
+    # The same text for all of them: whoever lacks several is told once.
+    return f"unzip {HUB}/resolve/main/<set>.zip there, or connect and drop --data"
 
 
 @contextmanager

@@ -51,16 +51,27 @@ class Store:
         folder: where; made on the first write.
         fingerprint: of everything that the numbers depend on.
         resume: keep what is finished there.
-        overwrite: replace a folder of another run.
+        overwrite: replace what is there, of this run or another.
+
+    Raises:
+        UsageError: results would be lost that nobody gave up, or the folder is of something else.
     """
 
     def __init__(self, folder: Path, fingerprint: str, *, resume: bool, overwrite: bool):
         self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"'{folder}' is a file", hint="name a folder for --output")
         before = self._fingerprint_there()
-        if before is not None and before != fingerprint and not overwrite:
+        finished = len(list((folder / "units").glob("*/*.json")))
+        if finished and before not in (None, fingerprint) and not overwrite:
             raise UsageError(
                 f"{folder} holds results of other settings",
                 hint="name another --output, or --overwrite to replace them",
+            )
+        if finished and before == fingerprint and not (resume or overwrite):
+            raise UsageError(
+                f"{folder} holds {finished} results of this very run",
+                hint="--resume keeps them and goes on, --overwrite measures them again",
             )
         if folder.exists() and before is None and any(folder.iterdir()):
             raise UsageError(

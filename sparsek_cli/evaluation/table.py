@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sparsek_cli.evaluation.absent import Absent, explained
 from sparsek_cli.evaluation.catalogue import catalogue
 from sparsek_cli.evaluation.policies import DENSE
 
@@ -107,14 +108,18 @@ def markdown(report: dict[str, Any]) -> str:
     grid = _grid(report)
     lines = ["| " + " | ".join(row) + " |" for row in grid]
     lines.insert(1, "|" + "|".join(["---"] * len(grid[0])) + "|")
-    return "\n".join([f"## {title(report)}", "", *lines, "", *notes(report)]) + "\n"
+    below = [f"- {note}" for note in notes(report)]
+    return "\n".join([f"## {title(report)}", "", *lines, "", *below]) + "\n"
 
 
 def title(report: dict[str, Any]) -> str:
     model, environment = report["model"], report["environment"]
     block = model["sparsek"]
     budget = ""
-    if block is not None:
+    swept = report["recipe"].get("budgets")
+    if block is not None and swept:
+        budget = f", keeps {', '.join(map(str, swept))} pairs per KV head"
+    elif block is not None:
         topk = block["topk"] if isinstance(block["topk"], int) else _mean_topk(block["topk"])
         budget = f", keeps {block['sinks']} sinks + {topk} selected + {block['window']} window"
     dtype = environment["dtype"].removeprefix("torch.")
@@ -189,13 +194,18 @@ def byte_rows(report: dict[str, Any]) -> list[list[str]]:
         cells = []
         for name in report["policies"]:
             proof = by_policy.get(name)
-            share = f" (1/{dense['kv_bytes'] / proof['kv_bytes']:.3g})" if dense and proof else ""
-            cells.append(
-                "-" if proof is None else size(proof["kv_bytes"]) + ("" if name == DENSE else share)
-            )
+            shown = "-" if proof is None else size(proof["kv_bytes"])
+            if dense and proof and name != DENSE:
+                shown += f" ({_ratio(proof['kv_bytes'] / dense['kv_bytes'])})"
+            cells.append(shown)
         tokens = max(proof["kv_tokens"] for proof in by_policy.values())
         rows.append(["KV cache", str(length or tokens), "", "bytes (lower)", *cells])
     return rows
+
+
+def _ratio(share: float) -> str:
+    """1/8 for an eighth; 4x where slots outnumber the tokens."""
+    return f"1/{1 / share:.3g}" if share <= 1 else f"{share:.3g}x"
 
 
 def size(count: float) -> str:
@@ -221,7 +231,12 @@ def layout(grid: Sequence[Sequence[str]], words: Sequence[int] = (0, 3)) -> list
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    notes = ["± standard error; in brackets the difference to dense, the same weights."]
+    cells = [cell for row in rows(report) for cell in row["cells"].values()]
+    error = "± standard error" if any(cell["stderr"] is not None for cell in cells) else ""
+    delta = "in brackets the difference to dense, the same weights"
+    delta = delta if any(cell["delta"] is not None for cell in cells) else ""
+    legend = "; ".join(filter(None, [error, delta]))
+    notes = [f"{legend}."] if legend else []
     if not report.get("complete", True):
         notes.insert(0, "not complete: the run was stopped; go on with --resume.")
     if report["recipe"].get("yarn"):
@@ -232,11 +247,9 @@ def notes(report: dict[str, Any]) -> list[str]:
     backends = sorted({b for unit in report["units"] for b in unit["proof"]["backends"]})
     if backends:
         notes.append(f"SparseK attention ran on: {', '.join(backends)}.")
-    alike: dict[tuple[str, str], list[str]] = {}
-    for item in report["absent"]:
-        alike.setdefault((item["reason"], item["remedy"]), []).append(item["task"])
-    for (reason, remedy), tasks in alike.items():
-        notes.append(f"not measured: {', '.join(tasks)}: {reason} ({remedy})")
+    absent = [Absent(item["task"], item["reason"], item["remedy"]) for item in report["absent"]]
+    for lines, remedy in explained(absent):
+        notes.append(f"not measured: {'; '.join(lines)} ({remedy})")
     rivals = [name for name in report["policies"] if name.split("-")[0].split(":")[0] in AFTER]
     if rivals:
         notes.append(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.data.text import iterate_texts
+from sparsek_cli.errors import SparsekError
 
 MIN_SOURCE_BYTES = 40_000  # of a Python source that may stand in for text; shorter ones say little
 
@@ -51,6 +52,10 @@ def _tokenizer(name: str) -> Any:
 
         _LOADED[name] = AutoTokenizer.from_pretrained(name)
     return _LOADED[name]
+
+
+class WrongLength(SparsekError):
+    """A task that cannot be made at one length; at others it may be."""
 
 
 def lengths_of(settings: Mapping[str, Any]) -> list[int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.evaluation.absent import Absent, explained
 from sparsek_cli.evaluation.catalogue import TASK_FOLDER, Entry, catalogue
 from sparsek_cli.evaluation.hub_data import (
     go_offline,
@@ -15,11 +16,12 @@ from sparsek_cli.evaluation.hub_data import (
     redirected,
 )
 from sparsek_cli.evaluation.quiet import quiet_lm_eval
+from sparsek_cli.evaluation.texts import WrongLength
 
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its few-shot examples are the same
 # Run where the first one's data is absent and the second one's is there.
 STAND_INS = {"scrolls_narrativeqa": "scrolls_fairytaleqa"}
-CUT_HINT = "--truncate left|middle cuts them and counts it; --max-length N raises the limit"
+CUT_HINT = "--truncate left|middle cuts and counts them; --yarn X or --max-length N allows more"
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return self.entry.name if self.length is None else f"{self.entry.name}@{self.length}"
+        return unit_name(self.entry, self.length)
 
 
-@dataclass(frozen=True)
-class Absent:
-    """A task whose data is not here: why, and what to do."""
-
-    name: str
-    reason: str
-    remedy: str
-
-    def as_dict(self) -> dict[str, str]:
-        return {"task": self.name, "reason": self.reason, "remedy": self.remedy}
+def unit_name(entry: Entry, length: int | None) -> str:
+    """recall_4@4096, or the task's name alone where the data decides on lengths."""
+    return entry.name if length is None else f"{entry.name}@{length}"
 
 
 def load_units(
@@ -76,7 +71,7 @@ def load_units(
     too_long = [n for n in recipe.lengths if n > max_length]
     if too_long and any(entry.lengths for entry in entries):
         raise UsageError(
-            f"--lengths {too_long[0]} is beyond the model's {max_length} tokens",
+            f"--lengths {too_long[0]} is beyond {_limit(recipe, max_length)}",
             hint=f"name lengths up to {max_length}, or stretch the model's positions with --yarn",
         )
     if any(needs_hub(entry, recipe) for entry in entries) and not hub_answers():
@@ -100,6 +95,9 @@ def load_units(
             try:
                 with redirected(recipe.data) as asked:
                     task = _load(entry, settings)
+            except WrongLength as error:
+                absent.append(Absent(unit_name(entry, length), error.message, error.hint))
+                continue
             except _DATA_ERRORS as error:
                 if entry in entries:
                     absent.append(_absent(entry, error, asked))
@@ -109,12 +107,9 @@ def load_units(
                 break
             units.append(Unit(entry, length, task, chat))
     if not units:
-        groups = _by_reason(absent)
-        missing = "; ".join(f"{', '.join(names)}: {item.reason}" for names, item in groups)
-        remedies = dict.fromkeys(item.remedy for _, item in groups)
-        raise SparsekError(f"no data for {missing}", hint="; ".join(remedies))
-    for names, item in _by_reason(absent):
-        say(f"skipped {', '.join(names)}: {item.reason} ({item.remedy})")
+        groups = explained(absent)
+        missing = "; ".join(line for lines, _ in groups for line in lines)
+        raise SparsekError(f"no data for {missing}", hint="; ".join(remedy for _, remedy in groups))
     return units, absent
 
 
@@ -123,12 +118,10 @@ def _length_setting(entry: Entry, length: int) -> list[int] | str:
     return f"{length // 1024}k" if entry.extra.get("length_names") == "k" else [length]
 
 
-def _by_reason(absent: Sequence[Absent]) -> list[tuple[list[str], Absent]]:
-    """Names of the tasks that are absent for the same reason, with the first of them."""
-    groups: dict[tuple[str, str], tuple[list[str], Absent]] = {}
-    for item in absent:
-        groups.setdefault((item.reason, item.remedy), ([], item))[0].append(item.name)
-    return list(groups.values())
+def _limit(recipe: Any, max_length: int) -> str:
+    if recipe.max_length is None:
+        return f"the model's {max_length:,} tokens"
+    return f"the {max_length:,} tokens of --max-length"
 
 
 _DATA_ERRORS = (
@@ -222,8 +215,8 @@ def refuse_long(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], li
             fitting.append(unit)
             continue
         reason = (
-            f"{count} of {len(unit.task.instances)} prompts are longer than the model's "
-            f"{lm.max_length:,} tokens (longest {longest:,})"
+            f"{count} of {len(unit.task.instances)} prompts are longer than "
+            f"{_limit(recipe, lm.max_length)} (longest {longest:,})"
         )
         refused.append(Absent(unit.name, reason, CUT_HINT))
     if not fitting:

@@ -70,6 +70,44 @@ def test_table_has_deltas_bytes_and_absent_tasks(report):
     assert "| recall_4 | 4096 | 8 | exact |" in markdown(report)
 
 
+def test_legend_only_of_what_is_there(report):
+    from sparsek_cli.evaluation.table import notes
+
+    assert notes(report)[0].startswith("± standard error; in brackets")
+    report["units"] = [u for u in report["units"] if u["policy"] != "dense"]
+    assert notes(report)[0] == "± standard error."
+    for unit in report["units"]:
+        for metric in unit["metrics"].values():
+            metric["stderr"] = None
+    assert not any("±" in note or "brackets" in note for note in notes(report))
+
+
+def test_notes_are_a_list_and_remedies_stand_once(report):
+    from sparsek_cli.evaluation.table import markdown
+
+    report["absent"] = [
+        {"task": task, "reason": f"no {task} there", "remedy": "unzip it"} for task in ("a", "b")
+    ]
+    assert "\n- not measured: a: no a there; b: no b there (unzip it)\n" in markdown(report)
+
+
+def test_slots_beyond_the_tokens_are_a_multiple(report):
+    from sparsek_cli.evaluation.table import text
+
+    for unit in report["units"]:
+        unit["proof"]["kv_bytes"] = 1000 if unit["policy"] == "dense" else 4000
+    assert "4 kB (4x)" in text(report)
+
+
+def test_title_names_the_budgets_that_were_tried(report):
+    from sparsek_cli.evaluation.table import title
+
+    report["model"]["sparsek"] = {"topk": 100, "window": 20, "sinks": 4}
+    assert "keeps 4 sinks + 100 selected + 20 window" in title(report)
+    report["recipe"]["budgets"] = [64, 128]
+    assert "keeps 64, 128 pairs per KV head" in title(report)
+
+
 def test_many_policies_become_lines(report):
     from sparsek_cli.evaluation.table import text
 
@@ -163,7 +201,7 @@ def test_compare_shows_differences(report, tmp_path):
     assert [(row["policy"], row["a"], row["b"]) for row in changed] == [("sparsek-64", 0.9, 0.5)]
     shown = as_text(found)
     assert "not the same measurement, these settings differ: limit" in shown
-    assert "only in A: 1 scores" in shown
+    assert "only in A: 1 score" in shown
     assert "-0.4" in shown
 
 

@@ -103,6 +103,55 @@ def test_other_settings_in_the_same_folder_are_refused(run, recipe, console):
     run(recipe(**small, seed=1), console, overwrite=True)
 
 
+def test_results_are_not_measured_again_unasked(run, recipe, console, tmp_path):
+    small = {"tasks": ["ppl"], "limit": 1, "baselines": []}
+    run(recipe(**small), console)
+    [unit] = (tmp_path / "out").glob("units/*/*.json")
+    written = unit.stat().st_mtime_ns
+    with pytest.raises(UsageError, match="holds 1 results of this very run") as caught:
+        run(recipe(**small), console)
+    assert "--resume" in caught.value.hint
+    assert unit.stat().st_mtime_ns == written
+    run(recipe(**small), console, overwrite=True)
+    assert unit.stat().st_mtime_ns > written
+
+
+def test_a_folder_in_which_nothing_was_finished_is_used_again(run, recipe, console, monkeypatch):
+    from sparsek_cli.evaluation import run as module
+
+    def failing(*args):
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(module, "run_unit", failing)
+        run(recipe(tasks=["ppl"], limit=1), console)
+    assert run(recipe(tasks=["ppl"], limit=1, baselines=[]), console)["complete"]
+
+
+def test_output_that_is_a_file(run, recipe, console, tmp_path):
+    (tmp_path / "out").write_text("precious")
+    with pytest.raises(UsageError, match="is a file"):
+        run(recipe(tasks=["ppl"], limit=1, baselines=[]), console)
+
+
+def test_resuming_says_what_is_there_and_counts_only_the_rest(run, recipe, tmp_path, capsys):
+    from sparsek_cli.console import Console
+
+    totals = []
+
+    class Counting(Console):
+        def progress(self, description, total=None):
+            totals.append(total)
+            return super().progress(description, total)
+
+    settings = {"tasks": ["ppl"], "limit": 2, "baselines": ["window"]}
+    run(recipe(**settings), Counting())
+    next((tmp_path / "out").glob("units/window/*.json")).unlink()
+    run(recipe(**settings), Counting(), resume=True)
+    assert "resuming: 1 of 2 results are in" in capsys.readouterr().err
+    assert totals == [4, 2]
+
+
 def test_a_folder_of_something_else_is_left_alone(run, recipe, console, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
@@ -147,6 +196,37 @@ def test_nothing_to_evaluate_is_an_error(run, recipe, console):
 def test_lengths_beyond_the_model_are_refused(run, recipe, console):
     with pytest.raises(UsageError, match="--lengths 9999"):
         run(recipe(tasks=["ppl"], lengths=[9999]), console)
+
+
+@pytest.mark.parametrize("task", ["recall_1", "ruler_niah_single_2"])
+def test_a_length_too_short_for_a_task_leaves_the_others(run, recipe, console, task):
+    settings = {"tasks": [task], "lengths": [150, 1200], "limit": 1, "baselines": []}
+    report = run(recipe(**settings), console)
+    assert [unit["length"] for unit in report["units"]] == [1200]
+    [absent] = report["absent"]
+    assert absent["task"] == f"{task}@150"
+    assert "150 tokens are too short" in absent["reason"]
+    assert absent["remedy"] == "name larger --lengths"
+
+
+def test_more_tokens_than_learned_positions_are_refused(
+    run, recipe, console, dense_checkpoint, capsys
+):
+    from sparsek_cli.console import Console
+
+    gpt2 = dense_checkpoint("gpt2")
+    settings = {"tasks": ["ppl"], "baselines": ["dense"], "limit": 1, "max_length": 3000}
+    with pytest.raises(UsageError, match=r"--max-length 3000 is beyond the 512 positions"):
+        run(recipe(**settings, model=str(gpt2)), console)
+    run(recipe(**settings), Console())
+    said = capsys.readouterr().err
+    assert "--max-length 3000 is beyond the 2,048 tokens the model was made for" in said
+
+
+def test_budgets_without_room_are_refused_before_data_is_read(run, recipe, console):
+    with pytest.raises(UsageError, match="budget 28 is below") as caught:
+        run(recipe(tasks=["scrolls_qmsum"], budgets=[64, 28]), console)
+    assert "29 or more" in caught.value.hint
 
 
 def test_broken_rows_are_named_with_file_and_line(run, recipe, console, tmp_path):
