@@ -86,7 +86,7 @@ def _questions(
         )
     except ValueError as error:
         raise WrongLength(
-            f"{length:,} tokens are too short for {needles} hidden facts and {room} of question",
+            f"{length:,} tokens are too short for the hidden facts ({needles}) and a question",
             hint="name larger --lengths",
         ) from error
     order = [int(i) for i in rng.permutation(len(document.facts))]

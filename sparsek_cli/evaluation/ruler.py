@@ -80,7 +80,7 @@ def _samples(settings: dict[str, Any], length: int, count: int) -> list[dict[str
             made.append(make(rng, hay, length - block["answer"], **block.get("options", {})))
         except ValueError as error:
             raise WrongLength(
-                f"{length:,} tokens are too short for one sample and {block['answer']} of answer",
+                f"{length:,} tokens are too short for a sample and its answer",
                 hint="name larger --lengths",
             ) from error
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, not results

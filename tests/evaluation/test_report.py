@@ -99,6 +99,16 @@ def test_slots_beyond_the_tokens_are_a_multiple(report):
     assert "4 kB (4x)" in text(report)
 
 
+def test_bytes_stand_beside_the_tokens_that_dense_read(report):
+    from sparsek_cli.evaluation.table import byte_rows
+
+    report["units"] = [unit("scrolls_qasper", None, p, 1.0) for p in ("dense", "sparsek-64")]
+    report["units"][1]["proof"]["kv_tokens"] = 940  # its answers were longer
+    assert [row[1] for row in byte_rows(report)] == ["700"]
+    del report["units"][0]
+    assert [row[1] for row in byte_rows(report)] == ["940"]
+
+
 def test_title_names_the_budgets_that_were_tried(report):
     from sparsek_cli.evaluation.table import title
 
