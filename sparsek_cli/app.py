@@ -103,7 +103,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    report_error("interrupted", "run the same command again; finetune goes on with --resume")
+    report_error("interrupted", "run the same command again; finetune and evaluate go on with --resume")
     return INTERRUPTED
 
 
