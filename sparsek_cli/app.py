@@ -103,7 +103,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    report_error("interrupted", "run the same command again; finetune and evaluate go on with --resume")
+    hint = "run the same command again; finetune and evaluate go on with --resume"
+    report_error("interrupted", hint)
     return INTERRUPTED
 
 
