@@ -169,8 +169,9 @@ def test_ridge_finds_a_planted_map_and_normalises_it():
     scores = found.normalised(moments).scores(inputs)
     assert torch.allclose(scores.mean(1), torch.zeros(2), atol=1e-3)
     assert torch.allclose(scores.std(1), torch.full((2,), SPREAD), atol=1e-2)
+    # Only scale and offset change: the order of the keys stays, but for what rounding makes equal.
     for before, after in zip(found.scores(inputs), scores, strict=True):
-        assert torch.equal(before.argsort(), after.argsort())
+        assert (after[before.argsort()].diff() > -1e-5).all()
 
 
 def test_sequences_mark_what_stands_far_back(tokenizer):

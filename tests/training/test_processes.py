@@ -116,14 +116,18 @@ def test_sharded_processes_train_the_model_of_one(
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     launch(str(Path(__file__).with_name("fsdp_on_cpu.py")), str(tmp_path / "jobs.json"))
 
-    for name, close, apart in (("distill", 1e-4, 2e-3), ("bf16", 5e-3, 0.05)):
+    # Adam turns a gradient's last bits into steps of up to the learning rate (1e-2) where the
+    # gradient is next to nothing, and those bits differ between processors: losses are held closer.
+    for name, file, close, apart in (
+        ("distill", "model.safetensors", 1e-4, 2e-3),
+        ("bf16", "model.safetensors", 5e-3, 0.05),
+        ("scorers", "sparsek.safetensors", 1e-4, 2e-3),
+    ):
         two = json.loads((tmp_path / f"{name}.json").read_text())
         assert two["loss"] == pytest.approx(one[name].loss, abs=close), name
         assert two["held_out_loss"] == pytest.approx(one[name].held_out_loss, abs=close), name
-        files = (tmp_path / f"{name}-{n}" / "model.safetensors" for n in ("two", "one"))
+        files = (tmp_path / f"{name}-{n}" / file for n in ("two", "one"))
         same_tensors(*files, within=apart)
-    files = (tmp_path / f"scorers-{n}" / "sparsek.safetensors" for n in ("two", "one"))
-    same_tensors(*files, within=1e-4)
 
     part = part_folder(tmp_path / "long-two")
     assert (part / "checkpoint-4").is_dir()
