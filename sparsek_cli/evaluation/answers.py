@@ -27,18 +27,14 @@ class Answers(PromptReader):
     """`generate_until`."""
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """Greedy answers; sampling goes to lm-eval's own loop."""
+        """Greedy answers; what asks for others has been left out (see `wants_chance_or_beams`)."""
         results: list[str] = [""] * len(requests)
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_settings.setdefault(repr(sorted(request.args[1].items())), []).append(index)
         for indices in by_settings.values():
             settings = normalize_gen_kwargs(dict(requests[indices[0]].args[1]), self.max_gen_toks)
-            if settings.get("do_sample") or settings.get("num_beams", 1) > 1:
-                answers = super().generate_until([requests[i] for i in indices], disable_tqdm)
-                self.advance(len(indices))
-            else:
-                answers = self._answer([requests[i] for i in indices], settings)
+            answers = self._answer([requests[i] for i in indices], settings)
             for index, answer in zip(indices, answers, strict=True):
                 results[index] = answer
         return results

@@ -91,6 +91,18 @@ class PromptReader(HFLM):
             longest = max(longest, size)
         return over, longest
 
+    def wants_chance_or_beams(self, instances: Sequence[Any]) -> bool:
+        """Whether an answer is to be drawn at random, or searched for with beams.
+
+        lm-eval's own loop would write those with a cache of its own, whatever the policy's is.
+        """
+        settings = (
+            normalize_gen_kwargs(dict(instance.args[1]), self.max_gen_toks)
+            for instance in instances
+            if instance.request_type == "generate_until"
+        )
+        return any(one["do_sample"] or one.get("num_beams", 1) > 1 for one in settings)
+
     def _room(self, gen_kwargs: dict[str, Any]) -> int:
         own = normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks)["max_gen_toks"]
         return min(own, self.max_new_tokens or own)

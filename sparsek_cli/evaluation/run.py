@@ -14,7 +14,7 @@ from sparsek_cli.evaluation.ranks import Ranks
 from sparsek_cli.evaluation.record import Record, default_folder, settings_of, write_reports
 from sparsek_cli.evaluation.store import RESULTS, Store, digest, load_unit, to_json
 from sparsek_cli.evaluation.store import write_atomically as write
-from sparsek_cli.evaluation.units import Unit, data_fingerprint, load_units, refuse_long
+from sparsek_cli.evaluation.units import Unit, data_fingerprint, load_units, refuse_unfit
 
 if TYPE_CHECKING:
     from sparsek_cli.console import Console
@@ -64,7 +64,7 @@ def evaluate(
         max_length=max_length,
         say=say,
     )
-    units, refused = refuse_long(units, lm, recipe)
+    units, refused = refuse_unfit(units, lm, recipe)
     plan, unfit = _plan(units, policies)
     for lines, remedy in explained([*absent, *refused, *unfit]):
         for line in lines:

@@ -195,10 +195,11 @@ def _load(entry: Entry, settings: dict[str, Any]) -> Any:
         return task
 
 
-def refuse_long(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], list[Absent]]:
+def refuse_unfit(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], list[Absent]]:
     """Leaves out tasks with prompts that do not fit, unless the user said how to cut them.
 
-    Found out for all tasks before anything has run. Nothing is ever cut without being asked for.
+    And those whose answers are not greedy. Found out for all tasks before anything has run.
+    Nothing is ever cut without being asked for.
 
     Returns:
         The units that fit, and the refused ones with how many prompts are over the limit.
@@ -210,6 +211,10 @@ def refuse_long(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], li
     refused: list[Absent] = []
     for unit in units:
         build_requests(unit, lm, recipe)
+        if lm.wants_chance_or_beams(unit.task.instances):
+            reason = "its answers are sampled or searched for with beams; only greedy ones count"
+            refused.append(Absent(unit.name, reason, "name a task with greedy answers"))
+            continue
         count, longest = lm.over_limit(unit.task.instances)
         if not count or recipe.truncate != "refuse":
             fitting.append(unit)
@@ -220,8 +225,9 @@ def refuse_long(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], li
         )
         refused.append(Absent(unit.name, reason, CUT_HINT))
     if not fitting:
-        shown = "; ".join(f"{item.name}: {item.reason}" for item in refused)
-        raise UsageError(shown, hint=CUT_HINT)
+        groups = explained(refused)
+        shown = "; ".join(line for lines, _ in groups for line in lines)
+        raise UsageError(shown, hint="; ".join(remedy for _, remedy in groups))
     return fitting, refused
 
 

@@ -209,6 +209,29 @@ def test_a_length_too_short_for_a_task_leaves_the_others(run, recipe, console, t
     assert absent["remedy"] == "name larger --lengths"
 
 
+@pytest.mark.parametrize(
+    "wish", [{"do_sample": True, "temperature": 0.7}, {"temperature": 0.7}, {"num_beams": 3}]
+)
+def test_answers_that_are_not_greedy_are_refused(run, recipe, console, monkeypatch, wish):
+    """They would be written with a cache that no policy knows."""
+    from sparsek_cli.evaluation import units
+
+    real = units._load
+
+    def wishing(entry, settings):
+        task = real(entry, settings)
+        if entry.name == "recall_1":
+            del task.config.generation_kwargs["do_sample"]
+            task.config.generation_kwargs.update(wish)
+        return task
+
+    monkeypatch.setattr(units, "_load", wishing)
+    report = run(recipe(tasks=["recall_1", "ppl"], limit=1, baselines=["snapkv"]), console)
+    assert {unit["task"] for unit in report["units"]} == {"ppl"}
+    reasons = {item["task"]: item["reason"] for item in report["absent"]}
+    assert "only greedy ones count" in reasons["recall_1@640"]
+
+
 def test_more_tokens_than_learned_positions_are_refused(
     run, recipe, console, dense_checkpoint, capsys
 ):
