@@ -3,8 +3,9 @@
 The lists of small tiles are filtered copies of the lists of the larger tiles around them, so the
 work per tile is its parent's list (k + sinks + parent's size) and not the whole prefix. In a list,
 keys selected by every query of the tile stand at the front and the others at the back, which is
-why most of the attention needs no mask at all. The order inside both parts is fixed, so a sum over
-a list is the same in every run.
+why most of the attention needs no mask at all. For the gradient of the scores, keys at the front
+are also interior for all of the tile or for none of it. The order inside both parts is fixed, so a
+sum over a list is the same in every run.
 """
 
 from collections.abc import Sequence
@@ -45,10 +46,10 @@ class KeyLists:
 @triton.jit
 def _build(
     end, sequences, tiles, offsets, counts, keys, ends,
-    parent_index, parent_offsets, parent_counts, parent_keys, parent_ends,
+    parent_index, parent_offsets, parent_counts, parent_keys, parent_ends, run_start, run_stop,
     heads, row_keys, window,
     SIZE: tl.constexpr, RATIO: tl.constexpr, FROM_PARENT: tl.constexpr,
-    STORE_END: tl.constexpr, BLOCK: tl.constexpr,
+    STORE_END: tl.constexpr, RUNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One list: the keys that are selected somewhere in the tile, whole-tile keys first."""
     tile = tl.program_id(0)
@@ -67,7 +68,8 @@ def _build(
     key_count = tl.load(line + 4)
     t0 = first_key + key_count - query_count + place * SIZE
     t1 = tl.minimum(t0 + SIZE, first_key + key_count)
-    row_end = end + (batch * heads + head).to(tl.int64) * row_keys
+    row = (batch * heads + head).to(tl.int64) * row_keys
+    row_end = end + row
     base = tl.load(offsets + one)
     room = tl.load(offsets + one + 1) - base
     front = 0
@@ -96,6 +98,12 @@ def _build(
             key_end = tl.load(row_end + item, mask=inside, other=0)
         live = inside & (key_end > t0) & (key + window < t1) & (key_end > key + window)
         whole = live & (key_end >= t1) & (key + window <= t0)
+        if RUNS:
+            start_run = tl.load(run_start + row + key, mask=whole, other=0)
+            stop_run = tl.load(run_stop + row + key, mask=whole, other=0)
+            begins = (start_run > t0) & (start_run < t1)
+            ceases = (stop_run > t0) & (stop_run < t1)
+            whole &= (start_run >= stop_run) | ((begins | ceases) == 0)
         part = (live & (whole == 0)).to(tl.int32)
         whole = whole.to(tl.int32)
         at_front = base + front + tl.cumsum(whole, 0) - whole
@@ -169,12 +177,15 @@ def key_lists(
     sinks: int,
     geometry: Geometry,
     sizes: Sequence[int],
+    runs: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> list[KeyLists]:
     """Lists for the wanted tile sizes, ascending powers of two; coarser ones help to build them.
 
     Args:
         end: int32 [B, G, M] from `selection_ends`.
         sizes: tile sizes; each is returned, finest first.
+        runs: int32 [B, G, M] twice from `interior_runs`: a key that starts or ceases to be interior
+            inside a tile stands at the back of its list.
     """
     wanted = sorted(set(sizes))
     ladder = list(wanted)
@@ -188,13 +199,14 @@ def key_lists(
     parent = None if geometry.packed else _ever_selected(end, window, geometry)
     for size in reversed(ladder):
         keep_ends = size != ladder[0]  # a list is read with its ends by finer ones only
-        parent = _lists_of_size(end, topk, window, sinks, geometry, size, parent, keep_ends)
+        parent = _lists_of_size(end, runs, topk, window, sinks, geometry, size, parent, keep_ends)
         built[size] = parent
     return [built[size] for size in wanted]
 
 
-def _lists_of_size(end, topk, window, sinks, geometry, size, parent, keep_ends) -> KeyLists:
+def _lists_of_size(end, runs, topk, window, sinks, geometry, size, parent, keep_ends) -> KeyLists:
     device = end.device
+    run_start, run_stop = runs or (end, end)
     tiles = geometry.tiles(size)
     offsets, total, capacity = _room(topk, window, sinks, geometry, size, tiles)
     lists = tiles.shape[0] * geometry.heads
@@ -206,10 +218,10 @@ def _lists_of_size(end, topk, window, sinks, geometry, size, parent, keep_ends) 
     _build[(tiles.shape[0], geometry.heads)](
         end, geometry.sequences, tiles, offsets, counts, keys, keys if ends is None else ends,
         _first_tiles(geometry, above.size), above.offsets, above.counts, above.keys,
-        above.keys if above.ends is None else above.ends,
+        above.keys if above.ends is None else above.ends, run_start, run_stop,
         geometry.heads, geometry.keys, window,
         SIZE=size, RATIO=above.size // size, FROM_PARENT=parent is not None,
-        STORE_END=ends is not None, BLOCK=BLOCK, num_warps=4,
+        STORE_END=ends is not None, RUNS=runs is not None, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     return made
 

@@ -140,7 +140,7 @@ def backward(
     hopper = hopper_kernels(q, settings)
     size = list_size(settings, q, k)
     sizes = [max(size, hopper.tile_queries(shape.group)) if hopper else size, SUPER_TILE]
-    lists = key_lists(end, settings.topk, settings.window, settings.sinks, shape, sizes)
+    lists = key_lists(end, settings.topk, settings.window, settings.sinks, shape, sizes, runs)
     delta = row_products(out, do)
     rows = (q, k, v, do, lse, delta, end)
     common = dict(window=settings.window, scale=settings.scale, runs=runs)

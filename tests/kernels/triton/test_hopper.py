@@ -27,6 +27,9 @@ CASES = [  # n, k, window, sinks, heads, groups, dim, kind, dtype, who runs firs
     (660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, COPIES_FIRST),
     (660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, COPIES_LAST),
     (660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, ONE_HALF_FIRST),
+    # More than one super tile: programs of keys that are interior throughout, or not at all.
+    (1400, 256, 20, 3, 2, 1, 64, "falling", torch.float16, COPIES_FIRST),
+    (1300, 450, 30, 0, 1, 1, 64, "normal", torch.float16, COPIES_LAST),
 ]
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 
@@ -69,9 +72,12 @@ def test_matches_the_naive_twin(
     options = dict(topk=k, window=window, sinks=sinks)
     with gluon_emulator.run_first(*order):
         out, *mine = gradients(inputs, grad, **options)
-    naive = [x.double().requires_grad_() for x in inputs]
-    twin = naive_attention(*naive, gate="straight_through", scale=1 / math.sqrt(dim), **options)
-    theirs = torch.autograd.grad(twin, naive, grad.double(), allow_unused=True)
+    wide = [x.double().requires_grad_() for x in inputs]
+    if n <= 1000:
+        twin = naive_attention(*wide, gate="straight_through", scale=1 / math.sqrt(dim), **options)
+    else:
+        twin = sparsek_attention(*wide, backend="pytorch", **options)
+    theirs = torch.autograd.grad(twin, wide, grad.double(), allow_unused=True)
     assert relative_error(out, twin) < TOLERANCE[dtype]
     for name, a, b in zip(("dq", "dk", "dv", "dscores"), mine, theirs, strict=True):
         b = torch.zeros_like(a) if b is None else b
@@ -79,6 +85,17 @@ def test_matches_the_naive_twin(
         # Gradients that are zero in exact arithmetic are sums that cancel: hence the floor.
         error = (a.double() - b).norm() / (b.double().norm() + 0.1)
         assert error < 2 * TOLERANCE[dtype], name
+
+
+def test_frozen_scores_change_no_other_gradient(emulated, make_inputs, relative_error):
+    (*rows, scores), grad = half_inputs(make_inputs, 300, torch.bfloat16, heads=2, dim=64)
+    options = dict(topk=60, window=130, backend="triton")
+    _, *wanted, _ = gradients([*rows, scores], grad, topk=60, window=130)
+    rows = [x.clone().requires_grad_() for x in rows]
+    out = sparsek_attention(*rows, scores, **options)
+    mine = torch.autograd.grad(out, rows, grad)
+    for a, b in zip(mine, wanted, strict=True):  # lists, and so sums, are in another order
+        assert relative_error(a, b) < TOLERANCE[torch.bfloat16]
 
 
 def test_packed_documents_equal_separate_calls(emulated, make_inputs, relative_error):

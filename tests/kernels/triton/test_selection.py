@@ -87,12 +87,17 @@ def test_any_shape(n, k, window, sinks, levels, seed):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_lists_hold_exactly_the_keys_of_their_tile(make_inputs, packed):
+@pytest.mark.parametrize("with_runs", [False, True])
+def test_lists_hold_exactly_the_keys_of_their_tile(make_inputs, packed, with_runs):
     n, window, sinks, topk = 700, 9, 2, (20, 5)
     bounds = torch.tensor([0, 30, 31, 700], dtype=torch.int32) if packed else None
     scores = make_inputs(n, groups=2, kind="rising", grad=False)[3]
     end, shape = ends_of(scores, topk, window, sinks, bounds)
-    fine, coarse = key_lists(end, topk, window, sinks, shape, [32, 256])
+    # Any runs will do: some lie inside a tile, some cover it, some are empty.
+    draw = torch.Generator().manual_seed(0)
+    starts, stops = torch.randint(0, n, (2, *end.shape), generator=draw, dtype=torch.int32)
+    runs = (starts, stops) if with_runs else None
+    fine, coarse = key_lists(end, topk, window, sinks, shape, [32, 256], runs)
     for lists in (fine, coarse):
         for tile, (sequence, place) in enumerate(lists.tiles.tolist()):
             if sequence < 0:
@@ -110,6 +115,10 @@ def test_lists_hold_exactly_the_keys_of_their_tile(make_inputs, packed):
                 stop = end[0, head, first : first + count]
                 live = (stop > t0) & (j + window < t1) & (stop > j + window)
                 every = live & (stop >= t1) & (j + window <= t0)
+                if with_runs:
+                    t = torch.arange(t0, t1)[:, None]
+                    interior = (t >= starts[0, head, j]) & (t < stops[0, head, j])
+                    every &= interior.all(0) | ~interior.any(0)
                 assert whole == set(j[every].tolist())
                 assert part == set(j[live & ~every].tolist())
                 assert len(whole) == front and len(part) == back

@@ -102,8 +102,11 @@ def _step(
     weighted = warpgroup_mma_wait(1, deps=[weighted])
     ds = weights * (weighted - delta[None, :])
     if SCORES:
-        counted = (t[None, :] >= run_low[:, None]) & (t[None, :] < run_high[:, None])
-        sums += thread_sums(gl.where(counted, ds, 0.0), _BLOCK)
+        counted = ds
+        if MASKED:
+            interior = (t[None, :] >= run_low[:, None]) & (t[None, :] < run_high[:, None])
+            counted = gl.where(interior, ds, 0.0)
+        sums += thread_sums(counted, _BLOCK)
     dk = warpgroup_mma(gl.convert_layout(ds.to(q.dtype), WEIGHTS), q, dk, is_async=True)
     dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     mbarrier.arrive(free.index(slot), count=1)
@@ -113,7 +116,7 @@ def _step(
 @gluon.jit
 def _compute(
     keys_at, ends_at, run_start, run_stop, dk_base, dv_base, sum_base, k_s, v_s,
-    q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, fallback, items,
+    q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, count, fallback, items,
     first_item,
     GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
     WINDOW: gl.constexpr, ATOMIC: gl.constexpr,
@@ -146,6 +149,11 @@ def _compute(
             step, t, k_s, v_s, dk, dv, sums, begin, stop, run_low, run_high, blank, scale,
             q_s, do_s, lse_s, delta_s, full, free, STAGES, False, SCORES, WEIGHTS, COLUMN,
         )  # fmt: skip
+    if SCORES:
+        # Where blocks without masks exist, a key is interior for all of the tile or for none of it.
+        is_interior = (run_low <= 0) & (run_high >= count)
+        share = gl.where(is_interior, 1.0, 0.0)
+        sums = sums * gl.convert_layout(share, gl.SliceLayout(1, sums.type.layout))[:, None]
     for step in range(clear, (high - low) * GROUP):
         t = _block_of(step, blocks, GROUP) * _BLOCK + lane
         dk, dv, sums = _step(
@@ -263,6 +271,11 @@ def _key_gradient_hopper(
     clear_low = gl.minimum(gl.maximum(clear_low, low), high)
     clear_high = gl.maximum(all_stop - t0, 0) // _BLOCK
     clear_high = gl.minimum(gl.maximum(clear_high, clear_low), high)
+    if SCORES:
+        # Only keys at the front of the list are interior for all of the tile or for none of it.
+        front, back, room = items
+        is_alike = gl.minimum(first_item + BN, front + back) <= front
+        clear_high = gl.where(is_alike, clear_high, clear_low)
     blocks = (low, clear_low, clear_high, high)
 
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
@@ -303,14 +316,15 @@ def _key_gradient_hopper(
                 keys_at, ends_at, run_start + row_at, run_stop + row_at,
                 dk_ptr + row_at * D, dv_ptr + row_at * D, column_ptr + row_at,
                 k_s.index(0), v_s.index(0), q_s, do_s, lse_s, delta_s, full, free,
-                blocks, scale, window, t0, fallback, items, first_item,
+                blocks, scale, window, t0, t1 - t0, fallback, items, first_item,
                 GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
             )),
             (_compute, (
                 keys_at, ends_at, run_start + row_at, run_stop + row_at,
                 dk_ptr + row_at * D, dv_ptr + row_at * D, column_ptr + row_at,
                 k_s.index(1), v_s.index(1), q_s, do_s, lse_s, delta_s, full, free,
-                blocks, scale, window, t0, fallback, items, first_item + HALF,
+                blocks, scale, window, t0, t1 - t0, fallback, items,
+                first_item + HALF,
                 GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
             )),
             (_copy, (

@@ -41,7 +41,7 @@ _LN_2 = gl.constexpr(0.6931471805599453)
 
 @gluon.jit
 def _copy(
-    k_base, v_base, k_n, v_n, k_s, v_s, ranges, interiors, keys_s, full, free,
+    k_base, v_base, k_n, v_n, k_s, v_s, ranges, interiors, shares, keys_s, full, free,
     end, run_start, run_stop, window, span, listed,
     BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
     SCORES: gl.constexpr,
@@ -66,6 +66,7 @@ def _copy(
             first = gl.load(run_start + flat_key, mask=is_selected, other=0)
             stop = gl.load(run_stop + flat_key, mask=is_selected, other=0)
             interiors.index(slot).store(in_tile(first, stop, t0, t1))
+            shares.index(slot).store(gl.where((first <= t0) & (stop >= t1), 1.0, 0.0))
         ranges.index(slot).store(seen)
         mbarrier.wait(free.index((step + 1) % STAGES), ((step + 1) // STAGES & 1) ^ 1)
         copy_rows(k_base, key, k_n, d, k_s.index(slot), WIDE)
@@ -81,7 +82,7 @@ def _weight_gradients(raw, weighted, lse, delta, scale):
 @gluon.jit
 def _step(
     step, q, do, last, acc, row_sums, lse, delta, t, blank, scale,
-    k_s, v_s, ranges, interiors, full, free,
+    k_s, v_s, ranges, interiors, shares, full, free,
     BN: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, SCORES: gl.constexpr,
     WEIGHTS: gl.constexpr, COLUMN: gl.constexpr,
 ):  # fmt: skip
@@ -101,7 +102,11 @@ def _step(
     if scale > 0:
         raw = _weight_gradients(raw, weighted, lse, delta, scale)
         if SCORES:
-            counted = gl.where(within(interiors.index(slot), t, COLUMN), raw, 0.0)
+            # Keys that all queries see are interior for all of them or for none.
+            if MASKED:
+                counted = gl.where(within(interiors.index(slot), t, COLUMN), raw, 0.0)
+            else:
+                counted = raw * shares.index(slot).load(COLUMN)[None, :]
             row_sums += thread_sums(counted, BN)
     acc, raw = warpgroup_mma_wait(0, deps=[product, raw])
     mbarrier.arrive(free.index(slot), count=1)
@@ -110,8 +115,8 @@ def _step(
 
 @gluon.jit
 def _compute(
-    dq_base, lse_base, delta_base, sum_base, q_s, do_s, k_s, v_s, ranges, interiors, full, free,
-    o_h, o_n, queries, scale, first_query, first_head, first_row, span,
+    dq_base, lse_base, delta_base, sum_base, q_s, do_s, k_s, v_s, ranges, interiors, shares, full,
+    free, o_h, o_n, queries, scale, first_query, first_head, first_row, span,
     HG: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
     SCORES: gl.constexpr,
 ):  # fmt: skip
@@ -144,7 +149,10 @@ def _compute(
     raw, weighted = warpgroup_mma_wait(0, deps=[raw, weighted])
     raw = gl.where(within(ranges.index(0), t, COLUMN), raw, -float("inf"))
     raw = _weight_gradients(raw, weighted, lse, delta, scale)
-    row_sums = thread_sums(gl.where(within(interiors.index(0), t, COLUMN), raw, 0.0), BN)
+    counted = raw
+    if SCORES:
+        counted = gl.where(within(interiors.index(0), t, COLUMN), raw, 0.0)
+    row_sums = thread_sums(counted, BN)
     mbarrier.arrive(free.index(0), count=1)
     last = gl.convert_layout(raw.to(k_s.dtype), WEIGHTS)
     # The window comes first, and nothing in it is interior.
@@ -152,19 +160,19 @@ def _compute(
     for step in range(1, scored):
         last, acc, row_sums = _step(
             step, q_s, do_s, last, acc, row_sums, lse, delta, t, blank, scale,
-            k_s, v_s, ranges, interiors, full, free,
+            k_s, v_s, ranges, interiors, shares, full, free,
             BN, STAGES, False, False, WEIGHTS, COLUMN,
         )  # fmt: skip
     for step in range(gl.maximum(scored, 1), clear):
         last, acc, row_sums = _step(
             step, q_s, do_s, last, acc, row_sums, lse, delta, t, blank, scale,
-            k_s, v_s, ranges, interiors, full, free,
+            k_s, v_s, ranges, interiors, shares, full, free,
             BN, STAGES, False, SCORES, WEIGHTS, COLUMN,
         )  # fmt: skip
     for step in range(gl.maximum(clear, 1), steps):
         last, acc, row_sums = _step(
             step, q_s, do_s, last, acc, row_sums, lse, delta, t, blank, scale,
-            k_s, v_s, ranges, interiors, full, free,
+            k_s, v_s, ranges, interiors, shares, full, free,
             BN, STAGES, True, SCORES, WEIGHTS, COLUMN,
         )  # fmt: skip
     acc = warpgroup_mma(last, k_s.index((steps - 1) % STAGES), acc, is_async=True)
@@ -221,6 +229,7 @@ def _query_gradient_hopper(
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], keys_layout)
     ranges = gl.allocate_shared_memory(gl.int32, [STAGES, BN], flat)
     interiors = gl.allocate_shared_memory(gl.int32, [STAGES, BN], flat)
+    shares = gl.allocate_shared_memory(gl.float32, [STAGES, BN], flat)
     keys_s = gl.allocate_shared_memory(gl.int32, [BN], flat)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -236,18 +245,18 @@ def _query_gradient_hopper(
         [
             (_compute, (
                 dq_base, lse_ptr + stat, delta_ptr + stat, row_sum_ptr + stat,
-                q_s.index(0), do_s.index(0), k_s, v_s, ranges, interiors, full, free,
+                q_s.index(0), do_s.index(0), k_s, v_s, ranges, interiors, shares, full, free,
                 o_h, o_n, queries, scale, query, q_head, 0, span, HG, BN, D, STAGES, SCORES,
             )),
             (_compute, (
                 dq_base, lse_ptr + stat, delta_ptr + stat, row_sum_ptr + stat,
-                q_s.index(1), do_s.index(1), k_s, v_s, ranges, interiors, full, free,
+                q_s.index(1), do_s.index(1), k_s, v_s, ranges, interiors, shares, full, free,
                 o_h, o_n, queries, scale, query, q_head, HALF, span, HG, BN, D, STAGES, SCORES,
             )),
             (_copy, (
                 k_ptr + batch * k_b + head.to(gl.int64) * k_h,
                 v_ptr + batch * v_b + head.to(gl.int64) * v_h,
-                k_n, v_n, k_s, v_s, ranges, interiors, keys_s, full, free,
+                k_n, v_n, k_s, v_s, ranges, interiors, shares, keys_s, full, free,
                 end + row * row_keys, run_start + row * row_keys, run_stop + row * row_keys,
                 window, span, own, BN, D, STAGES, WIDE, SCORES,
             )),
