@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 
 TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
-    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1",
+    torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def effective_scores(scores: Tensor, slopes: Tensor | None, positions: Tensor) -> Tensor:
+def effective_scores(
+    scores: Tensor, slopes: Tensor | None, positions: Tensor | None
+) -> Tensor:
     """e_j = u_j + slope * j in float64 (derived: an age preference is still a static score).
 
     Computed once and used by selection, gates, gradients and the decoder's state, so that all of
@@ -15,7 +17,8 @@ def effective_scores(scores: Tensor, slopes: Tensor | None, positions: Tensor) -
     Args:
         scores: [B, G, N], any floating dtype, finite.
         slopes: [G] or None.
-        positions: [N] or [B, N] integers, counted from the start of the document.
+        positions: [N] or [B, N] integers, counted from the start of the document; None without
+            slopes.
 
     Returns:
         [B, G, N] float64, differentiable in scores and slopes.

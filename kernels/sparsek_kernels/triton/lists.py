@@ -10,6 +10,7 @@ sum over a list is the same in every run.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -151,6 +152,11 @@ def _compact(
         tl.store(counts + 2 * row + 1, 0)
 
 
+@lru_cache(maxsize=256)
+def _row_offsets(rows: int, keys: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(rows + 1, dtype=torch.int64, device=device) * keys
+
+
 def _ever_selected(end: torch.Tensor, window: int, geometry: Geometry) -> KeyLists:
     """One list per row: its keys that are selected at any time, usually a small part of all."""
     rows, keys, device = geometry.rows, geometry.keys, end.device
@@ -165,8 +171,8 @@ def _ever_selected(end: torch.Tensor, window: int, geometry: Geometry) -> KeyLis
         end, block_counts, kept, kept_ends, counts, keys, blocks, window,
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    offsets = torch.arange(rows + 1, dtype=torch.int64, device=device) * keys
     # One "tile" per sequence, larger than any sequence.
+    offsets = _row_offsets(rows, keys, device)
     return KeyLists(1 << 30, geometry.sequences, offsets, counts, kept, kept_ends, keys)
 
 

@@ -47,11 +47,7 @@ def run(
     if n == 0:
         return torch.zeros_like(q), state
     if state is None:
-        positions = torch.arange(n, device=q.device)
-        if cu_seqlens is not None and slopes is not None:
-            starts = cu_seqlens.to(positions.dtype)
-            positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
-        effective = effective_scores(scores, slopes, positions)
+        effective = effective_scores(scores, slopes, _positions(slopes, cu_seqlens, n, q.device))
         out, *_ = attention(
             q, k, v, effective, cu_seqlens, layout.topk, layout.window, layout.sinks, gate, scale
         )
@@ -68,6 +64,17 @@ def run(
         states.append(part)
     out = pack(groups, outputs) if groups else torch.zeros_like(q)
     return out, join_states(state, states, [group.documents for group in groups])
+
+
+def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor | None:
+    """Places [N] of the tokens in their documents, where somebody asks for them."""
+    if slopes is None:
+        return None
+    positions = torch.arange(n, device=device)
+    if cu_seqlens is not None:
+        starts = cu_seqlens.to(positions.dtype)
+        positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
+    return positions
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 import torch
 
 from sparsek_kernels.triton.geometry import Geometry
-from sparsek_kernels.triton.thresholds import owners
+from sparsek_kernels.triton.segments import owners
 
 
 def running_sum(x: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, head_budgets, ragged_index
+from sparsek_kernels.triton.segments import descending_order
 
 CHUNK = 64  # ranks resolved by one program
 BUCKETS = 256  # position buckets of the histogram
@@ -157,6 +158,15 @@ def _ends(
     tl.store(end + key, leaves, mask=arriving < limit)
 
 
+@triton.jit
+def _invert(order, short, rank, keys, BLOCK: tl.constexpr):
+    """The order in 32 bits, and the rank of every key."""
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(order + at, mask=at < keys, other=0).to(tl.int32)
+    tl.store(short + at, key, mask=at < keys)
+    tl.store(rank + key, at, mask=at < keys)
+
+
 def rank_order(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys of each sequence and head from best to worst, ties to the earlier key.
 
@@ -169,21 +179,13 @@ def rank_order(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, 
     flat = (scores + 0.0).reshape(-1)  # + 0.0: a radix sort would tell -0.0 from 0.0
     if flat.numel() >= FOREVER:
         raise ValueError(f"{flat.numel()} keys times heads: at most 2^31 - 2 fit one call")
-    order = torch.sort(flat, descending=True, stable=True).indices
-    segments = geometry.rows * (geometry.count if geometry.packed else 1)
-    if segments > 1:
-        owner = order.div(geometry.keys, rounding_mode="floor")
-        if geometry.packed:
-            starts = geometry.sequences[:, 3].contiguous()
-            document = torch.searchsorted(starts, order - owner * geometry.keys, right=True) - 1
-            owner = owner * geometry.count + document
-        small = (
-            torch.uint8 if segments <= 256 else torch.int16 if segments <= 2**15 else torch.int32
-        )
-        order = order[torch.sort(owner.to(small), stable=True).indices]
-    rank = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
-    rank[order] = torch.arange(flat.numel(), dtype=torch.int32, device=flat.device)
-    return order.to(torch.int32), rank
+    order = descending_order(flat, geometry)
+    short = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
+    rank = torch.empty_like(short)
+    _invert[(triton.cdiv(flat.numel(), 1024),)](
+        order, short, rank, flat.numel(), BLOCK=1024, num_warps=4
+    )
+    return short, rank
 
 
 def selection_ends(

@@ -11,9 +11,9 @@ import pytest
 pytest.importorskip("triton")
 REPORT = Path(__file__).parents[3] / "kernels" / "benchmarks" / "compile_report.py"
 KERNELS = {
-    "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept", "_compact", "_build",
-    "_attend", "_delta", "_key_gradient", "_totals", "_running", "_descend",
-    "_insert", "_attend_slots", "_combine",
+    "_invert", "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept", "_compact",
+    "_build", "_attend", "_delta", "_key_gradient", "_breakpoints", "_arrange", "_totals",
+    "_running", "_descend", "_finish", "_insert", "_attend_slots", "_combine",
 }  # fmt: skip
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sparsek_kernels import thresholds
 from sparsek_kernels.naive.attention import naive_selection
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import key_lists
 from sparsek_kernels.triton.selection import selection_ends
+from sparsek_kernels.triton.thresholds import prefix_thresholds
 
 pytestmark = pytest.mark.interpret
 
@@ -122,3 +124,28 @@ def test_lists_hold_exactly_the_keys_of_their_tile(make_inputs, packed, with_run
                 assert whole == set(j[every].tolist())
                 assert part == set(j[live & ~every].tolist())
                 assert len(whole) == front and len(part) == back
+
+
+@pytest.mark.parametrize("n", [2, 63, 64, 65, 300])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "offset", "wide"])
+def test_thresholds_equal_those_of_the_pytorch_backend(make_inputs, n, kind):
+    """Except on a stretch of solutions, where no key may be interior; wide scores have many."""
+    topk, window, sinks = (5, 40), 3, 2
+    scores = make_inputs(n, heads=2, groups=2, kind=kind, grad=False)[3]
+    shape = geometry((1, 2, n, 1), (1, 2, n, 1), scores.device)
+    tau = prefix_thresholds(scores, topk, window, shape, pipeline.sink_mask(shape, sinks))[0]
+    candidates = scores[0].clone()
+    candidates[:, :sinks] = -torch.inf
+    wanted = torch.full_like(tau, -torch.inf)
+    # The candidates of query t are the keys up to t - window.
+    found = thresholds.prefix_thresholds(candidates, torch.tensor(topk))
+    wanted[:, window:] = found[:, : max(0, n - window)]
+    assert torch.equal(tau.isfinite(), wanted.isfinite())
+    assert (tau[:, 1:] >= tau[:, :-1] - 1e-12).all()
+    for head, k in enumerate(topk):
+        for t in tau[head].isfinite().nonzero()[:, 0].tolist():
+            u = candidates[head, : t - window + 1].sort(descending=True).values
+            if u[k - 1] - u[k] >= 1:
+                assert not ((u > tau[head, t]) & (u - 1 < tau[head, t])).any()
+            else:
+                assert abs(tau[head, t] - wanted[head, t]) < 1e-8
