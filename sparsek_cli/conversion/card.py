@@ -80,7 +80,9 @@ def _calibration(plan: Plan, report: Mapping[str, Any] | None) -> str:
         )
     return (
         f"Scorers were calibrated in closed form on {plan.calibrate_tokens:,} tokens "
-        f"(`{plan.recipe.calibrate}`),\nwithout a gradient step. On held-out sequences the "
-        f"error of the attention outputs is\n{report['error']:.3f} of the dense outputs' energy; "
-        f"a plain window of the same size has {report['window_error']:.3f}."
+        f"(`{plan.recipe.calibrate}`),\nwithout a gradient step. On held-out documents its "
+        f"predictions diverge from the dense\nmodel's by {report['text_loss']:.3f} nats per token "
+        f"of text and {report['answer_loss']:.3f} where the answer stands far back;\na plain "
+        f"window of the same size by {report['window_text_loss']:.3f} and "
+        f"{report['window_answer_loss']:.3f}."
     )

@@ -57,9 +57,11 @@ class Converted:
             f"verified    {self.verified.text()}",
         ]
         if self.calibration:
+            found = self.calibration
             lines.append(
-                f"calibrated  output error {self.calibration['error']:.3f}, plain window "
-                f"{self.calibration['window_error']:.3f} (dense: 0)"
+                f"calibrated  divergence from dense {found['text_loss']:.3f} nats in text and "
+                f"{found['answer_loss']:.3f} at answers far back; plain window "
+                f"{found['window_text_loss']:.3f} and {found['window_answer_loss']:.3f}"
             )
         return "\n".join(lines)
 

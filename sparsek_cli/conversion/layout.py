@@ -20,6 +20,7 @@ class Layout:
         layers: list of layers below `prefix`.
         attention: the attention module inside a layer.
         projections: the tensors that an attention module must have, below `attention`.
+        norm: the normalisation after the last layer, below `prefix`.
     """
 
     causal_lm: str
@@ -32,6 +33,7 @@ class Layout:
     num_heads: str = "num_attention_heads"
     context: str = "max_position_embeddings"
     dropout: str = "attention_dropout"
+    norm: str = "norm"
 
     def attention_path(self, layer: int) -> str:
         """The attention module of one layer, e.g. `model.layers.3.self_attn`."""
@@ -51,6 +53,7 @@ LAYOUTS = {
         "layers",
         "attention",
         ("query_key_value.weight", "dense.weight"),
+        norm="final_layer_norm",
     ),
     "gpt2": Layout(
         "GPT2LMHeadModel",
@@ -63,6 +66,7 @@ LAYOUTS = {
         num_heads="n_head",
         context="n_positions",
         dropout="attn_pdrop",
+        norm="ln_f",
     ),
 }
 

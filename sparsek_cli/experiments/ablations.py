@@ -24,8 +24,7 @@ from typing import Any
 
 from sparsek_cli import hub
 from sparsek_cli.console import Console
-from sparsek_cli.conversion.calibrate.decide import decide
-from sparsek_cli.conversion.calibrate.run import measure
+from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE, OWN
@@ -44,7 +43,7 @@ from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 SINKS = 4
 SPLITS = ("calibration", "held_out")
-COLUMNS = ("row", "changed", "closed", "over_default", "ppl_last", *SPLITS, "error", "seconds")
+COLUMNS = ("row", "changed", "closed", "over_default", "ppl_last", *SPLITS, "text_loss", "seconds")
 # What may differ between a run and its continuation.
 FREE = ("rows", "seconds", "out")
 
@@ -79,8 +78,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "map-all": {"method.maps": ["all"]},
     "map-answers": {"method.maps": ["answers"]},
     "map-blend": {"method.maps": ["blend"]},
-    "answers-0.1": {"method.answer_weight": 0.1},
-    "answers-1": {"method.answer_weight": 1.0},
+    "answers-0.03": {"method.answer_weight": 0.03},
+    "answers-0.3": {"method.answer_weight": 0.3},
     "text-quarter": {"tokens": 1 / 4},
     "text-4-times": {"tokens": 4},
     "text-prose": {"calibrate": "auto"},
@@ -178,13 +177,14 @@ class Experiment:
         if scorer is None:
             done = self.steps.convert(self.base, self.model, self.request(name))
             measured = self.suite.measure(load(self.model, self.device, self.dtype), OWN)
-            error = done.calibration["error"]
+            text_loss = done.calibration["text_loss"]
         else:
-            error, measured = self.with_scorer(name, FITS[scorer])
-        self.add(name, ROWS[name], measured, error=error, seconds=begun - self.session.left)
+            text_loss, measured = self.with_scorer(name, FITS[scorer])
+        seconds = begun - self.session.left
+        self.add(name, ROWS[name], measured, text_loss=text_loss, seconds=seconds)
 
     def with_scorer(self, name: str, fit: Any) -> tuple[float, dict[str, Any]]:
-        """Calibration's error and what is measured, with scorers of another kind."""
+        """Loss in calibration's text and what is measured, with scorers of another kind."""
         words = self.request(name)
         self.steps.convert(self.base, self.model, words | {"calibrate": "none"})
         recipe = load_recipe(
@@ -192,11 +192,10 @@ class Experiment:
             {"model": str(self.base), "out": str(self.model), "overwrite": True},
         )  # fmt: skip
         plan = make_plan(recipe, hub.resolve(str(self.base)))
-        layers = measure(plan, Console(quiet=True), fit)
-        choices, report = decide(plan, layers)
+        found = search(plan, Console(quiet=True), fit)
         model = load(self.model, self.device, self.dtype)
-        with in_place_of_linear(model, [layer.maps for layer in layers], choices):
-            return report["error"], self.suite.measure(model, OWN)
+        with in_place_of_linear(model, [layer.maps for layer in found.layers], found.choices):
+            return found.report["text_loss"], self.suite.measure(model, OWN)
 
     def add(
         self, name: str, changes: dict[str, Any] | None, measured: dict[str, Any], **more: Any

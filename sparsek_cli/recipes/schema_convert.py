@@ -54,9 +54,9 @@ class CalibrationMethod(BaseModel):
         description="shares of topk that it may get, with budgets: per_head",
     )
     answer_weight: Annotated[float, Field(ge=0)] = Field(
-        0.3,
-        description="how much an error at an answer counts against one in text: 1 gives up loss, "
-        "0.1 drops needles",
+        0.1,
+        description="how much loss at answers counts against loss in text: more gives up "
+        "perplexity, less drops facts",
     )
 
 

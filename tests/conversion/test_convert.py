@@ -54,6 +54,8 @@ def test_every_family_converts_and_loads(family, dense_checkpoint, tmp_path):
 
 
 def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkpoint, tmp_path):
+    from transformers import AutoModelForCausalLM
+
     from sparsek_cli.models import FAMILIES, head_dim, kv_heads, sparsek_config_from
 
     assert set(LAYOUTS) == set(FAMILIES)
@@ -67,6 +69,9 @@ def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkp
     row = FAMILIES[family]
     assert plan.layout.causal_lm == row.causal_lm.__name__
     assert plan.layout.dropout == row.dropout
+    base_model = AutoModelForCausalLM.from_pretrained(base).base_model
+    norms = [name for name, _ in base_model.named_children() if "norm" in name or "ln" in name]
+    assert norms == [plan.layout.norm]
     # config.json is written without importing transformers: it must say what the class would.
     fields = converted_config(plan, neutral_scorers(plan))
     written = row.sparsek_config(**fields).to_dict()

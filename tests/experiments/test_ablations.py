@@ -8,9 +8,8 @@ import torch
 
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.collect import LayerwiseBase
-from sparsek_cli.conversion.calibrate.decide import decide
 from sparsek_cli.conversion.calibrate.fit import LinearFit
-from sparsek_cli.conversion.calibrate.run import measure
+from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.errors import UsageError
 from sparsek_cli.experiments import ablations
@@ -72,8 +71,8 @@ def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkey
         calibrate_tokens=2048, calibrate_length=256,
     )  # fmt: skip
     plan = make_plan(recipe, resolve(str(base)))
-    layers = measure(plan, Console(quiet=True), fit)
-    choices, _ = decide(plan, layers)
+    found = search(plan, Console(quiet=True), fit)
+    layers, choices = found.layers, found.choices
     convert(make_plan(recipe.model_copy(update={"calibrate": "none"}), resolve(str(base))),
             Console(quiet=True))  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()

@@ -6,7 +6,9 @@ maps      streamed ridge regression from inputs to targets
 fit       a layer's candidate maps
 choose    error of the attention output after W_o for a candidate's choice of keys
 allot     one total of slots over all heads
+whole     what the whole model loses while some of its layers choose
 decide    each head's share, map and slope
+settle    decisions compared by what the whole model loses
 texts     what is read: a file, a data set, or prose that every machine has
 sequences text, and documents that need things far back
 run       all of it, layer by layer

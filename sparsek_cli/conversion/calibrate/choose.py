@@ -61,7 +61,7 @@ def output_errors(
     rows: torch.Tensor,
     slots: Slots,
     out_weight: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """Squared error after W_o of every candidate, per KV head and query.
 
     Args:
@@ -72,7 +72,7 @@ def output_errors(
         out_weight: [H * D, hidden] float32.
 
     Returns:
-        Errors [C, L, G, R] and the dense output's energy [G, R], both float32.
+        Errors [C, L, G, R] float32.
     """
     heads, tokens, _ = recorded.query.shape
     # Rows of W_o by KV head: the error of a group's heads is added up before it is squared.
@@ -81,8 +81,7 @@ def output_errors(
         _block_errors(recorded, effective, block, slots, out_weight)
         for block in rows.split(max(1, _LOGITS // (heads * tokens)))
     ]
-    errors, energy = zip(*parts, strict=True)
-    return torch.cat(errors, dim=-1), torch.cat(energy, dim=-1)
+    return torch.cat(parts, dim=-1)
 
 
 def _block_errors(
@@ -91,7 +90,7 @@ def _block_errors(
     rows: torch.Tensor,
     slots: Slots,
     out_weight: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """`output_errors` of a few rows; out_weight [G, heads of the group * D, hidden]."""
     heads, _, size = recorded.query.shape
     groups, tokens, _ = recorded.key.shape
@@ -116,7 +115,6 @@ def _block_errors(
         return torch.matmul(joined, out_weight).square().sum(-1)
 
     dense = attend(weights)
-    energy = project(dense)
     errors = []
     always = always_visible(tokens, rows, slots)
     step = max(1, _MASKS // (groups * len(rows) * tokens))
@@ -126,5 +124,4 @@ def _block_errors(
             for size_here in slots.sizes:
                 seen = (ranks_here <= size_here) | always
                 errors.append(project(attend(weights * seen[:, None]) - dense))
-    stacked = torch.stack(errors).unflatten(0, (len(effective), len(slots.sizes)))
-    return stacked, energy
+    return torch.stack(errors).unflatten(0, (len(effective), len(slots.sizes)))

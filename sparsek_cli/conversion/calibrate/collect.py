@@ -6,7 +6,7 @@ measured there needs memory for one layer only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
 
 _RECORDING = "sparsek_recording"
+# Elements of the largest block of logits: 256 MB in float32.
+_LOGITS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,10 @@ class Recorded:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
+
+
+# From a recording to what attention puts out, [H, N, D].
+Attend = Callable[[Recorded], torch.Tensor]
 
 
 class _Stop(Exception):
@@ -58,7 +64,8 @@ class LayerwiseBase:
     ):
         AttentionInterface.register(_RECORDING, self._attend)
         AttentionMaskInterface.register(_RECORDING, lambda *args, **kwargs: None)
-        self._last: tuple[torch.Tensor, ...] | None = None
+        self._last: Recorded | None = None
+        self._attend_with: Attend | None = None
         self._inputs: torch.Tensor | None = None
         self._to_the_end = True
         self._attention_name = plan.layout.attention
@@ -66,7 +73,9 @@ class LayerwiseBase:
             model = AutoModelForCausalLM.from_pretrained(
                 plan.base.path, dtype=dtype, attn_implementation=_RECORDING
             )
-        self._base = model.base_model.eval().to(device)
+        model = model.eval().to(device)
+        self._base, self._head = model.base_model, model.get_output_embeddings()
+        self._norm = self._base.get_submodule(plan.layout.norm)
         self._layers = self._base.get_submodule(plan.layout.layers)
         self.hidden: list[torch.Tensor] = []
         self._arguments: list[tuple[tuple, dict]] = []
@@ -74,7 +83,9 @@ class LayerwiseBase:
 
     def _attend(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self._last = (query[0], key[0], value[0], scale)
+        self._last = Recorded(self._inputs, query[0], key[0], value[0], scale)
+        if self._attend_with is not None:
+            return self._attend_with(self._last).transpose(0, 1)[None], None
         if not self._to_the_end:
             raise _Stop
         kwargs.pop("sliding_window", None)
@@ -138,13 +149,39 @@ class LayerwiseBase:
                     output = block(self.hidden[number], *rest, **kwargs)
                 except _Stop:
                     output = None
-                query, key, value, scale = self._last
-                use(number, Recorded(self._inputs, query, key, value, scale))
+                use(number, self._last)
                 if output is not None:
                     self.hidden[number] = output[0] if isinstance(output, tuple) else output
         self._last = self._inputs = None
 
+    def run_on(
+        self, number: int, hidden: torch.Tensor, first: int, attend: Mapping[int, Attend]
+    ) -> torch.Tensor:
+        """Final states [N, hidden], normalised, of one sequence whose other layers are dense.
+
+        Args:
+            number: of the sequence. hidden: [1, N, hidden], the input of layer `first`.
+            attend: what takes attention's place, by layer.
+        """
+        rest, kwargs = self._arguments[number]
+        self._to_the_end = True
+        for layer in range(first, self.layers):
+            block, self._attend_with = self._layers[layer], attend.get(layer)
+            with self._recording(block.get_submodule(self._attention_name)):
+                output = block(hidden, *rest, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+        self._attend_with = self._last = self._inputs = None
+        return self._norm(hidden)[0]
+
+    def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """KL of the predictions, nats: float32 [R], from final states [R, hidden] of both."""
+        rows = max(1, _LOGITS // self._head.weight.shape[0])
+        parts = []
+        for one, other in zip(expected.split(rows), states.split(rows), strict=True):
+            p, q = (self._head(x).float().log_softmax(-1) for x in (one, other))
+            parts.append((p.exp() * (p - q)).sum(-1))
+        return torch.cat(parts)
+
     @property
     def layers(self) -> int:
         return len(self._layers)
-

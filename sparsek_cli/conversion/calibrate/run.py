@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,17 @@ from sparsek_cli.conversion.calibrate.choose import Slots, output_errors
 from sparsek_cli.conversion.calibrate.collect import LayerwiseBase, Recorded
 from sparsek_cli.conversion.calibrate.decide import (
     Candidate,
+    Choice,
     HeldOut,
-    decide,
     linear_scorers,
     sizes_of,
 )
 from sparsek_cli.conversion.calibrate.fit import Fit, LinearFit, Map
 from sparsek_cli.conversion.calibrate.maps import SPREAD
 from sparsek_cli.conversion.calibrate.sequences import Sequence, calibration_sequences
+from sparsek_cli.conversion.calibrate.settle import PASSES, settle
 from sparsek_cli.conversion.calibrate.targets import future_attention
+from sparsek_cli.conversion.calibrate.whole import Whole, chosen_attention
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
@@ -37,6 +39,13 @@ _TEXT_ROWS = {"cpu": 64, "other": 256}
 _ANSWER_ROWS = {"cpu": 32, "other": 192}
 _HELD_OUT = {"cpu": 4, "other": 12}
 _FINALISTS = 4
+# An error at an answer against one in text, as long as it is not known what either is worth.
+_GUESS = 0.3
+# Documents that are run through the whole model, and into how many parts of neighbouring layers
+# it is divided there. Of very long ones a CPU takes two, enough for their many rows.
+_WHOLE = 4
+_WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
+_PARTS = 12
 # Keys of the last part have too few later queries for their largest attention to mean much.
 _LAST_PART = 8
 
@@ -52,16 +61,24 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
         SparsekError: no tokenizer, unreadable text, or activations that are not finite.
     """
     started = time.perf_counter()
-    layers = measure(plan, reporter)
-    choices, report = decide(plan, layers)
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    return linear_scorers(layers, choices), report
+    found = search(plan, reporter)
+    report = found.report | {"seconds": round(time.perf_counter() - started, 1)}
+    return linear_scorers(found.layers, found.choices), report
 
 
-def measure(
+@dataclass(frozen=True)
+class Found:
+    """What calibration found: candidates and errors of each layer, the choice, and a report."""
+
+    layers: list[HeldOut]
+    choices: list[Choice]
+    report: dict[str, Any]
+
+
+def search(
     plan: Plan, reporter: Any, fit: Callable[[Plan, torch.device], Fit] = LinearFit
-) -> list[HeldOut]:
-    """Per layer the candidate maps that `fit` makes, and their errors; see `calibrate`."""
+) -> Found:
+    """The choice among the candidate maps that `fit` makes; see `calibrate`."""
     recipe = plan.recipe
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, device)
@@ -80,12 +97,13 @@ def measure(
         seed=recipe.seed,
     )
     run = _Run(plan, *sequences, device, dtype, fit)
-    count = sum(map(len, sequences))
-    layers = []
-    with torch.inference_mode(), reporter.progress("calibrating", run.base.layers * count) as bar:
-        for layer in range(run.base.layers):
-            layers.append(run.layer(layer, bar.advance))
-    return layers
+    depth = run.base.layers
+    with torch.inference_mode():
+        with reporter.progress("calibrating", depth * sum(map(len, sequences))) as bar:
+            layers = [run.layer(layer, bar.advance) for layer in range(depth)]
+        with reporter.progress("comparing whole models", PASSES) as bar:
+            choices, report = settle(plan, layers, run.whole, bar.advance)
+    return Found(layers, choices, report)
 
 
 def _tokenizer(plan: Plan) -> Any:
@@ -126,6 +144,14 @@ class _Run:
         ids = [torch.from_numpy(s.ids) for s in sequences]
         with torch.inference_mode():
             self.base = LayerwiseBase(plan, ids, device, dtype)
+            affordable = _WHOLE_TOKENS[self.kind] // plan.calibrate_length
+            few = self.held_out[: max(2, min(_WHOLE, affordable))]
+            self.whole = Whole(
+                self.base,
+                {n: torch.from_numpy(self._text_rows(sequences[n])).to(device) for n in few},
+                {n: self.answers[n].nonzero()[:, 0].to(device) for n in few},
+            )
+        self.part: list[HeldOut] = []
 
     def layer(self, layer: int, advance: Any) -> HeldOut:
         """Fits the candidate maps of a layer, then compares them on the held-out sequences."""
@@ -143,7 +169,26 @@ class _Run:
                 f"activations of layer {layer} are not finite",
                 hint="try --dtype float32; the checkpoint may be damaged",
             ) from error
-        return self._narrowed(layer, maps, advance)
+        size = -(-self.base.layers // _PARTS)
+        if layer % size == 0:
+            self.part, self.part_inputs = [], self.whole.inputs()
+        self.part.append(self._narrowed(layer, maps, advance))
+        if layer % size == size - 1 or layer + 1 == self.base.layers:
+            self._value(self.part, layer + 1 - len(self.part))
+        return self.part[-1]
+
+    def _value(self, part: list[HeldOut], first: int) -> None:
+        """What errors of these neighbouring layers are worth, all heads having the same slots."""
+        sizes = self.slots.sizes
+        levels = np.full(self.plan.geometry.kv_heads, sizes.index(self.plan.topk))
+        attend, errors = {}, np.zeros(2)
+        for number, layer in enumerate(part, start=first):
+            choice, error = layer.choose(levels, sizes, _GUESS)
+            attend[number] = chosen_attention(self.plan, layer.maps, choice)
+            errors += error
+        worth = self.whole.divergence(attend, self.part_inputs, first) / np.maximum(errors, 1e-9)
+        for layer in part:
+            layer.worth = worth
 
     def _narrowed(self, layer: int, maps: dict[str, Map], advance: Any) -> HeldOut:
         """All candidates on half of the documents at two sizes, then each head's best on all."""
@@ -153,18 +198,15 @@ class _Run:
         few = self.held_out[: max(1, len(self.held_out) // 2)]
         # The mean, and what heads get that look far back: the best may differ.
         slots = replace(self.slots, sizes=tuple(sorted({self.plan.topk, self.slots.sizes[-1]})))
-        weight = self.method.answer_weight
-        first = HeldOut(maps, everything, unit, len(slots.sizes), groups, weight)
+        first = HeldOut(maps, everything, unit, len(slots.sizes), groups)
         self._compare(layer, few, slots, first)
-        errors = first.combined()
+        errors = first.combined(_GUESS)
         # In units of the best, so that both sizes count alike.
         errors /= np.maximum(errors.min(0), 1e-30)
         order = errors.mean(1).argsort(axis=0, kind="stable")[:_FINALISTS]
         finalists = [[everything[c][g] for g, c in enumerate(row)] for row in order]
         window = [(next(iter(maps)), WINDOW_SLOPE)] * groups
-        measured = HeldOut(
-            maps, [*finalists, window], unit, len(self.slots.sizes), groups, weight
-        )
+        measured = HeldOut(maps, [*finalists, window], unit, len(self.slots.sizes), groups)
         self._compare(layer, self.held_out, self.slots, measured, advance)
         return measured
 
@@ -180,9 +222,9 @@ class _Run:
             effective = torch.stack(
                 [_effective(scores, row, held_out.unit) for row in held_out.candidates]
             )
-            errors, energy = output_errors(recorded, effective, rows, slots, out_weight)
+            errors = output_errors(recorded, effective, rows, slots, out_weight)
             stream = self.base.hidden[number][0, rows].float().square().sum(-1)
-            held_out.add(errors, energy, stream, self.answers[number].to(self.device)[rows])
+            held_out.add(errors, stream, self.answers[number].to(self.device)[rows])
             if advance is not None:
                 advance(1)
 
@@ -214,17 +256,18 @@ class _Run:
         answers = np.flatnonzero(sequence.answer)
         return torch.from_numpy(np.union1d(drawn, answers))
 
-    def _error_rows(self, sequence: Sequence, generator: np.random.Generator) -> torch.Tensor:
+    def _text_rows(self, sequence: Sequence) -> np.ndarray:
         tokens = len(sequence.ids)
         # Before the budget is full nothing has been dropped.
         text = np.arange(min(self.plan.budget, tokens // 2), tokens)
-        text = np.setdiff1d(text, np.flatnonzero(sequence.answer | sequence.asking))
+        return np.setdiff1d(text, np.flatnonzero(sequence.answer | sequence.asking))
 
+    def _error_rows(self, sequence: Sequence, generator: np.random.Generator) -> torch.Tensor:
         def draw(rows: np.ndarray, most: dict[str, int]) -> np.ndarray:
             return generator.choice(rows, size=min(most[self.kind], len(rows)), replace=False)
 
         chosen = [
-            draw(text, _TEXT_ROWS),
+            draw(self._text_rows(sequence), _TEXT_ROWS),
             draw(np.flatnonzero(sequence.answer), _ANSWER_ROWS),
         ]
         return torch.from_numpy(np.unique(np.concatenate(chosen)).astype(np.int64))

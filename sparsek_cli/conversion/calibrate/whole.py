@@ -1,0 +1,94 @@
+"""What the whole model loses while some of its layers choose: its divergence from its dense self.
+
+An error of one layer's output says which of two choices there is better, not what it costs in the
+end: the same error counts many times as much in a layer that predicts or retrieves as in one whose
+output later layers hardly use. So a few documents are run to the end with only that layer sparse,
+and what is lost there gives its errors their worth, in nats; text and answers apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from sparsek_kernels import sparsek_attention
+
+from sparsek_cli.conversion.calibrate.collect import Attend, LayerwiseBase, Recorded
+from sparsek_cli.conversion.calibrate.decide import Choice
+from sparsek_cli.conversion.calibrate.fit import Map
+from sparsek_cli.conversion.plan import Plan
+
+
+class Whole:
+    """The dense predictions for some documents, and how far a sparse model is from them.
+
+    Args:
+        base: all layers still to be run.
+        text, answer: by number of the document the rows [R] int64 of each kind that count.
+    """
+
+    def __init__(
+        self,
+        base: LayerwiseBase,
+        text: Mapping[int, torch.Tensor],
+        answer: Mapping[int, torch.Tensor],
+    ):
+        self._base = base
+        self._rows = {n: (text[n], answer[n]) for n in text}
+        self._embedded = self.inputs()
+        self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
+
+    def inputs(self) -> dict[int, torch.Tensor]:
+        """The documents' states [1, N, hidden] before the layer that is to be run next."""
+        return {number: self._base.hidden[number] for number in self._rows}
+
+    def divergence(
+        self,
+        attend: Mapping[int, Attend],
+        inputs: Mapping[int, torch.Tensor] | None = None,
+        first: int = 0,
+    ) -> np.ndarray:
+        """Mean KL, nats [2], at rows of text and of answers, with the layers in `attend` replaced.
+
+        Args:
+            inputs: states before layer `first`; None: run all layers.
+        """
+        sums, counts = np.zeros(2), np.zeros(2)
+        for number, hidden in (inputs or self._embedded).items():
+            states, dense = self._base.run_on(number, hidden, first, attend), self._dense[number]
+            for kind, rows in enumerate(self._rows[number]):
+                sums[kind] += float(self._base.divergence(dense[rows], states[rows]).sum())
+                counts[kind] += len(rows)
+        return sums / np.maximum(counts, 1)
+
+
+def chosen_attention(plan: Plan, maps: Mapping[str, Map], choice: Choice) -> Attend:
+    """Attention over the keys that the KV heads of a layer keep with this choice."""
+
+    def attend(recorded: Recorded) -> torch.Tensor:
+        each = {name: maps[name].of(recorded) for name in set(choice.maps)}
+        scores = torch.stack([each[name][head] for head, name in enumerate(choice.maps)])
+        slopes = torch.tensor(choice.slopes, dtype=torch.float32, device=scores.device)
+        return _attention(
+            recorded, scores, topk=choice.topk, window=plan.window, sinks=plan.sinks, slopes=slopes
+        )
+
+    return attend
+
+
+def window_attention(plan: Plan) -> Attend:
+    """Attention over sinks and the newest keys, with the same total of slots."""
+
+    def attend(recorded: Recorded) -> torch.Tensor:
+        scores = torch.zeros(recorded.key.shape[:2], device=recorded.key.device)
+        return _attention(
+            recorded, scores, topk=0, window=plan.window + plan.topk, sinks=plan.sinks
+        )
+
+    return attend
+
+
+def _attention(recorded: Recorded, scores: torch.Tensor, **settings) -> torch.Tensor:
+    q, k, v, u = (x[None] for x in (recorded.query, recorded.key, recorded.value, scores))
+    return sparsek_attention(q, k, v, u, scale=recorded.scaling, **settings)[0]
