@@ -23,6 +23,8 @@ from sparsek_cli.errors import SparsekError
 
 # Characters of text to read: what most tokenizers make of a token, with room to choose from.
 _CHARACTERS_PER_TOKEN = 8
+# The text is taken from this many documents, if there are as many and they are long enough.
+_DOCUMENTS = 64
 # Many facts: what a scorer learns of them grows with their number, not with the text around.
 _MOST_NEEDLES = 40
 _TOKENS_PER_NEEDLE = 160
@@ -87,7 +89,8 @@ def calibration_sequences(
     """
     rng = np.random.default_rng(seed)
     characters = (fitting * fit_length + held_out * length) * _CHARACTERS_PER_TOKEN
-    filler = Filler.from_documents(calibration_texts(spec, characters), tokenizer)
+    most = max(characters // _DOCUMENTS, 2 * max(fit_length, length) * _CHARACTERS_PER_TOKEN)
+    filler = Filler.from_documents(calibration_texts(spec, characters, most), tokenizer)
     generated = Filler.from_documents([generated_text(rng, GENERATED_SENTENCES)], tokenizer)
     chat = _format(tokenizer)
 

@@ -15,15 +15,24 @@ from sparsek_cli.errors import UsageError
 GENERATED_SENTENCES = 2000
 
 
-def calibration_texts(spec: str, characters: int) -> Iterator[str]:
+def calibration_texts(spec: str, characters: int, most: int) -> Iterator[str]:
     """Documents of `spec` until there are enough characters.
+
+    At most `most` of each, as long as there are others: scorers that are fitted on one book take
+    its names for what matters in any.
 
     Raises:
         UsageError: there is no text.
     """
     documents = _library_prose() if spec == "auto" else iterate_texts(spec)
-    taken = 0
+    taken, remains = 0, []
     for text in documents:
+        yield text[:most]
+        taken += len(text[:most])
+        if taken >= characters:
+            return
+        remains.append(text[most:])
+    for text in filter(None, remains):
         yield text
         taken += len(text)
         if taken >= characters:
