@@ -18,7 +18,7 @@ _CALIBRATION_LENGTH = 32_768
 _LENGTH_PER_SLOT = 4
 # Closed-form maps have one unknown per feature: this many rows for each.
 _ROWS_PER_FEATURE = 128
-_LEAST_TOKENS = 65_536
+_LEAST_TOKENS = 131_072
 _MOST_TOKENS = 1_048_576
 
 

@@ -52,8 +52,8 @@ FREE = ("rows", "seconds", "out")
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {"seed": 1},
-    "documents-statements": {"method.documents": "statements"},
-    "documents-statements-seed": {"method.documents": "statements", "seed": 1},
+    "documents-mixed": {"method.documents": "mixed"},
+    "documents-mixed-seed": {"method.documents": "mixed", "seed": 1},
     "documents-told-and-asked": {"method.documents": "told_and_asked"},
     "documents-passages": {"method.documents": "passages"},
     "documents-questions": {"method.documents": "questions"},

@@ -30,11 +30,11 @@ class CalibrationMethod(BaseModel):
         "the largest, the mean (the sum, per query), or the 99th percentile",
     )
     documents: Literal[
-        "mixed", "questions", "statements", "told_and_asked", "passages", "none"
+        "statements", "questions", "told_and_asked", "passages", "mixed", "none"
     ] = Field(
-        "mixed",
-        description="what asks for things far back: questions and repeated passages (mixed), one "
-        "of the two, facts told again (statements: no template), half of them told and half asked, "
+        "statements",
+        description="what asks for things far back: facts told again (statements: no template), "
+        "questions, half told and half asked, repeated passages, questions and passages (mixed), "
         "or nothing (plain text)",
     )
     maps: list[Literal["text", "all", "answers", "blend"]] = Field(

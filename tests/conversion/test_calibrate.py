@@ -180,7 +180,7 @@ def test_ridge_finds_a_planted_map_and_normalises_it():
 
 
 def test_sequences_mark_what_stands_far_back(tokenizer):
-    sizes = {"fitting": 6, "fit_length": 2048, "held_out": 2, "length": 2048}
+    sizes = {"fitting": 6, "fit_length": 2048, "held_out": 2, "length": 2048, "documents": "mixed"}
     fitting, held_out = calibration_sequences(tokenizer, "auto", **sizes, seed=3)
     again, _ = calibration_sequences(tokenizer, "auto", **sizes, seed=3)
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(fitting, again, strict=True))
@@ -229,10 +229,28 @@ def test_documents_ask_for_one_thing_only(tokenizer, documents):
                 assert tokenizer.decode(sequence.ids[row - 6 : row + 2]) in before
 
 
+def test_text_is_taken_from_many_documents(tmp_path):
+    from sparsek_cli.conversion.calibrate.texts import calibration_texts
+
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(str(number) * 100)
+
+    def shares(characters: int, most: int) -> list[int]:
+        read = "".join(calibration_texts(str(tmp_path), characters, most))
+        return [read.count(str(number)) for number in range(5)]
+
+    assert shares(150, 50) == [50, 50, 50, 0, 0]
+    # All there is, before any document is left out.
+    assert shares(500, 50) == [100] * 5
+    assert shares(300, 50) == [100, 50, 50, 50, 50]
+
+
 def test_models_without_a_chat_template_get_plain_questions(tokenizer):
     tokenizer.chat_template = None
     sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "length": 1024}
-    _, [sequence] = calibration_sequences(tokenizer, "auto", **sizes, seed=0)
+    _, [sequence] = calibration_sequences(
+        tokenizer, "auto", **sizes, documents="questions", seed=0
+    )
     text = tokenizer.decode(sequence.ids)
     assert "\nAnswer: It is" in text.replace("Answer:It", "Answer: It") and sequence.is_recall
 
@@ -293,7 +311,7 @@ def test_the_report_says_what_the_converted_model_loses(dense_checkpoint, tmp_pa
     ).calibration
     _, documents = calibration_sequences(
         AutoTokenizer.from_pretrained(base), "auto", fitting=8, fit_length=512, held_out=4,
-        length=512, seed=0,
+        length=512, documents="statements", seed=0,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
     ids = torch.from_numpy(np.stack([document.ids for document in documents]))

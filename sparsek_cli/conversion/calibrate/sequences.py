@@ -69,7 +69,7 @@ def calibration_sequences(
     fit_length: int,
     held_out: int,
     length: int,
-    documents: str = "mixed",
+    documents: str,
     seed: int,
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to fit on, text and documents in turn, and documents to compare on.
@@ -80,7 +80,7 @@ def calibration_sequences(
         fitting, fit_length: how many to fit on, and their tokens.
         held_out, length: how many to compare on, and their tokens: as long as what the model will
             read, because how steeply scores may prefer the new depends on it.
-        documents: what they ask for: mixed, questions, statements, told_and_asked, passages or
+        documents: what they ask for: statements, questions, told_and_asked, passages, mixed or
             none (they are text then).
         seed: everything random comes from it.
 
