@@ -11,7 +11,10 @@ from sparsek_cli.conversion.plan import Plan
 
 # Losses of single layers do not quite add up to the whole model's, so that counting answers less
 # or more when slots are shared out may do better.
-_FACTORS = (0.1, 0.5, 2.0)
+_FACTORS = (0.1, 0.5, 1.0, 2.0)
+# What answers may lose beside the decision that is best for them: a share, and nats. Facts that
+# are dropped are gone, so text is compared only among decisions that keep them about as well.
+_MARGIN = (1.2, 0.05)
 # Passes that `settle` makes at most: these, uniform slots, and a window.
 PASSES = len(_FACTORS) + 2
 
@@ -19,7 +22,7 @@ PASSES = len(_FACTORS) + 2
 def settle(
     plan: Plan, layers: list[HeldOut], whole: Whole, advance: Callable[[int], Any]
 ) -> tuple[list[Choice], dict[str, Any]]:
-    """The decision with the smallest loss in text plus weighted loss at answers; and a report.
+    """The decision with the smallest loss in text of those that keep answers; and a report.
 
     One that loses more text than a plain window of the same slots is taken only if all do.
     """
@@ -29,8 +32,7 @@ def settle(
     wanted.append((weight, False))
     window = whole.divergence(dict.fromkeys(range(len(layers)), window_attention(plan)))
     advance(1)
-    tried: list[dict[str, Any]] = []
-    best: tuple[Any, list[Choice], dict[str, Any]] | None = None
+    decisions, tried = [], []
     for answer_weight, heads_differ in wanted:
         choices = decide(plan, layers, answer_weight, per_head=heads_differ)
         attend = {
@@ -39,20 +41,19 @@ def settle(
         }
         text, answers = whole.divergence(attend)
         advance(1)
-        row = {
-            "budgets": "per_head" if heads_differ else "uniform",
-            "answer_weight": answer_weight,
-            "text_loss": float(text),
-            "answer_loss": float(answers),
-        }
-        tried.append(row)
-        order = (text > window[0], text + weight * answers)
-        if best is None or order < best[0]:
-            best = order, choices, row
-    assert best is not None
-    _, choices, taken = best
+        decisions.append(choices)
+        tried.append(
+            {
+                "budgets": "per_head" if heads_differ else "uniform",
+                "answer_weight": answer_weight,
+                "text_loss": float(text),
+                "answer_loss": float(answers),
+            }
+        )
+    best = _best(tried, float(window[0]))
+    choices = decisions[best]
     report = {
-        **taken,
+        **tried[best],
         "window_text_loss": float(window[0]),
         "window_answer_loss": float(window[1]),
         "tried": tried,
@@ -67,3 +68,13 @@ def settle(
         ],
     }
     return choices, report
+
+
+def _best(tried: list[dict[str, Any]], window: float) -> int:
+    """Which to take; `window` is what a plain window loses in text."""
+    numbers = [n for n, row in enumerate(tried) if row["text_loss"] <= window]
+    numbers = numbers or list(range(len(tried)))
+    share, nats = _MARGIN
+    most = share * min(tried[n]["answer_loss"] for n in numbers) + nats
+    kept = [n for n in numbers if tried[n]["answer_loss"] <= most]
+    return min(kept, key=lambda n: tried[n]["text_loss"])
