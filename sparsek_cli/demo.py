@@ -26,16 +26,16 @@ def main() -> int:
     converted, tuned, results = folder / "tiny-sparsek", folder / "tiny-tuned", folder / "results"
 
     _run("1/4  convert: learn which keys to keep, in closed form",
-         "convert", "tiny", converted, "--budget", BUDGET, "--overwrite")
+         "convert", "tiny", converted, "--budget", BUDGET, "--overwrite")  # fmt: skip
     _run("2/4  fine-tune: a few steps on text found on this machine",
          "finetune", converted, tuned, "--recipe", "demo", f"data.text.files={texts['train']}",
-         "--overwrite")
+         "--overwrite")  # fmt: skip
     _run("3/4  evaluate: sparse, dense, window and random at equal bytes",
          "evaluate", tuned, "--recipe", "demo", "--text", texts["validation"], "--lengths",
-         ",".join(map(str, LENGTHS)), "--output", results, "--overwrite")
+         ",".join(map(str, LENGTHS)), "--output", results, "--overwrite")  # fmt: skip
     answer = _run("4/4  chat: read a long document, ask about a fact near its start",
                   "chat", tuned, "--load", texts["document"], "--prompt", texts["question"],
-                  "--temperature", "0", capture=True)
+                  "--temperature", "0", capture=True)  # fmt: skip
 
     from sparsek_cli.data.needles import is_correct
 
@@ -79,7 +79,7 @@ def _write_texts(folder: Path) -> dict[str, str]:
     document = make_document(
         np.random.default_rng(SEED), filler, tokens=LENGTHS[-1] - 128, needles=1,
         phrasings=phrasings("held_out"), depths=[0.1],
-    )
+    )  # fmt: skip
     [fact] = document.facts
     (folder / "document.txt").write_text(document.text, encoding="utf-8")
     return {
@@ -123,7 +123,7 @@ def _run(title: str, *words: object, capture: bool = False) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "sparsek_cli", *arguments],
         env=environment, text=True, stdout=subprocess.PIPE if capture else None,
-    )
+    )  # fmt: skip
     if done.returncode:
         sys.exit(done.returncode)
     print(f"({time.monotonic() - start:.0f} s)", flush=True)

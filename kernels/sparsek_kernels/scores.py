@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def effective_scores(
-    scores: Tensor, slopes: Tensor | None, positions: Tensor | None
-) -> Tensor:
+def effective_scores(scores: Tensor, slopes: Tensor | None, positions: Tensor | None) -> Tensor:
     """e_j = u_j + slope * j in float64 (derived: an age preference is still a static score).
 
     Computed once and used by selection, gates, gradients and the decoder's state, so that all of

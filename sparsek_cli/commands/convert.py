@@ -129,6 +129,4 @@ def _short_names() -> tuple[str, dict]:
     ]
     width = max(len(name) for name, _, _ in rows)
     text = "\n".join(f"{name:<{width}}  {family:<8}  {where}" for name, family, where in rows)
-    return text, {
-        name: {"family": family, "source": where} for name, family, where in rows
-    }
+    return text, {name: {"family": family, "source": where} for name, family, where in rows}

@@ -61,9 +61,7 @@ def evaluate(
     resume: Annotated[
         bool, Value("--resume", help="Go on where a run with the same settings stopped.")
     ] = False,
-    overwrite: Annotated[
-        bool, Value("--overwrite", help="Replace the results in DIR.")
-    ] = False,
+    overwrite: Annotated[bool, Value("--overwrite", help="Replace the results in DIR.")] = False,
     compare: Annotated[
         bool, Value("--compare", help="Compare two result folders, given as A B, and stop.")
     ] = False,

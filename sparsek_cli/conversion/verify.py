@@ -167,9 +167,7 @@ def _check_cache_bytes(plan: Plan, scorers: list[Scorer]) -> int:
     return held
 
 
-def _logit_difference(
-    plan: Plan, scorers: list[Scorer], folder: Path, layers: int
-) -> float:
+def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: int) -> float:
     """Largest logit difference to the base over the largest logit, float32 on the CPU."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

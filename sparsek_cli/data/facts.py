@@ -71,9 +71,7 @@ class Words:
         return cls(plain=thin(plain), names=thin(names), share=share)
 
 
-def draw_fact(
-    rng: np.random.Generator, phrasing: Phrasing, words: Words | None = None
-) -> Fact:
+def draw_fact(rng: np.random.Generator, phrasing: Phrasing, words: Words | None = None) -> Fact:
     """A fact with a random key and value, from the fixed lists or now and then from `words`."""
     words = words or Words()
     return Fact(phrasing, _draw_key(rng, phrasing, words), _draw_value(rng, phrasing, words))

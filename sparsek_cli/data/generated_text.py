@@ -13,13 +13,13 @@ from sparsek_cli.data import vocabulary
 _PEOPLE = (
     "miller", "baker", "teacher", "farmer", "widow", "clerk", "doctor", "painter", "child", "judge",
     "captain", "nurse", "gardener", "weaver", "traveller", "porter", "shepherd", "neighbour",
-)
+)  # fmt: skip
 _MOVES = ("looked", "walked", "rode", "wandered", "drove", "hurried", "travelled", "returned")
 _MANNERS = ("slowly", "quietly", "gladly", "at once", "without a word", "in silence", "as usual")
 _TIMES = (
     "in the morning", "before noon", "late at night", "after dinner", "on Sunday", "in the autumn",
     "at dawn", "that evening", "the next day", "for a whole week", "many years ago", "in winter",
-)
+)  # fmt: skip
 _SENTENCES = (
     "The {who} {moved} towards {place} {when}.",
     "Nobody in {place} had seen such a {look} {noun} before.",
@@ -37,7 +37,7 @@ _SENTENCES = (
     "A letter from {place} arrived {when}, but it said nothing of the {noun}.",
     "The {look} {noun} belonged to the {who}, and the {other} to somebody else.",
     "“Give me the {noun},” said the {who}, “and I shall give you the {other}.”",
-)
+)  # fmt: skip
 
 
 def generated_text(rng: np.random.Generator, sentences: int) -> str:

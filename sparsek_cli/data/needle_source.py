@@ -188,6 +188,5 @@ def _runs(ids: np.ndarray, roles: np.ndarray) -> list[tuple[np.ndarray, int]]:
     cuts = np.flatnonzero(np.diff(roles)) + 1
     starts = [0, *cuts.tolist()]
     return [
-        (piece, int(roles[start]))
-        for start, piece in zip(starts, np.split(ids, cuts), strict=True)
+        (piece, int(roles[start])) for start, piece in zip(starts, np.split(ids, cuts), strict=True)
     ]

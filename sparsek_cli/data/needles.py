@@ -139,8 +139,9 @@ def _draw_distractors(
     for number in range(count):
         model = facts[int(rng.integers(len(facts)))]
         [fact] = draw_facts(rng, [model.phrasing], 1, words, taken=[*facts, *others])
-        same_kind = [row for row in phrasings
-                     if row.key == model.phrasing.key and row is not model.phrasing]
+        same_kind = [
+            row for row in phrasings if row.key == model.phrasing.key and row is not model.phrasing
+        ]
         if number % 2 and same_kind:
             row = same_kind[int(rng.integers(len(same_kind)))]
             clash = any(f.key == model.key and f.phrasing is row for f in [*facts, *others])

@@ -138,7 +138,7 @@ PHRASINGS: tuple[Phrasing, ...] = (
         "With what was the {key} decorated?",
         "unseen",
     ),
-)
+)  # fmt: skip
 
 
 def phrasings(*splits: Split) -> tuple[Phrasing, ...]:

@@ -89,9 +89,7 @@ class Experiment:
         rivals = dense_rivals(layer.data, shape)
         with torch.no_grad():
             alone = {"scorer": layer.score, **stages(layer)}
-            ms = interleaved_ms(
-                {**alone, "sparse": layer, **rivals}, self.device, self.repeats
-            )
+            ms = interleaved_ms({**alone, "sparse": layer, **rivals}, self.device, self.repeats)
             peak = {
                 name: _mib(peak_bytes(call, self.device))
                 for name, call in {"sparse": layer, **rivals}.items()
@@ -208,9 +206,7 @@ def _triton_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
 
     shape, (q, k, v) = layer.shape, layer.data.leaves()[:3]
     topk = (shape.topk,) * shape.kv_heads
-    settings = pipeline.Settings(
-        topk, shape.window, shape.sinks, shape.gate, shape.head_dim**-0.5
-    )
+    settings = pipeline.Settings(topk, shape.window, shape.sinks, shape.gate, shape.head_dim**-0.5)
     place = pipeline.geometry(q.shape, k.shape, shape.device)
     run = partial(pipeline.forward, q, k, v, layer.effective(), settings, place)
     calls: dict[str, tuple[Callable[[], Any], Any]] = {}

@@ -141,9 +141,7 @@ class KeyValueFit:
     def __init__(self, plan: Plan, device: torch.device):
         size = plan.geometry
         width = 2 * size.head_dim + 2
-        self._heads = [
-            LinearFit(plan, device, width=width, groups=1) for _ in range(size.kv_heads)
-        ]
+        self._heads = [LinearFit(plan, device, width=width, groups=1) for _ in range(size.kv_heads)]
 
     def add(
         self,

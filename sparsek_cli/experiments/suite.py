@@ -145,4 +145,3 @@ def share_closed(row: dict[str, Any], dense: dict[str, Any], window: dict[str, A
     """How much of the window's loss over dense is gone, in percent, on the last quarter."""
     gap = window["loss_last"] - dense["loss_last"]
     return 100 * (window["loss_last"] - row["loss_last"]) / gap if gap else float("nan")
-

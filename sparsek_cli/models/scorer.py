@@ -103,9 +103,7 @@ class SplitProduct(torch.autograd.Function):
             rows = torch.cat((high, low, high), 1)
             d_x = (rows @ torch.cat((weight_high, weight_high, weight_low))).view_as(x)
         if ctx.needs_input_grad[1]:
-            sums = torch.mm(
-                torch.cat((high, low), 1).T, x.flatten(0, -2), out_dtype=torch.float32
-            )
+            sums = torch.mm(torch.cat((high, low), 1).T, x.flatten(0, -2), out_dtype=torch.float32)
             d_weight = sums[: weight.shape[0]] + sums[weight.shape[0] :]
         return d_x, d_weight
 

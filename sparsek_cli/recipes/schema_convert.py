@@ -19,6 +19,9 @@ def _tokens_or_share(value: object) -> object:
     raise ValueError("should be a number of tokens like 512, or a share of the context like 1/16")
 
 
+Documents = Literal["statements", "questions", "told_and_asked", "passages", "mixed", "none"]
+
+
 class CalibrationMethod(BaseModel):
     """How calibration finds scorers. The defaults are what won (recipes/README.md, ablations)."""
 
@@ -29,9 +32,7 @@ class CalibrationMethod(BaseModel):
         description="what of the attention that later queries give a key its score should follow: "
         "the largest, the mean (the sum, per query), or the 99th percentile",
     )
-    documents: Literal[
-        "statements", "questions", "told_and_asked", "passages", "mixed", "none"
-    ] = Field(
+    documents: Documents = Field(
         "statements",
         description="what asks for things far back: facts told again (statements: no template), "
         "questions, half told and half asked, repeated passages, questions and passages (mixed), "

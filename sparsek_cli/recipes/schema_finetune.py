@@ -148,14 +148,10 @@ class StreamBlock(SourceBlock):
 
     kind: Literal["stream"] = Field(description="text, needles, copies or stream")
     stream: Literal["nucleotides", "series"] = Field(description="nucleotides or series")
-    options: dict[str, Any] = Field(
-        default_factory=dict, description="settings of data/streams.py"
-    )
+    options: dict[str, Any] = Field(default_factory=dict, description="settings of data/streams.py")
 
 
-Source = Annotated[
-    TextSource | NeedleBlock | CopyBlock | StreamBlock, Field(discriminator="kind")
-]
+Source = Annotated[TextSource | NeedleBlock | CopyBlock | StreamBlock, Field(discriminator="kind")]
 
 
 class Evaluation(Strict):
@@ -306,8 +302,10 @@ class FinetuneRecipe(Strict):
             raise ValueError("with init: random needs train: all (nothing is worth freezing)")
         if not (self.objective.lm or self.objective.distill or self.objective.future):
             raise ValueError("has nothing to minimise: objective.lm, distill and future are 0")
-        if self.evaluation.questions and self.evaluation.held_out == 0 and not (
-            self.evaluation.files or self.evaluation.dataset
+        if (
+            self.evaluation.questions
+            and self.evaluation.held_out == 0
+            and not (self.evaluation.files or self.evaluation.dataset)
         ):
             raise ValueError("needs held-out text for evaluation.questions")
         for name, source in self.data.items():

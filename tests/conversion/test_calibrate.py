@@ -248,9 +248,7 @@ def test_text_is_taken_from_many_documents(tmp_path):
 def test_models_without_a_chat_template_get_plain_questions(tokenizer):
     tokenizer.chat_template = None
     sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "length": 1024}
-    _, [sequence] = calibration_sequences(
-        tokenizer, "auto", **sizes, documents="questions", seed=0
-    )
+    _, [sequence] = calibration_sequences(tokenizer, "auto", **sizes, documents="questions", seed=0)
     text = tokenizer.decode(sequence.ids)
     assert "\nAnswer: It is" in text.replace("Answer:It", "Answer: It") and sequence.is_recall
 

@@ -47,9 +47,7 @@ def test_matches_the_naive_twin(
     )
     inputs[3] = inputs[3].float()
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    (out, mine), (twin, theirs) = both(
-        inputs, grad, topk=k, window=window, sinks=sinks, gate=gate
-    )
+    (out, mine), (twin, theirs) = both(inputs, grad, topk=k, window=window, sinks=sinks, gate=gate)
     assert relative_error(out, twin) < TOLERANCE[dtype]
     for name, a, b in zip(("dq", "dk", "dv", "dscores"), mine, theirs, strict=True):
         b = torch.zeros_like(a) if b is None else b
