@@ -34,7 +34,7 @@ def test_sparsek_commands_run_in_order(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for name in ("README.md", "LICENSE"):
+    for name in ("README.md", "CHANGELOG.md"):
         shutil.copy(ROOT / name, tmp_path)
     lines = [(line, words) for line, words in commands() if words[0] != "make"]
     verbs = {words[1] for _, words in lines if words[0] == "sparsek"}

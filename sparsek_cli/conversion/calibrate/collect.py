@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -179,7 +180,7 @@ class LayerwiseBase:
         parts = []
         for one, other in zip(expected.split(rows), states.split(rows), strict=True):
             p, q = (self._head(x).float().log_softmax(-1) for x in (one, other))
-            parts.append((p.exp() * (p - q)).sum(-1))
+            parts.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
         return torch.cat(parts)
 
     @property

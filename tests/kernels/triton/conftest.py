@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-POISON = {torch.int32: 1 << 28, torch.int64: 1 << 28}
+from gluon_emulator.values import POISON
 
 
 @pytest.fixture(autouse=True)

@@ -44,8 +44,7 @@ def _argument(x):
 
 def _reduce(function: Callable) -> Callable:
     def apply(x: Value, axis: int) -> Value:
-        found = function(x.data, dim=axis)
-        return Value(found.to(x.dtype) if x.dtype != torch.bool else found)
+        return Value(function(x.data, dim=axis).to(x.dtype))
 
     return apply
 

@@ -58,7 +58,7 @@ class Buffers:
         self.slots, self.is_ring, self.is_transposed = slots, is_ring, is_transposed
 
     @classmethod
-    def allocate(cls, dtype: torch.dtype, shape: list[int], layout) -> Buffers | list[Barrier]:
+    def allocate(cls, dtype: torch.dtype, shape: list[int], layout) -> Buffers | BarrierRing:
         if layout == "barriers":
             return BarrierRing([Barrier() for _ in range(shape[0])])
         is_flat = len(shape) == 1
@@ -155,13 +155,12 @@ class Product:
             slot.finish_read()
 
 
-def multiply(a, b: Buffers, acc: Value, use_acc=True, is_async=False) -> Product | Value:
+def multiply(a, b: Buffers, acc: Value, use_acc=True, *, is_async: bool) -> Product:
     if not isinstance(acc, Value):
         raise AssertionError("a product adds to one that is still under way")
-    product = Product(a, b, acc, use_acc)
-    if is_async:
-        return product
-    return wait_products(0, [product])
+    if not is_async:
+        raise NotImplementedError("products that are waited for at once")
+    return Product(a, b, acc, use_acc)
 
 
 def wait_products(left: int, deps: list):

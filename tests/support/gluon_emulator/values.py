@@ -69,9 +69,6 @@ class Value:
     def __bool__(self) -> bool:
         return bool(self.data)
 
-    def __neg__(self) -> Value:
-        return Value(-self.data)
-
     __hash__ = None
     __add__, __radd__ = _binary(operator.add), _binary(operator.add, True)
     __sub__, __rsub__ = _binary(operator.sub), _binary(operator.sub, True)
@@ -82,7 +79,6 @@ class Value:
     __mod__ = _binary(torch.fmod)
     __and__, __rand__ = _binary(operator.and_), _binary(operator.and_, True)
     __or__, __ror__ = _binary(operator.or_), _binary(operator.or_, True)
-    __xor__ = _binary(operator.xor)
     __rshift__ = _binary(operator.rshift)
     __lt__, __le__ = _binary(operator.lt), _binary(operator.le)
     __gt__, __ge__ = _binary(operator.gt), _binary(operator.ge)
