@@ -29,7 +29,7 @@ def interior_runs(
     with the document's own offset added (derived).
     """
     batch, heads, keys = scores.shape
-    e = scores.detach().reshape(-1, keys)
+    e = scores.detach().reshape(-1, keys).contiguous()
     t = tau.reshape(-1, keys)
     if geometry.packed:
         low = _search_documents(t, e - 1, geometry, right=True)

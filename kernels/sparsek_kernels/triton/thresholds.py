@@ -4,9 +4,9 @@ tau_t solves sum over the candidates of clip(e - tau, 0, 1) = k. Written as a su
 breakpoints, f_t(x) = sum of sign * (b - x) over breakpoints b > x with (b, sign) in {(e, +1),
 (e - 1, -1)} (derived; method section 2, choice c). A node of the tree is a range of ranks; inside
 it the breakpoints stand in order of arrival, so "those that have arrived at query t" are a prefix
-of the node and their sums are differences of one running sum. Nodes are halved down to `LEAF`
-ranks, which a query then walks from the top, to the two breakpoints that enclose tau: there f_t is
-a straight line.
+of the node and their sums are differences of one running sum. Nodes are halved down to leaves
+(`LEAVES`), which a query then walks from the top, to the two breakpoints that enclose tau: there
+f_t is a straight line.
 
 Three launches per level: block totals, running sums, descent with the stable partition that makes
 the next level. All sums have a fixed order: the same bits in every run.
@@ -26,7 +26,9 @@ from sparsek_kernels.triton.geometry import Geometry, head_budgets
 from sparsek_kernels.triton.segments import descending_order, owners
 
 BLOCK = 1024
-LEAF = 128  # ranks; below that a walk costs less than the launches of more levels
+# Ranks of a leaf by the length from which it is so large: a shorter walk is worth the launches of
+# two more levels only where many queries walk.
+LEAVES = ((16_384, 32), (0, 128))
 NEAR = tl.constexpr(1e-9)  # f_t is k where it is this close: above all rounding of its sums
 
 
@@ -283,22 +285,23 @@ def prefix_thresholds(
         order, values, is_outside, first_keys, lengths, here, ordered, sign, when,
         sums, counts, nodes, arrived, size, row_keys, OUTSIDE=outside is not None, **common,
     )  # fmt: skip
+    leaf = next(ranks for length, ranks in LEAVES if geometry.longest >= length)
     half = 1 << max(0, (2 * geometry.longest - 1).bit_length() - 1)
-    while half >= LEAF:
+    while half >= leaf:
         elements = (here, ordered, sign, first_keys, lengths, words, masses)
         _totals[(blocks,)](*elements, size, row_keys, half, **common)
         _running[(blocks,)](*elements, word_sums, mass_sums, size, row_keys, half, **common)
         _descend[(blocks + query_blocks,)](
             here, moved, when, ordered, first_keys, lengths, word_sums, mass_sums,
             sums, counts, nodes, arrived, budgets, size, row_keys, heads, half, blocks,
-            LEAF=LEAF, **common,
+            LEAF=leaf, **common,
         )  # fmt: skip
         here, moved = moved, here
         half //= 2
     _finish[(triton.cdiv(keys, 32),)](
         e, order, when, ordered, sign, first_keys, lengths, centre, skipped,
         sums, counts, nodes, arrived, budgets, tau, keys, row_keys, heads, window,
-        LEAF=LEAF, PACKED=geometry.packed, OUTSIDE=outside is not None,
+        LEAF=leaf, PACKED=geometry.packed, OUTSIDE=outside is not None,
         BLOCK=32, WIDTH=32, num_warps=4,
     )  # fmt: skip
     return tau.view(batch, heads, row_keys)

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from sparsek_kernels import thresholds
 from sparsek_kernels.naive.attention import naive_selection
 from sparsek_kernels.triton import pipeline
+from sparsek_kernels.triton import thresholds as tree
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import key_lists
 from sparsek_kernels.triton.selection import selection_ends
@@ -126,10 +127,13 @@ def test_lists_hold_exactly_the_keys_of_their_tile(make_inputs, packed, with_run
                 assert len(whole) == front and len(part) == back
 
 
-@pytest.mark.parametrize("n", [2, 63, 64, 65, 300])
+@pytest.mark.parametrize(
+    "n, leaf", [(2, 128), (63, 128), (64, 32), (65, 128), (300, 128), (300, 32)]
+)
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "offset", "wide"])
-def test_thresholds_equal_those_of_the_pytorch_backend(make_inputs, n, kind):
+def test_thresholds_equal_those_of_the_pytorch_backend(monkeypatch, make_inputs, n, leaf, kind):
     """Except on a stretch of solutions, where no key may be interior; wide scores have many."""
+    monkeypatch.setattr(tree, "LEAVES", ((0, leaf),))
     topk, window, sinks = (5, 40), 3, 2
     scores = make_inputs(n, heads=2, groups=2, kind=kind, grad=False)[3]
     shape = geometry((1, 2, n, 1), (1, 2, n, 1), scores.device)

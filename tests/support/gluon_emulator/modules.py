@@ -31,7 +31,7 @@ class Kernel:
         def launch(*arguments, num_warps: int, **constants):
             passed = tuple(_argument(x) for x in arguments)
             for place in itertools.product(*(range(n) for n in grid)):
-                run_program(place, self.function, passed, constants)
+                run_program(place, grid, self.function, passed, constants)
 
         return launch
 
@@ -58,6 +58,7 @@ def _language() -> ModuleType:
     gl.NVMMADistributedLayout = gl.DotOperandLayout = lambda *_: None
     gl.NVMMASharedLayout = type("Layout", (), {"get_default_for": staticmethod(lambda *_: None)})
     gl.program_id = lambda axis: value(program().place[axis])
+    gl.num_programs = lambda axis: value(program().grid[axis])
     gl.static_range = range
     gl.arange = lambda a, b, layout=None: Value(torch.arange(a, b, dtype=torch.int32))
     gl.zeros = lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=dtype))

@@ -55,8 +55,8 @@ class Program:
 
     PARTITIONS = 3
 
-    def __init__(self, place: tuple[int, ...]):
-        self.place = place
+    def __init__(self, place: tuple[int, ...], grid: tuple[int, ...]):
+        self.place, self.grid = place, grid
         self.tick = 0
         self.warps = Warps(0, 1 + self.PARTITIONS)
         self.partitions: list[Warps] = []
@@ -157,8 +157,10 @@ def warps() -> Warps:
     return _current.warps
 
 
-def run_program(place: tuple[int, ...], function: Callable, arguments: tuple, options) -> None:
-    _current.program = Program(place)
+def run_program(
+    place: tuple[int, ...], grid: tuple[int, ...], function: Callable, arguments: tuple, options
+) -> None:
+    _current.program = Program(place, grid)
     _current.warps = _current.program.warps
     function(*arguments, **options)
 

@@ -31,6 +31,8 @@ def _binary(function, is_reversed=False):
             a, b = self.data, other
             if isinstance(other, float) and not a.dtype.is_floating_point:
                 a = a.float()
+            if is_reversed:
+                b = torch.tensor(other, dtype=a.dtype)
         else:
             return NotImplemented
         return Value(function(b, a) if is_reversed else function(a, b))
@@ -75,10 +77,11 @@ class Value:
     __mul__, __rmul__ = _binary(operator.mul), _binary(operator.mul, True)
     __truediv__, __rtruediv__ = _binary(operator.truediv), _binary(operator.truediv, True)
     # Integers round towards zero, as in C.
-    __floordiv__ = _binary(_truncating)
-    __mod__ = _binary(torch.fmod)
+    __floordiv__, __rfloordiv__ = _binary(_truncating), _binary(_truncating, True)
+    __mod__, __rmod__ = _binary(torch.fmod), _binary(torch.fmod, True)
     __and__, __rand__ = _binary(operator.and_), _binary(operator.and_, True)
     __or__, __ror__ = _binary(operator.or_), _binary(operator.or_, True)
+    __xor__ = _binary(operator.xor)
     __rshift__ = _binary(operator.rshift)
     __lt__, __le__ = _binary(operator.lt), _binary(operator.le)
     __gt__, __ge__ = _binary(operator.gt), _binary(operator.ge)

@@ -20,60 +20,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from sparsek_kernels.triton.forward import LOG2_E, needs_wide_index, strides
 from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.hopper.query_blocks import (
+    BLOCK,
+    block_of,
+    blocks_of,
+    copy_queries,
+    key_of,
+)
 from sparsek_kernels.triton.hopper.tiles import COPIERS, HALF, copy_rows, thread_sums
 from sparsek_kernels.triton.lists import KeyLists
 
 KEYS, STAGES = 128, 3  # of a program, steps in the ring
-_BLOCK = gl.constexpr(64)  # queries of a step
 _LN_2 = gl.constexpr(0.6931471805599453)
-_FAR = gl.constexpr(2**31 - 1)
-
-
-@gluon.jit
-def _block_of(step, blocks, GROUP: gl.constexpr):
-    """Block of queries of a step: blocks without masks first, then both ends."""
-    low, clear_low, clear_high, high = blocks
-    turn = step // GROUP
-    clear = clear_high - clear_low
-    after = turn - clear
-    ramp = clear_low - low
-    hidden = gl.where(after < ramp, low + after, clear_high + after - ramp)
-    return gl.where(turn < clear, clear_low + turn, hidden)
-
-
-@gluon.jit
-def _copy(
-    q_base, do_base, lse_base, delta_base, q_h, q_n, do_h, do_n, queries,
-    q_s, do_s, lse_s, delta_s, full, free, blocks, count,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """Copies Q, dO and their statistics, block by block; rows past `count` are zero."""
-    LINE: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
-    lane = gl.arange(0, _BLOCK, layout=gl.SliceLayout(1, LINE))
-    flat_lane = gl.arange(0, _BLOCK, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, LINE))
-    low, clear_low, clear_high, high = blocks
-    q_offset = (lane * q_n)[:, None] + d[None, :]
-    do_offset = (lane * do_n)[:, None] + d[None, :]
-    for step in range((high - low) * GROUP):
-        slot = step % STAGES
-        first = _block_of(step, blocks, GROUP) * _BLOCK
-        head = step % GROUP
-        place = first + flat_lane
-        inside = place < count
-        stat = head * queries + place
-        lse = gl.load(lse_base + stat, mask=inside, other=float("inf"))
-        delta = gl.load(delta_base + stat, mask=inside, other=0.0)
-        exists = (lane < count - first)[:, None]
-        q_at = q_base + head * q_h + first.to(gl.int64) * q_n + q_offset
-        do_at = do_base + head * do_h + first.to(gl.int64) * do_n + do_offset
-        mbarrier.wait(free.index(slot), (step // STAGES & 1) ^ 1)
-        async_copy.async_copy_global_to_shared(q_s.index(slot), q_at, mask=exists)
-        async_copy.async_copy_global_to_shared(do_s.index(slot), do_at, mask=exists)
-        async_copy.mbarrier_arrive(full.index(slot), increment_count=False)
-        lse_s.index(slot).store(lse)
-        delta_s.index(slot).store(delta)
-        mbarrier.arrive(full.index(slot), count=1)
 
 
 @gluon.jit
@@ -106,7 +64,7 @@ def _step(
         if MASKED:
             interior = (t[None, :] >= run_low[:, None]) & (t[None, :] < run_high[:, None])
             counted = gl.where(interior, ds, 0.0)
-        sums += thread_sums(counted, _BLOCK)
+        sums += thread_sums(counted, BLOCK)
     dk = warpgroup_mma(gl.convert_layout(ds.to(q.dtype), WEIGHTS), q, dk, is_async=True)
     dk, dv = warpgroup_mma_wait(0, deps=[dk, dv])
     mbarrier.arrive(free.index(slot), count=1)
@@ -114,7 +72,7 @@ def _step(
 
 
 @gluon.jit
-def _compute(
+def _add_up(
     keys_at, ends_at, run_start, run_stop, dk_base, dv_base, sum_base, k_s, v_s,
     q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, count, fallback, items,
     first_item,
@@ -122,14 +80,14 @@ def _compute(
     WINDOW: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
     """dK, dV and the key sums of 64 keys."""
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _BLOCK, 16])
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LOGITS)
     low, clear_low, clear_high, high = blocks
     item = first_item + gl.arange(0, HALF, layout=ROW)
-    key, exists, begin, stop = _key_of(item, items, keys_at, ends_at, window, fallback, WINDOW)
+    key, exists, begin, stop = key_of(item, items, keys_at, ends_at, window, fallback, WINDOW)
     begin -= t0
     stop -= t0
     run_low = begin
@@ -137,14 +95,14 @@ def _compute(
     if SCORES:
         run_low = gl.load(run_start + key, mask=exists, other=0) - t0
         run_high = gl.load(run_stop + key, mask=exists, other=0) - t0
-    blank = gl.zeros([HALF, _BLOCK], gl.float32, layout=LOGITS)
+    blank = gl.zeros([HALF, BLOCK], gl.float32, layout=LOGITS)
     dk = gl.zeros([HALF, D], gl.float32, layout=OUTPUT)
     dv = gl.zeros([HALF, D], gl.float32, layout=OUTPUT)
-    sums = thread_sums(blank, _BLOCK)
-    lane = gl.arange(0, _BLOCK, layout=COLUMN)
+    sums = thread_sums(blank, BLOCK)
+    lane = gl.arange(0, BLOCK, layout=COLUMN)
     clear = (clear_high - clear_low) * GROUP
     for step in range(clear):
-        t = _block_of(step, blocks, GROUP) * _BLOCK + lane
+        t = block_of(step, blocks, GROUP) * BLOCK + lane
         dk, dv, sums = _step(
             step, t, k_s, v_s, dk, dv, sums, begin, stop, run_low, run_high, blank, scale,
             q_s, do_s, lse_s, delta_s, full, free, STAGES, False, SCORES, WEIGHTS, COLUMN,
@@ -155,14 +113,14 @@ def _compute(
         share = gl.where(is_interior, 1.0, 0.0)
         sums = sums * gl.convert_layout(share, gl.SliceLayout(1, sums.type.layout))[:, None]
     for step in range(clear, (high - low) * GROUP):
-        t = _block_of(step, blocks, GROUP) * _BLOCK + lane
+        t = block_of(step, blocks, GROUP) * BLOCK + lane
         dk, dv, sums = _step(
             step, t, k_s, v_s, dk, dv, sums, begin, stop, run_low, run_high, blank, scale,
             q_s, do_s, lse_s, delta_s, full, free, STAGES, True, SCORES, WEIGHTS, COLUMN,
         )  # fmt: skip
     dk = dk * (scale * _LN_2)
     item = first_item + gl.arange(0, HALF, layout=gl.SliceLayout(1, OUTPUT))
-    at_key, present, _, _ = _key_of(item, items, keys_at, ends_at, window, fallback, WINDOW)
+    at_key, present, _, _ = key_of(item, items, keys_at, ends_at, window, fallback, WINDOW)
     d = gl.arange(0, D, layout=gl.SliceLayout(0, OUTPUT))
     at = (at_key.to(gl.int64) * D)[:, None] + d[None, :]
     mask = gl.expand_dims(present, 1)
@@ -186,21 +144,26 @@ def _compute(
 
 
 @gluon.jit
-def _key_of(item, items, keys_at, ends_at, window, fallback, WINDOW: gl.constexpr):
-    """Keys of some items, which of them exist, and the queries [begin, stop) that see them."""
-    front, back, room = items
-    exists = item < front + back
-    if WINDOW:
-        key = gl.where(exists, fallback + item, fallback)
-        begin = key
-        stop = gl.where(exists, key + window, 0)
+def _compute(
+    keys_at, ends_at, run_start, run_stop, dk_base, dv_base, sum_base, k_s, v_s,
+    q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, count, fallback, items,
+    first_item,
+    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
+    WINDOW: gl.constexpr, ATOMIC: gl.constexpr,
+):  # fmt: skip
+    """What one half of the program's keys needs; without keys, only to keep the ring going."""
+    low, clear_low, clear_high, high = blocks
+    front, back, room, limit = items
+    if first_item < limit:
+        _add_up(
+            keys_at, ends_at, run_start, run_stop, dk_base, dv_base, sum_base, k_s, v_s,
+            q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, count, fallback,
+            items, first_item, GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
+        )  # fmt: skip
     else:
-        at = gl.where(item < front, item, room - back + item - front)
-        key = gl.load(keys_at + at, mask=exists, other=0)
-        key = gl.where(exists, key, fallback)
-        begin = key + window
-        stop = gl.load(ends_at + key, mask=exists, other=0)
-    return key, exists, begin, stop
+        for step in range((high - low) * GROUP):
+            mbarrier.wait(full.index(step % STAGES), step // STAGES & 1)
+            mbarrier.arrive(free.index(step % STAGES), count=1)
 
 
 @gluon.jit
@@ -239,53 +202,41 @@ def _key_gradient_hopper(
     fallback = first_key
     if WINDOW:
         fallback = first_key + place * BN
-        items = (gl.minimum(last - fallback, BN), 0, 0)
+        present = gl.minimum(last - fallback, BN)
+        items = (present, 0, 0, present)
+        first_item = 0
         t0 = gl.maximum(fallback, shift)
         t1 = gl.minimum(fallback + BN - 1 + window, last)
     else:
         one = tile * heads + head
         front = gl.load(counts + 2 * one)
         back = gl.load(counts + 2 * one + 1)
-        if part * BN >= front + back:
+        # Front and back of the list do not share a program: only keys at the front are interior
+        # for all of the tile or for none of it.
+        parts = (front + BN - 1) // BN
+        first_item = gl.where(part < parts, part * BN, front + (part - parts) * BN)
+        limit = gl.where(part < parts, front, front + back)
+        if first_item >= limit:
             return
         base = gl.load(offsets + one)
-        items = (front, back, (gl.load(offsets + one + 1) - base).to(gl.int32))
+        items = (front, back, (gl.load(offsets + one + 1) - base).to(gl.int32), limit)
         keys_at = listed + base
         t0 = shift + place * SIZE
         t1 = gl.minimum(t0 + SIZE, last)
     ends_at = end + row * row_keys
-    first_item = part * BN
 
-    # Blocks of queries [low, high) matter at all; in [clear_low, clear_high) nothing is hidden.
-    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    item = first_item + gl.arange(0, BN, layout=FLAT)
-    key, exists, begin, stop = _key_of(item, items, keys_at, ends_at, window, fallback, WINDOW)
-    any_begin = gl.min(gl.where(exists, begin, _FAR), 0)
-    any_stop = gl.max(stop, 0)
-    all_begin = gl.max(gl.where(exists, begin, 0), 0)
-    all_stop = gl.minimum(gl.min(gl.where(exists, stop, _FAR), 0), t1)
-    low = gl.maximum(any_begin - t0, 0) // _BLOCK
-    high = (gl.maximum(gl.minimum(any_stop, t1) - t0, 0) + _BLOCK - 1) // _BLOCK
-    high = gl.maximum(high, low)
-    clear_low = (gl.maximum(all_begin - t0, 0) + _BLOCK - 1) // _BLOCK
-    clear_low = gl.minimum(gl.maximum(clear_low, low), high)
-    clear_high = gl.maximum(all_stop - t0, 0) // _BLOCK
-    clear_high = gl.minimum(gl.maximum(clear_high, clear_low), high)
-    if SCORES:
-        # Only keys at the front of the list are interior for all of the tile or for none of it.
-        front, back, room = items
-        is_alike = gl.minimum(first_item + BN, front + back) <= front
-        clear_high = gl.where(is_alike, clear_high, clear_low)
-    blocks = (low, clear_low, clear_high, high)
+    blocks = blocks_of(
+        first_item, items, keys_at, ends_at, window, fallback, t0, t1, BN, WINDOW, SCORES
+    )
 
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
     one_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     k_s = gl.allocate_shared_memory(dtype, [2, HALF, D], rows_layout)
     v_s = gl.allocate_shared_memory(dtype, [2, HALF, D], rows_layout)
-    q_s = gl.allocate_shared_memory(dtype, [STAGES, _BLOCK, D], rows_layout)
-    do_s = gl.allocate_shared_memory(dtype, [STAGES, _BLOCK, D], rows_layout)
-    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, _BLOCK], one_layout)
-    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, _BLOCK], one_layout)
+    q_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], rows_layout)
+    do_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK, D], rows_layout)
+    lse_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], one_layout)
+    delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK], one_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -295,7 +246,7 @@ def _key_gradient_hopper(
     d = gl.arange(0, D, layout=gl.SliceLayout(0, LINE))
     for half in gl.static_range(2):
         row_item = first_item + half * HALF + gl.arange(0, HALF, layout=gl.SliceLayout(1, LINE))
-        row_key, _, _, _ = _key_of(row_item, items, keys_at, ends_at, window, fallback, WINDOW)
+        row_key, _, _, _ = key_of(row_item, items, keys_at, ends_at, window, fallback, WINDOW)
         k_base = k_ptr + batch * k_b + head.to(gl.int64) * k_h
         v_base = v_ptr + batch * v_b + head.to(gl.int64) * v_h
         copy_rows(k_base, row_key, k_n, d, k_s.index(half), WIDE)
@@ -327,7 +278,7 @@ def _key_gradient_hopper(
                 first_item + HALF,
                 GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
             )),
-            (_copy, (
+            (copy_queries, (
                 q_ptr + batch * q_b + q_head * q_h + q0 * q_n,
                 do_ptr + batch * do_b + q_head * do_h + q0 * do_n,
                 lse_ptr + stat, delta_ptr + stat, zero + q_h, q_n, zero + do_h, do_n,
@@ -367,7 +318,8 @@ def key_gradient(
 
     tiles = geometry.tiles(KEYS)
     launch((tiles.shape[0], geometry.heads), tiles, True)
-    parts = triton.cdiv(lists.capacity, KEYS)
+    # One more, because front and back of a list are split apart.
+    parts = triton.cdiv(lists.capacity, KEYS) + 1 if lists.capacity else 0
     count = lists.tiles.shape[0]
     if parts and deterministic:
         # Batch items share no key, so their super tiles of one place may run together.

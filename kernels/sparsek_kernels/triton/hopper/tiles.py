@@ -1,4 +1,4 @@
-"""What the Hopper kernels share: 128 rows per program, halves of 64 that compute, warps that copy.
+"""What the Hopper kernels share: tiles of 128 rows, halves of 64 that compute, warps that copy.
 
 Keys of a tile are numbered in one run of items: the part of the window that all its queries see,
 the front of its key list, the back of the list, the two ramps of the window. The first two need no
