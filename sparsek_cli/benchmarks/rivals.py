@@ -51,9 +51,6 @@ def _pinned(backend: str) -> Callable[[Data, Shape], Call]:
     return build
 
 
-_COMPILED = {}
-
-
 def flex(data: Data, shape: Shape) -> Call:
     """FlexAttention on blocks: as many keys per query, random blocks, no selection in the time."""
     if shape.device.type != "cuda":
@@ -88,9 +85,9 @@ def flex(data: Data, shape: Shape) -> Call:
         part_counts.cuda(), part.cuda(), counts.cuda(), full.cuda(),
         BLOCK_SIZE=BLOCK, mask_mod=visible,
     )  # fmt: skip
-    if "flex" not in _COMPILED:
-        _COMPILED["flex"] = torch.compile(flex_attention, dynamic=False)
-    compiled = _COMPILED["flex"]
+    # For this length alone: Dynamo gives up after eight compilations of one function.
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(data.q, data.k, data.v, block_mask=mask, enable_gqa=True)
 
 
