@@ -8,7 +8,10 @@ from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 # A sixteenth of the context is where selection still keeps recall while a window does not.
 _SHARE_OF_CONTEXT = Fraction(1, 16)
-_DEFAULT_WINDOW = 128
+# Half of the slots as a window lost facts where slots were few, three quarters text too; an eighth
+# was better than that in one base and no better in another (recipes/README.md, ablations).
+_SHARE_OF_WINDOW = Fraction(1, 4)
+_LARGEST_WINDOW = 128
 _SMALLEST_BUDGET = 64
 # Maps are fitted on short sequences, and compared on long ones: how much age may count depends
 # on the distance over which something must be kept.
@@ -38,7 +41,7 @@ def slots(recipe: ConvertRecipe, context: int) -> tuple[int, int]:
             )
         share = recipe.budget
         budget = share if isinstance(share, int) else int(context * Fraction(share))
-    window = recipe.window or max(1, min(_DEFAULT_WINDOW, budget // 2))
+    window = recipe.window or max(1, min(_LARGEST_WINDOW, int(budget * _SHARE_OF_WINDOW)))
     topk = recipe.topk or budget - window - recipe.sinks
     if topk < 1 and recipe.budget is not None:
         written = f"{recipe.budget}" + ("" if recipe.budget == budget else f" ({budget} tokens)")

@@ -83,7 +83,7 @@ class ConvertRecipe(BaseModel):
     window: Count | None = Field(
         None,
         description="newest tokens always seen, itself included, a whole number >= 1; default "
-        "128, less for short contexts",
+        "a quarter of the budget, at most 128",
     )
     sinks: Annotated[StrictInt, Field(ge=0)] = Field(
         4, description="first tokens always seen, a whole number >= 0"

@@ -84,8 +84,8 @@ def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkp
 @pytest.mark.parametrize(
     ("settings", "slots"),
     [
-        ({}, (4, 124, 128)),  # a sixteenth of the context, 4096
-        ({"budget": 40}, (4, 16, 20)),
+        ({}, (4, 188, 64)),  # a sixteenth of the context, 4096
+        ({"budget": 40}, (4, 26, 10)),
         ({"budget": "1/4"}, (4, 892, 128)),
         ({"budget": "2/8", "window": 10, "sinks": 0}, (0, 1014, 10)),
     ],
