@@ -108,11 +108,17 @@ def _haystack(settings: dict[str, Any]) -> Haystack:
     tokenizer = tokenizer_of(settings)
     key = (id(tokenizer), settings.get("seed") or 0, *named_text(settings))
     if key not in _HAYSTACKS:
-        _HAYSTACKS[key] = _build(settings, tokenizer)
+        _HAYSTACKS[key] = build_haystack(settings, tokenizer)
     return _HAYSTACKS[key]
 
 
-def _build(settings: dict[str, Any], tokenizer: Any) -> Haystack:
+def build_haystack(settings: dict[str, Any], tokenizer: Any) -> Haystack:
+    """Sentences and words of the text that `settings` names, else generated ones.
+
+    Args:
+        settings: text or data, as in `dataset`, and the seed of generated sentences.
+        tokenizer: that lengths are counted in.
+    """
     if named_text(settings):
         texts = list(islice(documents(settings), HAYSTACK_DOCUMENTS))
         share = HAYSTACK_CHARACTERS // len(texts)

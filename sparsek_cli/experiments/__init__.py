@@ -5,6 +5,7 @@ scratch     dense, window, random and SparseK from random weights, then at longe
 speed       a training step of a 1B shape, sparse beside dense
 budgets     loss and recall by budget, position, depth and length
 cost        what a layer's parts cost, by length and by k
+ruler       RULER's needle tasks under all policies, after learning their wording
 ablations   calibration with one thing changed at a time
 plots       figures of the results of all of these
 scorers     an MLP, and keys and values, in place of the linear scorer

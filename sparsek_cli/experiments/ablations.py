@@ -3,12 +3,12 @@
     python -m sparsek_cli.experiments.ablations OUT --held-out books/validation.jsonl.zst \\
         [--train books/train-00.jsonl.zst] [--model DIR] [--rows NAME ...] [--seconds 290]
 
-A base is converted once per row, calibration only, at `--share` of `--length`, with one thing
-changed in the request (the words shown) or with another kind of scorer. Measured are perplexity
-of windows of unseen novels, the share of the loss between a window of the same slots and dense
-attention that is closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in
-phrasings that calibration knows and in others that only the base knows. Dense and window are
-measured once. Rows `seed` say how much of a difference is chance.
+A base is converted once per row, calibration only, at `--share` of `--length`, `--window` of that
+being the newest keys, with one thing changed in the request (the words shown) or with another kind
+of scorer. Measured are perplexity of windows of unseen novels, the share of the loss between a
+window of the same slots and dense attention that is closed (on the last quarter of the windows),
+and recall of 1, 4 and 16 facts in phrasings that calibration knows and in others that only the base
+knows. Dense and window are measured once. Rows `seed` say how much of a difference is chance.
 
 The words of a row that wins become the default in recipes/schema_convert.py; `--set` gives words
 to every row, to see what another default changes.
@@ -31,6 +31,7 @@ from sparsek_cli.evaluation.policies import DENSE, OWN
 from sparsek_cli.experiments.scorers import FITS, in_place_of_linear
 from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (
+    WINDOW_SHARE,
     Suite,
     load,
     recall_text,
@@ -69,8 +70,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "slope-0.7": {"method.slopes": [0.7]},
     "slope-2.5": {"method.slopes": [2.5]},
     "slopes-finer": {"method.slopes": [0, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 3.2]},
-    "window-1/8": {"slots.window": 1 / 8},
     "window-1/4": {"slots.window": 1 / 4},
+    "window-1/2": {"slots.window": 1 / 2},
     "window-3/4": {"slots.window": 3 / 4},
     "sinks-0": {"slots.sinks": 0},
     "sinks-16": {"slots.sinks": 16},
@@ -80,6 +81,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "map-blend": {"method.maps": ["blend"]},
     "answers-0.03": {"method.answer_weight": 0.03},
     "answers-0.3": {"method.answer_weight": 0.3},
+    "answers-1": {"method.answer_weight": 1.0},
     "text-quarter": {"tokens": 1 / 4},
     "text-4-times": {"tokens": 4},
     "text-prose": {"calibrate": "auto"},
@@ -101,6 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")
     parser.add_argument("--share", type=int, default=16, help="slots are 1/SHARE of the length")
+    parser.add_argument("--window", type=float, default=WINDOW_SHARE, help="share of the slots")
     parser.add_argument("--tokens", type=int, default=262_144, help="text to calibrate on")
     parser.add_argument("--windows", type=int, default=64, help="windows measured")
     parser.add_argument("--questions", type=int, default=64, help="of each kind and number")
@@ -158,7 +161,7 @@ class Experiment:
         changes.pop("scorer", None)
         slots = self.given.length // self.given.share
         sinks = changes.pop("slots.sinks", SINKS)
-        window = int(slots * changes.pop("slots.window", 1 / 2))
+        window = int(slots * changes.pop("slots.window", self.given.window))
         return {
             "topk": slots - window - sinks,
             "window": window,

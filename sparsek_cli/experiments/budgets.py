@@ -3,7 +3,7 @@
     python -m sparsek_cli.experiments.budgets OUT --held-out books/validation.jsonl.zst \\
         [--train books/train-00.jsonl.zst] [--model DIR] [--shares 64 32 16 8 4] [--seconds 240]
 
-A base is converted (calibration only) at each share of `--length`, half of the slots being window,
+A base is converted (calibration only) at each share of `--length`, an eighth of the slots window,
 and compared with a window and with random keys at equal slots, and once with dense attention:
 perplexity of windows of unseen novels, by position too, and recall of 4 facts in documents of a
 quarter, half and all of the length, by depth, in phrasings that calibration knows and in others.
@@ -22,6 +22,7 @@ from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE, OWN
 from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (
+    WINDOW_SHARE,
     Suite,
     load,
     recall_text,
@@ -100,7 +101,7 @@ class Experiment:
         """One conversion; without a share what dense attention does."""
         length = self.given.length
         slots = length // (share or 16)
-        window = slots // 2
+        window = int(slots * WINDOW_SHARE)
         self.steps.convert(
             self.base,
             self.model,

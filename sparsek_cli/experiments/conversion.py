@@ -4,17 +4,20 @@
         --train books/train-00.jsonl.zst books/train-01.jsonl.zst \\
         --held-out books/validation.jsonl.zst [--seconds 540] [--keep-base FOLDER]
 
-A base of 26M parameters is trained at 4096 tokens by the recipes small-1-short and small-2-long.
-It is converted at a sixteenth and an eighth of its context; dense, window, random and SparseK are
-compared at equal slots; scorers alone, then all weights, are trained for less than a tenth of the
-base's tokens (small-3-scorers, small-3-all), and a plain window the same way. Measured are
-perplexity of windows of unseen novels (whole, and their last quarter) and recall of 1, 4 and 16
-facts in the phrasings that calibration knows, in those that only the base knows (held out), and in
-those that nobody knows (unseen).
+A base of 26M parameters is trained at 4096 tokens by the recipes small-1-short and small-2-long. It
+is converted at a sixteenth and an eighth of its context, an eighth of that window; dense, window,
+random and SparseK are compared at equal slots; scorers alone, then all weights, are trained for
+less than a tenth of the base's tokens (small-3-scorers, small-3-all), and a plain window the same
+way. Measured are perplexity of windows of unseen novels (whole, and their last quarter) and recall
+of 1, 4 and 16 facts in the phrasings that calibration knows, in those that only the base knows
+(held out), and in those that nobody knows (unseen).
 
 OUT/results.json holds everything, also of a run that was cut off; every command it ran is printed
 as one would type it. `--keep-base` writes the base in bf16 shards of less than 15 MB, without its
-tokenizer (the bundled one); `--base FOLDER` starts from such a folder, or from `tiny`. `--smoke`
+tokenizer (the bundled one); `--base FOLDER` starts from such a folder, or from `tiny`, and
+`--base-steps` says how long it learned (without it, fine-tuning takes the steps of its recipe).
+`--shares` and `--recipes` choose what is made of it, `--length` how long calibration and what is
+measured are, `--set` gives words to every fine-tuning (sequence_length=... among them). `--smoke`
 is a toy run of about a minute on a CPU.
 
 Time on one H100: about 1 minute for stage 1, 2 to 3 for stage 2, 3 for the rest.
@@ -31,6 +34,7 @@ from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies import DENSE
 from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (
+    WINDOW_SHARE,
     Suite,
     load,
     recall_text,
@@ -43,6 +47,7 @@ from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 
 SINKS = 4
 SHARES = (16, 8)
+RECIPES = ("small-3-scorers", "small-3-all")
 POLICIES = (DENSE, "window", "random", "sparsek")
 COLUMNS = (
     "model", "slots", "policy", "ppl_last", "ppl", "closed", "calibration", "held_out", "unseen",
@@ -96,7 +101,7 @@ SMOKE = Scale(
 
 def main() -> None:
     given = _arguments()
-    scale = SMOKE if given.smoke else Scale()
+    scale = SMOKE if given.smoke else Scale(length=given.length)
     session = Session.of(given)
     Experiment(session, given, scale).run()
 
@@ -107,6 +112,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--base", help="use this base (a folder, or tiny) instead of training one")
     parser.add_argument("--keep-base", help="folder to write the base to, in small shards")
+    parser.add_argument("--base-steps", type=int, help="steps of 65,536 tokens that --base learned")
+    parser.add_argument(
+        "--shares", nargs="+", type=int, default=SHARES, metavar="N",
+        help="slots are 1/N of the length",
+    )  # fmt: skip
+    parser.add_argument("--recipes", nargs="*", default=RECIPES, help="to fine-tune with")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")
+    parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for fine-tuning")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser.parse_args()
 
@@ -121,9 +134,10 @@ class Experiment:
         self.dtype = choose_dtype("auto", self.device)
         self.steps = Steps(session, [f"device={self.device.type}"])
         self.files = f"data.novels.files={json.dumps(list(given.train))}"
+        self.words = [*scale.tune, *given.set]
         self.suite: Suite | None = None
         self.rows: dict[tuple[str, int, str], dict[str, Any]] = {}
-        self.base_steps: int | None = None
+        self.base_steps: int | None = given.base_steps
 
     def run(self) -> None:
         """All phases, then the table."""
@@ -134,14 +148,16 @@ class Experiment:
                 say.run("keep the base", partial(keep, base, Path(self.given.keep_base)))
             self.suite = say.run("questions and windows", partial(self.make_suite, base))
         if self.suite is not None:
-            for share in SHARES:
+            shares, recipes = self.given.shares, self.given.recipes
+            for share in shares:
                 say.run(f"convert at 1/{share}", partial(self.convert, base, share), needs=20)
-            for share in SHARES:
-                for recipe in ("small-3-scorers", "small-3-all"):
+            for share in shares:
+                for recipe in recipes:
                     name = f"{recipe} at 1/{share}"
                     say.run(name, partial(self.tune, recipe, share), needs=30)
-            name = "small-3-all of a window at 1/16"
-            say.run(name, partial(self.tune_window, SHARES[0]), needs=30)
+            if "small-3-all" in recipes:
+                name = f"small-3-all of a window at 1/{shares[0]}"
+                say.run(name, partial(self.tune_window, shares[0]), needs=30)
         print(self.session.table(COLUMNS), flush=True)
         self.session.say(f"wrote {self.out / 'results.json'}")
 
@@ -199,7 +215,7 @@ class Experiment:
     def convert(self, base: Path, share: int) -> None:
         """Calibrated scorers at length / share slots; all policies on the same weights."""
         length = self.scale.length
-        window = length // 32
+        window = int(length // share * WINDOW_SHARE)
         self.steps.convert(
             base,
             self.folder(share),
@@ -213,7 +229,7 @@ class Experiment:
                 "device": self.device.type,
             },
         )
-        policies = POLICIES if share == SHARES[0] else POLICIES[1:]
+        policies = POLICIES if share == self.given.shares[0] else POLICIES[1:]
         self.compare("calibrated", self.folder(share), share, policies)
 
     def tune(self, recipe: str, share: int) -> None:
@@ -221,7 +237,7 @@ class Experiment:
         name = recipe.removeprefix("small-3-")
         out = self.folder(share).with_name(f"{self.folder(share).name}-{name}")
         self.steps.finetune(
-            recipe, out, self.files, *self.limits(recipe), *self.scale.tune,
+            recipe, out, self.files, *self.limits(recipe), *self.words,
             model=self.folder(share),
         )  # fmt: skip
         self.compare(name, out, share, ("sparsek",) if name == "scorers" else ("sparsek", DENSE))
@@ -231,7 +247,7 @@ class Experiment:
         slots = self.scale.length // share
         out = self.folder(share).with_name(f"{self.folder(share).name}-window")
         self.steps.finetune(
-            "small-3-all", out, self.files, *self.limits("small-3-all"), *self.scale.tune,
+            "small-3-all", out, self.files, *self.limits("small-3-all"), *self.words,
             "sparsek.topk=0", f"sparsek.window={slots - SINKS}", model=self.folder(share),
         )  # fmt: skip
         self.compare("all, as window", out, share, ("sparsek",))
@@ -241,7 +257,7 @@ class Experiment:
         words = [f"minutes={max(10.0, 0.6 * self.session.left) / 60:.3f}"]
         if self.base_steps is not None:
             own = load_recipe(FinetuneRecipe, recipe, verb="finetune").steps
-            words.append(f"steps={min(own, self.base_steps // 10)}")
+            words.append(f"steps={max(1, min(own, self.base_steps // 10))}")
         return words
 
     def folder(self, share: int) -> Path:
@@ -254,7 +270,7 @@ class Experiment:
         for policy in policies:
             row = self.suite.measure(model, policy)
             self.rows[name, share, policy] = row
-            dense = self.rows.get(("calibrated", SHARES[0], DENSE))
+            dense = self.rows.get(("calibrated", self.given.shares[0], DENSE))
             window = self.rows.get(("calibrated", share, "window"))
             closed = share_closed(row, dense, window) if dense and window else None
             self.session.row(

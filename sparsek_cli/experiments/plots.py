@@ -250,8 +250,9 @@ def ablations(rows: Rows) -> Any:
         label = "known" if split == "calibration" else "unknown"
         right.barh(shifted, means, height=0.32, label=f"{label} phrasings")
     right.set_xlabel("recall (%), mean over numbers of facts")
-    right.legend(frameon=False, fontsize=8, loc="lower right")
+    right.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     for ax in (left, right):
+        ax.margins(y=0.01)
         ax.set_yticks(places, names, fontsize=7)
         ax.invert_yaxis()
     return figure

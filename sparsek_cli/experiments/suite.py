@@ -22,6 +22,7 @@ from sparsek_cli.training.model import load_tokenizer
 
 SPLITS = ("calibration", "held_out", "unseen")
 NEEDLES = (1, 4, 16)
+WINDOW_SHARE = 1 / 8  # of the slots of a conversion
 SEED = 97
 BINS = 32  # spans of equal length that the loss by position is averaged over
 

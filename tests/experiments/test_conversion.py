@@ -30,3 +30,12 @@ def test_a_toy_run_fills_every_row(novels, tmp_path, monkeypatch, capsys):
     assert ("all, as window", 32, "sparsek") in rows
     assert (kept / "model.safetensors").is_file()
     assert "$ sparsek convert" in capsys.readouterr().out
+
+    again = [str(tmp_path / "again"), *words[1:], "--base", str(kept), "--base-steps", "30"]
+    again += ["--shares", "8", "--recipes", "small-3-all", "--set", "steps=3"]
+    monkeypatch.setattr(sys, "argv", ["conversion", *again])
+    conversion.main()
+    rows = json.loads((tmp_path / "again" / "results.json").read_text())["rows"]
+    assert {row["slots"] for row in rows} == {64, 512}
+    assert [row["model"] for row in rows if row["policy"] == "dense"] == ["calibrated", "all"]
+    assert "3 steps, loss" in capsys.readouterr().out
