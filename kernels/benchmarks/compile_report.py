@@ -4,7 +4,8 @@ python kernels/benchmarks/compile_report.py [--capability 9.0] [--dim 128] [--ga
 
 A call of the backend on CPU tensors is recorded instead of launched: each distinct launch is
 compiled with the argument types and divisibilities it was made with. Prints registers, stack bytes
-(spills) and shared memory per kernel. Never set TRITON_INTERPRET with it.
+(spills) and shared memory per kernel; `--json` adds what loops carry, as written and as compiled.
+Never set TRITON_INTERPRET with it.
 """
 
 import argparse
@@ -62,6 +63,7 @@ class Recorder:
             "kernel": kernel.fn.__name__,
             "shared": made.metadata.shared,
             **_resources(made.asm["cubin"]),
+            "carried": [_carried(made.asm[stage]) for stage in ("source", "ttgir")],
             "constants": {n: v for n, v in flags.items() if n in ("GATE", "WINDOW", "BACKWARD")},
             **options,
         }
@@ -73,6 +75,16 @@ def _source_type(kernel: JITFunction) -> type[ASTSource]:
     from triton.experimental.gluon._runtime import GluonASTSource
 
     return GluonASTSource
+
+
+def _carried(ir: str) -> int:
+    """Most values that a loop of the program carries.
+
+    Triton 3.6 and 3.7 drop one that only bounds loops inside, which then keeps its first value: as
+    many must be there when compiled as were written.
+    """
+    loops = re.findall(r"iter_args\((.*?)\) ->", ir)
+    return max((carried.count(" = ") for carried in loops), default=0)
 
 
 def _resources(cubin: bytes) -> dict[str, int]:

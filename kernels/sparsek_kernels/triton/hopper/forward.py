@@ -187,6 +187,7 @@ def _compute(
     )
     for index in range(first, count, stride):
         # Of the next tile already: what is read here is not needed before the end of this one.
+        # What a loop carries must be used outside the bounds of inner loops, or Triton drops it.
         exists_1, batch_1, q_head_1, query_1, rows_1, clear_1, steps_1 = rows_of(
             index + stride, lines, shape, columns, window, SIZE, BQ, HG, BN, REGULAR
         )
