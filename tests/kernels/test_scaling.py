@@ -55,14 +55,15 @@ ENVIRONMENT = {
 
 
 def check(lengths: list[int], topk: int, window: int, train: bool) -> None:
-    """Per doubling: at most 2.3 times the seconds and 2.2 times the KiB."""
+    """Per doubling: at most 2.3 times the seconds, on the average, and 2.2 times the KiB."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([lengths, topk, window, train])],
         capture_output=True, text=True, check=True, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     figures = json.loads(done.stdout)
-    for (seconds, kib), (twice_seconds, twice_kib) in zip(figures, figures[1:], strict=False):
-        assert twice_seconds <= 2.3 * seconds, figures
+    # One doubling swings with what runs beside it; quadratic time would be 4 for each.
+    assert figures[-1][0] <= 2.3 ** (len(figures) - 1) * figures[0][0], figures
+    for (_, kib), (_, twice_kib) in zip(figures, figures[1:], strict=False):
         assert twice_kib <= 2.2 * kib, figures
 
 
