@@ -73,13 +73,15 @@ def _step(
 
 @gluon.jit
 def _add_up(
-    keys_at, ends_at, run_start, run_stop, dk_base, dv_base, sum_base, k_s, v_s,
-    q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, count, fallback, items,
-    first_item,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
-    WINDOW: gl.constexpr, ATOMIC: gl.constexpr,
+    keys, sums_at, rows, ring, span, first_item, GROUP: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, WINDOW: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
     """dK, dV and the key sums of 64 keys."""
+    keys_at, ends_at, run_start, run_stop = keys
+    dk_base, dv_base, sum_base = sums_at
+    k_s, v_s = rows
+    q_s, do_s, lse_s, delta_s, full, free = ring
+    blocks, scale, window, t0, count, fallback, items = span
     LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
@@ -145,20 +147,26 @@ def _add_up(
 
 @gluon.jit
 def _compute(
-    keys_at, ends_at, run_start, run_stop, dk_base, dv_base, sum_base, k_s, v_s,
-    q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, count, fallback, items,
-    first_item,
-    GROUP: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr,
-    WINDOW: gl.constexpr, ATOMIC: gl.constexpr,
+    keys, sums_at, rows, ring, span, first_item, GROUP: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, SCORES: gl.constexpr, WINDOW: gl.constexpr, ATOMIC: gl.constexpr,
 ):  # fmt: skip
-    """What one half of the program's keys needs; without keys, only to keep the ring going."""
+    """What one half of the program's keys needs; without keys, only to keep the ring going.
+
+    Args:
+        keys: addresses of the listed keys, of their ends, and of their interior runs.
+        sums_at: addresses of dK, dV and the key sums.
+        rows: K and V of this half. ring: blocks of Q and dO, their statistics, the barriers.
+        span: blocks of queries, scale, window, first query and number, fallback key, items.
+        first_item: of this half.
+    """
+    q_s, do_s, lse_s, delta_s, full, free = ring
+    blocks, scale, window, t0, count, fallback, items = span
     low, clear_low, clear_high, high = blocks
     front, back, room, limit = items
     if first_item < limit:
         _add_up(
-            keys_at, ends_at, run_start, run_stop, dk_base, dv_base, sum_base, k_s, v_s,
-            q_s, do_s, lse_s, delta_s, full, free, blocks, scale, window, t0, count, fallback,
-            items, first_item, GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
+            keys, sums_at, rows, ring, span, first_item,
+            GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
         )  # fmt: skip
     else:
         for step in range((high - low) * GROUP):
@@ -259,23 +267,20 @@ def _key_gradient_hopper(
     # Adding to a 64-bit zero widens arguments that may be compile-time constants.
     zero = batch * 0
     row_at = row * row_keys
+    keys = (keys_at, ends_at, run_start + row_at, run_stop + row_at)
+    sums_at = (dk_ptr + row_at * D, dv_ptr + row_at * D, column_ptr + row_at)
+    ring = (q_s, do_s, lse_s, delta_s, full, free)
+    span = (blocks, scale, window, t0, t1 - t0, fallback, items)
     async_copy.wait_group(0)
     fence_async_shared()
     gl.warp_specialize(
         [
             (_compute, (
-                keys_at, ends_at, run_start + row_at, run_stop + row_at,
-                dk_ptr + row_at * D, dv_ptr + row_at * D, column_ptr + row_at,
-                k_s.index(0), v_s.index(0), q_s, do_s, lse_s, delta_s, full, free,
-                blocks, scale, window, t0, t1 - t0, fallback, items, first_item,
+                keys, sums_at, (k_s.index(0), v_s.index(0)), ring, span, first_item,
                 GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
             )),
             (_compute, (
-                keys_at, ends_at, run_start + row_at, run_stop + row_at,
-                dk_ptr + row_at * D, dv_ptr + row_at * D, column_ptr + row_at,
-                k_s.index(1), v_s.index(1), q_s, do_s, lse_s, delta_s, full, free,
-                blocks, scale, window, t0, t1 - t0, fallback, items,
-                first_item + HALF,
+                keys, sums_at, (k_s.index(1), v_s.index(1)), ring, span, first_item + HALF,
                 GROUP, D, STAGES, SCORES, WINDOW, ATOMIC,
             )),
             (copy_queries, (
