@@ -154,7 +154,7 @@ def samples(model: Path, text: str, count: int, *, processes: int) -> list[str]:
     Args:
         model: folder with the tokenizer that lengths are counted in.
         text: file or folder of what needles are hidden in.
-        processes: that make them; the samples are the same for any number.
+        processes: that make them; only the order of the samples depends on it.
     Raises:
         ValueError: the text is too short for a sample.
     """

@@ -83,10 +83,9 @@ def test_linked_read_lazily_and_within_seconds(tmp_path):
     state = {"SPARSEK_STATE_DIR": str(tmp_path / "state")}
     stdout, seconds, size = measured("-m", "sparsek_cli", *words, "--json", **state)
     report = json.loads(stdout)
-    # Importing the libraries takes 3 to 10 seconds, as the machine is, and converting about as much
-    # again.
+    # Where importing the libraries alone takes more than four seconds, that is the unit.
     _, imports, _ = measured("-c", "import torch; from transformers import AutoModelForCausalLM")
-    assert seconds < 3 * imports
+    assert seconds < max(10, 2.5 * imports)
     assert report["base_bytes_copied"] == 0
     assert size / (1024 if sys.platform == "darwin" else 1) < 700 * 1024
     for number, base in enumerate(sorted((tmp_path / "base").glob("model-*.safetensors")), 1):

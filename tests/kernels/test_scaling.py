@@ -41,7 +41,13 @@ def call(n):
 
 call(600)
 base = memory("VmRSS")
-print(json.dumps([[min(call(n) for _ in range(3)), memory("VmHWM") - base] for n in lengths]))
+seconds, kib = [], []
+for n in lengths:
+    seconds.append(call(n))
+    kib.append(memory("VmHWM") - base)
+for _ in range(4):  # in rounds: what runs beside this slows every length, not one
+    seconds = [min(best, call(n)) for best, n in zip(seconds, lengths)]
+print(json.dumps(list(zip(seconds, kib))))
 """
 
 # Left to itself glibc raises the size from which it maps blocks, and keeps what was freed, as the
@@ -55,15 +61,14 @@ ENVIRONMENT = {
 
 
 def check(lengths: list[int], topk: int, window: int, train: bool) -> None:
-    """Per doubling: at most 2.3 times the seconds, on the average, and 2.2 times the KiB."""
+    """Per doubling: at most 2.3 times the seconds and 2.2 times the KiB."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, json.dumps([lengths, topk, window, train])],
         capture_output=True, text=True, check=True, env={**os.environ, **ENVIRONMENT},
     )  # fmt: skip
     figures = json.loads(done.stdout)
-    # One doubling swings with what runs beside it; quadratic time would be 4 for each.
-    assert figures[-1][0] <= 2.3 ** (len(figures) - 1) * figures[0][0], figures
-    for (_, kib), (_, twice_kib) in zip(figures, figures[1:], strict=False):
+    for (seconds, kib), (twice_seconds, twice_kib) in zip(figures, figures[1:], strict=False):
+        assert twice_seconds <= 2.3 * seconds, figures
         assert twice_kib <= 2.2 * kib, figures
 
 
