@@ -3,6 +3,7 @@
 conversion  teach a base to recall, convert it, compare what is kept, train it back
 scratch     dense, window, random and SparseK from random weights, then at longer lengths
 speed       a training step of a 1B shape, sparse beside dense
+tuning      what trains a conversion back, beside controls trained alike
 budgets     loss and recall by budget, position, depth and length
 cost        what a layer's parts cost, by length and by k
 ruler       RULER's needle tasks under all policies, after learning their wording

@@ -1,0 +1,46 @@
+"""What trains a conversion back: every row is a recipe, controls are compared with their own."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from sparsek_cli.experiments import tuning
+from sparsek_cli.recipes.load import load_recipe
+from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+
+
+@pytest.mark.parametrize("name", tuning.ROWS)
+def test_every_row_is_a_recipe_and_every_control_has_a_row(name):
+    words = [*tuning.ROWS[name], "data.novels.files=x"]
+    assert load_recipe(FinetuneRecipe, "small-3-all", words, verb="finetune").train == "all"
+    for kind in (" dense", " window"):
+        if name.endswith(kind):
+            assert tuning.ROWS[name.removesuffix(kind)] == tuning.ROWS[name]
+
+
+def test_a_row_is_compared_with_controls_of_its_words():
+    losses = {"a": 3.1, "a dense": 3.0, "a window": 3.5, "b": 3.2}
+    experiment = tuning.Experiment.__new__(tuning.Experiment)
+    rows = [{"row": name, "loss_last": loss} for name, loss in losses.items()]
+    experiment.session = SimpleNamespace(record={"rows": rows})
+    experiment.compare_alike()
+    assert [row.get("alike") for row in rows] == [pytest.approx(80.0), None, None, None]
+
+
+@pytest.mark.slow
+def test_dense_attention_is_a_control_that_keeps_every_key(novels, tmp_path, monkeypatch):
+    train, held_out = novels
+    words = ["tuning", str(tmp_path / "out"), "--model", "tiny", "--train", train, "--tune", train,
+             "--held-out", held_out, "--device", "cpu", "--smoke"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", [*words, "--rows", "text 3e-4 dense"])
+    tuning.main()
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    dense, window, own, control = record["rows"]
+    assert [row["row"] for row in record["rows"][:3]] == ["dense", "window", "sparsek"]
+    closed = (window["loss_last"] - own["loss_last"]) / (window["loss_last"] - dense["loss_last"])
+    assert own["closed"] == pytest.approx(100 * closed)
+    # Two steps move it a little; a window stays far away.
+    assert abs(control["loss_last"] - dense["loss_last"]) < 0.05
+    assert window["loss_last"] - dense["loss_last"] > 0.1
