@@ -44,6 +44,9 @@ def convert(
     calibrate_length: Annotated[
         _Number, typer.Option("--calibrate-length", metavar="N", help="Tokens per document.")
     ] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="MODEL is converted: calibrate it anew, as it is now.")
+    ] = False,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")] = False,
     overwrite: options.Overwrite = False,
     revision: options.Revision = None,
@@ -87,6 +90,7 @@ def convert(
         "out": out,
         "gate": gate,
         "calibrate": calibrate,
+        "again": again or None,
         "copy": copy or None,
         "overwrite": overwrite or None,
         "revision": revision,

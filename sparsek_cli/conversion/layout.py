@@ -121,6 +121,20 @@ def geometry(config: dict[str, Any], layout: Layout) -> Geometry:
     )
 
 
+def is_converted(config: dict[str, Any]) -> bool:
+    """Whether a config.json dictionary is that of a converted model."""
+    return str(config.get("model_type", "")).startswith("sparsek_") or "sparsek" in config
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json as it was before conversion, but for a sliding window that never bound."""
+    dense = {key: config[key] for key in config if key not in ("sparsek", "auto_map")}
+    dense["model_type"] = dense["model_type"].removeprefix("sparsek_")
+    names = dense.get("architectures") or []
+    dense["architectures"] = [name.removeprefix("SparseK") for name in names]
+    return dense
+
+
 def layout_of(config: dict[str, Any]) -> tuple[str, Layout]:
     """Model type and layout of a config.json dictionary.
 
@@ -130,10 +144,10 @@ def layout_of(config: dict[str, Any]) -> tuple[str, Layout]:
     model_type = str(config.get("model_type", ""))
     architectures = config.get("architectures") or []
     supported = ", ".join(sorted(LAYOUTS))
-    if model_type.startswith("sparsek_") or "sparsek" in config:
+    if is_converted(config):
         raise UsageError(
             "this checkpoint is already converted",
-            hint="convert its base again with other settings, or use it: `sparsek chat`",
+            hint="use it: `sparsek chat`; --again calibrates scorers for the weights it has now",
         )
     layout = LAYOUTS.get(model_type)
     causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]

@@ -3,20 +3,25 @@
 Reads config.json and safetensors headers only.
 """
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparsek_cli.conversion.layout import (
     Geometry,
     Layout,
+    dense_config,
     geometry,
+    is_converted,
     layout_of,
     without_sliding_window,
 )
-from sparsek_cli.conversion.shards import Shard, read_shards
+from sparsek_cli.conversion.shards import Shard, read_shards, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import SparsekError, UsageError
@@ -42,7 +47,8 @@ class Plan:
     """What will be done.
 
     Attributes:
-        base: the checkpoint to convert; `config` is its config.json.
+        base: the checkpoint to convert; `config` is its config.json, without what an earlier
+            conversion added.
         out: folder to appear.
         layout, geometry: where its attention is and how large.
         prefixed: whether the base's tensor names carry the base model's prefix.
@@ -172,6 +178,10 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
         SparsekError: the checkpoint is damaged, or there is no room for it.
     """
     config = base.config()
+    again = recipe.again and is_converted(config)
+    if again:
+        recipe = _with_settings_of(recipe, config["sparsek"])
+        config = dense_config(config)
     model_type, layout = layout_of(config)
     sizes = geometry(config, layout)
     without_sliding_window(config, sizes.context)
@@ -180,10 +190,12 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     out = Path(os.path.abspath(out))
     _check_out(out, base.path, overwrite=recipe.overwrite)
     shards = read_shards(base.path)
+    if again:
+        shards = without_scorers(shards)
     prefixed = _check_tensors(shards, layout, sizes)
     parent = existing_parent(out)
     linkable = not recipe.copy_base and all(
-        shard.path.stat().st_dev == parent.stat().st_dev for shard in shards
+        shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
     )
     if not linkable:
         _check_room(parent, sum(shard.bytes for shard in shards))
@@ -207,6 +219,17 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
         calibrate_length=length,
         recipe=recipe,
     )
+
+
+def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRecipe:
+    """The request with the slots and the gate that the model has, where it names none."""
+    given = recipe.model_fields_set
+    settings = {key: block[key] for key in ("window", "sinks", "gate") if key not in given}
+    if not given & {"topk", "budget"}:
+        topk = block["topk"]
+        layers = topk if isinstance(topk, list) else [topk]
+        settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
+    return recipe.model_copy(update=settings)
 
 
 def _check_out(out: Path, base: Path, *, overwrite: bool) -> None:

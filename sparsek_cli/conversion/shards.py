@@ -5,9 +5,11 @@ memory stays flat whatever the size of the model.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from sparsek_cli.errors import SparsekError
 
@@ -33,11 +35,15 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Shard:
-    """One safetensors file: where it is, its bytes, and what its header lists."""
+    """One safetensors file: where it is, its bytes, and what its header lists.
+
+    `part` says that `tensors` are not all that the header lists.
+    """
 
     path: Path
     bytes: int
     tensors: dict[str, TensorEntry] = field(repr=False)
+    part: bool = False
 
 
 def read_shard(path: Path) -> Shard:
@@ -114,6 +120,56 @@ def read_shards(folder: Path) -> list[Shard]:
                 f"{index.name} expects {tensor} in {name}, which does not hold it", hint=_AGAIN
             )
     return shards
+
+
+def without_scorers(shards: list[Shard]) -> list[Shard]:
+    """The shards of a converted checkpoint with the base's tensors alone."""
+    kept = []
+    for shard in shards:
+        tensors = {name: e for name, e in shard.tensors.items() if ".scorer." not in name}
+        if tensors:
+            part = len(tensors) < len(shard.tensors)
+            kept.append(replace(shard, tensors=tensors, part=part))
+    return kept
+
+
+def write_part(shard: Shard, target: Path) -> None:
+    """A safetensors file with the tensors of `shard` alone, their bytes unchanged."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, entry in shard.tensors.items():
+        size = entry.end - entry.start
+        header[name] = {
+            "dtype": entry.dtype, "shape": entry.shape, "data_offsets": (at, at + size)
+        }  # fmt: skip
+        at += size
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with shard.path.open("rb") as source, target.open("wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for entry in shard.tensors.values():
+            for block in _blocks(source, entry):
+                file.write(block)
+
+
+def same_tensors(shard: Shard, path: Path) -> bool:
+    """Whether the file `path` holds the tensors of `shard`, byte for byte."""
+    other = read_shard(path).tensors
+    if other.keys() != shard.tensors.keys():
+        return False
+    with shard.path.open("rb") as a, path.open("rb") as b:
+        for name, entry in shard.tensors.items():
+            mine, theirs = _blocks(a, entry), _blocks(b, other[name])
+            if any(x != y for x, y in zip_longest(mine, theirs)):
+                return False
+    return True
+
+
+def _blocks(file: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
+    """The bytes of a tensor, a buffer at a time."""
+    for start in range(entry.start, entry.end, _BUFFER):
+        file.seek(start)
+        yield file.read(min(_BUFFER, entry.end - start))
 
 
 def _no_weights(folder: Path) -> str:

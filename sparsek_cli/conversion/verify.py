@@ -15,7 +15,7 @@ from typing import Any
 
 from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
-from sparsek_cli.conversion.shards import read_shards
+from sparsek_cli.conversion.shards import read_shards, same_tensors
 from sparsek_cli.conversion.write import SCORERS, Scorer, Written
 from sparsek_cli.errors import SparsekError
 
@@ -101,7 +101,9 @@ def _check_tensors(plan: Plan, folder: Path) -> int:
 def _check_base_bytes(plan: Plan, folder: Path, written: Written) -> None:
     for number, (shard, means) in enumerate(zip(plan.shards, written.means, strict=True), start=1):
         path = folder / f"base-{number:05}.safetensors"
-        if means == "hard link":
+        if shard.part:
+            same = same_tensors(shard, path)
+        elif means == "hard link":
             same = path.samefile(shard.path)
         elif means == "reflink":
             same = path.stat().st_size == shard.bytes

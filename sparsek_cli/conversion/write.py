@@ -17,7 +17,7 @@ from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.layout import without_sliding_window
 from sparsek_cli.conversion.link import Means, link_or_copy
 from sparsek_cli.conversion.plan import Plan
-from sparsek_cli.conversion.shards import INDEX
+from sparsek_cli.conversion.shards import INDEX, write_part
 from sparsek_cli.errors import SparsekError
 
 SCORERS = "sparsek.safetensors"
@@ -94,7 +94,12 @@ def _write(
     copied = 0
     for number, shard in enumerate(plan.shards, start=1):
         name = f"base-{number:05}.safetensors"
-        means.append(link_or_copy(shard.path, folder / name, copy=plan.recipe.copy_base))
+        if shard.part:
+            write_part(shard, folder / name)
+            disk.readable(folder / name)
+            means.append("copy")
+        else:
+            means.append(link_or_copy(shard.path, folder / name, copy=plan.recipe.copy_base))
         copied += shard.bytes if means[-1] == "copy" else 0
         weight_map.update(dict.fromkeys(shard.tensors, name))
     tensors = {

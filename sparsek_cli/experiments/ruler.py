@@ -3,10 +3,11 @@
     python -m sparsek_cli.experiments.ruler OUT --model BASE \\
         --train books/train-00.jsonl.zst --held-out books/validation.jsonl.zst
 
-A small base has never seen RULER's questions. It learns them from short samples (260 to 1,600
-tokens in text of `--train`, recipe small-3-ruler), is converted to `--budget` slots, and evaluated
-by `sparsek eval --recipe ruler` on prompts of `--lengths` tokens in text it has not read, rotary
-positions stretched by YaRN to the longest of them. `--no-teaching` measures BASE as it is.
+A small base has never seen RULER's questions. Its rotary positions are stretched by YaRN to the
+longest of `--lengths`; it learns the questions from short samples (260 to 1,600 tokens in text of
+`--train`, recipe small-3-ruler), is converted to `--budget` slots, calibrated on documents of half
+the longest length, and evaluated by `sparsek eval --recipe ruler` in text it has not read.
+`--no-teaching` measures BASE as it is.
 
 OUT/results.json holds a row per length and policy (mean score of the tasks), OUT/eval what
 evaluate writes, report.html among it. `--smoke`: toy sizes on a CPU.
@@ -16,16 +17,19 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import AutoConfig
 
 from sparsek_cli.console import Console
 from sparsek_cli.devices import choose_device
 from sparsek_cli.evaluation import ruler_samples
 from sparsek_cli.evaluation.catalogue import catalogue
+from sparsek_cli.evaluation.loading import stretch
 from sparsek_cli.evaluation.ruler import build_haystack
 from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import with_tokenizer
@@ -53,7 +57,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="tiny", help="dense base: a folder, or tiny")
     parser.add_argument("--train", required=True, help="text around the samples to learn from")
     parser.add_argument("--held-out", required=True, help="text around those that are measured")
-    parser.add_argument("--budget", type=int, default=512, help="slots per KV head")
+    parser.add_argument("--budget", type=int, default=2048, help="slots per KV head")
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768])
     parser.add_argument("--limit", type=int, default=5, help="samples of each task and length")
     parser.add_argument("--no-teaching", action="store_true", help="measure the base as it is")
@@ -76,6 +80,7 @@ class Experiment:
     def run(self) -> None:
         """All four, then the table."""
         base: Path | None = with_tokenizer(self.given.model, self.out / "base")
+        base = stretched(base, self.out / "stretched", max(self.given.lengths))
         if not self.given.no_teaching:
             base = self.session.run("teach", partial(self.teach, base))
         if base is not None:
@@ -104,6 +109,7 @@ class Experiment:
         """To the budget, calibrated in text of --train."""
         settings: dict[str, Any] = {"budget": self.given.budget, "device": self.device.type}
         settings["calibrate"] = "none" if self.given.smoke else self.given.train
+        settings["calibrate_length"] = max(self.given.lengths) // 2
         return self.steps.convert(base, self.out / "sparse", settings)
 
     def evaluate(self) -> None:
@@ -113,9 +119,6 @@ class Experiment:
 
         words = [f"lengths={self.given.lengths}", f"limit={self.given.limit}"]
         words += [f"text={json.dumps([self.given.held_out])}"]
-        stretch = max(self.given.lengths) / _context(self.out / "sparse")
-        if stretch > 1:
-            words += [f"yarn={stretch:g}"]
         if self.given.smoke:
             words += ["tasks=[ruler_niah_single_1]", "baselines=[dense,window]"]
         self.session.say(f"$ sparsek eval {self.out / 'sparse'} --recipe ruler {' '.join(words)}")
@@ -144,8 +147,16 @@ def _mean(units: list[dict[str, Any]], length: int, policy: str) -> dict[str, An
     }
 
 
-def _context(folder: Path) -> int:
-    return json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+def stretched(base: Path, place: Path, length: int) -> Path:
+    """The same weights, in `place`, with rotary positions for `length` tokens, by YaRN."""
+    config = AutoConfig.from_pretrained(base)
+    factor = length / config.max_position_embeddings
+    if factor <= 1:
+        return base
+    stretch(config, factor)
+    shutil.copytree(base, place, dirs_exist_ok=True)
+    config.save_pretrained(place)
+    return place
 
 
 def samples(model: Path, text: str, count: int, *, processes: int) -> list[str]:

@@ -71,7 +71,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", required=True, help="text to calibrate on")
     parser.add_argument("--tune", nargs="+", required=True, help="text to train on")
     parser.add_argument("--held-out", required=True, help="text that is only measured")
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
+    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS), metavar="NAME")
     parser.add_argument("--recipe", default="small-3-all", help="of every row")
     parser.add_argument("--steps", type=int, default=200, help="of training")
     parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")

@@ -30,7 +30,11 @@ class SparseKScorer(nn.Module):
 
     Attributes:
         weight: [G, hidden_size] float32. bias: [G] float32. slopes: [G] float32, per token.
+        shapes_input: whether a gradient goes on into the hidden states (and so into the layers
+            below); how training sets it, see recipes' `scorers_shape_base`.
     """
+
+    shapes_input = True
 
     def __init__(self, hidden_size: int, heads: int):
         super().__init__()
@@ -43,6 +47,8 @@ class SparseKScorer(nn.Module):
     ) -> torch.Tensor:
         """Scores [B, G, N] float32 of hidden states [B, N, hidden_size]; positions are unused."""
         weight, bias = self.weight.float(), self.bias.float()
+        if not self.shapes_input:
+            hidden_states = hidden_states.detach()
         # Autocast would turn the product into bf16, whose steps are larger than score gaps.
         with torch.autocast(hidden_states.device.type, enabled=False):
             if _splits(hidden_states):

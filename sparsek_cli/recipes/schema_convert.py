@@ -113,6 +113,11 @@ class ConvertRecipe(BaseModel):
     method: CalibrationMethod = Field(
         default_factory=CalibrationMethod, description="how scorers are found"
     )
+    again: bool = Field(
+        False,
+        description="the model is converted already, and perhaps fine-tuned: calibrate scorers for "
+        "the weights it has now; slots and gate stay as they are where none are named",
+    )
     copy_base: bool = Field(
         False, alias="copy", description="copy the base weights instead of linking them"
     )

@@ -213,6 +213,11 @@ class FinetuneRecipe(Strict):
         "scorers", description="scorers (frozen base), lora (adapters and scorers), or all"
     )
     lora: Lora = Field(default_factory=Lora, description="adapter settings for train: lora")
+    scorers_shape_base: bool | None = Field(
+        None,
+        description="whether the gradient of scores goes on into the layers below; default: only "
+        "from random weights, since it costs a converted model text and facts",
+    )
     objective: Objective = Field(default_factory=Objective, description="what is minimised")
     data: dict[str, Source] = Field(
         default_factory=dict, description="sources by name; each sequence comes from one of them"

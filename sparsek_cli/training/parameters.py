@@ -47,12 +47,25 @@ def choose_parameters(model: Any, recipe: "FinetuneRecipe") -> Any | None:
         else:
             learns = "lora_" in name or (recipe.lora.scorers and is_scorer(name))
         parameter.requires_grad_(learns)
+    if recipe.train != "scorers":
+        shape = recipe.scorers_shape_base
+        _set_shaping(model, recipe.init == "random" if shape is None else shape)
     for name in _idle_scorers(model):
         model.get_parameter(name).requires_grad_(False)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return tuner
+
+
+def _set_shaping(model: Any, shape: bool) -> None:
+    """Whether the gradient of scores goes on into the layers below.
+
+    It estimates the slope of a hard choice and is not the gradient of what is minimised.
+    """
+    for name, module in model.named_modules():
+        if name.endswith(".scorer"):
+            module.shapes_input = shape
 
 
 def _idle_scorers(model: Any) -> Iterable[str]:

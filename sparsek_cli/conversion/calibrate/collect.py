@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import sparsek_cli.models  # noqa: F401  (registers the classes of a base that is converted already)
 from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
 

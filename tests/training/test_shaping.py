@@ -1,0 +1,53 @@
+"""Whether the gradient of scores reaches the layers below."""
+
+import pytest
+import torch
+
+from sparsek_cli.models.scorer import SparseKScorer
+from sparsek_cli.recipes.load import load_recipe
+from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+from sparsek_cli.training.parameters import choose_parameters
+
+
+def small_model():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparsek_cli.models import sparsek_config_from
+
+    shape = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+                 num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
+    config = AutoConfig.for_model("llama", **shape)
+    settings = {"topk": 4, "window": 4, "sinks": 0}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(sparsek_config_from(config, settings))
+
+
+@pytest.mark.parametrize("shapes", [True, False])
+def test_a_scorer_learns_and_the_layers_below_only_if_they_should(shapes):
+    scorer = SparseKScorer(8, 2)
+    for parameter in scorer.parameters():
+        torch.nn.init.normal_(parameter)
+    scorer.shapes_input = shapes
+    hidden = torch.randn(1, 5, 8, requires_grad=True)
+    scorer(hidden).square().sum().backward()
+    assert scorer.weight.grad.abs().sum() > 0
+    assert (hidden.grad is not None) == shapes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "shapes"),
+    [
+        ("full", (), False),
+        ("lora", (), False),
+        ("full", ("scorers_shape_base=true",), True),
+        ("scratch-llama-sparsek", (), True),
+        ("scratch-llama-sparsek", ("scorers_shape_base=false",), False),
+        ("scorers", (), True),  # there is no base to shape, but scorers of the layers below
+    ],
+)
+def test_a_converted_base_is_left_alone_and_one_from_scratch_is_not(recipe, words, shapes):
+    request = load_recipe(FinetuneRecipe, recipe, words, verb="finetune")
+    model = small_model()
+    choose_parameters(model, request)
+    scorers = [m for name, m in model.named_modules() if name.endswith(".scorer")]
+    assert len(scorers) == 2 and all(scorer.shapes_input == shapes for scorer in scorers)
