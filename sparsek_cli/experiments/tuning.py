@@ -10,7 +10,8 @@ words of each row. Measured are perplexity of windows of unseen novels and recal
 facts in phrasings that training asks and in others. "closed" is the share of the loss between a
 window of the same slots and dense attention, both as they were before training, that is gone on
 the last quarter of the windows. Some rows train dense attention and a plain window the same way:
-"alike" is the share between those two, for the row that has their words.
+"alike" is the share between those two, for the row that has their words. Others are calibrated
+again after training (`sparsek convert --again`) and measured once more, as "NAME, again".
 
 `--set` gives words to every row. OUT/results.json holds everything; the same command goes on where
 an earlier one stopped. `--smoke`: toy sizes. Time on one H100: about 60 s a row.
@@ -19,6 +20,7 @@ an earlier one stopped. `--smoke`: toy sizes. Time on one H100: about 60 s a row
 import argparse
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sparsek_cli.devices import choose_device, choose_dtype
@@ -38,6 +40,7 @@ SPLITS = ("calibration", "held_out")
 COLUMNS = ("row", "closed", "alike", "ppl_last", "ppl", *SPLITS)
 # What may differ between a run and its continuation.
 FREE = ("rows", "seconds", "out")
+CONTROLS = DENSE_CONTROL, WINDOW_CONTROL = " dense", " window"
 _TEXT = ("objective.lm=1", "objective.distill=0")
 _MORE_TEXT = ("data.needles.weight=0.15", "data.copies.weight=0.05", "data.novels.weight=0.8")
 
@@ -46,17 +49,22 @@ ROWS: dict[str, tuple[str, ...]] = {
     "recipe": (),
     "recipe dense": (),
     "recipe window": (),
+    "text 3e-5": (*_TEXT, "learning_rate=3e-5"),
     "text 1e-4": (*_TEXT, "learning_rate=1e-4"),
     "text 3e-4": (*_TEXT, "learning_rate=3e-4"),
     "text 3e-4 dense": (*_TEXT, "learning_rate=3e-4"),
     "text 3e-4 window": (*_TEXT, "learning_rate=3e-4"),
+    "text 3e-4, scorers shape it": (*_TEXT, "learning_rate=3e-4", "scorers_shape_base=true"),
     "text 1e-3": (*_TEXT, "learning_rate=1e-3"),
     "text 3e-4, scorers 1e-4": (*_TEXT, "learning_rate=3e-4", "scorer_learning_rate=1e-4"),
     "text 3e-4, more novels": (*_TEXT, *_MORE_TEXT, "learning_rate=3e-4"),
     "distill 3e-4": ("objective.lm=0", "objective.distill=1", "learning_rate=3e-4"),
     "both 3e-4": ("objective.lm=1", "objective.distill=1", "learning_rate=3e-4"),
 }
-_SMOKE = ("data_workers=0", "batch_size=2", "micro_batch_size=2", "sequence_length=512")
+_SMOKE = (
+    "data_workers=0", "batch_size=2", "micro_batch_size=2", "sequence_length=512",
+    "evaluation.held_out=0", "evaluation.questions=0",
+)  # fmt: skip
 
 
 def main() -> None:
@@ -113,6 +121,8 @@ class Experiment:
             return
         for name in self.given.rows:
             self.session.run(name, partial(self.row, name), needs=20)
+            if not name.endswith(CONTROLS):
+                self.session.run(f"{name}, again", partial(self.again, name), needs=20)
         self.compare_alike()
         print(self.session.table(COLUMNS), flush=True)
         self.session.say(f"wrote {self.session.folder / 'results.json'}")
@@ -124,20 +134,18 @@ class Experiment:
     def convert(self) -> None:
         """Calibrated scorers, the same for every row."""
         window = int(self.slots * WINDOW_SHARE)
-        self.steps.convert(
-            self.base,
-            self.sparse,
-            {
-                "topk": self.slots - window - SINKS,
-                "window": window,
-                "sinks": SINKS,
-                "calibrate": self.given.train,
-                "calibrate_length": self.given.length,
-                "calibrate_tokens": self.given.tokens,
-                "device": self.device.type,
-                **dict(word.split("=", 1) for word in self.given.convert),
-            },
-        )
+        slots = {"topk": self.slots - window - SINKS, "window": window, "sinks": SINKS}
+        self.steps.convert(self.base, self.sparse, slots | self.calibration())
+
+    def calibration(self) -> dict[str, Any]:
+        """Words for `sparsek convert`."""
+        return {
+            "calibrate": self.given.train,
+            "calibrate_length": self.given.length,
+            "calibrate_tokens": self.given.tokens,
+            "device": self.device.type,
+            **dict(word.split("=", 1) for word in self.given.convert),
+        }
 
     def start(self) -> bool:
         """What there is before training."""
@@ -147,8 +155,7 @@ class Experiment:
         return True
 
     def row(self, name: str) -> None:
-        words = ROWS[name]
-        out = self.session.folder / name.replace(" ", "-").replace(",", "")
+        words, out = ROWS[name], self.folder(name)
         result = self.steps.finetune(
             self.given.recipe, out, f"data.novels.files={json.dumps(self.given.tune)}",
             f"steps={self.given.steps}", *words, *self.given.set, *self.attention(name),
@@ -157,11 +164,21 @@ class Experiment:
         measured = self.suite.measure(load(out, self.device, self.dtype), OWN)
         self.add(name, words, measured, tokens_per_second=result.tokens_per_second)
 
+    def again(self, name: str) -> None:
+        """What a row trained, with scorers fitted to the weights it has now."""
+        out = self.session.folder / "again"
+        self.steps.convert(self.folder(name), out, self.calibration() | {"again": True})
+        measured = self.suite.measure(load(out, self.device, self.dtype), OWN)
+        self.add(f"{name}, again", ROWS[name], measured)
+
+    def folder(self, name: str) -> Path:
+        return self.session.folder / name.replace(" ", "-").replace(",", "")
+
     def attention(self, name: str) -> list[str]:
         """Words for the attention that a row trains: its own, dense, or a window."""
-        if name.endswith(" dense"):
+        if name.endswith(DENSE_CONTROL):
             return [f"sparsek.topk={self.given.length}"]
-        if name.endswith(" window"):
+        if name.endswith(WINDOW_CONTROL):
             return ["sparsek.topk=0", f"sparsek.window={self.slots - SINKS}"]
         return []
 

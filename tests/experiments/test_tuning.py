@@ -30,17 +30,19 @@ def test_a_row_is_compared_with_controls_of_its_words():
 
 
 @pytest.mark.slow
-def test_dense_attention_is_a_control_that_keeps_every_key(novels, tmp_path, monkeypatch):
+def test_a_control_keeps_every_key_and_a_row_is_calibrated_again(novels, tmp_path, monkeypatch):
     train, held_out = novels
     words = ["tuning", str(tmp_path / "out"), "--model", "tiny", "--train", train, "--tune", train,
              "--held-out", held_out, "--device", "cpu", "--smoke"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [*words, "--rows", "text 3e-4 dense"])
+    monkeypatch.setattr(sys, "argv", [*words, "--rows", "text 3e-4 dense", "text 1e-4"])
     tuning.main()
     record = json.loads((tmp_path / "out" / "results.json").read_text())
-    dense, window, own, control = record["rows"]
+    dense, window, own, control, trained, again = record["rows"]
     assert [row["row"] for row in record["rows"][:3]] == ["dense", "window", "sparsek"]
     closed = (window["loss_last"] - own["loss_last"]) / (window["loss_last"] - dense["loss_last"])
     assert own["closed"] == pytest.approx(100 * closed)
+    assert (trained["row"], again["row"]) == ("text 1e-4", "text 1e-4, again")
+    assert all("error" not in phase for phase in record["phases"].values())
     # Two steps move it a little; a window stays far away.
     assert abs(control["loss_last"] - dense["loss_last"]) < 0.05
     assert window["loss_last"] - dense["loss_last"] > 0.1
