@@ -88,3 +88,12 @@ def test_split_product_is_a_float32_product():
     )
     for got, true, tolerance in pairs:
         assert (got - true).norm() / true.norm() < tolerance
+
+
+def test_graphs_write_what_the_model_writes(sparse_model):
+    """`measure` itself compares tokens, so that a graph which does not fails here."""
+    from sparsek_cli.benchmarks.generate import measure
+
+    model = larger(sparse_model, "llama", dtype="bfloat16")
+    (row,) = measure(model, [100], tokens=20, repeats=1, seed=0, say=print)
+    assert row["cuda_graphs"] and not row["missing"] and row["ratio"] > 0
