@@ -131,6 +131,7 @@ class Plan:
             "window": self.window,
             "sinks": self.sinks,
             "gate": self.recipe.gate,
+            "scorer": self.recipe.method.scorer,
             "slots_per_kv_head": self.budget,
             "kv_bytes": self.cache_bytes(size.context, dense=False),
             "dense_kv_bytes_at_context": self.cache_bytes(size.context, dense=True),
@@ -229,6 +230,10 @@ def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRe
         topk = block["topk"]
         layers = topk if isinstance(topk, list) else [topk]
         settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
+    if "scorer" not in recipe.method.model_fields_set and block["scorer"]["type"] == "mlp":
+        settings["method"] = recipe.method.model_copy(
+            update={"scorer": "mlp", "width": block["scorer"]["width"]}
+        )
     return recipe.model_copy(update=settings)
 
 

@@ -62,7 +62,7 @@ def verify(plan: Plan, scorers: list[Scorer], folder: Path, written: Written) ->
     Raises:
         SparsekError: something is not as it must be.
     """
-    tensors = _check_tensors(plan, folder)
+    tensors = _check_tensors(plan, scorers, folder)
     _check_base_bytes(plan, folder, written)
     _check_operator(plan)
     kv_bytes = _check_cache_bytes(plan, scorers)
@@ -82,18 +82,16 @@ def verify(plan: Plan, scorers: list[Scorer], folder: Path, written: Written) ->
     return Verified(tensors, label, difference, kv_bytes)
 
 
-def _check_tensors(plan: Plan, folder: Path) -> int:
+def _check_tensors(plan: Plan, scorers: list[Scorer], folder: Path) -> int:
     held = {name: entry for shard in read_shards(folder) for name, entry in shard.tensors.items()}
     for shard in plan.shards:
         for name, entry in shard.tensors.items():
             if name not in held or held[name].shape != entry.shape:
                 raise SparsekError(f"verification failed: {name} is not in OUT", hint=_BUG)
-    heads, hidden = plan.geometry.kv_heads, plan.geometry.hidden
-    shapes = {"weight": (heads, hidden), "bias": (heads,), "slopes": (heads,)}
-    for layer in range(plan.geometry.layers):
-        for part, shape in shapes.items():
+    for layer, scorer in enumerate(scorers):
+        for part, array in scorer.tensors().items():
             name = f"{plan.scorer_path(layer)}.{part}"
-            if name not in held or held[name].shape != shape:
+            if name not in held or held[name].shape != array.shape:
                 raise SparsekError(f"verification failed: {name} is not in {SCORERS}", hint=_BUG)
     return len(held)
 

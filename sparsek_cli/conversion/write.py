@@ -32,13 +32,23 @@ NEUTRAL_SLOPE = 1e-3
 class Scorer:
     """One layer's scorer: weight [G, hidden], bias [G], slopes [G], all float32.
 
-    topk holds the selected keys of each KV head.
+    topk holds the selected keys of each KV head. A scorer with a hidden layer also has
+    hidden_weight [width, hidden], hidden_bias [width] and out_weight [G, width].
     """
 
     weight: np.ndarray
     bias: np.ndarray
     slopes: np.ndarray
     topk: tuple[int, ...]
+    hidden_weight: np.ndarray | None = None
+    hidden_bias: np.ndarray | None = None
+    out_weight: np.ndarray | None = None
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """By the names that the model's scorer has for them."""
+        names = ("weight", "bias", "slopes", "hidden_weight", "hidden_bias", "out_weight")
+        arrays = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
 @dataclass(frozen=True)
@@ -52,12 +62,27 @@ class Written:
 def neutral_scorers(plan: Plan) -> list[Scorer]:
     """Scores 0 and a small recency slope: keeps the newest topk, a plain window until trained."""
     heads, hidden = plan.geometry.kv_heads, plan.geometry.hidden
+    random = np.random.default_rng(plan.recipe.seed)
+
+    def layer() -> dict[str, np.ndarray]:
+        """A hidden layer that training can use; its output is 0 until then."""
+        if plan.recipe.method.scorer == "linear":
+            return {}
+        width = plan.recipe.method.width
+        weight = random.standard_normal((width, hidden), np.float32) / np.sqrt(hidden)
+        return {
+            "hidden_weight": weight.astype(np.float32),
+            "hidden_bias": np.zeros(width, np.float32),
+            "out_weight": np.zeros((heads, width), np.float32),
+        }
+
     return [
         Scorer(
             np.zeros((heads, hidden), np.float32),
             np.zeros(heads, np.float32),
             np.full(heads, NEUTRAL_SLOPE, np.float32),
             (plan.topk,) * heads,
+            **layer(),
         )
         for _ in range(plan.geometry.layers)
     ]
@@ -103,9 +128,9 @@ def _write(
         copied += shard.bytes if means[-1] == "copy" else 0
         weight_map.update(dict.fromkeys(shard.tensors, name))
     tensors = {
-        f"{plan.scorer_path(layer)}.{part}": np.ascontiguousarray(getattr(scorer, part))
+        f"{plan.scorer_path(layer)}.{part}": np.ascontiguousarray(array)
         for layer, scorer in enumerate(scorers)
-        for part in ("weight", "bias", "slopes")
+        for part, array in scorer.tensors().items()
     }
     save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
     disk.readable(folder / SCORERS)
@@ -147,11 +172,17 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
             "window": plan.window,
             "sinks": plan.sinks,
             "gate": plan.recipe.gate,
-            "scorer": {"type": "linear"},
+            "scorer": _scorer_block(scorers[0]),
         },
     )
     config[plan.layout.dropout] = 0.0
     return config
+
+
+def _scorer_block(scorer: Scorer) -> dict[str, Any]:
+    if scorer.hidden_weight is None:
+        return {"type": "linear"}
+    return {"type": "mlp", "width": len(scorer.hidden_weight)}
 
 
 @dataclass(frozen=True)

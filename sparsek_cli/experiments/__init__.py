@@ -9,7 +9,7 @@ cost        what a layer's parts cost, by length and by k
 ruler       RULER's needle tasks under all policies, after learning their wording
 ablations   calibration with one thing changed at a time
 plots       figures of the results of all of these
-scorers     an MLP, and keys and values, in place of the linear scorer
+scorers     keys and values in place of the hidden state
 session     clock, record and guard of an experiment's phases
 suite       perplexity and recall of one checkpoint under every policy
 """

@@ -62,7 +62,7 @@ def _arguments() -> argparse.Namespace:
 
 
 class Experiment:
-    """One model; every length and every attention trains it for a few steps."""
+    """Every length and every attention trains a model for a few steps."""
 
     def __init__(self, session: Session, given: argparse.Namespace):
         self.session, self.given = session, given
@@ -71,13 +71,10 @@ class Experiment:
         self.best_dense: dict[int, float] = {}
 
     def run(self) -> None:
-        model = self.session.run("random weights", self.model)
-        if model is None:
-            return
         for length in self.lengths:
             for attention in self.attentions():
                 name = f"{attention} at {length}"
-                self.session.run(name, partial(self.measure, model, length, attention), needs=15)
+                self.session.run(name, partial(self.measure, length, attention), needs=15)
         print(self.session.table(COLUMNS), flush=True)
         self.session.say(f"wrote {self.session.folder / 'results.json'}")
 
@@ -98,8 +95,10 @@ class Experiment:
         with self.device:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
-    def measure(self, model: Any, length: int, attention: str) -> None:
+    def measure(self, length: int, attention: str) -> None:
         """Trains for a few steps and adds a row."""
+        # A new one: the second trainer over the same model would run without autocast.
+        model = self.model()
         recipe = FinetuneRecipe(
             model="random", out="none", train="all", sequence_length=length, batch_size=1,
             micro_batch_size=1, steps=1 + self.given.steps, learning_rate=1e-5,

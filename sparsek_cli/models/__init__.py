@@ -37,7 +37,7 @@ from sparsek_cli.models.runtime import (
     replaced_scorers,
     set_budget,
 )
-from sparsek_cli.models.scorer import RandomScorer, SparseKScorer
+from sparsek_cli.models.scorer import RandomScorer, SparseKMlpScorer, SparseKScorer
 
 register_attention()
 register_families()
@@ -59,6 +59,7 @@ __all__ = [
     "RandomScorer",
     "SparseKCache",
     "SparseKCacheLayer",
+    "SparseKMlpScorer",
     "SparseKScorer",
     "budget",
     "check_settings",

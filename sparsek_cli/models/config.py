@@ -4,6 +4,7 @@
 "sparsek": {"topk": 380, "window": 128, "sinks": 4, "gate": "straight_through",
             "scorer": {"type": "linear"}}
 ```
+A scorer of type `mlp` also has a `width`, the units of its hidden layer (128).
 `topk` is one integer, or a list with one entry per layer, each an integer or a list with one
 integer per KV head. Every KV head of a layer then keeps sinks + topk + window pairs, always.
 
@@ -20,7 +21,10 @@ from typing import Any
 from sparsek_cli.errors import UsageError
 
 GATES = ("straight_through", "log", "kv")
-SCORERS = ("linear", "random")  # random: a rival to train, pairs kept by a hash of their position
+# linear: scores are a linear map of the attention block's input. mlp: that and a hidden layer.
+# random: a rival to train, pairs kept by a hash of their position.
+SCORERS = ("linear", "mlp", "random")
+MLP_WIDTH = 128
 ATTENTION = "sparsek"  # the name under which transformers knows our attention function
 DEFAULTS: dict[str, Any] = {
     "topk": 380,
@@ -95,13 +99,22 @@ def check_settings(settings: Mapping[str, Any], *, layers: int, heads: int) -> d
     if merged["gate"] not in GATES:
         raise UsageError(f"gate is {merged['gate']!r}", hint=f"the gates are {', '.join(GATES)}")
     checked["gate"] = merged["gate"]
-    scorer = merged["scorer"]
-    if not isinstance(scorer, Mapping) or scorer.get("type") not in SCORERS or len(scorer) != 1:
-        raise UsageError(
-            f"scorer is {scorer!r}", hint=f'it is {{"type": ...}}, one of {", ".join(SCORERS)}'
-        )
-    checked["scorer"] = dict(scorer)
+    checked["scorer"] = _check_scorer(merged["scorer"])
     return checked
+
+
+def _check_scorer(scorer: Any) -> dict[str, Any]:
+    kind = scorer.get("type") if isinstance(scorer, Mapping) else None
+    known = {"type", "width"} if kind == "mlp" else {"type"}
+    if kind not in SCORERS or not scorer.keys() <= known:
+        raise UsageError(
+            f"scorer is {scorer!r}",
+            hint=f'it is {{"type": ...}}, one of {", ".join(SCORERS)}; mlp may have a "width"',
+        )
+    if kind != "mlp":
+        return {"type": kind}
+    width = _check_integer("scorer.width", scorer.get("width", MLP_WIDTH), least=1)
+    return {"type": kind, "width": width}
 
 
 def _check_integer(name: str, value: Any, *, least: int) -> int:

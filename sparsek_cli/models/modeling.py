@@ -18,7 +18,13 @@ from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention import DENSE_ATTENTION, SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache import SparseKCache
 from sparsek_cli.models.config import ATTENTION
-from sparsek_cli.models.scorer import DEFAULT_SLOPE, RandomScorer, SparseKScorer, new_scorer
+from sparsek_cli.models.scorer import (
+    DEFAULT_SLOPE,
+    RandomScorer,
+    SparseKMlpScorer,
+    SparseKScorer,
+    new_scorer,
+)
 
 # Modes that only ever append tokens or reorder rows.
 _GENERATION_MODES = (
@@ -61,6 +67,10 @@ class SparseKPreTrainedMixin:
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             init.zeros_(module.bias)
             init.constant_(module.slopes, DEFAULT_SLOPE)
+            if isinstance(module, SparseKMlpScorer):
+                init.normal_(module.hidden_weight, std=module.hidden_weight.shape[1] ** -0.5)
+                init.zeros_(module.hidden_bias)
+                init.zeros_(module.out_weight)
         elif isinstance(module, RandomScorer):
             init.zeros_(module.slopes)  # in no checkpoint, so nobody else fills it
 

@@ -46,16 +46,15 @@ class SparseKScorer(nn.Module):
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Scores [B, G, N] float32 of hidden states [B, N, hidden_size]; positions are unused."""
-        weight, bias = self.weight.float(), self.bias.float()
         if not self.shapes_input:
             hidden_states = hidden_states.detach()
         # Autocast would turn the product into bf16, whose steps are larger than score gaps.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            if _splits(hidden_states):
-                scores = SplitProduct.apply(hidden_states, weight) + bias
-            else:
-                scores = F.linear(hidden_states.float(), weight, bias)
-        return scores.transpose(1, 2)
+            return self._scores(hidden_states).transpose(1, 2)
+
+    def _scores(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, N, G] of x [B, N, hidden_size]."""
+        return _product(x, self.weight.float()) + self.bias.float()
 
     def _apply(self, fn, recurse: bool = True):
         # `model.to(torch.bfloat16)` moves devices here, but leaves float32 as it is.
@@ -67,6 +66,35 @@ class SparseKScorer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.weight.shape[1]}, heads={self.weight.shape[0]}"
+
+
+class SparseKMlpScorer(SparseKScorer):
+    """u = W x + b + W_2 gelu(W_1 x + b_1): a linear scorer and what a small MLP adds to it.
+
+    With W_2 = 0, as after initialisation, it is the linear scorer.
+
+    Attributes:
+        hidden_weight: W_1 [width, hidden_size] float32. hidden_bias: b_1 [width] float32.
+        out_weight: W_2 [G, width] float32.
+    """
+
+    def __init__(self, hidden_size: int, heads: int, width: int):
+        super().__init__(hidden_size, heads)
+        self.hidden_weight = nn.Parameter(torch.empty(width, hidden_size, dtype=torch.float32))
+        self.hidden_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.out_weight = nn.Parameter(torch.empty(heads, width, dtype=torch.float32))
+
+    def _scores(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = _product(x, self.hidden_weight.float()) + self.hidden_bias.float()
+        return super()._scores(x) + F.linear(F.gelu(hidden), self.out_weight.float())
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, width={self.hidden_weight.shape[0]}"
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T in float32 accuracy, whatever x is."""
+    return SplitProduct.apply(x, weight) if _splits(x) else F.linear(x.float(), weight)
 
 
 def _splits(hidden_states: torch.Tensor) -> bool:
@@ -151,4 +179,6 @@ def new_scorer(config: Any, layer: int) -> nn.Module:
     heads = kv_heads(config)
     if config.sparsek["scorer"]["type"] == "random":
         return RandomScorer(heads, layer=layer, seed=0)
+    if config.sparsek["scorer"]["type"] == "mlp":
+        return SparseKMlpScorer(config.hidden_size, heads, config.sparsek["scorer"]["width"])
     return SparseKScorer(config.hidden_size, heads)

@@ -3,7 +3,15 @@
 from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, StrictInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    StrictInt,
+    model_validator,
+)
 
 # A number in quotes or with a fraction is a mistake here, not something to round.
 Count = Annotated[StrictInt, Field(ge=1)]
@@ -27,6 +35,13 @@ class CalibrationMethod(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
+    scorer: Literal["linear", "mlp"] = Field(
+        "linear",
+        description="what scores are of a token's hidden state: a linear map, in closed form, or "
+        "that and a hidden layer (mlp), which keeps more facts, costs some text and takes seconds "
+        "to fit",
+    )
+    width: Count = Field(128, description="units of the hidden layer of scorer: mlp")
     target: Literal["max", "mean", "p99"] = Field(
         "max",
         description="what of the attention that later queries give a key its score should follow: "
@@ -41,7 +56,8 @@ class CalibrationMethod(BaseModel):
     maps: list[Literal["text", "all", "answers", "blend"]] = Field(
         ["text", "all", "answers", "blend"],
         min_length=1,
-        description="maps that a KV head may choose from, by what they are fitted on",
+        description="maps that a KV head may choose from, by what they are fitted on (blend: only "
+        "with linear scorers)",
     )
     slopes: list[Annotated[float, Field(ge=0)]] = Field(
         [0.0, 0.05, 0.2, 0.7, 2.5],
@@ -60,6 +76,12 @@ class CalibrationMethod(BaseModel):
         "out: decisions from a tenth to twice of it are compared, and the one with the least loss "
         "in text kept that keeps answers",
     )
+
+    @model_validator(mode="after")
+    def _some_map(self) -> "CalibrationMethod":
+        if self.scorer == "mlp" and set(self.maps) == {"blend"}:
+            raise ValueError("needs another map than blend with scorer: mlp")
+        return self
 
 
 class ConvertRecipe(BaseModel):

@@ -40,7 +40,7 @@ class SparseK(Strict):
     gate: Literal["straight_through", "log", "kv"] | None = Field(
         None, description="how scores enter attention: straight_through, log or kv (the paper's)"
     )
-    scorer: Literal["linear", "random"] | None = Field(
+    scorer: Literal["linear", "mlp", "random"] | None = Field(
         None,
         description="with init: random: linear is learned; random keeps random pairs, a rival",
     )

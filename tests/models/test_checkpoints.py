@@ -181,7 +181,10 @@ def test_tokenizer_loads_here_too(family, sparse_model, dense_checkpoint, tmp_pa
         ({"window": "many"}, "not a whole number"),
         ({"sinks": -1}, "sinks is -1"),
         ({"gate": "soft"}, "gate is 'soft'"),
-        ({"scorer": {"type": "mlp"}}, "scorer is"),
+        ({"scorer": {"type": "tree"}}, "scorer is"),
+        ({"scorer": {"type": "linear", "width": 8}}, "scorer is"),
+        ({"scorer": {"type": "mlp", "depth": 2}}, "scorer is"),
+        ({"scorer": {"type": "mlp", "width": 0}}, "scorer.width is 0"),
         ({"windows": 3}, "no key `windows`"),
     ],
 )

@@ -4,6 +4,7 @@ collect   one layer of the dense base at a time: inputs, queries, keys, values
 targets   how much later queries want each key, over blocks of queries
 maps      streamed ridge regression from inputs to targets
 fit       a layer's candidate maps
+mlp       the same with a hidden layer
 choose    error of the attention output after W_o for a candidate's choice of keys
 allot     one total of slots over all heads
 whole     what the whole model loses while some of its layers choose

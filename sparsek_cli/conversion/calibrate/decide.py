@@ -9,6 +9,7 @@ import torch
 
 from sparsek_cli.conversion.calibrate.allot import allot
 from sparsek_cli.conversion.calibrate.fit import Map
+from sparsek_cli.conversion.calibrate.mlp import MlpMap
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
 
@@ -107,18 +108,20 @@ def decide(
     ]
 
 
-def linear_scorers(layers: list[HeldOut], choices: list[Choice]) -> list[Scorer]:
-    """What is written: each head's row of the linear map that it got."""
-    return [
-        Scorer(
-            weight=_float32([layer.maps[n].weight[g] for g, n in enumerate(choice.maps)]),
-            bias=_float32([layer.maps[n].bias[g] for g, n in enumerate(choice.maps)]),
-            slopes=np.asarray(choice.slopes, dtype=np.float32),
-            topk=choice.topk,
-        )
-        for layer, choice in zip(layers, choices, strict=True)
-    ]
+def scorers_of(layers: list[HeldOut], choices: list[Choice]) -> list[Scorer]:
+    """What is written: each head's row of the map that it got."""
+    return [_scorer(layer.maps, choice) for layer, choice in zip(layers, choices, strict=True)]
 
 
-def _float32(heads: list[torch.Tensor]) -> np.ndarray:
-    return torch.stack(heads).float().cpu().numpy()
+def _scorer(maps: dict[str, Map], choice: Choice) -> Scorer:
+    taken = [maps[name] for name in choice.maps]
+    linear = [map_.linear if isinstance(map_, MlpMap) else map_ for map_ in taken]
+    parts = {
+        "weight": torch.stack([map_.weight[head] for head, map_ in enumerate(linear)]),
+        "bias": torch.stack([map_.bias[head] for head, map_ in enumerate(linear)]),
+    }
+    if isinstance(taken[0], MlpMap):
+        parts["hidden_weight"], parts["hidden_bias"] = taken[0].hidden.weight, taken[0].hidden.bias
+        parts["out_weight"] = torch.stack([map_.out[head] for head, map_ in enumerate(taken)])
+    arrays = {name: tensor.float().cpu().numpy() for name, tensor in parts.items()}
+    return Scorer(slopes=np.asarray(choice.slopes, dtype=np.float32), topk=choice.topk, **arrays)

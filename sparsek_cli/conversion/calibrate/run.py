@@ -16,11 +16,12 @@ from sparsek_cli.conversion.calibrate.decide import (
     Candidate,
     Choice,
     HeldOut,
-    linear_scorers,
+    scorers_of,
     sizes_of,
 )
 from sparsek_cli.conversion.calibrate.fit import Fit, LinearFit, Map
 from sparsek_cli.conversion.calibrate.maps import SPREAD
+from sparsek_cli.conversion.calibrate.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.sequences import Sequence, calibration_sequences
 from sparsek_cli.conversion.calibrate.settle import PASSES, settle
 from sparsek_cli.conversion.calibrate.targets import future_attention
@@ -30,6 +31,8 @@ from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import SparsekError
 
+# By the kind of scorer, what fits its candidate maps.
+FITS: dict[str, Callable[[Plan, torch.device], Fit]] = {"linear": LinearFit, "mlp": MlpFit}
 # So steep that nothing but age counts: a plain window, with which candidates are compared.
 WINDOW_SLOPE = 30.0
 # Queries whose attention forms a target, and queries at which candidates are compared, per
@@ -61,9 +64,9 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
         SparsekError: no tokenizer, unreadable text, or activations that are not finite.
     """
     started = time.perf_counter()
-    found = search(plan, reporter)
+    found = search(plan, reporter, FITS[plan.recipe.method.scorer])
     report = found.report | {"seconds": round(time.perf_counter() - started, 1)}
-    return linear_scorers(found.layers, found.choices), report
+    return scorers_of(found.layers, found.choices), report
 
 
 @dataclass(frozen=True)

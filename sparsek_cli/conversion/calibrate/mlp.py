@@ -1,0 +1,187 @@
+"""Scorers with a hidden layer: a linear map and a small MLP beside it, fitted by gradient descent.
+
+They start as the linear maps that `fit.LinearFit` makes and learn what those leave of the same
+targets. The maps of a layer share one hidden layer, so that KV heads may choose among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sparsek_cli.conversion.calibrate.collect import Recorded
+from sparsek_cli.conversion.calibrate.fit import LinearFit
+from sparsek_cli.conversion.calibrate.maps import SPREAD, LinearMap
+from sparsek_cli.conversion.plan import Plan
+
+# By name: the kinds of rows that a map is fitted to, as in LinearFit; a blend of two has none.
+KINDS = {"text": ("text",), "all": ("text", "documents"), "answers": ("answers",)}
+_STEPS = {"cpu": 60, "other": 200}
+_BATCH = 8192
+# Rows kept per layer: 4 GB of bf16 inputs of width 4096.
+_ROWS = 1 << 19
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """gelu(inputs @ weight.T + bias); weight [width, hidden], bias [width], float32."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    def of(self, inputs: torch.Tensor) -> torch.Tensor:
+        """[N, width] for inputs [N, hidden]."""
+        return F.gelu(F.linear(inputs.float(), self.weight, self.bias))
+
+
+@dataclass(frozen=True)
+class MlpMap:
+    """Scores of all KV heads: the linear map's, and out [G, width] of the hidden layer."""
+
+    linear: LinearMap
+    hidden: Hidden
+    out: torch.Tensor
+
+    def of(self, recorded: Recorded) -> torch.Tensor:
+        """[G, N] float32: what the converted model's scorer computes."""
+        return self.linear.of(recorded) + self.out @ self.hidden.of(recorded.inputs).T
+
+
+class MlpFit:
+    """Collects the rows of one layer; see `fit.Fit`."""
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self._linear = LinearFit(plan, device)
+        self._width = plan.recipe.method.width
+        self._steps = _STEPS["cpu" if device.type == "cpu" else "other"]
+        self._every = max(1, -(-plan.calibrate_tokens // _ROWS))
+        self._inputs: list[torch.Tensor] = []
+        self._targets: list[dict[str, torch.Tensor]] = []
+
+    def add(
+        self,
+        recorded: Recorded,
+        span: slice,
+        everywhere: torch.Tensor,
+        answered: torch.Tensor | None,
+    ) -> None:
+        self._linear.add(recorded, span, everywhere, answered)
+        kinds = {"text": everywhere} if answered is None else {"documents": everywhere}
+        if answered is not None:
+            kinds["answers"] = answered
+        self._inputs.append(recorded.inputs[span][:: self._every].clone())
+        self._targets.append({kind: y.T[:: self._every] for kind, y in kinds.items()})
+
+    def maps(self) -> dict[str, MlpMap]:
+        linear = {name: map_ for name, map_ in self._linear.maps().items() if name in KINDS}
+        # What was made in inference mode takes part in no gradient: clones do.
+        with torch.inference_mode(False), torch.enable_grad():
+            inputs = torch.cat(self._inputs).clone()
+            rows = {name: self._rows(KINDS[name]) for name in linear}
+            return _fitted(linear, inputs, rows, width=self._width, steps=self._steps)
+
+    def _rows(self, kinds: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Targets [R, G], 0 where there are none, and whether there are [R], of all inputs."""
+        targets, known = [], []
+        for inputs, given in zip(self._inputs, self._targets, strict=True):
+            own = next((given[kind] for kind in kinds if kind in given), None)
+            groups = next(iter(given.values())).shape[1]
+            targets.append(inputs.new_zeros(len(inputs), groups).float() if own is None else own)
+            known.append(torch.full((len(inputs),), own is not None, device=inputs.device))
+        return torch.cat(targets).clone(), torch.cat(known).clone()
+
+
+def _fitted(
+    linear: dict[str, LinearMap],
+    inputs: torch.Tensor,
+    rows: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    *,
+    width: int,
+    steps: int,
+) -> dict[str, MlpMap]:
+    """All maps, each with mean 0 and deviation `SPREAD` over all inputs [R, hidden]."""
+    mean, deviation = inputs.float().mean(0), inputs.float().std(0).clamp_min(1e-6)
+    scaled, remains, known = {}, [], []
+    for name, (targets, which) in rows.items():
+        mine = targets[which]
+        targets = (targets - mine.mean(0)) / mine.std(0).clamp_min(1e-6)
+        scaled[name] = _regressed(linear[name], inputs[which], targets[which])
+        remains.append(targets - scaled[name].scores(inputs).T)
+        known.append(which)
+    hidden, out = _trained(
+        (inputs, mean, deviation), torch.stack(remains, 1), torch.stack(known, 1),
+        width=width, steps=steps,
+    )  # fmt: skip
+    weight = hidden.weight.double() / deviation.double()
+    bias = hidden.bias.double() - weight @ mean.double()
+    layer = Hidden(weight.float(), bias.float())
+    groups = remains[0].shape[1]
+    made = {}
+    for number, name in enumerate(rows):
+        own = slice(number * groups, (number + 1) * groups)
+        found = MlpMap(scaled[name], layer, out.weight[own])
+        made[name] = _normalised(found, inputs)
+    return made
+
+
+def _trained(
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    remains: torch.Tensor,
+    known: torch.Tensor,
+    *,
+    width: int,
+    steps: int,
+) -> tuple[nn.Linear, nn.Linear]:
+    """A hidden layer on standardised inputs, and an output layer for all maps side by side.
+
+    Args:
+        inputs: rows [R, hidden], their mean and deviation.
+        remains: [R, maps, G], what is to be learned. known: bool [R, maps], where it is known.
+    """
+    rows, mean, deviation = inputs
+    count, maps, groups = remains.shape
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        hidden = nn.Linear(rows.shape[1], width)
+        out = nn.Linear(width, maps * groups, bias=False)
+    mlp = nn.Sequential(hidden, nn.GELU(), out).to(rows.device)
+    nn.init.zeros_(out.weight)
+    optimiser = torch.optim.AdamW(mlp.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    generator = torch.Generator(rows.device).manual_seed(0)
+    for _ in range(steps):
+        batch = torch.randint(count, (_BATCH,), generator=generator, device=rows.device)
+        made = mlp((rows[batch].float() - mean) / deviation).view(-1, maps, groups)
+        weights = known[batch].float()
+        errors = (made - remains[batch]).square().mean(2) * weights
+        loss = (errors.sum(0) / weights.sum(0).clamp_min(1)).sum()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    mlp.requires_grad_(False)
+    return hidden, out
+
+
+def _regressed(linear: LinearMap, inputs: torch.Tensor, targets: torch.Tensor) -> LinearMap:
+    """The same order of scores, scaled to come closest to standardised targets [R, G]."""
+    linear = LinearMap(linear.weight.clone(), linear.bias.clone())
+    scores = linear.scores(inputs).T
+    centred = scores - scores.mean(0)
+    slope = (centred * targets).mean(0) / centred.square().mean(0).clamp_min(1e-9)
+    bias = (linear.bias - scores.mean(0)) * slope
+    return LinearMap(linear.weight * slope[:, None], bias)
+
+
+def _normalised(found: MlpMap, inputs: torch.Tensor) -> MlpMap:
+    """The same order with mean 0 and deviation `SPREAD` over `inputs` [R, hidden]."""
+    scores = found.linear.scores(inputs) + found.out @ found.hidden.of(inputs).T
+    scale = (SPREAD / scores.std(1).clamp_min(1e-6)).double()
+    linear = LinearMap(
+        found.linear.weight * scale[:, None],
+        found.linear.bias * scale - scores.mean(1).double() * scale,
+    )
+    return MlpMap(linear, found.hidden, found.out * scale[:, None].float())
