@@ -36,10 +36,9 @@ class CalibrationMethod(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     scorer: Literal["linear", "mlp"] = Field(
-        "linear",
+        "mlp",
         description="what scores are of a token's hidden state: a linear map, in closed form, or "
-        "that and a hidden layer (mlp), which keeps more facts, costs some text and takes seconds "
-        "to fit",
+        "that and a hidden layer (mlp), which keeps more facts and takes seconds to fit",
     )
     width: Count = Field(128, description="units of the hidden layer of scorer: mlp")
     target: Literal["max", "mean", "p99"] = Field(

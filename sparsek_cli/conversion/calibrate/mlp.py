@@ -6,6 +6,7 @@ targets. The maps of a layer share one hidden layer, so that KV heads may choose
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ _STEPS = {"cpu": 60, "other": 200}
 _BATCH = 8192
 # Rows kept per layer: 4 GB of bf16 inputs of width 4096.
 _ROWS = 1 << 19
+# Rows in float32 at one time.
+_CHUNK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,13 @@ def _fitted(
     steps: int,
 ) -> dict[str, MlpMap]:
     """All maps, each with mean 0 and deviation `SPREAD` over all inputs [R, hidden]."""
-    mean, deviation = inputs.float().mean(0), inputs.float().std(0).clamp_min(1e-6)
+    mean, deviation = _moments(inputs)
     scaled, remains, known = {}, [], []
     for name, (targets, which) in rows.items():
         mine = targets[which]
         targets = (targets - mine.mean(0)) / mine.std(0).clamp_min(1e-6)
-        scaled[name] = _regressed(linear[name], inputs[which], targets[which])
-        remains.append(targets - scaled[name].scores(inputs).T)
+        scaled[name], fitted = _regressed(linear[name], inputs, targets, which)
+        remains.append(targets - fitted)
         known.append(which)
     hidden, out = _trained(
         (inputs, mean, deviation), torch.stack(remains, 1), torch.stack(known, 1),
@@ -166,22 +169,42 @@ def _trained(
     return hidden, out
 
 
-def _regressed(linear: LinearMap, inputs: torch.Tensor, targets: torch.Tensor) -> LinearMap:
-    """The same order of scores, scaled to come closest to standardised targets [R, G]."""
+def _regressed(
+    linear: LinearMap, inputs: torch.Tensor, targets: torch.Tensor, which: torch.Tensor
+) -> tuple[LinearMap, torch.Tensor]:
+    """The same order of scores, scaled to come closest to standardised targets; the scores [R, G].
+
+    Args:
+        inputs: [R, hidden]. targets: [R, G]. which: bool [R], the rows that have targets.
+    """
     linear = LinearMap(linear.weight.clone(), linear.bias.clone())
-    scores = linear.scores(inputs).T
-    centred = scores - scores.mean(0)
-    slope = (centred * targets).mean(0) / centred.square().mean(0).clamp_min(1e-9)
-    bias = (linear.bias - scores.mean(0)) * slope
-    return LinearMap(linear.weight * slope[:, None], bias)
+    scores = _chunked(linear.scores, inputs).T
+    mean = scores[which].mean(0)
+    centred = scores[which] - mean
+    slope = (centred * targets[which]).mean(0) / centred.square().mean(0).clamp_min(1e-9)
+    scaled = LinearMap(linear.weight * slope[:, None], (linear.bias - mean) * slope)
+    return scaled, (scores - mean) * slope
 
 
 def _normalised(found: MlpMap, inputs: torch.Tensor) -> MlpMap:
     """The same order with mean 0 and deviation `SPREAD` over `inputs` [R, hidden]."""
-    scores = found.linear.scores(inputs) + found.out @ found.hidden.of(inputs).T
+    scores = _chunked(lambda x: found.linear.scores(x) + found.out @ found.hidden.of(x).T, inputs)
     scale = (SPREAD / scores.std(1).clamp_min(1e-6)).double()
     linear = LinearMap(
         found.linear.weight * scale[:, None],
         found.linear.bias * scale - scores.mean(1).double() * scale,
     )
     return MlpMap(linear, found.hidden, found.out * scale[:, None].float())
+
+
+def _moments(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [hidden] float32 of rows, which are wide and many: part by part."""
+    parts = inputs.split(_CHUNK)
+    mean = sum(part.float().sum(0) for part in parts) / len(inputs)
+    square = sum((part.float() - mean).square().sum(0) for part in parts) / len(inputs)
+    return mean, square.sqrt().clamp_min(1e-6)
+
+
+def _chunked(scores: Callable[[torch.Tensor], torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:
+    """`scores` [G, R] of rows, part by part."""
+    return torch.cat([scores(part) for part in inputs.split(_CHUNK)], 1)
