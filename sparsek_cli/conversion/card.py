@@ -72,6 +72,12 @@ def _selected(plan: Plan) -> str:
     return f"the {plan.topk} others"
 
 
+def _how(plan: Plan) -> str:
+    if plan.recipe.method.scorer == "linear":
+        return "in closed form"
+    return "the base untouched"
+
+
 def _calibration(plan: Plan, report: Mapping[str, Any] | None) -> str:
     if not report:
         return (
@@ -79,8 +85,8 @@ def _calibration(plan: Plan, report: Mapping[str, Any] | None) -> str:
             "simply\nthe newest ones, as in a sliding window."
         )
     return (
-        f"Scorers were calibrated in closed form on {plan.calibrate_tokens:,} tokens "
-        f"(`{plan.recipe.calibrate}`),\nwithout a gradient step. On held-out documents its "
+        f"Scorers were calibrated on {plan.calibrate_tokens:,} tokens "
+        f"(`{plan.recipe.calibrate}`), {_how(plan)}.\nOn held-out documents its "
         f"predictions diverge from the dense\nmodel's by {report['text_loss']:.3f} nats per token "
         f"of text and {report['answer_loss']:.3f} where the answer stands far back;\na plain "
         f"window of the same size by {report['window_text_loss']:.3f} and "

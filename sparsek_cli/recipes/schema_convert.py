@@ -120,7 +120,7 @@ class ConvertRecipe(BaseModel):
     )
     calibrate: str = Field(
         "auto",
-        description="text for the closed-form scorers: auto (generated, offline), none (neutral "
+        description="text that scorers are fitted on: auto (generated, offline), none (neutral "
         "scorers: a plain window until fine-tuned), a file or folder, or a hub dataset",
     )
     calibrate_tokens: PositiveInt | None = Field(

@@ -42,7 +42,8 @@ class SparseK(Strict):
     )
     scorer: Literal["linear", "mlp", "random"] | None = Field(
         None,
-        description="with init: random: linear is learned; random keeps random pairs, a rival",
+        description="with init: random: linear and mlp are learned; random keeps random pairs, a "
+        "rival",
     )
 
     def settings(self) -> dict[str, Any]:
