@@ -25,7 +25,7 @@ def main() -> int:
     texts = _write_texts(folder)
     converted, tuned, results = folder / "tiny-sparsek", folder / "tiny-tuned", folder / "results"
 
-    _run("1/4  convert: learn which keys to keep, in closed form",
+    _run("1/4  convert: learn which keys to keep, the model itself unchanged",
          "convert", "tiny", converted, "--budget", BUDGET, "--overwrite")  # fmt: skip
     _run("2/4  fine-tune: a few steps on text found on this machine",
          "finetune", converted, tuned, "--recipe", "demo", f"data.text.files={texts['train']}",

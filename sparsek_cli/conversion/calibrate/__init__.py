@@ -1,4 +1,4 @@
-"""Closed-form scorers from the base's own attention: method.md section 5.
+"""Scorers from the base's own attention: method.md section 5.
 
 collect   one layer of the dense base at a time: inputs, queries, keys, values
 targets   how much later queries want each key, over blocks of queries

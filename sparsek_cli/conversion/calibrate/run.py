@@ -1,4 +1,4 @@
-"""Calibration: every layer's scorer in closed form, map and slope chosen per KV head."""
+"""Calibration: every layer's scorer fitted, map and slope chosen per KV head."""
 
 from __future__ import annotations
 
