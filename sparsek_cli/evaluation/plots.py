@@ -247,7 +247,10 @@ def _score_panels(report: dict[str, Any], panels: Sequence[Panel], xlabel: str, 
             shown[name] = ax.errorbar(
                 x, value, yerr=error, marker="o", markersize=4, linewidth=1.6, capsize=2, **style
             )
-        ticks = sorted({point[0] for line in panel.lines.values() for point in line})
+        points = [point for line in panel.lines.values() for point in line]
+        if not any(value for _, value, _ in points):
+            ax.set_ylim(-0.05, 1.05)  # an axis of thousandths around 0 would look like something
+        ticks = sorted({place for place, _, _ in points})
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         ax.minorticks_off()
