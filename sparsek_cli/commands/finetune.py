@@ -1,8 +1,10 @@
 """`sparsek finetune`: train scorers, adapters or everything, from a recipe."""
 
+import json
 import os
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,7 +73,16 @@ def finetune(
         f"{result.tokens_per_second:,.0f} tokens/s",
         f"next: sparsek evaluate {result.output} --tasks ppl,recall",
     ]
+    if settings.train != "scorers" and settings.init == "pretrained" and _is_sparse(result.output):
+        lines.append(
+            f"      sparsek convert {result.output} {result.output}-again --again"
+            "  # scorers fitted to the weights it has now"
+        )
     console.result("\n".join(lines), vars(result))
+
+
+def _is_sparse(folder: str) -> bool:
+    return "sparsek" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
 
 def _recipe(words, recipe, data, flags):

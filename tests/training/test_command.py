@@ -33,6 +33,17 @@ def test_a_run_with_flags_and_words(text_file, sparse_checkpoint, tmp_path):
     refused("exists", model, out, "--data", text_file, *words)
 
 
+@pytest.mark.parametrize(("train", "again"), [("scorers", False), ("all", True)])
+def test_what_moved_the_base_is_followed_by_fitting_scorers(
+    train, again, text_file, sparse_checkpoint, tmp_path
+):
+    words = ["sequence_length=64", "batch_size=1", "evaluation.held_out=0", f"train={train}"]
+    done = run(sparse_checkpoint(), tmp_path / "out", "--data", text_file, "--steps", 1,
+               "--device", "cpu", *words)  # fmt: skip
+    assert done.exit_code == 0, done.exception
+    assert ("--again" in done.stdout) == again
+
+
 def test_data_may_be_a_hub_dataset(sparse_checkpoint, monkeypatch):
     import datasets
 
