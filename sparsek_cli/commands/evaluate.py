@@ -82,8 +82,8 @@ def evaluate(
     """
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
     if compare:
-        from sparsek_cli.evaluation.compare import as_text as compared_text
-        from sparsek_cli.evaluation.compare import compare as compared
+        from sparsek_cli.evaluation.report.compare import as_text as compared_text
+        from sparsek_cli.evaluation.report.compare import compare as compared
 
         (first, second), _ = options.split_words(words, "A", "B", required=2)
         comparison = compared(first, second)
@@ -91,7 +91,7 @@ def evaluate(
         return
     (model,), overrides = options.split_words(words, "MODEL")
     if show_list:
-        from sparsek_cli.evaluation.listing import listing, listing_data
+        from sparsek_cli.evaluation.tasks.listing import listing, listing_data
 
         console.result(listing(), listing_data())
         return
@@ -119,15 +119,15 @@ def evaluate(
     }
     settings = load_recipe(EvaluateRecipe, recipe, overrides, flags, verb="evaluate")
     if dry_run:
-        from sparsek_cli.evaluation.catalogue import expand
-        from sparsek_cli.evaluation.policies import check_names
+        from sparsek_cli.evaluation.policies.policy import check_names
+        from sparsek_cli.evaluation.tasks.catalogue import expand
 
         check_names(settings.baselines)
         plan = {"recipe": settings.model_dump(), "tasks": [e.name for e in expand(settings.tasks)]}
         console.result("would evaluate " + ", ".join(plan["tasks"]), plan)
         return
+    from sparsek_cli.evaluation.report.table import text as as_text
     from sparsek_cli.evaluation.run import evaluate as run
-    from sparsek_cli.evaluation.table import text as as_text
 
     report = run(settings, console, resume=resume, overwrite=overwrite)
     console.result(f"{as_text(report)}\n\nresults: {report['folder']}", report)

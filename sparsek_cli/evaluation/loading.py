@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies import DENSE, Policy
-from sparsek_cli.evaluation.quiet import quiet_lm_eval
+from sparsek_cli.evaluation.policies.policy import DENSE, Policy
+from sparsek_cli.evaluation.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
@@ -71,7 +71,7 @@ def stretch(config: Any, factor: float) -> None:
 def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length: int) -> Any:
     """lm-eval's model class over `model`, set up as the recipe says."""
     with quiet_lm_eval():
-        from sparsek_cli.evaluation.harness import SparsekLM
+        from sparsek_cli.evaluation.lm.harness import SparsekLM
 
         return SparsekLM(
             model,

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.evaluation import proof as proofs
-from sparsek_cli.evaluation.policies import Policy
-from sparsek_cli.evaluation.quiet import quiet_lm_eval
-from sparsek_cli.evaluation.ranks import Ranks
-from sparsek_cli.evaluation.units import Unit, build_requests
+from sparsek_cli.evaluation.lm import proof as proofs
+from sparsek_cli.evaluation.policies.policy import Policy
+from sparsek_cli.evaluation.processes import Ranks
+from sparsek_cli.evaluation.silence import quiet_lm_eval
+from sparsek_cli.evaluation.tasks.load_tasks import Unit, build_requests
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
@@ -71,7 +71,7 @@ def run_unit(
     }
     result["primary"] = _primary(result)
     if unit.entry.name == "ppl":
-        from sparsek_cli.evaluation.ppl import loss_by_position
+        from sparsek_cli.evaluation.tasks.ppl import loss_by_position
 
         passages = [sample["resps"][0][0] for sample in samples]
         result["loss_by_position"] = loss_by_position(passages, unit.length)

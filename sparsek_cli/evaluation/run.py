@@ -5,16 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.evaluation.absent import Absent, explained
-from sparsek_cli.evaluation.catalogue import expand
 from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens
 from sparsek_cli.evaluation.measure import run_unit
-from sparsek_cli.evaluation.policies import OWN, Policy, check_names, plan_policies
-from sparsek_cli.evaluation.ranks import Ranks
-from sparsek_cli.evaluation.record import Record, default_folder, settings_of, write_reports
-from sparsek_cli.evaluation.store import RESULTS, Store, digest, load_unit, to_json
-from sparsek_cli.evaluation.store import write_atomically as write
-from sparsek_cli.evaluation.units import Unit, data_fingerprint, load_units, refuse_unfit
+from sparsek_cli.evaluation.policies.policy import OWN, Policy, check_names, plan_policies
+from sparsek_cli.evaluation.processes import Ranks
+from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
+from sparsek_cli.evaluation.report.store import RESULTS, Store, digest, load_unit, to_json
+from sparsek_cli.evaluation.report.store import write_atomically as write
+from sparsek_cli.evaluation.tasks.catalogue import expand
+from sparsek_cli.evaluation.tasks.load_tasks import Unit, data_fingerprint, load_units, refuse_unfit
+from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 
 if TYPE_CHECKING:
     from sparsek_cli.console import Console
@@ -187,7 +187,7 @@ def check_policies(model: Any, policies: Sequence[Policy], max_length: int) -> d
     Raises:
         SparsekError: a budget that does not fit, or a model whose numbers would mean nothing.
     """
-    from sparsek_cli.evaluation.soundness import check_soundness
+    from sparsek_cli.evaluation.lm.soundness import check_soundness
 
     checks = {}
     for policy in policies:

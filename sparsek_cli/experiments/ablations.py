@@ -27,7 +27,7 @@ from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies import DENSE, OWN
+from sparsek_cli.evaluation.policies.policy import DENSE, OWN
 from sparsek_cli.experiments.scorers import FITS, in_place_of_linear
 from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation import plots
-from sparsek_cli.evaluation.policies import DENSE, OWN
+from sparsek_cli.evaluation.policies.policy import DENSE, OWN
+from sparsek_cli.evaluation.report import plots
 from sparsek_cli.experiments.session import RESULTS
 
 Rows = list[dict[str, Any]]

@@ -27,10 +27,10 @@ from transformers import AutoConfig
 
 from sparsek_cli.console import Console
 from sparsek_cli.devices import choose_device
-from sparsek_cli.evaluation import ruler_samples
-from sparsek_cli.evaluation.catalogue import catalogue
 from sparsek_cli.evaluation.loading import stretch
-from sparsek_cli.evaluation.ruler import build_haystack
+from sparsek_cli.evaluation.tasks import ruler_samples
+from sparsek_cli.evaluation.tasks.catalogue import catalogue
+from sparsek_cli.evaluation.tasks.ruler import build_haystack
 from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import with_tokenizer
 from sparsek_cli.recipes.load import load_recipe
@@ -114,8 +114,8 @@ class Experiment:
 
     def evaluate(self) -> None:
         """`sparsek eval --recipe ruler`, and a row per length and policy."""
+        from sparsek_cli.evaluation.report.table import text
         from sparsek_cli.evaluation.run import evaluate
-        from sparsek_cli.evaluation.table import text
 
         words = [f"lengths={self.given.lengths}", f"limit={self.given.limit}"]
         words += [f"text={json.dumps([self.given.held_out])}"]

@@ -15,7 +15,7 @@ from sparsek_cli.data.corpus import load_corpus
 from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
-from sparsek_cli.evaluation.policies import Policy
+from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.loading import load_model
 from sparsek_cli.training.measure import recalled, token_losses, windows
 from sparsek_cli.training.model import load_tokenizer

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies import DENSE, OWN
+from sparsek_cli.evaluation.policies.policy import DENSE, OWN
 from sparsek_cli.experiments.session import Session, Steps, arguments
 from sparsek_cli.experiments.suite import (
     WINDOW_SHARE,

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.catalogue import catalogue, expand
-from sparsek_cli.evaluation.listing import listing, listing_data
+from sparsek_cli.evaluation.tasks.catalogue import catalogue, expand
+from sparsek_cli.evaluation.tasks.listing import listing, listing_data
 
 
 def test_every_entry_says_what_a_reader_needs():

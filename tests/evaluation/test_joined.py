@@ -41,8 +41,8 @@ def test_joined_rows_continue_where_they_were(checkpoints):
     from transformers import AutoModelForCausalLM
 
     import sparsek_cli.models  # noqa: F401
-    from sparsek_cli.evaluation.joined import join
-    from sparsek_cli.evaluation.policies import Policy
+    from sparsek_cli.evaluation.lm.batching import join
+    from sparsek_cli.evaluation.policies.policy import Policy
 
     model = AutoModelForCausalLM.from_pretrained(checkpoints[1]).eval()
     draw = torch.Generator().manual_seed(0)

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparsek_cli.evaluation.policies import Policy
-from sparsek_cli.evaluation.proof import row_bytes
+from sparsek_cli.evaluation.lm.proof import row_bytes
+from sparsek_cli.evaluation.policies.policy import Policy
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_rivals_take_keys_values_and_what_ranks_them_and_stay(model, name):
 
 def test_a_pile_is_as_large_as_its_largest_cache(recipe, console, monkeypatch):
     """Rows are padded to the longest when they are joined, whatever the last one's length."""
-    from sparsek_cli.evaluation.harness import SparsekLM
+    from sparsek_cli.evaluation.lm.harness import SparsekLM
     from sparsek_cli.evaluation.run import evaluate
 
     asked, prompts = [], []
@@ -83,7 +83,7 @@ def test_a_pile_is_as_large_as_its_largest_cache(recipe, console, monkeypatch):
 
 
 def test_answers_together_fill_a_share_of_free_memory(monkeypatch):
-    from sparsek_cli.evaluation.answers import Answers
+    from sparsek_cli.evaluation.lm.generation import Answers
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000, 80_000))
     gpu = SimpleNamespace(answers_together=None, device=torch.device("cuda"))

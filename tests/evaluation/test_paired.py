@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sparsek_cli.evaluation.paired import paired_error
+from sparsek_cli.evaluation.report.paired_stderr import paired_error
 
 
 def samples(scores, metric="acc", wanted="none", start=0):

@@ -3,7 +3,7 @@
 import pytest
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.policies import Policy, check_names, plan_policies
+from sparsek_cli.evaluation.policies.policy import Policy, check_names, plan_policies
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def read(model, policy, tokens=300):
 
 @pytest.mark.parametrize("budget", [None, 48])
 def test_bytes_are_equal_and_below_dense(model, budget):
-    from sparsek_cli.evaluation.proof import held
+    from sparsek_cli.evaluation.lm.proof import held
 
     rows = {
         name: held(read(model, Policy(name, budget))[0]) for name in ("sparsek", "window", "random")
@@ -45,7 +45,7 @@ def test_window_by_scores_is_window_by_budget(model):
     import torch
 
     from sparsek_cli import models
-    from sparsek_cli.evaluation.spread import recency
+    from sparsek_cli.evaluation.policies.head_budgets import recency
 
     _, plain = read(model, Policy("window"))
     with models.replaced_scorers(model, recency):
@@ -57,7 +57,7 @@ def test_window_by_scores_is_window_by_budget(model):
 @pytest.mark.parametrize("topk", [[[10, 70], [60, 20]], [[10, 71], [60, 20]]])
 def test_uneven_budgets_are_kept_by_the_model_alone(model, topk, budget):
     from sparsek_cli import models
-    from sparsek_cli.evaluation.proof import held
+    from sparsek_cli.evaluation.lm.proof import held
 
     with models.budget(model, topk=topk):
         caches = {n: read(model, Policy(n, budget))[0] for n in ("sparsek", "window", "random")}

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsek_cli.evaluation.prefixes import MIN_SHARED, group_by_prefix
+from sparsek_cli.evaluation.lm.shared_prefixes import MIN_SHARED, group_by_prefix
 
 
 def test_questions_about_one_document_are_one_group():

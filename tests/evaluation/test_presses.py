@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies import Policy, check_names
+from sparsek_cli.evaluation.policies.policy import Policy, check_names
 
 
 @dataclass
@@ -67,15 +67,15 @@ class ShortPress(InputPress):
 @pytest.fixture(autouse=True)
 def kvpress(monkeypatch):
     """A stand-in for the package: the real one asks for an older transformers."""
-    from sparsek_cli.evaluation import presses
+    from sparsek_cli.evaluation.policies import kvpress
 
     module = ModuleType("kvpress")
     for kind in (ScorerPress, InputPress, HubPress, WrapperPress, ShortPress):
         setattr(module, kind.__name__, kind)
     monkeypatch.setitem(sys.modules, "kvpress", module)
-    presses.find.cache_clear()
+    kvpress.find.cache_clear()
     yield module
-    presses.find.cache_clear()
+    kvpress.find.cache_clear()
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_pairs_held_are_those_with_the_best_scores(model):
 
 
 def test_answers_keep_the_bytes(model):
-    from sparsek_cli.evaluation.proof import held
+    from sparsek_cli.evaluation.lm.proof import held
 
     policy = Policy("kvpress:input")
     cache = read(model, policy, (300,))
@@ -151,8 +151,8 @@ def test_the_model_is_left_as_it_was(model):
 
 
 def test_a_run_names_it_and_says_when_it_chose(recipe, console, tmp_path):
+    from sparsek_cli.evaluation.report.table import text
     from sparsek_cli.evaluation.run import evaluate
-    from sparsek_cli.evaluation.table import text
 
     name = "kvpress:input"
     tasks = ["recall_4", "scrolls_contractnli"]

@@ -60,7 +60,7 @@ def report():
 
 
 def test_table_has_deltas_bytes_and_absent_tasks(report):
-    from sparsek_cli.evaluation.table import markdown, text
+    from sparsek_cli.evaluation.report.table import markdown, text
 
     shown = text(report)
     assert re.search(r"recall_4 +4096 +8 +exact +1\.000 ±0\.010 +0\.900 .* \(-0\.1\)", shown)
@@ -71,7 +71,7 @@ def test_table_has_deltas_bytes_and_absent_tasks(report):
 
 
 def test_legend_only_of_what_is_there(report):
-    from sparsek_cli.evaluation.table import notes
+    from sparsek_cli.evaluation.report.table import notes
 
     assert notes(report)[0].startswith("± standard error; in brackets")
     report["units"] = [u for u in report["units"] if u["policy"] != "dense"]
@@ -83,7 +83,7 @@ def test_legend_only_of_what_is_there(report):
 
 
 def test_notes_are_a_list_and_remedies_stand_once(report):
-    from sparsek_cli.evaluation.table import markdown
+    from sparsek_cli.evaluation.report.table import markdown
 
     report["absent"] = [
         {"task": task, "reason": f"no {task} there", "remedy": "unzip it"} for task in ("a", "b")
@@ -92,7 +92,7 @@ def test_notes_are_a_list_and_remedies_stand_once(report):
 
 
 def test_slots_beyond_the_tokens_are_a_multiple(report):
-    from sparsek_cli.evaluation.table import text
+    from sparsek_cli.evaluation.report.table import text
 
     for unit in report["units"]:
         unit["proof"]["kv_bytes"] = 1000 if unit["policy"] == "dense" else 4000
@@ -100,7 +100,7 @@ def test_slots_beyond_the_tokens_are_a_multiple(report):
 
 
 def test_bytes_stand_beside_the_tokens_that_dense_read(report):
-    from sparsek_cli.evaluation.table import byte_rows
+    from sparsek_cli.evaluation.report.table import byte_rows
 
     report["units"] = [unit("scrolls_qasper", None, p, 1.0) for p in ("dense", "sparsek-64")]
     report["units"][1]["proof"]["kv_tokens"] = 940  # its answers were longer
@@ -110,7 +110,7 @@ def test_bytes_stand_beside_the_tokens_that_dense_read(report):
 
 
 def test_title_names_the_budgets_that_were_tried(report):
-    from sparsek_cli.evaluation.table import title
+    from sparsek_cli.evaluation.report.table import title
 
     report["model"]["sparsek"] = {"topk": 100, "window": 20, "sinks": 4}
     assert "keeps 4 sinks + 100 selected + 20 window" in title(report)
@@ -119,7 +119,7 @@ def test_title_names_the_budgets_that_were_tried(report):
 
 
 def test_many_policies_become_lines(report):
-    from sparsek_cli.evaluation.table import text
+    from sparsek_cli.evaluation.report.table import text
 
     report["policies"] = [*report["policies"], "a", "b", "c"]
     assert re.search(r"recall_4 +4096 +8 +exact +sparsek-64 +0\.900", text(report))
@@ -130,7 +130,7 @@ def test_many_policies_become_lines(report):
     [(0.0, "0.000"), (1.0, "1.000"), (35.54321, "35.54"), (4096.4, "4096"), (1e-5, "1e-05")],
 )
 def test_numbers(value, shown):
-    from sparsek_cli.evaluation.table import number
+    from sparsek_cli.evaluation.report.table import number
 
     assert number(value) == shown
 
@@ -138,7 +138,7 @@ def test_numbers(value, shown):
 def test_page_is_one_file_with_every_figure(report):
     from html.parser import HTMLParser
 
-    from sparsek_cli.evaluation.html import page
+    from sparsek_cli.evaluation.report.html import page
 
     html = page(report)
     assert html.count("<svg") == 3
@@ -152,7 +152,7 @@ def test_page_is_one_file_with_every_figure(report):
 
 
 def test_groups_have_a_mean_where_their_tasks_are_alike(report):
-    from sparsek_cli.evaluation.table import rows, text
+    from sparsek_cli.evaluation.report.table import rows, text
 
     for policy, value in (("dense", 0.5), ("sparsek-64", 0.4), ("sparsek-128", 0.5)):
         report["units"].append(unit("recall_16", 4096, policy, value))
@@ -169,7 +169,7 @@ def test_groups_have_a_mean_where_their_tasks_are_alike(report):
 
 
 def test_figures_need_data(report):
-    from sparsek_cli.evaluation.plots import figures
+    from sparsek_cli.evaluation.report.plots import figures
 
     assert set(figures(report)) == {"score_by_budget", "recall_by_depth", "loss_by_position"}
     report["units"] = [u for u in report["units"] if u["policy"] == "dense" and "ppl" in u["task"]]
@@ -177,7 +177,7 @@ def test_figures_need_data(report):
 
 
 def test_score_by_length_has_a_line_per_policy(report):
-    from sparsek_cli.evaluation.plots import score_by_length
+    from sparsek_cli.evaluation.report.plots import score_by_length
 
     assert score_by_length(report) is None
     longer = [copy.deepcopy(unit) | {"length": 8192} for unit in report["units"]]
@@ -200,7 +200,7 @@ def write(folder, report):
 
 
 def test_compare_shows_differences(report, tmp_path):
-    from sparsek_cli.evaluation.compare import as_text, compare
+    from sparsek_cli.evaluation.report.compare import as_text, compare
 
     other = copy.deepcopy(report)
     other["units"][2]["metrics"]["exact"]["value"] = 0.5
@@ -216,8 +216,8 @@ def test_compare_shows_differences(report, tmp_path):
 
 
 def test_compare_pairs_the_same_prompts(report, tmp_path):
-    from sparsek_cli.evaluation.compare import as_text, compare
-    from sparsek_cli.evaluation.store import Store
+    from sparsek_cli.evaluation.report.compare import as_text, compare
+    from sparsek_cli.evaluation.report.store import Store
 
     other = copy.deepcopy(report)
     for name, run, scores in (("a", report, [1, 1, 0, 0]), ("b", other, [1, 1, 1, 0])):
@@ -238,7 +238,7 @@ def test_compare_pairs_the_same_prompts(report, tmp_path):
 
 
 def test_compare_without_common_scores_or_results(report, tmp_path):
-    from sparsek_cli.evaluation.compare import compare
+    from sparsek_cli.evaluation.report.compare import compare
 
     other = copy.deepcopy(report)
     for item in other["units"]:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparsek_cli.evaluation import rivals
-from sparsek_cli.evaluation.policies import Policy, plan_policies
+from sparsek_cli.evaluation.policies import eviction
+from sparsek_cli.evaluation.policies.policy import Policy, plan_policies
 
 SLOTS, RECENT = 20, 8
 
@@ -28,18 +28,18 @@ def ids(tokens, seed=3):
 
 @pytest.mark.parametrize("block", [1 << 28, 4 * 4 * 30 * 7])
 def test_mass_is_the_sum_of_attention_weights(monkeypatch, block):
-    monkeypatch.setattr(rivals, "BLOCK_BYTES", block)
+    monkeypatch.setattr(eviction, "BLOCK_BYTES", block)
     query, keys = draw(1, 4, 11, 8), draw(1, 2, 30, 8, seed=1)
     logits = query @ keys.repeat_interleave(2, dim=1).transpose(-1, -2) * 0.3
     later = torch.ones(11, 30, dtype=torch.bool).triu(20)
     weights = logits.masked_fill(later, -torch.inf).softmax(-1)
     naive = weights.sum(2).unflatten(1, (2, 2)).sum(2)
-    torch.testing.assert_close(rivals.attention_mass(query, keys, 0.3), naive)
+    torch.testing.assert_close(eviction.attention_mass(query, keys, 0.3), naive)
 
 
 def fed(name, chunks, seed=0):
     """A layer after tokens in `chunks`, its prompt ended after the second last; what was fed."""
-    layer = rivals.LAYERS[name](SLOTS, RECENT)
+    layer = eviction.LAYERS[name](SLOTS, RECENT)
     total = sum(chunks)
     query, keys = draw(1, 4, total, 8, seed=seed), draw(1, 2, total, 8, seed=seed + 1)
     start = 0
@@ -67,7 +67,7 @@ def naive_kept(name, query, keys, prompt):
         if name == "h2o":
             mass = weights[:, :prompt].sum((0, 1))
         else:
-            seen = weights[:, max(0, prompt - rivals.OBSERVED) : prompt, :prompt].sum((0, 1))
+            seen = weights[:, max(0, prompt - eviction.OBSERVED) : prompt, :prompt].sum((0, 1))
             padded = torch.nn.functional.pad(seen, (2, 2))
             mass = padded.unfold(0, 5, 1).mean(-1)
         held = list(range(prompt))
@@ -99,7 +99,7 @@ def test_pairs_held_are_those_of_the_rule(name, chunks):
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
 def test_bytes_are_those_of_the_sparse_model_and_stay(model, name):
-    from sparsek_cli.evaluation.proof import held
+    from sparsek_cli.evaluation.lm.proof import held
 
     own = Policy("sparsek")
     with own.applied(model), torch.no_grad():
@@ -176,13 +176,13 @@ def test_in_a_conversation_the_first_question_decides(recipe, console, monkeypat
     """Also for later questions, which otherwise would find the whole document again."""
     from sparsek_cli.evaluation.run import evaluate
 
-    ended, real = [], rivals.SnapLayer.end_prompt
+    ended, real = [], eviction.SnapLayer.end_prompt
 
     def noted(self):
         ended.append(self.seen)
         real(self)
 
-    monkeypatch.setattr(rivals.SnapLayer, "end_prompt", noted)
+    monkeypatch.setattr(eviction.SnapLayer, "end_prompt", noted)
     report = evaluate(recipe(tasks=["recall_turns"], limit=4, baselines=["snapkv"]), console)
     proof = next(u["proof"] for u in report["units"] if u["policy"] == "snapkv")
     assert len(ended) == 2 * 4  # layers x questions about one document
@@ -195,7 +195,7 @@ def test_a_rival_that_does_not_evict_is_caught(recipe, console, monkeypatch):
     from sparsek_cli.errors import SparsekError
     from sparsek_cli.evaluation.run import evaluate
 
-    monkeypatch.setattr(rivals.EvictingLayer, "_evict", lambda self, room: None)
+    monkeypatch.setattr(eviction.EvictingLayer, "_evict", lambda self, room: None)
     with pytest.raises(SparsekError, match="the cache grew to"):
         evaluate(recipe(tasks=["recall_4"], limit=1, baselines=["snapkv"]), console)
 

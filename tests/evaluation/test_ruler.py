@@ -2,15 +2,15 @@
 
 import pytest
 
-from sparsek_cli.evaluation.catalogue import catalogue, expand
-from sparsek_cli.evaluation.ruler import process_results
+from sparsek_cli.evaluation.tasks.catalogue import catalogue, expand
+from sparsek_cli.evaluation.tasks.ruler import process_results
 
 LENGTH = 1500  # characters, for the tests' tokenizer
 
 
 @pytest.fixture
 def load(checkpoints, data, tmp_path, monkeypatch):
-    from sparsek_cli.evaluation import ruler
+    from sparsek_cli.evaluation.tasks import ruler
 
     monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
     words = {
@@ -68,7 +68,7 @@ def test_needle_depth_is_where_it_stands(load):
 
 
 def test_second_time_comes_from_the_cache(load, monkeypatch):
-    from sparsek_cli.evaluation import ruler
+    from sparsek_cli.evaluation.tasks import ruler
 
     first = load("ruler_niah_multivalue")
     monkeypatch.setattr(ruler, "_haystack", None)  # making samples would now fail
@@ -88,8 +88,8 @@ def test_partial_answers_score_in_part():
 def test_questions_from_local_files(checkpoints, tmp_path):
     import json
 
-    from sparsek_cli.evaluation.ruler_qa import dataset
-    from sparsek_cli.evaluation.ruler_qa import process_results as score
+    from sparsek_cli.evaluation.tasks.ruler_qa import dataset
+    from sparsek_cli.evaluation.tasks.ruler_qa import process_results as score
 
     (tmp_path / "squad").mkdir()
     rows = [

@@ -214,9 +214,9 @@ def test_a_length_too_short_for_a_task_leaves_the_others(run, recipe, console, t
 )
 def test_answers_that_are_not_greedy_are_refused(run, recipe, console, monkeypatch, wish):
     """They would be written with a cache that no policy knows."""
-    from sparsek_cli.evaluation import units
+    from sparsek_cli.evaluation.tasks import load_tasks
 
-    real = units._load
+    real = load_tasks._load
 
     def wishing(entry, settings):
         task = real(entry, settings)
@@ -225,7 +225,7 @@ def test_answers_that_are_not_greedy_are_refused(run, recipe, console, monkeypat
             task.config.generation_kwargs.update(wish)
         return task
 
-    monkeypatch.setattr(units, "_load", wishing)
+    monkeypatch.setattr(load_tasks, "_load", wishing)
     report = run(recipe(tasks=["recall_1", "ppl"], limit=1, baselines=["snapkv"]), console)
     assert {unit["task"] for unit in report["units"]} == {"ppl"}
     reasons = {item["task"]: item["reason"] for item in report["absent"]}

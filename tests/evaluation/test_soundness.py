@@ -35,7 +35,7 @@ def sabotage():
 
 
 def check(model, **options):
-    from sparsek_cli.evaluation.soundness import check_soundness
+    from sparsek_cli.evaluation.lm.soundness import check_soundness
 
     return check_soundness(model, limit=2048, **options)
 
@@ -47,7 +47,7 @@ def test_a_sound_model_passes(model):
 
 
 def test_a_budget_beyond_the_model_is_not_checked(model):
-    from sparsek_cli.evaluation.soundness import check_soundness
+    from sparsek_cli.evaluation.lm.soundness import check_soundness
 
     assert not check_soundness(model, limit=64)["checked"]
 
@@ -69,7 +69,7 @@ def test_scores_that_see_the_future_are_caught(model, sabotage):
 def test_a_cache_that_grows_is_caught(model):
     import torch
 
-    from sparsek_cli.evaluation.policies import OWN, Policy
+    from sparsek_cli.evaluation.policies.policy import OWN, Policy
     from sparsek_cli.models import SparseKCache
 
     class Growing(SparseKCache):
@@ -116,7 +116,7 @@ def test_a_prompt_in_pieces_that_leaves_pairs_twice_is_caught(model):
 
 
 def test_a_cache_that_holds_pairs_twice_is_caught():
-    from sparsek_cli.evaluation.proof import Proof, check
+    from sparsek_cli.evaluation.lm.proof import Proof, check
 
     labels = {"sparse": True, "most_pairs": 900, "task": "ppl", "policy": "sparsek"}
     seen = {"sparse_calls": 1, "kv_tokens": 100}
@@ -127,7 +127,7 @@ def test_a_cache_that_holds_pairs_twice_is_caught():
 
 def test_a_run_without_sparse_attention_fails(recipe, console, monkeypatch):
     from sparsek_cli.evaluation import run
-    from sparsek_cli.evaluation.policies import Policy
+    from sparsek_cli.evaluation.policies.policy import Policy
     from sparsek_cli.models import dense_attention
 
     def applied(self, model):

@@ -2,13 +2,13 @@
 
 import pytest
 
-from sparsek_cli.evaluation.catalogue import catalogue
+from sparsek_cli.evaluation.tasks.catalogue import catalogue
 
 
 @pytest.fixture
 def load(checkpoints, data):
     def rows(name, length=1400, count=8, **settings):
-        from sparsek_cli.evaluation import ppl, recall
+        from sparsek_cli.evaluation.tasks import ppl, recall
 
         module = ppl if name == "ppl" else recall
         keys = {"tokenizer": str(checkpoints[0]), "data": str(data), "limit": count, "chat": True}
@@ -82,7 +82,7 @@ def test_turns_without_a_chat_template(load, checkpoints, tmp_path):
     ],
 )
 def test_recall_scores(reply, exact, contains):
-    from sparsek_cli.evaluation.recall import process_results
+    from sparsek_cli.evaluation.tasks.recall import process_results
 
     doc = {"answer": "It is anchor.", "value": "anchor", "split": "unseen"}
     scores = process_results(doc, [reply])
@@ -91,7 +91,7 @@ def test_recall_scores(reply, exact, contains):
 
 
 def test_mean_of_given_leaves_out_what_is_not_there():
-    from sparsek_cli.evaluation.recall import mean_of_given
+    from sparsek_cli.evaluation.tasks.recall import mean_of_given
 
     assert mean_of_given([1.0, None, 0.0, None]) == 0.5
     assert mean_of_given.standard_error([1.0, None, 0.0]) == 0.5
@@ -99,7 +99,7 @@ def test_mean_of_given_leaves_out_what_is_not_there():
 
 
 def test_scrolls_metric_takes_the_best_reference():
-    from sparsek_cli.evaluation.scrolls import LocalMetric
+    from sparsek_cli.evaluation.tasks.scrolls import LocalMetric
 
     metric = LocalMetric("qasper")
     both = metric.compute(predictions=["the red car"], references=[["A blue bus", "red car!"]])
@@ -113,6 +113,6 @@ def test_scrolls_metric_takes_the_best_reference():
 def test_transformers_is_left_as_it_was():
     import sys
 
-    import sparsek_cli.evaluation.scrolls  # noqa: F401
+    import sparsek_cli.evaluation.tasks.scrolls  # noqa: F401
 
     assert "transformers.data.metrics.squad_metrics" not in sys.modules

@@ -51,7 +51,7 @@ def test_wheel_holds_every_module(names):
 
 
 def test_wheel_holds_the_data(names):
-    expected = shipped("sparsek_cli/evaluation/tasks", "*.yaml")
+    expected = shipped("sparsek_cli/evaluation/tasks/definitions", "*.yaml")
     expected |= {name for name in shipped("sparsek_cli/bundled", "*") if (ROOT / name).is_file()}
     expected |= {n.removeprefix("kernels/") for n in shipped("kernels/sparsek_kernels", "*.json")}
     assert expected <= names, sorted(expected - names)

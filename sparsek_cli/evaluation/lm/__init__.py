@@ -1,0 +1,1 @@
+"""How lm-eval's requests are answered: prefill, generation, likelihoods, and proof of what ran."""

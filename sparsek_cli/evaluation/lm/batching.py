@@ -1,0 +1,87 @@
+"""Caches of prompts read one by one, joined so that their answers are written together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+
+@dataclass
+class Joined:
+    """One cache of several rows.
+
+    Attributes:
+        cache: of the policy's kind, batch B.
+        positions: position of each row's next token, int64 [B].
+        mask: bool [B, N], False where shorter rows are padded on the left; None without padding.
+    """
+
+    cache: Any
+    positions: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def join(caches: Sequence[Any]) -> Joined | None:
+    """The rows of `caches` (batch 1 each) in one cache; they are copied.
+
+    Returns:
+        None where the kind of cache cannot be joined: pairs that the cache itself drops must stand
+        in the same slots in every row.
+    """
+    from transformers.cache_utils import Cache, DynamicLayer
+
+    from sparsek_cli.evaluation.policies.eviction import EvictingLayer
+    from sparsek_cli.models import SparseKCache
+
+    seen = [cache.get_seq_length() for cache in caches]
+    device = caches[0].layers[0].keys.device
+    positions = torch.tensor(seen, device=device)
+    columns = list(zip(*(cache.layers for cache in caches), strict=True))
+    if isinstance(caches[0], SparseKCache):
+        layers, mask = [_sparsek(column) for column in columns], None
+    elif all(isinstance(layer, EvictingLayer) for layer in caches[0].layers):
+        if len({layer.keys.shape[2] for column in columns for layer in column}) > 1:
+            return None
+        layers, mask = [_evicting(column) for column in columns], None
+    elif all(type(layer) is DynamicLayer for layer in caches[0].layers):
+        longest = max(seen)
+        layers = [_padded(column, longest) for column in columns]
+        mask = torch.arange(longest, device=device) >= longest - positions[:, None]
+    else:
+        return None
+    whole = object.__new__(type(caches[0]))
+    Cache.__init__(whole, layers=layers)
+    return Joined(whole, positions, mask)
+
+
+def _like(layer: Any) -> Any:
+    """A layer of the same kind and settings, whose tensors are still those of `layer`."""
+    new = object.__new__(type(layer))
+    new.__dict__.update(layer.__dict__)
+    return new
+
+
+def _sparsek(layers: Sequence[Any]) -> Any:
+    new = _like(layers[0])
+    new.state = type(layers[0].state).cat([layer.state for layer in layers])
+    new.tokens_seen = max(layer.tokens_seen for layer in layers)
+    return new
+
+
+def _evicting(layers: Sequence[Any]) -> Any:
+    new = _like(layers[0])
+    for name in ("keys", "values", "mass"):
+        setattr(new, name, torch.cat([getattr(layer, name) for layer in layers]))
+    new.seen = max(layer.seen for layer in layers)
+    return new
+
+
+def _padded(layers: Sequence[Any], longest: int) -> Any:
+    new = _like(layers[0])
+    for name in ("keys", "values"):
+        rows = [getattr(layer, name) for layer in layers]
+        padded = [functional.pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows]
+        setattr(new, name, torch.cat(padded))
+    return new

@@ -1,0 +1,168 @@
+"""What lm-eval's model class does with prompts and caches, whatever it is then asked about them."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
+
+from sparsek_cli.evaluation.lm.proof import Proof
+
+if TYPE_CHECKING:
+    from sparsek_cli.evaluation.policies.policy import Policy
+
+PREFILL_CHUNK = 8192  # tokens fed at once
+
+
+class PromptReader(HFLM):
+    """One model under one policy.
+
+    Args:
+        model: any causal LM in eval mode, on its device.
+        tokenizer: its tokenizer.
+        policy: what attends and what the cache is.
+        max_length: most tokens of prompt and answer together.
+        truncate: None (refuse), "left" or "middle": what to do with longer prompts.
+        batch_size: prompts without a shared beginning that are scored side by side.
+        answers_together: answers to unrelated prompts that are written side by side; None: one on a
+            CPU, as many as memory allows on a GPU.
+        share_prefix: read shared beginnings once.
+        max_new_tokens: upper bound on answers, below the task's own.
+        advance: called with the number of requests finished.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        policy: "Policy",
+        max_length: int,
+        truncate: str | None = None,
+        batch_size: int = 1,
+        answers_together: int | None = None,
+        share_prefix: bool = True,
+        max_new_tokens: int | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ):
+        super().__init__(
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            max_length=max_length,
+            batch_size=batch_size,
+            device=str(model.device),
+        )
+        self.policy = policy
+        self.truncate = truncate
+        self.answers_together = answers_together
+        self.share_prefix = share_prefix
+        self.max_new_tokens = max_new_tokens
+        self.advance = advance
+        self.proof = Proof()
+        self._encodings: dict[str, list[int]] = {}
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """As lm-eval's, remembering long strings: they are measured first and run later."""
+        if args or kwargs or len(string) < 1000:
+            return super().tok_encode(string, *args, **kwargs)
+        if string not in self._encodings:
+            self._encodings[string] = super().tok_encode(string)
+        return list(self._encodings[string])
+
+    def forget_encodings(self) -> None:
+        self._encodings.clear()
+
+    def over_limit(self, instances: Sequence[Any]) -> tuple[int, int]:
+        """(requests that do not fit, tokens of the longest request with its answer)."""
+        over = longest = 0
+        for instance in instances:
+            if instance.request_type == "generate_until":
+                size = len(self.tok_encode(instance.args[0])) + self._room(instance.args[1])
+            elif instance.request_type == "loglikelihood":
+                # One less: the last token of a continuation is never fed.
+                size = (
+                    sum(map(len, self._encode_pair(*instance.args))) - 1 if instance.args[0] else 0
+                )
+            else:
+                size = 0  # rolling windows are that request's own definition
+            over += size > self.max_length
+            longest = max(longest, size)
+        return over, longest
+
+    def wants_chance_or_beams(self, instances: Sequence[Any]) -> bool:
+        """Whether an answer is to be drawn at random, or searched for with beams.
+
+        lm-eval's own loop would write those with a cache of its own, whatever the policy's is.
+        """
+        settings = (
+            normalize_gen_kwargs(dict(instance.args[1]), self.max_gen_toks)
+            for instance in instances
+            if instance.request_type == "generate_until"
+        )
+        return any(one["do_sample"] or one.get("num_beams", 1) > 1 for one in settings)
+
+    def _room(self, gen_kwargs: dict[str, Any]) -> int:
+        own = normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks)["max_gen_toks"]
+        return min(own, self.max_new_tokens or own)
+
+    def _fit(self, tokens: list[int], limit: int) -> list[int]:
+        """`tokens` cut to `limit` the way the user chose."""
+        excess = len(tokens) - limit
+        if excess <= 0:
+            return tokens
+        if self.truncate is None:
+            raise ValueError(f"a prompt of {len(tokens)} tokens does not fit into {limit}")
+        self.proof.truncated_prompts += 1
+        self.proof.truncated_tokens += excess
+        if self.truncate == "left":
+            return tokens[excess:]
+        head = limit // 2
+        return tokens[:head] + tokens[len(tokens) - (limit - head) :]
+
+    def _saw_prompt(self, size: int) -> None:
+        self.proof.prompts += 1
+        self.proof.longest_prompt = max(self.proof.longest_prompt, size)
+
+    @torch.no_grad()
+    def _read(
+        self, tokens: Sequence[int] | torch.Tensor, cache: Any, keep: int = 0, **placed: Any
+    ) -> torch.Tensor:
+        """Feeds tokens ([n] ids or an int64 tensor [B, n]) after what `cache` holds.
+
+        `placed` (position_ids, attention_mask) places a single token of rows of unequal length.
+
+        Returns:
+            Logits [B, keep, V] of the last `keep` positions; all of them when `keep` is 0.
+        """
+        ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
+        ids = ids[None] if ids.ndim == 1 else ids
+        pieces = []
+        for start in range(0, ids.shape[1], PREFILL_CHUNK):
+            chunk = ids[:, start : start + PREFILL_CHUNK]
+            after = ids.shape[1] - start - chunk.shape[1]  # tokens still to come
+            wanted = chunk.shape[1] if keep == 0 else max(0, min(keep - after, chunk.shape[1]))
+            # logits_to_keep=0 means all of them; a position that nobody wants costs little.
+            asked = 0 if wanted == chunk.shape[1] else max(wanted, 1)
+            logits = self.model(
+                input_ids=chunk,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=asked,
+                **placed,
+            ).logits
+            if wanted:
+                pieces.append(logits)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
+    def _new_cache(self) -> Any:
+        return self.policy.new_cache(self.model)
+
+    def _saw_cache(self, cache: Any, tokens: int, row: int = 0, padding: int = 0) -> None:
+        if self.policy.evicts_after_prompt and not cache.layers[0].bounded:
+            return  # the prompt is still being read
+        self.proof.saw_cache(cache, tokens, self.model.config, row, padding)
+
+    def vocab_width(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]

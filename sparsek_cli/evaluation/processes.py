@@ -1,0 +1,63 @@
+"""Several processes, one model each: `accelerate launch -m sparsek_cli evaluate ...`.
+
+lm-eval deals the samples of a task out to the processes and gathers them on the first one, which
+alone writes and speaks. What each process saw of its share is added up here.
+"""
+
+import os
+from dataclasses import fields
+from typing import Any
+
+from sparsek_cli.evaluation.lm.proof import Proof
+
+SUMMED = ("sparse_calls", "sparse_queries", "prompts", "truncated_prompts", "truncated_tokens")
+
+
+class Ranks:
+    """This process among its kind; alone unless a launcher says otherwise."""
+
+    def __init__(self) -> None:
+        self.accelerator: Any = None
+        self.rank, self.count = 0, 1
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator()
+            self.rank = self.accelerator.process_index
+            self.count = self.accelerator.num_processes
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, wanted: str) -> str:
+        """The device of this process: its own GPU where no single one was named."""
+        if self.accelerator is None or wanted not in ("auto", "cuda"):
+            return wanted
+        return str(self.accelerator.device)
+
+    def join(self, lm: Any) -> None:
+        """Tells lm-eval's model class about the others."""
+        if self.accelerator is not None:
+            lm.accelerator = self.accelerator
+            lm._rank, lm._world_size = self.rank, self.count
+
+    def wait(self) -> None:
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()
+
+    def add_up(self, lm: Any) -> Proof:
+        """The proof of all processes together; only the first one's result counts."""
+        everyone = lm.gather_object(lm.proof)
+        if not self.first or self.count == 1:
+            return lm.proof
+        longest = max(everyone, key=lambda proof: proof.kv_tokens)
+        joint = Proof(**{f.name: getattr(longest, f.name) for f in fields(Proof)})
+        for name in SUMMED:
+            setattr(joint, name, sum(getattr(proof, name) for proof in everyone))
+        joint.longest_prompt = max(proof.longest_prompt for proof in everyone)
+        joint.backends = {}
+        for proof in everyone:
+            for name, calls in proof.backends.items():
+                joint.backends[name] = joint.backends.get(name, 0) + calls
+        return joint

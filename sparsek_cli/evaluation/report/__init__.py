@@ -1,0 +1,1 @@
+"""What is left of an evaluation: the result folder, its tables, plots and comparisons."""

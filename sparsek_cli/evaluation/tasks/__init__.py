@@ -1,0 +1,1 @@
+"""What is asked of a model: RULER, SCROLLS, recall, perplexity, and lm-eval's own tasks."""

@@ -1,0 +1,80 @@
+"""Hub datasets of lm-eval's tasks: from --data DIR, the hub's cache or the hub; never a hang.
+
+A dataset repository `owner/name` that lies in DIR/owner/name, as `hf download --repo-type dataset
+owner/name --local-dir DIR/owner/name` puts it there, is read in place of the hub's.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.evaluation.tasks.catalogue import Entry
+
+HUB_PATIENCE = 3.0  # seconds to find out whether the hub answers
+
+
+def needs_hub(entry: Entry, recipe: Any) -> bool:
+    """Whether the hub may be asked for a task's data."""
+    return entry.builtin or (entry.data.startswith("hub") and recipe.data is None)
+
+
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub can be reached, found out within seconds."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES"):
+        return False
+    import socket
+    from urllib.parse import urlparse
+
+    url = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        address = (url.hostname or "huggingface.co", url.port or 443)
+        with socket.create_connection(address, timeout=HUB_PATIENCE):
+            return True
+    except OSError:
+        return False
+
+
+def go_offline() -> None:
+    """Makes every later attempt to reach the hub fail at once; what is cached still loads."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    import datasets
+    import huggingface_hub.constants
+
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def redirected(folder: str | None) -> Iterator[list[str]]:
+    """Within the block `datasets.load_dataset` reads repositories that lie under `folder` there.
+
+    Yields:
+        The names of the repositories asked for and not found there, as they come.
+    """
+    import datasets
+
+    load, asked = datasets.load_dataset, []
+
+    def load_dataset(path: str, *args: Any, **kwargs: Any) -> Any:
+        local = Path(folder) / path if folder is not None else None
+        if local is not None and local.is_dir():
+            kwargs.pop("trust_remote_code", None)  # a folder of data has no code
+            return load(str(local), *args, **kwargs)
+        asked.append(path)
+        return load(path, *args, **kwargs)
+
+    datasets.load_dataset = load_dataset
+    try:
+        yield asked
+    finally:
+        datasets.load_dataset = load
+
+
+def how_to_place(repository: str) -> str:
+    """What to do about a dataset repository that is neither local, nor cached, nor reachable."""
+    return (
+        f"where the hub answers: hf download --repo-type dataset {repository} --local-dir "
+        f"DIR/{repository}; then --data DIR here"
+    )

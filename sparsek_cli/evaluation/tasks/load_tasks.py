@@ -1,0 +1,262 @@
+"""What a run consists of: one task at one length each; loading them, measuring their prompts."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.evaluation.silence import quiet_lm_eval
+from sparsek_cli.evaluation.tasks.catalogue import TASK_FOLDER, Entry, catalogue
+from sparsek_cli.evaluation.tasks.hub_data import (
+    go_offline,
+    how_to_place,
+    hub_answers,
+    needs_hub,
+    redirected,
+)
+from sparsek_cli.evaluation.tasks.local_text import WrongLength
+from sparsek_cli.evaluation.tasks.skipped import Absent, explained
+
+FEWSHOT_SEED = 1234  # lm-eval's default, so that its few-shot examples are the same
+# Run where the first one's data is absent and the second one's is there.
+STAND_INS = {"scrolls_narrativeqa": "scrolls_fairytaleqa"}
+CUT_HINT = "--truncate left|middle cuts and counts them; --yarn X or --max-length N allows more"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One task at one length.
+
+    Attributes:
+        entry: the task. length: prompt tokens, or None where the data decides.
+        task: lm-eval's loaded task object. chat: whether prompts go through the chat template.
+    """
+
+    entry: Entry
+    length: int | None
+    task: Any
+    chat: bool
+
+    @property
+    def name(self) -> str:
+        return unit_name(self.entry, self.length)
+
+
+def unit_name(entry: Entry, length: int | None) -> str:
+    """recall_4@4096, or the task's name alone where the data decides on lengths."""
+    return entry.name if length is None else f"{entry.name}@{length}"
+
+
+def load_units(
+    entries: list[Entry],
+    recipe: Any,
+    *,
+    tokenizer: Any,
+    tokenizer_path: str,
+    max_length: int,
+    say: Callable[[str], None],
+) -> tuple[list[Unit], list[Absent]]:
+    """Loads every task at every length; data that is missing is reported, not fatal.
+
+    Args:
+        recipe: an EvaluateRecipe.
+        tokenizer: sizes generated prompts; has a chat template or not.
+        tokenizer_path: where tasks load it from.
+        max_length: lengths above it are left out unless asked for.
+
+    Raises:
+        UsageError: --lengths beyond max_length, or not one task could be loaded.
+    """
+    too_long = [n for n in recipe.lengths if n > max_length]
+    if too_long and any(entry.lengths for entry in entries):
+        raise UsageError(
+            f"--lengths {too_long[0]} is beyond {_limit(recipe, max_length)}",
+            hint=f"name lengths up to {max_length}, or stretch the model's positions with --yarn",
+        )
+    if any(needs_hub(entry, recipe) for entry in entries) and not hub_answers():
+        go_offline()
+    units: list[Unit] = []
+    absent: list[Absent] = []
+    queue = list(entries)
+    for entry in queue:  # grows by tasks that stand in for absent ones
+        chat = _uses_chat(entry, recipe, tokenizer)
+        for length in _lengths(entry, recipe, max_length):
+            settings = {
+                "tokenizer": tokenizer_path,
+                "pretrained": tokenizer_path,
+                "data": recipe.data,
+                "text": recipe.text,
+                "seed": recipe.seed,
+                "limit": recipe.limit_of(entry.name),
+                "chat": chat,
+                "max_seq_lengths": _length_setting(entry, length or 4096),
+            }
+            try:
+                with redirected(recipe.data) as asked:
+                    task = _load(entry, settings)
+            except WrongLength as error:
+                absent.append(Absent(unit_name(entry, length), error.message, error.hint))
+                continue
+            except _DATA_ERRORS as error:
+                if entry in entries:
+                    absent.append(_absent(entry, error, asked))
+                other = catalogue().get(STAND_INS.get(entry.name, ""))
+                if other is not None and other not in queue and recipe.data is not None:
+                    queue.append(other)
+                break
+            units.append(Unit(entry, length, task, chat))
+    if not units:
+        groups = explained(absent)
+        missing = "; ".join(line for lines, _ in groups for line in lines)
+        raise SparsekError(f"no data for {missing}", hint="; ".join(remedy for _, remedy in groups))
+    return units, absent
+
+
+def _length_setting(entry: Entry, length: int) -> list[int] | str:
+    """A length as the task's own code wants it."""
+    return f"{length // 1024}k" if entry.extra.get("length_names") == "k" else [length]
+
+
+def _limit(recipe: Any, max_length: int) -> str:
+    if recipe.max_length is None:
+        return f"the model's {max_length:,} tokens"
+    return f"the {max_length:,} tokens of --max-length"
+
+
+_DATA_ERRORS = (
+    SparsekError,
+    OSError,
+    ImportError,
+    ValueError,
+    KeyError,
+    RuntimeError,
+    AssertionError,
+)
+
+
+def _absent(entry: Entry, error: Exception, asked: Sequence[str]) -> Absent:
+    """Why a task could not be loaded, and what to do; `asked` are hub repositories it wanted."""
+    if isinstance(error, UsageError):
+        raise error
+    if isinstance(error, SparsekError):
+        return Absent(entry.name, error.message, error.hint)
+    lines = str(error).strip().splitlines()
+    reason = (lines[0] if lines else type(error).__name__)[:200]
+    if isinstance(error, ImportError):
+        extra = entry.source.partition("; ")[2]
+        return Absent(entry.name, reason, extra or "install what it names")
+    if _is_unreachable(error):
+        what = asked[-1] if entry.builtin and asked else "its data"
+        reason = f"{what} is not in the hub's cache, and the hub does not answer"
+    if entry.builtin and asked:
+        return Absent(entry.name, reason, how_to_place(asked[-1]))
+    return Absent(entry.name, reason, f"it is read from {entry.source}")
+
+
+def _is_unreachable(error: Exception) -> bool:
+    signs = ("offline", "reach", "ConnectionError", "LocalEntryNotFound", "resolve")
+    return any(sign in f"{type(error).__name__}: {error}" for sign in signs)
+
+
+def _uses_chat(entry: Entry, recipe: Any, tokenizer: Any) -> bool:
+    has = bool(getattr(tokenizer, "chat_template", None))
+    if recipe.chat_template == "on" and not has:
+        raise UsageError(
+            "--chat-template on, but the tokenizer has no chat template", hint="drop the flag"
+        )
+    return has and (recipe.chat_template == "on" or (recipe.chat_template == "auto" and entry.chat))
+
+
+def _lengths(entry: Entry, recipe: Any, max_length: int) -> list[int | None]:
+    if not entry.lengths:
+        return [None]
+    if recipe.lengths:
+        return list(recipe.lengths)
+    return [n for n in entry.lengths if n <= max_length] or [max_length]
+
+
+def _load(entry: Entry, settings: dict[str, Any]) -> Any:
+    """One lm-eval task object, configured as lm-eval's own command line would."""
+    with quiet_lm_eval():
+        import lm_eval.tasks
+
+        theirs = Path(lm_eval.tasks.__file__).parent
+        manager = lm_eval.tasks.TaskManager(
+            include_path=[str(theirs / name) for name in entry.folders] or str(TASK_FOLDER),
+            # Its whole index takes seconds: only for tasks whose folder is not known.
+            include_defaults=entry.builtin and not entry.folders,
+            metadata=settings,
+        )
+        [task] = manager.load([entry.name])["tasks"].values()
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=FEWSHOT_SEED)
+        return task
+
+
+def refuse_unfit(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], list[Absent]]:
+    """Leaves out tasks with prompts that do not fit, unless the user said how to cut them.
+
+    And those whose answers are not greedy. Found out for all tasks before anything has run.
+    Nothing is ever cut without being asked for.
+
+    Returns:
+        The units that fit, and the refused ones with how many prompts are over the limit.
+
+    Raises:
+        UsageError: none fits.
+    """
+    fitting: list[Unit] = []
+    refused: list[Absent] = []
+    for unit in units:
+        build_requests(unit, lm, recipe)
+        if lm.wants_chance_or_beams(unit.task.instances):
+            reason = "its answers are sampled or searched for with beams; only greedy ones count"
+            refused.append(Absent(unit.name, reason, "name a task with greedy answers"))
+            continue
+        count, longest = lm.over_limit(unit.task.instances)
+        if not count or recipe.truncate != "refuse":
+            fitting.append(unit)
+            continue
+        reason = (
+            f"{count} of {len(unit.task.instances)} prompts are longer than "
+            f"{_limit(recipe, lm.max_length)} (longest {longest:,})"
+        )
+        refused.append(Absent(unit.name, reason, CUT_HINT))
+    if not fitting:
+        groups = explained(refused)
+        shown = "; ".join(line for lines, _ in groups for line in lines)
+        raise UsageError(shown, hint="; ".join(remedy for _, remedy in groups))
+    return fitting, refused
+
+
+def build_requests(unit: Unit, lm: Any, recipe: Any) -> None:
+    """Fills `unit.task.instances`, exactly as lm-eval's evaluate() will again."""
+    from lm_eval.evaluator_utils import get_sample_size
+
+    with quiet_lm_eval():
+        unit.task.build_all_requests(
+            limit=get_sample_size(unit.task, recipe.limit_of(unit.entry.name)),
+            rank=lm.rank,
+            world_size=lm.world_size,
+            apply_chat_template=unit.chat,
+            fewshot_as_multiturn=unit.chat,
+            chat_template=lm.apply_chat_template if unit.chat else None,
+            tokenizer_name=lm.tokenizer_name if unit.chat else "",
+        )
+
+
+def data_fingerprint(recipe: Any) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of every local file a run may read."""
+    files: list[Path] = []
+    if recipe.text:
+        from sparsek_cli.data.text import find_files
+
+        files += find_files(recipe.text)
+    if recipe.data is not None:
+        folder = Path(recipe.data)
+        if not folder.is_dir():
+            raise UsageError(f"--data: no such folder '{folder}'", hint="check the path")
+        files += sorted(p for p in folder.rglob("*") if p.is_file())
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
