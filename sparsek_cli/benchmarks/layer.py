@@ -63,9 +63,8 @@ def _with_scorer(data: Data, shape: Shape) -> tuple[Callable[[], torch.Tensor], 
     ).requires_grad_()
 
     def call() -> torch.Tensor:
-        return sparsek_attention(
-            data.q, data.k, data.v, scorer(hidden), slopes=scorer.slopes, **shape.budget
-        )
+        scores, slopes = scorer(hidden)
+        return sparsek_attention(data.q, data.k, data.v, scores, slopes=slopes, **shape.budget)
 
     return call, [data.q, data.k, data.v, hidden, *scorer.parameters()]
 

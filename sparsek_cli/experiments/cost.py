@@ -172,7 +172,7 @@ class Layer:
         self.leaves = [*self.data.leaves()[:3], self.hidden, *self.scorer.parameters()]
 
     def score(self) -> torch.Tensor:
-        return self.scorer(self.hidden)
+        return self.scorer(self.hidden)[0]
 
     def __call__(self) -> torch.Tensor:
         q, k, v = self.data.leaves()[:3]

@@ -85,14 +85,14 @@ class _Chosen(nn.Module):
         scores = {name: self.maps[name].of(recorded) for name in set(self.choice.maps)}
         return torch.stack([scores[name][head] for head, name in enumerate(self.choice.maps)])
 
-    def forward(self, hidden_states: torch.Tensor, position_ids: Any = None) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, position_ids: Any = None) -> tuple:
         """Scores [B, G, N] of the block's input; of keys and values see `in_place_of_linear`."""
         batch, tokens, _ = hidden_states.shape
         if any(isinstance(map_, KeyValueMap) for map_ in self.maps.values()):
-            return hidden_states.new_zeros(batch, len(self.slopes), tokens)
+            return hidden_states.new_zeros(batch, len(self.slopes), tokens), self.slopes
         nothing = torch.empty(0)
         flat = Recorded(hidden_states.flatten(0, 1), nothing, nothing, nothing, 1.0)
-        return self.of(flat).unflatten(1, (batch, tokens)).transpose(0, 1)
+        return self.of(flat).unflatten(1, (batch, tokens)).transpose(0, 1), self.slopes
 
 
 def _key_value_attention(module: nn.Module, query, key, value, mask, **kwargs: Any):

@@ -4,7 +4,7 @@ After `import sparsek_cli.models`, `AutoModelForCausalLM.from_pretrained` loads 
 checkpoints like any other.
 """
 
-from sparsek_cli.models.attention import DENSE_ATTENTION, register_attention
+from sparsek_cli.models.attention import register_attention
 from sparsek_cli.models.cache import (
     SparseKCache,
     SparseKCacheLayer,
@@ -14,6 +14,7 @@ from sparsek_cli.models.cache import (
 from sparsek_cli.models.config import (
     ATTENTION,
     DEFAULTS,
+    DENSE_ATTENTION,
     GATES,
     REMOTE_CODE_FILE,
     check_settings,
@@ -25,10 +26,10 @@ from sparsek_cli.models.families import (
     FAMILIES,
     Family,
     family_of,
-    register_families,
     sparsek_config_from,
 )
 from sparsek_cli.models.modeling import sparsek_attentions
+from sparsek_cli.models.registration import register
 from sparsek_cli.models.remote_code import remote_code_text
 from sparsek_cli.models.runtime import (
     budget,
@@ -40,11 +41,11 @@ from sparsek_cli.models.runtime import (
 from sparsek_cli.models.scorer import RandomScorer, SparseKMlpScorer, SparseKScorer
 
 register_attention()
-register_families()
+register()
 
-# The derived classes under their own names: what a checkpoint's auto_map refers to.
+# The derived classes under their own names: what a checkpoint's auto_map and pickle refer to.
 for _family in FAMILIES.values():
-    for _class in (_family.sparsek_config, _family.sparsek_model, _family.sparsek_causal_lm):
+    for _class in _family.derived:
         globals()[_class.__name__] = _class
 del _family, _class
 
@@ -71,7 +72,6 @@ __all__ = [
     "layer_budget",
     "random_scores",
     "register_attention",
-    "register_families",
     "remote_code_text",
     "replaced_scorers",
     "set_budget",

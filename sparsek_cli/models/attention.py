@@ -21,9 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
-from sparsek_cli.models.config import ATTENTION, layer_budget
-
-DENSE_ATTENTION = "sparsek_dense"
+from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, layer_budget
 
 
 class SparseKAttentionMixin:
@@ -40,10 +38,9 @@ class SparseKAttentionMixin:
             if cache is None:
                 cache = kwargs.get("layer_past")  # GPT-NeoX's name
             kwargs["sparsek_cache"] = None if cache is None else cache.layers[self.layer_idx]
-            kwargs["sparsek_scores"] = self.scorer(
+            kwargs["sparsek_scores"], kwargs["sparsek_slopes"] = self.scorer(
                 hidden_states, position_ids=kwargs.get("position_ids")
             )
-            kwargs["sparsek_slopes"] = self.scorer.slopes
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -127,7 +124,7 @@ def sparsek_attention_forward(
         with torch.autocast(q.device.type, enabled=False):
             if sparsek_cache is None:
                 return sparsek_attention(q, k, v, scores, **settings)
-            _check_budget(sparsek_cache, budget)
+            _check_layer(sparsek_cache, budget, k.dtype)
             out, sparsek_cache.state = sparsek_attention(
                 q, k, v, scores, state=sparsek_cache.state, **settings
             )
@@ -142,11 +139,16 @@ def sparsek_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
-def _check_budget(layer: SparseKCacheLayer, budget: Any) -> None:
+def _check_layer(layer: SparseKCacheLayer, budget: Any, dtype: torch.dtype) -> None:
     if layer.budget != budget:
         raise SparsekError(
             f"the cache was made for {layer.budget}, the model now has {budget}",
             hint="make a new cache after changing the budget",
+        )
+    if layer.state.keys.dtype != dtype:
+        raise SparsekError(
+            f"the cache holds {layer.state.keys.dtype}, the new keys are {dtype}",
+            hint="use a cache inside of autocast or outside of it, not both",
         )
 
 

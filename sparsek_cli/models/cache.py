@@ -58,6 +58,10 @@ class SparseKCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate the slots for keys [B, G, N, D]; their number never changes afterwards."""
         batch, heads, _, size = key_states.shape
+        device = key_states.device.type
+        # Under autocast attention gets keys in its dtype, also from projections in float32.
+        casting = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if casting else key_states.dtype
         self.state = SparseKState.empty(
             batch,
             heads,
@@ -65,7 +69,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             topk=self.budget.topk,
             window=self.budget.window,
             sinks=self.budget.sinks,
-            dtype=key_states.dtype,
+            dtype=dtype,
             device=key_states.device,
         )
 

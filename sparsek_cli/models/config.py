@@ -26,6 +26,7 @@ GATES = ("straight_through", "log", "kv")
 SCORERS = ("linear", "mlp", "random")
 MLP_WIDTH = 128
 ATTENTION = "sparsek"  # the name under which transformers knows our attention function
+DENSE_ATTENTION = "sparsek_dense"  # the same weights, attending densely; only on request
 DEFAULTS: dict[str, Any] = {
     "topk": 380,
     "window": 128,
@@ -52,6 +53,27 @@ class LayerBudget:
     window: int
     sinks: int
     gate: str
+
+
+def own_attention(name: str | None) -> str:
+    """The attention function of a converted model that asks for `name`.
+
+    None, which many loaders pass for "as you like", is SparseK. So is every name of ours
+    (`sparsek`, `sparsek_dense`, and what training registers); transformers' names would make the
+    model dense, with a cache that grows, and nobody would see it.
+
+    Raises:
+        UsageError: a name that is not ours.
+    """
+    if name is None:
+        return ATTENTION
+    if not name.startswith(ATTENTION):
+        raise UsageError(
+            f"attention {name!r} would switch SparseK off in a converted model",
+            hint="leave attn_implementation out; dense attention has a name of its own: "
+            f'attn_implementation="{DENSE_ATTENTION}", or models.dense_attention(model)',
+        )
+    return name
 
 
 def kv_heads(config: Any) -> int:
@@ -153,14 +175,23 @@ def _check_topk(topk: Any, *, layers: int, heads: int) -> int | list[int | list[
 class SparseKConfigMixin:
     """What every `sparsek_<type>` config adds to its family's config.
 
-    `sparsek` is checked and completed on construction, the attention function is ours (it is not
-    among the things transformers saves), and every save also writes the file `auto_map` names.
+    `sparsek` is checked and completed on construction, the attention function is ours whoever
+    loads the model (see `own_attention`; it is not among the things transformers saves), and every
+    save also writes the file `auto_map` names.
     """
 
+    @property
+    def _attn_implementation(self) -> str:
+        # Every way of naming an attention function sets it: loaders, from_config, config files.
+        return self._attn_implementation_internal
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | Mapping[str, str] | None) -> None:
+        if isinstance(value, Mapping):  # of several configs' values, "" names this one's
+            value = value.get("", getattr(self, "_attn_implementation_internal", None))
+        self._attn_implementation_internal = own_attention(value)
+
     def __post_init__(self, **kwargs: Any) -> None:
-        # transformers takes the attention function from here, or picks sdpa.
-        if kwargs.get("attn_implementation") is None:
-            kwargs["attn_implementation"] = ATTENTION
         super().__post_init__(**kwargs)
         self.sparsek = check_settings(
             self.sparsek or {}, layers=self.num_hidden_layers, heads=kv_heads(self)

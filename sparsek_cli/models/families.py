@@ -1,8 +1,8 @@
 """The supported model families, one row each, and everything that follows from a row.
 
 A row names the family's own classes. The `sparsek_<type>` config, base model, causal LM and
-attention classes are derived from it and registered with the Auto classes; there is no code per
-family.
+attention classes are derived from it, and registration.py enters them wherever libraries look;
+there is no code per family.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
@@ -22,10 +19,6 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
-)
-from transformers.conversion_mapping import (
-    get_checkpoint_conversion_mapping,
-    register_checkpoint_conversion_mapping,
 )
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt_neox import modeling_gpt_neox
@@ -76,6 +69,16 @@ class Family:
             object.__setattr__(self, name, cls)
 
     @property
+    def derived(self) -> tuple[type, ...]:
+        """The derived classes."""
+        return (
+            self.sparsek_config,
+            self.sparsek_model,
+            self.sparsek_causal_lm,
+            self.sparsek_attention,
+        )
+
+    @property
     def sparsek_type(self) -> str:
         """model_type of converted models, e.g. "sparsek_llama"."""
         return f"sparsek_{self.model_type}"
@@ -83,7 +86,8 @@ class Family:
 
 def _derive(family: Family) -> dict[str, type]:
     """The four derived classes of a row."""
-    module = {"__module__": __name__}
+    # Where __init__.py binds them by name: pickle and transformers look classes up there.
+    module = {"__module__": __package__}
     config = type(
         f"SparseK{family.config.__name__}",
         (SparseKConfigMixin, family.config),
@@ -268,21 +272,3 @@ def _without_sliding_window(config: Any) -> dict[str, Any]:
     if layer_types is not None:
         off["layer_types"] = ["full_attention"] * config.num_hidden_layers
     return off
-
-
-def register_families() -> None:
-    """Make the derived classes known to AutoConfig, AutoModel and AutoModelForCausalLM."""
-    for family in FAMILIES.values():
-        AutoConfig.register(family.sparsek_type, family.sparsek_config, exist_ok=True)
-        AutoModel.register(family.sparsek_config, family.sparsek_model, exist_ok=True)
-        AutoModelForCausalLM.register(
-            family.sparsek_config, family.sparsek_causal_lm, exist_ok=True
-        )
-        # Tensors that files name differently (GPT-NeoX's embed_out); found by class name.
-        for dense, sparse in (
-            (family.model, family.sparsek_model),
-            (family.causal_lm, family.sparsek_causal_lm),
-        ):
-            renames = get_checkpoint_conversion_mapping(dense.__name__)
-            if renames is not None:
-                register_checkpoint_conversion_mapping(sparse.__name__, renames, overwrite=True)

@@ -15,9 +15,9 @@ from transformers import initialization as init
 from transformers.generation import GenerationMode
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.attention import DENSE_ATTENTION, SparseKAttentionMixin, check_cache
+from sparsek_cli.models.attention import SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache import SparseKCache
-from sparsek_cli.models.config import ATTENTION
+from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
     RandomScorer,
@@ -74,6 +74,14 @@ class SparseKPreTrainedMixin:
         elif isinstance(module, RandomScorer):
             init.zeros_(module.slopes)  # in no checkpoint, so nobody else fills it
 
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', for our own names.
+
+        Raises:
+            UsageError: one of transformers' names, which would switch SparseK off.
+        """
+        self.config._attn_implementation = attn_implementation
+
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
         """Nothing to do: the default would copy this package's sources into every save."""
@@ -90,6 +98,11 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
         """
         names = self._forward_names
         kwargs.update(zip(names, args, strict=False))
+        if kwargs.get("output_attentions"):
+            raise SparsekError(
+                "SparseK attention has no attention weights to return",
+                hint="leave output_attentions out, or ask the base model for them",
+            )
         implementation = self.config._attn_implementation
         given = kwargs.get("past_key_values")
         check_cache(given, implementation)

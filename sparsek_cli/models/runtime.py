@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsek_cli.models.attention import DENSE_ATTENTION
-from sparsek_cli.models.config import check_settings, kv_heads
+from sparsek_cli.models.config import DENSE_ATTENTION, check_settings, kv_heads
 from sparsek_cli.models.modeling import sparsek_attentions
 from sparsek_cli.models.scorer import RandomScorer
 
@@ -77,7 +76,8 @@ def dense_attention(model: nn.Module) -> Iterator[None]:
 def replaced_scorers(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -> Iterator[None]:
     """Within the block, `make(attention)` gives each attention module the scorer that decides.
 
-    A scorer has `slopes` [G] and `forward(hidden_states, position_ids)` -> [B, G, N] float32.
+    A scorer has `slopes` [G] and `forward(hidden_states, position_ids)` -> scores [B, G, N] float32
+    and the slopes.
     """
     attentions = sparsek_attentions(model)
     before = [attention.scorer for attention in attentions]

@@ -1,7 +1,9 @@
 """Scores of KV pairs: from the token's own hidden state, or from its position alone.
 
-A scorer is a module with `slopes` [G] and `forward(hidden_states, position_ids)`; whatever stands
-at `attention.scorer` decides what is kept, so a policy is a scorer put in its place.
+A scorer is a module with `slopes` [G] and `forward(hidden_states, position_ids)` -> scores and
+slopes; whatever stands at `attention.scorer` decides what is kept, so a policy is a scorer put in
+its place. Slopes are handed out by `forward`, and read nowhere else while a model runs: where
+weights are offloaded they are only there while their module's own forward runs.
 """
 
 from __future__ import annotations
@@ -44,13 +46,16 @@ class SparseKScorer(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Scores [B, G, N] float32 of hidden states [B, N, hidden_size]; positions are unused."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [B, G, N] float32 of hidden states [B, N, hidden_size], and slopes [G].
+
+        Positions are unused.
+        """
         if not self.shapes_input:
             hidden_states = hidden_states.detach()
         # Autocast would turn the product into bf16, whose steps are larger than score gaps.
         with torch.autocast(hidden_states.device.type, enabled=False):
-            return self._scores(hidden_states).transpose(1, 2)
+            return self._scores(hidden_states).transpose(1, 2), self.slopes
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, G] of x [B, N, hidden_size]."""
@@ -156,8 +161,8 @@ class RandomScorer(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Scores [B, G, N] float32 for positions [B or 1, N]."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores [B, G, N] float32 for positions [B or 1, N], and slopes [G], which are 0."""
         if position_ids is None:
             raise ValueError("random scores need the tokens' position_ids")
         batch, tokens = hidden_states.shape[:2]
@@ -171,7 +176,7 @@ class RandomScorer(nn.Module):
         for shift in (29, 32, 31):
             mixed = (mixed ^ ((mixed >> shift) & ((1 << (64 - shift)) - 1))) * 5536775847593249645
         top = (mixed >> 40) & 0xFFFFFF  # 24 bits: exact in float32
-        return top.to(torch.float32) / float(1 << 24)
+        return top.to(torch.float32) / float(1 << 24), self.slopes
 
 
 def new_scorer(config: Any, layer: int) -> nn.Module:

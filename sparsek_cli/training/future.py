@@ -116,7 +116,8 @@ class FutureAttention:
         parts = []
         for layer, inputs in self._inputs.items():
             # Anew from a constant input: the loss is this layer's own. No hook runs.
-            scores = self._scorers[layer].forward(inputs).transpose(0, 1).flatten(1)
+            scores, _ = self._scorers[layer].forward(inputs)
+            scores = scores.transpose(0, 1).flatten(1)
             for (start, end), targets in zip(self._documents, self._targets[layer], strict=True):
                 share = (end - start) / scores.shape[1] * self._batch
                 parts.append(share * self._document(scores[:, start:end], targets))

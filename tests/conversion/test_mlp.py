@@ -45,7 +45,8 @@ def test_scores_are_the_formula_in_float64():
     hidden = x.double() @ w["hidden_weight"].T + w["hidden_bias"]
     hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
     expected = x.double() @ w["weight"].T + w["bias"] + hidden @ w["out_weight"].T
-    torch.testing.assert_close(scorer(x).double(), expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
+    scores = scorer(x)[0].double()
+    torch.testing.assert_close(scores, expected.transpose(1, 2), atol=1e-5, rtol=1e-5)
     assert scorer.bfloat16().hidden_weight.dtype == torch.float32
 
 
@@ -54,9 +55,9 @@ def test_an_untrained_one_is_linear_and_every_part_learns():
     torch.nn.init.zeros_(scorer.out_weight)
     linear = SparseKScorer(8, 2)
     linear.load_state_dict({name: scorer.state_dict()[name] for name in linear.state_dict()})
-    assert torch.equal(scorer(x), linear(x))
+    assert torch.equal(scorer(x)[0], linear(x)[0])
     torch.nn.init.normal_(scorer.out_weight)
-    scorer(x).square().sum().backward()
+    scorer(x)[0].square().sum().backward()
     learned = {name for name, p in scorer.named_parameters() if p.grad is not None}
     assert learned == {"weight", "bias", "hidden_weight", "hidden_bias", "out_weight"}
 
@@ -95,7 +96,7 @@ def test_the_written_scorer_scores_as_calibration_did(family, dense_checkpoint, 
         each = {name: layer.maps[name].of(Recorded(x, EMPTY, EMPTY, EMPTY, 1.0))
                 for name in choice.maps}  # fmt: skip
         expected = torch.stack([each[name][head] for head, name in enumerate(choice.maps)])
-        torch.testing.assert_close(scorer(x[None])[0], expected, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(scorer(x[None])[0][0], expected, atol=1e-3, rtol=1e-3)
         assert float(made.out_weight.std()) > 0
 
 

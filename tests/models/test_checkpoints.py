@@ -125,7 +125,7 @@ def test_fresh_process_without_import(sparse_model, tokenizer, tmp_path):
         "else:\n"
         "    raise AssertionError('loaded without trust')\n"
         "model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)\n"
-        "assert type(model).__module__ == 'sparsek_cli.models.families', type(model)\n"
+        "assert type(model).__module__ == 'sparsek_cli.models', type(model)\n"
         "model.save_pretrained(folder + '/again')\n"
         "import os\n"
         "print(sorted(name for name in os.listdir(folder + '/again') if name.endswith('.py')))",

@@ -200,11 +200,11 @@ def test_random_scores_agree_between_prefill_and_decode(family, sparse_model, id
 def test_random_scores_are_uniform_and_differ_by_head_layer_and_seed():
     positions = torch.arange(4096)[None]
     hidden = torch.zeros(1, 4096, 1)
-    scores = models.RandomScorer(4, layer=1, seed=0)(hidden, positions)[0]
+    scores = models.RandomScorer(4, layer=1, seed=0)(hidden, positions)[0][0]
     assert abs(scores.mean().item() - 0.5) < 0.01 and abs(scores.std().item() - 0.2887) < 0.01
     others = [
-        models.RandomScorer(4, layer=2, seed=0)(hidden, positions)[0],
-        models.RandomScorer(4, layer=1, seed=1)(hidden, positions)[0],
+        models.RandomScorer(4, layer=2, seed=0)(hidden, positions)[0][0],
+        models.RandomScorer(4, layer=1, seed=1)(hidden, positions)[0][0],
         scores.roll(1, dims=0),
         scores.roll(1, dims=1),
     ]

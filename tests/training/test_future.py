@@ -47,18 +47,18 @@ def by_hand(model, ids, roles):
         maps.append(logits.masked_fill(hidden, -torch.inf).softmax(-1))
         return dense_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
 
-    AttentionInterface.register("spy", spy)
-    AttentionMaskInterface.register("spy", dense_mask)
+    AttentionInterface.register("sparsek_spy", spy)
+    AttentionMaskInterface.register("sparsek_spy", dense_mask)
     inputs = {}
     handles = [
-        a.scorer.register_forward_hook(lambda m, x, y, i=a.layer_idx: inputs.update({i: y[0]}))
+        a.scorer.register_forward_hook(lambda m, x, y, i=a.layer_idx: inputs.update({i: y[0][0]}))
         for a in sparsek_attentions(model)
     ]
     model.model(input_ids=ids[None], use_cache=False)
     for handle in handles:
         handle.remove()
     with dense_attention(model), torch.no_grad():
-        model.config._attn_implementation = "spy"
+        model.config._attn_implementation = "sparsek_spy"
         model.model(input_ids=ids[None], use_cache=False)
     age = torch.arange(tokens)[:, None] - torch.arange(tokens)
     answers = torch.zeros(tokens, dtype=torch.bool)

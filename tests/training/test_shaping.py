@@ -29,7 +29,7 @@ def test_a_scorer_learns_and_the_layers_below_only_if_they_should(shapes):
         torch.nn.init.normal_(parameter)
     scorer.shapes_input = shapes
     hidden = torch.randn(1, 5, 8, requires_grad=True)
-    scorer(hidden).square().sum().backward()
+    scorer(hidden)[0].square().sum().backward()
     assert scorer.weight.grad.abs().sum() > 0
     assert (hidden.grad is not None) == shapes
 

@@ -143,7 +143,8 @@ class _Negated(torch.nn.Module):
     def __init__(self, scorer: Any):
         super().__init__()
         self.scorer = [scorer]  # in a list: no submodule, so it is neither moved nor listed
-        self.slopes = torch.nn.Parameter(-scorer.slopes.detach(), requires_grad=False)
+        self.register_buffer("slopes", -scorer.slopes.detach(), persistent=False)
 
-    def forward(self, hidden_states: torch.Tensor, position_ids: Any = None) -> torch.Tensor:
-        return -self.scorer[0](hidden_states, position_ids=position_ids)
+    def forward(self, hidden_states: torch.Tensor, position_ids: Any = None) -> tuple:
+        scores, slopes = self.scorer[0](hidden_states, position_ids=position_ids)
+        return -scores, -slopes

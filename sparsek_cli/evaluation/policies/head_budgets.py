@@ -73,7 +73,7 @@ def recency(attention: Any) -> Any:
     from sparsek_cli.models import kv_heads
 
     class RecencyScorer(torch.nn.Module):
-        """Scores [B, G, N] that are the positions: the newest candidates are the best."""
+        """Scores [B, G, N] that are the positions, slopes 0: the newest candidates are the best."""
 
         def __init__(self, heads: int):
             super().__init__()
@@ -83,6 +83,7 @@ def recency(attention: Any) -> Any:
         def forward(self, hidden_states: Any, position_ids: Any = None) -> Any:
             batch, tokens = hidden_states.shape[:2]
             positions = position_ids.expand(batch, tokens).float()
-            return positions[:, None, :].expand(batch, self.heads, tokens).contiguous()
+            scores = positions[:, None, :].expand(batch, self.heads, tokens).contiguous()
+            return scores, self.slopes
 
     return RecencyScorer(kv_heads(attention.config))

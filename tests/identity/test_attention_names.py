@@ -1,0 +1,105 @@
+"""Whoever loads a converted model gets SparseK, unless dense attention is asked for by our name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from sparse_path import assert_dense, assert_sparse
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+
+import sparsek_cli.models as models
+from sparsek_cli.errors import SparsekError, UsageError
+
+FOREIGN = ("sdpa", "eager", "flash_attention_2", "flex_attention", "paged|sdpa", "kernels-x/y")
+
+
+def test_every_loader_runs_sparse(family, saved):
+    folder = saved(family)
+    row = models.FAMILIES[family]
+    loaded = [
+        AutoModelForCausalLM.from_pretrained(folder),
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation=None),
+        row.sparsek_causal_lm.from_pretrained(folder),
+        row.sparsek_causal_lm.from_pretrained(folder, attn_implementation=None),
+        AutoModelForCausalLM.from_pretrained(
+            folder, config=AutoConfig.from_pretrained(folder, attn_implementation=None)
+        ),
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)),
+        AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(folder), attn_implementation=None
+        ),
+        pipeline("text-generation", str(folder), device="cpu").model,
+        AutoModel.from_pretrained(folder, attn_implementation=None),
+    ]
+    for model in loaded:
+        assert_sparse(model.eval())
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_names_that_are_not_ours_are_refused_everywhere(name, saved):
+    folder = saved()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    attempts = [
+        lambda: AutoModelForCausalLM.from_pretrained(folder, attn_implementation=name),
+        lambda: models.SparseKLlamaForCausalLM.from_pretrained(folder, attn_implementation=name),
+        lambda: AutoConfig.from_pretrained(folder, attn_implementation=name),
+        lambda: AutoModelForCausalLM.from_config(model.config, attn_implementation=name),
+        lambda: AutoModelForCausalLM.from_pretrained(folder, attn_implementation={"": name}),
+        lambda: model.set_attn_implementation(name),
+        lambda: model.model.set_attn_implementation({"": name}),
+        lambda: setattr(model.config, "_attn_implementation", name),
+    ]
+    for attempt in attempts:
+        with pytest.raises(UsageError, match="would switch SparseK off") as refusal:
+            attempt()
+        assert "leave attn_implementation out" in refusal.value.hint
+    assert_sparse(model)
+
+
+def test_the_hint_works(saved):
+    folder = saved()
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sparsek_dense")
+    assert_dense(model)
+    model.set_attn_implementation("sparsek")
+    assert_sparse(model)
+    model.set_attn_implementation("sparsek_dense")
+    assert_dense(model)
+    model.set_attn_implementation(None)
+    assert_sparse(model)
+    with models.dense_attention(model):
+        assert_dense(model)
+    assert_sparse(model)
+
+
+def test_dense_attention_is_not_saved_with_the_model(saved, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(saved(), attn_implementation="sparsek_dense")
+    model.save_pretrained(tmp_path / "again")
+    assert_sparse(AutoModelForCausalLM.from_pretrained(tmp_path / "again"))
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_file_cannot_switch_it_off(key, saved):
+    file = saved() / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: "sdpa"}))
+    with pytest.raises(UsageError, match="would switch SparseK off"):
+        AutoModelForCausalLM.from_pretrained(file.parent)
+
+
+def test_attention_weights_are_refused_and_hidden_states_are_not(family, sparse_model):
+    model, ids = sparse_model(family), torch.arange(3, 20)[None]
+    with pytest.raises(SparsekError, match="no attention weights"):
+        model(ids, output_attentions=True)
+    with torch.no_grad():
+        output = model(ids, output_hidden_states=True)
+        base = model.base_model(ids, output_hidden_states=True)
+        with models.dense_attention(model):
+            dense = model(ids, output_hidden_states=True)
+    assert len(output.hidden_states) == len(dense.hidden_states) == 3
+    assert len(base.hidden_states) == 3
+    # The first is the embedding, the same for both; the last feeds the head.
+    torch.testing.assert_close(output.hidden_states[0], dense.hidden_states[0])
+    assert not torch.allclose(output.hidden_states[-1], dense.hidden_states[-1])
+    head = model.get_output_embeddings()(output.hidden_states[-1])
+    torch.testing.assert_close(head, output.logits)

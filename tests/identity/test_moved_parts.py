@@ -1,0 +1,111 @@
+"""Weights elsewhere, other dtypes, other processes: the same numbers."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import accelerate
+import pytest
+import torch
+from sparse_path import assert_sparse, counted_attention
+from transformers import AutoModelForCausalLM
+
+import sparsek_cli.models as models
+from sparsek_cli.errors import SparsekError
+
+IDS = torch.arange(3, 40)[None]
+
+
+def parts_on_disk(model) -> dict[str, str]:
+    """A device map with the second layer, the final norm and the head on disk."""
+    names = {
+        name
+        for name, module in model.named_modules()
+        if next(module.parameters(recurse=False), None) is not None
+    }
+    late = {"norm", "final_layer_norm", "ln_f", "embed_out"}
+    if not model.config.tie_word_embeddings:  # a tied head is where the embedding is
+        late.add("lm_head")
+    layers = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    places = {}
+    for name in names:
+        if name.startswith(f"{layers}."):
+            layer = ".".join(name.split(".")[: layers.count(".") + 2])
+            places[layer] = "disk" if layer.endswith(".1") else "cpu"
+        else:
+            places[name] = "disk" if name.split(".")[-1] in late else "cpu"
+    return places
+
+
+@pytest.mark.parametrize("scorer", ["linear", "mlp"])
+def test_offloading_gives_the_same_logits(family, scorer, sparse_model, tmp_path):
+    model = sparse_model(family)
+    if scorer == "mlp":
+        config = model.config.to_dict()
+        config["sparsek"] = {**config["sparsek"], "scorer": {"type": "mlp", "width": 4}}
+        model = AutoModelForCausalLM.from_config(type(model.config)(**config)).eval()
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        offloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        accelerate.cpu_offload(offloaded, execution_device="cpu")
+        torch.testing.assert_close(offloaded(IDS).logits, expected, rtol=0, atol=0)
+        on_disk = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "model",
+            device_map=parts_on_disk(model),
+            offload_folder=str(tmp_path / "offload"),
+        )
+        assert any(parameter.is_meta for parameter in on_disk.parameters())
+        torch.testing.assert_close(on_disk(IDS).logits, expected, rtol=0, atol=0)
+    assert_sparse(on_disk)
+
+
+def test_generating_under_autocast_with_float32_weights(family, sparse_model):
+    model = sparse_model(family)
+    with torch.autocast("cpu", dtype=torch.bfloat16), counted_attention() as layers:
+        out = model.generate(
+            IDS, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    assert len(layers) == 2 * 4  # the prompt and three tokens, in each layer
+    cache = out.past_key_values
+    assert type(cache) is models.SparseKCache
+    assert {layer.keys.dtype for layer in cache.layers} == {torch.bfloat16}
+    # Fed at once, under autocast too, the same tokens have the same logits.
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        whole = model(out.sequences[:, :-1]).logits[:, -4:]
+    torch.testing.assert_close(torch.stack(out.logits, 1).float(), whole.float(), atol=0.1, rtol=0)
+
+
+def test_a_cache_stays_inside_of_autocast_or_outside(sparse_model):
+    model = sparse_model("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        cache = model(IDS, use_cache=True).past_key_values
+    with pytest.raises(SparsekError, match="bfloat16") as refusal:
+        model(IDS[:, :1], past_key_values=cache)
+    assert "autocast" in refusal.value.hint
+
+
+def test_configs_and_models_pickle_into_a_fresh_process(sparse_model, tmp_path):
+    expected = {}
+    for family in models.FAMILIES:
+        model = sparse_model(family)
+        expected[family] = model(IDS).logits.detach()
+        parts = (model.config, model, models.SparseKCache(model.config))
+        (tmp_path / f"{family}.pickle").write_bytes(pickle.dumps(parts))
+    torch.save(expected, tmp_path / "expected.pt")
+    code = f"""
+import pickle, torch
+expected = torch.load({str(tmp_path / "expected.pt")!r})
+for family, logits in expected.items():
+    with open({str(tmp_path)!r} + f"/{{family}}.pickle", "rb") as file:
+        config, model, cache = pickle.load(file)
+    assert type(config) is type(model.config) and config.sparsek == model.config.sparsek
+    assert config._attn_implementation == "sparsek"
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(model(ids, past_key_values=cache).logits, logits)
+    print(family)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == list(models.FAMILIES), done.stderr

@@ -1,0 +1,128 @@
+"""What libraries know of a family by name, they know of its converted models."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from sparse_path import assert_sparse
+from transformers import AutoModelForCausalLM
+
+import sparsek_cli.models as models
+from sparsek_cli.models.imports import after_import
+
+
+def test_classes_are_found_by_name_in_transformers(family):
+    row = models.FAMILIES[family]
+    transformers = importlib.import_module("transformers")  # as `transformers serve` does
+    for cls in (row.sparsek_config, row.sparsek_model, row.sparsek_causal_lm):
+        assert getattr(transformers, cls.__name__) is cls
+
+
+def test_tokenizer_tables_say_of_a_converted_type_what_they_say_of_the_base(family):
+    from transformers.models.auto import tokenization_auto as auto
+
+    row = models.FAMILIES[family]
+    names, wrong = auto.TOKENIZER_MAPPING_NAMES, auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    assert names.get(row.sparsek_type) == names.get(family)
+    assert (row.sparsek_type in wrong) == (family in wrong)
+    assert auto.TOKENIZER_MAPPING.get(row.sparsek_config, None) is auto.TOKENIZER_MAPPING.get(
+        row.config, None
+    )
+    # A name that nobody has must still be looked for in every table without an error.
+    assert auto.tokenizer_class_from_name("NobodysTokenizer") is None
+
+
+def test_lm_eval_and_pipelines_take_it_for_a_causal_model(family):
+    from lm_eval.models.huggingface import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as of_lm_eval
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    row = models.FAMILIES[family]
+    assert row.sparsek_type in of_lm_eval
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[row.sparsek_config] is row.sparsek_causal_lm
+    assert row.sparsek_causal_lm in MODEL_FOR_CAUSAL_LM_MAPPING.values()
+
+
+def test_peft_adapts_what_it_adapts_in_the_base(family, sparse_model, dense_model):
+    from peft import IA3Config, LoraConfig, get_peft_model
+
+    def adapted(model, config) -> set[str]:
+        names = (name for name, p in get_peft_model(model, config).named_parameters())
+        return {name for name in names if "lora_" in name or "ia3_" in name}
+
+    methods = [LoraConfig(task_type="CAUSAL_LM")]
+    if family not in ("mistral", "qwen2", "qwen3"):  # of these PEFT has no default for IA3
+        methods.append(IA3Config(task_type="CAUSAL_LM"))
+    for config in methods:
+        of_base = adapted(dense_model(family), config)
+        assert of_base and adapted(sparse_model(family), config) == of_base
+    assert_sparse(get_peft_model(sparse_model(family), LoraConfig()))
+
+
+def test_peft_may_be_imported_before_or_after():
+    code = """
+import sys
+import {first}
+import {second}
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table
+assert table["sparsek_gpt2"] == table["gpt2"]
+"""
+    for order in (("peft", "sparsek_cli.models"), ("sparsek_cli.models", "peft")):
+        words = code.format(first=order[0], second=order[1])
+        done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_liger_patches_by_type(monkeypatch, tmp_path):
+    package = tmp_path / "fake_liger"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "patches.py").write_text("TABLE = {'llama': len, 'qwen3': max}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from sparsek_cli.models.registration import _copy_entries
+
+    seen: list[types.ModuleType] = []
+    after_import(
+        "fake_liger.patches", lambda module: (seen.append(module), _copy_entries(module.TABLE))
+    )
+    import fake_liger
+
+    assert not seen
+    import fake_liger.patches
+
+    assert seen == [fake_liger.patches]
+    assert fake_liger.patches.TABLE["sparsek_qwen3"] is max
+    assert "sparsek_gpt2" not in fake_liger.patches.TABLE
+    after_import("fake_liger.patches", seen.append)  # imported already: at once
+    assert len(seen) == 2
+
+
+def test_files_of_gpt_neox_name_its_head_as_the_base_does(sparse_model, dense_model, tmp_path):
+    from safetensors import safe_open
+
+    names = []
+    for kind, model in (("sparse", sparse_model("gpt_neox")), ("dense", dense_model("gpt_neox"))):
+        model.save_pretrained(tmp_path / kind)
+        with safe_open(tmp_path / kind / "model.safetensors", "pt") as file:
+            names.append({name for name in file.keys() if ".scorer." not in name})  # noqa: SIM118
+    assert names[0] == names[1]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert torch.equal(again.get_output_embeddings().weight, model_head(tmp_path / "dense"))
+
+
+def model_head(folder) -> torch.Tensor:
+    return AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_servers_read_tool_calls_as_of_the_base(family, sparse_model, dense_model):
+    utils = pytest.importorskip("transformers.cli.serving.utils")
+    of = [
+        next((v for types, v in utils._RESPONSE_TEMPLATE_FALLBACKS.items() if kind in types), None)
+        for kind in (family, f"sparsek_{family}")
+    ]
+    assert of[0] is not None and of[0] is of[1]
