@@ -124,9 +124,9 @@ def report(capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype)
         )  # fmt: skip
     pipeline.hopper_kernels = own
     state = SparseKState.empty(2, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
-    token = torch.zeros(2, groups, dim, dtype=dtype)
-    decode.insert(state, token, token, torch.zeros(2, groups, dtype=torch.float64))
-    decode.decode(torch.zeros(2, heads, 1, dim, dtype=dtype), state, scale=1.0)
+    token = torch.zeros(2, groups, 1, dim, dtype=dtype)
+    query = torch.zeros(2, heads, 1, dim, dtype=dtype)
+    decode.step(query, token, token, torch.zeros(2, groups, 1), torch.zeros(groups), state, scale=1)
     return list(recorder.rows.values())
 
 

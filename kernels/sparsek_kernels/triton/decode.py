@@ -1,11 +1,13 @@
 """One token for every row of a state: insertion into the slots, attention over them.
 
-All shapes are those of the state, whatever the context: both steps can be captured in a CUDA graph.
+Two launches, and all shapes are those of the state, whatever the context: a step can be captured in
+a CUDA graph.
 Insertion keeps exactly the set that prefix selection keeps: the token that leaves the window takes
 the slot of the worst selected key if its score is larger; of equal scores the latest token is the
 worst, so a leaving token, later than all of them, needs a strictly larger one.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -22,17 +24,24 @@ SPLIT = 256  # slots attended by one program
 
 @triton.jit
 def _insert(
-    keys, values, positions, scores, seen, heads_table,
-    new_key, new_value, new_score,
-    nk_b, nk_h, nv_b, nv_h, slots, heads, sinks, window,
-    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+    keys, values, positions, scores, seen, heads_table, arrived,
+    new_key, new_value, new_score, slopes,
+    nk_b, nk_h, nv_b, nv_h, ns_b, ns_h, slots, heads, sinks, window,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SLOPED: tl.constexpr,
 ):  # fmt: skip
-    """Puts the token of one row into the slots of one head."""
+    """Puts the token of one row into the slots of one head; nothing has arrived there yet.
+
+    Compiled without fused multiply-add: the effective score must be the one prefill computes.
+    """
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     first = tl.load(heads_table + 2 * head)
     k = tl.load(heads_table + 2 * head + 1)
     token = tl.load(seen + batch)
+    tl.store(arrived + batch * heads + head, 0)
+    effective = tl.load(new_score + batch * ns_b + head * ns_h).to(tl.float64)
+    if SLOPED:
+        effective += tl.load(slopes + head).to(tl.float64) * token.to(tl.float64)
     base = batch * slots + first
     ring = base + sinks + k + token % window
     leaving_position = tl.load(positions + ring)
@@ -72,17 +81,20 @@ def _insert(
     row = tl.load(new_value + batch * nv_b + head * nv_h + d, mask=mask, other=0.0)
     tl.store(values + target * D + d, row.to(values.dtype.element_ty), mask=mask)
     tl.store(positions + target, token.to(tl.int32))
-    tl.store(scores + target, tl.load(new_score + batch * heads + head))
+    tl.store(scores + target, effective)
 
 
 @triton.jit
 def _attend_slots(
-    q, keys, values, positions, heads_table, part_out, part_lse,
+    q, keys, values, positions, seen, heads_table, part_out, part_lse, arrived, out,
     q_b, q_h, slots, group, extra, scale, splits,
     ROWS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one group's queries (the rows) over `SPLIT` slots of one row and KV head."""
+    """Attention of one group's queries (the rows) over `SPLIT` slots of one row and KV head.
+
+    Whoever of a head's programs comes last joins the splits; one program counts the row's token.
+    """
     split = tl.program_id(0)
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
@@ -116,31 +128,35 @@ def _attend_slots(
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
-    out_row = ((batch * heads * group + q_head) * splits + split).to(tl.int64)
-    where = part_out + (out_row * D)[:, None] + d[None, :]
-    tl.store(where, acc, mask=is_row[:, None] & (d < D)[None, :])
-    tl.store(part_lse + 2 * out_row, top, mask=is_row)
-    tl.store(part_lse + 2 * out_row + 1, total, mask=is_row)
-
-
-@triton.jit
-def _combine(
-    part_out, part_lse, out, splits,
-    SPLITS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-):  # fmt: skip
-    """Joins the splits of one query row."""
-    row = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, SPLITS)
-    d = tl.arange(0, DP)
-    inside = lane < splits
-    at = row * splits + lane
-    top = tl.load(part_lse + 2 * at, mask=inside, other=_LOW)
-    total = tl.load(part_lse + 2 * at + 1, mask=inside, other=0.0)
-    share = tl.exp2(top - tl.max(top, 0))
-    mask = inside[:, None] & (d < D)[None, :]
-    acc = tl.load(part_out + (at * D)[:, None] + d[None, :], mask=mask, other=0.0)
-    joined = tl.sum(acc * share[:, None], 0) / tl.sum(total * share, 0)
-    tl.store(out + row * D + d, joined.to(out.dtype.element_ty), mask=d < D)
+    if (split == 0) & (head == 0):
+        tl.store(seen + batch, tl.load(seen + batch) + 1)  # nobody else reads it in this launch
+    out_row = (batch * heads * group + q_head) * splits
+    mask = is_row[:, None] & (d < D)[None, :]
+    tl.store(part_out + ((out_row + split) * D)[:, None] + d[None, :], acc, mask=mask)
+    tl.store(part_lse + 2 * (out_row + split), top, mask=is_row)
+    tl.store(part_lse + 2 * (out_row + split) + 1, total, mask=is_row)
+    tl.debug_barrier()  # all of the program's stores come before its arrival
+    before = tl.atomic_add(arrived + batch * heads + head, 1, sem="acq_rel")
+    if before == splits - 1:
+        top = tl.full([ROWS], _LOW, tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DP], tl.float32)
+        for part in range(splits):
+            at = out_row + part
+            # Written by other multiprocessors: not from this one's own cache.
+            part_top = tl.load(part_lse + 2 * at, mask=is_row, other=_LOW, cache_modifier=".cg")
+            part_total = tl.load(
+                part_lse + 2 * at + 1, mask=is_row, other=1.0, cache_modifier=".cg"
+            )
+            where = part_out + (at * D)[:, None] + d[None, :]
+            part_acc = tl.load(where, mask=mask, other=0.0, cache_modifier=".cg")
+            new_top = tl.maximum(top, part_top)
+            old, new = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
+            total = total * old + part_total * new
+            acc = acc * old[:, None] + part_acc * new[:, None]
+            top = new_top
+        where = out + ((batch * heads * group + q_head) * D)[:, None] + d[None, :]
+        tl.store(where, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
 
 
 @lru_cache(maxsize=64)
@@ -153,48 +169,95 @@ def _heads_table(layout: SlotLayout, device: torch.device) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32, device=device)
 
 
-def insert(state: SparseKState, key: torch.Tensor, value: torch.Tensor, score: torch.Tensor):
-    """Puts one token per row into its slots, in place, and counts it.
+def step(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score: torch.Tensor,
+    slopes: torch.Tensor | None,
+    state: SparseKState,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Puts one token per row into its slots, in place, counts it, and attends to all slots.
 
     Args:
-        key, value: [B, G, D], last dimension dense. score: [B, G] float64, effective.
+        q: [B, H, 1, D]. key, value: [B, G, 1, D]. score: [B, G, 1], any floating dtype.
+        slopes: [G] or None.
+
+    Returns:
+        [B, H, 1, D] in q's dtype.
     """
     layout = state.layout
-    dim = state.keys.shape[2]
-    score = score.contiguous()
-    _insert[(state.batch, layout.heads)](
-        state.keys, state.values, state.positions, state.scores, state.seen,
-        _heads_table(layout, state.keys.device), key, value, score,
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        layout.total, layout.heads, layout.sinks, layout.window,
-        D=dim, DP=triton.next_power_of_2(dim),
-        BLOCK=min(1024, max(16, triton.next_power_of_2(max(layout.topk)))), num_warps=4,
-    )  # fmt: skip
-    state.seen.add_(1)
+    tensors = (state.keys, state.values, state.positions, state.scores, state.seen)
+    run = _step_op if torch.compiler.is_compiling() else _step
+    return run(
+        q, key, value, score, slopes, *tensors, layout.topk, layout.window, layout.sinks, scale
+    )
 
 
-def decode(q: torch.Tensor, state: SparseKState, *, scale: float) -> torch.Tensor:
-    """One query per row, q [B, H, 1, D], over every slot that holds a token; shaped like q."""
+def _step(
+    q, key, value, score, slopes, keys, values, positions, scores, seen, topk, window, sinks, scale
+) -> torch.Tensor:
+    layout, device = SlotLayout(tuple(topk), window, sinks), q.device
     batch, q_heads, _, dim = q.shape
-    layout = state.layout
-    group = q_heads // layout.heads
-    if q.stride(3) != 1:
-        q = q.contiguous()
+    groups, group = layout.heads, q_heads // layout.heads
+    q, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, key, value))
+    table = _heads_table(layout, device)
+    arrived = torch.empty(batch, groups, dtype=torch.int32, device=device)
+    sloped = slopes is not None
+    _insert[(batch, groups)](
+        keys, values, positions, scores, seen, table, arrived,
+        key, value, score, slopes if sloped else score,
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        score.stride(0), score.stride(1), layout.total, groups, sinks, window,
+        D=dim, DP=triton.next_power_of_2(dim),
+        BLOCK=min(1024, max(16, triton.next_power_of_2(max(layout.topk)))), SLOPED=sloped,
+        num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
     splits = triton.cdiv(layout.width, SPLIT)
-    device = q.device
     part_out = torch.empty(batch, q_heads, splits, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(batch, q_heads, splits, 2, dtype=torch.float32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
     padded = max(16, triton.next_power_of_2(dim))
-    _attend_slots[(splits, layout.heads, batch)](
-        q, state.keys, state.values, state.positions, _heads_table(layout, device),
-        part_out, part_lse, q.stride(0), q.stride(1), layout.total, group,
-        layout.sinks + layout.window, scale * LOG2_E, splits,
-        ROWS=max(16, triton.next_power_of_2(group)), SPLIT=SPLIT, BN=32 if padded > 128 else 64,
+    _attend_slots[(splits, groups, batch)](
+        q, keys, values, positions, seen, table, part_out, part_lse, arrived, out,
+        q.stride(0), q.stride(1), layout.total, group, sinks + window, scale * LOG2_E, splits,
+        ROWS=max(16, triton.next_power_of_2(group)), SPLIT=SPLIT,
+        BN=32 if padded > 128 else 64,
         D=dim, DP=padded, PRECISION=dot_precision(q.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip
-    _combine[(batch * q_heads,)](
-        part_out, part_lse, out, splits,
-        SPLITS=triton.next_power_of_2(splits), D=dim, DP=padded, num_warps=4,
-    )  # fmt: skip
     return out
+
+
+@torch.library.custom_op(
+    "sparsek::decode_step", mutates_args=("keys", "values", "positions", "scores", "seen")
+)
+def _step_op(
+    q: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    score: torch.Tensor,
+    slopes: torch.Tensor | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    scores: torch.Tensor,
+    seen: torch.Tensor,
+    topk: Sequence[int],
+    window: int,
+    sinks: int,
+    scale: float,
+) -> torch.Tensor:
+    """`step` as torch.compile sees it: one opaque node that changes the state in place."""
+    return _step(
+        q, key, value, score, slopes, keys, values, positions, scores, seen,
+        topk, window, sinks, scale,
+    )  # fmt: skip
+
+
+@_step_op.register_fake
+def _(
+    q, key, value, score, slopes, keys, values, positions, scores, seen, topk, window, sinks, scale
+):
+    return q.new_empty(q.shape)

@@ -8,7 +8,7 @@ from sparsek_kernels.pytorch.run import join_states
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
 from sparsek_kernels.triton import pipeline
-from sparsek_kernels.triton.decode import decode, insert
+from sparsek_kernels.triton.decode import step
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.ops import attention
 from sparsek_kernels.triton.selection import FOREVER
@@ -82,11 +82,10 @@ def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, sc
     """Rows [B, ..., N] that continue a state; `lengths` [B] or None where all tokens are real."""
     batch, _, n, _ = q.shape
     state.support = state.tau = None
+    if n == 1 and lengths is None:
+        return step(q, k, v, scores, slopes, state, scale=scale), state
     positions = torch.arange(n, device=q.device) + state.seen[:, None]
     effective = effective_scores(scores, slopes, positions)
-    if n == 1 and lengths is None:
-        insert(state, k[:, :, 0], v[:, :, 0], effective[:, :, 0])
-        return decode(q, state, scale=scale), state
     keys = key_lists.list_keys(k, v, effective, positions, layout, state)
     total = keys.keys.shape[2]
     # The state's window holds the tokens since max(sinks, seen - window).

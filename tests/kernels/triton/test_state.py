@@ -4,6 +4,7 @@ import pytest
 import torch
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.state import SparseKState
+from sparsek_kernels.triton import decode
 
 pytestmark = pytest.mark.interpret
 
@@ -19,9 +20,11 @@ def selected_positions(state):
 
 
 @pytest.mark.parametrize(
-    "topk, window, sinks", [((5, 3), 4, 2), ((4, 0), 3, 1), ((6, 6), 1, 0), ((3, 3), 7, 5)]
+    "topk, window, sinks",
+    [((5, 3), 4, 2), ((4, 0), 3, 1), ((6, 6), 1, 0), ((3, 3), 7, 5)],
 )
-def test_steps_equal_one_call(relative_error, topk, window, sinks):
+def test_steps_equal_one_call(relative_error, monkeypatch, topk, window, sinks):
+    monkeypatch.setattr(decode, "SPLIT", 4)  # several programs share a head's slots
     batch, heads, groups, dim, steps = 2, 4, 2, 16, (3, 1, 1, 20, 1, 1, 2, 1)
     n = sum(steps)
     new = torch.Generator().manual_seed(3)
@@ -64,3 +67,24 @@ def test_packed_documents_fill_their_rows(relative_error):
             outs.append(out)
         assert relative_error(outs[0], outs[1]) < 1e-5
         assert torch.equal(selected_positions(states[0]), selected_positions(states[1]))
+
+
+@torch.no_grad()
+def test_a_compiled_step_is_the_step():
+    shape = dict(topk=(5, 2), window=3, sinks=1)
+    new = torch.Generator().manual_seed(0)
+    k = torch.randn(2, 2, 12, 16, generator=new)
+    scores = torch.randn(2, 2, 12, generator=new)
+    slopes = torch.tensor([0.1, 0.0])
+
+    def step(k, scores, state):
+        options = dict(slopes=slopes, state=state, backend="triton", **shape)
+        return sparsek_attention(k, k, k, scores, **options)[0]
+
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True, dynamic=False)
+    states = [SparseKState.empty(2, 2, 16, **shape) for _ in range(2)]
+    for t in range(12):
+        token = k[:, :, t : t + 1].clone(), scores[:, :, t : t + 1].clone()
+        assert torch.equal(step(*token, states[0]), compiled(*token, states[1]))
+    for a, b in zip(states[0]._tensors().values(), states[1]._tensors().values(), strict=True):
+        assert torch.equal(a, b)
