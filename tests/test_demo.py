@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from sparsek_cli import demo, hub
+import demo
+from sparsek_cli import hub
 
 
 @pytest.fixture

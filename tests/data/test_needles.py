@@ -21,7 +21,7 @@ def text() -> str:
 
 @pytest.fixture(scope="module")
 def tokenizer(text):
-    from sparsek_cli.training.tokenizer import train_tokenizer
+    from train_tokenizer import train_tokenizer
 
     return train_tokenizer([text], vocab_size=700)
 

@@ -6,14 +6,14 @@ import sys
 import pytest
 import torch
 
+from experiments import ablations
+from experiments.scorers import KeyValueFit, in_place_of_linear
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.collect import LayerwiseBase
 from sparsek_cli.conversion.calibrate.fit import LinearFit
 from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.errors import UsageError
-from sparsek_cli.experiments import ablations
-from sparsek_cli.experiments.scorers import KeyValueFit, in_place_of_linear
 from sparsek_cli.hub import resolve
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe

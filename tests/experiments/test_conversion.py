@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sparsek_cli.experiments import conversion
+from experiments import conversion
 
 
 @pytest.mark.slow

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
+from experiments import budgets, plots
+from experiments.plots import draw, figures
 from sparsek_cli.errors import UsageError
-from sparsek_cli.experiments import budgets, plots
-from sparsek_cli.experiments.plots import draw, figures
 
 RECALL = {"calibration": {"4": 50.0}, "held_out": {"4": 100.0}}
 PARTS = {"scorer": 0.1, "selection": 1.0, "attention": 2.0, "sparse": 3.0, "dense": 9.0}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from sparsek_cli.experiments import ruler
+from experiments import ruler
 from sparsek_cli.hub import bundled
 
 

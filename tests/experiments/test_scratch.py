@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from sparsek_cli.experiments import scratch
-from sparsek_cli.experiments.suite import BINS
+from experiments import scratch
+from experiments.suite import BINS
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsek_cli.experiments import tuning
+from experiments import tuning
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from gluon_emulator.values import POISON
 
 

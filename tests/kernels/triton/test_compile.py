@@ -4,12 +4,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
-REPORT = Path(__file__).parents[3] / "kernels" / "benchmarks" / "compile_report.py"
 KERNELS = {
     "_invert", "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept", "_compact",
     "_build", "_attend", "_delta", "_key_gradient", "_breakpoints", "_arrange", "_totals",
@@ -30,7 +28,10 @@ def test_every_kernel_compiles(capability, dim, gate, shared, kernels):
     words = ["--capability", capability, "--dim", str(dim), "--gate", gate, "--json"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, REPORT, *words], capture_output=True, text=True, env=environment
+        [sys.executable, "-m", "sparsek_cli.benchmarks.compile_report", *words],
+        capture_output=True,
+        text=True,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = json.loads(done.stdout)

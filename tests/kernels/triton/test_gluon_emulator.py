@@ -1,8 +1,9 @@
 """The emulator finds what it says it finds, in kernels of a few lines made to be wrong."""
 
-import gluon_emulator
 import pytest
 import torch
+
+import gluon_emulator
 from gluon_emulator import Deadlock, OutOfBounds, Race
 
 pytest.importorskip("triton")

@@ -5,13 +5,14 @@
 
 import math
 
-import gluon_emulator
 import pytest
 import torch
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.naive.attention import naive_attention
 from sparsek_kernels.state import SparseKState
 from sparsek_kernels.triton import pipeline
+
+import gluon_emulator
 
 pytestmark = pytest.mark.interpret
 

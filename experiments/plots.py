@@ -1,6 +1,6 @@
 """Figures of what the experiments measured.
 
-    python -m sparsek_cli.experiments.plots FOLDER RESULTS [RESULTS ...]
+    python -m experiments.plots FOLDER RESULTS [RESULTS ...]
 
 RESULTS are folders of experiments (or their results.json). FOLDER gets a PNG and an SVG for each
 figure, named after the folder of the results: loss by position (scratch, budgets, conversion), loss
@@ -15,10 +15,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.benchmarks.session import RESULTS
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.policies.policy import DENSE, OWN
 from sparsek_cli.evaluation.report import plots
-from sparsek_cli.experiments.session import RESULTS
 
 Rows = list[dict[str, Any]]
 # What a figure by position and one by depth show of the budgets: one of them.
@@ -27,7 +27,7 @@ _SHARE = 16
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sparsek_cli.experiments.plots",
+        prog="python -m experiments.plots",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

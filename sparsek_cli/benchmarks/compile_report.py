@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for a GPU that need not be there, and reports what it takes.
 
-python kernels/benchmarks/compile_report.py [--capability 9.0] [--dim 128] [--gate log] [--json]
+python -m sparsek_cli.benchmarks.compile_report [--capability 9.0] [--dim 128] [--gate log] [--json]
 
 A call of the backend on CPU tensors is recorded instead of launched: each distinct launch is
 compiled with the argument types and divisibilities it was made with. Prints registers, stack bytes

@@ -2,8 +2,8 @@
 
 import json
 
+from sparsek_cli.benchmarks.session import Session
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.experiments.session import Session
 
 
 def fails():

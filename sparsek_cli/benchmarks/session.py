@@ -1,7 +1,7 @@
-"""The clock and the record of an experiment: phases that may fail or find no time left.
+"""The clock and the record of a long measurement: phases that may fail or find no time left.
 
-Everything measured is printed at once and written to `results.json` after every phase, so that an
-experiment that is cut off has still told what it knew.
+Everything measured is printed at once and written to `results.json` after every phase, so that a
+measurement that is cut off has still told what it knew.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sparsek_cli.console import Console, set_up_logging
+from sparsek_cli.console import set_up_logging
 from sparsek_cli.errors import SparsekError, UsageError
 
 Result = TypeVar("Result")
@@ -21,7 +21,7 @@ RESULTS = "results.json"
 
 
 class Session:
-    """One run of an experiment.
+    """One run of an experiment or a benchmark.
 
     Args:
         folder: where results.json and everything made goes.
@@ -155,10 +155,10 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def arguments(name: str, doc: str | None, *, seconds: float) -> argparse.ArgumentParser:
+def arguments(module: str, doc: str | None, *, seconds: float) -> argparse.ArgumentParser:
     """A parser with what every experiment takes: OUT, --seconds and --device."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m sparsek_cli.experiments.{name}",
+        prog=f"python -m {module}",
         description=doc,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -197,70 +197,3 @@ def machine() -> dict[str, Any]:
         "triton": backend["triton"],
         "sparse_backend": f"{backend['backend']} ({backend['reason']})",
     }
-
-
-class Steps:
-    """sparsek's own commands, called as a library and shown as one would type them."""
-
-    def __init__(self, session: Session, words: Sequence[str]):
-        """`words`: dotted words that every fine-tuning run gets, e.g. device=cpu."""
-        self._session, self._words = session, list(words)
-
-    def finetune(self, recipe: str, out: Path, *words: str, model: Path | None = None) -> Any:
-        """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its TrainingResult."""
-        from sparsek_cli.recipes.load import load_recipe
-        from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-        from sparsek_cli.training.run import finetune
-
-        places = "" if model is None else f"{model} "
-        every = [*self._words, *words]
-        quoted = " ".join(map(_quoted, every))
-        self._session.say(f"$ sparsek finetune {places}{out} --recipe {recipe} {quoted}")
-        flags = {"out": str(out), "model": None if model is None else str(model)}
-        settings = load_recipe(FinetuneRecipe, recipe, every, flags, verb="finetune")
-        result = finetune(settings, overwrite=True, report=_Lines(self._session))
-        self._session.say(
-            f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} "
-            f"tokens/s, held-out {shown(result.start_loss)} -> {shown(result.held_out_loss)}"
-            + ("" if result.kept == "end" else f", kept: {result.kept}")
-        )
-        return result
-
-    def convert(self, base: Path, out: Path, settings: dict[str, Any]) -> Any:
-        """`sparsek convert BASE OUT WORDS`, the words being dotted keys; what it reports."""
-        from sparsek_cli import hub
-        from sparsek_cli.conversion.convert import convert
-        from sparsek_cli.conversion.plan import make_plan
-        from sparsek_cli.recipes.load import load_recipe
-        from sparsek_cli.recipes.schema_convert import ConvertRecipe
-
-        words = [f"{key}={_yaml(value)}" for key, value in settings.items()]
-        self._session.say(f"$ sparsek convert {base} {out} {' '.join(map(_quoted, words))}")
-        flags = {"model": str(base), "out": str(out), "overwrite": True}
-        recipe = load_recipe(ConvertRecipe, None, words, flags, verb="convert")
-        done = convert(make_plan(recipe, hub.resolve(str(base))), Console(quiet=True))
-        for line in done.text().splitlines():
-            if line.startswith(("attention", "calibrated")):
-                self._session.say(line)
-        return done
-
-
-def _yaml(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, list | dict) else str(value)
-
-
-def _quoted(word: str) -> str:
-    return f"'{word}'" if set(word) & set("[]{} ") else word
-
-
-class _Lines:
-    """Progress of a training run as lines."""
-
-    def __init__(self, session: Session):
-        self._session = session
-
-    def say(self, text: str) -> None:
-        self._session.say(f"  {text}" if "\n" not in text else text)
-
-    def step(self, done: int, total: int, rate: str) -> None:
-        pass

@@ -1,6 +1,6 @@
 """RULER's needle tasks under all policies: a base is taught their wording, converted, measured.
 
-    python -m sparsek_cli.experiments.ruler OUT --model BASE \\
+    python -m experiments.ruler OUT --model BASE \\
         --train books/train-00.jsonl.zst --held-out books/validation.jsonl.zst
 
 A small base has never seen RULER's questions. Its rotary positions are stretched by YaRN to the
@@ -25,14 +25,15 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig
 
+from experiments.steps import Steps
+from experiments.suite import with_tokenizer
+from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.console import Console
 from sparsek_cli.devices import choose_device
 from sparsek_cli.evaluation.loading import stretch
 from sparsek_cli.evaluation.tasks import ruler_samples
 from sparsek_cli.evaluation.tasks.catalogue import catalogue
 from sparsek_cli.evaluation.tasks.ruler import build_haystack
-from sparsek_cli.experiments.session import Session, Steps, arguments
-from sparsek_cli.experiments.suite import with_tokenizer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 from sparsek_cli.training.model import load_tokenizer
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("ruler", __doc__, seconds=600)
+    parser = arguments("experiments.ruler", __doc__, seconds=600)
     parser.add_argument("--model", default="tiny", help="dense base: a folder, or tiny")
     parser.add_argument("--train", required=True, help="text around the samples to learn from")
     parser.add_argument("--held-out", required=True, help="text around those that are measured")

@@ -1,6 +1,6 @@
 """What trains a conversion back: one row per choice of objective, rates and text.
 
-    python -m sparsek_cli.experiments.tuning OUT --model BASE \\
+    python -m experiments.tuning OUT --model BASE \\
         --train books/train-00.jsonl.zst --tune books/train-03.jsonl.zst \\
         --held-out books/validation.jsonl.zst [--rows NAME ...] [--seconds 580]
 
@@ -23,10 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies.policy import DENSE, OWN
-from sparsek_cli.experiments.session import Session, Steps, arguments
-from sparsek_cli.experiments.suite import (
+from experiments.steps import Steps
+from experiments.suite import (
     WINDOW_SHARE,
     Suite,
     load,
@@ -34,6 +32,9 @@ from sparsek_cli.experiments.suite import (
     share_closed,
     with_tokenizer,
 )
+from sparsek_cli.benchmarks.session import Session, arguments
+from sparsek_cli.devices import choose_device, choose_dtype
+from sparsek_cli.evaluation.policies.policy import DENSE, OWN
 
 SINKS = 4
 SPLITS = ("calibration", "held_out")
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("tuning", __doc__, seconds=580)
+    parser = arguments("experiments.tuning", __doc__, seconds=580)
     parser.add_argument("--model", required=True, help="base to convert: a folder, or tiny")
     parser.add_argument("--train", required=True, help="text to calibrate on")
     parser.add_argument("--tune", nargs="+", required=True, help="text to train on")

@@ -1,6 +1,6 @@
 """A byte-level BPE tokenizer with a chat template, trained on the user's own text.
 
-    python -m sparsek_cli.training.tokenizer OUT FILES... --vocab-size 4096
+    python tools/train_tokenizer.py OUT FILES... --vocab-size 4096
 
 The chat template puts no white space between its marks and the messages, so that a document's
 tokens do not depend on what follows it.

@@ -1,6 +1,6 @@
 """What calibration owes to each of its parts: one row per change, everything else as it is.
 
-    python -m sparsek_cli.experiments.ablations OUT --held-out books/validation.jsonl.zst \\
+    python -m experiments.ablations OUT --held-out books/validation.jsonl.zst \\
         [--train books/train-00.jsonl.zst] [--model DIR] [--rows NAME ...] [--seconds 290]
 
 A base is converted once per row, calibration only, at `--share` of `--length`, `--window` of that
@@ -22,15 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli import hub
-from sparsek_cli.console import Console
-from sparsek_cli.conversion.calibrate.run import search
-from sparsek_cli.conversion.plan import make_plan
-from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies.policy import DENSE, OWN
-from sparsek_cli.experiments.scorers import FITS, in_place_of_linear
-from sparsek_cli.experiments.session import Session, Steps, arguments
-from sparsek_cli.experiments.suite import (
+from experiments.scorers import FITS, in_place_of_linear
+from experiments.steps import Steps
+from experiments.suite import (
     WINDOW_SHARE,
     Suite,
     load,
@@ -39,6 +33,13 @@ from sparsek_cli.experiments.suite import (
     weights_folder,
     with_tokenizer,
 )
+from sparsek_cli import hub
+from sparsek_cli.benchmarks.session import Session, arguments
+from sparsek_cli.console import Console
+from sparsek_cli.conversion.calibrate.run import search
+from sparsek_cli.conversion.plan import make_plan
+from sparsek_cli.devices import choose_device, choose_dtype
+from sparsek_cli.evaluation.policies.policy import DENSE, OWN
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -97,7 +98,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("ablations", __doc__, seconds=290)
+    parser = arguments("experiments.ablations", __doc__, seconds=290)
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--train", help="text to calibrate on; default: prose found here")
     parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")

@@ -3,12 +3,14 @@
 import json
 import sys
 
-from sparsek_cli.experiments import speed
+from sparsek_cli.benchmarks import training_step
 
 
 def test_a_toy_run_times_both(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["speed", str(tmp_path / "out"), "--smoke", "--device", "cpu"])
-    speed.main()
+    monkeypatch.setattr(
+        sys, "argv", ["training_step", str(tmp_path / "out"), "--smoke", "--device", "cpu"]
+    )
+    training_step.main()
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     assert all("error" not in phase for phase in record["phases"].values())
     dense, sparse = record["rows"]

@@ -1,6 +1,6 @@
 """Times launch shapes of the attention kernels on this GPU, to choose the rows of tuning.json.
 
-python kernels/benchmarks/tune.py [--length 32768] [--kinds forward,dq,dkdv] [--check]
+python -m sparsek_cli.benchmarks.tune [--length 32768] [--kinds forward,dq,dkdv] [--check]
 
 Compiles every candidate first, in parallel, then times each on random data (median of CUDA events)
 and prints milliseconds and achieved TFLOP/s, best first.

@@ -1,6 +1,6 @@
 """A whole training step of a 1B shape, sparse beside dense: tokens per second and peak memory.
 
-    python -m sparsek_cli.experiments.speed OUT [--lengths 8192 32768 131072] [--seconds 300]
+    python -m sparsek_cli.benchmarks.training_step OUT [--lengths 8192 32768 131072] [--seconds 300]
 
 16 layers, width 2048, 32 query and 8 KV heads of 64, feed-forward 8192, vocabulary 32000: random
 weights, one sequence per step, the Trainer of `sparsek finetune` with bf16 autocast, gradient
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, TrainerCallback
 
+from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device
-from sparsek_cli.experiments.session import Session, arguments
 from sparsek_cli.models import dense_attention, sparsek_config_from
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 from sparsek_cli.training.assemble import make_trainer
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("speed", __doc__, seconds=300)
+    parser = arguments("sparsek_cli.benchmarks.training_step", __doc__, seconds=300)
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
     parser.add_argument("--steps", type=int, default=2, help="timed steps")
     parser.add_argument("--attentions", nargs="+", help="of flash, cudnn and sparsek (sdpa on CPU)")

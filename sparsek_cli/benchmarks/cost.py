@@ -1,6 +1,6 @@
 """What a sparse layer's parts cost: scoring network, selection, attention, beside dense attention.
 
-    python -m sparsek_cli.experiments.cost OUT [--lengths 8192 32768 131072] [--seconds 200]
+    python -m sparsek_cli.benchmarks.cost OUT [--lengths 8192 32768 131072] [--seconds 200]
 
 One layer of random weights, 32 query and 8 KV heads of 128, batch 1, bf16 on a GPU. By length, with
 k = window = 1024: milliseconds of the scoring network (scores from the hidden state), of selection
@@ -24,9 +24,9 @@ from sparsek_kernels import dispatch, effective_scores, sparsek_attention
 
 from sparsek_cli.benchmarks.case import Data, Shape, draw
 from sparsek_cli.benchmarks.rivals import RIVALS, Missing
+from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.benchmarks.timing import interleaved_ms, peak_bytes
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.experiments.session import Session, arguments
 from sparsek_cli.models.scorer import SparseKScorer
 
 LENGTHS = {"cuda": [8192, 32_768, 131_072], "cpu": [512, 1024, 2048]}
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("cost", __doc__, seconds=200)
+    parser = arguments("sparsek_cli.benchmarks.cost", __doc__, seconds=200)
     parser.add_argument("--lengths", nargs="+", type=int, help="default: 8192 to 131072")
     parser.add_argument("--budgets", nargs="+", type=int, help="k; default: 128 to 4096")
     parser.add_argument("--repeats", type=int, default=5, help="median of so many")

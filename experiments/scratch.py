@@ -1,6 +1,6 @@
 """Dense, window, random and SparseK from random weights: equal tokens, equal keys, one table.
 
-    python -m sparsek_cli.experiments.scratch OUT \\
+    python -m experiments.scratch OUT \\
         --train books/train-00.jsonl.zst books/train-01.jsonl.zst \\
         --held-out books/validation.jsonl.zst [--shape llama] [--seconds 420] [--set WORD ...]
 
@@ -20,11 +20,12 @@ import json
 from functools import partial
 from typing import Any
 
+from experiments.steps import Steps
+from experiments.suite import by_position as loss_by_position
+from experiments.suite import load
+from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.data.corpus import Corpus, load_corpus
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.experiments.session import Session, Steps, arguments
-from sparsek_cli.experiments.suite import by_position as loss_by_position
-from sparsek_cli.experiments.suite import load
 from sparsek_cli.hub import bundled
 from sparsek_cli.training.measure import token_losses, windows
 from sparsek_cli.training.model import load_tokenizer
@@ -51,7 +52,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("scratch", __doc__, seconds=420)
+    parser = arguments("experiments.scratch", __doc__, seconds=420)
     parser.add_argument("--train", nargs="+", required=True, help="text to train on")
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--shape", choices=("llama", "gpt2"), default="llama")

@@ -1,6 +1,6 @@
 """Teach a base to recall, convert it, compare what is kept, train it back: one table.
 
-    python -m sparsek_cli.experiments.conversion OUT \\
+    python -m experiments.conversion OUT \\
         --train books/train-00.jsonl.zst books/train-01.jsonl.zst \\
         --held-out books/validation.jsonl.zst [--seconds 540] [--keep-base FOLDER]
 
@@ -30,10 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies.policy import DENSE
-from sparsek_cli.experiments.session import Session, Steps, arguments
-from sparsek_cli.experiments.suite import (
+from experiments.steps import Steps
+from experiments.suite import (
     WINDOW_SHARE,
     Suite,
     load,
@@ -42,6 +40,9 @@ from sparsek_cli.experiments.suite import (
     short_recall,
     with_tokenizer,
 )
+from sparsek_cli.benchmarks.session import Session, arguments
+from sparsek_cli.devices import choose_device, choose_dtype
+from sparsek_cli.evaluation.policies.policy import DENSE
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 
@@ -107,7 +108,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("conversion", __doc__, seconds=540)
+    parser = arguments("experiments.conversion", __doc__, seconds=540)
     parser.add_argument("--train", nargs="+", required=True, help="text to train on")
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--base", help="use this base (a folder, or tiny) instead of training one")

@@ -1,6 +1,6 @@
 """What fewer slots cost: loss and recall of a converted base by budget, position, depth and length.
 
-    python -m sparsek_cli.experiments.budgets OUT --held-out books/validation.jsonl.zst \\
+    python -m experiments.budgets OUT --held-out books/validation.jsonl.zst \\
         [--train books/train-00.jsonl.zst] [--model DIR] [--shares 64 32 16 8 4] [--seconds 240]
 
 A base is converted (calibration only) at each share of `--length`, an eighth of the slots window,
@@ -9,7 +9,7 @@ perplexity of windows of unseen novels, by position too, and recall of 4 facts i
 quarter, half and all of the length, by depth, in phrasings that calibration knows and in others.
 
 OUT/results.json holds everything (the same command goes on where an earlier one stopped), and
-`python -m sparsek_cli.experiments.plots FOLDER OUT` draws it. `--smoke`: toy sizes.
+`python -m experiments.plots FOLDER OUT` draws it. `--smoke`: toy sizes.
 Time on one H100: about 15 s a share.
 """
 
@@ -18,10 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies.policy import DENSE, OWN
-from sparsek_cli.experiments.session import Session, Steps, arguments
-from sparsek_cli.experiments.suite import (
+from experiments.steps import Steps
+from experiments.suite import (
     WINDOW_SHARE,
     Suite,
     load,
@@ -30,6 +28,9 @@ from sparsek_cli.experiments.suite import (
     weights_folder,
     with_tokenizer,
 )
+from sparsek_cli.benchmarks.session import Session, arguments
+from sparsek_cli.devices import choose_device, choose_dtype
+from sparsek_cli.evaluation.policies.policy import DENSE, OWN
 
 SINKS = 4
 NEEDLES = 4
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("budgets", __doc__, seconds=240)
+    parser = arguments("experiments.budgets", __doc__, seconds=240)
     parser.add_argument("--held-out", required=True, help="text that is only measured")
     parser.add_argument("--train", help="text to calibrate on; default: prose found here")
     parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")

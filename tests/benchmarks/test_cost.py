@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from sparsek_cli.benchmarks import cost
 from sparsek_cli.benchmarks.case import Shape
-from sparsek_cli.experiments import cost
 
 
 def test_small_lengths_give_every_row(tmp_path, monkeypatch):
