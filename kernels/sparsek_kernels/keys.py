@@ -137,10 +137,12 @@ def thresholds(
     topk = torch.tensor(layout.topk, device=joins.device).repeat(batch)
     support = seen = tau = None
     if state is not None:
-        passed = (state.seen - layout.window - layout.sinks).clamp(min=0)
-        seen = passed.repeat_interleave(layout.heads)
+        # Up to k candidates are all held; more have a tau. Keys that score -inf are none.
+        held = keys.effective.detach()[:, :, layout.sinks : layout.sinks + keys.slots]
+        seen = (held > -torch.inf).sum(2).flatten()
         if state.support is not None:
             support, tau = state.support.flatten(0, 1), state.tau.flatten()
+            seen = torch.where(tau > -torch.inf, topk + 1, seen)
     taus = prefix_thresholds(joins, topk, support=support, seen=seen, tau=tau)
     at = torch.arange(keys.n, device=joins.device).expand_as(joins)
     if support is not None:

@@ -11,12 +11,16 @@ from sparsek_kernels.naive.operator import naive_gates, naive_threshold
 
 
 def naive_selection(effective: Tensor, k: int, window: int, sinks: int) -> Tensor:
-    """[N, N] bool: key j (column) is selected for query t (row), for one head's scores [N]."""
+    """[N, N] bool: key j (column) is selected for query t (row), for one head's scores [N].
+
+    A score of -inf is never selected.
+    """
     n = effective.shape[0]
     chosen = torch.zeros(n, n, dtype=torch.bool)
     for t in range(n):
         last = t - window
-        order = sorted(range(sinks, last + 1), key=lambda j: (-float(effective[j]), j))
+        candidates = (j for j in range(sinks, last + 1) if effective[j] > -torch.inf)
+        order = sorted(candidates, key=lambda j: (-float(effective[j]), j))
         chosen[t, order[:k]] = True
     return chosen
 
@@ -72,6 +76,7 @@ def _gates(effective: Tensor, k: int, window: int, sinks: int) -> Tensor:
     rows = []
     for t in range(effective.shape[0]):
         prefix = effective[sinks : max(t - window + 1, sinks)]
+        prefix = prefix[prefix > -torch.inf]
         if k == 0 or prefix.numel() <= k:
             rows.append(torch.ones_like(effective))
         else:

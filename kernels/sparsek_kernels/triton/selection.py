@@ -200,7 +200,7 @@ def selection_ends(
     """int32 [B, G, M]: key j is selected for the queries j + window <= t < end.
 
     Args:
-        scores: float64 [B, G, M], effective scores.
+        scores: float64 [B, G, M], effective scores; -inf is never selected.
         topk: budget of each KV head, G numbers >= 0.
         always, never: bool, broadcastable to [B, G, M]: sinks (end `FOREVER`) and empty slots of a
             state (end 0); neither is a candidate.
@@ -209,6 +209,8 @@ def selection_ends(
     end = torch.full(scores.shape, FOREVER, dtype=torch.int32, device=scores.device)
     if min(topk) < geometry.longest and max(topk) >= 0:
         _resolve(scores, topk, window, geometry, always, never, end)
+    # Last in rank, these take no other key's place; but there may be room for them.
+    end = end.masked_fill_(scores == -torch.inf, 0)
     if always is not None:
         end = end.masked_fill_(always, FOREVER)
     if never is not None:

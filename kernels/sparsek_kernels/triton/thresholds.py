@@ -233,6 +233,13 @@ def _finish(
     tl.store(tau + query, -float("inf"), mask=inside & (local < window))
 
 
+def _finite(e: torch.Tensor) -> torch.Tensor:
+    """-inf becomes 2 below the row's lowest score: no gate of another key is then below 1."""
+    absent = e == -torch.inf
+    lowest = e.masked_fill(absent, torch.inf).amin(1, keepdim=True) - 2
+    return torch.where(absent, lowest.nan_to_num(posinf=0.0), e)
+
+
 def prefix_thresholds(
     scores: torch.Tensor,
     topk: Sequence[int],
@@ -243,7 +250,9 @@ def prefix_thresholds(
     """tau float64 [B, G, N] of every query; -inf while there are at most k candidates (or k = 0).
 
     Args:
-        scores: float64 [B, G, M] effective scores with M = N (no carried state).
+        scores: float64 [B, G, M] effective scores with M = N (no carried state). Keys of -inf
+            are no candidates: while only such keys bring a prefix above k, its tau is -inf or a
+            number at which every gate is 1.
         outside: bool [1, 1, M]: keys that are no candidates (sinks).
     Raises:
         ValueError: more than 2^30 keys times heads.
@@ -254,7 +263,7 @@ def prefix_thresholds(
     size = 2 * keys
     if size >= 2**31 - 1:
         raise ValueError(f"{keys} keys times heads: at most 2^30 fit one call with score gradients")
-    e = scores.detach().contiguous().view(batch * heads, row_keys)
+    e = _finite(scores.detach().contiguous().view(batch * heads, row_keys))
     # Sums about an integer near the scores: float32 scores stay exact whatever their offset.
     centre = e.mean(1).floor()
     first_keys = lengths = e  # not read

@@ -113,3 +113,19 @@ def test_deterministic_mode_agrees(make_inputs, relative_error):
     for a, b, c in zip(loose, strict, again, strict=True):
         assert relative_error(a, b) < 1e-5
         assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize("gate", ["straight_through", "log", "kv"])
+@pytest.mark.parametrize("share, topk", [(0.4, 6), (0.9, 12)])
+def test_minus_infinity_is_never_selected(make_inputs, relative_error, gate, share, topk):
+    """Also where there is room for it, and gradients stay finite."""
+    inputs = make_inputs(60, heads=2, groups=2, dim=16, dtype=torch.float32, grad=False)
+    banned = torch.rand(inputs[3].shape, generator=torch.Generator().manual_seed(0)) < share
+    inputs[3] = inputs[3].masked_fill(banned, -torch.inf)
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1))
+    (out, mine), (twin, theirs) = both(inputs, grad, topk=topk, window=3, sinks=1, gate=gate)
+    assert relative_error(out, twin) < 3e-6
+    for name, a, b in zip(("dq", "dk", "dv", "dscores"), mine, theirs, strict=True):
+        b = torch.zeros_like(a) if b is None else b.nan_to_num(0.0)
+        assert torch.isfinite(a).all(), name
+        assert (a.double() - b).norm() / (b.double().norm() + 0.1) < 1e-5, name
