@@ -7,9 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from sparsek_kernels.selection import prefix_topk
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
-from sparsek_kernels.thresholds import interior_counts, prefix_thresholds
 
 NEVER = -(1 << 30)  # the end of a key that nobody sees
 
@@ -102,53 +100,6 @@ def candidates(keys: KeyList, layout: SlotLayout) -> Tensor:
         return e[:, :, keys.base : keys.base + keys.n]
     late = max(keys.n - layout.window, 0)
     return torch.nn.functional.pad(e[:, :, :late], (keys.n - late, 0), value=-torch.inf)
-
-
-def select(keys: KeyList, layout: SlotLayout) -> Tensor:
-    """`end` [B, G, M] int32: the first query that no longer sees each key."""
-    batch, heads, m = keys.effective.shape
-    device = keys.effective.device
-    topk = torch.tensor(layout.topk, device=device)
-    capacity = keys.slots or min(max(layout.topk), keys.n)
-    missing = torch.arange(capacity, device=device) >= topk[:, None]
-    if keys.slots:
-        kept = keys.effective.detach()[:, :, layout.sinks : layout.sinks + capacity]
-    else:
-        kept = keys.effective.new_full((batch, heads, capacity), -torch.inf).detach()
-    kept = kept.masked_fill(missing, torch.inf)
-    joins = candidates(keys, layout)
-    ends, kept_ends = prefix_topk(joins.flatten(0, 1), kept.flatten(0, 1))
-    end = torch.full((batch, heads, m), keys.n, dtype=torch.int32, device=device)
-    if keys.base >= 0:
-        end[:, :, keys.base : keys.base + keys.n] = ends.view(batch, heads, -1)
-        end[:, :, layout.sinks : keys.base] = kept_ends.view(batch, heads, -1)
-    elif keys.n > layout.window:
-        end[:, :, : keys.n - layout.window] = ends.view(batch, heads, -1)[:, :, layout.window :]
-    end = end.masked_fill(keys.effective.detach() == torch.inf, keys.n)
-    return end.masked_fill(keys.positions == EMPTY, NEVER)
-
-
-def thresholds(
-    keys: KeyList, layout: SlotLayout, state: SparseKState | None
-) -> tuple[Tensor, Tensor]:
-    """tau [B * G, N] float64 and |I_t| [B * G, N] int64 of every query's candidates."""
-    joins = candidates(keys, layout).flatten(0, 1)
-    batch = keys.effective.shape[0]
-    topk = torch.tensor(layout.topk, device=joins.device).repeat(batch)
-    support = seen = tau = None
-    if state is not None:
-        # Up to k candidates are all held; more have a tau. Keys that score -inf are none.
-        held = keys.effective.detach()[:, :, layout.sinks : layout.sinks + keys.slots]
-        seen = (held > -torch.inf).sum(2).flatten()
-        if state.support is not None:
-            support, tau = state.support.flatten(0, 1), state.tau.flatten()
-            seen = torch.where(tau > -torch.inf, topk + 1, seen)
-    taus = prefix_thresholds(joins, topk, support=support, seen=seen, tau=tau)
-    at = torch.arange(keys.n, device=joins.device).expand_as(joins)
-    if support is not None:
-        joins = torch.cat([support, joins], 1)
-        at = torch.cat([torch.zeros_like(support, dtype=torch.int64), at], 1)
-    return taus, interior_counts(joins, at, taus)
 
 
 def next_state(

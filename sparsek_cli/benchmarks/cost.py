@@ -239,6 +239,7 @@ def _triton_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
 
 def _pytorch_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
     from sparsek_kernels import keys
+    from sparsek_kernels.pytorch import selection
     from sparsek_kernels.pytorch.attention import attend
     from sparsek_kernels.state import SlotLayout
 
@@ -246,7 +247,7 @@ def _pytorch_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
     layout = SlotLayout((shape.topk,) * shape.kv_heads, shape.window, shape.sinks)
     positions = torch.arange(layer.length, device=shape.device)[None]
     listed = keys.list_keys(k, v, layer.effective(), positions, layout, None)
-    select = partial(keys.select, listed, layout)
+    select = partial(selection.select, listed, layout)
     attention = partial(
         attend, q, listed.keys, listed.values, listed.effective, select(), base=listed.base,
         window=shape.window, gate=shape.gate, scale=shape.head_dim**-0.5, tau=None, counts=None,

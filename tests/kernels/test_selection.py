@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sparsek_kernels import selection, thresholds
 from sparsek_kernels.naive.heaps import heap_selection, heap_thresholds
 from sparsek_kernels.operator import threshold
-from sparsek_kernels.selection import prefix_topk
-from sparsek_kernels.thresholds import interior_counts, interior_runs, prefix_thresholds
+from sparsek_kernels.pytorch import selection, thresholds
+from sparsek_kernels.pytorch.selection import prefix_topk
+from sparsek_kernels.pytorch.thresholds import interior_counts, interior_runs, prefix_thresholds
 
 KINDS = ("normal", "ties", "equal", "offset", "rising", "falling", "wide", "narrow", "spikes")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparsek_kernels.pytorch.blocks import BlockLists, block_lists
-from sparsek_kernels.thresholds import interior_runs
+from sparsek_kernels.pytorch.thresholds import interior_runs
 
 BLOCK = 128
 # Logits held at once: what stays in a CPU's caches, or keeps an accelerator busy.

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from sparsek_kernels import keys as key_lists
+from sparsek_kernels.pytorch import selection, thresholds
 from sparsek_kernels.pytorch.attention import attend
 from sparsek_kernels.pytorch.decode import decode, insert
-from sparsek_kernels.pytorch.rows import pack, row_groups
+from sparsek_kernels.rows import join_states, pack, row_groups
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import SlotLayout, SparseKState
 
@@ -44,24 +45,6 @@ def run(
     return out, join_states(state, states, [group.documents for group in groups])
 
 
-def join_states(old: SparseKState, states: list[SparseKState], order: list[Tensor]) -> SparseKState:
-    """Rows of the groups' states in document order; empty documents keep their old row."""
-    if not states:
-        return old
-    done = torch.cat(order)
-    idle = torch.ones(old.batch, dtype=torch.bool, device=done.device)
-    idle[done] = False
-    rest = idle.nonzero()[:, 0]
-    if rest.numel():
-        kept = old.index_select(rest)
-        if kept.support is None and states[0].support is not None:
-            shape = (rest.numel(), old.layout.heads)
-            kept.support = states[0].support.new_empty(*shape, 0)
-            kept.tau = states[0].tau.new_full(shape, -torch.inf)
-        states, done = [*states, kept], torch.cat([done, rest])
-    return SparseKState.cat(states).index_select(done.argsort())
-
-
 def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, gate, scale):
     """One call on rows [B, ..., N]; `lengths` [B] int64 or None where all N tokens are real."""
     batch, _, n, _ = q.shape
@@ -84,10 +67,10 @@ def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, ga
     keys = key_lists.list_keys(k, v, effective, positions, layout, state)
     soft = _needs_tau(gate, effective, state)
     with torch.no_grad():
-        end = key_lists.select(keys, layout)
+        end = selection.select(keys, layout)
         tau = counts = None
         if soft:
-            tau, counts = key_lists.thresholds(keys, layout, state)
+            tau, counts = thresholds.query_thresholds(keys, layout, state)
     out = attend(
         q, keys.keys, keys.values, keys.effective, end,
         base=keys.base, window=layout.window, gate=gate, scale=scale, tau=tau, counts=counts,

@@ -3,8 +3,7 @@
 import torch
 
 from sparsek_kernels import keys as key_lists
-from sparsek_kernels.pytorch.rows import pack, row_groups
-from sparsek_kernels.pytorch.run import join_states
+from sparsek_kernels.rows import join_states, pack, row_groups
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
 from sparsek_kernels.triton import pipeline

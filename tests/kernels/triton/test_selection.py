@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sparsek_kernels import thresholds
 from sparsek_kernels.naive.attention import naive_selection
+from sparsek_kernels.pytorch import thresholds
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton import thresholds as tree
 from sparsek_kernels.triton.geometry import geometry

@@ -1,4 +1,4 @@
-"""Packed documents <-> padded rows: every document becomes a row of its own."""
+"""Packed documents <-> padded rows, and their states: every document becomes a row of its own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 from torch import Tensor
+
+from sparsek_kernels.state import SparseKState
 
 
 @dataclasses.dataclass
@@ -68,3 +70,21 @@ def pack(groups: list[RowGroup], outputs: list[Tensor]) -> Tensor:
         flat.append(out.transpose(0, 1)[:, group.real])
         place.append(group.index[group.real])
     return torch.cat(flat, 1).index_select(1, torch.cat(place).argsort())[None]
+
+
+def join_states(old: SparseKState, states: list[SparseKState], order: list[Tensor]) -> SparseKState:
+    """Rows of the groups' states in document order; empty documents keep their old row."""
+    if not states:
+        return old
+    done = torch.cat(order)
+    idle = torch.ones(old.batch, dtype=torch.bool, device=done.device)
+    idle[done] = False
+    rest = idle.nonzero()[:, 0]
+    if rest.numel():
+        kept = old.index_select(rest)
+        if kept.support is None and states[0].support is not None:
+            shape = (rest.numel(), old.layout.heads)
+            kept.support = states[0].support.new_empty(*shape, 0)
+            kept.tau = states[0].tau.new_full(shape, -torch.inf)
+        states, done = [*states, kept], torch.cat([done, rest])
+    return SparseKState.cat(states).index_select(done.argsort())

@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsek_kernels.keys import NEVER, KeyList, candidates
+from sparsek_kernels.state import EMPTY, SlotLayout
+
 CHUNK = 1024  # candidates looked at together; most are beaten at once and cost one comparison
 CONTENDERS = 128  # contenders settled together by an all-pairs comparison
 
@@ -100,3 +103,27 @@ def _step(
     end.scatter_(1, torch.cat([ids[:, slots - small :], new_ids], 1), when.to(torch.int32))
     merged, order = torch.cat([kept, new], 1).sort(dim=1, descending=True, stable=True)
     return merged[:, :slots].contiguous(), torch.cat([ids, new_ids], 1).gather(1, order)[:, :slots]
+
+
+def select(keys: KeyList, layout: SlotLayout) -> Tensor:
+    """`end` [B, G, M] int32: the first query that no longer sees each key."""
+    batch, heads, m = keys.effective.shape
+    device = keys.effective.device
+    topk = torch.tensor(layout.topk, device=device)
+    capacity = keys.slots or min(max(layout.topk), keys.n)
+    missing = torch.arange(capacity, device=device) >= topk[:, None]
+    if keys.slots:
+        kept = keys.effective.detach()[:, :, layout.sinks : layout.sinks + capacity]
+    else:
+        kept = keys.effective.new_full((batch, heads, capacity), -torch.inf).detach()
+    kept = kept.masked_fill(missing, torch.inf)
+    joins = candidates(keys, layout)
+    ends, kept_ends = prefix_topk(joins.flatten(0, 1), kept.flatten(0, 1))
+    end = torch.full((batch, heads, m), keys.n, dtype=torch.int32, device=device)
+    if keys.base >= 0:
+        end[:, :, keys.base : keys.base + keys.n] = ends.view(batch, heads, -1)
+        end[:, :, layout.sinks : keys.base] = kept_ends.view(batch, heads, -1)
+    elif keys.n > layout.window:
+        end[:, :, : keys.n - layout.window] = ends.view(batch, heads, -1)[:, :, layout.window :]
+    end = end.masked_fill(keys.effective.detach() == torch.inf, keys.n)
+    return end.masked_fill(keys.positions == EMPTY, NEVER)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparsek_kernels.selection import CHUNK, CONTENDERS, compress
+from sparsek_kernels.keys import KeyList
+from sparsek_kernels.keys import candidates as candidates_of
+from sparsek_kernels.pytorch.selection import CHUNK, CONTENDERS, compress
+from sparsek_kernels.state import SlotLayout, SparseKState
 
 _STEPS = 200  # Newton needs a handful; bisection to the last bit needs about 60
 
@@ -180,3 +183,26 @@ def interior_counts(effective: Tensor, joins: Tensor, tau: Tensor) -> Tensor:
     one = torch.ones_like(a)
     change.scatter_add_(1, a, one).scatter_add_(1, b, -one)
     return change.cumsum(1)[:, :n]
+
+
+def query_thresholds(
+    keys: KeyList, layout: SlotLayout, state: SparseKState | None
+) -> tuple[Tensor, Tensor]:
+    """tau [B * G, N] float64 and |I_t| [B * G, N] int64 of every query's candidates."""
+    joins = candidates_of(keys, layout).flatten(0, 1)
+    batch = keys.effective.shape[0]
+    topk = torch.tensor(layout.topk, device=joins.device).repeat(batch)
+    support = seen = tau = None
+    if state is not None:
+        # Up to k candidates are all held; more have a tau. Keys that score -inf are none.
+        held = keys.effective.detach()[:, :, layout.sinks : layout.sinks + keys.slots]
+        seen = (held > -torch.inf).sum(2).flatten()
+        if state.support is not None:
+            support, tau = state.support.flatten(0, 1), state.tau.flatten()
+            seen = torch.where(tau > -torch.inf, topk + 1, seen)
+    taus = prefix_thresholds(joins, topk, support=support, seen=seen, tau=tau)
+    at = torch.arange(keys.n, device=joins.device).expand_as(joins)
+    if support is not None:
+        joins = torch.cat([support, joins], 1)
+        at = torch.cat([torch.zeros_like(support, dtype=torch.int64), at], 1)
+    return taus, interior_counts(joins, at, taus)
