@@ -12,19 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli.conversion.layout import (
-    Geometry,
-    Layout,
-    dense_config,
-    geometry,
-    is_converted,
-    layout_of,
-    without_sliding_window,
-)
+from sparsek_cli.conversion.base_config import convertible, dense_config, is_converted
+from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.families import Row
+from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -50,7 +45,7 @@ class Plan:
         base: the checkpoint to convert; `config` is its config.json, without what an earlier
             conversion added.
         out: folder to appear.
-        layout, geometry: where its attention is and how large.
+        row, geometry: its family, which says where its attention is, and how large it is.
         prefixed: whether the base's tensor names carry the base model's prefix.
         shards: base files in order.
         side_files: small files that come along.
@@ -64,8 +59,7 @@ class Plan:
     base: Checkpoint
     config: dict[str, Any]
     out: Path
-    model_type: str
-    layout: Layout
+    row: Row
     geometry: Geometry
     prefixed: bool
     shards: list[Shard]
@@ -94,8 +88,8 @@ class Plan:
 
     def scorer_path(self, layer: int) -> str:
         """State-dict path of one layer's scorer, in the naming style of the base's tensors."""
-        path = f"{self.layout.attention_path(layer)}.scorer"
-        return path if self.prefixed else path.removeprefix(f"{self.layout.prefix}.")
+        path = f"{self.row.attention_path(layer)}.scorer"
+        return path if self.prefixed else path.removeprefix(f"{self.row.base}.")
 
     def resolved(self) -> dict[str, Any]:
         """The request with every default filled in: what sparsek.yaml records."""
@@ -121,7 +115,7 @@ class Plan:
         size = self.geometry
         return {
             "model": str(self.base.path),
-            "family": self.model_type,
+            "family": self.row.model_type,
             "out": str(self.out),
             "layers": size.layers,
             "kv_heads": size.kv_heads,
@@ -159,7 +153,7 @@ class Plan:
             calibration = "none: neutral scorers, a plain window until fine-tuned"
         return "\n".join(
             [
-                f"base        {self.base.path} ({self.model_type}, {size.layers} layers, "
+                f"base        {self.base.path} ({self.row.model_type}, {size.layers} layers, "
                 f"{size.kv_heads} KV heads, context {size.context:,})",
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
@@ -183,9 +177,9 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     if again:
         recipe = _with_settings_of(recipe, config["sparsek"])
         config = dense_config(config)
-    model_type, layout = layout_of(config)
-    sizes = geometry(config, layout)
-    without_sliding_window(config, sizes.context)
+    row = convertible(config)
+    sizes = geometry(config, row)
+    idle_window_off(row, config, sizes.context)
     topk, window = slots(recipe, sizes.context)
     out = Path(recipe.out or f"{base.name}-sparsek").expanduser()
     out = Path(os.path.abspath(out))
@@ -193,7 +187,7 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     shards = read_shards(base.path)
     if again:
         shards = without_scorers(shards)
-    prefixed = _check_tensors(shards, layout, sizes)
+    prefixed = _check_tensors(shards, row, sizes)
     parent = existing_parent(out)
     linkable = not recipe.copy_base and all(
         shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
@@ -206,8 +200,7 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
         base=base,
         config=config,
         out=out,
-        model_type=model_type,
-        layout=layout,
+        row=row,
         geometry=sizes,
         prefixed=prefixed,
         shards=shards,
@@ -268,15 +261,15 @@ def _check_room(parent: Path, needed: int) -> None:
         )
 
 
-def _check_tensors(shards: list[Shard], layout: Layout, sizes: Geometry) -> bool:
+def _check_tensors(shards: list[Shard], row: Row, sizes: Geometry) -> bool:
     """Whether names carry the prefix; every layer's attention tensors must be there."""
     names = {name for shard in shards for name in shard.tensors}
-    prefixed = any(name.startswith(f"{layout.prefix}.") for name in names)
+    prefixed = any(name.startswith(f"{row.base}.") for name in names)
     for layer in range(sizes.layers):
-        for projection in layout.projections:
-            name = f"{layout.attention_path(layer)}.{projection}"
+        for projection in row.projections:
+            name = f"{row.attention_path(layer)}.{projection}.weight"
             if not prefixed:
-                name = name.removeprefix(f"{layout.prefix}.")
+                name = name.removeprefix(f"{row.base}.")
             if name not in names:
                 raise SparsekError(
                     f"the checkpoint lacks {name}, which its config.json promises",

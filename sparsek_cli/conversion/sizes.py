@@ -2,7 +2,7 @@
 
 from fractions import Fraction
 
-from sparsek_cli.conversion.layout import Geometry
+from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 

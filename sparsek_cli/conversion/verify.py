@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.conversion.base_config import is_converted
 from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import read_shards, same_tensors
@@ -172,7 +173,7 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import sparsek_cli.models  # noqa: F401  (registers the converted classes)
+    from sparsek_cli.models import DENSE_ATTENTION
 
     def load(path: Path, **extra: Any) -> Any:
         config = AutoConfig.from_pretrained(path)
@@ -195,6 +196,8 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
     vocabulary = plan.config.get("vocab_size", 256)
     ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), quiet_transformers():
-        dense = load(plan.base.path, attn_implementation="sdpa")(ids, use_cache=False).logits
+        # A base that is converted already attends densely only by that name.
+        name = DENSE_ATTENTION if is_converted(plan.base.config()) else "sdpa"
+        dense = load(plan.base.path, attn_implementation=name)(ids, use_cache=False).logits
         converted = load(folder)(ids, use_cache=False).logits
     return float((dense - converted).abs().max() / dense.abs().max())

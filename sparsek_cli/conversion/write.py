@@ -1,10 +1,8 @@
 """Writing a converted checkpoint: links to the base, one small file of scorers, and JSON."""
 
 import errno
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,12 @@ import numpy as np
 
 from sparsek_cli import disk
 from sparsek_cli.conversion.card import model_card
-from sparsek_cli.conversion.layout import without_sliding_window
 from sparsek_cli.conversion.link import Means, link_or_copy
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import INDEX, write_part
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.families.layers import idle_window_off
+from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 
 SCORERS = "sparsek.safetensors"
 RECIPE = "sparsek.yaml"
@@ -139,8 +138,7 @@ def _write(
     total += sum(array.nbytes for array in tensors.values())
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(folder / "config.json", converted_config(plan, scorers))
-    remote = _remote_code()
-    (folder / remote.name).write_text(remote.text, encoding="utf-8")
+    (folder / REMOTE_CODE_FILE).write_text(remote_code_text(), encoding="utf-8")
     for path in plan.side_files:
         shutil.copyfile(path.resolve(), folder / path.name)
     if report:
@@ -154,18 +152,18 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
     """config.json of the converted model: the base's, plus type, classes and `sparsek` block."""
     sizes = {size for scorer in scorers for size in scorer.topk}
     topk = sizes.pop() if len(sizes) == 1 else [list(scorer.topk) for scorer in scorers]
-    module = Path(_remote_code().name).stem
-    base = plan.layout.causal_lm
-    stem = base.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+    module = Path(REMOTE_CODE_FILE).stem
+    row = plan.row
+    own_config, own_model, own_causal_lm, _ = row.sparsek_names
     config = {k: v for k, v in plan.config.items() if not k.startswith("_attn_implementation")}
-    config.update(without_sliding_window(plan.config, plan.geometry.context))
+    config.update(idle_window_off(row, plan.config, plan.geometry.context))
     config.update(
-        model_type=f"sparsek_{plan.model_type}",
-        architectures=[f"SparseK{base}"],
+        model_type=row.sparsek_type,
+        architectures=[own_causal_lm],
         auto_map={
-            "AutoConfig": f"{module}.SparseK{stem}Config",
-            "AutoModel": f"{module}.SparseK{stem}Model",
-            "AutoModelForCausalLM": f"{module}.SparseK{base}",
+            "AutoConfig": f"{module}.{own_config}",
+            "AutoModel": f"{module}.{own_model}",
+            "AutoModelForCausalLM": f"{module}.{own_causal_lm}",
         },
         sparsek={
             "topk": topk,
@@ -175,7 +173,8 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
             "scorer": _scorer_block(scorers[0]),
         },
     )
-    config[plan.layout.dropout] = 0.0
+    if row.dropout:
+        config[row.dropout] = 0.0
     return config
 
 
@@ -183,31 +182,6 @@ def _scorer_block(scorer: Scorer) -> dict[str, Any]:
     if scorer.hidden_weight is None:
         return {"type": "linear"}
     return {"type": "mlp", "width": len(scorer.hidden_weight)}
-
-
-@dataclass(frozen=True)
-class _RemoteCode:
-    name: str
-    text: str
-
-
-def _remote_code() -> _RemoteCode:
-    """The file that `auto_map` names, from two small modules of sparsek_cli/models.
-
-    Importing them through their package would import transformers' modelling code: longer than
-    the whole conversion takes.
-    """
-    folder = Path(__file__).parents[1] / "models"
-
-    def load(name: str) -> Any:
-        spec = importlib.util.spec_from_file_location(f"_sparsek_{name}", folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        # Dataclasses look their module up by name.
-        sys.modules[spec.name] = module
-        spec.loader.exec_module(module)
-        return module
-
-    return _RemoteCode(load("config").REMOTE_CODE_FILE, load("remote_code").remote_code_text())
 
 
 def _recipe_text(plan: Plan) -> str:

@@ -4,6 +4,7 @@ After `import sparsek_cli.models`, `AutoModelForCausalLM.from_pretrained` loads 
 checkpoints like any other.
 """
 
+from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.models.attention import register_attention
 from sparsek_cli.models.cache import (
     SparseKCache,
@@ -16,7 +17,6 @@ from sparsek_cli.models.config import (
     DEFAULTS,
     DENSE_ATTENTION,
     GATES,
-    REMOTE_CODE_FILE,
     check_settings,
     head_dim,
     kv_heads,
@@ -25,12 +25,12 @@ from sparsek_cli.models.config import (
 from sparsek_cli.models.families import (
     FAMILIES,
     Family,
+    derived_class,
     family_of,
     sparsek_config_from,
 )
 from sparsek_cli.models.modeling import sparsek_attentions
 from sparsek_cli.models.registration import register
-from sparsek_cli.models.remote_code import remote_code_text
 from sparsek_cli.models.runtime import (
     budget,
     dense_attention,
@@ -43,11 +43,14 @@ from sparsek_cli.models.scorer import RandomScorer, SparseKMlpScorer, SparseKSco
 register_attention()
 register()
 
-# The derived classes under their own names: what a checkpoint's auto_map and pickle refer to.
-for _family in FAMILIES.values():
-    for _class in _family.derived:
-        globals()[_class.__name__] = _class
-del _family, _class
+
+def __getattr__(name: str) -> type:
+    """Derived classes by their own names: what a checkpoint's auto_map and pickle refer to."""
+    found = derived_class(name)
+    if found is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return found
+
 
 __all__ = [
     "ATTENTION",

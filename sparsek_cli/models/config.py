@@ -7,8 +7,6 @@
 A scorer of type `mlp` also has a `width`, the units of its hidden layer (128).
 `topk` is one integer, or a list with one entry per layer, each an integer or a list with one
 integer per KV head. Every KV head of a layer then keeps sinks + topk + window pairs, always.
-
-Nothing heavy is imported here: conversion reads this file without transformers.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 
 GATES = ("straight_through", "log", "kv")
 # linear: scores are a linear map of the attention block's input. mlp: that and a hidden layer.
@@ -34,8 +33,6 @@ DEFAULTS: dict[str, Any] = {
     "gate": "straight_through",
     "scorer": {"type": "linear"},
 }
-# The file beside every converted checkpoint through which transformers finds this package.
-REMOTE_CODE_FILE = "modeling_sparsek.py"
 
 
 @dataclass(frozen=True)
@@ -192,6 +189,10 @@ class SparseKConfigMixin:
         self._attn_implementation_internal = own_attention(value)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # Imported here: registration derives classes from this one.
+        from sparsek_cli.models.registration import register_classes
+
+        register_classes(self.model_type)
         super().__post_init__(**kwargs)
         self.sparsek = check_settings(
             self.sparsek or {}, layers=self.num_hidden_layers, heads=kv_heads(self)
@@ -207,8 +208,6 @@ class SparseKConfigMixin:
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any):
         """Write config.json and, beside it, the file its `auto_map` names."""
         from pathlib import Path
-
-        from sparsek_cli.models.remote_code import remote_code_text
 
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,33 +1,26 @@
-"""The supported model families, one row each, and everything that follows from a row.
+"""The classes of a family: its own, and those derived from them.
 
-A row names the family's own classes. The `sparsek_<type>` config, base model, causal LM and
-attention classes are derived from it, and registration.py enters them wherever libraries look;
-there is no code per family.
+A row of `sparsek_cli.families.TABLE` names the family's own classes. The `sparsek_<type>` config,
+base model, causal LM and attention classes are derived from them, and registration.py enters them
+wherever libraries look; there is no code per family.
+
+Importing the modelling code of all families would take seconds, so a config class is derived when
+this package is imported, and the others when the first config of the family is made or a class is
+asked for by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import importlib
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
-from transformers import (
-    GPT2Config,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
-from transformers.models.gpt2 import modeling_gpt2
-from transformers.models.gpt_neox import modeling_gpt_neox
-from transformers.models.llama import modeling_llama
-from transformers.models.mistral import modeling_mistral
-from transformers.models.qwen2 import modeling_qwen2
-from transformers.models.qwen3 import modeling_qwen3
+from transformers import PreTrainedConfig
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families import TABLE, Row, row_of
+from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.models.attention import SparseKAttentionMixin
 from sparsek_cli.models.config import SparseKConfigMixin
 from sparsek_cli.models.modeling import (
@@ -37,40 +30,132 @@ from sparsek_cli.models.modeling import (
     forward_names,
 )
 
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+# Where __init__.py finds them by name: pickle and transformers look classes up there.
+_MODULE = {"__module__": __package__}
 
 
-@dataclass(frozen=True)
 class Family:
-    """One row: the family's dense classes, and the classes derived from them.
+    """One row with its classes, made when they are first asked for.
 
     Attributes:
-        model_type: transformers' name of the dense family, e.g. "llama".
-        config, model, causal_lm, attention: its dense classes.
-        lora_targets: modules that LoRA adapts unless told otherwise (PEFT's `target_modules`).
-        dropout: the config field of attention dropout, set to 0 on conversion.
-        sparsek_config, sparsek_model, sparsek_causal_lm, sparsek_attention: derived classes.
+        row: what the table says.
+        config, model, causal_lm, attention: the dense classes.
+        sparsek_config, sparsek_model, sparsek_causal_lm, sparsek_attention: the derived ones.
     """
 
-    model_type: str
-    config: type[PreTrainedConfig]
-    model: type
-    causal_lm: type
-    attention: type
-    lora_targets: tuple[str, ...] = _PROJECTIONS
-    dropout: str = "attention_dropout"
-    sparsek_config: type = field(init=False)
-    sparsek_model: type = field(init=False)
-    sparsek_causal_lm: type = field(init=False)
-    sparsek_attention: type = field(init=False)
+    def __init__(self, row: Row):
+        self.row = row
 
-    def __post_init__(self) -> None:
-        for name, cls in _derive(self).items():
-            object.__setattr__(self, name, cls)
+    @property
+    def model_type(self) -> str:
+        """transformers' name of the dense family, e.g. "llama"."""
+        return self.row.model_type
+
+    @property
+    def sparsek_type(self) -> str:
+        """model_type of converted models, e.g. "sparsek_llama"."""
+        return self.row.sparsek_type
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Modules that LoRA adapts unless told otherwise (PEFT's `target_modules`)."""
+        return self.row.lora_targets
+
+    @property
+    def dropout(self) -> str | None:
+        """The config field of attention dropout, set to 0 on conversion."""
+        return self.row.dropout
+
+    @cached_property
+    def config(self) -> type[PreTrainedConfig]:
+        return getattr(self._module("configuration"), self.row.config)
+
+    @cached_property
+    def model(self) -> type:
+        return getattr(self._module("modeling"), self.row.model)
+
+    @cached_property
+    def causal_lm(self) -> type:
+        return getattr(self._module("modeling"), self.row.causal_lm)
+
+    @cached_property
+    def attention(self) -> type:
+        return getattr(self._module("modeling"), self.row.attention_class)
+
+    def _module(self, kind: str) -> Any:
+        name = self.row.module
+        return importlib.import_module(f"transformers.models.{name}.{kind}_{name}")
+
+    @cached_property
+    def sparsek_config(self) -> type[PreTrainedConfig]:
+        row = self.row
+        return type(
+            f"SparseK{row.config}",
+            (SparseKConfigMixin, self.config),
+            {
+                **_MODULE,
+                "__doc__": f"{row.config} with a `sparsek` block (see config.py).",
+                "__annotations__": {"sparsek": dict[str, Any] | None},
+                "sparsek": None,
+                "model_type": row.sparsek_type,
+                "model_names": {
+                    "AutoModel": f"SparseK{row.model}",
+                    "AutoModelForCausalLM": f"SparseK{row.causal_lm}",
+                },
+            },
+        )
+
+    @cached_property
+    def sparsek_attention(self) -> type:
+        return type(
+            f"SparseK{self.row.attention_class}",
+            (SparseKAttentionMixin, self.attention),
+            {**_MODULE, "__doc__": f"{self.row.attention_class} with a scorer."},
+        )
+
+    @cached_property
+    def sparsek_model(self) -> type:
+        def build(model, config):
+            self.model.__init__(model, config)
+            add_scorers(model, self.attention, self.sparsek_attention)
+            model.post_init()
+
+        return type(
+            f"SparseK{self.row.model}",
+            (SparseKModelMixin, self.model),
+            {
+                **_MODULE,
+                "__doc__": f"{self.row.model} with SparseK attention.",
+                "__annotations__": {"config": self.sparsek_config},
+                "__init__": build,
+                "_forward_names": forward_names(self.model),
+            },
+        )
+
+    @cached_property
+    def sparsek_causal_lm(self) -> type:
+        def build(model, config):
+            self.causal_lm.__init__(model, config)
+            # The family's causal LM names its base model class itself: change it after the fact.
+            model.base_model.__class__ = self.sparsek_model
+            add_scorers(model.base_model, self.attention, self.sparsek_attention)
+            model.base_model.post_init()
+            model.post_init()
+
+        return type(
+            f"SparseK{self.row.causal_lm}",
+            (SparseKCausalLMMixin, self.causal_lm),
+            {
+                **_MODULE,
+                "__doc__": f"{self.row.causal_lm} with SparseK attention.",
+                "__annotations__": {"config": self.sparsek_config},
+                "__init__": build,
+            },
+        )
 
     @property
     def derived(self) -> tuple[type, ...]:
-        """The derived classes."""
+        """The derived classes, in the order of `Row.sparsek_names`."""
         return (
             self.sparsek_config,
             self.sparsek_model,
@@ -78,154 +163,38 @@ class Family:
             self.sparsek_attention,
         )
 
-    @property
-    def sparsek_type(self) -> str:
-        """model_type of converted models, e.g. "sparsek_llama"."""
-        return f"sparsek_{self.model_type}"
 
-
-def _derive(family: Family) -> dict[str, type]:
-    """The four derived classes of a row."""
-    # Where __init__.py binds them by name: pickle and transformers look classes up there.
-    module = {"__module__": __package__}
-    config = type(
-        f"SparseK{family.config.__name__}",
-        (SparseKConfigMixin, family.config),
-        {
-            **module,
-            "__doc__": f"{family.config.__name__} with a `sparsek` block (see config.py).",
-            "__annotations__": {"sparsek": dict[str, Any] | None},
-            "sparsek": None,
-            "model_type": f"sparsek_{family.model_type}",
-            "model_names": {
-                "AutoModel": f"SparseK{family.model.__name__}",
-                "AutoModelForCausalLM": f"SparseK{family.causal_lm.__name__}",
-            },
-        },
-    )
-    attention = type(
-        f"SparseK{family.attention.__name__}",
-        (SparseKAttentionMixin, family.attention),
-        {**module, "__doc__": f"{family.attention.__name__} with a scorer."},
-    )
-
-    def build_model(self, config):
-        family.model.__init__(self, config)
-        add_scorers(self, family.attention, attention)
-        self.post_init()
-
-    model = type(
-        f"SparseK{family.model.__name__}",
-        (SparseKModelMixin, family.model),
-        {
-            **module,
-            "__doc__": f"{family.model.__name__} with SparseK attention.",
-            "__annotations__": {"config": config},
-            "__init__": build_model,
-            "_forward_names": forward_names(family.model),
-        },
-    )
-
-    def build_causal_lm(self, config):
-        family.causal_lm.__init__(self, config)
-        # The family's causal LM names its base model class itself: change it after the fact.
-        self.base_model.__class__ = model
-        add_scorers(self.base_model, family.attention, attention)
-        self.base_model.post_init()
-        self.post_init()
-
-    causal_lm = type(
-        f"SparseK{family.causal_lm.__name__}",
-        (SparseKCausalLMMixin, family.causal_lm),
-        {
-            **module,
-            "__doc__": f"{family.causal_lm.__name__} with SparseK attention.",
-            "__annotations__": {"config": config},
-            "__init__": build_causal_lm,
-        },
-    )
-    return {
-        "sparsek_config": config,
-        "sparsek_attention": attention,
-        "sparsek_model": model,
-        "sparsek_causal_lm": causal_lm,
-    }
-
-
-FAMILIES: dict[str, Family] = {
-    row.model_type: row
-    for row in (
-        Family(
-            "llama",
-            LlamaConfig,
-            modeling_llama.LlamaModel,
-            modeling_llama.LlamaForCausalLM,
-            modeling_llama.LlamaAttention,
-        ),
-        Family(
-            "mistral",
-            MistralConfig,
-            modeling_mistral.MistralModel,
-            modeling_mistral.MistralForCausalLM,
-            modeling_mistral.MistralAttention,
-        ),
-        Family(
-            "qwen2",
-            Qwen2Config,
-            modeling_qwen2.Qwen2Model,
-            modeling_qwen2.Qwen2ForCausalLM,
-            modeling_qwen2.Qwen2Attention,
-        ),
-        Family(
-            "qwen3",
-            Qwen3Config,
-            modeling_qwen3.Qwen3Model,
-            modeling_qwen3.Qwen3ForCausalLM,
-            modeling_qwen3.Qwen3Attention,
-        ),
-        Family(
-            "gpt_neox",
-            GPTNeoXConfig,
-            modeling_gpt_neox.GPTNeoXModel,
-            modeling_gpt_neox.GPTNeoXForCausalLM,
-            modeling_gpt_neox.GPTNeoXAttention,
-            lora_targets=("query_key_value", "attention.dense"),
-        ),
-        Family(
-            "gpt2",
-            GPT2Config,
-            modeling_gpt2.GPT2Model,
-            modeling_gpt2.GPT2LMHeadModel,
-            modeling_gpt2.GPT2Attention,
-            lora_targets=("attn.c_attn", "attn.c_proj"),
-            dropout="attn_pdrop",
-        ),
-    )
-}
+FAMILIES: dict[str, Family] = {name: Family(row) for name, row in TABLE.items()}
+_BY_CLASS_NAME = {name: row for row in TABLE.values() for name in row.sparsek_names}
 
 
 def family_of(config: Any) -> Family:
-    """The row of a dense or converted config (or of a `model_type` string).
+    """The family of a dense or converted config (or of a `model_type` string).
 
     Raises:
         UsageError: the family is not supported; names those that are.
     """
-    model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
-    family = FAMILIES.get(str(model_type).removeprefix("sparsek_"))
-    if family is None:
-        raise UsageError(
-            f"models of type {model_type!r} are not supported",
-            hint=f"supported families: {', '.join(FAMILIES)}",
-        )
-    return family
+    return FAMILIES[row_of(config).model_type]
+
+
+def derived_class(name: str) -> type | None:
+    """The derived class of this name, e.g. "SparseKLlamaForCausalLM"; None: there is none."""
+    row = _BY_CLASS_NAME.get(name)
+    if row is None:
+        return None
+    return FAMILIES[row.model_type].derived[row.sparsek_names.index(name)]
+
+
+def derived_names() -> Iterator[str]:
+    """The names of all derived classes."""
+    return iter(_BY_CLASS_NAME)
 
 
 def sparsek_config_from(base_config: Any, settings: Mapping[str, Any]) -> PreTrainedConfig:
     """The config of the converted model: everything of the base, and the `sparsek` block.
 
     Attention dropout becomes 0 (a converted model trains without it). A sliding window that never
-    binds (not below max_position_embeddings) is dropped; one that does is refused, because the
-    base never learned to look past it and full attention would be another model.
+    binds (not below max_position_embeddings) is dropped; see `families.layers`.
 
     Args:
         base_config: config of a dense model of a supported family.
@@ -246,29 +215,9 @@ def sparsek_config_from(base_config: Any, settings: Mapping[str, Any]) -> PreTra
     fields = base_config.to_dict()
     for name in ("model_type", "transformers_version", "auto_map", "architectures"):
         fields.pop(name, None)
-    fields.update(_without_sliding_window(base_config))
-    fields[family.dropout] = 0.0
+    fields.update(idle_window_off(family.row, fields, base_config.max_position_embeddings))
+    if family.dropout:
+        fields[family.dropout] = 0.0
     return family.sparsek_config(
-        **fields, sparsek=dict(settings), architectures=[family.sparsek_causal_lm.__name__]
+        **fields, sparsek=dict(settings), architectures=[f"SparseK{family.row.causal_lm}"]
     )
-
-
-def _without_sliding_window(config: Any) -> dict[str, Any]:
-    """Fields that turn a sliding window off, where it has no effect anyway."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if window is None and set(layer_types or ()) <= {"full_attention"}:
-        return {}
-    # Whichever layers slide, a window no text ever fills changes nothing.
-    if window is None or window < config.max_position_embeddings:
-        raise UsageError(
-            f"the model uses a sliding window of {window} tokens",
-            hint="SparseK needs full attention in every layer; if the model is known to work "
-            'without its window, set "sliding_window": null in its config.json',
-        )
-    off: dict[str, Any] = {"sliding_window": None}
-    if hasattr(config, "use_sliding_window"):
-        off["use_sliding_window"] = False
-    if layer_types is not None:
-        off["layer_types"] = ["full_attention"] * config.num_hidden_layers
-    return off

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import MutableMapping
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -42,61 +43,59 @@ from transformers.models.auto.tokenization_auto import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from sparsek_cli.models.families import FAMILIES, Family
+from sparsek_cli.families import TABLE, Row
+from sparsek_cli.models.families import FAMILIES, Family, family_of
 from sparsek_cli.models.imports import after_import
 
 
 def register() -> None:
-    """Enter every family's derived classes; a second call changes nothing."""
+    """Enter every family by its type; a second call changes nothing.
+
+    Its classes follow when its first config is made: see `register_classes`.
+    """
     for family in FAMILIES.values():
-        _register_classes(family)
-        _register_tokenizer(family)
-        _register_names(family)
-        _register_tensors(family)
-        _register_outputs(family)
+        AutoConfig.register(family.sparsek_type, family.sparsek_config, exist_ok=True)
+        _register_type(family.row)
     after_import("peft.utils.constants", _register_peft)
     after_import("liger_kernel.transformers.monkey_patch", _register_liger)
     after_import("transformers.cli.serving.utils", _register_serving)
 
 
-def _register_classes(family: Family) -> None:
-    AutoConfig.register(family.sparsek_type, family.sparsek_config, exist_ok=True)
+@cache
+def register_classes(sparsek_type: str) -> None:
+    """Enter a family's derived classes, before whoever holds a config of it looks for them."""
+    family = family_of(sparsek_type)
     AutoModel.register(family.sparsek_config, family.sparsek_model, exist_ok=True)
     AutoModelForCausalLM.register(family.sparsek_config, family.sparsek_causal_lm, exist_ok=True)
-
-
-def _register_tokenizer(family: Family) -> None:
-    """AutoTokenizer chooses by the type, and by the config's class where the type says nothing."""
-    if family.model_type in TOKENIZER_MAPPING_NAMES:
-        TOKENIZER_MAPPING_NAMES[family.sparsek_type] = TOKENIZER_MAPPING_NAMES[family.model_type]
-    if family.model_type in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
-        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(family.sparsek_type)
     tokenizer = TOKENIZER_MAPPING.get(family.config, None)
     if tokenizer is not None:
         TOKENIZER_MAPPING.register(family.sparsek_config, tokenizer, exist_ok=True)
-
-
-def _register_names(family: Family) -> None:
-    """Classes by name: in tables that hold names, and as what such a name is looked up on."""
-    module = model_type_to_module_name(family.model_type)
-    SPECIAL_MODEL_TYPE_TO_MODULE_NAME[family.sparsek_type] = module
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.sparsek_type] = family.sparsek_causal_lm.__name__
     # transformers may have imported itself twice; what libraries look at is the last of them.
     transformers = sys.modules["transformers"]
     for cls in (family.sparsek_config, family.sparsek_model, family.sparsek_causal_lm):
         setattr(transformers, cls.__name__, cls)
+    _register_tensors(family.model.__name__, family.sparsek_model.__name__)
+    _register_tensors(family.causal_lm.__name__, family.sparsek_causal_lm.__name__)
+    _register_outputs(family)
 
 
-def _register_tensors(family: Family) -> None:
-    """Tensors that files name differently (GPT-NeoX's embed_out)."""
-    for dense, sparse in (
-        (family.model_type, family.sparsek_type),
-        (family.model.__name__, family.sparsek_model.__name__),
-        (family.causal_lm.__name__, family.sparsek_causal_lm.__name__),
-    ):
-        renames = get_checkpoint_conversion_mapping(dense)
-        if renames is not None:
-            register_checkpoint_conversion_mapping(sparse, renames, overwrite=True)
+def _register_type(row: Row) -> None:
+    """Tables that hold types and names: tokenizers, modules, causal LMs, renamed tensors."""
+    if row.model_type in TOKENIZER_MAPPING_NAMES:
+        TOKENIZER_MAPPING_NAMES[row.sparsek_type] = TOKENIZER_MAPPING_NAMES[row.model_type]
+    if row.model_type in MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS:
+        MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(row.sparsek_type)
+    module = model_type_to_module_name(row.model_type)
+    SPECIAL_MODEL_TYPE_TO_MODULE_NAME[row.sparsek_type] = module
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[row.sparsek_type] = f"SparseK{row.causal_lm}"
+    _register_tensors(row.model_type, row.sparsek_type)
+
+
+def _register_tensors(dense: str, sparse: str) -> None:
+    """Tensors that files name differently (GPT-NeoX's embed_out), by type or class name."""
+    renames = get_checkpoint_conversion_mapping(dense)
+    if renames is not None:
+        register_checkpoint_conversion_mapping(sparse, renames, overwrite=True)
 
 
 def _register_outputs(family: Family) -> None:
@@ -109,9 +108,9 @@ def _register_outputs(family: Family) -> None:
 
 
 def _copy_entries(table: MutableMapping[Any, Any]) -> None:
-    for family in FAMILIES.values():
-        if family.model_type in table:
-            table.setdefault(family.sparsek_type, table[family.model_type])
+    for row in TABLE.values():
+        if row.model_type in table:
+            table.setdefault(row.sparsek_type, table[row.model_type])
 
 
 def _register_peft(constants: ModuleType) -> None:
@@ -129,5 +128,5 @@ def _register_serving(utils: ModuleType) -> None:
     """Templates by which a server reads tool calls: keyed by tuples of types."""
     table = utils._RESPONSE_TEMPLATE_FALLBACKS
     for types in list(table):
-        ours = [f.sparsek_type for f in FAMILIES.values() if f.model_type in types]
+        ours = [row.sparsek_type for row in TABLE.values() if row.model_type in types]
         table[(*types, *ours)] = table.pop(types)

@@ -11,7 +11,6 @@ import pytest
 
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.convert import convert
-from sparsek_cli.conversion.layout import LAYOUTS
 from sparsek_cli.conversion.plan import Plan, make_plan
 from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.conversion.write import converted_config, neutral_scorers
@@ -53,12 +52,11 @@ def test_every_family_converts_and_loads(family, dense_checkpoint, tmp_path):
     assert torch.allclose(model(ids).logits, dense(ids).logits, atol=1e-4)
 
 
-def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkpoint, tmp_path):
+def test_rows_agree_with_the_model_classes(family, dense_config, dense_checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from sparsek_cli.models import FAMILIES, head_dim, kv_heads, sparsek_config_from
 
-    assert set(LAYOUTS) == set(FAMILIES)
     base = dense_checkpoint(family)
     plan = plan_for(base, tmp_path / "out")
     config = dense_config(family)
@@ -67,11 +65,10 @@ def test_layouts_agree_with_the_model_classes(family, dense_config, dense_checkp
     assert (sizes.kv_heads, sizes.head_dim) == (kv_heads(config), head_dim(config))
     assert sizes.context == config.max_position_embeddings
     row = FAMILIES[family]
-    assert plan.layout.causal_lm == row.causal_lm.__name__
-    assert plan.layout.dropout == row.dropout
+    assert plan.row.causal_lm == row.causal_lm.__name__
     base_model = AutoModelForCausalLM.from_pretrained(base).base_model
     norms = [name for name, _ in base_model.named_children() if "norm" in name or "ln" in name]
-    assert norms == [plan.layout.norm]
+    assert norms == [plan.row.norm]
     # config.json is written without importing transformers: it must say what the class would.
     fields = converted_config(plan, neutral_scorers(plan))
     written = row.sparsek_config(**fields).to_dict()

@@ -70,15 +70,15 @@ class LayerwiseBase:
         self._attend_with: Attend | None = None
         self._inputs: torch.Tensor | None = None
         self._to_the_end = True
-        self._attention_name = plan.layout.attention
+        self._attention_name = plan.row.attention
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 plan.base.path, dtype=dtype, attn_implementation=_RECORDING
             )
         model = model.eval().to(device)
         self._base, self._head = model.base_model, model.get_output_embeddings()
-        self._norm = self._base.get_submodule(plan.layout.norm)
-        self._layers = self._base.get_submodule(plan.layout.layers)
+        self._norm = self._base.get_submodule(plan.row.norm)
+        self._layers = self._base.get_submodule(plan.row.layers)
         self.hidden: list[torch.Tensor] = []
         self._arguments: list[tuple[tuple, dict]] = []
         self._embed(sequences, device)

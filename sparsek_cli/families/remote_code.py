@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+# Its name, through which transformers finds this package.
+REMOTE_CODE_FILE = "modeling_sparsek.py"
 _TEXT = '''\
 """Loads this checkpoint through the sparsek package, which must be installed.
 

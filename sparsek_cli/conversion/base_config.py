@@ -1,0 +1,55 @@
+"""What config.json says of a base: whether it can be converted, and as which family."""
+
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.families import TABLE, Row
+
+
+def is_converted(config: dict[str, Any]) -> bool:
+    """Whether a config.json dictionary is that of a converted model."""
+    return str(config.get("model_type", "")).startswith("sparsek_") or "sparsek" in config
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json as it was before conversion, but for a sliding window that never bound."""
+    dense = {key: config[key] for key in config if key not in ("sparsek", "auto_map")}
+    dense["model_type"] = dense["model_type"].removeprefix("sparsek_")
+    names = dense.get("architectures") or []
+    dense["architectures"] = [name.removeprefix("SparseK") for name in names]
+    return dense
+
+
+def convertible(config: dict[str, Any]) -> Row:
+    """The family of a config.json dictionary, if its model can be converted.
+
+    Raises:
+        UsageError: already converted, not a causal language model, not a supported family, or
+            quantised.
+    """
+    model_type = str(config.get("model_type", ""))
+    architectures = config.get("architectures") or []
+    supported = ", ".join(sorted(TABLE))
+    if is_converted(config):
+        raise UsageError(
+            "this checkpoint is already converted",
+            hint="use it: `sparsek chat`; --again calibrates scorers for the weights it has now",
+        )
+    causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if architectures and not causal:
+        raise UsageError(
+            f"{architectures[0]} is not a causal language model",
+            hint=f"give a text-generation checkpoint of one of: {supported}",
+        )
+    row = TABLE.get(model_type)
+    if row is None:
+        raise UsageError(
+            f"model family '{model_type or 'unknown'}' is not supported",
+            hint=f"supported families: {supported}",
+        )
+    if config.get("quantization_config"):
+        raise UsageError(
+            "quantised checkpoints cannot be converted",
+            hint="convert the unquantised checkpoint, then quantise the result",
+        )
+    return row

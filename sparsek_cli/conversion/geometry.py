@@ -1,0 +1,60 @@
+"""The sizes of a model, read from config.json alone.
+
+Importing transformers' modelling code takes longer than a whole conversion, so planning and
+writing read names and sizes themselves, by the family's row; tests hold them equal to the real
+model classes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.families import Row
+
+_SHORTEST_CONTEXT = 2048
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The sizes that decide scorers and cache: all counts, head_dim in features."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    context: int
+    dtype: str
+
+
+def geometry(config: dict[str, Any], row: Row) -> Geometry:
+    """Sizes from a config.json dictionary.
+
+    Raises:
+        UsageError: a size is missing or is not a positive whole number.
+    """
+
+    def size(name: str, default: int | None = None) -> int:
+        key = row.key(name)
+        value = config.get(key)
+        if value is None:
+            value = row.defaults.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise UsageError(
+                f"config.json: {key} is {value!r}, expected a positive whole number",
+                hint="the checkpoint's config.json is incomplete; download it again",
+            )
+        return value
+
+    heads = size("num_attention_heads")
+    hidden = size("hidden_size")
+    shared = row.one_kv_head is not None and config.get(row.one_kv_head, True)
+    return Geometry(
+        layers=size("num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=1 if shared else size("num_key_value_heads", heads),
+        head_dim=size("head_dim", hidden // heads),
+        context=size("max_position_embeddings", _SHORTEST_CONTEXT),
+        dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+    )

@@ -1,0 +1,16 @@
+"""The model families, as plain data: read by conversion without importing torch or transformers.
+
+table     one row per family: add a family here
+row       what a row says
+layers    which layers of a model attend to everything
+refusals  families that cannot be converted, and why
+remote_code  the small file beside every converted checkpoint
+
+Whoever needs something per family (registration, PEFT's targets, tests) iterates over
+`TABLE.values()`; the classes that transformers needs are made from a row by `sparsek_cli.models`.
+"""
+
+from sparsek_cli.families.row import Row
+from sparsek_cli.families.table import TABLE, row_of
+
+__all__ = ["TABLE", "Row", "row_of"]

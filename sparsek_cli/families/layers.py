@@ -1,0 +1,68 @@
+"""Which layers of a model attend to everything: the ones that are converted.
+
+Layers are named as transformers names them (`layer_types`). Those that slide, and those that keep
+a state instead of keys, stay what they are, with a cache of their own.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.families.row import Row
+
+# "hybrid": a layer with both attention and a state-space block.
+FULL = ("full_attention", "hybrid")
+_KNOWN = {*FULL, "sliding_attention", "linear_attention", "conv", "moe", "mlp"}
+
+
+def full_layers(types: Sequence[str]) -> tuple[int, ...]:
+    """Indices of the layers that attend to everything."""
+    return tuple(layer for layer, kind in enumerate(types) if kind in FULL)
+
+
+def layer_types(row: Row, config: Mapping[str, Any]) -> list[str]:
+    """The types of all layers of a config.json dictionary, after `idle_window_off`."""
+    types = config.get("layer_types")
+    if types and set(types) <= _KNOWN:
+        return list(types)
+    if row.mixed:
+        # How its layers alternate is written in many ways, which its own config class knows.
+        name = f"transformers.models.{row.module}.configuration_{row.module}"
+        own = getattr(importlib.import_module(name), row.config)
+        return list(own(**{k: v for k, v in config.items() if k != "model_type"}).layer_types)
+    return ["full_attention"] * config[row.key("num_hidden_layers")]
+
+
+def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """Config keys that switch a sliding window off where no text ever fills it.
+
+    Where layers differ by design, nothing changes.
+
+    Args:
+        row: the family. config: its config.json dictionary. context: longest text, tokens.
+
+    Raises:
+        UsageError: some layer slides within the context: the base never learned to look further.
+    """
+    if row.mixed:
+        return {}
+    window = config.get("sliding_window", row.defaults.get("sliding_window"))
+    types = config.get("layer_types") or ()
+    slides = "sliding_attention" in types if types else config.get("use_sliding_window", True)
+    if window is not None and slides and window < context:
+        raise UsageError(
+            f"the model uses a sliding window of {window} tokens",
+            hint="SparseK needs full attention in every layer; if the model is known to work "
+            'without its window, set "sliding_window": null in its config.json',
+        )
+    off: dict[str, Any] = {}
+    if window is not None:
+        off["sliding_window"] = None
+        if "use_sliding_window" in config:
+            off["use_sliding_window"] = False
+    if types and set(types) != {"full_attention"}:
+        off["layer_types"] = ["full_attention"] * len(types)
+    return off

@@ -1,0 +1,98 @@
+"""What the table says of one family: names of classes, of modules and of config keys."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj")
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Row:
+    """One family; what is left out is as in Llama.
+
+    Attributes:
+        model_type: transformers' name of the dense family, e.g. "llama".
+        stem: what its class names begin with, e.g. "Llama".
+        module: below transformers.models, where it is not named like the type.
+        text: what stands between stem and Config or Model in a family whose plain names are those
+            of a larger model.
+        head: what ends the name of the causal language model.
+        base: the base model's attribute, absent from the keys of some old checkpoints.
+        layers: list of layers below `base`.
+        attention: the attention module inside a layer.
+        projections: linear maps inside an attention module; the last one is its output.
+        norm: the normalisation after the last layer, below `base`.
+        lora_targets: modules that LoRA adapts unless told otherwise; `projections` if left out.
+        dropout: the config key of attention dropout, set to 0 on conversion; None: there is none.
+        keys: the family's own name of a config key that differs from Llama's.
+        defaults: what the family's config class assumes of a missing key, where that is not what
+            `geometry` assumes.
+        one_kv_head: the config key, true by default, by which all heads share one KV head.
+        mixed: layers differ by design, as attention that slides and attention that does not: types
+            of layers come from the family's own config, and never change.
+    """
+
+    model_type: str
+    stem: str
+    module: str = ""
+    text: str = ""
+    head: str = "ForCausalLM"
+    base: str = "model"
+    layers: str = "layers"
+    attention: str = "self_attn"
+    projections: tuple[str, ...] = SPLIT
+    norm: str = "norm"
+    lora_targets: tuple[str, ...] = ()
+    dropout: str | None = "attention_dropout"
+    keys: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
+    one_kv_head: str | None = None
+    mixed: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "module", self.module or self.model_type)
+        object.__setattr__(self, "lora_targets", self.lora_targets or self.projections)
+
+    @property
+    def sparsek_type(self) -> str:
+        """model_type of converted models, e.g. "sparsek_llama"."""
+        return f"sparsek_{self.model_type}"
+
+    @property
+    def config(self) -> str:
+        """Class name of the dense config."""
+        return f"{self.stem}{self.text}Config"
+
+    @property
+    def model(self) -> str:
+        """Class name of the dense base model."""
+        return f"{self.stem}{self.text}Model"
+
+    @property
+    def causal_lm(self) -> str:
+        """Class name of the dense causal language model, which config.json names."""
+        return f"{self.stem}{self.head}"
+
+    @property
+    def attention_class(self) -> str:
+        """Class name of the dense attention module."""
+        return f"{self.stem}Attention"
+
+    @property
+    def sparsek_names(self) -> tuple[str, ...]:
+        """Class names of the converted config, base model, causal LM and attention."""
+        names = (self.config, self.model, self.causal_lm, self.attention_class)
+        return tuple(f"SparseK{name}" for name in names)
+
+    def key(self, name: str) -> str:
+        """The family's name of one of Llama's config keys."""
+        return self.keys.get(name, name)
+
+    def attention_path(self, layer: int) -> str:
+        """The attention module of one layer, e.g. `model.layers.3.self_attn`."""
+        return f"{self.base}.{self.layers}.{layer}.{self.attention}"
