@@ -182,6 +182,15 @@ class SparseKState:
     def clone(self) -> SparseKState:
         return self._map(torch.clone)
 
+    def copy_(self, other: SparseKState) -> None:
+        """Takes over the slots of a state of the same layout and batch, in place.
+
+        Without the soft support of gates log and kv, whose size is not fixed.
+        """
+        for name in ("keys", "values", "positions", "scores", "seen"):
+            getattr(self, name).copy_(getattr(other, name))
+        self.support = self.tau = None
+
     @classmethod
     def cat(cls, states: Sequence[SparseKState]) -> SparseKState:
         """Rows of several states of one layout, in order; a copy."""

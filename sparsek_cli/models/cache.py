@@ -23,12 +23,17 @@ class SparseKCacheLayer(CacheLayerMixin):
     Scores are not known where transformers calls `update`, so `update` only counts tokens and
     hands the new keys and values back; the attention function reads `state` and puts the advanced
     one in its place. A state is consumed when it is advanced: copy.deepcopy a cache to keep it.
+
+    Attributes:
+        stepping: while a `Decoder` writes into the slots it counts the tokens itself, as a replayed
+            graph runs no Python, and every step must look like the one before.
     """
 
     is_compileable = False
     is_sliding = False
     is_croppable = False
     supports_early_init = True
+    stepping = False
 
     def __init__(self, budget: LayerBudget):
         # Not calling the base initializer: `keys` and `values` are views of the state here.
@@ -85,7 +90,8 @@ class SparseKCacheLayer(CacheLayerMixin):
                 f"{key_states.shape[0]}",
                 hint="start a new cache, or call batch_repeat_interleave on this one",
             )
-        self.tokens_seen += key_states.shape[-2]
+        if not self.stepping:
+            self.tokens_seen += key_states.shape[-2]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
@@ -98,8 +104,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         slots = (
             self.budget.sinks + self.budget.window + (topk if isinstance(topk, int) else max(topk))
         )
-        held = min(self.tokens_seen, slots)
-        return held + query_length, self.tokens_seen - held
+        held = slots if self.stepping else min(self.tokens_seen, slots)
+        return held + query_length, 0 if self.stepping else self.tokens_seen - held
 
     def get_max_length(self) -> int:
         """No limit: any number of tokens may be fed."""
@@ -160,7 +166,12 @@ class SparseKCache(Cache):
 
     Args:
         config: a `sparsek_<type>` config; its budget at this moment is the cache's for good.
+
+    Attributes:
+        given: False for one that `generate` made and nobody else will see.
     """
+
+    given = True
 
     def __init__(self, config: Any):
         super().__init__(

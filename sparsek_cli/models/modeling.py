@@ -18,6 +18,8 @@ from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention import SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache import SparseKCache
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION
+from sparsek_cli.models.decoding import can_write, write
+from sparsek_cli.models.reading import READ_CHUNK, reads_in_chunks
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
     RandomScorer,
@@ -151,7 +153,19 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
 
 
 class SparseKCausalLMMixin(SparseKPreTrainedMixin):
-    """For causal LMs: `generate` uses a `SparseKCache` and says no to what cannot work."""
+    """For causal LMs: `generate` uses a `SparseKCache` and says no to what cannot work.
+
+    Attributes:
+        read_chunk: how many tokens, of all rows together, are read at once (see reading.py); None
+            for all.
+    """
+
+    read_chunk: int | None = READ_CHUNK
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not getattr(cls.forward, "reads_in_chunks", False):
+            cls.forward = reads_in_chunks(cls.forward)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
@@ -160,11 +174,28 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
         if implementation == ATTENTION:
             self._check_generation(generation_config, generation_mode)
             if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-                model_kwargs["past_key_values"] = SparseKCache(self.config)
+                cache = model_kwargs["past_key_values"] = SparseKCache(self.config)
+                cache.given = False  # nobody has it but this call
         check_cache(model_kwargs.get("past_key_values"), implementation)
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, *args, **kwargs
         )
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ):
+        """Greedy search and sampling, by our own loop where it does what transformers' would."""
+        rest = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if can_write(generation_config, model_kwargs, synced_gpus=synced_gpus):
+            return write(self, *rest, streamer, model_kwargs)
+        return super()._sample(*rest, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
     @staticmethod
     def _check_generation(generation_config, generation_mode) -> None:

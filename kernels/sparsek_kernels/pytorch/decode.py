@@ -35,8 +35,7 @@ def insert(state: SparseKState, key: Tensor, value: Tensor, effective: Tensor) -
         loser = at.masked_fill_(held != weakest, EMPTY - 1).argmax(2, keepdim=True)
         loser = selected.gather(2, loser).squeeze(2)
         wins = (positions[ring] != EMPTY) & (scores[ring] > weakest.squeeze(2))
-        # On an accelerator asking whether anything moves costs more than moving it in place.
-        if device.type != "cpu" or bool(wins.any()):
+        if not _asks(device) or bool(wins.any()):
             target = torch.where(wins, loser, ring).flatten()
             source = ring.flatten()
             for flat in (state.keys.view(slots, -1), state.values.view(slots, -1)):
@@ -52,6 +51,11 @@ def insert(state: SparseKState, key: Tensor, value: Tensor, effective: Tensor) -
     positions.index_copy_(0, ring, position.to(torch.int32).expand(-1, layout.heads).flatten())
     scores.index_copy_(0, ring, effective.flatten())
     state.seen += 1
+
+
+def _asks(device: torch.device) -> bool:
+    """Whether to ask if anything moves: elsewhere that costs more than moving it in place."""
+    return device.type == "cpu"
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,0 +1,90 @@
+"""Long inputs are read in chunks wherever nobody can tell, with the same state afterwards."""
+
+import inspect
+
+import pytest
+import torch
+
+import sparsek_cli.models as models
+
+
+@pytest.fixture
+def lengths(monkeypatch):
+    """Lengths of the inputs that base models are given."""
+    seen = []
+    plain = models.modeling.SparseKModelMixin.forward
+
+    def forward(self, *args, **kwargs):
+        tokens = args[0] if args else kwargs.get("input_ids")
+        seen.append((kwargs["inputs_embeds"] if tokens is None else tokens).shape[1])
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(models.modeling.SparseKModelMixin, "forward", forward)
+    return seen
+
+
+def slots(cache):
+    """Positions of every layer, sorted: where a pair stands among the selected says nothing."""
+    return [layer.state.positions.sort(1).values for layer in cache.layers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [2, 10, 78])
+def test_chunks_leave_the_state_of_one_pass(family, sparse_model, lengths, chunk):
+    model = sparse_model(family, topk=4, window=4, sinks=1)
+    ids = torch.randint(4, 128, (2, 40))
+    model.read_chunk = None
+    whole = model(ids, logits_to_keep=1)
+    assert lengths == [40]
+    model.read_chunk = chunk
+    parts = model(ids, logits_to_keep=1)
+    assert max(lengths[1:]) == chunk // 2 and sum(lengths[1:]) == 40
+    torch.testing.assert_close(parts.logits, whole.logits, atol=1e-5, rtol=1e-5)
+    for a, b in zip(slots(parts.past_key_values), slots(whole.past_key_values), strict=True):
+        assert torch.equal(a, b)
+    assert parts.past_key_values.get_seq_length() == 40
+
+
+@torch.no_grad()
+def test_generate_reads_padded_prompts_beams_and_embeddings_in_chunks(sparse_model, lengths):
+    model = sparse_model("llama", topk=4, window=4, sinks=1)
+    ids, mask = torch.randint(4, 128, (2, 40)), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :23] = 0
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+    embedded = model.get_input_embeddings()(ids)
+    for more in ({"attention_mask": mask}, {"num_beams": 2}, {"inputs_embeds": embedded}):
+        given = {**options, **more}
+        tokens = () if "inputs_embeds" in more else (ids,)
+        model.read_chunk = None
+        expected = model.generate(*tokens, **given)
+        model.read_chunk = 20
+        lengths.clear()
+        assert torch.equal(model.generate(*tokens, **given), expected)
+        assert max(lengths) == (5 if "num_beams" in more else 10)
+
+
+@torch.no_grad()
+def test_what_needs_all_tokens_at_once_gets_them(sparse_model, lengths):
+    model = sparse_model("llama", topk=4, window=4, sinks=1)
+    model.read_chunk = 8
+    ids = torch.randint(4, 128, (1, 40))
+    model(ids)  # all logits
+    model(ids, logits_to_keep=1, use_cache=False)
+    model(ids, logits_to_keep=1, output_hidden_states=True)
+    model(ids, logits_to_keep=1, position_ids=torch.arange(40)[None] % 20)  # packed documents
+    with models.dense_attention(model):
+        model(ids, logits_to_keep=1)
+    with torch.enable_grad():
+        model(ids, logits_to_keep=1)
+    assert lengths == [40] * 6
+    lengths.clear()
+    assert model(ids, None, None, logits_to_keep=3).logits.shape[1] == 3
+    assert lengths == [8] * 5
+    model(ids[:, :18], logits_to_keep=3)
+    assert lengths[5:] == [8, 7, 3]
+
+
+def test_the_signature_is_the_familys(family, sparse_model):
+    model = sparse_model(family)
+    dense = inspect.signature(models.FAMILIES[family].causal_lm.forward)
+    assert inspect.signature(type(model).forward) == dense
