@@ -39,7 +39,7 @@ from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies.policy import DENSE, OWN
+from sparsek_cli.evaluation.policies.registry import DENSE, OWN
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 

@@ -42,7 +42,7 @@ from experiments.suite import (
 )
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies.policy import DENSE
+from sparsek_cli.evaluation.policies.registry import DENSE
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from sparsek_cli.benchmarks.session import RESULTS
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies.policy import DENSE, OWN
+from sparsek_cli.evaluation.policies.registry import DENSE, OWN
 from sparsek_cli.evaluation.report import plots
 
 Rows = list[dict[str, Any]]

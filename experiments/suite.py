@@ -15,7 +15,7 @@ from sparsek_cli.data.corpus import load_corpus
 from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
-from sparsek_cli.evaluation.policies.policy import Policy
+from sparsek_cli.evaluation.policies.registry import make_policy
 from sparsek_cli.loading import load_model
 from sparsek_cli.training.measure import recalled, token_losses, windows
 from sparsek_cli.training.model import load_tokenizer
@@ -70,7 +70,7 @@ class Suite:
             means), recall: {split: {needles: %}}, and by_depth: a pair (depth in the document,
             answered or not) per question.
         """
-        with Policy(policy, seed=SEED).applied(model):
+        with make_policy(policy, seed=SEED).applied(model):
             losses = token_losses(model, self.rows, batch_tokens=self.batch_tokens)
             last = losses[:, losses.shape[1] * 3 // 4 :]
             recall: dict[str, dict[str, float]] = {}

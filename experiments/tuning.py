@@ -34,7 +34,7 @@ from experiments.suite import (
 )
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device, choose_dtype
-from sparsek_cli.evaluation.policies.policy import DENSE, OWN
+from sparsek_cli.evaluation.policies.registry import DENSE, OWN
 
 SINKS = 4
 SPLITS = ("calibration", "held_out")

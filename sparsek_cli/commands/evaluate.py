@@ -119,7 +119,7 @@ def evaluate(
     }
     settings = load_recipe(EvaluateRecipe, recipe, overrides, flags, verb="evaluate")
     if dry_run:
-        from sparsek_cli.evaluation.policies.policy import check_names
+        from sparsek_cli.evaluation.policies.registry import check_names
         from sparsek_cli.evaluation.tasks.catalogue import expand
 
         check_names(settings.baselines)

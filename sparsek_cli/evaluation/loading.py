@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies.policy import DENSE, Policy
+from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
 from sparsek_cli.evaluation.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length
         return SparsekLM(
             model,
             tokenizer,
-            policy=Policy(DENSE),
+            policy=make_policy(DENSE),
             max_length=max_length,
             truncate=None if recipe.truncate == "refuse" else recipe.truncate,
             batch_size=1 if recipe.batch_size == "auto" else recipe.batch_size,

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens
 from sparsek_cli.evaluation.measure import run_unit
-from sparsek_cli.evaluation.policies.policy import OWN, Policy, check_names, plan_policies
+from sparsek_cli.evaluation.policies.policy import Policy
+from sparsek_cli.evaluation.policies.registry import OWN, check_names, plan_policies
 from sparsek_cli.evaluation.processes import Ranks
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
 from sparsek_cli.evaluation.report.store import RESULTS, Store, digest, load_unit, to_json

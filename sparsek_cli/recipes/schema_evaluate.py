@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from sparsek_cli.evaluation.policies.policy import SUMMARIES
+from sparsek_cli.evaluation.policies.registry import SUMMARIES
 
 Names = Annotated[list[str], Field(min_length=1)]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsek_cli.evaluation.lm.proof import row_bytes
-from sparsek_cli.evaluation.policies.policy import Policy
+from sparsek_cli.evaluation.policies.registry import make_policy
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_sparse_rows_take_the_formula_s_bytes_from_the_first_token(model, topk):
     from sparsek_cli import models
 
     with models.budget(model, topk=topk):
-        cache = read(model, Policy("sparsek"), 30)
+        cache = read(model, make_policy("sparsek"), 30)
         wanted = models.sparsek_cache_bytes(model.config, model.dtype)
     assert cache.nbytes == 2 * wanted
     assert row_bytes(cache) == row_bytes(cache, more=500) == wanted
@@ -42,8 +42,8 @@ def test_sparse_rows_take_the_formula_s_bytes_from_the_first_token(model, topk):
 def test_dense_rows_take_the_formula_s_bytes_and_grow(model):
     from sparsek_cli import models
 
-    with Policy("dense").applied(model):
-        cache = read(model, Policy("dense"), 300)
+    with make_policy("dense").applied(model):
+        cache = read(model, make_policy("dense"), 300)
     for more in (0, 16):
         wanted = models.dense_cache_bytes(model.config, 300 + more, model.dtype)
         assert row_bytes(cache, more) == wanted
@@ -51,7 +51,7 @@ def test_dense_rows_take_the_formula_s_bytes_and_grow(model):
 
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
 def test_rivals_take_keys_values_and_what_ranks_them_and_stay(model, name):
-    policy = Policy(name)
+    policy = make_policy(name)
     with policy.applied(model):
         cache = read(model, policy, 300)
         grown = row_bytes(cache, 100)

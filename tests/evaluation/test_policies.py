@@ -3,7 +3,7 @@
 import pytest
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.policies.policy import Policy, check_names, plan_policies
+from sparsek_cli.evaluation.policies.registry import check_names, make_policy, plan_policies
 
 
 @pytest.fixture
@@ -31,11 +31,12 @@ def test_bytes_are_equal_and_below_dense(model, budget):
     from sparsek_cli.evaluation.lm.proof import held
 
     rows = {
-        name: held(read(model, Policy(name, budget))[0]) for name in ("sparsek", "window", "random")
+        name: held(read(model, make_policy(name, budget))[0])
+        for name in ("sparsek", "window", "random")
     }
     assert len(set(rows.values())) == 1
     pairs, size = rows["sparsek"]
-    dense_pairs, dense_size = held(read(model, Policy("dense"))[0])
+    dense_pairs, dense_size = held(read(model, make_policy("dense"))[0])
     assert pairs == 2 * 2 * (budget or 68)  # layers x KV heads x slots
     assert dense_pairs == 2 * 2 * 300
     assert size * dense_pairs == dense_size * pairs
@@ -47,9 +48,9 @@ def test_window_by_scores_is_window_by_budget(model):
     from sparsek_cli import models
     from sparsek_cli.evaluation.policies.head_budgets import recency
 
-    _, plain = read(model, Policy("window"))
+    _, plain = read(model, make_policy("window"))
     with models.replaced_scorers(model, recency):
-        _, by_scores = read(model, Policy("sparsek"))
+        _, by_scores = read(model, make_policy("sparsek"))
     torch.testing.assert_close(by_scores, plain, rtol=1e-5, atol=1e-5)
 
 
@@ -60,7 +61,9 @@ def test_uneven_budgets_are_kept_by_the_model_alone(model, topk, budget):
     from sparsek_cli.evaluation.lm.proof import held
 
     with models.budget(model, topk=topk):
-        caches = {n: read(model, Policy(n, budget))[0] for n in ("sparsek", "window", "random")}
+        caches = {
+            n: read(model, make_policy(n, budget))[0] for n in ("sparsek", "window", "random")
+        }
     assert len({held(cache) for cache in caches.values()}) == 1
     pairs, _ = held(caches["sparsek"])
     assert pairs == (sum(map(sum, topk)) + 4 * 28 if budget is None else 4 * budget)
@@ -74,8 +77,8 @@ def test_uneven_budgets_are_kept_by_the_model_alone(model, topk, budget):
 def test_random_depends_on_its_seed_alone(model):
     import torch
 
-    first, again = (read(model, Policy("random", seed=5))[1] for _ in range(2))
-    other = read(model, Policy("random", seed=6))[1]
+    first, again = (read(model, make_policy("random", seed=5))[1] for _ in range(2))
+    other = read(model, make_policy("random", seed=6))[1]
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -94,7 +97,7 @@ def test_unknown_baseline_names_the_nearest():
 def test_budget_below_window_and_sinks_is_refused(model):
     with (
         pytest.raises(UsageError, match="budget 20 is below"),
-        Policy("sparsek", 20).applied(model),
+        make_policy("sparsek", 20).applied(model),
     ):
         pass
 

@@ -69,7 +69,8 @@ def test_scores_that_see_the_future_are_caught(model, sabotage):
 def test_a_cache_that_grows_is_caught(model):
     import torch
 
-    from sparsek_cli.evaluation.policies.policy import OWN, Policy
+    from sparsek_cli.evaluation.policies.policy import Policy
+    from sparsek_cli.evaluation.policies.registry import OWN
     from sparsek_cli.models import SparseKCache
 
     class Growing(SparseKCache):

@@ -11,7 +11,8 @@ import torch
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.lm.proof import held
-from sparsek_cli.evaluation.policies.policy import OWN, Policy
+from sparsek_cli.evaluation.policies.policy import Policy
+from sparsek_cli.evaluation.policies.registry import OWN, make_policy
 
 BEYOND = 96  # tokens past the budget, so that much is evicted
 PIECES = 5  # that a prompt is read in
@@ -34,7 +35,7 @@ def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> 
     """
     from sparsek_cli.models import layer_budget
 
-    policy = policy or Policy(OWN)
+    policy = policy or make_policy(OWN)
     largest = max(
         _slots(layer_budget(model.config, i)) for i in range(model.config.num_hidden_layers)
     )
@@ -130,7 +131,7 @@ def _score_effect(model: Any, ids: torch.Tensor) -> float:
     def last_logits() -> torch.Tensor:
         return model(input_ids=ids, use_cache=False, logits_to_keep=1).logits.float()
 
-    with Policy(OWN).applied(model):
+    with make_policy(OWN).applied(model):
         plain = last_logits()
         with replaced_scorers(model, lambda attention: _Negated(attention.scorer)):
             turned = last_logits()

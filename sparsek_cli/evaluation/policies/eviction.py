@@ -12,13 +12,15 @@ the number of pairs stays as it is: the oldest pair of the window leaves it.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, ClassVar
 
 import torch
 from torch.nn import functional
 from transformers.cache_utils import Cache, DynamicLayer
 
+from sparsek_cli.evaluation.policies.head_budgets import slots_per_head
+from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.models.attention import replaced_attention
 
 OBSERVED = 32  # last queries of a prompt that choose for snapkv
@@ -172,21 +174,6 @@ class HeavyHitterLayer(EvictingLayer):
         self.mass = self.mass + attention_mass(query, self.keys, scaling)
 
 
-LAYERS = {"snapkv": SnapLayer, "h2o": HeavyHitterLayer}
-
-
-def new_cache(kind: type[EvictingLayer], layers: int, slots: int, recent: int) -> Cache:
-    """An empty cache whose layers are all alike."""
-    return Cache(layers=[kind(slots, recent) for _ in range(layers)])
-
-
-def end_prompt(cache: Any) -> None:
-    """Tells an evicting cache that its prompt has been read; others do not care."""
-    for layer in cache.layers:
-        if isinstance(layer, EvictingLayer):
-            layer.end_prompt()
-
-
 @contextmanager
 def observed_attention(model: Any) -> Iterator[None]:
     """Within the block evicting layers see the queries of every attention call of `model`."""
@@ -212,3 +199,46 @@ def observed_attention(model: Any) -> Iterator[None]:
             yield
     finally:
         hook.remove()
+
+
+class Evicting(Policy):
+    """Reads a prompt densely and keeps `slots` pairs of it when it ends."""
+
+    sparse: ClassVar[bool] = False
+    evicts_after_prompt: ClassVar[bool] = True
+    layer: ClassVar[type[EvictingLayer]]
+
+    def unfit_for(self, requests: str) -> str | None:
+        """Rolling likelihoods have no prompt."""
+        if requests == "loglikelihood_rolling":
+            return "it evicts when a prompt ends, and running text has no prompt"
+        return None
+
+    def rule(self, model: Any) -> AbstractContextManager:
+        """Layers see the queries."""
+        return observed_attention(model)
+
+    def new_cache(self, model: Any) -> Cache:
+        """Layers that hold as many pairs as the converted model's do on average."""
+        slots, window = slots_per_head(model), model.config.sparsek["window"]
+        layers = range(model.config.num_hidden_layers)
+        return Cache(layers=[self.layer(slots, window) for _ in layers])
+
+    def end_prompt(self, model: Any, cache: Any) -> None:
+        """From now on the cache is bounded."""
+        for layer in cache.layers:
+            layer.end_prompt()
+
+
+class SnapKV(Evicting):
+    """The prompt's last queries choose what stays."""
+
+    name: ClassVar[str] = "snapkv"
+    layer: ClassVar[type[EvictingLayer]] = SnapLayer
+
+
+class H2O(Evicting):
+    """The attention received so far chooses, also while answering."""
+
+    name: ClassVar[str] = "h2o"
+    layer: ClassVar[type[EvictingLayer]] = HeavyHitterLayer

@@ -1,30 +1,29 @@
 """NVIDIA's kvpress as rivals (`--baselines kvpress:NAME`), when that package is installed.
 
-A press scores the pairs of a prompt; here its scores choose what stays in the cache of rivals.py,
+A press scores the pairs of a prompt; here its scores choose what stays in the cache of eviction.py,
 so that it holds as many pairs as everybody else and keeps the same window. Presses that do more
 than score, read weights of their own from the hub, wrap other presses or need whole attention
 matrices are refused.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies.eviction import DROPPED, EvictingLayer
-from sparsek_cli.evaluation.policies.policy import PRESS
+from sparsek_cli.evaluation.policies.eviction import DROPPED, Evicting, EvictingLayer
 
 NEEDS_WEIGHTS = ("ObservedAttentionPress",)  # [N, N] attention matrices, which nobody forms here
 
 
 @lru_cache(maxsize=8)
 def find(name: str) -> Any:
-    """The press called `name` ("kvpress:expected_attention"), made with its own defaults.
+    """The press called `name` ("expected_attention"), made with its own defaults.
 
     Raises:
         UsageError: kvpress is not installed, or has no such press that only scores.
@@ -33,7 +32,7 @@ def find(name: str) -> Any:
         import kvpress
     except ImportError as error:
         raise UsageError(
-            f"baseline '{name}' needs the package kvpress: {error}",
+            f"baseline 'kvpress:{name}' needs the package kvpress: {error}",
             hint="pip install kvpress (with --no-deps if it asks for an older transformers)",
         ) from error
     known = {
@@ -41,11 +40,11 @@ def find(name: str) -> Any:
         for key, kind in vars(kvpress).items()
         if isinstance(kind, type) and _only_scores(kind, kvpress) and key not in NEEDS_WEIGHTS
     }
-    wanted = _plain(name.removeprefix(PRESS))
+    wanted = _plain(name)
     if wanted not in known:
         near = get_close_matches(wanted, known, n=1)
-        hint = f"did you mean '{PRESS}{near[0]}'?" if near else f"known: {', '.join(known)}"
-        raise UsageError(f"kvpress has no press '{name}' that only scores pairs", hint=hint)
+        hint = f"did you mean 'kvpress:{near[0]}'?" if near else f"known: {', '.join(known)}"
+        raise UsageError(f"kvpress has no press 'kvpress:{name}' that only scores pairs", hint=hint)
     return known[wanted]()
 
 
@@ -123,19 +122,8 @@ class PressLayer(EvictingLayer):
                 setattr(self, name, old.index_select(0, beam_idx.to(old.device)))
 
 
-@torch.no_grad()
-def end_prompt(model: Any, cache: Any, press: Any) -> None:
-    """Lets the press choose what every layer keeps of the prompt."""
-    from sparsek_cli.models import sparsek_attentions
-
-    for attention in sparsek_attentions(model):
-        layer = cache.layers[attention.layer_idx]
-        layer.rank(press, attention, cache)
-        layer.end_prompt()
-
-
 @contextmanager
-def heard_inputs(model: Any, press: Any) -> Iterator[None]:
+def heard_inputs(model: Any) -> Iterator[None]:
     """Within the block press layers note what goes into every attention block of `model`.
 
     Raises:
@@ -167,3 +155,35 @@ def heard_inputs(model: Any, press: Any) -> Iterator[None]:
             object.__delattr__(attention, "rotary_emb")
         for hook in hooks:
             hook.remove()
+
+
+@dataclass(frozen=True)
+class Press(Evicting):
+    """A press of kvpress chooses what stays of a prompt.
+
+    Attributes:
+        press: its name there, "expected_attention" for instance.
+    """
+
+    press: str = ""
+    layer: ClassVar[type[EvictingLayer]] = PressLayer
+
+    @property
+    def name(self) -> str:
+        """As users write it."""
+        return f"kvpress:{self.press}"
+
+    def rule(self, model: Any) -> AbstractContextManager:
+        """Layers hear what goes into their blocks."""
+        return heard_inputs(model)
+
+    @torch.no_grad()
+    def end_prompt(self, model: Any, cache: Any) -> None:
+        """Lets the press choose what every layer keeps of the prompt."""
+        from sparsek_cli.models import sparsek_attentions
+
+        press = find(self.press)
+        for attention in sparsek_attentions(model):
+            layer = cache.layers[attention.layer_idx]
+            layer.rank(press, attention, cache)
+            layer.end_prompt()

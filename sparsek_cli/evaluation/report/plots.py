@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.evaluation.policies.policy import DENSE
+from sparsek_cli.evaluation.policies.registry import DENSE
 from sparsek_cli.evaluation.report.store import write_atomically
 
 COLOURS = {"dense": "#222222", "sparsek": "#d1495b", "window": "#2e86ab", "random": "#8d99ae"}

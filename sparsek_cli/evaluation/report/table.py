@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sparsek_cli.evaluation.policies.policy import DENSE
+from sparsek_cli.evaluation.policies.registry import DENSE
 from sparsek_cli.evaluation.tasks.catalogue import catalogue
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 

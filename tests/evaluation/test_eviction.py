@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparsek_cli.evaluation.policies import eviction
-from sparsek_cli.evaluation.policies.policy import Policy, plan_policies
+from sparsek_cli.evaluation.policies.registry import make_policy, plan_policies
 
 SLOTS, RECENT = 20, 8
 
@@ -39,7 +39,7 @@ def test_mass_is_the_sum_of_attention_weights(monkeypatch, block):
 
 def fed(name, chunks, seed=0):
     """A layer after tokens in `chunks`, its prompt ended after the second last; what was fed."""
-    layer = eviction.LAYERS[name](SLOTS, RECENT)
+    layer = make_policy(name).layer(SLOTS, RECENT)
     total = sum(chunks)
     query, keys = draw(1, 4, total, 8, seed=seed), draw(1, 2, total, 8, seed=seed + 1)
     start = 0
@@ -101,12 +101,12 @@ def test_pairs_held_are_those_of_the_rule(name, chunks):
 def test_bytes_are_those_of_the_sparse_model_and_stay(model, name):
     from sparsek_cli.evaluation.lm.proof import held
 
-    own = Policy("sparsek")
+    own = make_policy("sparsek")
     with own.applied(model), torch.no_grad():
         cache = own.new_cache(model)
         model(input_ids=ids(300), past_key_values=cache)
         budget = held(cache)
-    rival = Policy(name)
+    rival = make_policy(name)
     with rival.applied(model), torch.no_grad():
         cache = rival.new_cache(model)
         model(input_ids=ids(300), past_key_values=cache)
@@ -121,7 +121,7 @@ def test_bytes_are_those_of_the_sparse_model_and_stay(model, name):
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
 def test_without_eviction_the_answer_is_the_dense_one(model, name):
     logits = {}
-    for policy in (Policy("dense"), Policy(name, budget=512)):
+    for policy in (make_policy("dense"), make_policy(name, budget=512)):
         with policy.applied(model), torch.no_grad():
             cache = policy.new_cache(model)
             model(input_ids=ids(200), past_key_values=cache)

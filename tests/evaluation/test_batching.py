@@ -42,14 +42,14 @@ def test_joined_rows_continue_where_they_were(checkpoints):
 
     import sparsek_cli.models  # noqa: F401
     from sparsek_cli.evaluation.lm.batching import join
-    from sparsek_cli.evaluation.policies.policy import Policy
+    from sparsek_cli.evaluation.policies.registry import make_policy
 
     model = AutoModelForCausalLM.from_pretrained(checkpoints[1]).eval()
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, 128, (1, n), generator=draw) for n in (150, 90, 201)]
     token = torch.randint(3, 128, (3, 1), generator=draw)
     for name in ("sparsek", "dense", "window", "snapkv", "h2o"):
-        policy = Policy(name)
+        policy = make_policy(name)
         with policy.applied(model), torch.no_grad():
             caches = []
             for ids in prompts:

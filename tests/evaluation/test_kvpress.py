@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies.policy import Policy, check_names
+from sparsek_cli.evaluation.policies.registry import check_names, make_policy
 
 
 @dataclass
@@ -104,9 +104,9 @@ def read(model, policy, chunks):
 def test_pairs_held_are_those_with_the_best_scores(model):
     block = model.config.sparsek
     slots = block["sinks"] + block["topk"] + block["window"]
-    policy, chunks = Policy("kvpress:input"), (120, 100, 80)
+    policy, chunks = make_policy("kvpress:input"), (120, 100, 80)
     cache = read(model, policy, chunks)
-    dense = read(model, Policy("dense"), chunks)
+    dense = read(model, make_policy("dense"), chunks)
     tokens = torch.cat([ids(size, seed) for seed, size in enumerate(chunks)], dim=1)
     with torch.no_grad():
         layer = model.model.layers[0]
@@ -122,7 +122,7 @@ def test_pairs_held_are_those_with_the_best_scores(model):
 def test_answers_keep_the_bytes(model):
     from sparsek_cli.evaluation.lm.proof import held
 
-    policy = Policy("kvpress:input")
+    policy = make_policy("kvpress:input")
     cache = read(model, policy, (300,))
     before = held(cache)
     assert before[0] == policy.most_pairs(model)
@@ -134,17 +134,17 @@ def test_answers_keep_the_bytes(model):
 
 
 def test_a_prompt_that_fits_loses_its_oldest_pairs_first(model):
-    policy = Policy("kvpress:short")  # which would refuse to score it
+    policy = make_policy("kvpress:short")  # which would refuse to score it
     cache = read(model, policy, (60,))
     with policy.applied(model), torch.no_grad():
         for token in range(12):
             model(input_ids=ids(1, token), past_key_values=cache)
-    dense = read(model, Policy("dense"), (60,))
+    dense = read(model, make_policy("dense"), (60,))
     torch.testing.assert_close(cache.layers[0].keys[:, :, :56], dense.layers[0].keys[:, :, 4:60])
 
 
 def test_the_model_is_left_as_it_was(model):
-    read(model, Policy("kvpress:input"), (200,))
+    read(model, make_policy("kvpress:input"), (200,))
     attention = model.model.layers[0].self_attn
     assert not hasattr(attention, "rotary_emb")
     assert not attention._forward_pre_hooks
@@ -186,4 +186,4 @@ def test_without_the_package_it_says_so(monkeypatch):
 
 def test_a_press_that_refuses_is_an_error_of_one_line(model):
     with pytest.raises(SparsekError, match="ShortPress of kvpress: prompts must be longer"):
-        read(model, Policy("kvpress:short"), (300,))
+        read(model, make_policy("kvpress:short"), (300,))

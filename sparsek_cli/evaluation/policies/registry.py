@@ -1,0 +1,98 @@
+"""The policies by name, and which of them a run compares.
+
+Every policy but `dense` holds as many key-value pairs as the converted model does, so a difference
+in score is a difference in choice. A policy's file is imported when it is asked for: names are
+checked without torch.
+"""
+
+from difflib import get_close_matches
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.policies.policy import Policy, is_converted
+
+OWN = "sparsek"
+DENSE = "dense"
+PRESS = "kvpress:"
+SUMMARIES = {
+    OWN: "the converted model as it is",
+    DENSE: "the same weights with ordinary attention and a growing cache",
+    "window": "sinks and the newest pairs, at the same bytes",
+    "random": "sinks, window and random pairs, at the same bytes",
+    "snapkv": "dense prompt, then what its last queries looked at, at the same bytes",
+    "h2o": "dense prompt, then what received most attention, at the same bytes",
+}
+
+
+def make_policy(name: str, budget: int | None = None, seed: int = 0) -> Policy:
+    """The policy of that name.
+
+    Args:
+        name: key of `SUMMARIES`, or "kvpress:" and the name of a press.
+        budget: total pairs per layer and KV head to set, or None for the checkpoint's own.
+        seed: of `random`.
+
+    Raises:
+        UsageError: see `check_names`.
+    """
+    check_names([name])
+    if name.startswith(PRESS):
+        from sparsek_cli.evaluation.policies.kvpress import Press
+
+        return Press(budget, seed, name.removeprefix(PRESS))
+    from sparsek_cli.evaluation.policies import dense, sparse
+
+    kinds: list[type[Policy]] = [dense.Dense, sparse.SparseK, sparse.Window, sparse.Random]
+    if name not in {kind.name for kind in kinds}:
+        from sparsek_cli.evaluation.policies import eviction
+
+        kinds += [eviction.SnapKV, eviction.H2O]
+    return next(kind for kind in kinds if kind.name == name)(budget, seed)
+
+
+def plan_policies(
+    model: Any, baselines: list[str], budgets: list[int], seed: int, *, own: bool = True
+) -> list[Policy]:
+    """The rows of a run: dense first (it is the reference), then ours, then the other baselines.
+
+    Args:
+        model: the model; without SparseK attention it has only its dense row.
+        baselines: names asked for.
+        budgets: pairs per layer and head; empty for the checkpoint's own.
+        seed: of `random`.
+        own: whether the model's scores mean something, so that its own row belongs in the table.
+
+    Raises:
+        UsageError: a budget that has no room for the model's window and sinks.
+    """
+    if not is_converted(model):
+        return [make_policy(DENSE)]
+    wanted = [OWN, *baselines] if own else [n for n in baselines if n != OWN] or [DENSE]
+    names = [n for n in dict.fromkeys([DENSE, OWN, *wanted]) if n in wanted]
+    rows: list[Policy] = []
+    for name in names:
+        sweep = budgets if budgets and name != DENSE else [None]
+        rows += [make_policy(name, budget, seed) for budget in sweep]
+    for policy in rows:
+        if policy.budget is not None:
+            policy.topk(model)
+    return rows
+
+
+def check_names(baselines: list[str]) -> None:
+    """Refuses what is no policy, before a model is loaded for it.
+
+    Raises:
+        UsageError: a name that is no policy, or a press of a package that is not installed.
+    """
+    for name in baselines:
+        if name.startswith(PRESS):
+            from sparsek_cli.evaluation.policies.kvpress import find
+
+            find(name.removeprefix(PRESS))
+        elif name not in SUMMARIES:
+            near = get_close_matches(name, SUMMARIES, n=1)
+            known = f"known: {', '.join(SUMMARIES)}, {PRESS}NAME"
+            raise UsageError(
+                f"unknown baseline '{name}'", hint=f"did you mean '{near[0]}'?" if near else known
+            )
