@@ -1,7 +1,9 @@
-"""Tokens per second of a real model, sparse and dense, after prompts of several lengths.
+"""What generating costs with a real model, sparse and dense, after prompts of several lengths.
 
-Dense means the same weights under full attention. On a GPU a decoding step of either is a CUDA
-graph, so that short contexts measure kernels and not Python; on a CPU both run eagerly.
+Sparse is `model.generate` itself. Dense means the same weights under full attention; its step is a
+CUDA graph too, over a cache frozen at its length, the least that dense attention can do. On a CPU
+both run eagerly. Beside each figure stands what the bytes allow: a step reads the weights and the
+cache once.
 """
 
 from __future__ import annotations
@@ -14,62 +16,97 @@ from typing import Any
 
 import torch
 
+from sparsek_cli.benchmarks.timing import copy_bandwidth
 from sparsek_cli.errors import SparsekError
-
-# Tokens that a graph must write as the model does before it is timed.
-CHECKED = 4
 
 
 def measure(
-    model, lengths: Iterable[int], *, tokens: int, repeats: int, seed: int,
+    model, lengths: Iterable[int], *, batch: int, tokens: int, repeats: int, seed: int,
     say: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One row per prompt length: prefill seconds and decoding tokens per second, both ways.
+    """One row per prompt length, for `batch` prompts of it, both ways.
 
     Args:
-        model: a converted causal LM. tokens: how many to decode after each prompt.
+        model: a converted causal LM. tokens: how many to write after each prompt; at least 2.
+
+    Yields:
+        For `sparsek` and `dense`: `_first_s` (seconds to the first token), `_peak_bytes` (beyond
+        the weights, while reading; None on a CPU), `_cache_bytes`, `_tokens_per_s` (of all rows
+        together) and `_allowed_per_s` (the same, as the bytes allow); `missing` says why one has
+        none. `ratio` of the two rates.
 
     Raises:
-        SparsekError: a graph's tokens are not the model's.
+        SparsekError: a dense graph's token is not the model's.
     """
     from sparsek_cli.models.runtime import dense_attention
 
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
+    on_gpu = model.device.type == "cuda"
+    bandwidth = copy_bandwidth(model.device, 1 << 31 if on_gpu else 1 << 26)
+    ways = {
+        "sparsek": (nullcontext, _sparse_rate),
+        "dense": (lambda: dense_attention(model), _dense_rate),
+    }
     for length in lengths:
-        prompt = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
+        prompt = torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
         row: dict[str, Any] = {
-            "length": length, "tokens": tokens, "cuda_graphs": prompt.is_cuda, "missing": {}
+            "length": length, "batch": batch, "tokens": tokens, "cuda_graphs": on_gpu,
+            "missing": {},
         }  # fmt: skip
-        for name, context in (("sparsek", nullcontext), ("dense", lambda: dense_attention(model))):
+        for name, (context, rate) in ways.items():
             try:
-                with context():
-                    runs = [_run(model, prompt, tokens) for _ in range(repeats + 1)][1:]
+                with context(), torch.no_grad():
+                    runs = [_run(model, prompt, tokens, rate) for _ in range(repeats + 1)][1:]
             except torch.OutOfMemoryError:
                 row["missing"][name] = "out of memory"
                 say(f"{name} at {length}: out of memory")
                 continue
-            row[f"{name}_prefill_s"] = sorted(r[0] for r in runs)[len(runs) // 2]
-            row[f"{name}_tokens_per_s"] = sorted(r[1] for r in runs)[len(runs) // 2]
+            for key in runs[0]:
+                row[f"{name}_{key}"] = sorted(run[key] for run in runs)[len(runs) // 2]
+            read = weight_bytes(model) + row[f"{name}_cache_bytes"]
+            row[f"{name}_allowed_per_s"] = batch * bandwidth / read
+            row[f"{name}_peak_bytes"] = row[f"{name}_peak_bytes"] if on_gpu else None
         if not row["missing"]:
             row["ratio"] = row["sparsek_tokens_per_s"] / row["dense_tokens_per_s"]
         yield row
 
 
-@torch.no_grad()
-def _run(model, prompt: torch.Tensor, tokens: int) -> tuple[float, float]:
-    """Seconds to read the prompt, then tokens per second of greedy decoding."""
+def weight_bytes(model) -> int:
+    """Bytes of weights that a decoding step reads: all, but of an untied embedding a few rows."""
+    held = {id(weight): weight.nbytes for weight in model.parameters()}
+    table = model.get_input_embeddings().weight
+    head = model.get_output_embeddings()
+    if head is None or head.weight is not table:
+        held.pop(id(table), None)
+    return sum(held.values())
+
+
+def _run(model, prompt: torch.Tensor, tokens: int, rate: Callable) -> dict[str, float]:
+    before = _reset_peak(prompt)
     start = _now(prompt)
     out = model(prompt, use_cache=True, logits_to_keep=1)
-    seconds = _now(prompt) - start
     word = out.logits[:, -1:].argmax(-1)
-    step = Step(model, word, prompt.shape[1], out.past_key_values)
+    word.tolist()
+    seconds = _now(prompt) - start
+    peak = torch.cuda.max_memory_allocated() - before if prompt.is_cuda else 0
+    cache = out.past_key_values
     del out
-    decode = _graphed(step) if prompt.is_cuda else step
-    start = _now(prompt)
-    for _ in range(tokens):
-        decode()
-    return seconds, tokens / (_now(prompt) - start)
+    size = getattr(cache, "nbytes", None)
+    if size is None:
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {
+        "first_s": seconds, "peak_bytes": peak, "cache_bytes": size,
+        "tokens_per_s": rate(model, prompt, word, cache, tokens),
+    }  # fmt: skip
+
+
+def _reset_peak(where: torch.Tensor) -> int:
+    if not where.is_cuda:
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
 
 
 def _now(where: torch.Tensor) -> float:
@@ -78,11 +115,29 @@ def _now(where: torch.Tensor) -> float:
     return time.perf_counter()
 
 
+def _sparse_rate(model, prompt, word, cache, tokens: int) -> float:
+    """Tokens per second of `generate`, which goes on after the prompt and its first token."""
+    text = torch.cat([prompt, word], dim=1)
+    options = {"do_sample": False, "eos_token_id": None, "past_key_values": cache}
+    start = _now(prompt)
+    model.generate(text, max_new_tokens=tokens, **options)
+    return prompt.shape[0] * tokens / (_now(prompt) - start)
+
+
+def _dense_rate(model, prompt, word, cache, tokens: int) -> float:
+    step = Step(model, word, prompt.shape[1], cache)
+    decode = _graphed(step) if prompt.is_cuda else step
+    start = _now(prompt)
+    for _ in range(tokens):
+        decode()
+    return prompt.shape[0] * tokens / (_now(prompt) - start)
+
+
 class Step:
-    """One step of greedy decoding in place: `word` [1, 1] becomes the next one.
+    """One step of greedy decoding in place: `word` [B, 1] becomes the next one.
 
     Args:
-        word: the token to read first. position: its place. cache: what precedes it.
+        word: the tokens to read first. position: their place. cache: what precedes them.
     """
 
     def __init__(self, model, word: torch.Tensor, position: int, cache: Any):
@@ -99,32 +154,25 @@ class Step:
 
 
 def _graphed(step: Step) -> Callable[[], None]:
-    """The step as a replayed CUDA graph.
+    """The step as a replayed CUDA graph over a growing cache that is frozen at its length.
 
-    A cache that grows is frozen at its length: every replay reads as much of it as the first, the
-    least that dense attention can do.
+    Every replay reads as much of it as the first, the least that dense attention can do.
     """
-    grows = not hasattr(step.cache.layers[0], "state")
-    model, word, position = step.model, step.word, int(step.position)
-    eager = Step(model, word, position, copy.deepcopy(step.cache))
-    expected = []
-    for _ in range(1 if grows else CHECKED):
-        eager()
-        expected.append(int(eager.word))
+    eager = Step(step.model, step.word, int(step.position[0, 0]), copy.deepcopy(step.cache))
+    eager()
+    expected = eager.word.tolist()
     del eager
-    if grows:
-        freeze(step.cache)
+    freeze(step.cache)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for number, token in enumerate(expected):
-        graph.replay()
-        if int(step.word) != token:
-            raise SparsekError(
-                f"token {number} of a CUDA graph is {int(step.word)}, the model's is {token}",
-                hint="please report this with the model's name",
-            )
+    graph.replay()
+    if step.word.tolist() != expected:
+        raise SparsekError(
+            f"a CUDA graph writes {step.word.tolist()}, the model {expected}",
+            hint="please report this with the model's name",
+        )
     return graph.replay
 
 

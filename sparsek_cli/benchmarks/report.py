@@ -43,15 +43,30 @@ def decode_line(row: dict[str, Any], names: list[str]) -> str:
 
 
 def generate_header() -> str:
-    return f"{'prompt':>8}  prefill s (dense)   tokens/s (dense)   ratio"
+    return (
+        f"{'prompt':>8}  {'':8}{'first token s':>14}{'peak MiB':>10}{'cache MiB':>11}"
+        f"{'tokens/s':>10}{'bytes allow':>13}   ratio"
+    )
 
 
 def generate_line(row: dict[str, Any]) -> str:
-    cells = [
-        f"{_number(row.get(f'sparsek_{key}'), 10)} ({_number(row.get(f'dense_{key}'), 0)})"
-        for key in ("prefill_s", "tokens_per_s")
-    ]
-    return f"{row['length']:>8}{cells[0]:>19}{cells[1]:>19}{_number(row.get('ratio'), 8)}"
+    """Two lines: sparse, then dense."""
+    lines = []
+    for name, place in (("sparsek", f"{row['length']:>8}"), ("dense", " " * 8)):
+        of = {key: row.get(f"{name}_{key}") for key in _GENERATE}
+        peak, cache = (
+            None if of[key] is None else of[key] / 2**20 for key in ("peak_bytes", "cache_bytes")
+        )
+        line = (
+            f"{place}  {name:<8}{_number(of['first_s'], 14, 3)}{_number(peak, 10, 0)}"
+            f"{_number(cache, 11, 1)}{_number(of['tokens_per_s'], 10, 1)}"
+            f"{_number(of['allowed_per_s'], 13, 0)}"
+        )
+        lines.append(line + (_number(row.get("ratio"), 8) if name == "sparsek" else ""))
+    return "\n".join(lines)
+
+
+_GENERATE = ("first_s", "peak_bytes", "cache_bytes", "tokens_per_s", "allowed_per_s")
 
 
 def plot(what: str, rows: list[dict[str, Any]], names: list[str], path: str) -> None:
@@ -69,7 +84,7 @@ def plot(what: str, rows: list[dict[str, Any]], names: list[str], path: str) -> 
     if what == "generate":
         for name in ("sparsek", "dense"):
             key = f"{name}_tokens_per_s"
-            points = [(r["length"], 1e3 / r[key]) for r in rows if key in r]
+            points = [(r["length"], 1e3 * r["batch"] / r[key]) for r in rows if key in r]
             axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds", title=what)
     axes.grid(True, which="both", alpha=0.3)

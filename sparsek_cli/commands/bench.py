@@ -35,7 +35,7 @@ def bench(
         str | None,
         Value("--against", metavar="A,B", help="sdpa, sdpa-flash, sdpa-cudnn, flex, fla-nsa."),
     ] = None,
-    tokens: Annotated[int, Value("--tokens", metavar="N", min=1, help="For generate.")] = 64,
+    tokens: Annotated[int, Value("--tokens", metavar="N", min=1, help="For generate.")] = 256,
     repeats: Annotated[int, Value("--repeats", metavar="N", min=1, help="Median of.")] = 20,
     plot: Annotated[str | None, Value("--plot", metavar="FILE", help="Write a plot.")] = None,
     seed: options.Seed = None,
@@ -57,7 +57,7 @@ def bench(
     tokens_of = _numbers(lengths or default)
     if what == "generate":
         rows, names, extra = _generate(
-            console, model, tokens_of, tokens, repeats, seed, where, kind
+            console, model, tokens_of, batch, tokens, repeats, seed, where, kind
         )
     else:
         query, kv = _heads(heads)
@@ -116,7 +116,7 @@ def _layer(console, what, shape, lengths, against, repeats):
     return rows, names, extra
 
 
-def _generate(console, name, lengths, tokens, repeats, seed, device, dtype):
+def _generate(console, name, lengths, batch, tokens, repeats, seed, device, dtype):
     from sparsek_cli import hub
     from sparsek_cli.benchmarks import generate, report
     from sparsek_cli.loading import load_model
@@ -128,8 +128,9 @@ def _generate(console, name, lengths, tokens, repeats, seed, device, dtype):
     show = _shown(console)
     show(report.generate_header())
     for row in generate.measure(
-        model, lengths, tokens=tokens, repeats=min(repeats, 3), seed=seed or 0, say=console.say
-    ):
+        model, lengths, batch=batch, tokens=tokens, repeats=min(repeats, 3), seed=seed or 0,
+        say=console.say,
+    ):  # fmt: skip
         rows.append(row)
         show(report.generate_line(row))
     return rows, [], {"model": name}

@@ -1,11 +1,13 @@
-"""`bench generate` decodes what the model decodes, and freezes no more of a cache than it says."""
+"""`bench generate`: dense steps decode what the model decodes, and freeze no more than they say."""
 
 import copy
 
+import pytest
 import torch
 
 import sparsek_cli.models as models
-from sparsek_cli.benchmarks.generate import Step, freeze, measure
+from sparsek_cli.benchmarks.generate import Step, freeze, measure, weight_bytes
+from sparsek_cli.benchmarks.report import generate_header, generate_line
 
 
 @torch.no_grad()
@@ -15,23 +17,22 @@ def written(model, ids, cache, tokens):
     found = []
     for _ in range(tokens):
         step()
-        found.append(int(step.word))
-    return found
+        found.append(step.word.clone())
+    return torch.cat(found, dim=1)
 
 
 @torch.no_grad()
 def test_steps_write_what_the_whole_model_writes(family, sparse_model):
     model = sparse_model(family, topk=4, window=4, sinks=1)
-    ids = torch.randint(4, 128, (1, 20))
-    for context in (models.budget(model), models.dense_attention(model)):
-        with context:
-            cache = model(ids[:, :-1], use_cache=True).past_key_values
-            found = written(model, ids, cache, 4)
-            expected = ids
-            for _ in range(4):
-                word = model(expected, use_cache=False).logits[:, -1:].argmax(-1)
-                expected = torch.cat([expected, word], 1)
-            assert found == expected[0, 20:].tolist()
+    ids = torch.randint(4, 128, (2, 20))
+    with models.dense_attention(model):
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        found = written(model, ids, cache, 4)
+        expected = ids
+        for _ in range(4):
+            word = model(expected, use_cache=False).logits[:, -1:].argmax(-1)
+            expected = torch.cat([expected, word], 1)
+        assert torch.equal(found, expected[:, 20:])
 
 
 @torch.no_grad()
@@ -53,8 +54,29 @@ def test_a_frozen_cache_has_room_for_one_token_and_keeps_its_length(family, spar
         assert frozen.layers[0].keys.shape[-2] == 20 == own.layers[0].keys.shape[-2]
 
 
-def test_rows_of_both(sparse_model):
+@pytest.mark.parametrize("batch", [1, 3])
+def test_rows_of_both(sparse_model, batch):
     model = sparse_model("llama", topk=4, window=4, sinks=1)
-    (row,) = measure(model, [24], tokens=3, repeats=1, seed=0, say=print)
+    (row,) = measure(model, [24], batch=batch, tokens=3, repeats=1, seed=0, say=print)
     assert row["ratio"] == row["sparsek_tokens_per_s"] / row["dense_tokens_per_s"]
-    assert row["sparsek_prefill_s"] > 0 and row["missing"] == {} and not row["cuda_graphs"]
+    assert row["sparsek_first_s"] > 0 and row["missing"] == {} and not row["cuda_graphs"]
+    assert row["sparsek_cache_bytes"] == models.sparsek_cache_bytes(
+        model.config, torch.float32, batch
+    )
+    assert row["dense_cache_bytes"] == models.dense_cache_bytes(
+        model.config, 24, torch.float32, batch
+    )
+    share = row["dense_allowed_per_s"] / row["sparsek_allowed_per_s"]
+    bytes_of = {name: weight_bytes(model) + row[f"{name}_cache_bytes"] for name in models_of(row)}
+    assert share == pytest.approx(bytes_of["sparsek"] / bytes_of["dense"])
+    assert len(generate_line(row).splitlines()) == 2 and "bytes allow" in generate_header()
+
+
+def models_of(row):
+    return {key.removesuffix("_first_s") for key in row if key.endswith("_first_s")}
+
+
+def test_an_untied_embedding_is_not_read_by_a_step(sparse_model):
+    untied = sparse_model("llama")
+    tied = sparse_model("llama", tie_word_embeddings=True)
+    assert weight_bytes(untied) == weight_bytes(tied)

@@ -95,5 +95,5 @@ def test_graphs_write_what_the_model_writes(sparse_model):
     from sparsek_cli.benchmarks.generate import measure
 
     model = larger(sparse_model, "llama", dtype="bfloat16")
-    (row,) = measure(model, [100], tokens=20, repeats=1, seed=0, say=print)
+    (row,) = measure(model, [100], batch=2, tokens=20, repeats=1, seed=0, say=print)
     assert row["cuda_graphs"] and not row["missing"] and row["ratio"] > 0
