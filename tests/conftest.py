@@ -197,6 +197,12 @@ def dense_model() -> Callable[..., Any]:
     return tiny_dense_model
 
 
+@pytest.fixture(scope="session")
+def build_dense_model() -> Callable[..., Any]:
+    """`dense_model` for fixtures of a whole session."""
+    return tiny_dense_model
+
+
 @pytest.fixture
 def sparse_model() -> Callable[..., Any]:
     """`tiny_sparse_model(family, topk=, window=, sinks=, gate=, ...)`."""

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import find_nan
 from sparsek_cli.conversion.staging import staged
+from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, verify
 from sparsek_cli.conversion.write import Written, neutral_scorers, write_checkpoint
 
@@ -31,6 +32,7 @@ class Converted:
     plan: Plan
     written: Written
     verified: Verified
+    tokenizer: str
     nan_checked: str
     calibration: dict[str, Any] | None
 
@@ -45,6 +47,7 @@ class Converted:
             "logits": self.verified.logits,
             "logit_difference": self.verified.logit_difference,
             "kv_bytes": self.verified.kv_bytes,
+            "tokenizer": self.tokenizer,
             "calibration": self.calibration,
         }
 
@@ -55,6 +58,7 @@ class Converted:
             f"written     base by {' and '.join(sorted(set(self.written.means)))}, "
             f"{self.written.bytes_copied:,} base bytes copied; NaN check: {self.nan_checked}",
             f"verified    {self.verified.text()}",
+            f"tokenizer   {self.tokenizer}",
         ]
         if self.calibration:
             found = self.calibration
@@ -83,6 +87,7 @@ def convert(plan: Plan, reporter: Reporter) -> Converted:
     with staged(plan.out) as folder:
         written = write_checkpoint(plan, scorers, folder, report)
         reporter.say("verifying")
+        tokenizer = settle(plan, folder)
         verified = verify(plan, scorers, folder, written)
     nan = "all weights read" if whole else f"sampled above {_READ_WHOLE >> 30} GiB"
-    return Converted(plan, written, verified, nan, report)
+    return Converted(plan, written, verified, tokenizer, nan, report)

@@ -16,6 +16,7 @@ from sparsek_cli.conversion.base_config import convertible, dense_config, is_con
 from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
+from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row
@@ -24,13 +25,7 @@ from sparsek_cli.hub import Checkpoint
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 _SIDE_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.jinja",
+    *TOKENIZER_FILES,
     "generation_config.json",
     "LICENSE*",
     "NOTICE*",

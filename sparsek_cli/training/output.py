@@ -12,6 +12,7 @@ import yaml
 from sparsek_cli import disk, last_model
 from sparsek_cli.conversion.link import link_or_copy
 from sparsek_cli.conversion.staging import staged
+from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.training.checkpoints import checkpoints_in
 from sparsek_cli.training.model import cast_for_saving
@@ -90,7 +91,10 @@ def write_model(
             model.save_pretrained(folder, state_dict=weights)
             for file in folder.glob("*.safetensors"):
                 disk.readable(file)
-        tokenizer.save_pretrained(folder)
+        if not bring(tokenizer, folder):
+            report.say(
+                "the tokenizer in OUT is not the one of training: transformers saves it otherwise"
+            )
         head = "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
         settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
         (folder / RECIPE).write_text(head + settings, encoding="utf-8")

@@ -1,0 +1,176 @@
+"""A converted model's tokenizer and logits are its base's, for every shape, family and loader."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from sparse_path import assert_sparse, counted_attention
+from tokenizer_shapes import SHAPES, described
+from tokenizers import normalizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+
+import sparsek_cli.models as models
+from sparsek_cli.hub import resolve
+
+
+def base_tokenizer(folder: Path):
+    """The base's tokenizer, or None where transformers has none for it."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ids_logits_and_attention_are_as_they_should_be(family, shape, pair):
+    made = pair(family, shape)
+    tokenizer = base_tokenizer(made.base)
+    if tokenizer is None:
+        assert made.said.startswith("not compared, the base's does not load")
+        ids = torch.arange(48)[None]
+    else:
+        assert described(AutoTokenizer.from_pretrained(made.out)) == described(tokenizer)
+        text = "The harbour master counted 1234 crates and wrote them down."
+        ids = tokenizer(text, return_tensors="pt").input_ids[:, :48]
+    dense = AutoModelForCausalLM.from_pretrained(made.base)
+    sparse = AutoModelForCausalLM.from_pretrained(made.out)
+    with torch.no_grad(), models.budget(sparse, topk=64), counted_attention() as layers:
+        torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, atol=2e-4, rtol=2e-4)
+    assert layers == [0, 1]
+    assert_sparse(sparse)
+
+
+def test_a_program_without_this_package_gets_the_same_tokenizers(pair, tmp_path):
+    expected = {}
+    for family in models.FAMILIES:
+        for shape in SHAPES:
+            made = pair(family, shape)
+            if (tokenizer := base_tokenizer(made.base)) is not None:
+                expected[str(made.out)] = described(tokenizer)
+    assert len(expected) > 80
+    (tmp_path / "expected").write_bytes(pickle.dumps(expected))
+    code = f"""
+import pickle, sys
+sys.path.insert(0, {str(Path(__file__).parents[1] / "support")!r})
+from tokenizer_shapes import described
+from transformers import AutoTokenizer
+with open({str(tmp_path / "expected")!r}, "rb") as file:
+    expected = pickle.load(file)
+for folder, wanted in expected.items():
+    found = described(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
+    for key in wanted:
+        assert found[key] == wanted[key], (folder, key)
+assert not any(name.startswith("sparsek") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def loaded_by_chat(made):
+    from sparsek_cli.loading import load_tokenizer
+
+    return load_tokenizer(resolve(made.out))
+
+
+def loaded_by_evaluate(made):
+    from sparsek_cli.evaluation.loading import load_model
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    recipe = EvaluateRecipe(model=str(made.out), tasks=["ppl"], lengths=[64])
+    model, tokenizer, own = load_model(resolve(made.out), recipe, "cpu")
+    assert own
+    assert_sparse(model)
+    return tokenizer
+
+
+def loaded_by_finetune(made):
+    from sparsek_cli.training.model import load_tokenizer
+
+    return load_tokenizer(made.out)
+
+
+def written_by_finetune(made):
+    from sparsek_cli.conversion.tokenizer import bring
+    from sparsek_cli.training.model import load_tokenizer
+
+    again = made.out.with_name(made.out.name + "-again")
+    again.mkdir()
+    (again / "config.json").write_text((made.out / "config.json").read_text())
+    assert bring(load_tokenizer(made.out), again)
+    return AutoTokenizer.from_pretrained(again)
+
+
+def loaded_by_pipeline(made):
+    runner = pipeline("text-generation", str(made.out), device="cpu", torch_dtype=torch.float32)
+    with counted_attention() as layers:
+        runner("The harbour", max_new_tokens=2, do_sample=False)
+    assert set(layers) == {0, 1}
+    # A pipeline that generates pads on the left, whatever the tokenizer says.
+    runner.tokenizer.padding_side = base_tokenizer(made.base).padding_side
+    return runner.tokenizer
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        loaded_by_chat,
+        loaded_by_evaluate,
+        loaded_by_finetune,
+        written_by_finetune,
+        loaded_by_pipeline,
+    ],
+)
+def test_every_loader_has_the_base_s_tokenizer(load, any_pair):
+    wanted = described(base_tokenizer(any_pair.base))
+    found = described(load(any_pair))
+    for key in wanted:
+        assert found[key] == wanted[key], key
+
+
+def test_converting_again_keeps_it(pair, tmp_path):
+    """Also of a folder that an earlier version wrote, which did not name the class."""
+    from sparsek_cli.console import Console
+    from sparsek_cli.conversion.convert import convert
+    from sparsek_cli.conversion.plan import make_plan
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    made = pair("gpt2", "gpt2_bare")
+    old = tmp_path / "old"
+    old.mkdir()
+    for file in made.out.iterdir():
+        os.link(file, old / file.name)
+    (old / "tokenizer_config.json").unlink()
+    (old / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024}))
+    recipe = ConvertRecipe(
+        model=str(old), out=str(tmp_path / "new"), again=True, topk=6, window=4,
+        calibrate_tokens=2048, calibrate_length=256, method={"scorer": "linear"},
+    )  # fmt: skip
+    convert(make_plan(recipe, resolve(old)), Console(quiet=True))
+    assert json.loads((tmp_path / "new/tokenizer_config.json").read_text())["tokenizer_class"]
+    wanted = described(base_tokenizer(made.base))
+    assert described(AutoTokenizer.from_pretrained(tmp_path / "new")) == wanted
+
+
+def test_files_that_would_load_otherwise_are_written_anew(pair, tmp_path, monkeypatch):
+    """Settings that transformers applies to a type by name end up in the files themselves."""
+    from sparsek_cli.conversion import tokenizer as settling
+
+    made = pair("llama", "llama3")
+    base = PreTrainedTokenizerFast.from_pretrained(made.base)
+    base.backend_tokenizer.normalizer = normalizers.Lowercase()
+    monkeypatch.setattr(settling, "_load_base", lambda plan: base)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for file in made.out.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    assert settling.settle(None, folder).endswith("as of the base")
+    found = AutoTokenizer.from_pretrained(folder)
+    assert found("HELLO").input_ids == base("HELLO").input_ids
+    assert found("HELLO").input_ids != base_tokenizer(made.base)("HELLO").input_ids
