@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,8 @@ from sparsek_cli.errors import SparsekError
 if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel
+
+    from sparsek_cli.models.graphs import Decoder
 
 CHUNK = 1024  # tokens per forward while reading: bounds activations, not what is remembered
 
@@ -44,10 +46,13 @@ class Engine:
         # Learned positions (gpt2) are a table: beyond its end there is nothing to look up.
         learned = any(name.endswith("wpe.weight") for name, _ in model.named_parameters())
         self._table = self.context_limit if learned else None
+        self._decoder: Decoder | None = None
+        self._stepping: ExitStack | None = None  # open while the decoder writes into the cache
         self.reset()
 
     def reset(self) -> None:
         """Forgets the conversation."""
+        self._settle()
         self.cache = self._new_cache()
         self.fed = 0
         self._logits: torch.Tensor | None = None
@@ -73,33 +78,37 @@ class Engine:
         Returns:
             Whether everything was read.
         """
-        import torch
-
         queue = [*self._unfed, *tokens]
         self._check_room(len(queue))
         self._unfed = []
+        self._settle()
         self.interrupted = False
-        device = self.model.device
         with interruptible() as stop:
             for start in range(0, len(queue), self.chunk):
                 piece = queue[start : start + self.chunk]
-                positions = torch.arange(self.fed, self.fed + len(piece), device=device)
-                with torch.inference_mode():
-                    output = self.model(
-                        input_ids=torch.tensor([piece], device=device),
-                        position_ids=positions.unsqueeze(0),
-                        past_key_values=self.cache,
-                        use_cache=True,
-                        logits_to_keep=1,
-                    )
-                self._logits = output.logits[0, -1].float()
-                self.fed += len(piece)
+                self._read(piece)
                 if on_tokens is not None:
                     on_tokens(len(piece))
                 if stop.is_set() and start + self.chunk < len(queue):
                     self.interrupted = True
                     return False
         return True
+
+    def _read(self, piece: list[int]) -> None:
+        import torch
+
+        device = self.model.device
+        positions = torch.arange(self.fed, self.fed + len(piece), device=device)
+        with torch.no_grad():
+            output = self.model(
+                input_ids=torch.tensor([piece], device=device),
+                position_ids=positions.unsqueeze(0),
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        self._logits = output.logits[0, -1].float()
+        self.fed += len(piece)
 
     def stream(self, sampling: Sampling, stop_tokens: frozenset[int]) -> Iterator[int]:
         """Draws the reply. Ends at a stop token (not yielded, not fed), at the limit, or at Ctrl-C.
@@ -113,18 +122,47 @@ class Engine:
             raise SparsekError("nothing to answer", hint="write something first")
         self.interrupted = False
         generator = torch.Generator(device="cpu").manual_seed(sampling.seed + self.fed)
-        with interruptible() as stop:
-            for _ in range(sampling.max_new_tokens):
-                if self._unfed:
-                    self.feed([])
-                if stop.is_set():
-                    self.interrupted = True
-                    return
-                token = draw(self._logits, sampling, generator)
-                if token in stop_tokens:
-                    return
-                self._unfed = [token]
-                yield token
+        try:
+            with interruptible() as stop:
+                for _ in range(sampling.max_new_tokens):
+                    if self._unfed:
+                        self._step()
+                    if stop.is_set():
+                        self.interrupted = True
+                        return
+                    token = draw(self._logits, sampling, generator)
+                    if token in stop_tokens:
+                        return
+                    self._unfed = [token]
+                    yield token
+        finally:
+            self._settle()
+
+    def _step(self) -> None:
+        """Reads the token that was drawn, by a CUDA graph where there can be one."""
+        import torch
+
+        if not self.sparse or len(self._unfed) != 1 or not self.fed:
+            self.feed([])
+            return
+        from sparsek_cli.models.graphs import decoder_for
+
+        self._check_room(1)
+        if self._stepping is None:
+            self._stepping = ExitStack()
+            self._decoder = self._stepping.enter_context(decoder_for(self.model, 1))
+            place = torch.tensor([self.fed], device=self.model.device)
+            self._stepping.enter_context(self._decoder.over(self.cache, place))
+        word = torch.tensor(self._unfed, device=self.model.device)
+        self._logits = self._decoder.read(word)[0]
+        self._unfed = []
+        self.fed += 1
+
+    def _settle(self) -> None:
+        """Gives the cache back to whoever reads more than one token, or copies it."""
+        if self._stepping is not None:
+            stack, self._stepping = self._stepping, None
+            stack.close()
 
     @property
     def tokens(self) -> int:

@@ -193,7 +193,7 @@ def write(
                 break
             if criteria.max_length is not None and text.length >= criteria.max_length:
                 break
-            if not in_graph or words is not decoder.words:
+            if words is not decoder.words:
                 decoder.words.copy_(words)
             decoder.step()
             words, logits = decoder.words, decoder.logits

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
@@ -94,6 +95,12 @@ class Decoder:
             self._graph.replay()
         self._steps += 1
 
+    def read(self, words: torch.Tensor) -> torch.Tensor:
+        """Logits [B, V] after `words` [B]: a `step` that reads these."""
+        self.words.copy_(words)
+        self.step()
+        return self.logits
+
     def _begin(self, cache: SparseKCache, positions: torch.Tensor) -> None:
         if self._cache is not None:
             raise SparsekError("this decoder is at work on another cache", hint="make a second one")
@@ -131,6 +138,7 @@ class Decoder:
             if self.eager is None:
                 layer.state = layer.state.clone() if keep else None
 
+    @torch.no_grad()
     def _run(self) -> None:
         model = self._model()
         forward = _compiled(type(model)) if self.compiled else type(model).__call__
@@ -243,7 +251,9 @@ def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
     A replay does not look at Python: a scorer put in another's place, an adapter switched off or a
     changed budget must not meet a graph that was captured before.
     """
-    found: list[Any] = [model.config._attn_implementation, repr(model.config.sparsek)]
+    config = model.config
+    found: list[Any] = [config._attn_implementation, repr(config.sparsek)]
+    found.append(id(ALL_ATTENTION_FUNCTIONS[config._attn_implementation]))
     for module in model.modules():
         found.append((id(type(module)), id(module)))
         for name, value in vars(module).items():

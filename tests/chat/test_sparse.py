@@ -39,20 +39,27 @@ def test_cache_stops_growing_and_equals_the_formula(sparse_model, tokenizer):
 def test_turns_and_chunks_end_in_the_logits_of_one_prefill(sparse_model, tokenizer, monkeypatch):
     import torch
 
+    from sparsek_cli.models.graphs import Decoder
+
     fed = []
-    feed = Engine.feed
+    read, step = Engine._read, Decoder.read
 
-    def record(self, tokens, **options):
-        fed.extend([*self._unfed, *tokens])
-        return feed(self, tokens, **options)
+    def record_piece(self, piece):
+        fed.extend(piece)
+        read(self, piece)
 
-    monkeypatch.setattr(Engine, "feed", record)
+    def record_words(self, words):
+        fed.extend(words.tolist())
+        return step(self, words)
+
+    monkeypatch.setattr(Engine, "_read", record_piece)
+    monkeypatch.setattr(Decoder, "read", record_words)
     session = Session(Engine(sparse_model, chunk=13), tokenizer, Sampling(max_new_tokens=5))
     session.load("The code is 42. " * 6)
     for question in ("What is the code?", "Are you sure?"):
         "".join(session.ask(question))
     session.engine.feed([])
     at_once = Engine(sparse_model, chunk=4096)
-    feed(at_once, fed)
+    read(at_once, fed)
     assert at_once.fed == session.engine.fed > 100
     torch.testing.assert_close(at_once._logits, session.engine._logits, atol=1e-4, rtol=1e-4)

@@ -1,7 +1,8 @@
 """lm-eval's generation requests: greedy answers, prompts with a common beginning read once."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from sparsek_cli.evaluation.lm.batching import Joined, join
 from sparsek_cli.evaluation.lm.prefill import PromptReader
 from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, common, group_by_prefix
+from sparsek_cli.models import SparseKCache
+from sparsek_cli.models.graphs import decoder_for
 
 SHARED_CACHE_BYTES = 1 << 30  # questions about one document share at most this much cache
 MEMORY_SHARE = 0.2  # of a GPU's free memory goes to caches of answers written together
@@ -181,27 +184,49 @@ class Answers(PromptReader):
         answers: list[list[int]] = [[] for _ in range(logits.shape[0])]
         running = list(range(logits.shape[0]))
         read, padding = _row_lengths(cache, len(running), joined)
+        with self._steps(cache, joined) as read_words:
+            for step in range(room):
+                tokens = logits[:, -1].float().argmax(dim=-1)
+                chosen = tokens.tolist()
+                for row in list(running):
+                    answers[row].append(chosen[row])
+                    stops = chosen[row] in ends or self._stopped(answers[row], until)
+                    if stops or step + 1 == room:
+                        running.remove(row)
+                        # Now: until the others end, more is read into the row than its answer.
+                        self._saw_cache(cache, read[row] + step, row, padding[row])
+                if not running:
+                    break
+                logits = read_words(tokens, step)
+        return [self.tok_decode(answer) for answer in answers]
+
+    @contextmanager
+    def _steps(self, cache: Any, joined: Joined | None) -> Iterator[Callable]:
+        """Reads one token of every row: (tokens [B], steps before) -> logits [B, 1, V].
+
+        A SparseK cache is empty afterwards.
+        """
+        if isinstance(cache, SparseKCache):
+            positions = cache.layers[0].state.seen if joined is None else joined.positions
+            with (
+                decoder_for(self.model, cache.batch_size) as decoder,
+                decoder.over(cache, positions, keep=False),
+            ):
+                yield lambda tokens, step: decoder.read(tokens)[:, None]
+            return
         mask = None if joined is None else joined.mask
-        for step in range(room):
-            tokens = logits[:, -1].float().argmax(dim=-1)
-            chosen = tokens.tolist()
-            for row in list(running):
-                answers[row].append(chosen[row])
-                stops = chosen[row] in ends or self._stopped(answers[row], until)
-                if stops or step + 1 == room:
-                    running.remove(row)
-                    # Now: until the others end, more is read into the row than its answer.
-                    self._saw_cache(cache, read[row] + step, row, padding[row])
-            if not running:
-                break
+
+        def read(tokens: torch.Tensor, step: int) -> torch.Tensor:
+            nonlocal mask
             placed: dict[str, torch.Tensor] = {}
             if joined is not None:
                 placed["position_ids"] = (joined.positions + step)[:, None]
             if mask is not None:
                 mask = torch.nn.functional.pad(mask, (0, 1), value=True)
                 placed["attention_mask"] = mask
-            logits = self._read(tokens[:, None], cache, keep=1, **placed)
-        return [self.tok_decode(answer) for answer in answers]
+            return self._read(tokens[:, None], cache, keep=1, **placed)
+
+        yield read
 
     def _stopped(self, answer: list[int], until: list[str]) -> bool:
         text = self.tok_decode(answer[-32:], skip_special_tokens=False)

@@ -101,7 +101,10 @@ def row_bytes(cache: Any, more: int = 0) -> int:
 
 @contextmanager
 def watch_attention(proof: Proof) -> Iterator[None]:
-    """Counts what passes through SparseK attention while the block runs."""
+    """Counts what passes through SparseK attention while the block runs.
+
+    Steps that a CUDA graph replays are not counted: the step it was captured from is.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if "sparsek" not in ALL_ATTENTION_FUNCTIONS:
