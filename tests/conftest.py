@@ -1,4 +1,4 @@
-"""Shared fixtures: tiny random dense models of every family and a tokenizer, all built offline.
+"""Shared fixtures: tiny random dense models and a tokenizer, all built offline.
 
 Everything here is random and small (two layers, hidden size 32): enough to hold shapes, masks,
 caches and file formats to account in milliseconds. `sparse_model` gives the same weights with
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_families import VOCAB_SIZE, tiny_config
 
 # Tests never reach the network; set before transformers reads them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,54 +27,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The families that most tests run on; tests/families holds all of them to the essentials.
 FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
-VOCAB_SIZE = 128
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
-
-
-def tiny_dense_config(family: str, **overrides: Any):
-    """The dense transformers config of a tiny model: 2 layers, 4 query heads, head size 8.
-
-    Args:
-        family: one of `FAMILY_NAMES`. llama, mistral, qwen2 and qwen3 have 2 KV heads (GQA),
-            gpt_neox (partial rotary) and gpt2 have 4.
-        overrides: config fields by the family's own names, e.g. `num_hidden_layers=3`.
-    """
-    from transformers import AutoConfig
-
-    common = {
-        "vocab_size": VOCAB_SIZE,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.2,  # large enough for peaked attention, so that errors show
-    }
-    if family == "gpt2":
-        fields = {
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "n_positions": 512,
-            "resid_pdrop": 0.0,
-            "embd_pdrop": 0.0,
-        }
-    else:
-        fields = {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "max_position_embeddings": 4096,
-        }
-        if family == "gpt_neox":
-            fields["rotary_pct"] = 0.5
-        else:
-            fields["num_key_value_heads"] = 2
-        if family == "mistral":
-            fields["sliding_window"] = None
-        if family == "qwen3":
-            fields["head_dim"] = 8
-    return AutoConfig.for_model(family, **{**common, **fields, **overrides})
 
 
 def tiny_dense_model(family: str, *, seed: int = 0, dtype: str = "float32", **overrides: Any):
@@ -81,7 +37,7 @@ def tiny_dense_model(family: str, *, seed: int = 0, dtype: str = "float32", **ov
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = tiny_dense_config(family, **overrides)
+    config = tiny_config(family, **overrides)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)
@@ -167,7 +123,7 @@ def save_tiny_checkpoint(
 
     Args:
         folder: where to write; created.
-        family: one of `FAMILY_NAMES`.
+        family: a key of `tiny_families.TINY`.
         max_shard_size: e.g. "20KB", to get several shards and an index.
         options: passed to `tiny_dense_model` (seed, dtype, config overrides).
     """
@@ -185,10 +141,28 @@ def family(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def make_dense() -> Callable[..., Any]:
+    """`dense_model`, for fixtures that live longer than a test."""
+    return tiny_dense_model
+
+
+@pytest.fixture(scope="session")
+def make_sparse() -> Callable[..., Any]:
+    """`sparse_model`, for fixtures that live longer than a test."""
+    return tiny_sparse_model
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Path]:
+    """`save_tiny_checkpoint(folder, family, **options)`."""
+    return save_tiny_checkpoint
+
+
 @pytest.fixture
 def dense_config() -> Callable[..., Any]:
-    """`tiny_dense_config(family, **overrides)`."""
-    return tiny_dense_config
+    """`tiny_config(family, **overrides)`."""
+    return tiny_config
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """The sizes of a model, read from config.json alone.
 
 Importing transformers' modelling code takes longer than a whole conversion, so planning and
-writing read names and sizes themselves, by the family's row; tests hold them equal to the real
-model classes.
+writing read names and sizes themselves, by the family's row; what a file leaves out is asked of
+the family's config class. Tests hold both equal to the real model classes.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,10 @@ from typing import Any
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
+from sparsek_cli.families.own_config import own_config
 
-_SHORTEST_CONTEXT = 2048
+_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_CONTEXT = 2048
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,17 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
         UsageError: a size is missing or is not a positive whole number.
     """
 
+    left_out = [name for name in _OPTIONAL if config.get(row.key(name)) is None]
+    if left_out and not row.plain_sizes:
+        own = own_config(row, config)
+        found = {name: getattr(own, row.key(name), None) for name in left_out}
+        config = {**config, **{row.key(n): v for n, v in found.items() if v is not None}}
+
     def size(name: str, default: int | None = None) -> int:
         key = row.key(name)
         value = config.get(key)
         if value is None:
-            value = row.defaults.get(name, default)
+            value = default
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             raise UsageError(
                 f"config.json: {key} is {value!r}, expected a positive whole number",
@@ -48,13 +56,12 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
 
     heads = size("num_attention_heads")
     hidden = size("hidden_size")
-    shared = row.one_kv_head is not None and config.get(row.one_kv_head, True)
     return Geometry(
         layers=size("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
-        kv_heads=1 if shared else size("num_key_value_heads", heads),
+        kv_heads=size("num_key_value_heads", heads),
         head_dim=size("head_dim", hidden // heads),
-        context=size("max_position_embeddings", _SHORTEST_CONTEXT),
+        context=size("max_position_embeddings", _CONTEXT),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )

@@ -154,7 +154,7 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
     topk = sizes.pop() if len(sizes) == 1 else [list(scorer.topk) for scorer in scorers]
     module = Path(REMOTE_CODE_FILE).stem
     row = plan.row
-    own_config, own_model, own_causal_lm, _ = row.sparsek_names
+    own_config, own_model, own_causal_lm, *_ = row.sparsek_names
     config = {k: v for k, v in plan.config.items() if not k.startswith("_attn_implementation")}
     config.update(idle_window_off(row, plan.config, plan.geometry.context))
     config.update(

@@ -6,11 +6,11 @@ a state instead of keys, stay what they are, with a cache of their own.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.own_config import own_config
 from sparsek_cli.families.row import Row
 
 # "hybrid": a layer with both attention and a state-space block.
@@ -30,9 +30,7 @@ def layer_types(row: Row, config: Mapping[str, Any]) -> list[str]:
         return list(types)
     if row.mixed:
         # How its layers alternate is written in many ways, which its own config class knows.
-        name = f"transformers.models.{row.module}.configuration_{row.module}"
-        own = getattr(importlib.import_module(name), row.config)
-        return list(own(**{k: v for k, v in config.items() if k != "model_type"}).layer_types)
+        return list(own_config(row, config).layer_types)
     return ["full_attention"] * config[row.key("num_hidden_layers")]
 
 
@@ -49,7 +47,7 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
     """
     if row.mixed:
         return {}
-    window = config.get("sliding_window", row.defaults.get("sliding_window"))
+    window = config.get("sliding_window", row.window)
     types = config.get("layer_types") or ()
     slides = "sliding_attention" in types if types else config.get("use_sliding_window", True)
     if window is not None and slides and window < context:

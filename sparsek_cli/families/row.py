@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
 
 SPLIT = ("q_proj", "k_proj", "v_proj", "o_proj")
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,15 @@ class Row:
         layers: list of layers below `base`.
         attention: the attention module inside a layer.
         projections: linear maps inside an attention module; the last one is its output.
+        decoder: class name of the module inside the base model that its causal language model
+            calls, where that is not the base model itself.
         norm: the normalisation after the last layer, below `base`.
         lora_targets: modules that LoRA adapts unless told otherwise; `projections` if left out.
         dropout: the config key of attention dropout, set to 0 on conversion; None: there is none.
         keys: the family's own name of a config key that differs from Llama's.
-        defaults: what the family's config class assumes of a missing key, where that is not what
-            `geometry` assumes.
-        one_kv_head: the config key, true by default, by which all heads share one KV head.
+        plain_sizes: sizes that a config.json leaves out follow from those it has: a KV head for
+            each head, hidden_size / heads features in each.
+        window: the sliding window that the config class assumes if config.json names none.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
     """
@@ -46,12 +47,13 @@ class Row:
     layers: str = "layers"
     attention: str = "self_attn"
     projections: tuple[str, ...] = SPLIT
+    decoder: str = ""
     norm: str = "norm"
     lora_targets: tuple[str, ...] = ()
     dropout: str | None = "attention_dropout"
     keys: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    defaults: Mapping[str, Any] = field(default_factory=lambda: _NOTHING)
-    one_kv_head: str | None = None
+    plain_sizes: bool = False
+    window: int | None = None
     mixed: bool = False
 
     def __post_init__(self) -> None:
@@ -85,8 +87,9 @@ class Row:
 
     @property
     def sparsek_names(self) -> tuple[str, ...]:
-        """Class names of the converted config, base model, causal LM and attention."""
+        """Class names of the converted config, base model, causal LM, attention, and decoder."""
         names = (self.config, self.model, self.causal_lm, self.attention_class)
+        names += (self.decoder,) if self.decoder else ()
         return tuple(f"SparseK{name}" for name in names)
 
     def key(self, name: str) -> str:

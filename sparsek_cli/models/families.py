@@ -117,20 +117,37 @@ class Family:
     def sparsek_model(self) -> type:
         def build(model, config):
             self.model.__init__(model, config)
-            add_scorers(model, self.attention, self.sparsek_attention)
+            self._convert(model)
             model.post_init()
 
+        return self._with_cache(self.model, {"__init__": build})
+
+    def _with_cache(self, dense: type, members: dict[str, Any]) -> type:
+        """A base model's class, or its decoder's, that brings its own cache."""
         return type(
-            f"SparseK{self.row.model}",
-            (SparseKModelMixin, self.model),
+            f"SparseK{dense.__name__}",
+            (SparseKModelMixin, dense),
             {
                 **_MODULE,
-                "__doc__": f"{self.row.model} with SparseK attention.",
+                "__doc__": f"{dense.__name__} with SparseK attention.",
                 "__annotations__": {"config": self.sparsek_config},
-                "__init__": build,
-                "_forward_names": forward_names(self.model),
+                "_forward_names": forward_names(dense),
+                **members,
             },
         )
+
+    @cached_property
+    def sparsek_decoder(self) -> type | None:
+        """The derived class of `Row.decoder`, where there is one."""
+        name = self.row.decoder
+        return self._with_cache(getattr(self._module("modeling"), name), {}) if name else None
+
+    def _convert(self, base: Any) -> None:
+        """Give the attention modules of a base model their scorers."""
+        if self.row.decoder:
+            inner = base.get_submodule(self.row.layers.rpartition(".")[0])
+            inner.__class__ = self.sparsek_decoder
+        add_scorers(base, self.attention, self.sparsek_attention)
 
     @cached_property
     def sparsek_causal_lm(self) -> type:
@@ -138,7 +155,7 @@ class Family:
             self.causal_lm.__init__(model, config)
             # The family's causal LM names its base model class itself: change it after the fact.
             model.base_model.__class__ = self.sparsek_model
-            add_scorers(model.base_model, self.attention, self.sparsek_attention)
+            self._convert(model.base_model)
             model.base_model.post_init()
             model.post_init()
 
@@ -161,6 +178,7 @@ class Family:
             self.sparsek_model,
             self.sparsek_causal_lm,
             self.sparsek_attention,
+            *((self.sparsek_decoder,) if self.sparsek_decoder else ()),
         )
 
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.questions import Question
+from sparsek_cli.models.output import output_layer
 from sparsek_cli.training.objectives import decoder_of
 
 LOGIT_ROWS = 8192  # tokens whose logits exist at one time
@@ -81,7 +82,7 @@ def recalled(
         for row, i in enumerate(batch):
             asked = slice(questions[i].start, len(questions[i].ids))
             before = slice(asked.start - 1, asked.stop - 1)
-            said = model.get_output_embeddings()(states[row, before]).argmax(-1)
+            said = output_layer(model)(states[row, before]).argmax(-1)
             right[i] = bool((said == ids[row, asked]).all())
     return right
 
@@ -89,7 +90,7 @@ def recalled(
 def _by_chunks(
     model: Any, states: torch.Tensor, targets: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    head = model.get_output_embeddings()
+    head = output_layer(model)
     for piece, target in zip(states.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
         yield head(piece).float(), target
 

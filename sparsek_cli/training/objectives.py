@@ -4,6 +4,7 @@
 computed inside `forward`, so DDP, FSDP and DeepSpeed see one ordinary forward pass.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
@@ -14,13 +15,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
-from sparsek_cli.errors import UsageError
+from sparsek_cli.models.output import output_layer
 
 if TYPE_CHECKING:
     from sparsek_cli.training.future import FutureAttention
 
-# Output transforms between hidden state and logits that the chunked loss would leave out.
-_UNSUPPORTED = ("final_logit_softcapping", "logit_scale", "logits_scaling", "output_multiplier")
+
+# From final states [..., C] to logits; see models/output.py.
+OutputLayer = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Teacher(Protocol):
     """Who is imitated; see teacher.py."""
 
     @property
-    def head(self) -> torch.nn.Module: ...
+    def head(self) -> OutputLayer: ...
 
     def states(self, **inputs: Any) -> torch.Tensor: ...
 
@@ -74,16 +76,7 @@ def attach(
         objective: which sums are needed.
         teacher: who is imitated where `objective.distill` or `objective.future` > 0.
         future: what compares scores with the teacher's attention where `objective.future` > 0.
-
-    Raises:
-        UsageError: the family changes its logits after the output layer.
     """
-    for name in _UNSUPPORTED:
-        if getattr(model.config, name, None) is not None:
-            raise UsageError(
-                f"family '{model.config.model_type}' cannot be trained here: it uses {name}",
-                hint="train a llama, mistral, qwen2, qwen3, gpt_neox or gpt2 model",
-            )
     decoder = decoder_of(model)
     sparse = getattr(model.config, "sparsek", None) is not None
 
@@ -110,7 +103,7 @@ def attach(
             wanted = future.loss() if learning and future is not None else hidden.new_zeros(())
         if objective.distill == 0:
             known = None
-        head = self.get_output_embeddings()
+        head = output_layer(self)
         sums = loss_sums(hidden, known, head, input_ids, roles, objective)
         return {"sums": torch.cat([sums, wanted.float()[None]])}
 
@@ -136,8 +129,8 @@ def count_targets(roles: torch.Tensor) -> torch.Tensor:
 
 def loss_sums(
     hidden: torch.Tensor,
-    known: tuple[torch.Tensor, torch.nn.Module] | None,
-    head: torch.nn.Module,
+    known: tuple[torch.Tensor, OutputLayer] | None,
+    head: OutputLayer,
     input_ids: torch.Tensor,
     roles: torch.Tensor,
     objective: Objective,
@@ -179,8 +172,8 @@ def loss_sums(
 
 def _chunk_sums(
     states: torch.Tensor,
-    known: tuple[torch.Tensor, torch.nn.Module] | None,
-    head: torch.nn.Module,
+    known: tuple[torch.Tensor, OutputLayer] | None,
+    head: OutputLayer,
     targets: torch.Tensor,
     answers: torch.Tensor,
     temperature: float,

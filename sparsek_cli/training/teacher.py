@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from sparsek_cli.models import DENSE_ATTENTION, dense_attention
-from sparsek_cli.training.objectives import decoder_of
+from sparsek_cli.models.output import output_layer
+from sparsek_cli.training.objectives import OutputLayer, decoder_of
 
 
 class OwnTeacher:
@@ -23,9 +24,9 @@ class OwnTeacher:
         self._model, self._tuner, self._attention = model, tuner, attention
 
     @property
-    def head(self) -> torch.nn.Module:
+    def head(self) -> OutputLayer:
         """The output layer."""
-        return self._model.get_output_embeddings()
+        return output_layer(self._model)
 
     @torch.no_grad()
     def states(self, **inputs: Any) -> torch.Tensor:
@@ -71,9 +72,9 @@ class FrozenTeacher:
         self._model.config._attn_implementation = attention
 
     @property
-    def head(self) -> torch.nn.Module:
+    def head(self) -> OutputLayer:
         """The output layer."""
-        return self._model.get_output_embeddings()
+        return output_layer(self._model)
 
     @torch.no_grad()
     def states(self, **inputs: Any) -> torch.Tensor:

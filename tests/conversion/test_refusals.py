@@ -87,7 +87,7 @@ def refused(tmp_path, capsys, monkeypatch):
         ("nan", 1, "NaN weights: "),
         ("lacks a layer", 1, "lacks model.layers.2."),
         ("not causal", 2, "not a causal language model"),
-        ("family", 2, "supported families: gpt2, gpt_neox, llama, mistral, qwen2, qwen3"),
+        ("family", 2, "supported families: apertus, arcee, cohere"),
         ("converted", 2, "already converted"),
         ("sliding", 2, "sliding window of 64"),
         ("quantised", 2, "quantised"),

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-import sparsek_cli.models  # noqa: F401  (registers the classes of a base that is converted already)
 from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.models.output import output_layer
 
 _RECORDING = "sparsek_recording"
 # Elements of the largest block of logits: 256 MB in float32.
@@ -71,12 +71,14 @@ class LayerwiseBase:
         self._inputs: torch.Tensor | None = None
         self._to_the_end = True
         self._attention_name = plan.row.attention
+        self._output_name = plan.row.projections[-1]
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 plan.base.path, dtype=dtype, attn_implementation=_RECORDING
             )
         model = model.eval().to(device)
-        self._base, self._head = model.base_model, model.get_output_embeddings()
+        self._base, self._head = model.base_model, output_layer(model)
+        self._vocabulary = model.get_output_embeddings().weight.shape[0]
         self._norm = self._base.get_submodule(plan.row.norm)
         self._layers = self._base.get_submodule(plan.row.layers)
         self.hidden: list[torch.Tensor] = []
@@ -126,13 +128,10 @@ class LayerwiseBase:
     def output_weight(self, layer: int) -> torch.Tensor:
         """W_o of a layer as [H * D, hidden], float32."""
         attention = self._layers[layer].get_submodule(self._attention_name)
-        for name in ("o_proj", "dense", "c_proj"):
-            projection = getattr(attention, name, None)
-            if projection is not None:
-                weight = projection.weight.detach().float()
-                # GPT-2's Conv1D keeps its weight transposed.
-                return weight.T if isinstance(projection, torch.nn.Linear) else weight
-        raise AttributeError(f"{type(attention).__name__} has no known output projection")
+        projection = getattr(attention, self._output_name)
+        weight = projection.weight.detach().float()
+        # GPT-2's Conv1D keeps its weight transposed.
+        return weight.T if isinstance(projection, torch.nn.Linear) else weight
 
     def run_layer(
         self, layer: int, numbers: range, use: Callable[[int, Recorded], None], *, advance: bool
@@ -177,7 +176,7 @@ class LayerwiseBase:
 
     def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """KL of the predictions, nats: float32 [R], from final states [R, hidden] of both."""
-        rows = max(1, _LOGITS // self._head.weight.shape[0])
+        rows = max(1, _LOGITS // self._vocabulary)
         parts = []
         for one, other in zip(expected.split(rows), states.split(rows), strict=True):
             p, q = (self._head(x).float().log_softmax(-1) for x in (one, other))

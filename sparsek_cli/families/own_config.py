@@ -1,0 +1,19 @@
+"""A family's own config class, asked for what a config.json leaves open."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from sparsek_cli.families.row import Row
+
+
+def own_config(row: Row, config: Mapping[str, Any]) -> Any:
+    """transformers' config of a config.json dictionary. Imports transformers, which takes seconds.
+
+    Asked only where the file does not say it, so that most conversions do without.
+    """
+    name = f"transformers.models.{row.module}.configuration_{row.module}"
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    return getattr(importlib.import_module(name), row.config)(**fields)

@@ -1,0 +1,101 @@
+"""One family at a time: its dense model, the same weights with SparseK, and a checkpoint of both.
+
+A converted checkpoint is made once per family, by the command line, and shared by its tests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_families import TINY
+
+TOKENS = 40
+
+
+@dataclass(frozen=True)
+class Made:
+    """A family's tiny models: `dense`, and `sparse` with its weights and random scorers."""
+
+    family: str
+    dense: Any
+    sparse: Any
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Folders: `base`, and `out`, which the command line made of it with calibration."""
+
+    base: Path
+    out: Path
+
+
+@pytest.fixture(scope="module", params=TINY)
+def every_family(request) -> str:
+    """Runs the tests of a module once per family, one family after the other."""
+    return request.param
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_folders(tmp_path_factory):
+    """The note of the last model and caches stay inside the test run."""
+    home = tmp_path_factory.getbasetemp()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPARSEK_CACHE_DIR", str(home / "cache"))
+        patch.setenv("SPARSEK_STATE_DIR", str(home / "state"))
+        yield
+
+
+@pytest.fixture
+def ids():
+    import torch
+
+    return torch.randint(4, 128, (2, TOKENS))
+
+
+@pytest.fixture(scope="session")
+def story(tmp_path_factory) -> Path:
+    """Some thousand letters of text to calibrate, train and measure on."""
+    names, things = ("Anna", "Bertha", "Clara"), ("boat", "house", "letter", "garden")
+    lines = [f"{names[i % 3]} saw the {things[i * 5 % 4]} {i} times." for i in range(400)]
+    path = tmp_path_factory.mktemp("story") / "story.txt"
+    path.write_text(" ".join(lines), encoding="utf-8")
+    return path
+
+
+def run_cli(*words: Any) -> str:
+    """What `sparsek WORDS` prints; it must end well."""
+    from typer.testing import CliRunner
+
+    from sparsek_cli.app import app
+
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+@pytest.fixture(scope="session")
+def cli():
+    """`cli("convert", base, out, ...)` -> what it prints."""
+    return run_cli
+
+
+@pytest.fixture(scope="module")
+def made(every_family, make_dense, make_sparse) -> Made:
+    """The family's models; what takes pairs away: 1 sink, 3 selected, a window of 4."""
+    return Made(every_family, make_dense(every_family), make_sparse(every_family))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(every_family, make_checkpoint, story, tmp_path_factory) -> Checkpoints:
+    """The family's folders; calibration reads 1,024 tokens."""
+    home = tmp_path_factory.mktemp(every_family)
+    base = make_checkpoint(home / "base", every_family)
+    run_cli(
+        "convert", base, home / "out", "topk=24", "window=16", f"calibrate={story}",
+        "calibrate_tokens=1024", "calibrate_length=128", "device=cpu", "method.scorer=linear",
+        "method.slopes=[0.3]", "method.sizes=[0.5]", "method.documents=passages",
+    )  # fmt: skip
+    return Checkpoints(base, home / "out")

@@ -1,0 +1,43 @@
+"""Rows against transformers: classes, names of modules, and sizes that a config.json leaves out."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_families import TINY, tiny_config
+
+import sparsek_cli.models as models
+from sparsek_cli.conversion.geometry import geometry
+from sparsek_cli.families import TABLE
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_sizes_that_are_left_out_are_the_config_class_own(family):
+    row = TABLE[family]
+    given = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    small = {row.key(name): getattr(tiny_config(family), name) for name in given}
+    config = models.FAMILIES[family].config(**small)
+    sizes = geometry(small, row)
+    assert (sizes.layers, sizes.hidden, sizes.heads) == (2, 32, 4)
+    assert sizes.kv_heads == models.kv_heads(config)
+    assert sizes.head_dim == models.head_dim(config)
+    # Files always name the context of a family whose sizes follow from each other.
+    assert row.plain_sizes or sizes.context == config.max_position_embeddings
+    if not row.mixed and set(getattr(config, "layer_types", None) or ()) != {"full_attention"}:
+        assert row.window == getattr(config, "sliding_window", None)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_names_are_those_of_the_classes(family, make_dense):
+    row, dense = TABLE[family], make_dense(family)
+    own = models.FAMILIES[family]
+    assert type(dense) is own.causal_lm and type(dense.base_model) is own.model
+    assert dense.base_model_prefix == row.base
+    base = dense.base_model
+    base.get_submodule(row.norm)
+    for layer in base.get_submodule(row.layers):
+        attention = layer.get_submodule(row.attention)
+        assert type(attention) is own.attention
+        assert all(hasattr(attention, name) for name in row.projections)
+    assert row.dropout is None or hasattr(dense.config, row.dropout)
+    assert tuple(cls.__name__ for cls in own.derived) == row.sparsek_names
+    assert all(getattr(models, name).__name__ == name for name in row.sparsek_names)

@@ -1,0 +1,91 @@
+"""Tiny random configs of every family, by config fields; what all of them share is `tiny_config`.
+
+One line per family: a family is added by a row of `sparsek_cli.families.TABLE` and a line here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCAB_SIZE = 128
+
+_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512,
+         "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
+_ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+# By family, what differs from `_SHARED`; None leaves a shared field to the family's own default.
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "gpt_neox": {"rotary_pct": 0.5, "num_key_value_heads": None},
+    "gpt2": _GPT2,
+    "gpt_bigcode": {**_GPT2, "n_inner": 48},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0, "num_key_value_heads": None},
+    "gemma": {"head_dim": 8},
+    "phi": {},
+    "phi3": {},
+    "olmo": {},
+    "olmo2": {},
+    "smollm3": {},
+    "granite": {"logits_scaling": 8.0, "attention_multiplier": 0.3},
+    "cohere": {"logit_scale": 0.5},
+    "starcoder2": {"residual_dropout": 0.0},
+    "stablelm": {},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "ernie4_5": {"head_dim": 8},
+    "nemotron": {"head_dim": 8},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "seed_oss": {"head_dim": 8, "residual_dropout": 0.0},
+    "ministral3": {"head_dim": 8},
+    "apertus": {},
+    "arcee": {"head_dim": 8},
+    "helium": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 16, **_ROUTED},
+    "qwen3_moe": {"num_experts": 4, **_ROUTED},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 8, **_ROUTED},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16,
+                     "moe_layer_start_index": 1},
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+                   "rotary_dim": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_ROUTED},
+}  # fmt: skip
+
+_SHARED = {
+    "vocab_size": VOCAB_SIZE,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,  # large enough for peaked attention, so that errors show
+}
+_SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+}
+
+
+def tiny_config(family: str, **overrides: Any):
+    """The dense config of a tiny model: 2 layers, 4 query heads of 8, 2 KV heads where it can.
+
+    Args:
+        family: a key of `TINY`.
+        overrides: config fields by the family's own names, e.g. `num_hidden_layers=3`.
+    """
+    from transformers import AutoConfig
+
+    own = TINY[family]
+    sizes = {} if "n_embd" in own else _SIZES
+    fields = {**_SHARED, **sizes, **own}
+    if own.get("num_key_value_heads", 0) is None:
+        del fields["num_key_value_heads"]
+    return AutoConfig.for_model(family, **{**fields, **overrides})
