@@ -211,8 +211,26 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
     yield Check(
         "model", None, f"{checkpoint.name}: " + ", ".join(f"{k} {v}" for k, v in block.items())
     )
+    yield from _sparse_path(lm)
     yield from _dense_equivalence(lm)
     yield from _cache_bytes(lm)
+
+
+def _sparse_path(lm: "torch.nn.Module") -> Iterator[Check]:
+    """What a plain forward pass calls, and the cache that it leaves."""
+    import torch
+
+    from sparsek_cli.models import SparseKCache, counted_calls, sparsek_attentions
+
+    with torch.inference_mode(), counted_calls() as calls:
+        cache = lm(_random_ids(lm, 8), use_cache=True).past_key_values
+    layers = len(sparsek_attentions(lm))
+    yield Check(
+        "sparse path",
+        calls.count == layers and type(cache) is SparseKCache,
+        f"{calls.count} calls of SparseK attention in {layers} layers, {type(cache).__name__}",
+        _BUG,
+    )
 
 
 def _dense_equivalence(lm: "torch.nn.Module") -> Iterator[Check]:

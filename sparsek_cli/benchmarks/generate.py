@@ -18,6 +18,7 @@ import torch
 
 from sparsek_cli.benchmarks.timing import copy_bandwidth
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.models.attention import check_cache
 
 
 def measure(
@@ -38,7 +39,7 @@ def measure(
     Raises:
         SparsekError: a dense graph's token is not the model's.
     """
-    from sparsek_cli.models.runtime import dense_attention
+    from sparsek_cli.models import dense_attention, proven
 
     generator = torch.Generator().manual_seed(seed)
     vocabulary = model.config.get_text_config().vocab_size
@@ -56,7 +57,8 @@ def measure(
         }  # fmt: skip
         for name, (context, rate) in ways.items():
             try:
-                with context(), torch.no_grad():
+                sparse = name == "sparsek"
+                with context(), torch.no_grad(), proven(model, f"bench: {name}", sparse=sparse):
                     runs = [_run(model, prompt, tokens, rate) for _ in range(repeats + 1)][1:]
             except torch.OutOfMemoryError:
                 row["missing"][name] = "out of memory"
@@ -91,6 +93,7 @@ def _run(model, prompt: torch.Tensor, tokens: int, rate: Callable) -> dict[str, 
     seconds = _now(prompt) - start
     peak = torch.cuda.max_memory_allocated() - before if prompt.is_cuda else 0
     cache = out.past_key_values
+    check_cache(cache, model.config._attn_implementation)
     del out
     size = getattr(cache, "nbytes", None)
     if size is None:

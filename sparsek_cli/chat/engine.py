@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ class Engine:
         self.chunk = chunk
         self.sparse = getattr(model.config, "sparsek", None) is not None
         self.interrupted = False
+        self._proven = not self.sparse
         # Learned positions (gpt2) are a table: beyond its end there is nothing to look up.
         learned = any(name.endswith("wpe.weight") for name, _ in model.named_parameters())
         self._table = self.context_limit if learned else None
@@ -83,7 +84,7 @@ class Engine:
         self._unfed = []
         self._settle()
         self.interrupted = False
-        with interruptible() as stop:
+        with interruptible() as stop, self._first_proven():
             for start in range(0, len(queue), self.chunk):
                 piece = queue[start : start + self.chunk]
                 self._read(piece)
@@ -109,6 +110,15 @@ class Engine:
             )
         self._logits = output.logits[0, -1].float()
         self.fed += len(piece)
+
+    def _first_proven(self) -> AbstractContextManager[None]:
+        """Around what a converted model reads first: SparseK attention must have run."""
+        if self._proven:
+            return nullcontext()
+        from sparsek_cli.models import proven
+
+        self._proven = True
+        return proven(self.model, "chat")
 
     def stream(self, sampling: Sampling, stop_tokens: frozenset[int]) -> Iterator[int]:
         """Draws the reply. Ends at a stop token (not yielded, not fed), at the limit, or at Ctrl-C.

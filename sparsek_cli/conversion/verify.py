@@ -173,7 +173,7 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sparsek_cli.models import DENSE_ATTENTION
+    from sparsek_cli.models import DENSE_ATTENTION, proven
 
     def load(path: Path, **extra: Any) -> Any:
         config = AutoConfig.from_pretrained(path)
@@ -199,5 +199,7 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
         # A base that is converted already attends densely only by that name.
         name = DENSE_ATTENTION if is_converted(plan.base.config()) else "sdpa"
         dense = load(plan.base.path, attn_implementation=name)(ids, use_cache=False).logits
-        converted = load(folder)(ids, use_cache=False).logits
+        sparse = load(folder)
+        with proven(sparse, "verification"):
+            converted = sparse(ids, use_cache=False).logits
     return float((dense - converted).abs().max() / dense.abs().max())

@@ -30,6 +30,7 @@ from sparsek_cli.models.families import (
     sparsek_config_from,
 )
 from sparsek_cli.models.modeling import sparsek_attentions
+from sparsek_cli.models.proof import counted_calls, proven
 from sparsek_cli.models.registration import register
 from sparsek_cli.models.runtime import (
     budget,
@@ -67,12 +68,14 @@ __all__ = [
     "SparseKScorer",
     "budget",
     "check_settings",
+    "counted_calls",
     "dense_attention",
     "dense_cache_bytes",
     "family_of",
     "head_dim",
     "kv_heads",
     "layer_budget",
+    "proven",
     "random_scores",
     "register_attention",
     "remote_code_text",

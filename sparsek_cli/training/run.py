@@ -14,6 +14,7 @@ from sparsek_cli.data.mixture import build_mixture, held_out_sequences, load_tex
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.model import load_tokenizer, random_config
@@ -154,13 +155,17 @@ def _train(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     try:
-        done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with counted_calls() as calls:
+            done = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         raise SparsekError(
             "the GPU is out of memory",
             hint="set checkpointing=true, or lower micro_batch_size, sequence_length or loss_chunk",
         ) from error
     trainer.stop_if_not_finite()
+    resumed_at = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
+    if trainer.state.global_step > resumed_at:
+        check_calls(trainer.accelerator.unwrap_model(trainer.model), calls, "finetune")
     end = {} if trainer.eval_dataset is None else _last_evaluation(trainer)
     start = _first_evaluation(trainer.state.log_history)
     kept = "end"
@@ -169,7 +174,6 @@ def _train(
         trainer.put_back_start()
         kept, end = "start", start
         report.say(f"{worse}: the scorers it started with are kept (keep_better)")
-    resumed_at = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
     tokens = (trainer.state.global_step - resumed_at) * plan.tokens_per_step
     return TrainingResult(
         output=plan.output,

@@ -1,7 +1,7 @@
 """Evidence that an evaluation measured what it says: what ran, and what the cache held."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -112,18 +112,10 @@ def watch_attention(proof: Proof) -> Iterator[None]:
         return
     from sparsek_kernels import dispatch
 
-    from sparsek_cli.models.attention import replaced_attention
+    from sparsek_cli.models.proof import counted_calls
 
     choose = dispatch.backend
     backends: Counter = Counter()
-
-    def counting(attend: Callable) -> Callable:
-        def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-            proof.sparse_calls += 1
-            proof.sparse_queries += query.shape[0] * query.shape[2]
-            return attend(module, query, *args, **kwargs)
-
-        return counted
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         run = choose(*args, **kwargs)
@@ -134,10 +126,12 @@ def watch_attention(proof: Proof) -> Iterator[None]:
 
     dispatch.backend = noted
     try:
-        with replaced_attention("sparsek", counting):
+        with counted_calls() as calls:
             yield
     finally:
         dispatch.backend = choose
+        proof.sparse_calls += calls.count
+        proof.sparse_queries += calls.queries
         for name, count in backends.items():
             proof.backends[name] = proof.backends.get(name, 0) + count
 
