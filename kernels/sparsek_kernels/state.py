@@ -191,6 +191,11 @@ class SparseKState:
             getattr(self, name).copy_(getattr(other, name))
         self.support = self.tau = None
 
+    def put_row(self, row: int, other: SparseKState) -> None:
+        """Row `row` becomes the only row of a state of the same layout, in place; see `copy_`."""
+        for name in ("keys", "values", "positions", "scores", "seen"):
+            getattr(self, name)[row].copy_(getattr(other, name)[0])
+
     @classmethod
     def cat(cls, states: Sequence[SparseKState]) -> SparseKState:
         """Rows of several states of one layout, in order; a copy."""

@@ -6,6 +6,7 @@ checkpoints like any other.
 
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.models.attention import register_attention
+from sparsek_cli.models.batches import DecodingBatch, fork, join
 from sparsek_cli.models.cache import (
     SparseKCache,
     SparseKCacheLayer,
@@ -40,6 +41,7 @@ from sparsek_cli.models.runtime import (
     set_budget,
 )
 from sparsek_cli.models.scorer import RandomScorer, SparseKMlpScorer, SparseKScorer
+from sparsek_cli.models.state_file import load_state, save_state
 
 register_attention()
 register()
@@ -57,10 +59,11 @@ __all__ = [
     "ATTENTION",
     "DEFAULTS",
     "DENSE_ATTENTION",
+    "DecodingBatch",
     "FAMILIES",
+    "Family",
     "GATES",
     "REMOTE_CODE_FILE",
-    "Family",
     "RandomScorer",
     "SparseKCache",
     "SparseKCacheLayer",
@@ -72,14 +75,18 @@ __all__ = [
     "dense_attention",
     "dense_cache_bytes",
     "family_of",
+    "fork",
     "head_dim",
+    "join",
     "kv_heads",
     "layer_budget",
+    "load_state",
     "proven",
     "random_scores",
     "register_attention",
     "remote_code_text",
     "replaced_scorers",
+    "save_state",
     "set_budget",
     "sparsek_attentions",
     "sparsek_cache_bytes",

@@ -63,6 +63,7 @@ class Decoder:
         self.signature: tuple[Any, ...] | None = None
         self._failed: str | None = None
         self._positions = torch.zeros_like(self.words)
+        self._advance = torch.ones_like(self.words)
         self._states: list[Any] | None = None
         self._cache: SparseKCache | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -71,18 +72,30 @@ class Decoder:
 
     @contextmanager
     def over(
-        self, cache: SparseKCache, positions: torch.Tensor, *, keep: bool = True
+        self,
+        cache: SparseKCache,
+        positions: torch.Tensor,
+        *,
+        advance: torch.Tensor | None = None,
+        keep: bool = True,
+        own: bool = False,
     ) -> Iterator[Decoder]:
         """Within the block, `step` continues `cache`, whose next tokens stand at `positions` [B].
 
         Args:
+            advance: int64 [B], 0 where a row's position stays; all advance by 1 unless given.
             keep: whether the cache is used afterwards; if not, it ends up empty.
+            own: whether this decoder serves no other cache, which then stays where it is.
         """
         self._begin(cache, positions)
+        if advance is None:
+            self._advance.fill_(1)
+        else:
+            self._advance.copy_(advance)
         try:
             yield self
         finally:
-            self._end(keep)
+            self._end(keep, own)
 
     def step(self) -> None:
         """Reads `words`; then `logits` are those of what follows (and `words`, with a `pick`)."""
@@ -127,15 +140,16 @@ class Decoder:
                     "the cache's slots are not those this decoder was made for",
                     hint="make a new decoder after changing the budget or dtype",
                 )
-            own.copy_(layer.state)
-            layer.state = own
+            if layer.state is not own:
+                own.copy_(layer.state)
+                layer.state = own
 
-    def _end(self, keep: bool) -> None:
+    def _end(self, keep: bool, own: bool) -> None:
         cache, self._cache = self._cache, None
         for layer in cache.layers:
             layer.stepping = False
             layer.tokens_seen += self._steps
-            if self.eager is None:
+            if self.eager is None and not own:
                 layer.state = layer.state.clone() if keep else None
 
     @torch.no_grad()
@@ -152,7 +166,7 @@ class Decoder:
             return_dict=True,
         )
         self.logits = output.logits[:, -1].float()
-        self._positions.add_(1)
+        self._positions.add_(self._advance)
         if self.pick is not None:
             self.words.copy_(self.pick(self.logits))
 

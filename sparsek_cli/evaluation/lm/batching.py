@@ -34,14 +34,15 @@ def join(caches: Sequence[Any]) -> Joined | None:
 
     from sparsek_cli.evaluation.policies.eviction import EvictingLayer
     from sparsek_cli.models import SparseKCache
+    from sparsek_cli.models import join as side_by_side
 
     seen = [cache.get_seq_length() for cache in caches]
     device = caches[0].layers[0].keys.device
     positions = torch.tensor(seen, device=device)
     columns = list(zip(*(cache.layers for cache in caches), strict=True))
     if isinstance(caches[0], SparseKCache):
-        layers, mask = [_sparsek(column) for column in columns], None
-    elif all(isinstance(layer, EvictingLayer) for layer in caches[0].layers):
+        return Joined(side_by_side(caches), positions, None)
+    if all(isinstance(layer, EvictingLayer) for layer in caches[0].layers):
         if len({layer.keys.shape[2] for column in columns for layer in column}) > 1:
             return None
         layers, mask = [_evicting(column) for column in columns], None
@@ -60,13 +61,6 @@ def _like(layer: Any) -> Any:
     """A layer of the same kind and settings, whose tensors are still those of `layer`."""
     new = object.__new__(type(layer))
     new.__dict__.update(layer.__dict__)
-    return new
-
-
-def _sparsek(layers: Sequence[Any]) -> Any:
-    new = _like(layers[0])
-    new.state = type(layers[0].state).cat([layer.state for layer in layers])
-    new.tokens_seen = max(layer.tokens_seen for layer in layers)
     return new
 
 

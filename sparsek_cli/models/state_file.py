@@ -1,0 +1,161 @@
+"""A cache as a file: what a model has read, saved once and continued any number of times.
+
+One safetensors file: the slots of every layer, and in its metadata what they belong to. A state
+says nothing to another model, so the file carries a fingerprint of the weights and is refused
+anywhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from sparsek_kernels import SparseKState
+
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.models.cache import SparseKCache
+
+FORMAT = "sparsek-state-1"
+_SLOTS = ("keys", "values", "positions", "scores", "seen")
+_SOFT = ("support", "tau")  # of gates log and kv
+
+
+def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any = None) -> None:
+    """Writes what `model` has read into `cache`.
+
+    Args:
+        notes: anything JSON can hold, handed back by `load_state`.
+
+    Raises:
+        SparsekError: the cache is empty, or the file cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    if cache.batch_size < 0:
+        raise SparsekError("nothing was read yet", hint="save a state after reading something")
+    tensors = {}
+    for index, layer in enumerate(cache.layers):
+        for name in (*_SLOTS, *_SOFT):
+            value = getattr(layer.state, name)
+            if value is not None:
+                tensors[f"layers.{index}.{name}"] = value.detach().cpu().contiguous()
+    metadata = {
+        "format": FORMAT,
+        "model": fingerprint(model),
+        "budgets": json.dumps([_budget(layer) for layer in cache.layers]),
+        "tokens": json.dumps([layer.tokens_seen for layer in cache.layers]),
+        "heads": json.dumps([layer.state.layout.heads for layer in cache.layers]),
+        "notes": json.dumps(notes),
+    }
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file(tensors, part, metadata)
+        os.replace(part, path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise SparsekError(f"cannot write '{path}': {error}", hint="choose another file") from error
+
+
+def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
+    """(the cache, on the model's device; the notes) of a file that `save_state` wrote.
+
+    Raises:
+        UsageError: no such file, not a state, or one of another model, budget or dtype.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"no such file: '{path}'", hint="check the path; /save-state writes one")
+    try:
+        with safe_open(path, "pt", device=str(model.device)) as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UsageError(
+                    f"'{path}' is no saved state", hint="name a file that /save-state wrote"
+                )
+            cache = SparseKCache(model.config)
+            _check(path, metadata, cache, model)
+            names, heads = set(file.keys()), json.loads(metadata["heads"])
+            dtype = file.get_slice("layers.0.keys").get_dtype()
+            _check_dtype(path, dtype, model)
+            for index, layer in enumerate(cache.layers):
+                tensors = {
+                    name: file.get_tensor(f"layers.{index}.{name}")
+                    for name in (*_SLOTS, *_SOFT)
+                    if f"layers.{index}.{name}" in names
+                }
+                layer.state = _state(layer, heads[index], tensors, path)
+    except (SafetensorError, OSError) as error:
+        raise UsageError(
+            f"'{path}' is damaged or no saved state: {error}", hint="name another file"
+        ) from error
+    for layer, tokens in zip(cache.layers, json.loads(metadata["tokens"]), strict=True):
+        layer.tokens_seen = tokens
+    return cache, json.loads(metadata["notes"])
+
+
+def _state(layer: Any, heads: int, tensors: dict[str, torch.Tensor], path: Path) -> SparseKState:
+    keys, budget = tensors["keys"], layer.budget
+    state = SparseKState.empty(
+        keys.shape[0],
+        heads,
+        keys.shape[2],
+        topk=budget.topk,
+        window=budget.window,
+        sinks=budget.sinks,
+        dtype=keys.dtype,
+        device="meta",
+    )
+    if any(getattr(state, name).shape != tensors[name].shape for name in _SLOTS):
+        raise UsageError(f"'{path}' is damaged: its slots do not fit", hint="name another file")
+    return dataclasses.replace(state, **tensors)
+
+
+def _check(path: Path, metadata: dict[str, str], cache: SparseKCache, model: Any) -> None:
+    if metadata["model"] != fingerprint(model):
+        raise UsageError(
+            f"'{path}' was saved with another model", hint="load the model that wrote it"
+        )
+    if json.loads(metadata["budgets"]) != [_budget(layer) for layer in cache.layers]:
+        raise UsageError(
+            f"'{path}' was saved under another budget", hint="set the budget it was saved under"
+        )
+
+
+def _check_dtype(path: Path, dtype: str, model: Any) -> None:
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+    saved, now = names.get(dtype, dtype), str(model.dtype).removeprefix("torch.")
+    if saved != now:
+        raise UsageError(
+            f"'{path}' was saved in {saved}, the model runs in {now}", hint=f"use --dtype {saved}"
+        )
+
+
+def _budget(layer: Any) -> list[Any]:
+    budget = layer.budget
+    topk = budget.topk if isinstance(budget.topk, int) else list(budget.topk)
+    return [topk, budget.window, budget.sinks, budget.gate]
+
+
+@torch.no_grad()
+def fingerprint(model: Any) -> str:
+    """A short hash of a model's kind and weights: 64 numbers of every tensor, rounded to bf16.
+
+    Rounded, so that one checkpoint gives one fingerprint in float32 and bfloat16.
+    """
+    seen = hashlib.sha256(str(model.config.model_type).encode())
+    for name, weight in sorted(model.named_parameters(), key=lambda pair: pair[0]):
+        flat = weight.detach().flatten()
+        picks = torch.linspace(0, max(flat.numel() - 1, 0), 64, device=flat.device).long()
+        sample = flat[picks] if flat.numel() else flat
+        seen.update(f"{name}{tuple(weight.shape)}".encode())
+        seen.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
+    return seen.hexdigest()[:32]
