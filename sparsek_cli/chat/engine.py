@@ -1,14 +1,16 @@
 """A model, its cache and a loop: tokens are fed once, replies stream out one token at a time."""
 
+import copy
 import signal
 import threading
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -29,19 +31,34 @@ class Sampling:
     seed: int = 0
 
 
+@dataclass
+class Snapshot:
+    """What an engine has read: its cache (a copy) and everything beside it."""
+
+    cache: "Cache"
+    fed: int
+    unfed: list[int]
+    heard: "array[int]"
+    logits: "torch.Tensor | None"
+
+
 class Engine:
     """Feeds tokens to a model and draws replies; the cache holds exactly what was fed.
 
+    Args:
+        chunk: tokens read at once. dense: for use inside `dense_attention(model)`.
+
     Attributes:
         fed: number of tokens the model has seen in this conversation.
+        heard: these tokens.
         sparse: whether the checkpoint is converted; a dense one works too, with a growing cache.
         interrupted: whether the last `feed` or `stream` was stopped by Ctrl-C.
     """
 
-    def __init__(self, model: "PreTrainedModel", *, chunk: int = CHUNK):
+    def __init__(self, model: "PreTrainedModel", *, chunk: int = CHUNK, dense: bool = False):
         self.model = model
         self.chunk = chunk
-        self.sparse = getattr(model.config, "sparsek", None) is not None
+        self.sparse = getattr(model.config, "sparsek", None) is not None and not dense
         self.interrupted = False
         self._proven = not self.sparse
         # Learned positions (gpt2) are a table: beyond its end there is nothing to look up.
@@ -56,6 +73,7 @@ class Engine:
         self._settle()
         self.cache = self._new_cache()
         self.fed = 0
+        self.heard = array("q")
         self._logits: torch.Tensor | None = None
         self._unfed: list[int] = []  # drawn and shown, but not yet read by the model
 
@@ -110,6 +128,7 @@ class Engine:
             )
         self._logits = output.logits[0, -1].float()
         self.fed += len(piece)
+        self.heard.extend(piece)
 
     def _first_proven(self) -> AbstractContextManager[None]:
         """Around what a converted model reads first: SparseK attention must have run."""
@@ -165,8 +184,87 @@ class Engine:
             self._stepping.enter_context(self._decoder.over(self.cache, place))
         word = torch.tensor(self._unfed, device=self.model.device)
         self._logits = self._decoder.read(word)[0]
+        self.heard.extend(self._unfed)
         self._unfed = []
         self.fed += 1
+
+    def snapshot(self) -> Snapshot:
+        """Where the engine stands, copied."""
+        self._settle()
+        logits = None if self._logits is None else self._logits.clone()
+        cache = copy.deepcopy(self.cache)
+        return Snapshot(cache, self.fed, list(self._unfed), self.heard[:], logits)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot, which stays usable."""
+        self._settle()
+        self.cache = copy.deepcopy(snapshot.cache)
+        self.fed, self._unfed = snapshot.fed, list(snapshot.unfed)
+        self.heard, self._logits = snapshot.heard[:], snapshot.logits
+
+    def save(self, path: str, notes: dict[str, Any]) -> None:
+        """Writes what was read, and `notes`, as a state file (see models/state_file.py).
+
+        Raises:
+            UsageError: the model is not converted. SparsekError: nothing was read, or no room.
+        """
+        from sparsek_cli.models import save_state
+
+        self._check_sparse("a state")
+        self._settle()
+        engine = {"fed": self.fed, "unfed": self._unfed, "heard": self.heard.tolist()}
+        save_state(self.cache, path, self.model, notes={"engine": engine, **notes})
+
+    def load(self, path: str) -> dict[str, Any]:
+        """Goes on where a state file ends; returns its notes.
+
+        Raises:
+            UsageError: the file is no state of this model.
+        """
+        from sparsek_cli.models import load_state
+
+        self._check_sparse("a state")
+        cache, notes = load_state(path, self.model)
+        if not isinstance(notes, dict) or "engine" not in notes:
+            raise UsageError(f"'{path}' is no conversation", hint="name one that chat has saved")
+        self._settle()
+        self.cache, self._logits = cache, None
+        engine = notes.pop("engine")
+        self.fed, self._unfed = engine["fed"], engine["unfed"]
+        self.heard = array("q", engine["heard"])
+        return notes
+
+    def budget(self) -> str:
+        """The budget in words."""
+        self._check_sparse("a budget")
+        block = self.model.config.sparsek
+        topk = block["topk"]
+        kept = f"{topk} selected" if isinstance(topk, int) else "selected pairs that differ by head"
+        return f"{block['sinks']} sinks, {kept}, a window of {block['window']}"
+
+    def set_budget(self, pairs: int) -> None:
+        """Keeps `pairs` per KV head from now on, sinks and window included.
+
+        Raises:
+            UsageError: not a converted model, or no more than sinks and window.
+        """
+        from sparsek_cli.models import set_budget
+
+        self._check_sparse("a budget")
+        block = self.model.config.sparsek
+        least = block["sinks"] + block["window"]
+        if pairs < least:
+            raise UsageError(
+                f"{pairs} pairs are fewer than sinks and window have ({least})",
+                hint=f"at least {least}",
+            )
+        set_budget(self.model, topk=pairs - least)
+
+    def _check_sparse(self, what: str) -> None:
+        if not self.sparse:
+            raise UsageError(
+                f"{what} needs a converted model", hint="convert it first: sparsek convert"
+            )
 
     def _settle(self) -> None:
         """Gives the cache back to whoever reads more than one token, or copies it."""
@@ -265,15 +363,18 @@ _current: dict[str, threading.Event] = {}
 
 
 class Clock:
-    """Counts tokens per second of the last reply."""
+    """Seconds to the first token of the last reply, from its question on; tokens per second."""
 
     def __init__(self) -> None:
-        self.tokens, self._start, self.seconds = 0, time.perf_counter(), 0.0
+        self.tokens, self._start, self.first, self.seconds = 0, time.perf_counter(), 0.0, 0.0
 
     def tick(self) -> None:
         self.tokens += 1
         self.seconds = time.perf_counter() - self._start
+        self.first = self.first or self.seconds
 
     @property
     def rate(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
+        """Of the tokens after the first, which waits for the question to be read."""
+        writing = self.seconds - self.first
+        return (self.tokens - 1) / writing if writing else 0.0

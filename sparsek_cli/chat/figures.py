@@ -29,4 +29,6 @@ def status_line(stats: Stats, *, sparse: bool, limit: int | None = None) -> str:
         parts[-1] += " (dense, grows)"
     if stats.tokens_per_second:
         parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
+    if stats.first_token_seconds:
+        parts.append(f"first token {stats.first_token_seconds:.2f} s")
     return "  |  ".join(parts)

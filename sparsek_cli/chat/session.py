@@ -5,23 +5,42 @@ that the document can be read (in chunks, in the constant memory of the cache) b
 the question.
 """
 
-import re
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.chat.engine import Clock, Engine, Sampling, interruptible
+from sparsek_cli.chat.engine import Clock, Engine, Sampling, Snapshot, interruptible
+from sparsek_cli.chat.pieces import BLOCK, Encoder, Reply, safe_cut
 from sparsek_cli.chat.template import TurnPieces, render, template_error, turn_pieces
 from sparsek_cli.errors import SparsekError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BLOCK = 1 << 13  # characters read at a time, so that a book costs no more than a page
 HELD_BACK = 512  # characters at the end of a document that are tokenized with what follows
 
-# A space before a letter is where every byte-pair tokenizer cuts anyway.
-_SAFE_CUT = re.compile(r" (?=[A-Za-z])")
+MOMENTS = 8  # questions that /undo can take back; each keeps a copy of the cache
+
+# What a conversation is beside the engine's cache.
+_STANDING = (
+    "system", "messages", "_before", "_pending", "_opened", "_documents", "_full", "_fed_ids",
+)  # fmt: skip
+
+
+@dataclass
+class Moment:
+    """Where a conversation stood, to go back to.
+
+    Attributes:
+        engine: what `Engine.snapshot` gave. standing: the session's own fields, copied.
+        question: what was asked next; None for a fork.
+    """
+
+    engine: Snapshot
+    standing: dict[str, Any]
+    question: str | None = None
 
 
 @dataclass
@@ -33,6 +52,7 @@ class Stats:
     dense_kv_bytes: int
     tokens_per_second: float
     reply_tokens: int
+    first_token_seconds: float = 0.0
 
 
 @dataclass
@@ -54,6 +74,8 @@ class Session:
         self.plain = not getattr(self.tokenizer, "chat_template", None)
         self._encode = Encoder(self.tokenizer)
         self._clock = Clock()
+        self._moments: list[Moment] = []
+        self.forks: dict[str, Moment] = {}
         self._forget()
         if self.system:
             self.set_system(self.system)
@@ -64,6 +86,7 @@ class Session:
         """Starts a new conversation; the system message and the settings stay."""
         self.engine.reset()
         self.messages.clear()
+        self._moments.clear()
         self._forget()
 
     def set_system(self, text: str | None) -> None:
@@ -114,7 +137,7 @@ class Session:
             for start in range(0, len(text), BLOCK):
                 block = text[start : start + BLOCK]
                 self._pending += block
-                cut = _safe_cut(self._pending, HELD_BACK if start + BLOCK >= len(text) else 0)
+                cut = safe_cut(self._pending, HELD_BACK if start + BLOCK >= len(text) else 0)
                 ready, self._pending = self._pending[:cut], self._pending[cut:]
                 self._feed_text(ready)
                 self._before = ""
@@ -132,6 +155,8 @@ class Session:
         """
         if not question.strip() and not self._documents:
             raise UsageError("nothing to answer", hint="write a question")
+        self._moments = [*self._moments[1 - MOMENTS :], self.moment(question)]
+        self._clock = Clock()
         named = [f"[{name}]" for name, _ in self._documents]
         said = "\n\n".join([*named, question] if question.strip() else named)
         read = self._feed_whole(question) if self._whole_renders else self._feed_turn(question)
@@ -141,9 +166,9 @@ class Session:
             return
         self._opened = False
         reply = Reply(self.tokenizer)
-        self._clock = Clock()
+        self.reply_start = len(self.engine.heard)
         try:
-            for token in self.engine.stream(self.sampling, self._stop_tokens):
+            for token in self.engine.stream(self.sampling, self.stop_tokens):
                 self._clock.tick()
                 piece = reply.add(token)
                 if piece:
@@ -165,7 +190,91 @@ class Session:
             dense_kv_bytes=self.engine.dense_kv_bytes,
             tokens_per_second=self._clock.rate,
             reply_tokens=self._clock.tokens,
+            first_token_seconds=self._clock.first,
         )
+
+    # Going back ---------------------------------------------------------------------------------
+
+    def moment(self, question: str | None = None) -> Moment:
+        """Where the conversation stands now; it shares nothing with what comes after."""
+        standing = {name: copy.deepcopy(getattr(self, name)) for name in _STANDING}
+        return Moment(self.engine.snapshot(), standing, question)
+
+    def go_back(self, moment: Moment) -> None:
+        """Continues from a moment, which stays usable."""
+        self.engine.restore(moment.engine)
+        self._stand(copy.deepcopy(moment.standing))
+
+    def _stand(self, standing: dict[str, Any]) -> None:
+        self.system = standing["system"]
+        self._forget()
+        for name, value in standing.items():
+            setattr(self, name, value)
+        if self._opened:  # the pieces around a turn that was begun
+            self._opened = False
+            self._open_turn()
+            self._before = standing["_before"]
+
+    def undo(self) -> str:
+        """Takes the last question and its answer back; returns the question.
+
+        Raises:
+            UsageError: there is none that could be.
+        """
+        if not self._moments:
+            raise UsageError(
+                "there is nothing to take back", hint=f"the last {MOMENTS} questions can be"
+            )
+        moment = self._moments.pop()
+        self.go_back(moment)
+        return moment.question
+
+    def last_reply(self) -> str:
+        """What the model said last.
+
+        Raises:
+            UsageError: nothing yet, or it was taken back.
+        """
+        if self.reply_start is None:
+            raise UsageError("nothing was answered yet", hint="ask something first")
+        return self.messages[-1]["content"]
+
+    def save_state(self, path: Path) -> None:
+        """Writes the conversation with all that was read; errors as `Engine.save`."""
+        self.engine.save(path, {name: getattr(self, name) for name in _STANDING})
+
+    def load_state(self, path: Path) -> None:
+        """Goes on where `save_state` left off; errors as `Engine.load`."""
+        standing = self.engine.load(path)
+        standing["_documents"] = [tuple(pair) for pair in standing["_documents"]]
+        self._moments.clear()
+        self._stand(standing)
+
+    def set_budget(self, pairs: int) -> None:
+        """Starts a new conversation that keeps `pairs` per KV head.
+
+        Raises:
+            UsageError: not a converted model, or no pairs are left beside sinks and window.
+        """
+        self.engine.set_budget(pairs)
+        self.forks.clear()
+        self.clear()
+
+    def fork(self, name: str) -> None:
+        """Keeps the conversation as it stands under a name."""
+        self.forks[name] = self.moment()
+
+    def switch(self, name: str) -> None:
+        """Continues the conversation kept under a name; keep the present one first if need be.
+
+        Raises:
+            UsageError: no such name.
+        """
+        if name not in self.forks:
+            hint = f"there are: {', '.join(self.forks)}" if self.forks else "/fork NAME makes one"
+            raise UsageError(f"no fork is called '{name}'", hint=hint)
+        self._moments.clear()
+        self.go_back(self.forks[name])
 
     # How it gets into the cache -------------------------------------------------------------
 
@@ -177,11 +286,12 @@ class Session:
         self._full: list[dict[str, str]] = []  # the conversation with its documents, for renders
         self._fed_ids: list[int] = []  # kept only for templates that cannot be cut
         self._pieces: TurnPieces | None = None
+        self.reply_start: int | None = None  # tokens before the last reply
         self._whole_renders = not self.plain and (
             turn_pieces(self.tokenizer, self.system, first=True) is None
             or turn_pieces(self.tokenizer, self.system, first=False) is None
         )
-        self._stop_tokens = self._find_stop_tokens()
+        self.stop_tokens = self._find_stop_tokens()
 
     def _open_turn(self) -> None:
         if self._opened:
@@ -236,91 +346,3 @@ class Session:
             closing = self._encode(pieces.before, first=False)[:1]
             stops |= set(closing) & set(self.tokenizer.all_special_ids)
         return frozenset(token for token in stops if token is not None)
-
-
-class Encoder:
-    """Text to ids, piece by piece as if the pieces had been tokenized together."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self._tokenizer = tokenizer
-        self._marks = [t for t in tokenizer.all_special_tokens if t]
-        self._lead = self._ids("\n")
-        # SentencePiece puts a space before every text it is given, mid-stream pieces included.
-        both = self._ids("\na")
-        cut = len(self._lead)
-        self._adds_space = both[:cut] == self._lead and both[cut:] != self._ids("a")
-        with_special = tokenizer("a").input_ids
-        self._start = with_special[:1] if with_special[:1] == [tokenizer.bos_token_id] else []
-
-    def __call__(
-        self, before: str, text: str = "", after: str = "", *, first: bool, plain: bool = False
-    ) -> list[int]:
-        """Ids of the three texts as one.
-
-        Args:
-            before, after: the template's, where special tokens are meant.
-            text: the user's, where "</s>" is four characters that end nothing.
-            first: nothing stands before it.
-            plain: no template wrote it, so a first piece gets the tokenizer's own start.
-        """
-        start = self._start if plain and first else []
-        if not any(mark in text for mark in self._marks):
-            return [*start, *self._piece(before + text + after, first)]
-        ids = self._piece(before, first)
-        ids += self._piece(text, first and not ids, split_special_tokens=True)
-        return [*start, *ids, *self._piece(after, False)]
-
-    def _piece(self, text: str, first: bool, **options: bool) -> list[int]:
-        if not text:
-            return []
-        if self._adds_space and not first:
-            ids = self._ids("\n" + text, **options)
-            if ids[: len(self._lead)] == self._lead:
-                return ids[len(self._lead) :]
-        return self._ids(text, **options)
-
-    def _ids(self, text: str, **options: bool) -> list[int]:
-        return self._tokenizer(text, add_special_tokens=False, verbose=False, **options).input_ids
-
-
-class Reply:
-    """Ids to text as they come: never half a character, spaces as the tokenizer means them."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self._tokenizer = tokenizer
-        self.ids: list[int] = []
-        self._from = self._to = 0  # a window: decoding needs its left neighbours for spacing
-        self.text = ""
-
-    def add(self, token: int) -> str:
-        """The text that became certain with this token, perhaps none."""
-        self.ids.append(token)
-        known = self._decode(self.ids[self._from : self._to])
-        now = self._decode(self.ids[self._from :])
-        if now.endswith("\ufffd") or len(now) <= len(known):
-            return ""
-        self._from, self._to = self._to, len(self.ids)
-        self.text += now[len(known) :]
-        return now[len(known) :]
-
-    def rest(self) -> str:
-        """What is left at the end, broken characters included."""
-        known = self._decode(self.ids[self._from : self._to])
-        rest = self._decode(self.ids[self._from :])[len(known) :]
-        self.text += rest
-        return rest
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(
-            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-
-
-def _safe_cut(text: str, hold_back: int) -> int:
-    """Where tokenizing may stop: the last safe place before the held-back end, else everything."""
-    cut, latest = 0, len(text) - hold_back
-    for match in _SAFE_CUT.finditer(text, max(0, latest - BLOCK // 4)):
-        if match.start() > latest and cut:
-            break
-        cut = match.start()
-    return cut or len(text)

@@ -1,6 +1,7 @@
 """`sparsek chat`: talk to a converted (or plain) model, or ask it one thing and leave."""
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,7 +24,11 @@ def chat(
     ] = None,
     load: Annotated[
         list[str] | None,
-        typer.Option("--load", metavar="FILE", help="Read a text file first; may be repeated."),
+        typer.Option("--load", metavar="PATH", help="Read a text file or folder first."),
+    ] = None,
+    state: Annotated[
+        str | None,
+        typer.Option("--state", metavar="FILE", help="Go on from what /save-state wrote."),
     ] = None,
     system: Annotated[
         str | None, typer.Option("--system", metavar="TEXT", help="System message.")
@@ -47,7 +52,7 @@ def chat(
 ) -> None:
     """Talk to a model; its cache stays the same size however long the text."""
     from sparsek_cli.chat.engine import Sampling
-    from sparsek_cli.chat.repl import check_sampling
+    from sparsek_cli.chat.settings import check_sampling
     from sparsek_cli.last_model import model_or_default
 
     console = Console(as_json=json, quiet=quiet, verbose=verbose)
@@ -72,6 +77,9 @@ def chat(
     session = Session(Engine(weights), tokenizer, sampling, system)
     if not session.engine.sparse:
         console.say(f"{checkpoint.name} is a dense model: its cache grows with every token")
+    if state is not None:
+        session.load_state(Path(state).expanduser())
+        console.say(f"continuing {state}: {session.engine.tokens:,} tokens in context")
     if session.plain:
         console.say(f"{checkpoint.name} has no chat template: it continues your text")
     if prompt is not None:
@@ -95,11 +103,11 @@ def _answer_once(
     from dataclasses import asdict
 
     from sparsek_cli.chat.figures import status_line
-    from sparsek_cli.chat.repl import load_file
+    from sparsek_cli.chat.files import load_path
 
     engine = session.engine
     for file in files:
-        load_file(session, file, progress=console.progress)
+        load_path(session, file, progress=console.progress)
         _stop_if(engine.interrupted)
     pieces = []
     for piece in session.ask(prompt):
@@ -123,7 +131,8 @@ def _stop_if(interrupted: bool) -> None:
 
 
 def _converse(session: "Session", files: list[str], console: Console, name: str) -> None:
-    from sparsek_cli.chat.repl import Repl, terminal_reader
+    from sparsek_cli.chat.repl import Repl
+    from sparsek_cli.chat.terminal import terminal_reader
     from sparsek_cli.last_model import state_file
 
     repl = Repl(session, say=console.say, progress=console.progress)

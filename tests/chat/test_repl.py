@@ -8,8 +8,10 @@ import pytest
 
 from sparsek_cli.chat.engine import Sampling
 from sparsek_cli.chat.figures import size, status_line
-from sparsek_cli.chat.repl import Repl, changed, load_file, save_conversation
+from sparsek_cli.chat.files import load_file, load_path, save_conversation
+from sparsek_cli.chat.repl import Repl
 from sparsek_cli.chat.session import Session, Stats
+from sparsek_cli.chat.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
 
 
@@ -49,7 +51,7 @@ def test_conversation_commands(repl, said, tmp_path, capsys):
     messages = json.loads(saved.read_text())["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant"]
     assert messages[0]["content"].startswith("[doc.txt]")
-    assert "/load FILE" in said[-1]
+    assert "/load PATH" in said[-1]
     run(repl, "/clear", "/exit", "never reached")
     assert repl.session.engine.fed == 0
 
@@ -97,6 +99,9 @@ def test_unreadable_documents(repl, tmp_path, content):
         load_file(repl.session, str(file), progress=no_progress)
     with pytest.raises(UsageError, match="cannot read"):
         load_file(repl.session, str(tmp_path), progress=no_progress)
+    (tmp_path / "only").mkdir()
+    with pytest.raises(UsageError, match="no text files"):
+        load_path(repl.session, str(tmp_path / "only"), progress=no_progress)
 
 
 def test_save_to_nowhere(repl, tmp_path):

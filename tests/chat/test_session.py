@@ -6,7 +6,8 @@ import signal
 import pytest
 
 from sparsek_cli.chat.engine import Sampling
-from sparsek_cli.chat.session import BLOCK, Encoder, Reply, Session
+from sparsek_cli.chat.pieces import BLOCK, Encoder, Reply
+from sparsek_cli.chat.session import Session
 from sparsek_cli.chat.template import render
 from sparsek_cli.errors import SparsekError, UsageError
 

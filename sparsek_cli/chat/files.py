@@ -1,0 +1,111 @@
+"""Documents that a conversation reads, and files that it is written to."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.chat.session import Session
+from sparsek_cli.errors import SparsekError, UsageError
+
+ProgressMaker = Callable[[str, float], AbstractContextManager[Any]]
+
+# What a folder is searched for.
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".json", ".csv", ".html", ".toml", ".yaml", ".log")
+
+
+def load_path(session: Session, name: str, *, progress: ProgressMaker) -> bool:
+    """Reads a file, or every text file below a folder, into the open turn.
+
+    Returns:
+        False when Ctrl-C stopped it; what was read stays.
+
+    Raises:
+        UsageError: nothing there, not UTF-8, empty, or a folder without text files.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return load_file(session, name, progress=progress)
+    files = [path for path in sorted(folder.rglob("*")) if _is_text(path, folder)]
+    if not files:
+        raise UsageError(
+            f"no text files below '{name}'", hint="they end in " + ", ".join(TEXT_SUFFIXES)
+        )
+    texts = [(str(path.relative_to(folder)), _text(path)) for path in files]
+    texts = [(file, text) for file, text in texts if text.strip()]
+    with progress(f"reading {len(texts)} files", sum(len(text) for _, text in texts)) as bar:
+        return all(
+            session.load(f"{file}:\n{text}", file, on_progress=bar.advance) for file, text in texts
+        )
+
+
+def _is_text(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in TEXT_SUFFIXES and not hidden and path.is_file()
+
+
+def load_file(session: Session, file: str, *, progress: ProgressMaker) -> bool:
+    """Reads a UTF-8 text file into the open turn; False when Ctrl-C stopped it.
+
+    Raises:
+        UsageError: no such file, not UTF-8, or empty.
+    """
+    path = Path(file).expanduser()
+    text = _text(path, file)
+    with progress(f"reading {path.name}", len(text)) as bar:
+        return session.load(text, path.name, on_progress=bar.advance)
+
+
+def _text(path: Path, name: str | None = None) -> str:
+    name = name or str(path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = get_close_matches(path.name, beside, n=1)
+        hint = f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
+        raise UsageError(f"no such file: '{name}'", hint=hint) from error
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"'{name}' is not UTF-8 text (byte {error.start})",
+            hint="convert it (iconv -t utf-8); of a PDF or Word file, extract the text first",
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"cannot read '{name}': {error.strerror}", hint="check the path"
+        ) from error
+
+
+def save_conversation(session: Session, path: Path) -> None:
+    """Writes what was said as JSON (.json) or as text; adds it as a line to a .jsonl file.
+
+    The line has the messages, and under "text" the conversation as the model saw it, documents
+    and special tokens included: what `sparsek finetune --data` reads.
+
+    Raises:
+        SparsekError: the file cannot be written.
+    """
+    import json
+
+    if path.suffix == ".jsonl":
+        text = json.dumps(
+            {
+                "text": session.tokenizer.decode(session.engine.heard.tolist()),
+                "system": session.system,
+                "messages": session.messages,
+            },
+            ensure_ascii=False,
+        )
+    elif path.suffix == ".json":
+        text = json.dumps({"system": session.system, "messages": session.messages}, indent=2)
+    else:
+        start = [f"system: {session.system}"] if session.system else []
+        text = "\n\n".join([*start, *(f"{m['role']}: {m['content']}" for m in session.messages)])
+    try:
+        with path.open("a" if path.suffix == ".jsonl" else "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+    except OSError as error:
+        raise SparsekError(
+            f"cannot write '{path}': {error.strerror}", hint="choose another file"
+        ) from error

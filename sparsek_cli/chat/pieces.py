@@ -1,0 +1,100 @@
+"""Between text and tokens, a piece at a time: as if all of it had been tokenized together."""
+
+import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BLOCK = 1 << 13  # characters read at a time, so that a book costs no more than a page
+
+# A space before a letter is where every byte-pair tokenizer cuts anyway.
+_SAFE_CUT = re.compile(r" (?=[A-Za-z])")
+
+
+class Encoder:
+    """Text to ids, piece by piece as if the pieces had been tokenized together."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self._tokenizer = tokenizer
+        self._marks = [t for t in tokenizer.all_special_tokens if t]
+        self._lead = self._ids("\n")
+        # SentencePiece puts a space before every text it is given, mid-stream pieces included.
+        both = self._ids("\na")
+        cut = len(self._lead)
+        self._adds_space = both[:cut] == self._lead and both[cut:] != self._ids("a")
+        with_special = tokenizer("a").input_ids
+        self._start = with_special[:1] if with_special[:1] == [tokenizer.bos_token_id] else []
+
+    def __call__(
+        self, before: str, text: str = "", after: str = "", *, first: bool, plain: bool = False
+    ) -> list[int]:
+        """Ids of the three texts as one.
+
+        Args:
+            before, after: the template's, where special tokens are meant.
+            text: the user's, where "</s>" is four characters that end nothing.
+            first: nothing stands before it.
+            plain: no template wrote it, so a first piece gets the tokenizer's own start.
+        """
+        start = self._start if plain and first else []
+        if not any(mark in text for mark in self._marks):
+            return [*start, *self._piece(before + text + after, first)]
+        ids = self._piece(before, first)
+        ids += self._piece(text, first and not ids, split_special_tokens=True)
+        return [*start, *ids, *self._piece(after, False)]
+
+    def _piece(self, text: str, first: bool, **options: bool) -> list[int]:
+        if not text:
+            return []
+        if self._adds_space and not first:
+            ids = self._ids("\n" + text, **options)
+            if ids[: len(self._lead)] == self._lead:
+                return ids[len(self._lead) :]
+        return self._ids(text, **options)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False, verbose=False, **options).input_ids
+
+
+class Reply:
+    """Ids to text as they come: never half a character, spaces as the tokenizer means them."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self._tokenizer = tokenizer
+        self.ids: list[int] = []
+        self._from = self._to = 0  # a window: decoding needs its left neighbours for spacing
+        self.text = ""
+
+    def add(self, token: int) -> str:
+        """The text that became certain with this token, perhaps none."""
+        self.ids.append(token)
+        known = self._decode(self.ids[self._from : self._to])
+        now = self._decode(self.ids[self._from :])
+        if now.endswith("\ufffd") or len(now) <= len(known):
+            return ""
+        self._from, self._to = self._to, len(self.ids)
+        self.text += now[len(known) :]
+        return now[len(known) :]
+
+    def rest(self) -> str:
+        """What is left at the end, broken characters included."""
+        known = self._decode(self.ids[self._from : self._to])
+        rest = self._decode(self.ids[self._from :])[len(known) :]
+        self.text += rest
+        return rest
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(
+            ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+
+def safe_cut(text: str, hold_back: int) -> int:
+    """Where tokenizing may stop: the last safe place before the held-back end, else everything."""
+    cut, latest = 0, len(text) - hold_back
+    for match in _SAFE_CUT.finditer(text, max(0, latest - BLOCK // 4)):
+        if match.start() > latest and cut:
+            break
+        cut = match.start()
+    return cut or len(text)

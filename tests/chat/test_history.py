@@ -1,0 +1,166 @@
+"""Going back, going on from a file, other branches, and the dense answer beside the sparse one."""
+
+import json
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pytest
+
+from sparsek_cli.chat.engine import Engine, Sampling
+from sparsek_cli.chat.repl import Repl
+from sparsek_cli.chat.session import MOMENTS, Session
+from sparsek_cli.errors import UsageError
+
+
+@contextmanager
+def no_progress(description, total):
+    yield SimpleNamespace(advance=lambda steps: None)
+
+
+@pytest.fixture
+def session(sparse_model, tokenizer):
+    model = sparse_model("llama", topk=12, window=8, sinks=2)
+    return Session(Engine(model, chunk=16), tokenizer, Sampling(max_new_tokens=4))
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def repl(session, said):
+    return Repl(session, say=said.append, progress=no_progress)
+
+
+def ask(session, question):
+    return "".join(session.ask(question))
+
+
+def test_undo_takes_back_exactly_one_question(session):
+    session.load("The code is 42. " * 5)
+    first = ask(session, "What is the code?")
+    stood = session.engine.tokens, list(session.messages)
+    second = ask(session, "Are you sure?")
+    assert session.undo() == "Are you sure?"
+    assert (session.engine.tokens, session.messages) == stood
+    assert ask(session, "Are you sure?") == second
+    session.undo()
+    assert session.undo() == "What is the code?"
+    assert session.messages == []
+    assert ask(session, "What is the code?") == first  # the document is still read
+    session.undo()
+    with pytest.raises(UsageError, match="nothing to take back"):
+        session.undo()
+    for _ in range(MOMENTS + 2):
+        ask(session, "And?")
+    assert len(session._moments) == MOMENTS
+
+
+def test_retry_draws_again_and_says_when_that_changes_nothing(repl, said, capsys):
+    repl.handle("Hello there?")
+    first = capsys.readouterr().out
+    repl.handle("/retry")
+    assert capsys.readouterr().out == first and "temperature is 0" in said[-1]
+    repl.handle("/set temperature=5")
+    repl.handle("/retry")
+    assert repl.session.sampling.seed == 1
+    assert len(repl.session.messages) == 2
+    assert capsys.readouterr().out != first
+
+
+def test_forks_go_their_own_ways(repl, said):
+    session = repl.session
+    ask(session, "Hello?")
+    repl.handle("/fork start")
+    one = ask(session, "First way?")
+    repl.handle("/switch start")
+    ask(session, "Another way, longer?")
+    repl.handle("/switch start")
+    assert ask(session, "First way?") == one
+    repl.handle("/fork")
+    assert said[-1].startswith("start: ")
+    with pytest.raises(UsageError, match="no fork is called 'x'"):
+        repl.handle("/switch x")
+
+
+def test_a_saved_conversation_goes_on_elsewhere(repl, said, sparse_model, tokenizer, tmp_path):
+    session, file = repl.session, tmp_path / "state"
+    session.load("The code is 42. " * 5, "doc.txt")
+    ask(session, "What is the code?")
+    session.load("Another page. " * 3, "page.txt")
+    repl.handle(f"/save-state {file}")
+    expected = ask(session, "And now?")
+    other = Session(Engine(session.engine.model), tokenizer, Sampling(max_new_tokens=4))
+    Repl(other, say=said.append, progress=no_progress).handle(f"/load-state {file}")
+    assert ask(other, "And now?") == expected
+    assert other.messages == session.messages and other.engine.heard == session.engine.heard
+    stranger = sparse_model("llama", topk=12, window=8, sinks=2, seed=5)
+    with pytest.raises(UsageError, match="another model"):
+        Session(Engine(stranger), tokenizer).load_state(file)
+
+
+def test_the_dense_answer_leaves_the_conversation_alone(repl, said, capsys):
+    session = repl.session
+    with pytest.raises(UsageError, match="nothing was answered"):
+        repl.handle("/compare")
+    session.load("The code is 42. " * 5)
+    repl.handle("What is the code?")
+    before = session.engine.tokens, session.engine.kv_bytes
+    capsys.readouterr()
+    repl.handle("/compare")
+    dense = capsys.readouterr().out.rstrip("\n")
+    assert (session.engine.tokens, session.engine.kv_bytes) == before
+    assert said[-1].startswith("sparse:\n" + session.messages[-1]["content"])
+    # The same question to the same weights under dense attention.
+    from sparsek_cli.models import dense_attention
+
+    with dense_attention(session.engine.model):
+        alone = Engine(session.engine.model, dense=True)
+        other = Session(alone, session.tokenizer, session.sampling)
+        other.load("The code is 42. " * 5)
+        assert ask(other, "What is the code?") == dense
+
+
+def test_a_budget_starts_anew(repl, said):
+    ask(repl.session, "Hello?")
+    repl.handle("/budget")
+    assert said[-1] == "2 sinks, 12 selected, a window of 8"
+    repl.handle("/budget 30")
+    assert said[-1] == "2 sinks, 20 selected, a window of 8; new conversation"
+    assert repl.session.engine.tokens == 0
+    ask(repl.session, "Hello?")
+    for bad, message in (("/budget 3", "fewer than"), ("/budget x", "no whole number")):
+        with pytest.raises(UsageError, match=message):
+            repl.handle(bad)
+
+
+def test_transcripts_are_lines_that_finetune_reads(repl, tmp_path):
+    from sparsek_cli.data.text import read_documents
+
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "b.md").write_text("Second.", encoding="utf-8")
+    (tmp_path / "books" / "a.txt").write_text("First.", encoding="utf-8")
+    (tmp_path / "books" / ".hidden.txt").write_text("Secret.", encoding="utf-8")
+    (tmp_path / "books" / "c.png").write_bytes(b"\x89PNG")
+    repl.handle(f"/load {tmp_path / 'books'}")
+    repl.handle("What is there?")
+    file = tmp_path / "talks.jsonl"
+    repl.handle(f"/save {file}")
+    repl.handle("And more?")
+    repl.handle(f"/save {file}")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [len(row["messages"]) for row in rows] == [2, 4]
+    texts = [row["text"] for row in read_documents(file)]
+    assert "a.txt:\nFirst." in texts[0] and "Second." in texts[0] and "Secret" not in texts[0]
+    assert texts[1].startswith(texts[0][:40]) and "And more?" in texts[1]
+
+
+def test_a_dense_model_has_no_state_and_no_budget(dense_model, tokenizer):
+    session = Session(Engine(dense_model("llama")), tokenizer, Sampling(max_new_tokens=2))
+    repl = Repl(session, say=print, progress=no_progress)
+    repl.handle("Hello?")
+    for line in ("/save-state x", "/load-state x", "/budget", "/budget 9", "/compare"):
+        with pytest.raises(UsageError):
+            repl.handle(line)
+    session.undo()
