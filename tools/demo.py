@@ -12,15 +12,26 @@ import sys
 import time
 from pathlib import Path
 
+from sparsek_cli.console import report_error
+from sparsek_cli.errors import UsageError
+from sparsek_cli.output.place import check_file
+
 SEED = 7
 BUDGET = "1/16"  # of tiny's context: 512 slots instead of 8192
 LENGTHS = (4096, 8192)
+TEXTS = ("train.jsonl", "validation.jsonl", "document.txt")
 
 
 def main() -> int:
     """Runs the demo in runs/demo below the current folder; returns the exit code."""
     folder = Path("runs/demo")
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in TEXTS:
+            check_file(folder / name, overwrite=True, suffixes=(Path(name).suffix,))
+    except UsageError as error:
+        report_error(error.message, error.hint)
+        return error.exit_code
     start = time.monotonic()
     texts = _write_texts(folder)
     converted, tuned, results = folder / "tiny-sparsek", folder / "tiny-tuned", folder / "results"

@@ -13,6 +13,7 @@ from sparsek_cli.chat.files import ProgressMaker, load_path, save_conversation
 from sparsek_cli.chat.session import Session
 from sparsek_cli.chat.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.output.place import absolute, check_file
 
 HELP = """\
 /load PATH       read a text file, or a folder's, into the next question
@@ -47,6 +48,7 @@ class Repl:
         self.session = session
         self.say = say
         self.progress = progress
+        self._saved: set[Path] = set()
         self.commands: dict[str, Callable[[str], None]] = {
             "/load": self._load,
             "/retry": self._retry,
@@ -213,5 +215,11 @@ class Repl:
     def _save(self, rest: str) -> None:
         if not rest:
             raise UsageError("/save needs a file", hint="/save FILE")
-        save_conversation(self.session, Path(rest).expanduser())
+        file = absolute(rest)
+        try:
+            check_file(file, overwrite=file in self._saved, suffixes=(file.suffix,))
+        except UsageError as error:
+            raise UsageError(error.message, hint="name a file that does not exist yet") from error
+        save_conversation(self.session, file)
+        self._saved.add(file)
         self.say(f"wrote {rest}")

@@ -1,5 +1,6 @@
 """`sparsek bench`: how fast attention, training steps, decoding and generation are here."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -7,8 +8,10 @@ import typer
 from sparsek_cli.commands import options
 from sparsek_cli.console import Console
 from sparsek_cli.errors import UsageError
+from sparsek_cli.output.place import check_file
 
 Value = typer.Option
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 WHAT = ("attention", "train", "decode", "generate")
 
 
@@ -38,6 +41,7 @@ def bench(
     tokens: Annotated[int, Value("--tokens", metavar="N", min=1, help="For generate.")] = 256,
     repeats: Annotated[int, Value("--repeats", metavar="N", min=1, help="Median of.")] = 20,
     plot: Annotated[str | None, Value("--plot", metavar="FILE", help="Write a plot.")] = None,
+    overwrite: Annotated[bool, Value("--overwrite", help="Replace the plot's FILE.")] = False,
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -48,6 +52,12 @@ def bench(
     if what not in WHAT:
         raise UsageError(f"cannot bench '{what}'", hint=f"choose one of {', '.join(WHAT)}")
     console = Console(as_json=json, quiet=quiet)
+    if plot:
+        if Path(plot).suffix.lower() not in PICTURES:
+            raise UsageError(
+                f"--plot {plot} names no kind of picture", hint=f"end it in {', '.join(PICTURES)}"
+            )
+        check_file(Path(plot), overwrite=overwrite, suffixes=PICTURES)
     from sparsek_cli.devices import choose_device, choose_dtype
 
     where = choose_device(device)

@@ -71,8 +71,9 @@ def convert(
         return
     from sparsek_cli import hub, last_model
     from sparsek_cli.conversion.convert import convert as run
-    from sparsek_cli.conversion.plan import make_plan
+    from sparsek_cli.conversion.plan import make_plan, out_folder
     from sparsek_cli.errors import UsageError
+    from sparsek_cli.output import leftovers
     from sparsek_cli.recipes.load import load_recipe
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -104,7 +105,10 @@ def convert(
         raise UsageError(
             "MODEL is missing", hint="name one, e.g. `sparsek convert tiny`; --list-models shows"
         )
-    plan = make_plan(request, hub.resolve(request.model, request.revision))
+    base = hub.resolve(request.model, request.revision)
+    if not dry_run:
+        leftovers.clear(out_folder(request, base), console.say)
+    plan = make_plan(request, base)
     if dry_run:
         console.result(plan.text() + "\ndry run: nothing was written", plan.summary())
         return

@@ -6,10 +6,10 @@ from typing import Any, Protocol
 
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import find_nan
-from sparsek_cli.conversion.staging import staged
 from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, verify
 from sparsek_cli.conversion.write import Written, neutral_scorers, write_checkpoint
+from sparsek_cli.output.staging import staged
 
 # Above this many bytes weights are sampled for NaN, not read whole: seconds stay seconds.
 _READ_WHOLE = 4 * 2**30
@@ -84,7 +84,7 @@ def convert(plan: Plan, reporter: Reporter) -> Converted:
         from sparsek_cli.conversion.calibrate import calibrate
 
         scorers, report = calibrate(plan, reporter)
-    with staged(plan.out) as folder:
+    with staged(plan.out, overwrite=plan.recipe.overwrite) as folder:
         written = write_checkpoint(plan, scorers, folder, report)
         reporter.say("verifying")
         tokenizer = settle(plan, folder)

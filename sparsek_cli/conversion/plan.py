@@ -4,7 +4,6 @@ Reads config.json and safetensors headers only.
 """
 
 import math
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +17,12 @@ from sparsek_cli.conversion.shards import Shard, read_shards, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.disk import existing_parent
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.hub import Checkpoint
+from sparsek_cli.output.contents import MODEL
+from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 _SIDE_FILES = (
@@ -176,9 +177,8 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     sizes = geometry(config, row)
     idle_window_off(row, config, sizes.context)
     topk, window = slots(recipe, sizes.context)
-    out = Path(recipe.out or f"{base.name}-sparsek").expanduser()
-    out = Path(os.path.abspath(out))
-    _check_out(out, base.path, overwrite=recipe.overwrite)
+    out = out_folder(recipe, base)
+    check_folder(out, MODEL, overwrite=recipe.overwrite, model=base.path)
     shards = read_shards(base.path)
     if again:
         shards = without_scorers(shards)
@@ -210,6 +210,11 @@ def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
     )
 
 
+def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
+    """The folder to write: the request's, else named after the base."""
+    return absolute(recipe.out or f"{base.name}-sparsek")
+
+
 def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRecipe:
     """The request with the slots and the gate that the model has, where it names none."""
     given = recipe.model_fields_set
@@ -223,27 +228,6 @@ def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRe
             update={"scorer": "mlp", "width": block["scorer"]["width"]}
         )
     return recipe.model_copy(update=settings)
-
-
-def _check_out(out: Path, base: Path, *, overwrite: bool) -> None:
-    inside = out.resolve() == base.resolve() or base.resolve().is_relative_to(out.resolve())
-    if inside:
-        raise UsageError(
-            f"OUT '{out}' is, or holds, the base model", hint="name another folder as OUT"
-        )
-    if out.is_file():
-        raise UsageError(f"OUT '{out}' is a file", hint="name a folder that does not exist yet")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise UsageError(
-            f"OUT '{out}' exists", hint="add --overwrite to replace it, or name another folder"
-        )
-    if not (out / "config.json").is_file():
-        raise UsageError(
-            f"OUT '{out}' does not look like a checkpoint and is not replaced",
-            hint="remove it yourself, or name another folder",
-        )
 
 
 def _check_room(parent: Path, needed: int) -> None:

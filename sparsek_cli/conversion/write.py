@@ -18,10 +18,7 @@ from sparsek_cli.conversion.shards import INDEX, write_part
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
-
-SCORERS = "sparsek.safetensors"
-RECIPE = "sparsek.yaml"
-CALIBRATION = "calibration.json"
+from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, SCORERS
 
 # Equal scores with any slope > 0 keep the newest tokens; this one is small beside real scores.
 NEUTRAL_SLOPE = 1e-3
@@ -143,7 +140,7 @@ def _write(
         shutil.copyfile(path.resolve(), folder / path.name)
     if report:
         _write_json(folder / CALIBRATION, report)
-    (folder / RECIPE).write_text(_recipe_text(plan), encoding="utf-8")
+    (folder / CONVERT_RECIPE).write_text(_recipe_text(plan), encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")
     return Written(tuple(means), copied)
 

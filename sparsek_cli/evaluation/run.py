@@ -1,5 +1,6 @@
 """One evaluation from recipe to result folder: one task x length x policy at a time."""
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,14 @@ from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.policies.registry import OWN, check_names, plan_policies
 from sparsek_cli.evaluation.processes import Ranks
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
-from sparsek_cli.evaluation.report.store import RESULTS, Store, digest, load_unit, to_json
+from sparsek_cli.evaluation.report.store import (
+    RESULTS,
+    Store,
+    check_results,
+    digest,
+    load_unit,
+    to_json,
+)
 from sparsek_cli.evaluation.report.store import write_atomically as write
 from sparsek_cli.evaluation.tasks.catalogue import expand
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, data_fingerprint, load_units, refuse_unfit
@@ -43,11 +51,14 @@ def evaluate(
     """
     from sparsek_cli.last_model import model_or_default
 
+    output = Path(os.path.expanduser(recipe.output)) if recipe.output else None
     ranks = Ranks()
     say = console.say if ranks.first else _unheard
     entries = expand(recipe.tasks)
     check_names(recipe.baselines)
     checkpoint = model_or_default(recipe.model, recipe.revision, say=say)
+    if output is not None:
+        check_results(output, resume=resume, model=checkpoint.path)
     files = data_fingerprint(recipe)
     model, tokenizer, own = load_model(checkpoint, recipe, ranks.device(recipe.device))
     policies = plan_policies(model, recipe.baselines, recipe.budgets, recipe.seed, own=own)
@@ -81,7 +92,7 @@ def evaluate(
         [*absent, *refused, *unfit],
         planned=len(plan),
     )
-    folder = Path(recipe.output) if recipe.output else default_folder(record)
+    folder = output or default_folder(record)
     store = None
     if ranks.first:
         store = Store(folder, digest(record.settings), resume=resume, overwrite=overwrite)

@@ -11,9 +11,10 @@ import yaml
 
 from sparsek_cli import disk, last_model
 from sparsek_cli.conversion.link import link_or_copy
-from sparsek_cli.conversion.staging import staged
 from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.output.contents import FINETUNE_RECIPE, MODEL, SCORERS
+from sparsek_cli.output.staging import staged
 from sparsek_cli.training.checkpoints import checkpoints_in
 from sparsek_cli.training.model import cast_for_saving
 from sparsek_cli.training.parameters import is_scorer
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from sparsek_cli.training.plan import TrainingPlan
     from sparsek_cli.training.progress import Report
 
-SCORERS = "sparsek.safetensors"
-RECIPE = "finetune.yaml"
 # How long a finished run waits for room on a full disk, and how often it looks, in seconds. Other
 # processes of the run wait too, and give up after ten minutes.
 PATIENCE = 300.0
@@ -67,6 +66,7 @@ def write_model(
     base: "Checkpoint | None",
     state: dict[str, torch.Tensor] | None,
     name: str,
+    overwrite: bool,
     report: "Report",
 ) -> None:
     """Writes `output` and remembers it as the last model.
@@ -78,6 +78,7 @@ def write_model(
         dtype: of the weights on disk (scorers stay float32).
         base: the checkpoint that was trained.
         state: the full state dict where the model is sharded, else None.
+        overwrite: replace a model that is there.
 
     Raises:
         SparsekError: disk full or no permission; nothing is left behind.
@@ -97,13 +98,13 @@ def write_model(
             )
         head = "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
         settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-        (folder / RECIPE).write_text(head + settings, encoding="utf-8")
+        (folder / FINETUNE_RECIPE).write_text(head + settings, encoding="utf-8")
         (folder / "README.md").write_text(_card(recipe, result, name), encoding="utf-8")
 
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            with disk.os_errors(), staged(output) as folder:
+            with disk.os_errors(), staged(output, overwrite=overwrite) as folder:
                 write(folder)
             break
         except OSError as error:
@@ -135,10 +136,11 @@ def _link_base(
 ) -> None:
     from safetensors.torch import save_file
 
+    own = (SCORERS, "README.md", FINETUNE_RECIPE)
     for file in sorted(source.iterdir()):
         if file.suffix == ".safetensors" and file.name != SCORERS:
             link_or_copy(file, folder / file.name)
-        elif file.is_file() and file.name not in (SCORERS, "README.md", RECIPE):
+        elif file.is_file() and MODEL.knows(file.name) and file.name not in own:
             shutil.copyfile(file, folder / file.name)
     named = dict(model.named_parameters()) if state is None else state
     tensors = {
@@ -176,7 +178,7 @@ tags:
 Made from {name} with `sparsek finetune`: {what}.
 {result.steps:,} steps, {tokens:,} tokens of {recipe.sequence_length:,} per sequence.
 {losses}
-To repeat it: `sparsek finetune --recipe {RECIPE}` (the recipe beside this card).
+To repeat it: `sparsek finetune --recipe {FINETUNE_RECIPE}` (the recipe beside this card).
 
 ```python
 import sparsek_cli.models

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.models.proof import check_calls, counted_calls
+from sparsek_cli.output import leftovers
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.model import load_tokenizer, random_config
@@ -26,7 +29,7 @@ from sparsek_cli.training.progress import Report, Silent
 from sparsek_cli.training.sharding import check_launch
 from sparsek_cli.training.trainer import SparsekTrainer
 from sparsek_cli.training.unfinished import (
-    begin,
+    begun,
     check_output,
     checkpoint_to_resume,
     leave,
@@ -89,14 +92,18 @@ def finetune(
         SparsekError: it was tried and failed; checkpoints stay for `resume`.
     """
     report = report or Silent()
-    output = Path(recipe.out).expanduser()
+    output = Path(os.path.expanduser(recipe.out))
+    first = os.environ.get("RANK", "0") == "0"
+    source = None if recipe.model is None else hub.resolve(recipe.model)
     if not dry_run:
-        check_output(output, resume=resume, overwrite=overwrite)
+        if first:
+            leftovers.clear(output, report.say)
+        where = None if source is None else source.path
+        check_output(output, resume=resume, overwrite=overwrite, model=where)
     _check_reporters(recipe)
     device = choose_device(recipe.device)
     check_launch(recipe, cpu=device.type == "cpu")
     bf16 = _wants_bf16(recipe, device)
-    source = None if recipe.model is None else hub.resolve(recipe.model)
     tokenizer = _tokenizer(recipe, source)
     texts, held_out = load_texts(recipe, tokenizer, report.say)
     # From here on a few words at a time are tokenised, in forked data workers, which would wait
@@ -117,8 +124,7 @@ def finetune(
     check_room(recipe, plan, dtype)
     part = part_folder(output)
     checkpoint = checkpoint_to_resume(recipe, part) if resume else None
-    begin(recipe, part, resume=resume)
-    try:
+    with begun(recipe, part, resume=resume), _kept_on_failure(part, report):
         trainer = make_trainer(
             recipe, model, tuner, plan, device, part,
             data=build_mixture(recipe, texts, tokenizer, plan.steps * recipe.batch_size),
@@ -135,16 +141,23 @@ def finetune(
             write_model(
                 model, tokenizer, output,
                 recipe=recipe, result=result, dtype=dtype, base=source, state=state, name=name,
-                report=report,
+                overwrite=overwrite, report=report,
             )  # fmt: skip
             shutil.rmtree(part, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+@contextmanager
+def _kept_on_failure(part: Path, report: Report) -> Iterator[None]:
+    """What can be resumed stays when the block fails, and is named."""
+    try:
+        yield
     except BaseException:
         kept = leave(part) if os.environ.get("RANK", "0") == "0" else None
         if kept is not None:
             report.say(f"stopped; {kept} is kept, --resume continues from it")
         raise
-    trainer.accelerator.wait_for_everyone()
-    return result
 
 
 def _train(

@@ -2,18 +2,22 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.output.contents import MODEL, RUN
+from sparsek_cli.output.contents import RUN_RECIPE as RECIPE
+from sparsek_cli.output.leftovers import held
+from sparsek_cli.output.place import check_folder
 from sparsek_cli.training.checkpoints import checkpoints_in
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-
-RECIPE = "recipe.yaml"
 
 # What may differ between a run and its continuation: none of it changes a step.
 _FREE = ("save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",
@@ -26,13 +30,21 @@ def part_folder(output: Path) -> Path:
     return output.with_name(output.name + ".part")
 
 
-def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises UsageError where a run would destroy something, or has nothing to continue."""
-    if output.exists() and not overwrite:
-        raise UsageError(
-            f"'{output}' exists", hint="choose another OUT, or add --overwrite to replace it"
-        )
+def check_output(output: Path, *, resume: bool, overwrite: bool, model: Path | None = None) -> None:
+    """Raises UsageError where a run would destroy something, or has nothing to continue.
+
+    Args:
+        model: the folder that is trained, if it is one.
+    """
+    check_folder(output, MODEL, overwrite=overwrite, model=model)
     part = part_folder(output)
+    try:
+        check_folder(part, RUN, overwrite=True, model=model)
+    except UsageError as error:
+        raise UsageError(
+            f"a run lives in OUT.part until it is finished: {error.message.removeprefix('OUT ')}",
+            hint="move that away, or name another folder as OUT",
+        ) from error
     unfinished = checkpoints_in(part)
     if resume and not unfinished:
         raise UsageError(
@@ -52,7 +64,15 @@ def checkpoint_to_resume(recipe: "FinetuneRecipe", part: Path) -> Path:
     Raises:
         UsageError: the recipe differs in something that changes the result.
     """
-    before = yaml.safe_load((part / RECIPE).read_text(encoding="utf-8"))
+    try:
+        before = yaml.safe_load((part / RECIPE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if not isinstance(before, dict):
+        raise UsageError(
+            f"the recipe of the unfinished run, {part / RECIPE}, cannot be read",
+            hint="--overwrite starts over",
+        )
     now = recipe.model_dump(mode="json")
     for key in now:
         if key not in _FREE and before.get(key) != now[key]:
@@ -69,18 +89,41 @@ def checkpoint_to_resume(recipe: "FinetuneRecipe", part: Path) -> Path:
     return checkpoints_in(part)[-1]
 
 
-def begin(recipe: "FinetuneRecipe", part: Path, *, resume: bool) -> None:
-    """Makes the folder, on the first process; what an earlier run left goes unless resumed."""
+@contextmanager
+def begun(recipe: "FinetuneRecipe", part: Path, *, resume: bool) -> Iterator[None]:
+    """Makes the folder and holds it, on the first process; an earlier run goes unless resumed.
+
+    Raises:
+        UsageError: another run that is alive writes there.
+    """
     if os.environ.get("RANK", "0") != "0":
+        yield
         return
-    if not resume:
-        shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-    # In one step: other processes may be reading what an earlier run left.
-    fresh = part / f"{RECIPE}.new"
-    fresh.write_text(text, encoding="utf-8")
-    fresh.replace(part / RECIPE)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(held(part))
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another run is writing in {part}", hint="wait for it, or name another OUT"
+            ) from error
+        if not resume:
+            _empty(part)
+        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        # In one step: other processes may be reading what an earlier run left.
+        fresh = part / f"{RECIPE}.new"
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(part / RECIPE)
+        yield
+
+
+def _empty(part: Path) -> None:
+    """The folder itself stays: it is locked."""
+    for entry in part.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink()
 
 
 def leave(part: Path) -> Path | None:

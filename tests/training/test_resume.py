@@ -92,6 +92,7 @@ def test_half_written_checkpoints_are_not_taken(recipe, scratch, tmp_path):
         finetune(recipe(*scratch), resume=True)
     part = part_folder(tmp_path / "out")
     (part / "writing" / "checkpoint-2").mkdir(parents=True)
+    (part / "recipe.yaml").write_text("seed: 0")
     with pytest.raises(UsageError, match="nothing to resume"):
         finetune(recipe(*scratch), resume=True)
     assert finetune(recipe(*scratch)).steps == 3

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
+from sparsek_cli.output.place import check_folder
 
 RESULTS = "results.json"
 
@@ -44,6 +46,19 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
+def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> None:
+    """Raises UsageError where results may not be written; what is removed must be ours.
+
+    Args:
+        folder: where they go.
+        resume: nothing is removed, so that other files may lie beside the results.
+        model: the folder of what is measured.
+    """
+    if resume and folder.is_dir() and RESULTS_FOLDER.lacks(folder) is None:
+        return
+    check_folder(folder, RESULTS_FOLDER, overwrite=True, model=model)
+
+
 class Store:
     """One run's folder.
 
@@ -59,8 +74,7 @@ class Store:
 
     def __init__(self, folder: Path, fingerprint: str, *, resume: bool, overwrite: bool):
         self.folder = folder
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"'{folder}' is a file", hint="name a folder for --output")
+        check_results(folder, resume=resume)
         before = self._fingerprint_there()
         finished = len(list((folder / "units").glob("*/*.json")))
         if finished and before not in (None, fingerprint) and not overwrite:
@@ -72,10 +86,6 @@ class Store:
             raise UsageError(
                 f"{folder} holds {finished} results of this very run",
                 hint="--resume keeps them and goes on, --overwrite measures them again",
-            )
-        if folder.exists() and before is None and any(folder.iterdir()):
-            raise UsageError(
-                f"{folder} exists and holds no evaluation", hint="name an empty folder for --output"
             )
         if before is not None and (not resume or before != fingerprint):
             for name in ("units", "samples"):

@@ -1,0 +1,128 @@
+"""The one decision about what a verb may write on: OUT, or a single file."""
+
+import os
+import stat
+from pathlib import Path
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.output.contents import Contents
+
+_ANOTHER = "name a folder that does not exist yet"
+_KINDS = (
+    (stat.S_ISREG, "file"),
+    (stat.S_ISFIFO, "FIFO"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "character device"),
+    (stat.S_ISBLK, "block device"),
+)
+
+
+def check_folder(
+    out: Path, contents: Contents, *, overwrite: bool, model: Path | None = None
+) -> None:
+    """OUT must be absent, an empty folder or, with `overwrite`, a folder that this tool wrote.
+
+    Args:
+        out: the folder to write.
+        contents: what this tool writes there.
+        overwrite: whether the user gave the folder up.
+        model: the folder of the model that is read, which must survive.
+
+    Raises:
+        UsageError: anything else; the message names what stands in the way.
+    """
+    out = absolute(out)
+    kind = _kind_of(out)
+    if kind is None:
+        _check_parents(out)
+        return
+    if kind != "folder":
+        raise UsageError(f"OUT '{out}' is a {kind}", hint=_ANOTHER)
+    _check_not_in_use(out, model)
+    if not any(out.iterdir()):
+        return
+    foreign, lacking = contents.foreign(out), contents.lacks(out)
+    if foreign is not None or lacking is not None:
+        why = f"it holds '{foreign}'" if foreign is not None else f"it has no {lacking}"
+        raise UsageError(
+            f"OUT '{out}' is not {contents.name} and is not replaced: {why}", hint=_ANOTHER
+        )
+    if not overwrite:
+        raise UsageError(
+            f"OUT '{out}' exists", hint="add --overwrite to replace it, or name another folder"
+        )
+
+
+def check_file(file: Path, *, overwrite: bool, suffixes: tuple[str, ...]) -> None:
+    """`file` must be absent in an existing folder or, with `overwrite`, be a plain file of a kind.
+
+    Args:
+        file: the file to write.
+        overwrite: whether it may be replaced.
+        suffixes: what such files end in; nothing else is replaced.
+
+    Raises:
+        UsageError: anything else.
+    """
+    kind = _kind_of(file)
+    if kind is None:
+        if not file.absolute().parent.is_dir():
+            raise UsageError(
+                f"cannot write '{file}': there is no folder '{file.parent}'",
+                hint="make the folder first, or name another file",
+            )
+        return
+    if kind != "file":
+        raise UsageError(f"'{file}' is a {kind}", hint="name a file that does not exist yet")
+    if not overwrite:
+        raise UsageError(f"'{file}' exists", hint="give --overwrite, or another file name")
+    if file.suffix.lower() not in suffixes:
+        raise UsageError(
+            f"'{file}' exists and is not replaced: it does not end in {' or '.join(suffixes)}",
+            hint="name a file that does not exist yet",
+        )
+
+
+def absolute(path: str | os.PathLike) -> Path:
+    """From the root on, `~` followed, links not."""
+    return Path(os.path.abspath(os.path.expanduser(path)))
+
+
+def _kind_of(path: Path) -> str | None:
+    """What lies there, links not followed: None, "folder", "symbolic link", "file", "FIFO"..."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"'{path}' cannot be written: {why}", hint=_ANOTHER) from error
+    if stat.S_ISLNK(mode):
+        return f"symbolic link (to '{os.readlink(path)}')"
+    if stat.S_ISDIR(mode):
+        return "folder"
+    return next((name for test, name in _KINDS if test(mode)), "special file")
+
+
+def _check_parents(out: Path) -> None:
+    above = next(parent for parent in out.parents if os.path.lexists(parent))
+    if not above.is_dir():
+        raise UsageError(
+            f"OUT '{out}' cannot be made: '{above}' is no folder", hint="name another folder as OUT"
+        )
+
+
+def _check_not_in_use(out: Path, model: Path | None) -> None:
+    real = out.resolve()
+    if model is not None and model.resolve().is_relative_to(real):
+        raise UsageError(
+            f"OUT '{out}' is, or holds, the base model", hint="name another folder as OUT"
+        )
+    if real == Path(real.anchor):
+        raise UsageError(f"OUT '{out}' is the root of the file system", hint=_ANOTHER)
+    if absolute("~").resolve().is_relative_to(real):
+        raise UsageError(f"OUT '{out}' is, or holds, your home", hint=_ANOTHER)
+    if Path.cwd().is_relative_to(real):
+        raise UsageError(f"OUT '{out}' is, or holds, the folder you are in", hint=_ANOTHER)
+    if os.path.ismount(out):
+        raise UsageError(f"OUT '{out}' is a mount point", hint="name a folder inside it")
