@@ -9,8 +9,7 @@ import pytest
 
 from sparsek_cli.conversion.calibrate.decide import HeldOut, decide, sizes_of
 from sparsek_cli.conversion.calibrate.settle import settle
-from sparsek_cli.conversion.plan import make_plan
-from sparsek_cli.hub import resolve
+from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
@@ -29,7 +28,7 @@ def three_layers(dense_checkpoint, tmp_path):
     recipe = ConvertRecipe(
         model=str(dense_checkpoint("llama")), out=str(tmp_path / "out"), topk=8, window=8
     )
-    plan = make_plan(recipe, resolve(recipe.model))
+    plan = make_plan(recipe)
     plan = replace(plan, geometry=replace(plan.geometry, kv_heads=1))
     assert sizes_of(plan) == (2, 4, 8, 16, 32)
     errors = [8.0, 6.0, 4.0, 2.0, 1.0]
