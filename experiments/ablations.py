@@ -33,14 +33,15 @@ from experiments.suite import (
     weights_folder,
     with_tokenizer,
 )
+from sparsek_cli import hub
 from sparsek_cli.benchmarks.session import Session, arguments
+from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.run import search
-from sparsek_cli.conversion.plan import plan as make_plan
+from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies.registry import DENSE, OWN
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
-from sparsek_cli.reporter import Silent
 
 SINKS = 4
 SPLITS = ("calibration", "held_out")
@@ -56,7 +57,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "documents-mixed": {"method.documents": "mixed"},
     "documents-mixed-seed": {"method.documents": "mixed", "seed": 1},
     "documents-told-and-asked": {"method.documents": "told_and_asked"},
-    "documents-passages": {"method.documents": "passages"},
+    "documents-statements": {"method.documents": "statements"},
     "documents-questions": {"method.documents": "questions"},
     "documents-none": {"method.documents": "none"},
     "scorer-linear": {"method.scorer": "linear"},
@@ -65,7 +66,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "target-mean": {"method.target": "mean"},
     "target-p99": {"method.target": "p99"},
     "budgets-uniform": {"budgets": "uniform"},
-    "sizes-wider": {"method.sizes": [0.0625, 0.125, 0.25, 0.5, 1, 2, 4, 8]},
+    "sizes-narrow": {"method.sizes": [0.25, 0.5, 1, 2, 4]},
     "slope-0": {"method.slopes": [0]},
     "slope-0.2": {"method.slopes": [0.2]},
     "slope-0.7": {"method.slopes": [0.7]},
@@ -80,9 +81,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "map-all": {"method.maps": ["all"]},
     "map-answers": {"method.maps": ["answers"]},
     "map-blend": {"method.maps": ["blend"], "method.scorer": "linear"},
-    "answers-0.03": {"method.answer_weight": 0.03},
-    "answers-0.3": {"method.answer_weight": 0.3},
-    "answers-1": {"method.answer_weight": 1.0},
+    "recall-0": {"method.recall": 0.0},
+    "recall-0.5": {"method.recall": 0.5},
+    "recall-1": {"method.recall": 1.0},
     "text-quarter": {"tokens": 1 / 4},
     "text-4-times": {"tokens": 4},
     "text-prose": {"calibrate": "auto"},
@@ -195,8 +196,8 @@ class Experiment:
             ConvertRecipe, None, [f"{key}={value}" for key, value in words.items()],
             {"model": str(self.base), "out": str(self.model), "overwrite": True},
         )  # fmt: skip
-        plan = make_plan(recipe)
-        found = search(plan, Silent(), fit)
+        plan = make_plan(recipe, hub.resolve(str(self.base)))
+        found = search(plan, Console(quiet=True), fit)
         model = load(self.model, self.device, self.dtype)
         with in_place_of_linear(model, [layer.maps for layer in found.layers], found.choices):
             return found.report["text_loss"], self.suite.measure(model, OWN)

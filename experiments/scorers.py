@@ -33,7 +33,7 @@ class KeyValueFit:
     def add(
         self,
         recorded: Recorded,
-        span: slice,
+        pairs: torch.Tensor,
         everywhere: torch.Tensor,
         answered: torch.Tensor | None,
     ) -> None:
@@ -42,7 +42,7 @@ class KeyValueFit:
             own = slice(head, head + 1)
             fit.add(
                 replace(recorded, inputs=inputs),
-                span,
+                pairs,
                 everywhere[own],
                 None if answered is None else answered[own],
             )

@@ -27,7 +27,7 @@ def _tokens_or_share(value: object) -> object:
     raise ValueError("should be a number of tokens like 512, or a share of the context like 1/16")
 
 
-Documents = Literal["statements", "questions", "told_and_asked", "passages", "mixed", "none"]
+Documents = Literal["retold", "statements", "questions", "told_and_asked", "mixed", "none"]
 
 
 class CalibrationMethod(BaseModel):
@@ -47,10 +47,10 @@ class CalibrationMethod(BaseModel):
         "the largest, the mean (the sum, per query), or the 99th percentile",
     )
     documents: Documents = Field(
-        "statements",
-        description="what asks for things far back: facts told again (statements: no template), "
-        "questions, half told and half asked, repeated passages, questions and passages (mixed), "
-        "or nothing (plain text)",
+        "retold",
+        description="what asks for things far back: the text itself, told again (retold: no "
+        "template), facts told again (statements), questions, half told and half asked, questions "
+        "and passages (mixed), or nothing (plain text)",
     )
     maps: list[Literal["text", "all", "answers", "blend"]] = Field(
         ["text", "all", "answers", "blend"],
@@ -64,16 +64,16 @@ class CalibrationMethod(BaseModel):
         description="slopes that it may choose from, in units of score spread per topk tokens; "
         "0 is pure importance",
     )
-    sizes: list[Annotated[float, Field(gt=0)]] = Field(
-        [0.25, 0.5, 1.0, 2.0, 4.0],
+    sizes: list[Annotated[float, Field(ge=0)]] = Field(
+        [0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0],
         min_length=1,
-        description="shares of topk that it may get, with budgets: per_head",
+        description="shares of topk at which a KV head's errors are compared, with budgets: "
+        "per_head; that of the whole document is added",
     )
-    answer_weight: Annotated[float, Field(ge=0)] = Field(
-        0.1,
-        description="how much loss at answers counts against loss in text when slots are shared "
-        "out: decisions from a tenth to twice of it are compared, and the one with the least loss "
-        "in text kept that keeps answers",
+    recall: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.9,
+        description="how much what stands far back counts, and not running text, when whole models "
+        "are compared: 1 is recall alone, 0 text alone; the report shows both ends",
     )
 
     @model_validator(mode="after")

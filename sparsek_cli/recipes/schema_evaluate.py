@@ -4,6 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from sparsek_cli.evaluation.policies.registry import SUMMARIES
+
 Names = Annotated[list[str], Field(min_length=1)]
 
 
@@ -21,8 +23,7 @@ class EvaluateRecipe(BaseModel):
     )
     baselines: list[str] = Field(
         ["dense", "window", "random"],
-        description="same weights under other policies: dense, window, random, snapkv, h2o, "
-        "kvpress:NAME",
+        description=f"same weights under other policies: {', '.join(SUMMARIES)}, kvpress:NAME",
     )
     budgets: list[PositiveInt] = Field(
         [], description="pairs per layer and KV head to try; empty: the checkpoint's own"
@@ -64,10 +65,9 @@ class EvaluateRecipe(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, bfloat16, float16 or float32")
     seed: int = Field(0, description="of generated samples and of the random baseline")
-    out: str | None = Field(
+    output: str | None = Field(
         None, description="result folder; default: runs/evaluate/<model>/<settings>"
     )
-    overwrite: bool = Field(False, description="replace the results in `out`")
 
     def limit_of(self, task: str) -> int | None:
         """Samples of one task; None for all of them."""

@@ -7,9 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sparsek_cli.conversion.calibrate.decide import HeldOut, decide, sizes_of
+from sparsek_cli.conversion.calibrate.decide import (
+    HeldOut,
+    decide,
+    shares_by_errors,
+    sizes_of,
+)
 from sparsek_cli.conversion.calibrate.settle import settle
-from sparsek_cli.conversion.plan import plan as make_plan
+from sparsek_cli.conversion.calibrate.threshold import FutureAttention, threshold_shares
+from sparsek_cli.conversion.plan import make_plan
+from sparsek_cli.hub import resolve
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
@@ -26,20 +33,49 @@ def held_out(errors: list[float], worth: float) -> HeldOut:
 def three_layers(dense_checkpoint, tmp_path):
     """A plan, and layers with the same errors; those of the last cost more in the end."""
     recipe = ConvertRecipe(
-        model=str(dense_checkpoint("llama")), out=str(tmp_path / "out"), topk=8, window=8
+        model=str(dense_checkpoint("llama")),
+        out=str(tmp_path / "out"),
+        topk=8,
+        window=8,
+        method={"sizes": [0, 0.5, 2, 4]},
+        calibrate_length=256,
     )
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, resolve(recipe.model))
     plan = replace(plan, geometry=replace(plan.geometry, kv_heads=1))
-    assert sizes_of(plan) == (2, 4, 8, 16, 32)
-    errors = [8.0, 6.0, 4.0, 2.0, 1.0]
+    assert sizes_of(plan) == (0, 4, 8, 16, 32, 244)
+    errors = [9.0, 6.0, 4.0, 2.0, 1.0, 0.5]
     return plan, [held_out(errors, worth) for worth in (0.1, 0.1, 1.0)]
 
 
 def test_slots_go_to_layers_whose_errors_cost_most(three_layers):
     plan, layers = three_layers
-    assert [choice.topk for choice in decide(plan, layers, 0.3)] == [(4,), (4,), (16,)]
-    uniform = decide(plan, layers, 0.3, per_head=False)
-    assert [choice.topk for choice in uniform] == [(8,)] * 3
+    assert shares_by_errors(plan, layers, 0.3).tolist() == [[4], [4], [16]]
+    choices = decide(plan, layers, np.array([[0], [7], [17]]), 0.3)
+    assert [choice.topk for choice in choices] == [(0,), (7,), (17,)]
+
+
+def test_a_head_gets_as_many_slots_as_pairs_lie_above_the_threshold():
+    """One head wants every pair, one none; shares are averages over documents of any length."""
+    rng = np.random.default_rng(0)
+
+    def seen(wanted: float, pairs: int) -> np.ndarray:
+        return np.where(rng.permutation(pairs) < wanted * pairs, -1.0, -9.0) + rng.random(pairs)
+
+    def layer(*wanted: float) -> list[FutureAttention]:
+        return [
+            FutureAttention(
+                np.stack([seen(share, pairs) for share in wanted]),
+                np.full((len(wanted), pairs), -16.0), candidates,
+            )
+            for pairs, candidates in ((100, 400), (300, 400))
+        ]  # fmt: skip
+
+    shares = threshold_shares([layer(1.0, 0.0), layer(0.5, 0.1)], 160, 0.0)
+    assert shares.sum() <= 4 * 160
+    np.testing.assert_allclose(shares, [[400, 0], [200, 40]], atol=8)
+    text = [[FutureAttention(x.text, x.told, x.candidates) for x in one] for one in
+            [layer(1.0, 0.0), layer(0.5, 0.1)]]  # fmt: skip
+    np.testing.assert_allclose(threshold_shares(text, 160, 1.0), [[400, 0], [200, 40]], atol=8)
 
 
 class Scripted:
@@ -52,19 +88,27 @@ class Scripted:
         return np.asarray(next(self._losses))
 
 
-def test_the_whole_model_has_the_last_word(three_layers):
+def test_the_whole_model_decides_by_recall_first(three_layers):
     plan, layers = three_layers
 
-    def taken(*losses: tuple[float, float]) -> tuple[float, float]:
-        whole = Scripted(*losses)
-        _, report = settle(plan, layers, whole, lambda passes: None)
+    def taken(recall: float, *losses: tuple[float, float]) -> tuple[float, float]:
+        method = plan.recipe.method.model_copy(update={"recall": recall})
+        recipe = plan.recipe.model_copy(update={"method": method})
+        report = settle(
+            replace(plan, recipe=recipe), layers, Scripted(*losses), lambda passes: None
+        )[1]
         window = report["window_text_loss"], report["window_answer_loss"]
         assert window == losses[0] and len(report["tried"]) == len(losses) - 1
+        ends = [report[end]["answer_loss"] for end in ("recall_alone", "text_alone")]
+        assert ends[0] <= report["answer_loss"] <= ends[1]
         return report["text_loss"], report["answer_loss"]
 
-    keeps, near, drops, worse = (0.7, 2.0), (0.6, 2.3), (0.4, 3.0), (1.1, 1.0)
-    # The least loss in text, if it keeps answers about as well as any that beats a window.
-    assert taken((1.0, 9.0), drops, keeps, near, worse, worse) == near
-    assert taken((1.0, 9.0), drops, keeps, keeps, worse, drops) == keeps
-    # When none beats the window, answers count alone, and then text.
-    assert taken((0.3, 9.0), drops, keeps, near, worse, (1.2, 1.1)) == worse
+    window = (1.0, 9.0)
+    keeps, near, drops, worse = (0.8, 1.0), (0.5, 1.2), (0.3, 6.0), (1.1, 0.5)
+    rows = (drops, keeps, near, keeps, worse, worse)
+    # Worse in text than a plain window is taken only if all are.
+    assert taken(0.9, window, *rows) == near
+    assert taken(1.0, window, *rows) == keeps
+    assert taken(0.0, window, *rows) == drops
+    # When none beats the window in text, all of them compete.
+    assert taken(1.0, (0.2, 9.0), *rows) == worse

@@ -14,9 +14,10 @@ from sparsek_cli.conversion.calibrate.decide import scorers_of
 from sparsek_cli.conversion.calibrate.fit import LinearFit
 from sparsek_cli.conversion.calibrate.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.run import search
-from sparsek_cli.conversion.plan import plan as make_plan
-from sparsek_cli.conversion.run import run as convert
+from sparsek_cli.conversion.convert import convert
+from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.errors import UsageError
+from sparsek_cli.hub import resolve
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
@@ -28,7 +29,7 @@ EMPTY = torch.empty(0)
 def request(base, out, **settings):
     settings = {"topk": 24, "window": 16, "device": "cpu", "calibrate_tokens": 2048,
                 "calibrate_length": 256, "method": {"scorer": "mlp"}} | settings  # fmt: skip
-    return make_plan(ConvertRecipe(model=str(base), out=str(out), **settings))
+    return make_plan(ConvertRecipe(model=str(base), out=str(out), **settings), resolve(str(base)))
 
 
 def mlp_scorer(hidden_size=8, heads=2, width=5):
@@ -72,8 +73,8 @@ def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path):
     for name, fit in (("mlp", MlpFit), ("linear", LinearFit)):
         made = fit(plan, torch.device("cpu"))
         with torch.inference_mode():
-            made.add(recorded, slice(0, 2000), targets[:, :2000], None)
-            made.add(recorded, slice(2000, 4000), targets[:, 2000:], targets[:, 2000:])
+            made.add(recorded, torch.arange(2000), targets[:, :2000], None)
+            made.add(recorded, torch.arange(2000, 4000), targets[:, 2000:], targets[:, 2000:])
             scores = made.maps()["all"].of(recorded)
         assert torch.allclose(scores.mean(1), torch.zeros(2), atol=1e-2)
         assert torch.allclose(scores.std(1), torch.full((2,), 2.0), atol=1e-2)

@@ -7,10 +7,17 @@ import pytest
 
 from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
 from sparsek_cli.conversion.calibrate.texts import calibration_texts
+from sparsek_cli.errors import SparsekError
 
 
 def test_sequences_mark_what_stands_far_back(tokenizer):
-    sizes = {"fitting": 6, "fit_length": 2048, "held_out": 2, "length": 2048, "documents": "mixed"}
+    sizes = {
+        "fitting": 6,
+        "fit_length": 2048,
+        "held_out": 2,
+        "lengths": (2048,),
+        "documents": "mixed",
+    }
     fitting, held_out = calibration_sequences(tokenizer, "auto", **sizes, seed=3)
     again, _ = calibration_sequences(tokenizer, "auto", **sizes, seed=3)
     assert all(np.array_equal(a.ids, b.ids) for a, b in zip(fitting, again, strict=True))
@@ -34,11 +41,9 @@ def test_sequences_mark_what_stands_far_back(tokenizer):
             assert answer in tokenizer.decode(sequence.ids[: start + 1])
 
 
-@pytest.mark.parametrize(
-    "documents", ["questions", "statements", "told_and_asked", "passages", "none"]
-)
+@pytest.mark.parametrize("documents", ["questions", "statements", "told_and_asked", "none"])
 def test_documents_ask_for_one_thing_only(tokenizer, documents):
-    sizes = {"fitting": 4, "fit_length": 1024, "held_out": 3, "length": 1024}
+    sizes = {"fitting": 4, "fit_length": 1024, "held_out": 3, "lengths": (1024,)}
     _, held_out = calibration_sequences(tokenizer, "auto", **sizes, documents=documents, seed=3)
     for sequence in held_out:
         text, answer = tokenizer.decode(sequence.ids), sequence.answer
@@ -51,12 +56,44 @@ def test_documents_ask_for_one_thing_only(tokenizer, documents):
             for part in np.split(places, np.flatnonzero(np.diff(places) > 1) + 1):
                 assert tokenizer.decode(sequence.ids[part + 1]).strip() in before
             assert len(places) > 10
-        if documents == "passages":
-            # What is predicted at a marked row stands in the text before, with what precedes it.
-            first = int(sequence.asking.argmax())
-            before = tokenizer.decode(sequence.ids[:first])
-            for row in np.flatnonzero(answer)[::17]:
-                assert tokenizer.decode(sequence.ids[row - 6 : row + 2]) in before
+
+
+@pytest.mark.parametrize("turns", [None, 2])
+def test_a_retold_document_repeats_its_context(tokenizer, turns):
+    """Every turn goes on from the context with a part of it, and marks what it knows."""
+    _, held_out = calibration_sequences(
+        tokenizer, "auto", fitting=1, fit_length=1024, held_out=4, lengths=(2048, 1024),
+        documents="retold", seed=3, turns=turns,
+    )  # fmt: skip
+    assert sorted({s.context + s.turn_length for s in held_out}) == [1024, 2048]
+    in_chat = []
+    for sequence in held_out:
+        context = sequence.ids[: sequence.context]
+        parts = sequence.ids[sequence.context :].reshape(sequence.turns, -1)
+        marks = sequence.answer[sequence.context :].reshape(sequence.turns, -1)
+        asking = sequence.asking[sequence.context :].reshape(sequence.turns, -1)
+        assert (marks ^ asking).all() and not sequence.answer[: sequence.context].any()
+        told = np.zeros(sequence.context, dtype=bool)
+        for part, mark in zip(parts, marks, strict=True):
+            known = part[1:][mark[:-1]]
+            windows = np.lib.stride_tricks.sliding_window_view(context, len(known))
+            [first, *_] = np.flatnonzero((windows == known).all(1))
+            told[first : first + len(known)] = True
+        assert np.array_equal(told, sequence.told)
+        assert turns is None or sequence.turns == turns
+        if turns is None:  # all but the first tokens of each part, and a rest of the last
+            assert told.mean() > 0.6
+        in_chat.append("Repeat the previous context" in tokenizer.decode(parts[0]))
+    assert True in in_chat and False in in_chat
+
+
+def test_documents_too_short_to_be_told_again_are_refused(tokenizer):
+    with pytest.raises(SparsekError, match="too short") as refused:
+        calibration_sequences(
+            tokenizer, "auto", fitting=2, fit_length=64, held_out=1, lengths=(64,),
+            documents="retold", seed=0,
+        )  # fmt: skip
+    assert "--calibrate-length" in refused.value.hint
 
 
 def test_text_is_taken_from_many_documents(tmp_path):
@@ -75,7 +112,7 @@ def test_text_is_taken_from_many_documents(tmp_path):
 
 def test_models_without_a_chat_template_get_plain_questions(tokenizer):
     tokenizer.chat_template = None
-    sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "length": 1024}
+    sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "lengths": (1024,)}
     _, [sequence] = calibration_sequences(tokenizer, "auto", **sizes, documents="questions", seed=0)
     text = tokenizer.decode(sequence.ids)
     assert "\nAnswer: It is" in text.replace("Answer:It", "Answer: It") and sequence.is_recall

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
@@ -26,12 +25,14 @@ _LOGITS = 1 << 26
 
 @dataclass(frozen=True)
 class Recorded:
-    """One sequence in one layer.
+    """One sequence in one layer: a context, and turns that each continue from its end.
 
     Attributes:
         inputs: [N, hidden], what the attention block (and so the scorer) reads.
         query: [H, N, D]; key, value: [G, N, D], positions already encoded.
         scaling: factor of the logits.
+        turns, turn_length: the last turns * turn_length tokens are that many turns, each of which
+            sees the context and itself, and not the others.
     """
 
     inputs: torch.Tensor
@@ -39,10 +40,85 @@ class Recorded:
     key: torch.Tensor
     value: torch.Tensor
     scaling: float
+    turns: int = 0
+    turn_length: int = 0
+
+    @property
+    def context(self) -> int:
+        """Tokens of the context."""
+        return self.key.shape[1] - self.turns * self.turn_length
+
+    def readings(self, rows: torch.Tensor) -> Iterator[Reading]:
+        """The plain sequences that `rows` [R] int64, ascending, belong to: context first."""
+        if not self.turns:
+            yield Reading(self, rows, None)
+            return
+        device, context = self.key.device, self.context
+        owner = (rows - context).div(self.turn_length, rounding_mode="floor").clamp_min(-1)
+        for turn in owner.unique_consecutive().tolist():
+            index = torch.arange(context, device=device)
+            local = rows[owner == turn]
+            if turn >= 0:
+                first = context + turn * self.turn_length
+                own = torch.arange(first, first + self.turn_length, device=device)
+                index, local = torch.cat([index, own]), local - turn * self.turn_length
+            plain = Recorded(
+                self.inputs[index], self.query[:, index], self.key[:, index],
+                self.value[:, index], self.scaling,
+            )  # fmt: skip
+            yield Reading(plain, local, index)
+
+    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[heads, N, ...] as the context [1, heads, C, ...] and turns [T, heads, M, ...]."""
+        context, rest = tensor[None, :, : self.context], tensor[:, self.context :]
+        return context, rest.unflatten(1, (self.turns, self.turn_length)).transpose(0, 1)
+
+    def join(self, context: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+        """Undoes `split`."""
+        return torch.cat([context[0], turns.transpose(0, 1).flatten(1, 2)], 1)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A context and at most one turn as one plain sequence.
+
+    Attributes:
+        recorded: of its tokens. rows: [R] int64 queries in it.
+        index: [tokens] int64, its tokens in the whole recording; None: all of them.
+    """
+
+    recorded: Recorded
+    rows: torch.Tensor
+    index: torch.Tensor | None
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[..., N] of the whole recording as [..., tokens] of this reading."""
+        return tensor if self.index is None else tensor[..., self.index]
 
 
 # From a recording to what attention puts out, [H, N, D].
 Attend = Callable[[Recorded], torch.Tensor]
+
+
+def dense_attention(recorded: Recorded) -> torch.Tensor:
+    """[H, N, D]: causal, each turn seeing the context and itself."""
+    shared = recorded.query.shape[0] != recorded.key.shape[0]
+    options = {"scale": recorded.scaling, "enable_gqa": shared}
+    attend = F.scaled_dot_product_attention
+    if not recorded.turns:
+        parts = (x[None] for x in (recorded.query, recorded.key, recorded.value))
+        return attend(*parts, is_causal=True, **options)[0]
+    (query, queries), (key, keys), (value, values) = (
+        recorded.split(x) for x in (recorded.query, recorded.key, recorded.value)
+    )
+    out = attend(query, key, value, is_causal=True, **options)
+    keys, values = (
+        torch.cat([context.expand(len(turns), -1, -1, -1), turns], 2)
+        for context, turns in ((key, keys), (value, values))
+    )
+    length, context = recorded.turn_length, recorded.context
+    seen = torch.ones(length, context + length, dtype=torch.bool, device=out.device).tril(context)
+    return recorded.join(out, attend(queries, keys, values, attn_mask=seen, **options))
 
 
 class _Stop(Exception):
@@ -55,6 +131,7 @@ class LayerwiseBase:
     Args:
         plan: which checkpoint.
         sequences: token ids [N] each; lengths may differ.
+        turns: of each sequence, how many turns there are at its end and their length.
         device: where layers run. dtype: their number format.
 
     Attributes:
@@ -62,7 +139,12 @@ class LayerwiseBase:
     """
 
     def __init__(
-        self, plan: Plan, sequences: list[torch.Tensor], device: torch.device, dtype: torch.dtype
+        self,
+        plan: Plan,
+        sequences: list[torch.Tensor],
+        turns: list[tuple[int, int]],
+        device: torch.device,
+        dtype: torch.dtype,
     ):
         AttentionInterface.register(_RECORDING, self._attend)
         AttentionMaskInterface.register(_RECORDING, lambda *args, **kwargs: None)
@@ -82,20 +164,18 @@ class LayerwiseBase:
         self._norm = self._base.get_submodule(plan.row.norm)
         self._layers = self._base.get_submodule(plan.row.layers)
         self.hidden: list[torch.Tensor] = []
+        self._turns, self._turns_now = turns, (0, 0)
         self._arguments: list[tuple[tuple, dict]] = []
         self._embed(sequences, device)
 
     def _attend(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self._last = Recorded(self._inputs, query[0], key[0], value[0], scale)
+        self._last = Recorded(self._inputs, query[0], key[0], value[0], scale, *self._turns_now)
         if self._attend_with is not None:
             return self._attend_with(self._last).transpose(0, 1)[None], None
         if not self._to_the_end:
             raise _Stop
-        kwargs.pop("sliding_window", None)
-        return sdpa_attention_forward(
-            module, query, key, value, None, scaling=scale, is_causal=True, **kwargs
-        )
+        return dense_attention(self._last).transpose(0, 1)[None], None
 
     def _embed(self, sequences: list[torch.Tensor], device: torch.device) -> None:
         def keep(module, args, kwargs):
@@ -106,9 +186,17 @@ class LayerwiseBase:
 
         handle = self._layers[0].register_forward_pre_hook(keep, with_kwargs=True)
         try:
-            for ids in sequences:
+            for ids, (turns, length) in zip(sequences, self._turns, strict=True):
+                place = torch.arange(len(ids))
+                context = len(ids) - turns * length
+                if turns:
+                    place[context:] = context + (place[context:] - context) % length
                 try:
-                    self._base(input_ids=ids[None].to(device), use_cache=False)
+                    self._base(
+                        input_ids=ids[None].to(device),
+                        position_ids=place[None].to(device),
+                        use_cache=False,
+                    )
                 except _Stop:
                     continue
         finally:
@@ -146,6 +234,7 @@ class LayerwiseBase:
         with self._recording(block.get_submodule(self._attention_name)):
             for number in numbers:
                 rest, kwargs = self._arguments[number]
+                self._turns_now = self._turns[number]
                 try:
                     output = block(self.hidden[number], *rest, **kwargs)
                 except _Stop:
@@ -165,7 +254,7 @@ class LayerwiseBase:
             attend: what takes attention's place, by layer.
         """
         rest, kwargs = self._arguments[number]
-        self._to_the_end = True
+        self._to_the_end, self._turns_now = True, self._turns[number]
         for layer in range(first, self.layers):
             block, self._attend_with = self._layers[layer], attend.get(layer)
             with self._recording(block.get_submodule(self._attention_name)):

@@ -10,6 +10,7 @@ import torch
 from sparsek_cli.conversion.calibrate.allot import allot
 from sparsek_cli.conversion.calibrate.fit import Map
 from sparsek_cli.conversion.calibrate.mlp import MlpMap
+from sparsek_cli.conversion.calibrate.threshold import FutureAttention
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
 
@@ -33,6 +34,7 @@ class HeldOut:
         unit: a slope of 1 per token. errors: sums [2, C, L, G]. stream: sums [2] of the residual
             stream's energy. rows: counts [2].
         worth: [2] what the whole model loses per error, nats; see whole.py.
+        attention: by document, what will be looked at; see threshold.py.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class HeldOut:
         self.stream = np.zeros(2)
         self.rows = np.zeros(2)
         self.worth = np.ones(2)
+        self.attention: list[FutureAttention] = []
 
     def add(self, errors: torch.Tensor, stream: torch.Tensor, answer: torch.Tensor) -> None:
         for kind, chosen in enumerate((~answer, answer)):
@@ -69,42 +72,51 @@ class HeldOut:
         return text + answer_weight * answers
 
     def choose(
-        self, levels: np.ndarray, sizes: tuple[int, ...], answer_weight: float
+        self, topk: np.ndarray, sizes: tuple[int, ...], answer_weight: float
     ) -> tuple[Choice, np.ndarray]:
-        """Each head's best candidate at its size, levels [G]; and its errors [2], all heads'."""
-        heads = np.arange(len(levels))
+        """Each head's best candidate with topk [G] slots; and their errors [2], all heads'.
+
+        Errors are those of the nearest of `sizes`.
+        """
+        heads = np.arange(len(topk))
+        distance = np.abs(np.log1p(topk)[:, None] - np.log1p(np.asarray(sizes)))
+        levels = distance.argmin(1)
         best = self.combined(answer_weight)[:, levels, heads].argmin(0)
         picked = [self.candidates[b][head] for head, b in enumerate(best)]
         maps, slopes = zip(*picked, strict=True)
         choice = Choice(
-            maps, tuple(slope * self.unit for slope in slopes), tuple(sizes[i] for i in levels)
+            maps, tuple(slope * self.unit for slope in slopes), tuple(int(k) for k in topk)
         )
         return choice, self.relative()[:, best, levels, heads].sum(-1)
 
 
 def sizes_of(plan: Plan) -> tuple[int, ...]:
-    """The sizes of topk to compare; the mean alone where all heads get the same."""
+    """The sizes of topk to compare, up to all of a document; the mean alone if all get the same."""
     if plan.recipe.budgets == "uniform":
         return (plan.topk,)
-    longest = plan.calibrate_length - plan.window - plan.sinks
-    shares = {1.0, *plan.recipe.method.sizes}
-    sizes = {max(1, round(share * plan.topk)) for share in shares}
-    return tuple(sorted(size for size in sizes if size <= longest or size <= plan.topk))
+    longest = max(plan.topk, plan.calibrate_length - plan.window - plan.sinks)
+    sizes = {round(share * plan.topk) for share in (1.0, *plan.recipe.method.sizes)}
+    return tuple(sorted({size for size in sizes if size < longest} | {plan.topk, longest}))
+
+
+def shares_by_errors(plan: Plan, layers: list[HeldOut], answer_weight: float) -> np.ndarray:
+    """Selected pairs of each head, [layers, G], where the output errors fall most."""
+    sizes = sizes_of(plan)
+    curves = np.stack([layer.combined(answer_weight) for layer in layers])  # [layers, C, L, G]
+    smallest = curves.min(1).transpose(0, 2, 1)
+    shape = smallest.shape[:2]
+    taken = allot(smallest.reshape(-1, len(sizes)), sizes, plan.topk * shape[0] * shape[1])
+    return np.asarray(sizes)[taken].reshape(shape)
 
 
 def decide(
-    plan: Plan, layers: list[HeldOut], answer_weight: float, *, per_head: bool = True
+    plan: Plan, layers: list[HeldOut], shares: np.ndarray, answer_weight: float
 ) -> list[Choice]:
-    """Sizes for all heads, then each head's best map and slope at its size."""
-    sizes, groups = sizes_of(plan), plan.geometry.kv_heads
-    taken = np.full((len(layers), groups), sizes.index(plan.topk))
-    if per_head:
-        curves = np.stack([layer.combined(answer_weight) for layer in layers])  # [layers, C, L, G]
-        smallest = curves.min(1).transpose(0, 2, 1).reshape(-1, len(sizes))
-        taken = allot(smallest, sizes, plan.topk * len(smallest)).reshape(taken.shape)
+    """Each head's best map and slope with its share, [layers, G] selected pairs."""
+    sizes = sizes_of(plan)
     return [
-        layer.choose(levels, sizes, answer_weight)[0]
-        for layer, levels in zip(layers, taken, strict=True)
+        layer.choose(topk, sizes, answer_weight)[0]
+        for layer, topk in zip(layers, shares, strict=True)
     ]
 
 

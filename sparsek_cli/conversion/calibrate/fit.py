@@ -24,14 +24,14 @@ class Fit(Protocol):
     def add(
         self,
         recorded: Recorded,
-        span: slice,
+        pairs: torch.Tensor,
         everywhere: torch.Tensor,
         answered: torch.Tensor | None,
     ) -> None:
-        """Adds the keys `span` of one sequence.
+        """Adds keys of one sequence.
 
         Args:
-            everywhere: [G, keys of the span] targets over all queries.
+            pairs: [K] int64, their places. everywhere: [G, K] targets over all queries.
             answered: the same over queries at answers; None in plain text.
         """
 
@@ -64,14 +64,14 @@ class LinearFit:
     def add(
         self,
         recorded: Recorded,
-        span: slice,
+        pairs: torch.Tensor,
         everywhere: torch.Tensor,
         answered: torch.Tensor | None,
     ) -> None:
         if answered is None:
-            self._text.add(recorded.inputs[span], everywhere.T)
+            self._text.add(recorded.inputs[pairs], everywhere.T)
         else:
-            self._recall.add(recorded.inputs[span], torch.cat([everywhere, answered]).T)
+            self._recall.add(recorded.inputs[pairs], torch.cat([everywhere, answered]).T)
 
     def maps(self) -> dict[str, LinearMap]:
         if not (self._text.finite and self._recall.finite):

@@ -67,15 +67,15 @@ class MlpFit:
     def add(
         self,
         recorded: Recorded,
-        span: slice,
+        pairs: torch.Tensor,
         everywhere: torch.Tensor,
         answered: torch.Tensor | None,
     ) -> None:
-        self._linear.add(recorded, span, everywhere, answered)
+        self._linear.add(recorded, pairs, everywhere, answered)
         kinds = {"text": everywhere} if answered is None else {"documents": everywhere}
         if answered is not None:
             kinds["answers"] = answered
-        self._inputs.append(recorded.inputs[span][:: self._every].clone())
+        self._inputs.append(recorded.inputs[pairs][:: self._every].clone())
         self._targets.append({kind: y.T[:: self._every] for kind, y in kinds.items()})
 
     def maps(self) -> dict[str, MlpMap]:

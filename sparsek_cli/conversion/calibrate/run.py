@@ -17,14 +17,17 @@ from sparsek_cli.conversion.calibrate.decide import (
     Choice,
     HeldOut,
     scorers_of,
+    shares_by_errors,
     sizes_of,
 )
 from sparsek_cli.conversion.calibrate.fit import Fit, LinearFit, Map
 from sparsek_cli.conversion.calibrate.maps import SPREAD
 from sparsek_cli.conversion.calibrate.mlp import MlpFit
-from sparsek_cli.conversion.calibrate.sequences import Sequence, calibration_sequences
+from sparsek_cli.conversion.calibrate.sequence import Sequence
+from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
 from sparsek_cli.conversion.calibrate.settle import PASSES, settle
 from sparsek_cli.conversion.calibrate.targets import future_attention
+from sparsek_cli.conversion.calibrate.threshold import FutureAttention
 from sparsek_cli.conversion.calibrate.whole import Whole, chosen_attention
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
@@ -41,14 +44,20 @@ _TARGET_ROWS = {"cpu": 512, "other": 4096}
 _TEXT_ROWS = {"cpu": 64, "other": 256}
 _ANSWER_ROWS = {"cpu": 32, "other": 192}
 _HELD_OUT = {"cpu": 4, "other": 12}
+# Parts of a document that are told again; None: all.
+_TURNS = {"cpu": 2, "other": None}
 _FINALISTS = 4
 # An error at an answer against one in text, as long as it is not known what either is worth.
 _GUESS = 0.3
-# Documents that are run through the whole model, and into how many parts of neighbouring layers
-# it is divided there. Of very long ones a CPU takes two, enough for their many rows.
+# Documents that are run through the whole model (of very long ones a CPU takes two, enough for
+# their many rows), those of them on which single parts of it are valued, and how many parts of
+# neighbouring layers there are.
 _WHOLE = 4
+_VALUED = 2
 _WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
-_PARTS = 12
+_PARTS = {"cpu": 12, "other": 48}
+# Shorter documents are not halved.
+_HALVED = 2048
 # Keys of the last part have too few later queries for their largest attention to mean much.
 _LAST_PART = 8
 
@@ -86,6 +95,7 @@ def search(
     device = choose_device(recipe.device)
     dtype = choose_dtype(recipe.dtype, device)
     fitting = plan.calibrate_tokens // plan.fit_length
+    kind = _kind(device)
     reporter.say(
         f"calibrating on {fitting} sequences of {plan.fit_length:,} tokens ({device.type})"
     )
@@ -94,10 +104,11 @@ def search(
         recipe.calibrate,
         fitting=fitting,
         fit_length=plan.fit_length,
-        held_out=_HELD_OUT["cpu" if device.type == "cpu" else "other"],
-        length=plan.calibrate_length,
+        held_out=_HELD_OUT[kind],
+        lengths=_lengths(plan),
         documents=recipe.method.documents,
         seed=recipe.seed,
+        turns=_TURNS[kind],
     )
     run = _Run(plan, *sequences, device, dtype, fit)
     depth = run.base.layers
@@ -121,6 +132,18 @@ def _tokenizer(plan: Plan) -> Any:
         ) from error
 
 
+def _lengths(plan: Plan) -> tuple[int, ...]:
+    """Of documents to compare on: what is read may also be half as long as it could be."""
+    length = plan.calibrate_length
+    half = length // 2 if length >= max(4 * plan.budget, _HALVED) else length
+    return (length, half)
+
+
+def _kind(device: torch.device) -> str:
+    """What the device can afford: a key of the tables above."""
+    return "cpu" if device.type == "cpu" else "other"
+
+
 class _Run:
     """One calibration: the base, its sequences, and what is measured in a layer."""
 
@@ -135,18 +158,20 @@ class _Run:
     ):
         self.plan, self.method = plan, plan.recipe.method
         self.device, self.fit = device, fit
-        self.kind = "cpu" if device.type == "cpu" else "other"
+        self.kind = _kind(device)
         self.slots = Slots(plan.window, plan.sinks, sizes_of(plan))
         sequences = [*fitting, *held_out]
         self.fitting = range(len(fitting))
         self.held_out = range(len(fitting), len(sequences))
+        self.sequences = sequences
         self.answers = [torch.from_numpy(s.answer) for s in sequences]
         generator = np.random.default_rng(plan.recipe.seed + 1)
-        self.target_rows = [self._target_rows(s, generator) for s in fitting]
+        self.target_rows = [self._target_rows(s, generator) for s in sequences]
         self.error_rows = {n: self._error_rows(sequences[n], generator) for n in self.held_out}
         ids = [torch.from_numpy(s.ids) for s in sequences]
         with torch.inference_mode():
-            self.base = LayerwiseBase(plan, ids, device, dtype)
+            turns = [(s.turns, s.turn_length) for s in sequences]
+            self.base = LayerwiseBase(plan, ids, turns, device, dtype)
             affordable = _WHOLE_TOKENS[self.kind] // plan.calibrate_length
             few = self.held_out[: max(2, min(_WHOLE, affordable))]
             self.whole = Whole(
@@ -172,21 +197,24 @@ class _Run:
                 f"activations of layer {layer} are not finite",
                 hint="try --dtype float32; the checkpoint may be damaged",
             ) from error
-        size = -(-self.base.layers // _PARTS)
+        size = -(-self.base.layers // _PARTS[self.kind])
         if layer % size == 0:
-            self.part, self.part_inputs = [], self.whole.inputs()
+            self.part, self.part_inputs = [], self.whole.inputs(_VALUED)
         self.part.append(self._narrowed(layer, maps, advance))
         if layer % size == size - 1 or layer + 1 == self.base.layers:
             self._value(self.part, layer + 1 - len(self.part))
         return self.part[-1]
 
     def _value(self, part: list[HeldOut], first: int) -> None:
-        """What errors of these neighbouring layers are worth, all heads having the same slots."""
-        sizes = self.slots.sizes
-        levels = np.full(self.plan.geometry.kv_heads, sizes.index(self.plan.topk))
+        """What errors of these neighbouring layers are worth, with their own slots shared out.
+
+        Near the shares that heads will get: evenly spread, the errors of heads that look things up
+        would hide those of all others.
+        """
+        shares = shares_by_errors(self.plan, part, _GUESS)
         attend, errors = {}, np.zeros(2)
-        for number, layer in enumerate(part, start=first):
-            choice, error = layer.choose(levels, sizes, _GUESS)
+        for number, (layer, topk) in enumerate(zip(part, shares, strict=True), start=first):
+            choice, error = layer.choose(topk, self.slots.sizes, _GUESS)
             attend[number] = chosen_attention(self.plan, layer.maps, choice)
             errors += error
         worth = self.whole.divergence(attend, self.part_inputs, first) / np.maximum(errors, 1e-9)
@@ -200,7 +228,8 @@ class _Run:
         everything = [[(name, slope)] * groups for name in maps for slope in self.method.slopes]
         few = self.held_out[: max(1, len(self.held_out) // 2)]
         # The mean, and what heads get that look far back: the best may differ.
-        slots = replace(self.slots, sizes=tuple(sorted({self.plan.topk, self.slots.sizes[-1]})))
+        twice = min(2 * self.plan.topk, self.slots.sizes[-1])
+        slots = replace(self.slots, sizes=tuple(sorted({self.plan.topk, twice})))
         first = HeldOut(maps, everything, unit, len(slots.sizes), groups)
         self._compare(layer, few, slots, first)
         errors = first.combined(_GUESS)
@@ -222,37 +251,64 @@ class _Run:
         def compare(number: int, recorded: Recorded) -> None:
             scores = {name: map_.of(recorded) for name, map_ in held_out.maps.items()}
             rows = self.error_rows[number].to(self.device)
-            effective = torch.stack(
-                [_effective(scores, row, held_out.unit) for row in held_out.candidates]
-            )
-            errors = output_errors(recorded, effective, rows, slots, out_weight)
+            errors = []
+            for reading in recorded.readings(rows):
+                here = {name: reading.of(score) for name, score in scores.items()}
+                effective = torch.stack(
+                    [_effective(here, row, held_out.unit) for row in held_out.candidates]
+                )
+                errors.append(
+                    output_errors(reading.recorded, effective, reading.rows, slots, out_weight)
+                )
             stream = self.base.hidden[number][0, rows].float().square().sum(-1)
-            held_out.add(errors, stream, self.answers[number].to(self.device)[rows])
+            answer = self.answers[number].to(self.device)[rows]
+            held_out.add(torch.cat(errors, -1), stream, answer)
             if advance is not None:
+                held_out.attention += self._attention(number, recorded)
                 advance(1)
 
         self.base.run_layer(layer, numbers, compare, advance=advance is not None)
+
+    def _attention(self, number: int, recorded: Recorded) -> list[FutureAttention]:
+        """What is looked at of the pairs that a held-out document tells again; nothing if none."""
+        if self.sequences[number].told is None:
+            return []
+        rows, answer = self.target_rows[number], self.answers[number]
+        window, sinks, context = self.plan.window, self.plan.sinks, recorded.context
+        again, read = (
+            future_attention(recorded, some, answer, window)[0]
+            for some in (rows[answer[rows]], rows[rows < context])
+        )
+        pairs = self._pairs(self.sequences[number])
+        again, read = (x[:, pairs.to(x.device)].cpu().numpy() for x in (again, read))
+        return [FutureAttention(again, read, context - window - sinks)]
 
     def _add(self, number: int, recorded: Recorded, fit: Fit) -> None:
         answer = self.answers[number]
         everywhere, answered = future_attention(
             recorded, self.target_rows[number], answer, self.plan.window, self.method.target
         )
-        tokens, first = len(answer), self.plan.sinks
-        is_text = not bool(answer.any())
-        if is_text:
-            last = tokens - self.plan.window - tokens // _LAST_PART
-        else:
+        pairs = self._pairs(self.sequences[number])
+        answered = answered[:, pairs] if bool(answer.any()) else None
+        fit.add(recorded, pairs.to(self.device), everywhere[:, pairs], answered)
+
+    def _pairs(self, sequence: Sequence) -> torch.Tensor:
+        """int64 places of the keys whose later queries say what they are worth."""
+        first, window = self.plan.sinks, self.plan.window
+        if sequence.told is not None:
+            told = np.flatnonzero(sequence.told)
+            return torch.from_numpy(told[(told >= first) & (told < sequence.context - window)])
+        if sequence.is_recall:
             # Keys that every answer could have looked at.
-            last = int(answer.nonzero()[0]) - self.plan.window
-        span = slice(first, max(first + 1, last))
-        fit.add(recorded, span, everywhere[:, span], None if is_text else answered[:, span])
+            last = int(np.flatnonzero(sequence.answer)[0]) - window
+        else:
+            last = sequence.context - window - sequence.context // _LAST_PART
+        return torch.arange(first, max(first + 1, last))
 
     def _target_rows(self, sequence: Sequence, generator: np.random.Generator) -> torch.Tensor:
-        tokens = len(sequence.ids)
-        count = _TARGET_ROWS[self.kind]
+        tokens, count = sequence.context, _TARGET_ROWS[self.kind]
         if count >= tokens:
-            return torch.arange(tokens)
+            return torch.arange(len(sequence.ids))
         # One query out of each of `count` equal parts, and every answer.
         edges = np.linspace(0, tokens, count + 1)
         drawn = (edges[:-1] + generator.random(count) * np.diff(edges)).astype(np.int64)
@@ -260,7 +316,7 @@ class _Run:
         return torch.from_numpy(np.union1d(drawn, answers))
 
     def _text_rows(self, sequence: Sequence) -> np.ndarray:
-        tokens = len(sequence.ids)
+        tokens = sequence.context
         # Before the budget is full nothing has been dropped.
         text = np.arange(min(self.plan.budget, tokens // 2), tokens)
         return np.setdiff1d(text, np.flatnonzero(sequence.answer | sequence.asking))

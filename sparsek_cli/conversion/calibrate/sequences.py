@@ -1,17 +1,17 @@
 """Calibration text: plain text, and documents with questions about things far back.
 
 Maps are fitted on text and documents in turn, and compared on longer documents. In a document
-facts are hidden (only phrasings marked for calibration) and asked for at the end, and a passage
-may be repeated word for word: the rows that predict such answers are marked, because they say
-which keys a query far away will need. Documents may also have one of the two alone, or state
-their facts again instead of asking; that, and repeated passages, need no template.
+all of it is told again (retold.py), or facts are hidden (only phrasings marked for calibration)
+and told again or asked for at the end: the rows that predict what was read before are marked,
+because they say which keys a query far away will need.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from sparsek_cli.conversion.calibrate.retold import retold
+from sparsek_cli.conversion.calibrate.sequence import Sequence, plain_text
 from sparsek_cli.conversion.calibrate.texts import GENERATED_SENTENCES, calibration_texts
 from sparsek_cli.data.chat_format import ChatFormat
 from sparsek_cli.data.facts import Fact
@@ -38,27 +38,6 @@ _PASSAGE_LEAD = 8
 _SHARE_WITH_PASSAGE = {"mixed": 0.5}
 # This much of the facts is told again; the rest is asked for.
 _SHARE_TOLD = {"statements": 1.0, "told_and_asked": 0.5}
-# Of a document without questions this much is text, and the rest repeats passages of it.
-_TEXT_SHARE = 0.75
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """One calibration sequence.
-
-    Attributes:
-        ids: [N] int64 token ids.
-        answer: [N] bool, rows whose next token stands far back in the text.
-        asking: [N] bool, the rows of questions up to the answer, which are neither text nor answer.
-    """
-
-    ids: np.ndarray
-    answer: np.ndarray
-    asking: np.ndarray
-
-    @property
-    def is_recall(self) -> bool:
-        return bool(self.answer.any())
 
 
 def calibration_sequences(
@@ -68,9 +47,10 @@ def calibration_sequences(
     fitting: int,
     fit_length: int,
     held_out: int,
-    length: int,
+    lengths: tuple[int, ...],
     documents: str,
     seed: int,
+    turns: int | None = None,
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to fit on, text and documents in turn, and documents to compare on.
 
@@ -78,27 +58,30 @@ def calibration_sequences(
         tokenizer: fast tokenizer of the model.
         spec: "auto", a file, folder or glob, or a hub dataset.
         fitting, fit_length: how many to fit on, and their tokens.
-        held_out, length: how many to compare on, and their tokens: as long as what the model will
-            read, because how steeply scores may prefer the new depends on it.
-        documents: what they ask for: statements, questions, told_and_asked, passages, mixed or
-            none (they are text then).
+        held_out, lengths: how many to compare on, and their tokens in turn: as long as what the
+            model will read, because how steeply scores may prefer the new depends on it.
+        documents: what they ask for: retold, statements, questions, told_and_asked, mixed or none
+            (they are text then).
         seed: everything random comes from it.
+        turns: parts of a retold document that are told again; None: all.
 
     Raises:
         UsageError: the text named by `spec` is missing, empty or not UTF-8.
     """
     rng = np.random.default_rng(seed)
-    characters = (fitting * fit_length + held_out * length) * _CHARACTERS_PER_TOKEN
-    most = max(characters // _DOCUMENTS, 2 * max(fit_length, length) * _CHARACTERS_PER_TOKEN)
+    characters = (fitting * fit_length + held_out * max(lengths)) * _CHARACTERS_PER_TOKEN
+    most = max(characters // _DOCUMENTS, 2 * max(fit_length, *lengths) * _CHARACTERS_PER_TOKEN)
     filler = Filler.from_documents(calibration_texts(spec, characters, most), tokenizer)
     generated = Filler.from_documents([generated_text(rng, GENERATED_SENTENCES)], tokenizer)
     chat = _format(tokenizer)
 
-    def document(source: Filler, tokens: int, *, early: bool = False) -> Sequence:
+    def document(source: Filler, tokens: int, number: int, *, early: bool = False) -> Sequence:
         if documents == "none":
             return _text(rng, source, tokens, tokenizer)
-        if documents == "passages":
-            return _passages(rng, source, tokens, tokenizer, early=early)
+        if documents == "retold":
+            # With the chat template and without one in turn, where there is one.
+            own = chat if number % 2 == 0 and tokenizer.chat_template else None
+            return retold(rng, source, own, tokens, tokenizer, turns)
         return _recall(rng, source, chat, tokens, tokenizer, documents, early=early)
 
     made = []
@@ -108,8 +91,13 @@ def calibration_sequences(
         else:
             # Some fillers are generated: facts then stand out less against a single style.
             source = generated if spec == "auto" and number % 8 == 7 else filler
-            made.append(document(source, fit_length))
-    return made, [document(filler, length, early=True) for _ in range(held_out)]
+            made.append(document(source, fit_length, number // 2))
+    compared = []
+    for number in range(held_out):
+        # Every length with the chat template and without one.
+        length = lengths[(number + number // 2) % len(lengths)]
+        compared.append(document(filler, length, number, early=True))
+    return made, compared
 
 
 def _format(tokenizer: Any) -> ChatFormat:
@@ -124,40 +112,9 @@ def _format(tokenizer: Any) -> ChatFormat:
 
 def _text(rng: np.random.Generator, filler: Filler, length: int, tokenizer: Any) -> Sequence:
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    ids = [np.asarray(start, dtype=np.int64)]
-    while sum(map(len, ids)) < length:
-        chosen = filler.take(rng, length)
-        ids += [filler.sentence_ids(i) for i in chosen]
-    joined = np.concatenate(ids).astype(np.int64)[:length]
+    ids = np.append(start, plain_text(rng, filler, length - len(start))).astype(np.int64)
     nowhere = np.zeros(length, dtype=bool)
-    return Sequence(joined, nowhere, nowhere)
-
-
-def _passages(
-    rng: np.random.Generator, filler: Filler, length: int, tokenizer: Any, *, early: bool
-) -> Sequence:
-    """Text, then passages of it in any order, word for word; with `early` half are from its start.
-
-    Raises:
-        SparsekError: no room for one.
-    """
-    size = min(_PASSAGE, length // 8)
-    if size <= _PASSAGE_LEAD:
-        raise SparsekError(
-            f"calibration sequences of {length} tokens are too short to repeat a passage",
-            hint="give a larger --calibrate-length, or --calibrate none",
-        )
-    text = _text(rng, filler, int(length * _TEXT_SHARE), tokenizer).ids
-    count = -(-(length - len(text)) // size)
-    begins = rng.random(count)
-    if early:
-        begins[::2] *= _EARLY
-    begins = (begins * (len(text) - size)).astype(np.int64)
-    ids = np.concatenate([text, *(text[begin : begin + size] for begin in begins)])[:length]
-    place = np.arange(length) - len(text)
-    known = (place >= 0) & (place % size >= _PASSAGE_LEAD)
-    answer = np.append(known[1:], False)
-    return Sequence(ids, answer, (place >= 0) & ~answer)
+    return Sequence(ids, nowhere, nowhere)
 
 
 def _recall(

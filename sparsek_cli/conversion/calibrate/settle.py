@@ -1,40 +1,40 @@
-"""The last word: decisions are compared by what the whole sparse model loses."""
+"""Which shares of the slots are kept: whole sparse models are run and compared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-from sparsek_cli.conversion.calibrate.decide import Choice, HeldOut, decide
+import numpy as np
+
+from sparsek_cli.conversion.calibrate.decide import Choice, HeldOut, decide, shares_by_errors
+from sparsek_cli.conversion.calibrate.threshold import threshold_shares
 from sparsek_cli.conversion.calibrate.whole import Whole, chosen_attention, window_attention
 from sparsek_cli.conversion.plan import Plan
 
-# Losses of single layers do not quite add up to the whole model's, so that counting answers less
-# or more when slots are shared out may do better.
-_FACTORS = (0.1, 0.5, 1.0, 2.0)
-# What answers may lose beside the decision that is best for them: a share, and nats. Facts that
-# are dropped are gone, so text is compared only among decisions that keep them about as well.
-_MARGIN = (1.2, 0.05)
-# Passes that `settle` makes at most: these, uniform slots, and a window.
-PASSES = len(_FACTORS) + 2
+# What an error at an answer counts against one in text when slots are shared out by errors: losses
+# of single layers do not quite add up to the whole model's, so several are tried.
+_ANSWER_WEIGHTS = (0.1, 1.0, 3.0, 10.0, 30.0)
+# What attention in running text counts against attention while a text is told again.
+_TEXT_WEIGHTS = (0.0, 1.0)
+# Maps and slopes of heads whose shares come from elsewhere.
+_EVEN = 0.3
+# Passes that `settle` makes at most: these, one between both kinds, even slots, and a window.
+PASSES = len(_ANSWER_WEIGHTS) + len(_TEXT_WEIGHTS) + 3
 
 
 def settle(
     plan: Plan, layers: list[HeldOut], whole: Whole, advance: Callable[[int], Any]
 ) -> tuple[list[Choice], dict[str, Any]]:
-    """The decision with the smallest loss in text of those that keep answers; and a report.
+    """The decision whose whole model loses least, recall and text weighed; and a report.
 
     One that loses more text than a plain window of the same slots is taken only if all do.
     """
-    weight = plan.recipe.method.answer_weight
-    per_head = plan.recipe.budgets == "per_head"
-    wanted = [(factor * weight, True) for factor in _FACTORS] if per_head else []
-    wanted.append((weight, False))
     window = whole.divergence(dict.fromkeys(range(len(layers)), window_attention(plan)))
     advance(1)
     decisions, tried = [], []
-    for answer_weight, heads_differ in wanted:
-        choices = decide(plan, layers, answer_weight, per_head=heads_differ)
+    for name, answer_weight, shares in _proposals(plan, layers):
+        choices = decide(plan, layers, shares, answer_weight)
         attend = {
             number: chosen_attention(plan, layer.maps, choice)
             for number, (layer, choice) in enumerate(zip(layers, choices, strict=True))
@@ -44,18 +44,22 @@ def settle(
         decisions.append(choices)
         tried.append(
             {
-                "budgets": "per_head" if heads_differ else "uniform",
+                "shares": name,
                 "answer_weight": answer_weight,
                 "text_loss": float(text),
                 "answer_loss": float(answers),
             }
         )
-    best = _best(tried, float(window[0]))
+    recall = plan.recipe.method.recall
+    best = _best(tried, window, recall)
     choices = decisions[best]
     report = {
         **tried[best],
+        "recall": recall,
         "window_text_loss": float(window[0]),
         "window_answer_loss": float(window[1]),
+        "recall_alone": tried[_best(tried, window, 1.0)],
+        "text_alone": tried[_best(tried, window, 0.0)],
         "tried": tried,
         "layers": [
             {
@@ -70,11 +74,32 @@ def settle(
     return choices, report
 
 
-def _best(tried: list[dict[str, Any]], window: float) -> int:
-    """Which to take; `window` is what a plain window loses in text."""
-    numbers = [n for n, row in enumerate(tried) if row["text_loss"] <= window]
+def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.ndarray]]:
+    """Shares to compare: their name, the weight of answers for maps and slopes, and [layers, G]."""
+    even = np.full((len(layers), plan.geometry.kv_heads), plan.topk)
+    proposals = [("even", _EVEN, even)]
+    if plan.recipe.budgets == "uniform":
+        return proposals
+    for weight in _ANSWER_WEIGHTS:
+        proposals.append(("errors", weight, shares_by_errors(plan, layers, weight)))
+    if all(layer.attention for layer in layers):
+        attention = [layer.attention for layer in layers]
+        for weight in _TEXT_WEIGHTS:
+            shares = threshold_shares(attention, plan.topk, weight)
+            proposals.append((f"threshold, text {weight:g}", _EVEN, shares))
+        retold, by_errors = proposals[-len(_TEXT_WEIGHTS)][2], proposals[3][2]
+        proposals.append(("threshold and errors", _EVEN, (retold + by_errors) // 2))
+    return proposals
+
+
+def _best(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int:
+    """Which to take; `window` is what a plain window loses in text and at answers."""
+    numbers = [n for n, row in enumerate(tried) if row["text_loss"] <= window[0]]
     numbers = numbers or list(range(len(tried)))
-    share, nats = _MARGIN
-    most = share * min(tried[n]["answer_loss"] for n in numbers) + nats
-    kept = [n for n in numbers if tried[n]["answer_loss"] <= most]
-    return min(kept, key=lambda n: tried[n]["text_loss"])
+
+    def lost(n: int) -> float:
+        text, answers = (tried[n][kind] for kind in ("text_loss", "answer_loss"))
+        share = text / max(window[0], 1e-9), answers / max(window[1], 1e-9)
+        return (1 - recall) * share[0] + recall * share[1]
+
+    return min(numbers, key=lost)

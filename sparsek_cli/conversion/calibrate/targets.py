@@ -7,9 +7,11 @@ percentile. Computed over blocks of queries: no N x N tensor exists, but for the
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
-from sparsek_cli.conversion.calibrate.collect import Recorded
+from sparsek_cli.conversion.calibrate.collect import Reading, Recorded
 
 # Most queries in a block, and most logits in it: 512 MB in float32.
 _BLOCK = 256
@@ -31,20 +33,36 @@ def future_attention(
         target: how queries and the group's heads become one number: a key of `REDUCTIONS`.
 
     Returns:
-        Two [G, N] float32 tensors, at least `FLOOR`: over all `rows`, over those in `answer`.
+        Two [G, C] float32 tensors, at least `FLOOR`, for the C keys of the context: over all
+        `rows`, over those in `answer`.
     """
+    groups, device = recorded.key.shape[0], recorded.key.device
+    best, best_answer = (REDUCTIONS[target](groups, recorded.context, device) for _ in range(2))
+    for reading in recorded.readings(rows.to(device)):
+        asked = reading.of(answer.to(device))
+        _look(reading, asked, recorded.context, window, best, best_answer)
+    return best.result(), best_answer.result()
+
+
+def _look(
+    reading: Reading,
+    answer: torch.Tensor,
+    context: int,
+    window: int,
+    best: Reduction,
+    best_answer: Reduction,
+) -> None:
+    """Adds what the queries of one reading see of the context; answer [tokens] bool."""
+    recorded = reading.recorded
     heads, _, size = recorded.query.shape
     groups, tokens, _ = recorded.key.shape
-    device = recorded.query.device
     key = recorded.key.float()
-    best, best_answer = (REDUCTIONS[target](groups, tokens, device) for _ in range(2))
-    for rows_here in rows.split(max(1, min(_BLOCK, _LOGITS // (heads * tokens)))):
-        block = rows_here.to(device)
+    for block in reading.rows.split(max(1, min(_BLOCK, _LOGITS // (heads * tokens)))):
         last = int(block[-1]) + 1
         query = (recorded.query[:, block].float() * recorded.scaling).reshape(groups, -1, size)
         logits = torch.matmul(query, key[:, :last].transpose(1, 2))
         logits = logits.view(groups, heads // groups, len(block), last)
-        columns = torch.arange(last, device=device)
+        columns = torch.arange(last, device=block.device)
         first = int(block[0]) + 1
         # Only columns after the first query can lie in some query's future.
         late = columns[first:] > block[:, None]
@@ -52,11 +70,21 @@ def future_attention(
         logits -= logits.logsumexp(-1, keepdim=True)
         near = max(0, int(block[0]) - window + 1)
         logits[..., near:].masked_fill_(columns[near:] > block[:, None] - window, -torch.inf)
+        logits = logits[..., :context]
         best.add(logits)
-        asked = answer[rows_here].to(device)
+        asked = answer[block]
         if bool(asked.any()):
             best_answer.add(logits[:, :, asked])
-    return best.result(), best_answer.result()
+
+
+class Reduction(Protocol):
+    """Many queries' attention to the same keys becomes one number per KV head and key."""
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Log probabilities [G, heads of the group, R, keys]; -inf where a query does not count."""
+
+    def result(self) -> torch.Tensor:
+        """[G, keys] float32."""
 
 
 class _Max:
@@ -66,7 +94,6 @@ class _Max:
         self._best = torch.full((groups, tokens), FLOOR, device=device)
 
     def add(self, logits: torch.Tensor) -> None:
-        """Log probabilities [G, heads of the group, R, keys]; -inf where a query does not count."""
         best = self._best[:, : logits.shape[-1]]
         torch.maximum(best, logits.amax((1, 2)), out=best)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from sparsek_kernels import sparsek_attention
+from sparsek_kernels import SparseKState, sparsek_attention
 
 from sparsek_cli.conversion.calibrate.collect import Attend, LayerwiseBase, Recorded
 from sparsek_cli.conversion.calibrate.decide import Choice
@@ -39,9 +39,12 @@ class Whole:
         self._embedded = self.inputs()
         self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
 
-    def inputs(self) -> dict[int, torch.Tensor]:
-        """The documents' states [1, N, hidden] before the layer that is to be run next."""
-        return {number: self._base.hidden[number] for number in self._rows}
+    def inputs(self, most: int | None = None) -> dict[int, torch.Tensor]:
+        """The documents' states [1, N, hidden] before the layer that is to be run next.
+
+        At `most` so many documents, the first ones.
+        """
+        return {number: self._base.hidden[number] for number in [*self._rows][:most]}
 
     def divergence(
         self,
@@ -90,5 +93,18 @@ def window_attention(plan: Plan) -> Attend:
 
 
 def _attention(recorded: Recorded, scores: torch.Tensor, **settings) -> torch.Tensor:
-    q, k, v, u = (x[None] for x in (recorded.query, recorded.key, recorded.value, scores))
-    return sparsek_attention(q, k, v, u, scale=recorded.scaling, **settings)[0]
+    """What the converted model computes: turns go on from the state that the context leaves."""
+    settings["scale"] = recorded.scaling
+    tensors = (recorded.query, recorded.key, recorded.value, scores)
+    if not recorded.turns:
+        return sparsek_attention(*(x[None] for x in tensors), **settings)[0]
+    contexts, turns = zip(*(recorded.split(x) for x in tensors), strict=True)
+    key = recorded.key
+    state = SparseKState.empty(
+        1, key.shape[0], key.shape[2], dtype=key.dtype, device=key.device,
+        topk=settings["topk"], window=settings["window"], sinks=settings["sinks"],
+    )  # fmt: skip
+    context, state = sparsek_attention(*contexts, state=state, **settings)
+    each = torch.zeros(recorded.turns, dtype=torch.int64, device=key.device)
+    out, _ = sparsek_attention(*turns, state=state.index_select(each), **settings)
+    return recorded.join(context, out)

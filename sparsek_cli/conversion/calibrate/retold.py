@@ -1,0 +1,79 @@
+"""Documents that are told again: what a model then looks up is what it must be able to look up.
+
+A context is read, and then told once more from its own text, a part at a time (reconstruction;
+the idea of KVzip, arXiv 2505.23416). Nothing is asked and no wording of ours decides what matters:
+every token of the context is needed once, by the heads that look things up. Each part is a turn of
+its own that goes on from the end of the context, as a reader's question would.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from sparsek_cli.conversion.calibrate.sequence import Sequence, plain_text
+from sparsek_cli.data.chat_format import ChatFormat
+from sparsek_cli.data.filler import Filler, encode
+from sparsek_cli.errors import SparsekError
+
+# A context is told again in at least this many turns, each of at most so many tokens.
+_PARTS = 8
+_LONGEST = 1024
+# The first tokens of a turn could be any of the text; they are not counted.
+_LEAD = 8
+_REQUEST = "\n\nRepeat the previous context exactly."
+
+
+def retold(
+    rng: np.random.Generator,
+    filler: Filler,
+    chat: ChatFormat | None,
+    length: int,
+    tokenizer: Any,
+    turns: int | None = None,
+) -> Sequence:
+    """A context and turns that tell it again; context and one turn are `length` tokens together.
+
+    Args:
+        chat: in this chat format, as the assistant's reply to the request to repeat, where that
+            leaves room; None: as text that simply comes again.
+        turns: how many parts are told again, the first one and others drawn; None: all.
+
+    Raises:
+        SparsekError: no room to tell anything again.
+    """
+    size = min(_LONGEST, length // _PARTS)
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    asking, request = encode(tokenizer, ["\n\n", _REQUEST])
+    if chat is not None and len(request) + len(chat.reply) < size // 2:
+        start, asking = list(chat.start), [*request, *chat.reply]
+    told = size - len(asking)
+    room = length - size - len(start)
+    if told <= 2 * _LEAD or room < told:
+        raise SparsekError(
+            f"calibration documents of {length} tokens are too short to be told again",
+            hint="give a larger --calibrate-length, or --calibrate none",
+        )
+    text = plain_text(rng, filler, room)
+    parts = np.arange(room // told)
+    if turns is not None and turns < len(parts):
+        parts = np.sort(np.append(rng.permutation(parts[1:])[: turns - 1], 0))
+    ids, answer, asked = [np.append(start, text)], [], []
+    for part in parts:
+        ids.append(np.append(asking, text[part * told : (part + 1) * told]))
+        known = np.arange(size) >= len(asking) + _LEAD
+        # A row is marked when the token that it predicts, the next one, has been read before.
+        answer.append(np.append(known[1:], False))
+        asked.append(~answer[-1])
+    nowhere = np.zeros(len(start) + room, dtype=bool)
+    known_again = nowhere.copy()
+    for part in parts:
+        first = len(start) + part * told
+        known_again[first + _LEAD : first + told] = True
+    return Sequence(
+        np.concatenate(ids).astype(np.int64),
+        np.concatenate([nowhere, *answer]),
+        np.concatenate([nowhere, *asked]),
+        turns=len(parts),
+        turn_length=size,
+        told=known_again,
+    )
