@@ -1,4 +1,4 @@
-"""What the tables of recipes/README.md are made with: one command each, under a time budget.
+"""What the tables of docs/results are made with: one command each, under a time budget.
 
 conversion  teach a base to recall, convert it, compare what is kept, train it back
 scratch     dense, window, random and SparseK from random weights, then at longer lengths

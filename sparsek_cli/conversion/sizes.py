@@ -9,7 +9,7 @@ from sparsek_cli.recipes.schema_convert import ConvertRecipe
 # A sixteenth of the context is where selection still keeps recall while a window does not.
 _SHARE_OF_CONTEXT = Fraction(1, 16)
 # Half of the slots as a window lost facts where slots were few, three quarters text too; an eighth
-# was better than that in one base and no better in another (recipes/README.md, ablations).
+# was better than that in one base and no better in another (docs/results, ablations).
 _SHARE_OF_WINDOW = Fraction(1, 4)
 _LARGEST_WINDOW = 128
 _SMALLEST_BUDGET = 64

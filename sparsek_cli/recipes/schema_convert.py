@@ -31,7 +31,7 @@ Documents = Literal["retold", "statements", "questions", "told_and_asked", "mixe
 
 
 class CalibrationMethod(BaseModel):
-    """How calibration finds scorers. The defaults are what won (recipes/README.md, ablations)."""
+    """How calibration finds scorers. The defaults are what won (docs/results, ablations)."""
 
     model_config = ConfigDict(extra="forbid")
 

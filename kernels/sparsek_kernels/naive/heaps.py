@@ -1,4 +1,4 @@
-"""Sequential oracles on the CPU: heaps, one candidate at a time (method, section 2, choice a)."""
+"""Sequential oracles on the CPU: heaps, one candidate at a time (docs/method.md 2, choice a)."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def compress(mask: Tensor, width: int) -> Tensor:
 def prefix_topk(candidates: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """Exact top-k of every prefix, ordered by (score, then the earlier token wins).
 
-    A key that leaves the set never returns (method: the k-th best score of a prefix never
+    A key that leaves the set never returns (docs/method.md: the k-th best score of a prefix never
     decreases), so its membership is one run of queries and its end says everything. Chunked:
     only candidates above the smallest kept score contend, and of the kept ones only as many
     of the smallest as there are contenders can leave.
