@@ -156,7 +156,9 @@ def _wait(device: torch.device) -> None:
 
 def steps_per_s(model, cache, batch: int, place: int, count: int, *, compiled: bool = False):
     """(steps per second by the decoder alone, seconds until it could replay)."""
-    decoder = graphs.Decoder(model, batch, pick=lambda logits: logits.argmax(-1), compiled=compiled)
+    decoder = graphs.Decoder(
+        model, batch, pick=lambda logits: logits.argmax(-1), compiled=() if compiled else None
+    )
     device = model.device
     places = torch.full((batch,), place, device=device)
     with torch.no_grad(), decoder.over(cache, places):
@@ -173,7 +175,7 @@ def time_one(model, batch: int, length: int, tokens: int, compiled: bool, bandwi
     new = torch.Generator().manual_seed(length)
     prompt = torch.randint(model.config.vocab_size, (batch, length), generator=new).to(device)
     base = model.read_chunk
-    for chunk in (base, 2 * base, None) if length * batch > 2 * base else (base, None):
+    for chunk in (base, base // 2, None) if length * batch > base else (base,):
         model.read_chunk = chunk
         before = generate._reset_peak(prompt)
         for _ in range(2 if length <= 16384 else 1):
@@ -221,7 +223,9 @@ def profile(model, compiled: bool) -> None:
     cache = SparseKCache(model.config)
     prompt = torch.randint(model.config.vocab_size, (1, 2000), device=model.device)
     model(prompt, past_key_values=cache, logits_to_keep=1)
-    decoder = graphs.Decoder(model, 1, pick=lambda logits: logits.argmax(-1), compiled=compiled)
+    decoder = graphs.Decoder(
+        model, 1, pick=lambda logits: logits.argmax(-1), compiled=() if compiled else None
+    )
     with decoder.over(cache, torch.full((1,), 2000, device=model.device)):
         for _ in range(3):
             decoder.step()

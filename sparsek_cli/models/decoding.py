@@ -26,7 +26,7 @@ from transformers.generation import (
 )
 
 from sparsek_cli.models.cache import SparseKCache
-from sparsek_cli.models.graphs import decoder_for
+from sparsek_cli.models.graphs import compile_options, decoder_for
 
 # They look at the logits alone and only launch work, so that they can be part of a graph.
 _GRAPH_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -164,11 +164,12 @@ def write(
     positions = kwargs.get("position_ids")
     positions = cache.layers[0].state.seen if positions is None else positions[:, -1] + 1
     text = _Text(input_ids, criteria.max_length)
-    compiled = config.compile_config is not None and not config.disable_compile
     optimized = getattr(model, "_optimize_model_for_decode", nullcontext)
     with (
         optimized(),
-        decoder_for(model, rows, pick=choice if in_graph else None, compiled=compiled) as decoder,
+        decoder_for(
+            model, rows, pick=choice if in_graph else None, compiled=compile_options(config)
+        ) as decoder,
         decoder.over(cache, positions, keep=kept),
     ):
         if in_graph:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from sparsek_kernels import dispatch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -37,7 +38,8 @@ class Decoder:
         batch: number of rows B.
         pick: what follows in the same graph: logits [B, V] float32 -> the next tokens [B], which
             become `words`. It must only launch work, and keep its tensors where they are.
-        compiled: whether torch.compile fuses the step (the first one then takes long).
+        compiled: torch.compile's options if it shall fuse the step (the first one then takes
+            long), see `compile_options`.
 
     Attributes:
         words: [B] int64, the tokens that the next `step` reads.
@@ -51,7 +53,7 @@ class Decoder:
         batch: int,
         *,
         pick: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        compiled: bool = False,
+        compiled: tuple[tuple[str, Any], ...] | None = None,
     ):
         self._model = weakref.ref(model)
         self.pick = pick
@@ -155,7 +157,8 @@ class Decoder:
     @torch.no_grad()
     def _run(self) -> None:
         model = self._model()
-        forward = _compiled(type(model)) if self.compiled else type(model).__call__
+        kind = type(model)
+        forward = kind.__call__ if self.compiled is None else _compiled(kind, self.compiled)
         output = forward(
             model,
             input_ids=self.words[:, None],
@@ -202,6 +205,9 @@ def _obstacle(model: nn.Module, cache: SparseKCache) -> str | None:
     gates = {layer.budget.gate for layer in cache.layers} - {"straight_through"}
     if gates:
         return f"gate {gates.pop()!r} keeps a list that grows"
+    backend, why = dispatch.explain(model.device, cache.layers[0].state.keys.dtype)
+    if backend != "triton":
+        return f"attention runs on the {backend} backend: {why}"
     if model.training:
         return "the model is in training mode"
     if torch.is_autocast_enabled("cuda"):
@@ -233,7 +239,11 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 @contextmanager
 def decoder_for(
-    model: nn.Module, batch: int, *, pick: Any = None, compiled: bool = False
+    model: nn.Module,
+    batch: int,
+    *,
+    pick: Any = None,
+    compiled: tuple[tuple[str, Any], ...] | None = None,
 ) -> Iterator[Decoder]:
     """A decoder for the block: one that an earlier call left, if the model is what it was then.
 
@@ -296,11 +306,26 @@ def _settings(name: str, value: Any) -> list[Any]:
     return [(name, id(value))] if callable(value) else []
 
 
-_compiled_calls: dict[type, Callable] = {}
+# Graphs are captured here, so torch.compile must not make its own.
+_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def _compiled(kind: type) -> Callable:
+def compile_options(config: Any) -> tuple[tuple[str, Any], ...] | None:
+    """What torch.compile is given for a generation config that has a `compile_config`."""
+    if config.compile_config is None or config.disable_compile:
+        return None
+    asked = config.compile_config.to_dict()
+    mode = asked.get("mode")
+    options = {"mode": _WITHOUT_GRAPHS.get(mode, mode), "backend": asked.get("backend")}
+    return tuple((name, value) for name, value in options.items() if value is not None)
+
+
+_compiled_calls: dict[tuple[type, Any], Callable] = {}
+
+
+def _compiled(kind: type, options: tuple[tuple[str, Any], ...]) -> Callable:
     """The forward of a model class under torch.compile; its guards tell models apart."""
-    if kind not in _compiled_calls:
-        _compiled_calls[kind] = torch.compile(kind.forward, dynamic=False)
-    return _compiled_calls[kind]
+    if (kind, options) not in _compiled_calls:
+        compiled = torch.compile(kind.forward, dynamic=False, **dict(options))
+        _compiled_calls[kind, options] = compiled
+    return _compiled_calls[kind, options]

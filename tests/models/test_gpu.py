@@ -97,3 +97,23 @@ def test_graphs_write_what_the_model_writes(sparse_model):
     model = larger(sparse_model, "llama", dtype="bfloat16")
     (row,) = measure(model, [100], batch=2, tokens=20, repeats=1, seed=0, say=print)
     assert row["cuda_graphs"] and not row["missing"] and row["ratio"] > 0
+
+
+@torch.no_grad()
+def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
+    sparse_model, ids, monkeypatch
+):
+    from sparsek_cli.models import graphs
+
+    model = larger(sparse_model, "llama", dtype="bfloat16")
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
+    ended = {"eos_token_id": list(range(30)), "pad_token_id": 0}
+    for more in ({"eos_token_id": None}, ended):
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs, "_has_graphs", lambda device: False)
+            expected = model.generate(ids, **options, **more)
+        for _ in range(2):
+            assert torch.equal(model.generate(ids, **options, **more), expected)
+    assert any(decoder._graph is not None for decoder in graphs._graphs[model])

@@ -31,6 +31,7 @@ def acted(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
+    monkeypatch.setattr(graphs.dispatch, "explain", lambda *_: ("triton", "acted"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

@@ -8,7 +8,7 @@ worst, so a leaving token, later than all of them, needs a strictly larger one.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 
 import torch
 import triton
@@ -19,7 +19,10 @@ from sparsek_kernels.triton.forward import LOG2_E, dot_precision, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
 _LOW = tl.constexpr(-1.0e30)
-SPLIT = 256  # slots attended by one program
+_WIDE = tl.constexpr(1 << 32)
+LEAST_SLOTS = 64  # attended by one program
+MOST_PROGRAMS = 1024  # of one launch, where fewer slots for each would only mean more of them
+JOINED_NUMBERS = 8192  # float32 that the program which joins the splits holds at once
 
 
 @triton.jit
@@ -60,9 +63,11 @@ def _insert(
         score = tl.load(scores + at, mask=inside, other=float("inf"))
         score = tl.where(inside & (position == _EMPTY), -float("inf"), score)
         low = tl.min(score, 0)
-        rival = tl.where(inside & (score == low), position, _EMPTY - 1)
-        last = tl.max(rival, 0)
-        place = tl.max(tl.where(rival == last, slot, 0), 0)
+        rival = tl.where(inside & (score == low), position, _EMPTY - 1).to(tl.int64)
+        # One reduction for both: no two of them share a position, but for empty slots.
+        chosen = tl.max(rival * _WIDE + slot, 0)
+        last = (chosen >> 32).to(tl.int32)
+        place = (chosen & (_WIDE - 1)).to(tl.int32)
         better = (low < worst) | ((low == worst) & (last > latest))
         loser = tl.where(better, base + sinks + place, loser)
         latest = tl.where(better, last, latest)
@@ -85,13 +90,38 @@ def _insert(
 
 
 @triton.jit
+def _join_splits(
+    part_out, part_lse, out, row_head, group, splits, d,
+    D: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """The queries of one row and KV head from what all programs made of their slots."""
+    part = tl.arange(0, SPLITS)[:, None]
+    member = tl.arange(0, GROUP)[None, :]
+    inside = (part < splits) & (member < group)
+    row = row_head * group + member
+    at = row * splits + part
+    # Written by other multiprocessors: not from this one's own cache.
+    top = tl.load(part_lse + 2 * at, mask=inside, other=_LOW, cache_modifier=".cg")
+    total = tl.load(part_lse + 2 * at + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    share = tl.exp2(top - tl.max(top, 0)[None, :])
+    where = part_out + (at * D)[:, :, None] + d[None, None, :]
+    real = inside[:, :, None] & (d < D)[None, None, :]
+    acc = tl.load(where, mask=real, other=0.0, cache_modifier=".cg")
+    joined = tl.sum(acc * share[:, :, None], 0) / tl.sum(total * share, 0)[:, None]
+    lane = tl.arange(0, GROUP)
+    where = out + ((row_head * group + lane) * D)[:, None] + d[None, :]
+    mask = (lane < group)[:, None] & (d < D)[None, :]
+    tl.store(where, joined.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _attend_slots(
     q, keys, values, positions, seen, heads_table, part_out, part_lse, arrived, out,
-    q_b, q_h, slots, group, extra, scale, splits,
-    ROWS: tl.constexpr, SPLIT: tl.constexpr, BN: tl.constexpr,
+    q_b, q_h, slots, group, extra, scale, splits, split_slots,
+    ROWS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention of one group's queries (the rows) over `SPLIT` slots of one row and KV head.
+    """Attention of one group's queries (the rows) over `split_slots` slots of a row and KV head.
 
     Whoever of a head's programs comes last joins the splits; one program counts the row's token.
     """
@@ -101,8 +131,8 @@ def _attend_slots(
     heads = tl.num_programs(1)
     first = tl.load(heads_table + 2 * head)
     size = tl.load(heads_table + 2 * head + 1) + extra
-    low = split * SPLIT
-    high = tl.minimum(low + SPLIT, size)
+    low = split * split_slots
+    high = tl.minimum(low + split_slots, size)
     lane = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     is_row = lane < group
@@ -138,30 +168,23 @@ def _attend_slots(
     tl.debug_barrier()  # all of the program's stores come before its arrival
     before = tl.atomic_add(arrived + batch * heads + head, 1, sem="acq_rel")
     if before == splits - 1:
-        top = tl.full([ROWS], _LOW, tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, DP], tl.float32)
-        for part in range(splits):
-            at = out_row + part
-            # Written by other multiprocessors: not from this one's own cache.
-            part_top = tl.load(part_lse + 2 * at, mask=is_row, other=_LOW, cache_modifier=".cg")
-            part_total = tl.load(
-                part_lse + 2 * at + 1, mask=is_row, other=1.0, cache_modifier=".cg"
-            )
-            where = part_out + (at * D)[:, None] + d[None, :]
-            part_acc = tl.load(where, mask=mask, other=0.0, cache_modifier=".cg")
-            new_top = tl.maximum(top, part_top)
-            old, new = tl.exp2(top - new_top), tl.exp2(part_top - new_top)
-            total = total * old + part_total * new
-            acc = acc * old[:, None] + part_acc * new[:, None]
-            top = new_top
-        where = out + ((batch * heads * group + q_head) * D)[:, None] + d[None, :]
-        tl.store(where, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        _join_splits(
+            part_out, part_lse, out, batch * heads + head, group, splits, d, D, SPLITS, GROUP
+        )
 
 
-@lru_cache(maxsize=64)
+def _splits(layout: SlotLayout, batch: int, group: int, padded: int) -> tuple[int, int]:
+    """(programs per head, slots of each) for an attention that waits for its slowest program."""
+    at_once = JOINED_NUMBERS // (triton.next_power_of_2(group) * padded)
+    programs = MOST_PROGRAMS // (batch * layout.heads)
+    most = max(1, min(at_once, programs, triton.cdiv(layout.width, LEAST_SLOTS)))
+    slots = triton.cdiv(triton.cdiv(layout.width, most), LEAST_SLOTS) * LEAST_SLOTS
+    return triton.cdiv(layout.width, slots), slots
+
+
+@cache
 def _heads_table(layout: SlotLayout, device: torch.device) -> torch.Tensor:
-    """int32 [G, 2]: first slot and k of each head."""
+    """int32 [G, 2]: first slot and k of each head; never dropped, captured graphs read it."""
     rows, first = [], 0
     for k in layout.topk:
         rows.append((first, k))
@@ -215,16 +238,17 @@ def _step(
         BLOCK=min(1024, max(16, triton.next_power_of_2(max(layout.topk)))), SLOPED=sloped,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    splits = triton.cdiv(layout.width, SPLIT)
+    padded = max(16, triton.next_power_of_2(dim))
+    splits, split_slots = _splits(layout, batch, group, padded)
     part_out = torch.empty(batch, q_heads, splits, dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(batch, q_heads, splits, 2, dtype=torch.float32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
-    padded = max(16, triton.next_power_of_2(dim))
     _attend_slots[(splits, groups, batch)](
         q, keys, values, positions, seen, table, part_out, part_lse, arrived, out,
         q.stride(0), q.stride(1), layout.total, group, sinks + window, scale * LOG2_E, splits,
-        ROWS=max(16, triton.next_power_of_2(group)), SPLIT=SPLIT,
-        BN=32 if padded > 128 else 64,
+        split_slots,
+        ROWS=max(16, triton.next_power_of_2(group)), BN=32 if padded > 128 else 64,
+        SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
         D=dim, DP=padded, PRECISION=dot_precision(q.dtype), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out

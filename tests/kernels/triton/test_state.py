@@ -24,7 +24,7 @@ def selected_positions(state):
     [((5, 3), 4, 2), ((4, 0), 3, 1), ((6, 6), 1, 0), ((3, 3), 7, 5)],
 )
 def test_steps_equal_one_call(relative_error, monkeypatch, topk, window, sinks):
-    monkeypatch.setattr(decode, "SPLIT", 4)  # several programs share a head's slots
+    monkeypatch.setattr(decode, "LEAST_SLOTS", 4)  # several programs share a head's slots
     batch, heads, groups, dim, steps = 2, 4, 2, 16, (3, 1, 1, 20, 1, 1, 2, 1)
     n = sum(steps)
     new = torch.Generator().manual_seed(3)
