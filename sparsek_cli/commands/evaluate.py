@@ -20,7 +20,7 @@ def evaluate(
         Value(
             "--baselines",
             metavar="A,B",
-            help="Others: dense,window,random,snapkv,h2o,kvpress:NAME.",
+            help="Others: dense,window,random,snapkv,h2o,kvzip,RULE:shared,kvpress:NAME.",
         ),
     ] = None,
     budgets: Annotated[

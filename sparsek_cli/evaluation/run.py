@@ -131,7 +131,7 @@ def _plan(units: Sequence[Unit], policies: Sequence[Policy]) -> tuple[list[Pair]
     plan, unfit = [], []
     for unit in units:
         for policy in policies:
-            reason = policy.unfit_for(unit.task.OUTPUT_TYPE)
+            reason = policy.unfit_for(unit.task)
             if reason is None:
                 plan.append((unit, policy))
             else:

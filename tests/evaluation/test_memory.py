@@ -57,8 +57,9 @@ def test_rivals_take_keys_values_and_what_ranks_them_and_stay(model, name):
         grown = row_bytes(cache, 100)
         assert grown > row_bytes(cache)
         policy.end_prompt(model, cache)
-    per_pair = 2 * 8 * 4 + 4  # two layers x two KV heads x 68 slots of 8 numbers, and a rank
-    assert row_bytes(cache) == row_bytes(cache, 100) == 2 * 2 * 68 * per_pair
+    per_pair = 2 * 8 * 4 + 4 + 8  # 8 numbers twice, a rank and a position
+    per_layer = 2 * (68 * per_pair + 8) + 8  # two KV heads of 68 slots and a capacity; a length
+    assert row_bytes(cache) == row_bytes(cache, 100) == 2 * per_layer
 
 
 def test_a_pile_is_as_large_as_its_largest_cache(recipe, console, monkeypatch):

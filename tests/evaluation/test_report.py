@@ -248,3 +248,62 @@ def test_compare_without_common_scores_or_results(report, tmp_path):
         compare(first, second)
     with pytest.raises(UsageError, match=r"no results\.json"):
         compare(first, str(tmp_path))
+
+
+def needles(report, dense, ours):
+    for policy, value in (("dense", dense), ("sparsek-64", ours), ("sparsek-128", ours)):
+        report["units"] += [
+            unit(f"ruler_niah_single_{i}", 4096, policy, value, metric="score") for i in (1, 2)
+        ]
+    report["recipe"]["tasks"] = ["niah"]
+
+
+def test_needle_tasks_show_the_share_of_dense(report):
+    from sparsek_cli.evaluation.report.html import page
+    from sparsek_cli.evaluation.report.table import markdown, text
+
+    needles(report, 0.8, 0.6)
+    for shown in (text(report), markdown(report)):
+        assert shown.count("0.600 ±0.010 (-0.2, 75%)") == 4
+        assert "0.900 ±0.010 (-0.1)" in shown  # recall has no share
+        assert "in needle tasks also the share of its score" in shown
+    assert page(report).count(">-0.2, 75%<") == 6  # two tasks and their mean, two policies
+    assert "niah, mean of 2" in text(report)
+
+
+def test_what_dense_cannot_do_is_said_to_say_nothing(report):
+    from sparsek_cli.evaluation.report.html import page
+    from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
+    from sparsek_cli.evaluation.report.table import markdown, text
+
+    forms = (text, markdown, page)
+    assert not any("nothing about this model" in form(report) for form in forms)
+    needles(report, 0.0, 0.0)
+    report["units"][0]["metrics"]["exact"]["value"] = 0.1  # dense, recall_4
+    said = "recall_4@4096, ruler_niah_single_1@4096, ruler_niah_single_2@4096 say nothing about"
+    assert all(said in form(report) for form in forms)
+    assert unanswered_by_dense(report["units"])[0] == {
+        "task": "recall_4", "length": 4096, "metric": "exact", "dense": 0.1
+    }  # fmt: skip
+
+
+def test_answers_in_other_words_are_answers(report):
+    from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
+    from sparsek_cli.evaluation.report.table import text
+
+    for one in report["units"]:
+        if one["task"] == "recall_4":
+            one["metrics"]["contains"] = one["metrics"]["exact"] | {"value": 0.7}
+            one["metrics"]["exact"]["value"] = 0.0
+    assert unanswered_by_dense(report["units"]) == []
+    assert re.search(r"recall_4 +4096 +8 +contains +0\.700", text(report))
+
+
+def test_oracles_and_shared_slots_are_explained(report):
+    from sparsek_cli.evaluation.report.table import notes
+
+    report["policies"] = ["dense", "snapkv:shared-64", "kvzip-64"]
+    shown = "\n".join(notes(report))
+    assert "snapkv:shared-64 read each prompt densely" in shown
+    assert "kvzip-64: the oracle" in shown
+    assert "snapkv:shared-64: the same slots in all" in shown

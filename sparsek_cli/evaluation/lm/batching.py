@@ -27,12 +27,11 @@ def join(caches: Sequence[Any]) -> Joined | None:
     """The rows of `caches` (batch 1 each) in one cache; they are copied.
 
     Returns:
-        None where the kind of cache cannot be joined: pairs that the cache itself drops must stand
-        in the same slots in every row.
+        None where the kind of cache cannot be joined.
     """
     from transformers.cache_utils import Cache, DynamicLayer
 
-    from sparsek_cli.evaluation.policies.eviction import EvictingLayer
+    from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer
     from sparsek_cli.models import SparseKCache
     from sparsek_cli.models import join as side_by_side
 
@@ -43,8 +42,6 @@ def join(caches: Sequence[Any]) -> Joined | None:
     if isinstance(caches[0], SparseKCache):
         return Joined(side_by_side(caches), positions, None)
     if all(isinstance(layer, EvictingLayer) for layer in caches[0].layers):
-        if len({layer.keys.shape[2] for column in columns for layer in column}) > 1:
-            return None
         layers, mask = [_evicting(column) for column in columns], None
     elif all(type(layer) is DynamicLayer for layer in caches[0].layers):
         longest = max(seen)
@@ -66,9 +63,14 @@ def _like(layer: Any) -> Any:
 
 def _evicting(layers: Sequence[Any]) -> Any:
     new = _like(layers[0])
-    for name in ("keys", "values", "mass"):
-        setattr(new, name, torch.cat([getattr(layer, name) for layer in layers]))
+    width = max(layer.places.shape[-1] for layer in layers)
+    rows = [_like(layer) for layer in layers]
+    for row in rows:
+        row.widen(width)
+    for name in ("keys", "values", "mass", "places", "capacity", "after"):
+        setattr(new, name, torch.cat([getattr(row, name) for row in rows]))
     new.seen = max(layer.seen for layer in layers)
+    new.widest = max(layer.widest for layer in layers)
     return new
 
 

@@ -13,7 +13,7 @@ from lm_eval.models.utils import (
 )
 
 from sparsek_cli.evaluation.lm.batching import Joined, join
-from sparsek_cli.evaluation.lm.prefill import PromptReader
+from sparsek_cli.evaluation.lm.contexts import ContextCaches, ContextReader
 from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, common, group_by_prefix
 from sparsek_cli.models import SparseKCache
@@ -26,7 +26,7 @@ MOST_TOGETHER = 32
 Written = tuple[list[int], list[str]]  # which prompts, and their answers
 
 
-class Answers(PromptReader):
+class Answers(ContextReader):
     """`generate_until`."""
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -61,6 +61,14 @@ class Answers(PromptReader):
     def _all_written(
         self, requests: list[Any], sequences: list[list[int]], until: list[str], room: int
     ) -> Iterator[Written]:
+        if self.policy.evicts_before_question:
+            sizes = self._context_sizes(requests, sequences)
+            contexts = ContextCaches(self)
+            order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], sequences[i][: sizes[i]]))
+            yield from self._write_alone(
+                order, lambda i: contexts.after(sequences[i], sizes[i]), until, room
+            )
+            return
         if self.policy.evicts_after_prompt and _first_turn(requests[0]) is not None:
             yield from self._write_turns(requests, sequences, until, room)
             return
@@ -69,10 +77,15 @@ class Answers(PromptReader):
         else:
             groups = [Group(0, [i]) for i in range(len(sequences))]
         alone = [group.members[0] for group in groups if not group.prefix]
-        yield from self._write_alone(alone, sequences, until, room)
+        yield from self._write_alone(alone, lambda i: self._read_prompt(sequences[i]), until, room)
         for group in groups:
             if group.prefix:
                 yield from self._write_shared(group, sequences, until, room)
+
+    def _read_prompt(self, tokens: list[int]) -> tuple[Any, torch.Tensor]:
+        """(cache, logits [1, 1, V]) after a whole prompt."""
+        cache = self._new_cache()
+        return cache, self._read_end(tokens, cache)
 
     def _read_end(self, ids: Any, cache: Any) -> torch.Tensor:
         """Reads what is left of a prompt; logits [B, 1, V] of the answer's first token."""
@@ -99,14 +112,18 @@ class Answers(PromptReader):
     # ------------------------------------------------------------------ prompts by themselves
 
     def _write_alone(
-        self, members: Sequence[int], sequences: list[list[int]], until: list[str], room: int
+        self, members: Sequence[int], read: Callable, until: list[str], room: int
     ) -> Iterator[Written]:
-        """Prompts are read one by one, as many answers written together as memory allows."""
+        """Prompts are read one by one, as many answers written together as memory allows.
+
+        Args:
+            read: index of a prompt -> (its cache, logits [1, 1, V] of the first token).
+        """
         pile: list[tuple[int, Any, torch.Tensor]] = []
         largest = 0
         for index in members:
-            cache = self._new_cache()
-            pile.append((index, cache, self._read_end(sequences[index], cache)))
+            cache, logits = read(index)
+            pile.append((index, cache, logits))
             largest = max(largest, row_bytes(cache, room))
             if len(pile) >= self._together(largest) or index == members[-1]:
                 yield [i for i, _, _ in pile], self._write_pile(pile, until, room)

@@ -68,10 +68,14 @@ def held(cache: Any, row: int = 0, padding: int = 0) -> tuple[int, int]:
     """
     pairs = size = 0
     for layer in cache.layers:
-        state = getattr(layer, "state", None)
+        state, places = getattr(layer, "state", None), getattr(layer, "places", None)
         if state is not None:  # slots, of which -1 marks the empty ones
             pairs += int((state.positions[row] >= 0).sum())
             size += (layer.keys.nbytes + layer.values.nbytes) // state.batch
+        elif places is not None:  # heads that hold fewer pairs than others have slots to spare
+            kept = int((places[row] >= 0).sum())
+            pairs += kept
+            size += kept * (layer.keys.nbytes + layer.values.nbytes) // places.numel()
         else:
             rows, heads, columns, _ = layer.keys.shape
             pairs += heads * (columns - padding)

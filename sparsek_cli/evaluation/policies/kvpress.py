@@ -7,7 +7,7 @@ matrices are refused.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from difflib import get_close_matches
 from functools import lru_cache
@@ -16,7 +16,8 @@ from typing import Any, ClassVar
 import torch
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies.eviction import DROPPED, Evicting, EvictingLayer
+from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer
+from sparsek_cli.evaluation.policies.eviction import DROPPED, Evicting, evict
 
 NEEDS_WEIGHTS = ("ObservedAttentionPress",)  # [N, N] attention matrices, which nobody forms here
 
@@ -71,8 +72,8 @@ class PressLayer(EvictingLayer):
 
     fresh = DROPPED
 
-    def __init__(self, slots: int, recent: int):
-        super().__init__(slots, recent)
+    def __init__(self, slots: int, recent: int, sinks: int = 0):
+        super().__init__(slots, recent, sinks)
         self.hidden: torch.Tensor | None = None
         self.cos: torch.Tensor | None = None
         self.sin: torch.Tensor | None = None
@@ -86,7 +87,7 @@ class PressLayer(EvictingLayer):
             new = new.expand(hidden.shape[0], *new.shape[1:])
             setattr(self, name, new if old is None else torch.cat([old, new], dim=1))
 
-    def rank(self, press: Any, attention: Any, cache: Any) -> None:
+    def score(self, press: Any, attention: Any, cache: Any) -> None:
         """Orders the pairs by the press's scores; the window's come last, as they leave it.
 
         A prompt that fits is not scored (some presses refuse short ones): its oldest pairs go
@@ -173,9 +174,11 @@ class Press(Evicting):
         """As users write it."""
         return f"kvpress:{self.press}"
 
-    def rule(self, model: Any) -> AbstractContextManager:
+    @contextmanager
+    def rule(self, model: Any) -> Iterator[None]:
         """Layers hear what goes into their blocks."""
-        return heard_inputs(model)
+        with super().rule(model), heard_inputs(model):
+            yield
 
     @torch.no_grad()
     def end_prompt(self, model: Any, cache: Any) -> None:
@@ -185,5 +188,5 @@ class Press(Evicting):
         press = find(self.press)
         for attention in sparsek_attentions(model):
             layer = cache.layers[attention.layer_idx]
-            layer.rank(press, attention, cache)
-            layer.end_prompt()
+            layer.score(press, attention, cache)
+        evict(cache.layers, shared=self.shared)

@@ -20,6 +20,7 @@ class Policy:
         bounded: whether the cache stops growing.
         sparse: whether SparseK attention has to run under it.
         evicts_after_prompt: whether the prompt is read densely and the cache cut when it ends.
+        evicts_before_question: whether that is when the context ends, before the question.
     """
 
     budget: int | None = None
@@ -29,14 +30,15 @@ class Policy:
     bounded: ClassVar[bool] = True
     sparse: ClassVar[bool] = True
     evicts_after_prompt: ClassVar[bool] = False
+    evicts_before_question: ClassVar[bool] = False
 
     @property
     def label(self) -> str:
         """Name in tables and folders, e.g. "window-512"."""
         return self.name if self.budget is None else f"{self.name}-{self.budget}"
 
-    def unfit_for(self, requests: str) -> str | None:
-        """Why the policy cannot be measured on a task of these requests, or None."""
+    def unfit_for(self, task: Any) -> str | None:
+        """Why the policy cannot be measured on a task of lm-eval, or None."""
         return None
 
     @contextmanager

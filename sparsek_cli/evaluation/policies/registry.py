@@ -14,6 +14,7 @@ from sparsek_cli.evaluation.policies.policy import Policy, is_converted
 OWN = "sparsek"
 DENSE = "dense"
 PRESS = "kvpress:"
+SHARED = ":shared"  # after the name of a rule that evicts: slots shared out over layers and heads
 SUMMARIES = {
     OWN: "the converted model as it is",
     DENSE: "the same weights with ordinary attention and a growing cache",
@@ -21,6 +22,10 @@ SUMMARIES = {
     "random": "sinks, window and random pairs, at the same bytes",
     "snapkv": "dense prompt, then what its last queries looked at, at the same bytes",
     "h2o": "dense prompt, then what received most attention, at the same bytes",
+    "kvzip": "oracle: dense context, told again to choose, then the question; the same bytes",
+    "snapkv:shared": "snapkv, its slots shared out over all layers and heads",
+    "h2o:shared": "h2o, its slots shared out over all layers and heads",
+    "kvzip:shared": "kvzip, its slots shared out over all layers and heads",
 }
 
 
@@ -39,15 +44,18 @@ def make_policy(name: str, budget: int | None = None, seed: int = 0) -> Policy:
     if name.startswith(PRESS):
         from sparsek_cli.evaluation.policies.kvpress import Press
 
-        return Press(budget, seed, name.removeprefix(PRESS))
+        return Press(budget, seed, press=name.removeprefix(PRESS))
     from sparsek_cli.evaluation.policies import dense, sparse
 
     kinds: list[type[Policy]] = [dense.Dense, sparse.SparseK, sparse.Window, sparse.Random]
-    if name not in {kind.name for kind in kinds}:
-        from sparsek_cli.evaluation.policies import eviction
+    found = next((kind for kind in kinds if kind.name == name), None)
+    if found is not None:
+        return found(budget, seed)
+    from sparsek_cli.evaluation.policies import eviction, kvzip
 
-        kinds += [eviction.SnapKV, eviction.H2O]
-    return next(kind for kind in kinds if kind.name == name)(budget, seed)
+    rules = (eviction.SnapKV, eviction.H2O, kvzip.KVzip)
+    rule = next(rule for rule in rules if rule.kind == name.removesuffix(SHARED))
+    return rule(budget, seed, shared=name.endswith(SHARED))
 
 
 def plan_policies(

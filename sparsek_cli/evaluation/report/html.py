@@ -87,7 +87,7 @@ def _score(row: dict[str, Any], cell: dict[str, Any] | None) -> str:
     if cell["delta"] is not None:
         good = (cell["delta"] >= 0) == row["higher_is_better"] or cell["delta"] == 0
         kind = "better" if good else "worse"
-        text += f' <span class="{kind}">{cell["delta"]:+.3g}</span>'
+        text += f' <span class="{kind}">{table.beside_dense(cell)}</span>'
     return text
 
 

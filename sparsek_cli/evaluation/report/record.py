@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.evaluation.policies.policy import Policy
+from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
 from sparsek_cli.evaluation.report.store import digest, folder_name, write_atomically
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class Record:
             "policies": [policy.label for policy in self.policies],
             "soundness": self.soundness,
             "units": self.results,
+            "says_nothing": unanswered_by_dense(self.results),
             "absent": [item.as_dict() for item in self.absent],
             "complete": len(self.results) == self.planned,
             "timings": {"seconds": self.seconds},

@@ -3,19 +3,25 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sparsek_cli.evaluation.policies.registry import DENSE
+from sparsek_cli.evaluation.policies.registry import DENSE, SHARED
+from sparsek_cli.evaluation.report.retrieval import note_on_unanswered, share_of_dense
 from sparsek_cli.evaluation.tasks.catalogue import catalogue
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 
-SECONDARY = {"ppl": ("ppl_last_quarter",), "recall": ("exact_heldout",)}  # shown beside the primary
+SECONDARY = {
+    "ppl": ("ppl_last_quarter",),
+    "recall": ("contains", "exact_heldout"),
+}  # shown beside the primary
 AFTER = ("snapkv", "h2o", "kvpress")  # policies that evict when a prompt ends
+ORACLE = "kvzip"
 MAX_COLUMNS = 5  # policies side by side
 
 
 def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """One row per task, length and metric, with a cell per policy that was measured.
 
-    A cell has value, stderr, delta (to dense, None without it), bytes and kept (share of pairs).
+    A cell has value, stderr, delta (to dense, None without it), share (of dense, in needle tasks
+    alone), bytes and kept (share of pairs).
     """
     table: dict[tuple, dict[str, Any]] = {}
     for unit in report["units"]:
@@ -36,6 +42,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "value": found["value"],
                 "stderr": found["stderr"],
                 "delta": None,
+                "share": None,
                 "bytes": unit["proof"]["kv_bytes"],
                 "tokens": unit["proof"]["kv_tokens"],
                 "kept": unit["proof"]["kept_share"],
@@ -43,10 +50,7 @@ def rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "samples": found["samples"],
             }
     for row in table.values():
-        dense = row["cells"].get(DENSE)
-        if dense is not None:
-            for name, cell in row["cells"].items():
-                cell["delta"] = None if name == DENSE else cell["value"] - dense["value"]
+        _compare_to_dense(row)
     lines = list(table.values())
     return lines + _group_means(report, lines)
 
@@ -72,7 +76,17 @@ def _group_means(report: dict[str, Any], lines: Sequence[dict[str, Any]]) -> lis
                 }
                 label = f"{name}, mean of {len(many)}"
                 found.append(many[0] | {"task": label, "cells": cells})
+                _compare_to_dense(found[-1])
     return found
+
+
+def _compare_to_dense(row: dict[str, Any]) -> None:
+    """Fills in how far each cell is from dense's."""
+    dense = row["cells"].get(DENSE)
+    for name, cell in row["cells"].items():
+        if dense is not None and name != DENSE:
+            cell["delta"] = cell["value"] - dense["value"]
+            cell["share"] = share_of_dense(row["task"], cell["value"], dense["value"])
 
 
 def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -80,11 +94,9 @@ def _mean_cell(cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
     count = len(cells)
     errors = [cell["stderr"] for cell in cells]
     known = None not in errors
-    deltas = [cell["delta"] for cell in cells]
     return cells[0] | {
         "value": sum(cell["value"] for cell in cells) / count,
         "stderr": sum(e * e for e in errors) ** 0.5 / count if known else None,
-        "delta": None if None in deltas else sum(deltas) / count,
         "truncated": sum(cell["truncated"] for cell in cells),
         "samples": sum(cell["samples"] for cell in cells),
     }
@@ -163,7 +175,13 @@ def _cell(cell: dict[str, Any] | None) -> str:
     text = number(cell["value"])
     if cell["stderr"] is not None:
         text += f" ±{number(cell['stderr'])}"
-    return text if cell["delta"] is None else f"{text} ({cell['delta']:+.3g})"
+    return text if cell["delta"] is None else f"{text} ({beside_dense(cell)})"
+
+
+def beside_dense(cell: dict[str, Any]) -> str:
+    """How a score compares with dense's: the difference, and the share of it where that is said."""
+    share = "" if cell["share"] is None else f", {cell['share']:.0%}"
+    return f"{cell['delta']:+.3g}{share}"
 
 
 def number(value: float) -> str:
@@ -236,10 +254,15 @@ def notes(report: dict[str, Any]) -> list[str]:
     error = "± standard error" if any(cell["stderr"] is not None for cell in cells) else ""
     delta = "in brackets the difference to dense, the same weights"
     delta = delta if any(cell["delta"] is not None for cell in cells) else ""
+    if any(cell["share"] is not None for cell in cells):
+        delta += " (in needle tasks also the share of its score)"
     legend = "; ".join(filter(None, [error, delta]))
     notes = [f"{legend}."] if legend else []
     if not report.get("complete", True):
         notes.insert(0, "not complete: the run was stopped; go on with --resume.")
+    nothing = note_on_unanswered(report["units"])
+    if nothing is not None:
+        notes.append(nothing)
     if report["recipe"].get("yarn"):
         notes.append(f"rotary positions stretched {report['recipe']['yarn']:g} times (YaRN).")
     cut = sum(u["proof"]["truncated_prompts"] for u in report["units"] if u["policy"] == DENSE)
@@ -251,11 +274,29 @@ def notes(report: dict[str, Any]) -> list[str]:
     absent = [Absent(item["task"], item["reason"], item["remedy"]) for item in report["absent"]]
     for lines, remedy in explained(absent):
         notes.append(f"not measured: {'; '.join(lines)} ({remedy})")
-    rivals = [name for name in report["policies"] if name.split("-")[0].split(":")[0] in AFTER]
+    return notes + _notes_on_rivals(report["policies"])
+
+
+def _notes_on_rivals(policies: Sequence[str]) -> list[str]:
+    """What rivals know when they choose, and how they spread their slots."""
+    notes, rules = [], {name: name.split("-")[0].split(":")[0] for name in policies}
+    rivals = [name for name, rule in rules.items() if rule in AFTER]
     if rivals:
         notes.append(
             f"{', '.join(rivals)} read each prompt densely, question included, before they evict, "
             "in a conversation at its first question; the others never see the question when they "
             "choose."
+        )
+    oracles = [name for name, rule in rules.items() if rule == ORACLE]
+    if oracles:
+        notes.append(
+            f"{', '.join(oracles)}: the oracle of eviction without the question: the context is "
+            "read densely and told again to the model, and what that looks at stays."
+        )
+    shared = [name for name in policies if SHARED in name]
+    if shared:
+        notes.append(
+            f"{', '.join(shared)}: the same slots in all, shared out over layers and heads by one "
+            "threshold."
         )
     return notes

@@ -40,6 +40,7 @@ GENERATED_SENTENCES = 4000
 def dataset(**settings: Any) -> dict:
     """{"test": Dataset of prompt, question, answer, value, depth, phrasing, split, document id}.
 
+    `asked` is all of the prompt that follows the document, in whose context facts are hidden.
     Where questions come in turns, `first_turn` is how many characters of the prompt come before the
     first answer.
 
@@ -130,6 +131,7 @@ def _row(
         turns = {"first_turn": len(commonprefix([first, prompt]))}
     return turns | {
         "prompt": prompt,
+        "asked": prompt.split(document.text.strip(), 1)[1].strip(),
         "question": fact.question,
         "answer": fact.answer,
         "value": fact.value,

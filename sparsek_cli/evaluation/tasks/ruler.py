@@ -31,14 +31,14 @@ MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "common_words": ruler_samples.common_words,
     "frequent_words": ruler_samples.frequent_words,
 }
-FORMAT = 1  # of the samples; a change makes cached ones stale
+FORMAT = 2  # of the samples; a change makes cached ones stale
 HAYSTACK_CHARACTERS = 1_500_000
 HAYSTACK_DOCUMENTS = 8
 GENERATED_SENTENCES = 6000
 
 
 def dataset(**settings: Any) -> dict:
-    """{"test": Dataset of input, gen_prefix, outputs, and depth for needles}.
+    """{"test": Dataset of input, asked, gen_prefix, outputs, and depth for needles}.
 
     Args:
         settings: the task's metadata: tokenizer, max_seq_lengths, text, data, limit, seed and the

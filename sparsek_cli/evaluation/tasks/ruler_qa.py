@@ -13,6 +13,7 @@ import numpy as np
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.tasks.local_text import WrongLength, lengths_of, tokenizer_of
+from sparsek_cli.evaluation.tasks.ruler_samples import asked_after
 
 PROMPT = (
     "Answer the question based on the given documents. Only give me the answer and do not output "
@@ -25,7 +26,7 @@ HUB = {"squad": ("rajpurkar/squad", None), "hotpot": ("hotpotqa/hotpot_qa", "dis
 
 
 def dataset(**settings: Any) -> dict:
-    """{"test": Dataset of input, gen_prefix, outputs}; settings as for the other RULER tasks."""
+    """{"test": Dataset of input, asked, gen_prefix, outputs}; settings as in ruler.py."""
     from datasets import Dataset
 
     block = settings["sparsek"]
@@ -64,7 +65,8 @@ def _sample(
             f"the documents of one question do not fit into {room:,} tokens",
             hint="name larger --lengths",
         )
-    return {"input": text, "gen_prefix": PREFIX, "outputs": list(row["answers"])}
+    asked = asked_after(PROMPT, query=row["question"])
+    return {"input": text, "asked": asked, "gen_prefix": PREFIX, "outputs": list(row["answers"])}
 
 
 def _questions(settings: dict[str, Any], name: str) -> list[dict[str, Any]]:

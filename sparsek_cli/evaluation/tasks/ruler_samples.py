@@ -154,7 +154,8 @@ def niah(
     depths = [
         by_needle[NEEDLE.format(kind=values, key=names[i], value=v)] for i in asked for v in told[i]
     ]
-    return _sample(text, prefix, answers) | {"depth": round(float(np.mean(depths)), 4)}
+    question = asked_after(NIAH, **words)
+    return _sample(text, question, prefix, answers) | {"depth": round(float(np.mean(depths)), 4)}
 
 
 def variable_tracking(
@@ -179,7 +180,8 @@ def variable_tracking(
     prefix = TRACKING_PREFIX.format(count=hops + 1, query="12345")
     fixed = hay.count(example + TRACKING.format(context="", query="12345") + prefix) + 16 * hops
     text, (value, names) = _fit(make, room, fixed, hay.count, prefix)
-    return _sample(text, TRACKING_PREFIX.format(count=hops + 1, query=value), names)
+    prefix = TRACKING_PREFIX.format(count=hops + 1, query=value)
+    return _sample(text, asked_after(TRACKING, query=value), prefix, names)
 
 
 def common_words(rng: np.random.Generator, hay: Haystack, room: int) -> dict[str, Any]:
@@ -200,7 +202,7 @@ def common_words(rng: np.random.Generator, hay: Haystack, room: int) -> dict[str
     per_entry = hay.count(probe) / min(200, len(order))
     fixed = hay.count(COMMON.format(context="") + COMMON_PREFIX)
     text, _ = _fit(make, room, fixed, hay.count, COMMON_PREFIX)
-    return _sample(text, COMMON_PREFIX, common)
+    return _sample(text, asked_after(COMMON), COMMON_PREFIX, common)
 
 
 def frequent_words(rng: np.random.Generator, hay: Haystack, room: int) -> dict[str, Any]:
@@ -221,7 +223,7 @@ def frequent_words(rng: np.random.Generator, hay: Haystack, room: int) -> dict[s
     per_word = shares[0] * dots + (1 - shares[0]) * salad
     fixed = hay.count(FREQUENT.format(context="") + FREQUENT_PREFIX)
     text, _ = _fit(make, room, fixed, hay.count, FREQUENT_PREFIX)
-    return _sample(text, FREQUENT_PREFIX, coded[1:4])
+    return _sample(text, asked_after(FREQUENT), FREQUENT_PREFIX, coded[1:4])
 
 
 def _fit(
@@ -244,8 +246,13 @@ def _fit(
     raise ValueError(f"no sample fits into {room} tokens")
 
 
-def _sample(text: str, prefix: str, answers: Sequence[str]) -> dict[str, Any]:
-    return {"input": text, "gen_prefix": prefix, "outputs": list(answers)}
+def _sample(text: str, asked: str, prefix: str, answers: Sequence[str]) -> dict[str, Any]:
+    return {"input": text, "asked": asked, "gen_prefix": prefix, "outputs": list(answers)}
+
+
+def asked_after(template: str, **words: str) -> str:
+    """What a prompt says after its context."""
+    return template.split("{context}")[1].format(**words).strip()
 
 
 def _distinct(rng: np.random.Generator, hay: Haystack, kind: str, count: int) -> list[str]:

@@ -1,0 +1,80 @@
+"""KVzip (Kim et al. 2025, arXiv 2505.23416): what the model needs to tell the context again stays.
+
+The oracle of eviction that does not know the question. The context is read densely, then told again
+by teacher forcing, a part at a time; a pair is worth the largest attention that it gets from that.
+What is beyond the slots is dropped, sinks and window always stay, and only then is the question
+read. A SparseK model has to choose while it reads, and reads the context once.
+"""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, largest_attention
+from sparsek_cli.evaluation.policies.eviction import Evicting
+
+REPEAT = "\n\nRepeat the previous context exactly."
+PART = 1024  # tokens told again at once
+LEAD = 8  # last tokens of the part before, told once more: where this part goes on
+
+
+class TellingLayer(EvictingLayer):
+    """Ranks the pairs of a context by the largest attention while it is told again.
+
+    Attributes:
+        context: how many first pairs are the context's while it is told; None before and after.
+    """
+
+    def __init__(self, slots: int, recent: int, sinks: int = 0):
+        super().__init__(slots, recent, sinks)
+        self.context: int | None = None
+
+    def see(self, query: torch.Tensor, scaling: float) -> None:
+        """Notes what queries that tell the context again see of it."""
+        if self.context is not None:
+            seen = largest_attention(query, self.keys, scaling)[:, :, : self.context]
+            self.mass[:, :, : self.context] = self.mass[:, :, : self.context].maximum(seen)
+
+    def forget_telling(self) -> None:
+        """Drops the pairs of what was told again."""
+        for name in ("keys", "values", "mass"):
+            setattr(self, name, getattr(self, name)[:, :, : self.context])
+        self.seen = self.context
+
+
+class KVzip(Evicting):
+    """The context told again chooses what stays of it, before the question is read."""
+
+    kind: ClassVar[str] = "kvzip"
+    layer: ClassVar[type[EvictingLayer]] = TellingLayer
+    keeps_sinks: ClassVar[bool] = True
+    evicts_before_question: ClassVar[bool] = True
+
+    def unfit_for(self, task: Any) -> str | None:
+        """A task whose samples do not say where their question begins."""
+        if task.OUTPUT_TYPE != "generate_until":
+            return "it is measured on written answers"
+        if not next(iter(task.eval_docs), {}).get("asked"):
+            return "it evicts before the question, and the task does not say where that begins"
+        return None
+
+    @torch.no_grad()
+    def tell_again(
+        self, model: Any, cache: Any, context: Sequence[int], opening: Sequence[int]
+    ) -> None:
+        """Ranks the pairs in `cache`, which holds `context`.
+
+        Args:
+            context: its tokens. opening: of the request to repeat it, and what begins a reply.
+        """
+        for layer in cache.layers:
+            layer.context = len(context)
+        for start in range(0, len(context), PART):
+            told = context[max(0, start - LEAD) : start + PART]
+            ids = torch.tensor([[*opening, *told]], device=model.device)
+            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            for layer in cache.layers:
+                layer.forget_telling()
+        for layer in cache.layers:
+            layer.context = None
