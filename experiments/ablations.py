@@ -33,15 +33,14 @@ from experiments.suite import (
     weights_folder,
     with_tokenizer,
 )
-from sparsek_cli import hub
 from sparsek_cli.benchmarks.session import Session, arguments
-from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.run import search
-from sparsek_cli.conversion.plan import make_plan
+from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies.registry import DENSE, OWN
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
+from sparsek_cli.reporter import Silent
 
 SINKS = 4
 SPLITS = ("calibration", "held_out")
@@ -196,8 +195,8 @@ class Experiment:
             ConvertRecipe, None, [f"{key}={value}" for key, value in words.items()],
             {"model": str(self.base), "out": str(self.model), "overwrite": True},
         )  # fmt: skip
-        plan = make_plan(recipe, hub.resolve(str(self.base)))
-        found = search(plan, Console(quiet=True), fit)
+        plan = make_plan(recipe)
+        found = search(plan, Silent(), fit)
         model = load(self.model, self.device, self.dtype)
         with in_place_of_linear(model, [layer.maps for layer in found.layers], found.choices):
             return found.report["text_loss"], self.suite.measure(model, OWN)

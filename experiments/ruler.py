@@ -28,7 +28,6 @@ from transformers import AutoConfig
 from experiments.steps import Steps
 from experiments.suite import with_tokenizer
 from sparsek_cli.benchmarks.session import Session, arguments
-from sparsek_cli.console import Console
 from sparsek_cli.devices import choose_device
 from sparsek_cli.evaluation.loading import stretch
 from sparsek_cli.evaluation.tasks import ruler_samples
@@ -115,8 +114,8 @@ class Experiment:
 
     def evaluate(self) -> None:
         """`sparsek eval --recipe ruler`, and a row per length and policy."""
-        from sparsek_cli.evaluation.report.table import text
-        from sparsek_cli.evaluation.run import evaluate
+        from sparsek_cli.evaluation.plan import plan
+        from sparsek_cli.evaluation.run import run
 
         words = [f"lengths={self.given.lengths}", f"limit={self.given.limit}"]
         words += [f"text={json.dumps([self.given.held_out])}"]
@@ -125,12 +124,14 @@ class Experiment:
         self.session.say(f"$ sparsek eval {self.out / 'sparse'} --recipe ruler {' '.join(words)}")
         flags = {
             "model": str(self.out / "sparse"),
-            "output": str(self.out / "eval"),
+            "out": str(self.out / "eval"),
+            "overwrite": True,
             "device": self.device.type,
         }
         recipe = load_recipe(EvaluateRecipe, "ruler", words, flags, verb="evaluate")
-        report = evaluate(recipe, Console(quiet=True), overwrite=True)
-        print(text(report), flush=True)
+        done = run(plan(recipe))
+        print(done.text(), flush=True)
+        report = done.report
         for length in self.given.lengths:
             for policy in dict.fromkeys(unit["policy"] for unit in report["units"]):
                 self.session.row(**_mean(report["units"], length, policy))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.benchmarks.session import Session, shown
-from sparsek_cli.console import Console
+from sparsek_cli.reporter import Silent
 
 
 class Steps:
@@ -17,18 +17,21 @@ class Steps:
         self._session, self._words = session, list(words)
 
     def finetune(self, recipe: str, out: Path, *words: str, model: Path | None = None) -> Any:
-        """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its TrainingResult."""
+        """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its Trained."""
         from sparsek_cli.recipes.load import load_recipe
         from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-        from sparsek_cli.training.run import finetune
+        from sparsek_cli.training.plan import plan
+        from sparsek_cli.training.run import run
 
         places = "" if model is None else f"{model} "
         every = [*self._words, *words]
         quoted = " ".join(map(_quoted, every))
         self._session.say(f"$ sparsek finetune {places}{out} --recipe {recipe} {quoted}")
-        flags = {"out": str(out), "model": None if model is None else str(model)}
+        flags = {"out": str(out), "overwrite": True}
+        flags["model"] = None if model is None else str(model)
         settings = load_recipe(FinetuneRecipe, recipe, every, flags, verb="finetune")
-        result = finetune(settings, overwrite=True, report=_Lines(self._session))
+        lines = _Lines(self._session)
+        result = run(plan(settings, lines), lines)
         self._session.say(
             f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} "
             f"tokens/s, held-out {shown(result.start_loss)} -> {shown(result.held_out_loss)}"
@@ -38,9 +41,8 @@ class Steps:
 
     def convert(self, base: Path, out: Path, settings: dict[str, Any]) -> Any:
         """`sparsek convert BASE OUT WORDS`, the words being dotted keys; what it reports."""
-        from sparsek_cli import hub
-        from sparsek_cli.conversion.convert import convert
-        from sparsek_cli.conversion.plan import make_plan
+        from sparsek_cli.conversion.plan import plan
+        from sparsek_cli.conversion.run import run
         from sparsek_cli.recipes.load import load_recipe
         from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -48,7 +50,7 @@ class Steps:
         self._session.say(f"$ sparsek convert {base} {out} {' '.join(map(_quoted, words))}")
         flags = {"model": str(base), "out": str(out), "overwrite": True}
         recipe = load_recipe(ConvertRecipe, None, words, flags, verb="convert")
-        done = convert(make_plan(recipe, hub.resolve(str(base))), Console(quiet=True))
+        done = run(plan(recipe))
         for line in done.text().splitlines():
             if line.startswith(("attention", "calibrated")):
                 self._session.say(line)
@@ -63,14 +65,12 @@ def _quoted(word: str) -> str:
     return f"'{word}'" if set(word) & set("[]{} ") else word
 
 
-class _Lines:
+class _Lines(Silent):
     """Progress of a training run as lines."""
 
     def __init__(self, session: Session):
         self._session = session
 
-    def say(self, text: str) -> None:
+    def say(self, text: str = "") -> None:
+        """A line, with its time unless it is a block of its own."""
         self._session.say(f"  {text}" if "\n" not in text else text)
-
-    def step(self, done: int, total: int, rate: str) -> None:
-        pass

@@ -86,9 +86,15 @@ class Console:
         print(json.dumps(data, indent=2, default=str) if self.as_json else text, flush=True)
 
     @contextmanager
-    def progress(self, description: str, total: float | None = None) -> Iterator["Progress"]:
-        """A progress bar with rate and time left on stderr; a line now and then when piped."""
-        if self.quiet:
+    def progress(
+        self, description: str, total: float | None = None, *, logged: bool = False
+    ) -> Iterator["Progress"]:
+        """A progress bar with rate and time left on stderr; a line now and then when piped.
+
+        Args:
+            logged: the work says lines of its own: none of ours when piped.
+        """
+        if self.quiet or (logged and not sys.stderr.isatty()):
             yield Progress(description, total, lambda text: None)
             return
         if not sys.stderr.isatty():

@@ -19,6 +19,8 @@ class SparsekError(Exception):
         self.message = message
         self.hint = hint
         self.exit_code = exit_code
+        if hint:
+            self.add_note(f"hint: {hint}")  # for who sees a traceback: users of the library
 
 
 class UsageError(SparsekError):

@@ -27,11 +27,11 @@ from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device
 from sparsek_cli.models import dense_attention, sparsek_config_from
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+from sparsek_cli.reporter import Silent
 from sparsek_cli.training.assemble import make_trainer
 from sparsek_cli.training.objectives import detach
 from sparsek_cli.training.parameters import choose_parameters
-from sparsek_cli.training.plan import make_plan
-from sparsek_cli.training.progress import Silent
+from sparsek_cli.training.sizes import Batch, measure
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -104,13 +104,16 @@ class Experiment:
             micro_batch_size=1, steps=1 + self.given.steps, learning_rate=1e-5,
             checkpointing=True, loss_chunk=8192, log_steps=1000, device=self.device.type,
         )  # fmt: skip
-        choose_parameters(model, recipe)
-        plan = make_plan(recipe, model, {}, name="1B", output=Path("none"), bf16=self._bf16())
+        choose_parameters(model, recipe.train)
+        sizes = measure(
+            model, Batch(length, 1, 1), recipe.steps, name="1B", out=Path("none"),
+            train=recipe.train, text_tokens={}, bf16=self._bf16(), memory=0,
+        )  # fmt: skip
         with _kernel(model, attention):
             trainer = make_trainer(
-                recipe, model, None, plan, self.device, self.session.folder / "part",
+                recipe, model, None, sizes, self.device, self.session.folder / "part",
                 data=RandomTokens(recipe.steps, length, model.config.vocab_size),
-                held_out=None, resumed=False, report=Silent(),
+                held_out=None, resumed=False, reporter=Silent(), bar=Silent(),
             )  # fmt: skip
             clock = StepClock(self.device)
             trainer.add_callback(clock)

@@ -11,7 +11,7 @@ from sparsek_cli.console import Console
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from sparsek_cli.chat.session import Session
+    from sparsek_cli.dialogue.session import Session
 
 
 def chat(
@@ -51,9 +51,10 @@ def chat(
     quiet: options.Quiet = False,
 ) -> None:
     """Talk to a model; its cache stays the same size however long the text."""
-    from sparsek_cli.chat.engine import Sampling
-    from sparsek_cli.chat.settings import check_sampling
-    from sparsek_cli.last_model import model_or_default
+    from sparsek_cli import hub
+    from sparsek_cli.commands.last_model import name_or_default
+    from sparsek_cli.dialogue.engine import Sampling
+    from sparsek_cli.dialogue.settings import check_sampling
 
     console = Console(as_json=json, quiet=quiet, verbose=verbose)
     sampling = Sampling(temperature, top_p, max_new_tokens, 0 if seed is None else seed)
@@ -64,11 +65,11 @@ def chat(
         raise UsageError("the prompt is empty", hint="give --prompt TEXT, or pipe some text in")
     if json and prompt is None:
         raise UsageError("--json needs a question", hint="give --prompt TEXT, or pipe some text in")
-    checkpoint = model_or_default(model, revision, say=console.say)
+    checkpoint = hub.resolve(name_or_default(model, say=console.say), revision)
 
-    from sparsek_cli.chat.engine import Engine
-    from sparsek_cli.chat.session import Session
     from sparsek_cli.devices import choose_device, choose_dtype
+    from sparsek_cli.dialogue.engine import Engine
+    from sparsek_cli.dialogue.session import Session
     from sparsek_cli.loading import load_model, load_tokenizer
 
     where = choose_device(device)
@@ -102,8 +103,8 @@ def _answer_once(
 ) -> None:
     from dataclasses import asdict
 
-    from sparsek_cli.chat.figures import status_line
-    from sparsek_cli.chat.files import load_path
+    from sparsek_cli.dialogue.figures import status_line
+    from sparsek_cli.dialogue.files import load_path
 
     engine = session.engine
     for file in files:
@@ -131,9 +132,9 @@ def _stop_if(interrupted: bool) -> None:
 
 
 def _converse(session: "Session", files: list[str], console: Console, name: str) -> None:
-    from sparsek_cli.chat.repl import Repl
-    from sparsek_cli.chat.terminal import terminal_reader
-    from sparsek_cli.last_model import state_file
+    from sparsek_cli.commands.last_model import state_file
+    from sparsek_cli.dialogue.repl import Repl
+    from sparsek_cli.dialogue.terminal import terminal_reader
 
     repl = Repl(session, say=console.say, progress=console.progress)
     console.say(f"{name}: /help lists the commands, Ctrl-D leaves")

@@ -69,11 +69,9 @@ def convert(
     if list_models:
         console.result(*_short_names())
         return
-    from sparsek_cli import hub, last_model
-    from sparsek_cli.conversion.convert import convert as run
-    from sparsek_cli.conversion.plan import make_plan, out_folder
-    from sparsek_cli.errors import UsageError
-    from sparsek_cli.output import leftovers
+    from sparsek_cli.commands import last_model
+    from sparsek_cli.conversion.plan import plan as make_plan
+    from sparsek_cli.conversion.run import run
     from sparsek_cli.recipes.load import load_recipe
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -101,22 +99,14 @@ def convert(
         **{key: _number(text) for key, text in numbers.items()},
     }
     request = load_recipe(ConvertRecipe, recipe, overrides, flags, verb="convert")
-    if request.model is None:
-        raise UsageError(
-            "MODEL is missing", hint="name one, e.g. `sparsek convert tiny`; --list-models shows"
-        )
-    base = hub.resolve(request.model, request.revision)
-    if not dry_run:
-        leftovers.clear(out_folder(request, base), console.say)
-    plan = make_plan(request, base)
-    if dry_run:
-        console.result(plan.text() + "\ndry run: nothing was written", plan.summary())
+    plan = make_plan(request)
+    if options.shown_dry(console, plan, dry_run):
         return
     done = run(plan, console)
-    last_model.remember(plan.out)
+    last_model.remember(done.out)
     console.result(done.text(), done.data())
-    console.say(f"\nnext: sparsek chat {plan.out}")
-    console.say(f"      sparsek eval {plan.out} --tasks ppl,recall --baselines dense,window,random")
+    console.say(f"\nnext: sparsek chat {done.out}")
+    console.say(f"      sparsek eval {done.out} --tasks ppl,recall --baselines dense,window,random")
 
 
 def _number(text: str | None) -> int | str | None:

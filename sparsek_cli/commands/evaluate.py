@@ -55,8 +55,8 @@ def evaluate(
     batch_size: Annotated[
         str | None, Value("--batch-size", metavar="N|auto", help="Prompts scored side by side.")
     ] = None,
-    output: Annotated[
-        str | None, Value("--output", "-o", metavar="DIR", help="Result folder.")
+    out: Annotated[
+        str | None, Value("--out", "--output", "-o", metavar="DIR", help="Result folder.")
     ] = None,
     resume: Annotated[
         bool, Value("--resume", help="Go on where a run with the same settings stopped.")
@@ -111,23 +111,22 @@ def evaluate(
         "max_length": max_length,
         "yarn": yarn,
         "batch_size": batch_size,
-        "output": output,
+        "out": out,
+        "overwrite": overwrite or None,
         "revision": revision,
         "seed": seed,
         "device": device,
         "dtype": dtype,
     }
     settings = load_recipe(EvaluateRecipe, recipe, overrides, flags, verb="evaluate")
-    if dry_run:
-        from sparsek_cli.evaluation.policies.registry import check_names
-        from sparsek_cli.evaluation.tasks.catalogue import expand
+    from sparsek_cli.commands.last_model import name_or_default
+    from sparsek_cli.evaluation.plan import plan as make_plan
 
-        check_names(settings.baselines)
-        plan = {"recipe": settings.model_dump(), "tasks": [e.name for e in expand(settings.tasks)]}
-        console.result("would evaluate " + ", ".join(plan["tasks"]), plan)
+    named = name_or_default(settings.model, say=console.say)
+    plan = make_plan(settings.model_copy(update={"model": named}), resume=resume)
+    if options.shown_dry(console, plan, dry_run):
         return
-    from sparsek_cli.evaluation.report.table import text as as_text
-    from sparsek_cli.evaluation.run import evaluate as run
+    from sparsek_cli.evaluation.run import run
 
-    report = run(settings, console, resume=resume, overwrite=overwrite)
-    console.result(f"{as_text(report)}\n\nresults: {report['folder']}", report)
+    done = run(plan, console)
+    console.result(done.text(), done.data())

@@ -4,12 +4,22 @@ A flag's default is None wherever "not given" must be told from a value, because
 between the flag and the default.
 """
 
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import typer
 
+from sparsek_cli.console import Console
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.load import WORD
+
+
+class Plan(Protocol):
+    """What every verb's plan can tell."""
+
+    def text(self) -> str: ...
+
+    def data(self) -> dict[str, Any]: ...
+
 
 _WORDS = "then any recipe keys as key.sub=value; they rank between flags and the recipe."
 Words = Annotated[
@@ -58,6 +68,13 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stde
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, do nothing.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+
+
+def shown_dry(console: Console, plan: Plan, dry_run: bool) -> bool:
+    """Shows the plan where it was all that was asked for."""
+    if dry_run:
+        console.result(f"{plan.text()}\ndry run: nothing was written", plan.data())
+    return dry_run
 
 
 def split_words(

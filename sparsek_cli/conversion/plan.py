@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible, dense_config, is_converted
 from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.disk import existing_parent
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.hub import Checkpoint
@@ -106,8 +107,8 @@ class Plan:
         width = 4 if size.dtype in ("float32", "float") else 2
         return 2 * size.layers * size.kv_heads * slots * size.head_dim * width
 
-    def summary(self) -> dict[str, Any]:
-        """What --dry-run shows."""
+    def data(self) -> dict[str, Any]:
+        """For --json: what --dry-run shows."""
         size = self.geometry
         return {
             "model": str(self.base.path),
@@ -134,7 +135,7 @@ class Plan:
         }
 
     def text(self) -> str:
-        """`summary` for a person."""
+        """For a person."""
         size = self.geometry
         gib = self.base_bytes / 2**30
         how = "linked, 0 bytes copied" if self.linkable else "copied"
@@ -161,13 +162,18 @@ class Plan:
         )
 
 
-def make_plan(recipe: ConvertRecipe, base: Checkpoint) -> Plan:
-    """Checks the request and the base checkpoint, and fills in what was left open.
+def plan(recipe: ConvertRecipe) -> Plan:
+    """Checks the request and its base checkpoint, and fills in what was left open.
 
     Raises:
         UsageError: the request cannot be carried out (family, sizes, OUT).
         SparsekError: the checkpoint is damaged, or there is no room for it.
     """
+    if recipe.model is None:
+        raise UsageError(
+            "MODEL is missing", hint="name one, e.g. `sparsek convert tiny`; --list-models shows"
+        )
+    base = hub.resolve(recipe.model, recipe.revision)
     config = base.config()
     again = recipe.again and is_converted(config)
     if again:

@@ -13,7 +13,7 @@ from sparsek_cli.data.streams import STREAMS, check_tokenizer
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe, TextSource
+    from sparsek_cli.recipes.schema_finetune import Evaluation, Source, TextSource
 
 ROLES = {"text": TEXT, "answer": ANSWER, "none": IGNORED}
 CUE = 4  # tokens of a repeated passage that cannot be foreseen
@@ -104,18 +104,24 @@ class HeldOut:
 
 
 def held_out_sequences(
-    recipe: "FinetuneRecipe", held_out: Corpus | None, tokenizer: Any
+    sources: "Mapping[str, Source]",
+    wanted: "Evaluation",
+    held_out: Corpus | None,
+    tokenizer: Any,
+    *,
+    length: int,
+    seed: int,
 ) -> HeldOut | None:
-    """What the held-out loss is measured on: text, else the recipe's first stream, else None."""
-    length, count = recipe.sequence_length, recipe.evaluation.sequences
+    """What the held-out loss is measured on: text, else the first stream, else None."""
+    count = wanted.sequences
     if held_out is not None:
-        packed = PackedText(held_out, length, (recipe.seed,))
+        packed = PackedText(held_out, length, (seed,))
         return HeldOut(packed, min(count, packed.per_epoch))
-    streams = [block for _, block in sorted(recipe.data.items()) if block.kind == "stream"]
-    if not streams or recipe.evaluation.held_out == 0:
+    streams = [block for _, block in sorted(sources.items()) if block.kind == "stream"]
+    if not streams or wanted.held_out == 0:
         return None
-    seed = (recipe.seed, zlib.crc32(b"held out"))
-    return HeldOut(PackedDocuments(_stream(streams[0], tokenizer), length, seed), count)
+    own_seed = (seed, zlib.crc32(b"held out"))
+    return HeldOut(PackedDocuments(_stream(streams[0], tokenizer), length, own_seed), count)
 
 
 def _between(rng: np.random.Generator, low: int, high: int) -> int:
@@ -123,43 +129,53 @@ def _between(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def load_texts(
-    recipe: "FinetuneRecipe", tokenizer: Any, say: Callable[[str], None]
+    sources: "Mapping[str, Source]",
+    wanted: "Evaluation",
+    tokenizer: Any,
+    say: Callable[[str], None],
+    *,
+    seed: int,
 ) -> tuple[dict[str, Corpus], Corpus | None]:
     """The text sources by name, and the held-out text (None: no evaluation).
 
     Raises:
         UsageError: no sources, or a source without text.
     """
-    if not recipe.data:
+    if not sources:
         raise UsageError("no training data", hint="give --data FILE or a 'data' block in a recipe")
     texts = {
         name: _corpus(source, tokenizer, say)
-        for name, source in recipe.data.items()
+        for name, source in sources.items()
         if source.kind == "text"
     }
-    wanted = recipe.evaluation
     if wanted.files is not None or wanted.dataset is not None:
         return texts, _corpus(wanted, tokenizer, say)
     if wanted.held_out == 0 or not texts:
         return texts, None
     held: list[Corpus] = []
     for name, corpus in texts.items():
-        texts[name], rest = corpus.split(wanted.held_out, recipe.seed)
-        if recipe.data[name].weight > 0:
+        texts[name], rest = corpus.split(wanted.held_out, seed)
+        if sources[name].weight > 0:
             held.append(rest)
     largest = max(held, key=lambda corpus: corpus.total, default=None)
     return texts, largest
 
 
 def build_mixture(
-    recipe: "FinetuneRecipe", texts: Mapping[str, Corpus], tokenizer: Any, total: int
+    blocks: "Mapping[str, Source]",
+    texts: Mapping[str, Corpus],
+    tokenizer: Any,
+    total: int,
+    *,
+    length: int,
+    seed: int,
+    joined: bool = False,
 ) -> Mixture:
-    """The training dataset of a recipe: `total` sequences of `recipe.sequence_length` tokens."""
-    length, seed = recipe.sequence_length, recipe.seed
+    """The training dataset of a recipe's sources: `total` sequences of `length` tokens."""
     sources: dict[str, Callable[[int], PackedSequence]] = {}
     weights: dict[str, float] = {}
     # By name, so that the order of the recipe's keys changes nothing.
-    for name, block in sorted(recipe.data.items()):
+    for name, block in sorted(blocks.items()):
         if block.weight == 0:
             continue  # only filler for others
         weights[name] = block.weight
@@ -177,7 +193,7 @@ def build_mixture(
         )
     if not sources:
         raise UsageError("every data source has weight 0", hint="give one of them a weight")
-    return Mixture(sources, weights, total, seed, joined=recipe.documents == "joined")
+    return Mixture(sources, weights, total, seed, joined=joined)
 
 
 def _stream(block: Any, tokenizer: Any) -> Callable:

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    checkpoint: "Checkpoint", recipe: "EvaluateRecipe", device: str
+    checkpoint: "Checkpoint", device: str, dtype: str, *, yarn: float | None, sparse: bool
 ) -> tuple[Any, Any, bool]:
     """Model in eval mode on its device, tokenizer, and whether the model brings its own scores.
 
-    A dense model of a supported family becomes a sparse one in memory when a baseline asks for it:
-    windows and random pairs need no scores.
+    Args:
+        device, dtype: as users name them. yarn: see `stretch`.
+        sparse: a dense model of a supported family becomes a sparse one in memory: windows and
+            random pairs need no scores.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -26,14 +28,14 @@ def load_model(
     from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
 
     where = choose_device(device)
-    dtype = choose_dtype(recipe.dtype, where)
+    dtype = choose_dtype(dtype, where)
     try:
         config = AutoConfig.from_pretrained(checkpoint.path)
         own = getattr(config, "sparsek", None) is not None
         kind = AutoModelForCausalLM
-        if recipe.yarn is not None:
-            stretch(config, recipe.yarn)
-        if not own and config.model_type in FAMILIES and set(recipe.baselines) - {DENSE}:
+        if yarn is not None:
+            stretch(config, yarn)
+        if not own and config.model_type in FAMILIES and sparse:
             kind = family_of(config).sparsek_causal_lm
             config = sparsek_config_from(config, {})
         with quiet_lm_eval():  # scorers are missing there, and reported

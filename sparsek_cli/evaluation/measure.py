@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsek_cli.evaluation.lm import proof as proofs
 from sparsek_cli.evaluation.policies.policy import Policy
@@ -10,18 +10,18 @@ from sparsek_cli.evaluation.processes import Ranks
 from sparsek_cli.evaluation.silence import quiet_lm_eval
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, build_requests
 
-if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
-
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # `batch_size: auto` fills a batch with about so many
 BATCH_LOGITS = {"cpu": 1 << 30, "cuda": 4 << 30}  # bytes of its float32 log-probabilities, at most
 MAX_BATCH = 64
 
 
 def run_unit(
-    unit: Unit, policy: Policy, lm: Any, recipe: "EvaluateRecipe", ranks: Ranks
+    unit: Unit, policy: Policy, lm: Any, ranks: Ranks, *, limit: int | None, fills_batches: bool
 ) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
     """One task at one length under one policy.
+
+    Args:
+        limit: samples, None: all. fills_batches: prompts are scored as many at once as fit.
 
     Returns:
         The unit's result, and one record per sample; None in all processes but the first.
@@ -33,8 +33,8 @@ def run_unit(
 
     lm.policy = policy
     lm.proof = proofs.Proof(attention="sparsek" if policy.sparse else "dense")
-    if recipe.batch_size == "auto":
-        build_requests(unit, lm, recipe)
+    if fills_batches:
+        build_requests(unit, lm, limit)
         _, longest = lm.over_limit(unit.task.instances)
         kind = "cuda" if lm.device.type == "cuda" else "cpu"
         lm.batch_size_per_gpu = batch_size(longest, lm.vocab_width(), kind)
@@ -47,7 +47,7 @@ def run_unit(
         raw = lm_eval_evaluate(
             lm,
             {"tasks": {unit.entry.name: unit.task}, "groups": {}, "group_map": {}},
-            limit=recipe.limit_of(unit.entry.name),
+            limit=limit,
             bootstrap_iters=100,
             apply_chat_template=unit.chat,
             fewshot_as_multiturn=unit.chat,

@@ -1,66 +1,83 @@
-"""One evaluation from recipe to result folder: one task x length x policy at a time."""
+"""A planned evaluation, carried out: one task x length x policy at a time."""
 
-import os
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens
 from sparsek_cli.evaluation.measure import run_unit
+from sparsek_cli.evaluation.plan import Plan
 from sparsek_cli.evaluation.policies.policy import Policy
-from sparsek_cli.evaluation.policies.registry import OWN, check_names, plan_policies
+from sparsek_cli.evaluation.policies.registry import DENSE, OWN, plan_policies
 from sparsek_cli.evaluation.processes import Ranks
+from sparsek_cli.evaluation.report import table
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
 from sparsek_cli.evaluation.report.store import (
     RESULTS,
     Store,
-    check_results,
     digest,
     load_unit,
     to_json,
 )
 from sparsek_cli.evaluation.report.store import write_atomically as write
-from sparsek_cli.evaluation.tasks.catalogue import expand
-from sparsek_cli.evaluation.tasks.load_tasks import Unit, data_fingerprint, load_units, refuse_unfit
+from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
-
-if TYPE_CHECKING:
-    from sparsek_cli.console import Console
-    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+from sparsek_cli.reporter import Reporter, Silent
 
 Pair = tuple[Unit, Policy]
 
 
-def evaluate(
-    recipe: "EvaluateRecipe",
-    console: "Console",
-    *,
-    resume: bool = False,
-    overwrite: bool = False,
-) -> dict[str, Any]:
-    """Runs everything `recipe` asks for and writes the result folder.
+@dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found.
 
-    Args:
-        console: where progress goes (`say`, `detail`, `progress`).
-        resume: keep what an interrupted run with the same settings finished.
-        overwrite: replace the results in the folder, of these settings or others.
-
-    Returns:
-        What results.json holds, with `folder` added.
+    Attributes:
+        report: what results.json holds, with `folder` added.
     """
-    from sparsek_cli.last_model import model_or_default
 
-    output = Path(os.path.expanduser(recipe.output)) if recipe.output else None
+    report: dict[str, Any]
+
+    @property
+    def out(self) -> str:
+        """The result folder."""
+        return self.report["folder"]
+
+    def score(self, task: str, policy: str, length: int | None = None) -> float:
+        """The task's main metric under a policy, both as the table names them.
+
+        Raises:
+            KeyError: that was not measured.
+        """
+        for unit in self.report["units"]:
+            same = (unit["task"], unit["policy"]) == (task, policy)
+            if same and length in (None, unit["length"]):
+                return unit["metrics"][unit["primary"]]["value"]
+        raise KeyError(f"{task} under {policy}")
+
+    def data(self) -> dict[str, Any]:
+        """For --json."""
+        return self.report
+
+    def text(self) -> str:
+        """For a person: the table, and where everything is."""
+        return f"{table.text(self.report)}\n\nresults: {self.out}"
+
+
+def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
+    """Measures everything that is planned and writes the result folder."""
     ranks = Ranks()
-    say = console.say if ranks.first else _unheard
-    entries = expand(recipe.tasks)
-    check_names(recipe.baselines)
-    checkpoint = model_or_default(recipe.model, recipe.revision, say=say)
-    if output is not None:
-        check_results(output, resume=resume, model=checkpoint.path)
-    files = data_fingerprint(recipe)
-    model, tokenizer, own = load_model(checkpoint, recipe, ranks.device(recipe.device))
+    reporter = reporter if reporter and ranks.first else Silent()
+    say = reporter.say
+    recipe, entries, checkpoint, files = plan.recipe, plan.entries, plan.checkpoint, plan.files
+    model, tokenizer, own = load_model(
+        checkpoint,
+        ranks.device(recipe.device),
+        recipe.dtype,
+        yarn=recipe.yarn,
+        sparse=bool(set(recipe.baselines) - {DENSE}),
+    )
     policies = plan_policies(model, recipe.baselines, recipe.budgets, recipe.seed, own=own)
     if not own:
         rows = ", ".join(policy.label for policy in policies)
@@ -77,7 +94,7 @@ def evaluate(
         say=say,
     )
     units, refused = refuse_unfit(units, lm, recipe)
-    plan, unfit = _plan(units, policies)
+    pairs, unfit = _pairs(units, policies)
     for lines, remedy in explained([*absent, *refused, *unfit]):
         for line in lines:
             say(f"not measured: {line}")
@@ -90,20 +107,21 @@ def evaluate(
         policies,
         check_policies(model, policies, max_length),
         [*absent, *refused, *unfit],
-        planned=len(plan),
+        planned=len(pairs),
     )
-    folder = output or default_folder(record)
+    folder = plan.out or default_folder(record)
     store = None
     if ranks.first:
-        store = Store(folder, digest(record.settings), resume=resume, overwrite=overwrite)
+        fingerprint = digest(record.settings)
+        store = Store(folder, fingerprint, resume=plan.resume, overwrite=recipe.overwrite)
     ranks.wait()  # for the folder; and again before the first result is written into it
-    finished = _finished(folder, plan) if resume else {}
+    finished = _finished(folder, pairs) if plan.resume else {}
     if finished:
-        say(f"resuming: {len(finished)} of {len(plan)} results are in {folder}")
+        say(f"resuming: {len(finished)} of {len(pairs)} results are in {folder}")
     ranks.wait()
     ranks.join(lm)
     try:
-        _measure(plan, finished, lm, record, store, ranks, console)
+        _measure(pairs, finished, lm, record, store, ranks, reporter)
     except KeyboardInterrupt:
         if ranks.first:
             _write(folder, record)
@@ -111,7 +129,7 @@ def evaluate(
         raise
     if ranks.first:
         _write(folder, record)
-    return record.report() | {"folder": str(folder)}
+    return Evaluated(record.report() | {"folder": str(folder)})
 
 
 def _write(folder: Path, record: Record) -> None:
@@ -122,22 +140,18 @@ def _write(folder: Path, record: Record) -> None:
         write_reports(folder, report)
 
 
-def _unheard(text: str) -> None:
-    """What a process says that is not the first one."""
-
-
-def _plan(units: Sequence[Unit], policies: Sequence[Policy]) -> tuple[list[Pair], list[Absent]]:
+def _pairs(units: Sequence[Unit], policies: Sequence[Policy]) -> tuple[list[Pair], list[Absent]]:
     """What is measured, in order, and which tasks a policy cannot be measured on."""
-    plan, unfit = [], []
+    pairs, unfit = [], []
     for unit in units:
         for policy in policies:
             reason = policy.unfit_for(unit.task)
             if reason is None:
-                plan.append((unit, policy))
+                pairs.append((unit, policy))
             else:
                 name = f"{unit.name} under {policy.label}"
                 unfit.append(Absent(name, reason, "window and random can be measured"))
-    return plan, unfit
+    return pairs, unfit
 
 
 def _finished(folder: Path, plan: Sequence[Pair]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -157,7 +171,7 @@ def _measure(
     record: Record,
     store: Store | None,
     ranks: Ranks,
-    console: "Console",
+    reporter: Reporter,
 ) -> None:
     """Measures what is not finished; every result is on disk before the next one begins."""
     total = sum(
@@ -165,7 +179,7 @@ def _measure(
         for unit, policy in plan
         if (unit.name, policy.label) not in finished
     )
-    with console.progress("evaluating", total=total) as bar:
+    with reporter.progress("evaluating", total=total) as bar:
         lm.advance = bar.advance
         for number, (unit, policy) in enumerate(plan):
             done = finished.get((unit.name, policy.label))
@@ -174,7 +188,11 @@ def _measure(
                 continue
             bar.describe(f"{unit.name} {policy.label}")
             started = time.monotonic()
-            measured = run_unit(unit, policy, lm, record.recipe, ranks)
+            measured = run_unit(
+                unit, policy, lm, ranks,
+                limit=record.recipe.limit_of(unit.entry.name),
+                fills_batches=record.recipe.batch_size == "auto",
+            )  # fmt: skip
             if measured is None or store is None:
                 continue  # gathered by the first process
             result, samples = measured
@@ -183,7 +201,7 @@ def _measure(
             store.save(policy.label, unit.name, result, samples)
             record.results.append(result)
             write(store.folder / RESULTS, to_json(record.report()))
-            console.detail(f"{unit.name} {policy.label}: {_brief(result)}")
+            reporter.detail(f"{unit.name} {policy.label}: {_brief(result)}")
             if number + 1 == len(plan) or plan[number + 1][0] is not unit:
                 lm.forget_encodings()
 

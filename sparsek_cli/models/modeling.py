@@ -197,6 +197,17 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
             return write(self, *rest, streamer, model_kwargs)
         return super()._sample(*rest, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 
+    def init_continuous_batching(self, *args: Any, **kwargs: Any):
+        """Refused: it keeps keys and values in pages of a cache that grows.
+
+        Raises:
+            SparsekError: always.
+        """
+        raise SparsekError(
+            "continuous batching needs a paged cache, and SparseK keeps a state of constant size",
+            hint="call generate with a padded batch; serve without --continuous-batching",
+        )
+
     @staticmethod
     def _check_generation(generation_config, generation_mode) -> None:
         if generation_mode not in _GENERATION_MODES or getattr(

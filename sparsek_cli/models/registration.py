@@ -70,10 +70,11 @@ def register_classes(sparsek_type: str) -> None:
     tokenizer = TOKENIZER_MAPPING.get(family.config, None)
     if tokenizer is not None:
         TOKENIZER_MAPPING.register(family.sparsek_config, tokenizer, exist_ok=True)
-    # transformers may have imported itself twice; what libraries look at is the last of them.
-    transformers = sys.modules["transformers"]
+    # transformers imports itself twice, and whoever was first (its own server is) holds another
+    # module than the rest. Both are of one class.
+    modules = type(sys.modules["transformers"])
     for cls in (family.sparsek_config, family.sparsek_model, family.sparsek_causal_lm):
-        setattr(transformers, cls.__name__, cls)
+        setattr(modules, cls.__name__, cls)
     _register_tensors(family.model.__name__, family.sparsek_model.__name__)
     _register_tensors(family.causal_lm.__name__, family.sparsek_causal_lm.__name__)
     _register_outputs(family)

@@ -9,17 +9,16 @@ import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes.explain import Loc, explain
 
 if TYPE_CHECKING:
     import yaml
     from pydantic import BaseModel
 
     Recipe = TypeVar("Recipe", bound=BaseModel)
-
-Loc = tuple[str | int, ...]
 
 WORD = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
@@ -44,24 +43,53 @@ def load_recipe(
     Raises:
         UsageError: anything wrong with any of them.
     """
-    from pydantic import ValidationError
+    return Draft(name_or_path, verb=verb).words(overrides).flags(flags or {}).validated(model_cls)
 
-    tree: dict[str, Any] = {}
-    origins: dict[Loc, str] = {}
-    if name_or_path is not None:
-        tree, lines = read_yaml(find_recipe(name_or_path, verb=verb))
-        origins.update(lines)
-    for word in overrides:
-        key, value = _parse_word(word)
-        _assign(tree, origins, key, value, f"'{word}'")
-    for key, value in (flags or {}).items():
-        if value is not None:
-            flag = f"--{key.split('.')[-1].replace('_', '-')}"
-            _assign(tree, origins, key, value, flag)
-    try:
-        return model_cls.model_validate(tree)
-    except ValidationError as error:
-        raise _explain(model_cls, error, origins) from error
+
+class Draft:
+    """A recipe in the making: its values, and for each of them the place where it was written.
+
+    Commands look into it before it is validated, so that a recipe is parsed once.
+    """
+
+    def __init__(self, name_or_path: str | Path | None = None, *, verb: str | None = None):
+        """Arguments as of `load_recipe`."""
+        self._tree: dict[str, Any] = {}
+        self._origins: dict[Loc, str] = {}
+        if name_or_path is not None:
+            self._tree, self._origins = read_recipe(find_recipe(name_or_path, verb=verb), verb=verb)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """What stands at a top-level key, as it was written."""
+        return self._tree.get(key, default)
+
+    def set(self, key: str, value: Any, origin: str) -> None:
+        """Puts a value at "key" or "key.sub"; `origin` is named where it is refused."""
+        _assign(self._tree, self._origins, key, value, origin)
+
+    def words(self, overrides: Sequence[str]) -> "Draft":
+        """Words "key.sub=value"."""
+        for word in overrides:
+            key, value = _parse_word(word)
+            self.set(key, value, f"'{word}'")
+        return self
+
+    def flags(self, flags: Mapping[str, Any], written: str = "--{}") -> "Draft":
+        """Flags that were given; `written` is how their user wrote them."""
+        for key, value in flags.items():
+            if value is not None:
+                name = key.split(".")[-1]
+                self.set(key, value, written.format(name.replace("_", "-")))
+        return self
+
+    def validated(self, model_cls: "type[Recipe]") -> "Recipe":
+        """The recipe; raises UsageError for anything wrong with it."""
+        from pydantic import ValidationError
+
+        try:
+            return model_cls.model_validate(self._tree)
+        except ValidationError as error:
+            raise explain(model_cls, error, self._origins) from error
 
 
 def recipe_folder() -> Path:
@@ -98,6 +126,49 @@ def find_recipe(name_or_path: str | Path, *, verb: str | None = None) -> Path:
         f"no recipe '{name_or_path}'",
         hint=f"did you mean '{near[0]}'?" if near else "`sparsek recipes list` shows the names",
     )
+
+
+def read_recipe(
+    file: Path, *, verb: str | None = None, seen: tuple[Path, ...] = ()
+) -> tuple[dict[str, Any], dict[Loc, str]]:
+    """`read_yaml` of a recipe over the one that it `extends`; mappings are merged key by key.
+
+    Raises:
+        UsageError: as read_yaml; or what it extends is not there, or extends it in turn.
+    """
+    tree, origins = read_yaml(file)
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree, origins
+    where = origins.pop(("extends",))
+    if not isinstance(parent, str):
+        raise UsageError(
+            f"{where}: 'extends' should be a recipe's name, not {parent!r}",
+            hint="name one recipe: a file beside this one, or one that ships",
+        )
+    beside = file.with_name(f"{parent.removesuffix('.yaml')}.yaml")
+    above = beside if beside.is_file() else find_recipe(parent, verb=verb)
+    if above.resolve() in {path.resolve() for path in (*seen, file)}:
+        raise UsageError(
+            f"{where}: '{parent}' extends this recipe in turn", hint="one of them must stand alone"
+        )
+    merged, places = read_recipe(above, verb=verb, seen=(*seen, file))
+    _merge(merged, places, tree, origins, ())
+    return merged, places
+
+
+def _merge(into: dict, places: dict[Loc, str], over: dict, origins: dict[Loc, str], loc: Loc):
+    """Lays `over` on `into`, below `loc`."""
+    for key, value in over.items():
+        here = (*loc, key)
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            places[here] = origins[here]
+            _merge(into[key], places, value, origins, here)
+            continue
+        for below in [place for place in places if place[: len(here)] == here]:
+            del places[below]
+        places.update({place: at for place, at in origins.items() if place[: len(here)] == here})
+        into[key] = value
 
 
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
@@ -199,95 +270,3 @@ def _assign(tree: dict, origins: dict[Loc, str], key: str, value: Any, origin: s
     for below in [o for o in origins if o[: len(loc)] == loc]:
         del origins[below]
     origins[loc] = origin
-
-
-def _explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]) -> UsageError:
-    """The first mistake as one line with its place; unknown keys first, they explain the rest."""
-    problems = sorted(error.errors(), key=lambda p: p["type"] != "extra_forbidden")
-    problem = problems[0]
-    # Mistakes in one value of several types come as one entry per type: they are one mistake.
-    more = len({_written(p["loc"], origins) for p in problems}) - 1
-    loc = _written(problem["loc"], origins)
-    key = ".".join(str(part) for part in loc) or "recipe"
-    place = next((origins[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origins), "")
-    where = f"{place}: " if place else ""
-    tail = f" (and {more} more)" if more else ""
-    if problem["type"] == "extra_forbidden":
-        return UsageError(f"{where}unknown key '{key}'{tail}", hint=_nearest_key(model_cls, loc))
-    if problem["type"] == "missing":
-        name = key.split(".")[-1].replace("_", "-")
-        return UsageError(
-            f"{where}'{key}' is missing{tail}",
-            hint=f"give --{name}, the word {key}=..., or a recipe",
-        )
-    messages = [p["msg"] for p in problems if _written(p["loc"], origins) == loc]
-    message = " or ".join(dict.fromkeys(_plain(m) for m in messages))
-    value = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
-    described = _field(model_cls, loc)
-    hint = getattr(described, "description", None) or "`sparsek recipes show NAME` has examples"
-    return UsageError(f"{where}'{key}' {message}{value}{tail}", hint=hint)
-
-
-def _plain(message: str) -> str:
-    message = message.removeprefix("Value error, ").split(", unable to parse")[0]
-    message = re.sub(r"a valid dictionary( or instance of \w+)?$", "a mapping", message)
-    return re.sub(r"^Input should be", "should be", message)
-
-
-def _written(loc: Loc, origins: Mapping[Loc, str]) -> Loc:
-    """`loc` without the union branches pydantic adds: the longest part the user wrote, or all."""
-    for n in range(len(loc), 0, -1):
-        if loc[:n] in origins:
-            return loc[:n] if n < len(loc) and not _is_key(loc[n]) else loc
-    return loc
-
-
-def _is_key(part: str | int) -> bool:
-    return isinstance(part, str) and part.isidentifier() and part not in _TYPE_NAMES
-
-
-_TYPE_NAMES = {"int", "float", "str", "bool", "list", "dict", "none", "literal", "constrained"}
-
-
-def _models_in(annotation: Any) -> Iterator["type[BaseModel]"]:
-    from pydantic import BaseModel
-
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
-
-
-def _field(model_cls: "type[BaseModel]", loc: Loc) -> Any:
-    """The pydantic field at `loc`, or None."""
-    models, field = [model_cls], None
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = next((m.model_fields[part] for m in models if part in m.model_fields), None)
-        if field is None:
-            return None
-        models = list(_models_in(field.annotation))
-    return field
-
-
-def _all_keys(model_cls: "type[BaseModel]", prefix: str = "") -> Iterator[str]:
-    for name, field in model_cls.model_fields.items():
-        yield prefix + name
-        for model in _models_in(field.annotation):
-            yield from _all_keys(model, f"{prefix}{name}.")
-
-
-def _nearest_key(model_cls: "type[BaseModel]", loc: Loc) -> str:
-    keys = list(_all_keys(model_cls))
-    prefix = "".join(f"{part}." for part in loc[:-1] if isinstance(part, str))
-    beside = [key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
-    wrong = str(loc[-1])
-    near = get_close_matches(wrong, [key[len(prefix) :] for key in beside], n=1)
-    if near:
-        return f"did you mean '{prefix}{near[0]}'?"
-    elsewhere = {key.split(".")[-1]: key for key in keys}
-    near = get_close_matches(wrong, elsewhere, n=1)
-    if near:
-        return f"did you mean '{elsewhere[near[0]]}'?"
-    return "known here: " + ", ".join(key[len(prefix) :] for key in beside)

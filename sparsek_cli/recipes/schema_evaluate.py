@@ -4,8 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from sparsek_cli.evaluation.policies.registry import SUMMARIES
-
 Names = Annotated[list[str], Field(min_length=1)]
 
 
@@ -23,7 +21,8 @@ class EvaluateRecipe(BaseModel):
     )
     baselines: list[str] = Field(
         ["dense", "window", "random"],
-        description=f"same weights under other policies: {', '.join(SUMMARIES)}, kvpress:NAME",
+        description="same weights under other policies: dense, window, random, snapkv, h2o, "
+        "kvpress:NAME",
     )
     budgets: list[PositiveInt] = Field(
         [], description="pairs per layer and KV head to try; empty: the checkpoint's own"
@@ -65,9 +64,10 @@ class EvaluateRecipe(BaseModel):
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, bfloat16, float16 or float32")
     seed: int = Field(0, description="of generated samples and of the random baseline")
-    output: str | None = Field(
+    out: str | None = Field(
         None, description="result folder; default: runs/evaluate/<model>/<settings>"
     )
+    overwrite: bool = Field(False, description="replace the results in `out`")
 
     def limit_of(self, task: str) -> int | None:
         """Samples of one task; None for all of them."""

@@ -2,16 +2,31 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 
 
+def _full_name(value: object) -> object:
+    return {"bf16": "bfloat16", "fp32": "float32"}.get(value, value)
+
+
+Trained = Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_full_name)]
+
+
 class Strict(BaseModel):
     """A block in which an unknown key is a mistake."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Architecture(Strict):
@@ -196,6 +211,9 @@ class FinetuneRecipe(Strict):
 
     model: str | None = Field(None, description="folder, short name or hub id to start from")
     out: str | None = Field(None, description="folder to write; default <name>-finetuned")
+    overwrite: bool = Field(
+        False, description="replace `out` if it exists, and forget an unfinished run"
+    )
     init: Literal["pretrained", "random"] = Field(
         "pretrained", description="start from the model's weights, or from random ones"
     )
@@ -266,10 +284,11 @@ class FinetuneRecipe(Strict):
         False, description="recompute activations in the backward pass to save memory"
     )
     loss_chunk: PositiveInt = Field(2048, description="tokens whose logits exist at one time")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="bf16 autocast or fp32; auto: bf16 where the GPU has it"
+    dtype: Trained = Field(
+        "auto",
+        description="bfloat16 (autocast) or float32; auto: bfloat16 where the GPU has it",
     )
-    save_dtype: Literal["auto", "bf16", "fp32"] = Field(
+    save_dtype: Trained = Field(
         "auto", description="weights on disk; auto: as the base has them, else as trained"
     )
     compile: bool = Field(False, description="torch.compile the model")
@@ -293,7 +312,18 @@ class FinetuneRecipe(Strict):
         0, ge=0, description="processes that prepare sequences; 0: in the training process"
     )
     seed: int = Field(0, description="seed of data, initialisation and dropout")
-    device: str | None = Field(None, description="cpu or cuda; default: cuda where there is one")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    @property
+    def shapes_base(self) -> bool:
+        """`scorers_shape_base`, or what it is by default."""
+        given = self.scorers_shape_base
+        return self.init == "random" if given is None else given
+
+    @property
+    def attention(self) -> dict[str, Any] | None:
+        """The attention settings that are given; None: none."""
+        return None if self.sparsek is None else self.sparsek.settings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "FinetuneRecipe":

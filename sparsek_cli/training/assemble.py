@@ -14,21 +14,23 @@ from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.errors import UsageError
 from sparsek_cli.models import DENSE_ATTENTION
+from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
 from sparsek_cli.training.future import ATTENTION as OBSERVED
 from sparsek_cli.training.future import FutureAttention
-from sparsek_cli.training.model import build_random, load_pretrained
+from sparsek_cli.training.model import build_random, load_pretrained, random_config
 from sparsek_cli.training.objectives import Objective, Teacher, attach, decoder_of
 from sparsek_cli.training.parameters import choose_parameters, trained_state
-from sparsek_cli.training.plan import TrainingPlan
-from sparsek_cli.training.progress import ProgressReport, Report, TimeLimit
+from sparsek_cli.training.progress import ProgressReport, TimeLimit
 from sparsek_cli.training.sharding import sharding_arguments
+from sparsek_cli.training.sizes import Sizes
 from sparsek_cli.training.stages import BudgetStages
 from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+    from sparsek_cli.recipes.schema_finetune import Evaluation, FinetuneRecipe
+    from sparsek_cli.recipes.schema_finetune import Objective as ObjectiveSettings
 
 
 def load(
@@ -36,24 +38,28 @@ def load(
 ) -> tuple[Any, Any, torch.dtype]:
     """Model with its learning parameters chosen, LoRA's tuner if any, and the dtype to save in."""
     if recipe.init == "random":
-        model = build_random(recipe, tokenizer)
+        config = random_config(
+            recipe.architecture, recipe.attention, recipe.sequence_length, tokenizer
+        )
+        model = build_random(config, seed=recipe.seed, scaled_init=recipe.architecture.scaled_init)
         stored = torch.bfloat16 if bf16 else torch.float32
     else:
         kept = source.config()
         stored = getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
         # What is frozen stays as it is stored; what learns all over needs float32 masters.
         loaded = torch.float32 if recipe.train == "all" or not bf16 else torch.bfloat16
-        model = load_pretrained(source.path, recipe, loaded)
+        model = load_pretrained(source.path, recipe.attention or {}, loaded)
     if recipe.save_dtype != "auto":
-        stored = {"bf16": torch.bfloat16, "fp32": torch.float32}[recipe.save_dtype]
-    return model, choose_parameters(model, recipe), stored
+        stored = getattr(torch, recipe.save_dtype)
+    tuner = choose_parameters(model, recipe.train, recipe.lora, shape_base=recipe.shapes_base)
+    return model, tuner, stored
 
 
 def make_trainer(
     recipe: "FinetuneRecipe",
     model: Any,
     tuner: Any | None,
-    plan: TrainingPlan,
+    sizes: Sizes,
     device: torch.device,
     part: Path,
     *,
@@ -61,22 +67,26 @@ def make_trainer(
     held_out: HeldOut | None,
     questions: Sequence[Question] = (),
     resumed: bool,
-    report: Report,
+    reporter: Reporter,
+    bar: Bar,
 ) -> SparsekTrainer:
     """Everything that trains, ready to start.
 
     Args:
         model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
-        plan: what make_plan said. part: where checkpoints go.
+        sizes: of the run. part: where checkpoints go.
         data: what is trained on. held_out: sequences for the held-out loss, or None.
         questions: for recall, see `held_out_questions`.
         resumed: whether the run continues an earlier one.
     """
     objective = Objective(**recipe.objective.model_dump(), loss_chunk=recipe.loss_chunk)
+    bf16 = sizes.dtype == "bfloat16"
     args = training_arguments(
-        recipe, part, steps=plan.steps, bf16=plan.precision == "bf16", cpu=device.type == "cpu",
-        processes=plan.processes, evaluates=held_out is not None,
-        sharding=sharding_arguments(recipe, model, bf16=plan.precision == "bf16"),
+        recipe, part, steps=sizes.steps, bf16=bf16, cpu=device.type == "cpu",
+        processes=sizes.processes, evaluates=held_out is not None,
+        sharding=sharding_arguments(
+            recipe.launch, model, bf16=bf16, max_grad_norm=recipe.max_grad_norm
+        ),
     )  # fmt: skip
     compares = recipe.train == "scorers" and recipe.keep_better and held_out is not None
     start = trained_state(model) if compares else None
@@ -88,11 +98,18 @@ def make_trainer(
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if recipe.compile:
         decoder_of(model).compile()
-    attach(model, objective, *_teacher(recipe, model, tuner, plan))
+    attach(
+        model,
+        objective,
+        *_teacher(recipe.objective, model, tuner, frozen=recipe.train == "all", bf16=bf16),
+    )
     stages = BudgetStages(model, recipe.budget_stages) if recipe.budget_stages else None
     limits = [] if recipe.minutes is None else [TimeLimit(60 * recipe.minutes)]
+    scorer_rate = recipe.scorer_learning_rate or recipe.learning_rate
     return SparsekTrainer(
-        recipe=recipe,
+        rates=(recipe.learning_rate, scorer_rate, recipe.weight_decay),
+        batch_size=recipe.batch_size,
+        keep_checkpoints=recipe.keep_checkpoints,
         objective=objective,
         start=start,
         questions=questions,
@@ -101,25 +118,24 @@ def make_trainer(
         args=args,
         train_dataset=data,
         eval_dataset=held_out,
-        callbacks=[ProgressReport(report, plan.tokens_per_step), *limits],
+        callbacks=[ProgressReport(reporter, bar, sizes.tokens_per_step), *limits],
     )
 
 
 def held_out_questions(
-    recipe: "FinetuneRecipe", held_out: Corpus | None, tokenizer: Any
+    wanted: "Evaluation", held_out: Corpus | None, tokenizer: Any, *, length: int, seed: int
 ) -> list[Question]:
     """The questions that `evaluation.questions` asks for.
 
     Raises:
         UsageError: the tokenizer has no chat template, or sequences are too short for a document.
     """
-    wanted = recipe.evaluation
     if not wanted.questions or held_out is None:
         return []
     try:
         return make_questions(
-            [recipe.seed], Filler.from_corpus(held_out, tokenizer),
-            length=recipe.sequence_length, needles=wanted.needles, count=wanted.questions,
+            [seed], Filler.from_corpus(held_out, tokenizer),
+            length=length, needles=wanted.needles, count=wanted.questions,
             phrasings=phrasings("calibration"),
         )  # fmt: skip
     except ValueError as error:
@@ -129,15 +145,20 @@ def held_out_questions(
 
 
 def _teacher(
-    recipe: "FinetuneRecipe", model: Any, tuner: Any | None, plan: TrainingPlan
+    wanted: "ObjectiveSettings", model: Any, tuner: Any | None, *, frozen: bool, bf16: bool
 ) -> tuple[Teacher | None, FutureAttention | None]:
-    """Who is imitated, and who watches its attention; made before `forward` is replaced."""
-    wanted = recipe.objective
+    """The model whose outputs are distilled, and what observes its attention, if asked for.
+
+    Made before `forward` is replaced.
+
+    Args:
+        frozen: the teacher is a copy; else the model itself, its adapters off.
+    """
     if wanted.distill == 0 and wanted.future == 0:
         return None, None
     attention = OBSERVED if wanted.future else DENSE_ATTENTION
-    if recipe.train == "all":
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+    if frozen:
+        dtype = torch.bfloat16 if bf16 else torch.float32
         teacher = FrozenTeacher(model, dtype, attention)
     else:
         teacher = OwnTeacher(model, tuner, attention)

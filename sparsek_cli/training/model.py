@@ -9,7 +9,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.training.parameters import is_scorer, is_sparse
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+    from sparsek_cli.recipes.schema_finetune import Architecture
 
 # Projections that write into the residual stream; GPT-2's own initialisation scales its already.
 _WRITERS = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
@@ -35,8 +35,14 @@ def load_tokenizer(source: str | Path) -> Any:
         ) from error
 
 
-def random_config(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
-    """The config of a model from scratch: the recipe's settings, sizes from the tokenizer.
+def random_config(
+    shape: "Architecture", sparsek: dict[str, Any] | None, length: int, tokenizer: Any
+) -> Any:
+    """The config of a model from scratch; sizes that `shape` leaves open come from the tokenizer.
+
+    Args:
+        sparsek: attention settings; None: a dense model.
+        length: tokens per sequence, the model's positions where `shape` names none.
 
     Raises:
         UsageError: unknown family, an unknown or impossible setting, or too small a vocabulary.
@@ -45,15 +51,12 @@ def random_config(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
 
     from sparsek_cli.models import sparsek_config_from
 
-    shape = recipe.architecture
     settings = {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
-        ("n_positions" if shape.type == "gpt2" else "max_position_embeddings"): (
-            recipe.sequence_length
-        ),
+        ("n_positions" if shape.type == "gpt2" else "max_position_embeddings"): length,
         **shape.settings,
     }
     try:
@@ -76,19 +79,20 @@ def random_config(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
             f"{len(tokenizer)} tokens",
             hint="leave vocab_size out, or round it up",
         )
-    if recipe.sparsek is None:
-        return config
-    return sparsek_config_from(config, recipe.sparsek.settings())
+    return config if sparsek is None else sparsek_config_from(config, sparsek)
 
 
-def build_random(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
-    """A float32 model with random weights, the same for the same seed."""
+def build_random(config: Any, *, seed: int, scaled_init: bool) -> Any:
+    """A float32 model with random weights, the same for the same seed.
+
+    Args:
+        scaled_init: divide projections into the residual stream by sqrt(2 x layers).
+    """
     from transformers import AutoModelForCausalLM
 
-    config = random_config(recipe, tokenizer)
-    torch.manual_seed(recipe.seed)
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if recipe.architecture.scaled_init:
+    if scaled_init:
         factor = (2 * config.num_hidden_layers) ** -0.5
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -97,10 +101,11 @@ def build_random(recipe: "FinetuneRecipe", tokenizer: Any) -> Any:
     return model
 
 
-def load_pretrained(folder: Path, recipe: "FinetuneRecipe", dtype: torch.dtype) -> Any:
-    """The checkpoint in `folder`, with the recipe's attention settings.
+def load_pretrained(folder: Path, sparsek: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The checkpoint in `folder`.
 
     Args:
+        sparsek: attention settings that replace its own.
         dtype: of the weights in memory; what learns becomes float32 later.
 
     Raises:
@@ -119,16 +124,15 @@ def load_pretrained(folder: Path, recipe: "FinetuneRecipe", dtype: torch.dtype) 
             f"cannot load {folder}: {str(error).splitlines()[0]}",
             hint="check the checkpoint, or convert it again",
         ) from error
-    settings = {} if recipe.sparsek is None else recipe.sparsek.settings()
-    if settings and not is_sparse(model):
+    if sparsek and not is_sparse(model):
         raise UsageError(
             "the recipe sets 'sparsek', but the model is dense",
             hint="convert it first: `sparsek convert MODEL`, then fine-tune the result",
         )
-    if settings:
+    if sparsek:
         from sparsek_cli.models import set_budget
 
-        set_budget(model, **settings)
+        set_budget(model, **sparsek)
     return model
 
 

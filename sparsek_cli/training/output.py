@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from sparsek_cli import disk, last_model
+from sparsek_cli import disk
 from sparsek_cli.conversion.link import link_or_copy
 from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
@@ -23,8 +23,8 @@ from sparsek_cli.training.unfinished import part_folder
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-    from sparsek_cli.training.plan import TrainingPlan
-    from sparsek_cli.training.progress import Report
+    from sparsek_cli.reporter import Reporter
+    from sparsek_cli.training.sizes import Sizes
 
 # How long a finished run waits for room on a full disk, and how often it looks, in seconds. Other
 # processes of the run wait too, and give up after ten minutes.
@@ -33,17 +33,19 @@ _PAUSE = 5.0
 _GIB = 2**30
 
 
-def check_room(recipe: "FinetuneRecipe", plan: "TrainingPlan", dtype: torch.dtype) -> None:
+def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
     """Raises SparsekError where the disk cannot hold what the run will write: better now than then.
 
     Args:
         dtype: of the weights on disk.
+        checkpoints: how many are kept; 0: none is written.
     """
-    output = Path(plan.output)
-    weights = 4 * plan.trained
+    output = Path(sizes.out)
+    weights = 4 * sizes.trained
     # A checkpoint holds weights and both moments, and is whole before an older one goes.
-    saves = min(recipe.keep_checkpoints + 1, plan.steps) if recipe.save_steps else 0
-    model = weights if recipe.train == "scorers" else dtype.itemsize * (plan.trained + plan.frozen)
+    saves = min(checkpoints + 1, sizes.steps) if checkpoints else 0
+    whole = dtype.itemsize * (sizes.trained + sizes.frozen)
+    model = weights if sizes.train == "scorers" else whole
     needed = model + 3 * weights * saves
     free = disk.free_bytes(output) + disk.size(part_folder(output))
     if free < needed:
@@ -66,10 +68,9 @@ def write_model(
     base: "Checkpoint | None",
     state: dict[str, torch.Tensor] | None,
     name: str,
-    overwrite: bool,
-    report: "Report",
+    reporter: "Reporter",
 ) -> None:
-    """Writes `output` and remembers it as the last model.
+    """Writes `output`.
 
     With `train: scorers` the base's shards are linked, not written again. A full disk is not the
     end of a finished run: for `PATIENCE` seconds it is tried again.
@@ -78,7 +79,6 @@ def write_model(
         dtype: of the weights on disk (scorers stay float32).
         base: the checkpoint that was trained.
         state: the full state dict where the model is sharded, else None.
-        overwrite: replace a model that is there.
 
     Raises:
         SparsekError: disk full or no permission; nothing is left behind.
@@ -93,30 +93,31 @@ def write_model(
             for file in folder.glob("*.safetensors"):
                 disk.readable(file)
         if not bring(tokenizer, folder):
-            report.say(
+            reporter.say(
                 "the tokenizer in OUT is not the one of training: transformers saves it otherwise"
             )
         head = "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
-        settings = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        settings = yaml.safe_dump(
+            recipe.model_dump(mode="json", exclude={"overwrite"}), sort_keys=False
+        )
         (folder / FINETUNE_RECIPE).write_text(head + settings, encoding="utf-8")
         (folder / "README.md").write_text(_card(recipe, result, name), encoding="utf-8")
 
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            with disk.os_errors(), staged(output, overwrite=overwrite) as folder:
+            with disk.os_errors(), staged(output, overwrite=recipe.overwrite) as folder:
                 write(folder)
             break
         except OSError as error:
             left = until - time.monotonic()
             if not disk.is_full(error) or left <= 0:
                 raise _write_error(error, output) from error
-            report.say(
+            reporter.say(
                 f"the disk is full while writing {output}: free some space, it is tried again "
                 f"for {left:.0f} s"
             )
             time.sleep(min(_PAUSE, left))
-    last_model.remember(output)
 
 
 def _write_error(error: OSError, output: Path) -> SparsekError:
@@ -173,7 +174,7 @@ tags:
 - sparsek
 ---
 
-# {Path(result.output).name}
+# {Path(result.out).name}
 
 Made from {name} with `sparsek finetune`: {what}.
 {result.steps:,} steps, {tokens:,} tokens of {recipe.sequence_length:,} per sequence.
@@ -184,7 +185,7 @@ To repeat it: `sparsek finetune --recipe {FINETUNE_RECIPE}` (the recipe beside t
 import sparsek_cli.models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{Path(result.output).name}")
-tokenizer = AutoTokenizer.from_pretrained("{Path(result.output).name}")
+model = AutoModelForCausalLM.from_pretrained("{Path(result.out).name}")
+tokenizer = AutoTokenizer.from_pretrained("{Path(result.out).name}")
 ```
 """

@@ -9,7 +9,7 @@ from torch import nn
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+    from sparsek_cli.recipes.schema_finetune import Lora
 
 
 def is_scorer(name: str) -> bool:
@@ -22,8 +22,15 @@ def is_sparse(model: Any) -> bool:
     return getattr(model.config, "sparsek", None) is not None
 
 
-def choose_parameters(model: Any, recipe: "FinetuneRecipe") -> Any | None:
+def choose_parameters(
+    model: Any, train: str, lora: "Lora | None" = None, *, shape_base: bool = False
+) -> Any | None:
     """Sets requires_grad everywhere; what learns becomes float32.
+
+    Args:
+        train: "scorers", "lora" or "all".
+        lora: adapter settings, needed for "lora".
+        shape_base: whether the gradient of scores goes on into the layers below.
 
     Returns:
         PEFT's LoraModel for `train: lora` (it has put adapters into `model`), else None.
@@ -32,24 +39,23 @@ def choose_parameters(model: Any, recipe: "FinetuneRecipe") -> Any | None:
         UsageError: scorers are to be trained and the model has none.
     """
     tuner = None
-    if recipe.train == "scorers" and not is_sparse(model):
+    if train == "scorers" and not is_sparse(model):
         raise UsageError(
             "this model has no scorers: it is dense",
             hint="convert it first (`sparsek convert`), or set train=all or train=lora",
         )
-    if recipe.train == "lora":
-        tuner = _add_adapters(model, recipe)
+    if train == "lora":
+        tuner = _add_adapters(model, lora)
     for name, parameter in model.named_parameters():
-        if recipe.train == "all":
+        if train == "all":
             learns = True
-        elif recipe.train == "scorers":
+        elif train == "scorers":
             learns = is_scorer(name)
         else:
-            learns = "lora_" in name or (recipe.lora.scorers and is_scorer(name))
+            learns = "lora_" in name or (lora.scorers and is_scorer(name))
         parameter.requires_grad_(learns)
-    if recipe.train != "scorers":
-        shape = recipe.scorers_shape_base
-        _set_shaping(model, recipe.init == "random" if shape is None else shape)
+    if train != "scorers":
+        _set_shaping(model, shape_base)
     for name in _idle_scorers(model):
         model.get_parameter(name).requires_grad_(False)
     for parameter in model.parameters():
@@ -82,17 +88,17 @@ def _idle_scorers(model: Any) -> Iterable[str]:
             yield name
 
 
-def _add_adapters(model: Any, recipe: "FinetuneRecipe") -> Any:
+def _add_adapters(model: Any, lora: "Lora") -> Any:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
 
     from sparsek_cli.models import family_of
 
-    wanted = recipe.lora.targets or list(family_of(model.config).lora_targets)
+    wanted = lora.targets or list(family_of(model.config).lora_targets)
     settings = LoraConfig(
-        r=recipe.lora.rank,
-        lora_alpha=recipe.lora.alpha,
-        lora_dropout=recipe.lora.dropout,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=wanted,
     )
     try:
@@ -118,7 +124,9 @@ def _linear_names(model: Any) -> set[str]:
     }
 
 
-def optimizer_groups(model: Any, recipe: "FinetuneRecipe") -> list[dict[str, Any]]:
+def optimizer_groups(
+    model: Any, rate: float, scorer_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
     """AdamW groups: matrices decay, vectors and embeddings do not, scorers have their own rate."""
     embeddings = {
         id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
@@ -133,11 +141,10 @@ def optimizer_groups(model: Any, recipe: "FinetuneRecipe") -> list[dict[str, Any
             matrices.append(parameter)
         else:
             rest.append(parameter)
-    rate = recipe.learning_rate
     groups = [
-        {"params": matrices, "weight_decay": recipe.weight_decay, "lr": rate},
+        {"params": matrices, "weight_decay": weight_decay, "lr": rate},
         {"params": rest, "weight_decay": 0.0, "lr": rate},
-        {"params": scorers, "weight_decay": 0.0, "lr": recipe.scorer_learning_rate or rate},
+        {"params": scorers, "weight_decay": 0.0, "lr": scorer_rate},
     ]
     return [group for group in groups if group["params"]]
 

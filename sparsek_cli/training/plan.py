@@ -1,166 +1,190 @@
-"""What a run will do, worked out before anything is trained: `--dry-run` prints it."""
+"""What a run will do, checked and worked out before any weights are read."""
 
-import math
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from sparsek_cli import hub
+from sparsek_cli.data.corpus import Corpus
+from sparsek_cli.data.mixture import load_texts
+from sparsek_cli.data.streams import STREAMS, stream_tokenizer
+from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import UsageError
+from sparsek_cli.reporter import Reporter, Silent
+from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
+from sparsek_cli.training.model import load_tokenizer, random_config
+from sparsek_cli.training.parameters import choose_parameters
+from sparsek_cli.training.sharding import check_launch
+from sparsek_cli.training.sizes import Batch, Sizes, count_steps, estimate_bytes, measure
+from sparsek_cli.training.unfinished import check_output, checkpoint_to_resume, part_folder
 
 if TYPE_CHECKING:
-    from sparsek_cli.data.corpus import Corpus
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)
-class TrainingPlan:
-    """The sizes of a run.
+class Plan:
+    """A run that has been checked: what it will do, and what it needs for that.
 
     Attributes:
-        trained, frozen: numbers of parameters.
-        steps: optimiser steps. tokens: training tokens in all.
-        tokens_per_step: over all processes.
-        accumulation: forward passes per process and step.
-        processes: how many share a step.
-        text_tokens: tokens of each text source.
-        precision: bf16 or fp32.
-        memory_gib: estimate for one process: weights, gradients, AdamW state, activations, logits.
+        recipe: the request. sizes: what follows from it.
+        out: the folder to appear. source: where weights come from; None: random ones.
+        tokenizer, texts, held_out: data, tokenized. device, bf16: where and how it is computed.
+        checkpoint: where an unfinished run goes on; None: a new run.
     """
 
-    model: str
-    output: str
-    train: str
-    trained: int
-    frozen: int
-    steps: int
-    tokens: int
-    tokens_per_step: int
-    accumulation: int
-    processes: int
-    text_tokens: dict[str, int]
-    precision: str
-    memory_gib: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For --json."""
-        return asdict(self)
+    recipe: "FinetuneRecipe"
+    sizes: Sizes
+    out: Path
+    source: hub.Checkpoint | None
+    tokenizer: Any
+    texts: dict[str, Corpus]
+    held_out: Corpus | None
+    device: torch.device
+    bf16: bool
+    checkpoint: Path | None = None
 
     def text(self) -> str:
         """For a person."""
-        sources = ", ".join(f"{name} {count:,}" for name, count in self.text_tokens.items())
-        return "\n".join(
-            [
-                f"model        {self.model}",
-                f"output       {self.output}",
-                f"train        {self.train}: {self.trained:,} parameters learn, "
-                f"{self.frozen:,} stay",
-                f"steps        {self.steps:,} of {self.tokens_per_step:,} tokens "
-                f"({self.tokens:,} in all)",
-                f"processes    {self.processes}, {self.accumulation} forward passes each per step",
-                f"text         {sources or 'none'} (tokens)",
-                f"precision    {self.precision}",
-                "many GPUs    torchrun --nproc-per-node N -m sparsek_cli finetune ...",
-                f"memory       about {self.memory_gib:.1f} GiB per process (estimate)",
-            ]
-        )
+        return self.sizes.text()
+
+    def data(self) -> dict[str, Any]:
+        """For --json."""
+        return self.sizes.data()
 
 
-def world_size() -> int:
-    """Processes started by torchrun or accelerate launch; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def plan(
+    recipe: "FinetuneRecipe", reporter: Reporter | None = None, *, resume: bool = False
+) -> Plan:
+    """Checks a request and works out its sizes; text is read, no weights are.
 
-
-def count_steps(recipe: "FinetuneRecipe", texts: "dict[str, Corpus]") -> int:
-    """Optimiser steps from `steps`, `tokens` or `epochs` (default: one epoch of the text).
+    Args:
+        recipe: validated.
+        resume: continue from the newest checkpoint of an unfinished run of the same recipe.
 
     Raises:
-        UsageError: epochs of a recipe without text.
+        UsageError: the request cannot be carried out as written.
     """
-    per_step = recipe.batch_size * recipe.sequence_length
-    if recipe.steps is not None:
-        return recipe.steps
-    if recipe.tokens is not None:
-        return math.ceil(recipe.tokens / per_step)
-    shares = {name: block.weight for name, block in recipe.data.items()}
-    trained = {name: c for name, c in texts.items() if shares[name] > 0}
-    if not trained:
-        raise UsageError("no text source to count epochs of", hint="give 'steps' or 'tokens'")
-    total = sum(shares.values())
-    # So many tokens in all that the text source that lasts longest has been read once.
-    needed = max(c.total * total / shares[name] for name, c in trained.items())
-    return max(1, math.ceil((recipe.epochs or 1.0) * needed / per_step))
+    reporter = reporter or Silent()
+    if recipe.init == "pretrained" and recipe.model is None:
+        raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
+    out = Path(os.path.expanduser(recipe.out or f"{_base_name(recipe)}-finetuned"))
+    source = None if recipe.model is None else hub.resolve(recipe.model)
+    where = None if source is None else source.path
+    check_output(out, resume=resume, overwrite=recipe.overwrite, model=where)
+    _check_reporters(recipe.report_to)
+    device = choose_device(recipe.device)
+    check_launch(recipe.launch, cpu=device.type == "cpu", looks_inside={
+        "objective.future": recipe.objective.future,
+        "evaluation.questions": recipe.evaluation.questions,
+    })  # fmt: skip
+    bf16 = choose_dtype(recipe.dtype, device) == torch.bfloat16
+    tokenizer = _tokenizer(recipe.tokenizer, source)
+    texts, held_out = load_texts(
+        recipe.data, recipe.evaluation, tokenizer, reporter.say, seed=recipe.seed
+    )
+    # From here on a few words at a time are tokenised, in forked data workers, which would wait
+    # for ever for the threads of their parent.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    model = _model_without_weights(recipe, tokenizer, source)
+    choose_parameters(model, recipe.train, recipe.lora, shape_base=recipe.shapes_base)
+    return Plan(
+        recipe=recipe,
+        sizes=sizes_of(recipe, model, texts, source, out, bf16),
+        out=out,
+        source=source,
+        tokenizer=tokenizer,
+        texts=texts,
+        held_out=held_out,
+        device=device,
+        bf16=bf16,
+        checkpoint=checkpoint_to_resume(plain(recipe), part_folder(out)) if resume else None,
+    )
 
 
-def count_accumulation(recipe: "FinetuneRecipe", processes: int) -> int:
-    """Forward passes per process and step.
-
-    Raises:
-        UsageError: the global batch cannot be shared out evenly.
-    """
-    together = recipe.micro_batch_size * processes
-    if recipe.batch_size % together:
-        raise UsageError(
-            f"batch_size {recipe.batch_size} is no multiple of micro_batch_size x processes "
-            f"({recipe.micro_batch_size} x {processes})",
-            hint=f"set batch_size={math.ceil(recipe.batch_size / together) * together}",
-        )
-    return recipe.batch_size // together
+def _base_name(recipe: "FinetuneRecipe") -> str:
+    return os.path.basename(os.path.normpath(recipe.model or recipe.architecture.type))
 
 
-def make_plan(
+def plain(recipe: "FinetuneRecipe") -> dict[str, Any]:
+    """The recipe as plain data."""
+    return recipe.model_dump(mode="json")
+
+
+def sizes_of(
     recipe: "FinetuneRecipe",
     model: Any,
-    texts: "dict[str, Corpus]",
-    *,
-    name: str,
-    output: Path,
+    texts: dict[str, Corpus],
+    source: hub.Checkpoint | None,
+    out: Path,
     bf16: bool,
-) -> TrainingPlan:
-    """The plan for a model whose parameters have been chosen (it may be on the meta device)."""
-    processes = world_size()
-    steps = count_steps(recipe, texts)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    per_step = recipe.batch_size * recipe.sequence_length
-    return TrainingPlan(
-        model=name,
-        output=str(output),
-        train=recipe.train,
-        trained=trained,
-        frozen=frozen,
-        steps=steps,
-        tokens=steps * per_step,
-        tokens_per_step=per_step,
-        accumulation=count_accumulation(recipe, processes),
-        processes=processes,
-        text_tokens={name: corpus.total for name, corpus in texts.items()},
-        precision="bf16" if bf16 else "fp32",
-        memory_gib=estimate_bytes(recipe, model, bf16=bf16) / GIB,
+) -> Sizes:
+    """What the request comes to for this model and this text."""
+    batch = Batch(recipe.sequence_length, recipe.batch_size, recipe.micro_batch_size)
+    counts = {name: corpus.total for name, corpus in texts.items()}
+    weights = {name: block.weight for name, block in recipe.data.items()}
+    steps = count_steps(
+        batch, counts, weights, steps=recipe.steps, tokens=recipe.tokens, epochs=recipe.epochs
     )
-
-
-def estimate_bytes(recipe: "FinetuneRecipe", model: Any, *, bf16: bool) -> float:
-    """Bytes one process needs, derived; within a factor of about 1.5 of what is measured.
-
-    Learning parameters: float32 weight, gradient, two AdamW moments. Activations per token and
-    layer: about 16 C + 4 F values (C width, F feed-forward), or C with checkpointing plus one
-    layer in full. Logits: the chunk, its float32 copy and its gradient.
-    """
-    config = model.config
-    unit = 2 if bf16 else 4
-    weights = sum(
-        16 * p.numel() if p.requires_grad else p.numel() * p.element_size()
-        for p in model.parameters()
+    memory = estimate_bytes(
+        model, batch, bf16=bf16, checkpointing=recipe.checkpointing, loss_chunk=recipe.loss_chunk
     )
-    tokens = recipe.micro_batch_size * recipe.sequence_length
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    layer = tokens * unit * (16 * config.hidden_size + 4 * inner)
-    if recipe.checkpointing:
-        activations = config.num_hidden_layers * tokens * unit * config.hidden_size + layer
+    name = source.name if source else f"{recipe.architecture.type} (random)"
+    return measure(
+        model, batch, steps,
+        name=name, out=out, train=recipe.train, text_tokens=counts, bf16=bf16, memory=memory,
+    )  # fmt: skip
+
+
+def _model_without_weights(
+    recipe: "FinetuneRecipe", tokenizer: Any, source: hub.Checkpoint | None
+) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401  (registers our families)
+
+    if recipe.init == "random":
+        config = random_config(
+            recipe.architecture, recipe.attention, recipe.sequence_length, tokenizer
+        )
     else:
-        activations = config.num_hidden_layers * layer
-    logits = min(recipe.loss_chunk, tokens) * config.vocab_size * 12
-    return weights + activations + logits
+        config = AutoConfig.from_pretrained(source.path)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _tokenizer(name: str | None, source: hub.Checkpoint | None) -> Any:
+    if name in STREAMS:
+        return stream_tokenizer(name)
+    return load_tokenizer(_tokenizer_place(name, source))
+
+
+def _tokenizer_place(name: str | None, source: hub.Checkpoint | None) -> str | Path:
+    """A folder or hub id; of a hub model only the tokenizer's files are fetched."""
+    if name is None:
+        if source is None:
+            raise UsageError(
+                "init: random needs a tokenizer",
+                hint="set 'tokenizer' (a folder, short name or hub id) or 'model'",
+            )
+        return source.path
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name in BUNDLED:
+        return hub.bundled(name).path
+    return SHORT_NAMES[name].hub_id if name in SHORT_NAMES else name
+
+
+def _check_reporters(names: Sequence[str]) -> None:
+    packages = {"tensorboard": ("tensorboard", "tensorboardX")}
+    for name in names:
+        if not any(find_spec(package) for package in packages.get(name, (name,))):
+            raise UsageError(
+                f"report_to: {name} is not installed", hint=f"`pip install {name}`, or leave it out"
+            )

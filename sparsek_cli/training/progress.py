@@ -1,42 +1,25 @@
 """What a person sees while training: speed, loss, time left; and the end of a time limit."""
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-
-class Report(Protocol):
-    """Where progress goes; commands give one that draws a bar on stderr."""
-
-    def say(self, text: str) -> None:
-        """One line."""
-
-    def step(self, done: int, total: int, rate: str) -> None:
-        """`done` of `total` optimiser steps; `rate` is ready to be shown."""
-
-
-class Silent:
-    """Shows nothing."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def step(self, done: int, total: int, rate: str) -> None:
-        pass
+from sparsek_cli.reporter import Bar, Reporter
 
 
 class ProgressReport(TrainerCallback):
     """Turns the Trainer's events into steps and lines, on the first process only.
 
     Args:
-        report: where they go.
+        reporter: where lines go. bar: one step of it is an optimiser step.
         tokens_per_step: over all processes.
     """
 
-    def __init__(self, report: Report, tokens_per_step: int):
-        self.report, self.tokens_per_step = report, tokens_per_step
+    def __init__(self, reporter: Reporter, bar: Bar, tokens_per_step: int):
+        self.reporter, self.bar, self.tokens_per_step = reporter, bar, tokens_per_step
+        self._shown: int | None = None
         self._marks: list[tuple[float, int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -46,7 +29,11 @@ class ProgressReport(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self._marks = [*self._marks[-20:], (time.monotonic(), state.global_step)]
-        self.report.step(state.global_step, state.max_steps, f"{self.rate():,.0f} tokens/s")
+        if self._shown is None:
+            self.bar.describe("training", total=state.max_steps)
+            self._shown = 0
+        self.bar.advance(state.global_step - self._shown, rate=f"{self.rate():,.0f} tokens/s")
+        self._shown = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero or not logs:
@@ -65,7 +52,7 @@ class ProgressReport(TrainerCallback):
                 shown.append(f"recall {logs['eval_recall']:.1%}")
         else:
             return
-        self.report.say("  ".join(shown))
+        self.reporter.say("  ".join(shown))
 
     def rate(self) -> float:
         """Tokens per second over the last twenty steps; 0 before the first."""

@@ -4,17 +4,22 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.training.plan import world_size
+from sparsek_cli.training.sizes import world_size
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+    from sparsek_cli.recipes.schema_finetune import Launch
 
 
-def check_launch(recipe: "FinetuneRecipe", *, cpu: bool) -> None:
-    """Raises UsageError where the recipe's strategy cannot run as it was started."""
-    strategy = recipe.launch.strategy
+def check_launch(launch: "Launch", *, cpu: bool, looks_inside: dict[str, float]) -> None:
+    """Raises UsageError where a strategy cannot run as it was started.
+
+    Args:
+        cpu: whether there is no GPU.
+        looks_inside: values of the recipe's keys that need whole layers; 0 is off.
+    """
+    strategy = launch.strategy
     if strategy == "ddp":
-        if recipe.launch.offload:
+        if launch.offload:
             raise UsageError(
                 "launch.offload needs something sharded", hint="set launch.strategy=fsdp or zero3"
             )
@@ -34,10 +39,7 @@ def check_launch(recipe: "FinetuneRecipe", *, cpu: bool) -> None:
             f"launch.strategy={strategy}: DeepSpeed is not installed",
             hint="`pip install deepspeed`, or set launch.strategy=fsdp",
         )
-    for key, given in (
-        ("objective.future", recipe.objective.future),
-        ("evaluation.questions", recipe.evaluation.questions),
-    ):
+    for key, given in looks_inside.items():
         if given:
             raise UsageError(
                 f"{key} looks into layers whose parameters are sharded",
@@ -45,9 +47,11 @@ def check_launch(recipe: "FinetuneRecipe", *, cpu: bool) -> None:
             )
 
 
-def sharding_arguments(recipe: "FinetuneRecipe", model: Any, *, bf16: bool) -> dict[str, Any]:
-    """What TrainingArguments needs for the recipe's strategy; empty for ddp."""
-    strategy, offload = recipe.launch.strategy, recipe.launch.offload
+def sharding_arguments(
+    launch: "Launch", model: Any, *, bf16: bool, max_grad_norm: float
+) -> dict[str, Any]:
+    """What TrainingArguments needs for a strategy; empty for ddp."""
+    strategy, offload = launch.strategy, launch.offload
     if strategy == "fsdp":
         config = {
             "version": 2,
@@ -58,7 +62,7 @@ def sharding_arguments(recipe: "FinetuneRecipe", model: Any, *, bf16: bool) -> d
         }
         return {"fsdp": True, "fsdp_config": config}
     if strategy.startswith("zero"):
-        return {"deepspeed": _deepspeed(recipe, int(strategy[-1]), offload=offload, bf16=bf16)}
+        return {"deepspeed": _deepspeed(int(strategy[-1]), offload, bf16, max_grad_norm)}
     return {}
 
 
@@ -81,9 +85,7 @@ def _block_names(model: Any) -> set[str]:
     }
 
 
-def _deepspeed(
-    recipe: "FinetuneRecipe", stage: int, *, offload: bool, bf16: bool
-) -> dict[str, Any]:
+def _deepspeed(stage: int, offload: bool, bf16: bool, max_grad_norm: float) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": True, "contiguous_gradients": True}
     if offload:
         zero["offload_optimizer"] = {"device": "cpu"}
@@ -94,7 +96,7 @@ def _deepspeed(
     return {
         "zero_optimization": zero,
         "bf16": {"enabled": bf16},
-        "gradient_clipping": recipe.max_grad_norm or 0.0,
+        "gradient_clipping": max_grad_norm or 0.0,
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",

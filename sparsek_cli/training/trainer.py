@@ -28,7 +28,8 @@ class SparsekTrainer(Trainer):
     """Loss means over the whole global batch, data in a fixed order, checkpoints in one rename.
 
     Args:
-        recipe: the validated FinetuneRecipe.
+        rates: peak rate of the base, of scorers, and AdamW's decay, for `optimizer_groups`.
+        batch_size: sequences per step. keep_checkpoints: how many.
         objective: how loss sums become one number.
         start: the parameters that learn, as they were before the run; None: not kept.
         questions: what recall is measured with; empty: it is not.
@@ -39,7 +40,9 @@ class SparsekTrainer(Trainer):
     def __init__(
         self,
         *,
-        recipe: Any,
+        rates: tuple[float, float, float],
+        batch_size: int,
+        keep_checkpoints: int,
         objective: Objective,
         start: dict[str, torch.Tensor] | None = None,
         questions: Sequence[Question] = (),
@@ -50,7 +53,8 @@ class SparsekTrainer(Trainer):
         # The loss is divided by the counts of the whole global batch, in `compute_loss`.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.recipe, self.objective, self.start = recipe, objective, start
+        self.objective, self.start = objective, start
+        self.rates, self.batch_size, self.keep_checkpoints = rates, batch_size, keep_checkpoints
         self.questions, self.stages = questions, stages
         self.last_loss: torch.Tensor | None = None
         self._unchecked: tuple[torch.Tensor, list[int]] | None = None
@@ -117,10 +121,10 @@ class SparsekTrainer(Trainer):
             return
         data: Mixture = self.train_dataset
         named = ", ".join(f"{index} ({data.name_of(index)})" for index in indices)
-        step = indices[0] // self.recipe.batch_size + 1
+        step = indices[0] // self.batch_size + 1
         raise SparsekError(
             f"the loss became {loss.item()} at step {step}, in sequences {named}",
-            hint="lower learning_rate, or raise warmup; with precision: bf16 try fp32. "
+            hint="lower learning_rate, or raise warmup; with dtype: bfloat16 try float32. "
             "Checkpoints before it are good: --resume continues from the last",
         )
 
@@ -151,7 +155,7 @@ class SparsekTrainer(Trainer):
         """AdamW over the groups of parameters.py."""
         if self.optimizer is None:
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = optimizer_groups(self.model if model is None else model, self.recipe)
+            groups = optimizer_groups(self.model if model is None else model, *self.rates)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
 
@@ -193,7 +197,7 @@ class SparsekTrainer(Trainer):
         if counts[1] > 0:
             metrics[f"{prefix}_answer_loss"] = (answers / counts[1]).item()
         if self.questions:
-            tokens = each * self.recipe.sequence_length
+            tokens = each * len(data[0]["input_ids"])
             with self.compute_loss_context_manager():
                 right = recalled(self.model, self.questions, batch_tokens=tokens)
             metrics[f"{prefix}_recall"] = float(right.mean())
@@ -220,7 +224,7 @@ class SparsekTrainer(Trainer):
                 checkpoints.save_loss(loss, writing / name)
                 shutil.rmtree(home / name, ignore_errors=True)
                 os.replace(writing / name, home / name)
-                checkpoints.keep_newest(home, self.recipe.keep_checkpoints)
+                checkpoints.keep_newest(home, self.keep_checkpoints)
         except OSError as error:
             shutil.rmtree(writing, ignore_errors=True)
             raise checkpoints.disk_error(error, home) from error

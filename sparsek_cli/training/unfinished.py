@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import yaml
 
@@ -16,12 +16,9 @@ from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
 from sparsek_cli.training.checkpoints import checkpoints_in
 
-if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-
 # What may differ between a run and its continuation: none of it changes a step.
 _FREE = ("save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",
-         "out", "compile", "checkpointing", "loss_chunk", "minutes",
+         "out", "overwrite", "compile", "checkpointing", "loss_chunk", "minutes",
          "launch")  # fmt: skip
 
 
@@ -58,8 +55,8 @@ def check_output(output: Path, *, resume: bool, overwrite: bool, model: Path | N
         )
 
 
-def checkpoint_to_resume(recipe: "FinetuneRecipe", part: Path) -> Path:
-    """The newest checkpoint of a run of the same recipe.
+def checkpoint_to_resume(recipe: dict[str, Any], part: Path) -> Path:
+    """The newest checkpoint of a run of the same recipe, given as plain data.
 
     Raises:
         UsageError: the recipe differs in something that changes the result.
@@ -73,14 +70,13 @@ def checkpoint_to_resume(recipe: "FinetuneRecipe", part: Path) -> Path:
             f"the recipe of the unfinished run, {part / RECIPE}, cannot be read",
             hint="--overwrite starts over",
         )
-    now = recipe.model_dump(mode="json")
-    for key in now:
-        if key not in _FREE and before.get(key) != now[key]:
+    for key, now in recipe.items():
+        if key not in _FREE and before.get(key) != now:
             raise UsageError(
-                f"the unfinished run has {key} {before.get(key)!r}, now it is {now[key]!r}",
+                f"the unfinished run has {key} {before.get(key)!r}, now it is {now!r}",
                 hint="resume with the same recipe, or --overwrite to start over",
             )
-    kinds = {str(run["launch"]["strategy"]).startswith("zero") for run in (before, now)}
+    kinds = {str(run["launch"]["strategy"]).startswith("zero") for run in (before, recipe)}
     if len(kinds) == 2:
         raise UsageError(
             "checkpoints of DeepSpeed and those of ddp and fsdp are different things",
@@ -90,7 +86,7 @@ def checkpoint_to_resume(recipe: "FinetuneRecipe", part: Path) -> Path:
 
 
 @contextmanager
-def begun(recipe: "FinetuneRecipe", part: Path, *, resume: bool) -> Iterator[None]:
+def begun(recipe: dict[str, Any], part: Path, *, resume: bool) -> Iterator[None]:
     """Makes the folder and holds it, on the first process; an earlier run goes unless resumed.
 
     Raises:
@@ -109,7 +105,7 @@ def begun(recipe: "FinetuneRecipe", part: Path, *, resume: bool) -> Iterator[Non
             ) from error
         if not resume:
             _empty(part)
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+        text = yaml.safe_dump(recipe, sort_keys=False)
         # In one step: other processes may be reading what an earlier run left.
         fresh = part / f"{RECIPE}.new"
         fresh.write_text(text, encoding="utf-8")

@@ -12,7 +12,7 @@ def engine(dense_model, monkeypatch) -> Callable:
 
     Replies are letters only: a random model's other tokens have no text that tokenizes back.
     """
-    from sparsek_cli.chat import engine as module
+    from sparsek_cli.dialogue import engine as module
 
     draw = module.draw
 
@@ -24,7 +24,7 @@ def engine(dense_model, monkeypatch) -> Callable:
     monkeypatch.setattr(module, "draw", draw_letters)
 
     def make(family: str = "llama", chunk: int = 32, **overrides):
-        from sparsek_cli.chat.engine import Engine
+        from sparsek_cli.dialogue.engine import Engine
 
         class RecordingEngine(Engine):
             def reset(self) -> None:

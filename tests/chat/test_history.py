@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsek_cli.chat.engine import Engine, Sampling
-from sparsek_cli.chat.repl import Repl
-from sparsek_cli.chat.session import MOMENTS, Session
+from sparsek_cli.dialogue.engine import Engine, Sampling
+from sparsek_cli.dialogue.repl import Repl
+from sparsek_cli.dialogue.session import MOMENTS, Session
 from sparsek_cli.errors import UsageError
 
 

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsek_cli.chat.engine import Sampling
-from sparsek_cli.chat.figures import size, status_line
-from sparsek_cli.chat.files import load_file, load_path, save_conversation
-from sparsek_cli.chat.repl import Repl
-from sparsek_cli.chat.session import Session, Stats
-from sparsek_cli.chat.settings import changed
+from sparsek_cli.dialogue.engine import Sampling
+from sparsek_cli.dialogue.figures import size, status_line
+from sparsek_cli.dialogue.files import load_file, load_path, save_conversation
+from sparsek_cli.dialogue.repl import Repl
+from sparsek_cli.dialogue.session import Session, Stats
+from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
 
 

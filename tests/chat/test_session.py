@@ -5,10 +5,10 @@ import signal
 
 import pytest
 
-from sparsek_cli.chat.engine import Sampling
-from sparsek_cli.chat.pieces import BLOCK, Encoder, Reply
-from sparsek_cli.chat.session import Session
-from sparsek_cli.chat.template import render
+from sparsek_cli.dialogue.engine import Sampling
+from sparsek_cli.dialogue.pieces import BLOCK, Encoder, Reply
+from sparsek_cli.dialogue.session import Session
+from sparsek_cli.dialogue.template import render
 from sparsek_cli.errors import SparsekError, UsageError
 
 
@@ -206,7 +206,7 @@ def test_full_table_of_positions_is_an_error_that_leaves_the_session_usable(engi
 
 
 def test_stop_tokens_are_neither_shown_nor_fed(session, monkeypatch):
-    from sparsek_cli.chat import engine as module
+    from sparsek_cli.dialogue import engine as module
 
     drawn = iter([70, 71, 2])
     monkeypatch.setattr(module, "draw", lambda *a: next(drawn))
@@ -229,7 +229,7 @@ def test_greedy_and_seeded_sampling_repeat(engine, tokenizer):
 def test_nan_logits_are_reported():
     import torch
 
-    from sparsek_cli.chat.engine import draw
+    from sparsek_cli.dialogue.engine import draw
 
     with pytest.raises(SparsekError, match="not a number"):
         draw(torch.tensor([0.0, float("nan")]), Sampling())

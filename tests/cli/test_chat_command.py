@@ -90,7 +90,7 @@ def test_damaged_models(sparsek, model):
 
 
 def test_last_model_is_taken_and_named(sparsek, model):
-    from sparsek_cli import last_model
+    from sparsek_cli.commands import last_model
 
     last_model.remember(model)
     shown = sparsek("chat", "--prompt", "x", "--max-new-tokens", "1")

@@ -13,7 +13,7 @@ import pytest
     [
         ("sparsek_cli.hub.resolve", ["convert", "tiny"]),
         ("sparsek_cli.hub.resolve", ["finetune", "base", "out"]),
-        ("sparsek_cli.last_model.model_or_default", ["evaluate", "--tasks", "ppl"]),
+        ("sparsek_cli.commands.last_model.name_or_default", ["evaluate", "--tasks", "ppl"]),
         ("sparsek_cli.hub.resolve", ["chat", "tiny", "--prompt", "x"]),
         ("sparsek_cli.hub.resolve", ["doctor", "tiny"]),
         ("sparsek_cli.benchmarks.layer.measure", ["bench", "--device", "cpu"]),

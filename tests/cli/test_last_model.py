@@ -1,8 +1,10 @@
 """Verbs without MODEL: the last model made here, else the bundled one, and they say so."""
 
+from pathlib import Path
+
 import pytest
 
-from sparsek_cli import hub, last_model
+from sparsek_cli.commands import last_model
 
 
 @pytest.fixture
@@ -19,22 +21,21 @@ def test_remembered_until_the_folder_is_gone(made):
     last_model.remember(made)
     assert last_model.recall() == made
     said = []
-    assert last_model.model_or_default(None, say=said.append).path == made
+    assert Path(last_model.name_or_default(None, say=said.append)) == made
     assert str(made) in said[0] and "last" in said[0]
     (made / "config.json").unlink()
     assert last_model.recall() is None
 
 
-def test_without_memory_the_bundled_model(monkeypatch, made):
-    monkeypatch.setattr(hub, "bundled", lambda: hub.Checkpoint(made, "tiny", "bundled"))
+def test_without_memory_the_bundled_model():
     said = []
-    assert last_model.model_or_default(None, say=said.append).name == "tiny"
+    assert last_model.name_or_default(None, say=said.append) == "tiny"
     assert "bundled" in said[0]
 
 
 def test_a_named_model_is_not_announced(made):
     said = []
-    assert last_model.model_or_default(str(made), say=said.append).path == made
+    assert last_model.name_or_default(str(made), say=said.append) == str(made)
     assert said == []
 
 

@@ -6,19 +6,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from verbs import convert
 
 import sparsek_cli.models  # noqa: F401
-from sparsek_cli.console import Console
-from sparsek_cli.conversion.convert import convert
-from sparsek_cli.conversion.plan import make_plan
 from sparsek_cli.conversion.shards import read_shards
-from sparsek_cli.hub import resolve
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
 def converted(model: Path, out: Path, **settings) -> Path:
     recipe = ConvertRecipe(model=str(model), out=str(out), **{"calibrate": "none", **settings})
-    convert(make_plan(recipe, resolve(str(model))), Console(quiet=True))
+    convert(recipe)
     return out
 
 

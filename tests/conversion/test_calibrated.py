@@ -8,12 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from verbs import convert
 
-from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
-from sparsek_cli.conversion.convert import convert
-from sparsek_cli.conversion.plan import make_plan
-from sparsek_cli.hub import resolve
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 STORIES = Path(
@@ -26,7 +23,7 @@ STORIES = Path(
 
 def calibrated(base: Path, out: Path, **settings):
     recipe = ConvertRecipe(model=str(base), out=str(out), device="cpu", **settings)
-    return convert(make_plan(recipe, resolve(str(base))), Console(quiet=True))
+    return convert(recipe)
 
 
 def test_every_family_calibrates(family, dense_checkpoint, tmp_path):

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from sparsek_cli.console import Console
-from sparsek_cli.conversion.convert import convert
-from sparsek_cli.conversion.plan import Plan, make_plan
+from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.plan import plan as make_plan
+from sparsek_cli.conversion.run import run as convert
 from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.conversion.write import converted_config, neutral_scorers
-from sparsek_cli.hub import resolve
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 QUIET = Console(quiet=True)
@@ -23,7 +23,7 @@ QUIET = Console(quiet=True)
 def plan_for(base: Path, out: Path, **settings) -> Plan:
     settings = {"calibrate": "none", "topk": 8, "window": 8, **settings}
     recipe = ConvertRecipe(model=str(base), out=str(out), **settings)
-    return make_plan(recipe, resolve(str(base)))
+    return make_plan(recipe)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -94,7 +94,7 @@ def test_budget_splits_into_sinks_topk_and_window(dense_checkpoint, tmp_path, se
     # What is recorded makes the same again, and has one way to say it.
     again = ConvertRecipe(**{**plan.resolved(), "out": str(tmp_path / "again")})
     assert again.budget is None
-    assert make_plan(again, resolve(str(base))).budget == plan.budget
+    assert make_plan(again).budget == plan.budget
 
 
 def test_base_is_linked_byte_for_byte(dense_checkpoint, tmp_path):
@@ -193,8 +193,8 @@ def test_dry_run_writes_nothing(dense_checkpoint, tmp_path, capsys, monkeypatch)
 
 
 def test_command_remembers_and_names_the_next(dense_checkpoint, tmp_path, capsys, monkeypatch):
-    from sparsek_cli import last_model
     from sparsek_cli.app import run
+    from sparsek_cli.commands import last_model
 
     monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.chdir(tmp_path)
@@ -215,7 +215,7 @@ def test_command_remembers_and_names_the_next(dense_checkpoint, tmp_path, capsys
 
 
 def test_overwrite_replaces_only_after_success(dense_checkpoint, tmp_path, monkeypatch):
-    from sparsek_cli.conversion import convert as module
+    from sparsek_cli.conversion import run as module
     from sparsek_cli.errors import SparsekError
 
     base = dense_checkpoint()

@@ -15,8 +15,7 @@ from sparsek_cli.conversion.calibrate.decide import (
 )
 from sparsek_cli.conversion.calibrate.settle import settle
 from sparsek_cli.conversion.calibrate.threshold import FutureAttention, threshold_shares
-from sparsek_cli.conversion.plan import make_plan
-from sparsek_cli.hub import resolve
+from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
@@ -40,7 +39,7 @@ def three_layers(dense_checkpoint, tmp_path):
         method={"sizes": [0, 0.5, 2, 4]},
         calibrate_length=256,
     )
-    plan = make_plan(recipe, resolve(recipe.model))
+    plan = make_plan(recipe)
     plan = replace(plan, geometry=replace(plan.geometry, kv_heads=1))
     assert sizes_of(plan) == (0, 4, 8, 16, 32, 244)
     errors = [9.0, 6.0, 4.0, 2.0, 1.0, 0.5]

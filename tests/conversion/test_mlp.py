@@ -14,10 +14,9 @@ from sparsek_cli.conversion.calibrate.decide import scorers_of
 from sparsek_cli.conversion.calibrate.fit import LinearFit
 from sparsek_cli.conversion.calibrate.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.run import search
-from sparsek_cli.conversion.convert import convert
-from sparsek_cli.conversion.plan import make_plan
+from sparsek_cli.conversion.plan import plan as make_plan
+from sparsek_cli.conversion.run import run as convert
 from sparsek_cli.errors import UsageError
-from sparsek_cli.hub import resolve
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
@@ -29,7 +28,7 @@ EMPTY = torch.empty(0)
 def request(base, out, **settings):
     settings = {"topk": 24, "window": 16, "device": "cpu", "calibrate_tokens": 2048,
                 "calibrate_length": 256, "method": {"scorer": "mlp"}} | settings  # fmt: skip
-    return make_plan(ConvertRecipe(model=str(base), out=str(out), **settings), resolve(str(base)))
+    return make_plan(ConvertRecipe(model=str(base), out=str(out), **settings))
 
 
 def mlp_scorer(hidden_size=8, heads=2, width=5):

@@ -183,7 +183,7 @@ def test_no_permission(dense_checkpoint, refused, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_while_verifying(dense_checkpoint, refused, monkeypatch, number):
-    from sparsek_cli.conversion import convert as module
+    from sparsek_cli.conversion import run as module
 
     dense_checkpoint()
 

@@ -94,7 +94,7 @@ def recipe(checkpoints, data, tmp_path) -> Callable[..., Any]:
             "data": str(data),
             "lengths": [LENGTH],
             "limit": 4,
-            "output": str(tmp_path / "out"),
+            "out": str(tmp_path / "out"),
             "device": "cpu",
             "max_new_tokens": 6,
         }

@@ -7,7 +7,7 @@ import pytest
 def test_answers_do_not_depend_on_their_neighbours(recipe, console, tmp_path, limit):
     import json
 
-    from sparsek_cli.evaluation.run import evaluate
+    from verbs import evaluate
 
     policies = ["dense", "window", "random", "snapkv", "h2o"]
     settings = {"tasks": ["scrolls_qasper", "recall_4"], "baselines": policies}
@@ -15,7 +15,7 @@ def test_answers_do_not_depend_on_their_neighbours(recipe, console, tmp_path, li
     answers, held = {}, {}
     for rows in (1, 3):
         out = tmp_path / str(rows)
-        report = evaluate(recipe(**settings, batch_size=rows, output=str(out)), console)
+        report = evaluate(recipe(**settings, batch_size=rows, out=str(out)), console)
         assert len(report["policies"]) == 6
         answers[rows] = {
             str(file.relative_to(out)): [

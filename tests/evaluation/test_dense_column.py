@@ -64,15 +64,16 @@ def plain(checkpoints, data):
 @pytest.fixture(scope="module")
 def runs(checkpoints, data, tmp_path_factory):
     """{policy: {task: {metric: value}}} of one evaluation at the budget, one without limit."""
+    from verbs import evaluate
+
     from sparsek_cli.console import Console
-    from sparsek_cli.evaluation.run import evaluate
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
     def run(name, **keys):
         settings = {
             "model": str(checkpoints[1]), "data": str(data), "lengths": [LENGTH], "limit": 4,
             "tasks": TASKS, "max_new_tokens": 6, "device": "cpu", "baselines": ["dense"],
-            "output": str(tmp_path_factory.mktemp("runs") / name),
+            "out": str(tmp_path_factory.mktemp("runs") / name),
         }  # fmt: skip
         report = evaluate(EvaluateRecipe(**(settings | keys)), Console(quiet=True))
         found = {}
@@ -108,15 +109,16 @@ def test_columns(plain, runs):
 
 
 def test_cutting_at_the_left_is_what_lm_eval_does(checkpoints, data, tmp_path):
+    from verbs import evaluate
+
     from sparsek_cli.console import Console
-    from sparsek_cli.evaluation.run import evaluate
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
     tasks = ["scrolls_qasper", "scrolls_contractnli", "scrolls_fairytaleqa"]
     theirs = plain_lm_eval(checkpoints, data, tasks, max_length=150)
     recipe = EvaluateRecipe(
         model=str(checkpoints[1]), data=str(data), tasks=tasks, limit=4, baselines=["dense"],
-        max_new_tokens=6, max_length=150, truncate="left", output=str(tmp_path), device="cpu",
+        max_new_tokens=6, max_length=150, truncate="left", out=str(tmp_path), device="cpu",
     )  # fmt: skip
     report = evaluate(recipe, Console(quiet=True))
     for unit in report["units"]:

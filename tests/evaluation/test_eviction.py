@@ -136,8 +136,9 @@ def test_without_eviction_the_answer_is_the_dense_one(model, name):
 
 @pytest.fixture(scope="module")
 def report(checkpoints, data, tmp_path_factory):
+    from verbs import evaluate
+
     from sparsek_cli.console import Console
-    from sparsek_cli.evaluation.run import evaluate
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
     tasks = ["ppl", "recall_4", "recall_turns",
@@ -145,7 +146,7 @@ def report(checkpoints, data, tmp_path_factory):
     recipe = EvaluateRecipe(
         model=str(checkpoints[1]), data=str(data), lengths=[640], limit=4, device="cpu",
         tasks=tasks, baselines=["dense", "snapkv", "h2o"], budgets=[68, 2048],
-        max_new_tokens=6, output=str(tmp_path_factory.mktemp("rivals") / "out"),
+        max_new_tokens=6, out=str(tmp_path_factory.mktemp("rivals") / "out"),
     )  # fmt: skip
     return evaluate(recipe, Console(quiet=True))
 
@@ -177,7 +178,7 @@ def test_running_text_has_no_rivals(report):
 
 def test_in_a_conversation_the_first_question_decides(recipe, console, monkeypatch):
     """Also for later questions, which otherwise would find the whole document again."""
-    from sparsek_cli.evaluation.run import evaluate
+    from verbs import evaluate
 
     ended, real = [], eviction.SnapLayer.rank
 
@@ -195,8 +196,9 @@ def test_in_a_conversation_the_first_question_decides(recipe, console, monkeypat
 
 
 def test_a_rival_that_does_not_evict_is_caught(recipe, console, monkeypatch):
+    from verbs import evaluate
+
     from sparsek_cli.errors import SparsekError
-    from sparsek_cli.evaluation.run import evaluate
 
     real = evicting_layer.EvictingLayer.bound
 

@@ -9,7 +9,7 @@ from sparsek_cli.errors import SparsekError
 
 @pytest.fixture
 def run():
-    from sparsek_cli.evaluation.run import evaluate
+    from verbs import evaluate
 
     return evaluate
 

@@ -54,7 +54,7 @@ def wait_for(folder: Path, count: int, process: subprocess.Popen) -> None:
 
 def results(folder: Path) -> dict:
     report = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    report.pop("timings"), report["recipe"].pop("output")
+    report.pop("timings"), report["recipe"].pop("out")
     return report
 
 

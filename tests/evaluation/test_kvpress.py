@@ -155,8 +155,9 @@ def test_the_model_is_left_as_it_was(model):
 
 
 def test_a_run_names_it_and_says_when_it_chose(recipe, console, tmp_path):
+    from verbs import evaluate
+
     from sparsek_cli.evaluation.report.table import text
-    from sparsek_cli.evaluation.run import evaluate
 
     name = "kvpress:input"
     tasks = ["recall_4", "scrolls_contractnli"]

@@ -42,8 +42,9 @@ def test_stretched_is_what_transformers_makes_of_the_config(load, checkpoints, w
 
 
 def test_a_stretched_model_takes_longer_prompts(recipe, console):
+    from verbs import evaluate
+
     from sparsek_cli.evaluation.report.table import notes
-    from sparsek_cli.evaluation.run import evaluate
 
     settings = {"tasks": ["recall_1"], "lengths": [2500], "limit": 1, "baselines": ["dense"]}
     with pytest.raises(UsageError) as caught:

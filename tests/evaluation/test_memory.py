@@ -64,8 +64,9 @@ def test_rivals_take_keys_values_and_what_ranks_them_and_stay(model, name):
 
 def test_a_pile_is_as_large_as_its_largest_cache(recipe, console, monkeypatch):
     """Rows are padded to the longest when they are joined, whatever the last one's length."""
+    from verbs import evaluate
+
     from sparsek_cli.evaluation.lm.harness import SparsekLM
-    from sparsek_cli.evaluation.run import evaluate
 
     asked, prompts = [], []
     real = SparsekLM._read_end

@@ -110,7 +110,7 @@ def test_questions_from_local_files(checkpoints, tmp_path):
 
 
 def test_needles_are_measured_end_to_end(recipe, console, tmp_path, monkeypatch):
-    from sparsek_cli.evaluation.run import evaluate
+    from verbs import evaluate
 
     monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
     settings = {"tasks": ["ruler_niah_single_2"], "baselines": ["dense"], "lengths": [LENGTH]}

@@ -14,7 +14,7 @@ def without_times(folder):
 
 @pytest.fixture
 def run():
-    from sparsek_cli.evaluation.run import evaluate
+    from verbs import evaluate
 
     return evaluate
 
@@ -78,20 +78,20 @@ def test_resume_after_a_crash_gives_the_same_results(run, recipe, console, tmp_p
     out = tmp_path / "again"
     real, calls = module.run_unit, []
 
-    def crashing(unit, policy, *rest):
+    def crashing(unit, policy, *rest, **limits):
         calls.append((unit.name, policy.label))
         if len(calls) == 3:
             raise SystemExit("killed")
-        return real(unit, policy, *rest)
+        return real(unit, policy, *rest, **limits)
 
     monkeypatch.setattr(module, "run_unit", crashing)
     with pytest.raises(SystemExit):
-        run(recipe(**settings, output=str(out)), console)
+        run(recipe(**settings, out=str(out)), console)
     (out / ".results.json.999.part").write_text("half of", encoding="utf-8")
-    run(recipe(**settings, output=str(out)), console, resume=True)
+    run(recipe(**settings, out=str(out)), console, resume=True)
     assert len(calls) == 3 + 2  # four units: two done before the crash, two after it
     resumed = without_times(out)
-    whole["recipe"].pop("output"), resumed["recipe"].pop("output")
+    whole["recipe"].pop("out"), resumed["recipe"].pop("out")
     assert resumed == whole
 
 
@@ -324,10 +324,10 @@ def test_ctrl_c_leaves_a_valid_partial_result(run, recipe, console, tmp_path, mo
 
     real = module.run_unit
 
-    def stopped(unit, policy, *rest):
+    def stopped(unit, policy, *rest, **limits):
         if policy.label == "sparsek":
             raise KeyboardInterrupt
-        return real(unit, policy, *rest)
+        return real(unit, policy, *rest, **limits)
 
     monkeypatch.setattr(module, "run_unit", stopped)
     with pytest.raises(KeyboardInterrupt):

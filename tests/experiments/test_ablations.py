@@ -12,9 +12,8 @@ from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.collect import LayerwiseBase
 from sparsek_cli.conversion.calibrate.fit import LinearFit
 from sparsek_cli.conversion.calibrate.run import search
-from sparsek_cli.conversion.plan import make_plan
+from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.errors import UsageError
-from sparsek_cli.hub import resolve
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -62,7 +61,7 @@ def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkey
     """Whatever the scorer, and in batches."""
     from transformers import AutoModelForCausalLM
 
-    from sparsek_cli.conversion.convert import convert
+    from sparsek_cli.conversion.run import run as convert
     from sparsek_cli.models import attention
 
     base = dense_checkpoint("qwen3")
@@ -70,10 +69,10 @@ def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkey
         model=str(base), out=str(tmp_path / "out"), topk=24, window=16, device="cpu",
         calibrate_tokens=2048, calibrate_length=256,
     )  # fmt: skip
-    plan = make_plan(recipe, resolve(str(base)))
+    plan = make_plan(recipe)
     found = search(plan, Console(quiet=True), fit)
     layers, choices = found.layers, found.choices
-    convert(make_plan(recipe.model_copy(update={"calibrate": "none"}), resolve(str(base))),
+    convert(make_plan(recipe.model_copy(update={"calibrate": "none"})),
             Console(quiet=True))  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(3, 50, (2, 60))

@@ -141,8 +141,8 @@ def test_evaluates(checkpoints, cli, tmp_path):
 def test_chats(checkpoints, tokenizer):
     from transformers import AutoModelForCausalLM
 
-    from sparsek_cli.chat.engine import Engine, Sampling
-    from sparsek_cli.chat.session import Session
+    from sparsek_cli.dialogue.engine import Engine, Sampling
+    from sparsek_cli.dialogue.session import Session
 
     model = AutoModelForCausalLM.from_pretrained(checkpoints.out).eval()
     session = Session(Engine(model, chunk=32), tokenizer, Sampling(max_new_tokens=3))

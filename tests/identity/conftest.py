@@ -31,10 +31,8 @@ def pair(tmp_path_factory, build_dense_model) -> Callable[[str, str], SimpleName
 
     The weights of a family are the same for every tokenizer; 12 of 48 tokens are kept.
     """
-    from sparsek_cli.console import Console
-    from sparsek_cli.conversion.convert import convert
-    from sparsek_cli.conversion.plan import make_plan
-    from sparsek_cli.hub import resolve
+    from verbs import convert
+
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
     root = tmp_path_factory.mktemp("pairs")
@@ -58,7 +56,7 @@ def pair(tmp_path_factory, build_dense_model) -> Callable[[str, str], SimpleName
         recipe = ConvertRecipe(
             model=str(base), out=str(out), calibrate="none", topk=6, window=4, sinks=2
         )
-        done = convert(make_plan(recipe, resolve(str(base))), Console(quiet=True))
+        done = convert(recipe)
         return SimpleNamespace(base=base, out=out, said=done.tokenizer)
 
     return make

@@ -18,6 +18,7 @@ from sparsek_cli.models.imports import after_import
 
 def test_classes_are_found_by_name_in_transformers(family):
     row = models.FAMILIES[family]
+    row.sparsek_config()  # classes follow their first config
     transformers = importlib.import_module("transformers")  # as `transformers serve` does
     for cls in (row.sparsek_config, row.sparsek_model, row.sparsek_causal_lm):
         assert getattr(transformers, cls.__name__) is cls

@@ -136,9 +136,8 @@ def test_every_loader_has_the_base_s_tokenizer(load, any_pair):
 
 def test_converting_again_keeps_it(pair, tmp_path):
     """Also of a folder that an earlier version wrote, which did not name the class."""
-    from sparsek_cli.console import Console
-    from sparsek_cli.conversion.convert import convert
-    from sparsek_cli.conversion.plan import make_plan
+    from verbs import convert
+
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
     made = pair("gpt2", "gpt2_bare")
@@ -152,7 +151,7 @@ def test_converting_again_keeps_it(pair, tmp_path):
         model=str(old), out=str(tmp_path / "new"), again=True, topk=6, window=4,
         calibrate_tokens=2048, calibrate_length=256, method={"scorer": "linear"},
     )  # fmt: skip
-    convert(make_plan(recipe, resolve(old)), Console(quiet=True))
+    convert(recipe)
     assert json.loads((tmp_path / "new/tokenizer_config.json").read_text())["tokenizer_class"]
     wanted = described(base_tokenizer(made.base))
     assert described(AutoTokenizer.from_pretrained(tmp_path / "new")) == wanted

@@ -41,11 +41,8 @@ def sparse_checkpoint(dense_checkpoint, tmp_path) -> Callable[..., Path]:
     def make(family: str = "llama", *, topk: int = 8, window: int = 8, **options: Any) -> Path:
         import torch
         from safetensors.torch import load_file, save_file
+        from verbs import convert
 
-        from sparsek_cli.console import Console
-        from sparsek_cli.conversion.convert import convert
-        from sparsek_cli.conversion.plan import make_plan
-        from sparsek_cli.hub import resolve
         from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
         base = dense_checkpoint(family, max_shard_size="20KB", **options)
@@ -53,7 +50,7 @@ def sparse_checkpoint(dense_checkpoint, tmp_path) -> Callable[..., Path]:
         recipe = ConvertRecipe(
             model=str(base), out=str(out), calibrate="none", topk=topk, window=window, sinks=2
         )
-        convert(make_plan(recipe, resolve(str(base))), Console(quiet=True))
+        convert(recipe)
         scorers = load_file(out / "sparsek.safetensors")
         torch.manual_seed(1)
         for name, tensor in scorers.items():

@@ -28,7 +28,7 @@ def test_a_run_with_flags_and_words(text_file, sparse_checkpoint, tmp_path):
     done = run(model, out, "--data", text_file, "--steps", 2, "--json", *words)
     assert done.exit_code == 0, done.exception
     result = json.loads(done.stdout)
-    assert result["steps"] == 2 and result["output"] == str(out)
+    assert result["steps"] == 2 and result["out"] == str(out)
     assert "tokens/s" in done.stderr and "left" in done.stderr
     refused("exists", model, out, "--data", text_file, *words)
 
@@ -41,7 +41,7 @@ def test_what_moved_the_base_is_followed_by_fitting_scorers(
     done = run(sparse_checkpoint(), tmp_path / "out", "--data", text_file, "--steps", 1,
                "--device", "cpu", *words)  # fmt: skip
     assert done.exit_code == 0, done.exception
-    assert ("--again" in done.stdout) == again
+    assert ("--again" in done.stderr) == again
 
 
 def test_data_may_be_a_hub_dataset(sparse_checkpoint, monkeypatch):

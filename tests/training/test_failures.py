@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 from safetensors import SafetensorError
+from verbs import finetune
 
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.reporter import Silent
 from sparsek_cli.training import checkpoints, output
-from sparsek_cli.training.run import finetune
 from sparsek_cli.training.unfinished import part_folder
 
 
@@ -44,19 +45,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(recipe, scratch, tmp_path, monkey
     assert done.steps == 6
 
 
-class Says:
-    """A report that does something when it is told something."""
+class Says(Silent):
+    """A reporter that does something when it is told something."""
 
     def __init__(self, act=lambda: None):
         self.lines, self.act = [], act
 
-    def say(self, text):
+    def say(self, text=""):
         self.lines.append(text)
         if "the disk is full" in text:
             self.act()
-
-    def step(self, *args):
-        pass
 
 
 def test_a_finished_run_waits_for_room(recipe, scratch, tmp_path, monkeypatch):
@@ -65,7 +63,7 @@ def test_a_finished_run_waits_for_room(recipe, scratch, tmp_path, monkeypatch):
     monkeypatch.setattr(output, "_PAUSE", 0.01)
     monkeypatch.setattr(output, "staged", full_disk)
     report = Says(act=lambda: monkeypatch.setattr(output, "staged", real))
-    done = finetune(recipe(*scratch), report=report)
+    done = finetune(recipe(*scratch), report)
     assert (tmp_path / "out" / "model.safetensors").is_file() and done.steps == 3
     assert sum("it is tried again for" in line for line in report.lines) == 1
 

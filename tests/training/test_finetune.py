@@ -7,9 +7,10 @@ import os
 import pytest
 import torch
 from safetensors.torch import load_file
+from verbs import finetune
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.training.run import finetune
+from sparsek_cli.training.plan import plan as make_plan
 from sparsek_cli.training.unfinished import part_folder
 
 
@@ -81,13 +82,15 @@ def test_a_random_policy_is_trained_and_comes_back(recipe, scratch, tmp_path, te
     from transformers import AutoModelForCausalLM
 
     from sparsek_cli.models import RandomScorer, sparsek_attentions
-    from sparsek_cli.training.model import build_random, load_tokenizer
+    from sparsek_cli.training.model import build_random, load_tokenizer, random_config
 
     made = recipe(*scratch, "sparsek={topk: 8, window: 8, scorer: random}")
     finetune(made)
     assert not [name for name in weights(tmp_path / "out") if ".scorer." in name]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    fresh = build_random(made, load_tokenizer(tmp_path / "tokenizer")).eval()
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    config = random_config(made.architecture, made.attention, made.sequence_length, tokenizer)
+    fresh = build_random(config, seed=made.seed, scaled_init=True).eval()
     fresh.load_state_dict(model.state_dict(), strict=False)
     ids = torch.arange(64)[None] % 20
     for attention in sparsek_attentions(model):
@@ -106,8 +109,6 @@ def test_a_time_limit_ends_the_run_and_writes_it(recipe, scratch, tmp_path):
 def test_the_folder_is_complete(recipe, sparse_checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sparsek_cli import last_model
-
     finetune(recipe("train=all", "sparsek.topk=4", model=sparse_checkpoint()))
     out = tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(out)
@@ -115,7 +116,6 @@ def test_the_folder_is_complete(recipe, sparse_checkpoint, tmp_path):
     assert AutoTokenizer.from_pretrained(out)("Anna").input_ids
     assert "finetune" in (out / "README.md").read_text()
     assert "sequence_length: 64" in (out / "finetune.yaml").read_text()
-    assert last_model.recall() == out
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.part"))
 
@@ -159,16 +159,14 @@ def test_the_better_scorers_are_kept(recipe, sparse_checkpoint, tmp_path, monkey
 
 
 def test_recall_is_measured_before_and_after(recipe, tmp_path):
-    from sparsek_cli.console import Console
-    from sparsek_cli.conversion.convert import convert
-    from sparsek_cli.conversion.plan import make_plan
-    from sparsek_cli.hub import resolve
+    from verbs import convert
+
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
     wanted = ConvertRecipe(
         model="tiny", out=str(tmp_path / "sparse"), calibrate="none", topk=8, window=120, sinks=4
     )
-    convert(make_plan(wanted, resolve("tiny")), Console(quiet=True))
+    convert(wanted)
     done = finetune(
         recipe("objective={lm: 0, distill: 0, future: 1}", "sequence_length=256", "steps=1",
                "batch_size=1", "micro_batch_size=1", "evaluation.questions=4",
@@ -223,11 +221,12 @@ def test_a_stream_is_trained_and_held_out(recipe, scratch, tmp_path):
 def test_dry_run_plans_and_writes_nothing(recipe, sparse_checkpoint, tmp_path):
     model = sparse_checkpoint()
     before = sorted(tmp_path.iterdir())
-    plan = finetune(recipe("steps=null", "tokens=1000", model=model), dry_run=True)
+    plan = make_plan(recipe("steps=null", "tokens=1000", model=model))
     assert sorted(tmp_path.iterdir()) == before
-    assert plan.steps == 4 and plan.tokens == 1024 and plan.accumulation == 2
+    sizes = plan.sizes
+    assert sizes.steps == 4 and sizes.tokens == 1024 and sizes.accumulation == 2
     scorers = sum(t.numel() for n, t in weights(model).items() if ".scorer." in n)
-    assert plan.trained == scorers and plan.frozen > plan.trained
+    assert sizes.trained == scorers and sizes.frozen > sizes.trained
     assert "parameters learn" in plan.text()
 
 
@@ -252,7 +251,7 @@ def test_impossible_requests(recipe, dense_checkpoint, tmp_path, words, message)
 
 
 def test_a_missing_logger_is_named_at_once(recipe, dense_checkpoint, monkeypatch):
-    monkeypatch.setattr("sparsek_cli.training.run.find_spec", lambda name: None)
+    monkeypatch.setattr("sparsek_cli.training.plan.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="report_to: trackio is not installed"):
         finetune(recipe("train=all", "report_to=[trackio]", model=dense_checkpoint()))
 
@@ -279,7 +278,7 @@ def test_recipes_that_say_nonsense(recipe, words, message):
 @pytest.mark.parametrize("train", ["scorers", "lora", "all"])
 def test_bf16_keeps_scorers_in_float32(recipe, sparse_checkpoint, tmp_path, train):
     model = sparse_checkpoint(dtype="bfloat16")
-    words = [f"train={train}", "precision=bf16", "objective={lm: 1, distill: 0.5}",
+    words = [f"train={train}", "dtype=bf16", "objective={lm: 1, distill: 0.5}",
              "checkpointing=true", "keep_better=false"]  # fmt: skip
     done = finetune(recipe(*words, model=model))
     assert 0 < done.loss < 20

@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from verbs import finetune
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.training.run import finetune
+from sparsek_cli.training.plan import plan
 from sparsek_cli.training.trainer import SparsekTrainer
 from sparsek_cli.training.unfinished import part_folder
 
@@ -90,7 +91,7 @@ def test_sharded_processes_train_the_model_of_one(
     all_weights = [*scratch, *WORDS, SPARSE, "save_steps=0"]
     cases = {
         "distill": [*all_weights, "objective={lm: 1, distill: 0.5, answer_weight: 0.5}"],
-        "bf16": [*all_weights, "precision=bf16", "checkpointing=true"],
+        "bf16": [*all_weights, "dtype=bf16", "checkpointing=true"],
         "scorers": ["objective={lm: 0, distill: 1}", "keep_better=false", "micro_batch_size=1",
                     "scorer_learning_rate=1e-2"],
         "long": [*scratch, *WORDS, SPARSE, "steps=5", "save_steps=1"],
@@ -149,4 +150,4 @@ def test_sharded_processes_train_the_model_of_one(
 def test_what_cannot_run_is_refused(recipe, scratch, monkeypatch, words, world, message):
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(UsageError, match=message):
-        finetune(recipe(*scratch, *words), dry_run=True)
+        plan(recipe(*scratch, *words))

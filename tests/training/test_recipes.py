@@ -3,10 +3,10 @@
 import re
 
 import pytest
+from verbs import finetune
 
 from sparsek_cli.recipes.load import load_recipe, recipe_folder, recipe_names
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-from sparsek_cli.training.run import finetune
 
 NAMES = [name for name in recipe_names() if name.endswith(".finetune")]
 SMALL = {

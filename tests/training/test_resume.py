@@ -9,9 +9,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from verbs import finetune
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.training.run import finetune
 from sparsek_cli.training.unfinished import part_folder
 
 # Dropout, so that the state of the random generators matters; two micro-batches per step.

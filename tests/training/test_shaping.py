@@ -48,6 +48,6 @@ def test_a_scorer_learns_and_the_layers_below_only_if_they_should(shapes):
 def test_a_converted_base_is_left_alone_and_one_from_scratch_is_not(recipe, words, shapes):
     request = load_recipe(FinetuneRecipe, recipe, words, verb="finetune")
     model = small_model()
-    choose_parameters(model, request)
+    choose_parameters(model, request.train, request.lora, shape_base=request.shapes_base)
     scorers = [m for name, m in model.named_modules() if name.endswith(".scorer")]
     assert len(scorers) == 2 and all(scorer.shapes_input == shapes for scorer in scorers)

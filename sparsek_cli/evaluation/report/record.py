@@ -59,7 +59,7 @@ class Record:
                 "parameters": model.num_parameters(),
                 "sparsek": getattr(model.config, "sparsek", None),
             },
-            "recipe": self.recipe.model_dump(),
+            "recipe": self.recipe.model_dump(exclude={"overwrite"}),
             "fingerprint": digest(settings),
             "max_length": settings["max_length"],
             "environment": {
@@ -87,7 +87,7 @@ def settings_of(
     """Everything the numbers depend on; its digest tells runs apart."""
     weights = sorted(checkpoint.path.glob("*.safetensors"))
     return {
-        "recipe": recipe.model_dump(exclude={"output", "model"}),
+        "recipe": recipe.model_dump(exclude={"out", "overwrite", "model"}),
         "model": str(checkpoint.path),
         "weights": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights],
         "config": model.config.to_dict(),
@@ -123,7 +123,7 @@ def _git_revision() -> str | None:
 
 
 def default_folder(record: "Record") -> Path:
-    """Where results go that no --output names: model, tasks and a digest of the settings."""
+    """Where results go that no --out names: model, tasks and a digest of the settings."""
     recipe = record.recipe
     parts = [
         "+".join(recipe.tasks),

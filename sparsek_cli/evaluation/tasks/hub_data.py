@@ -15,9 +15,9 @@ from sparsek_cli.evaluation.tasks.catalogue import Entry
 HUB_PATIENCE = 3.0  # seconds to find out whether the hub answers
 
 
-def needs_hub(entry: Entry, recipe: Any) -> bool:
+def needs_hub(entry: Entry, data: str | None) -> bool:
     """Whether the hub may be asked for a task's data."""
-    return entry.builtin or (entry.data.startswith("hub") and recipe.data is None)
+    return entry.builtin or (entry.data.startswith("hub") and data is None)
 
 
 def hub_answers() -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.silence import quiet_lm_eval
@@ -17,6 +17,9 @@ from sparsek_cli.evaluation.tasks.hub_data import (
 )
 from sparsek_cli.evaluation.tasks.local_text import WrongLength
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its few-shot examples are the same
 # Run where the first one's data is absent and the second one's is there.
@@ -50,7 +53,7 @@ def unit_name(entry: Entry, length: int | None) -> str:
 
 def load_units(
     entries: list[Entry],
-    recipe: Any,
+    recipe: "EvaluateRecipe",
     *,
     tokenizer: Any,
     tokenizer_path: str,
@@ -60,7 +63,6 @@ def load_units(
     """Loads every task at every length; data that is missing is reported, not fatal.
 
     Args:
-        recipe: an EvaluateRecipe.
         tokenizer: sizes generated prompts; has a chat template or not.
         tokenizer_path: where tasks load it from.
         max_length: lengths above it are left out unless asked for.
@@ -71,17 +73,17 @@ def load_units(
     too_long = [n for n in recipe.lengths if n > max_length]
     if too_long and any(entry.lengths for entry in entries):
         raise UsageError(
-            f"--lengths {too_long[0]} is beyond {_limit(recipe, max_length)}",
+            f"--lengths {too_long[0]} is beyond {_limit(recipe.max_length, max_length)}",
             hint=f"name lengths up to {max_length}, or stretch the model's positions with --yarn",
         )
-    if any(needs_hub(entry, recipe) for entry in entries) and not hub_answers():
+    if any(needs_hub(entry, recipe.data) for entry in entries) and not hub_answers():
         go_offline()
     units: list[Unit] = []
     absent: list[Absent] = []
     queue = list(entries)
     for entry in queue:  # grows by tasks that stand in for absent ones
-        chat = _uses_chat(entry, recipe, tokenizer)
-        for length in _lengths(entry, recipe, max_length):
+        chat = _uses_chat(entry, recipe.chat_template, tokenizer)
+        for length in _lengths(entry, recipe.lengths, max_length):
             settings = {
                 "tokenizer": tokenizer_path,
                 "pretrained": tokenizer_path,
@@ -118,8 +120,9 @@ def _length_setting(entry: Entry, length: int) -> list[int] | str:
     return f"{length // 1024}k" if entry.extra.get("length_names") == "k" else [length]
 
 
-def _limit(recipe: Any, max_length: int) -> str:
-    if recipe.max_length is None:
+def _limit(asked: int | None, max_length: int) -> str:
+    """`max_length` in words; `asked`: what --max-length said."""
+    if asked is None:
         return f"the model's {max_length:,} tokens"
     return f"the {max_length:,} tokens of --max-length"
 
@@ -159,20 +162,20 @@ def _is_unreachable(error: Exception) -> bool:
     return any(sign in f"{type(error).__name__}: {error}" for sign in signs)
 
 
-def _uses_chat(entry: Entry, recipe: Any, tokenizer: Any) -> bool:
+def _uses_chat(entry: Entry, wanted: str, tokenizer: Any) -> bool:
     has = bool(getattr(tokenizer, "chat_template", None))
-    if recipe.chat_template == "on" and not has:
+    if wanted == "on" and not has:
         raise UsageError(
             "--chat-template on, but the tokenizer has no chat template", hint="drop the flag"
         )
-    return has and (recipe.chat_template == "on" or (recipe.chat_template == "auto" and entry.chat))
+    return has and (wanted == "on" or (wanted == "auto" and entry.chat))
 
 
-def _lengths(entry: Entry, recipe: Any, max_length: int) -> list[int | None]:
+def _lengths(entry: Entry, wanted: list[int], max_length: int) -> list[int | None]:
     if not entry.lengths:
         return [None]
-    if recipe.lengths:
-        return list(recipe.lengths)
+    if wanted:
+        return list(wanted)
     return [n for n in entry.lengths if n <= max_length] or [max_length]
 
 
@@ -195,7 +198,9 @@ def _load(entry: Entry, settings: dict[str, Any]) -> Any:
         return task
 
 
-def refuse_unfit(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], list[Absent]]:
+def refuse_unfit(
+    units: list[Unit], lm: Any, recipe: "EvaluateRecipe"
+) -> tuple[list[Unit], list[Absent]]:
     """Leaves out tasks with prompts that do not fit, unless the user said how to cut them.
 
     And those whose answers are not greedy. Found out for all tasks before anything has run.
@@ -210,7 +215,7 @@ def refuse_unfit(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], l
     fitting: list[Unit] = []
     refused: list[Absent] = []
     for unit in units:
-        build_requests(unit, lm, recipe)
+        build_requests(unit, lm, recipe.limit_of(unit.entry.name))
         if lm.wants_chance_or_beams(unit.task.instances):
             reason = "its answers are sampled or searched for with beams; only greedy ones count"
             refused.append(Absent(unit.name, reason, "name a task with greedy answers"))
@@ -221,7 +226,7 @@ def refuse_unfit(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], l
             continue
         reason = (
             f"{count} of {len(unit.task.instances)} prompts are longer than "
-            f"{_limit(recipe, lm.max_length)} (longest {longest:,})"
+            f"{_limit(recipe.max_length, lm.max_length)} (longest {longest:,})"
         )
         refused.append(Absent(unit.name, reason, CUT_HINT))
     if not fitting:
@@ -231,13 +236,13 @@ def refuse_unfit(units: list[Unit], lm: Any, recipe: Any) -> tuple[list[Unit], l
     return fitting, refused
 
 
-def build_requests(unit: Unit, lm: Any, recipe: Any) -> None:
+def build_requests(unit: Unit, lm: Any, limit: int | None) -> None:
     """Fills `unit.task.instances`, exactly as lm-eval's evaluate() will again."""
     from lm_eval.evaluator_utils import get_sample_size
 
     with quiet_lm_eval():
         unit.task.build_all_requests(
-            limit=get_sample_size(unit.task, recipe.limit_of(unit.entry.name)),
+            limit=get_sample_size(unit.task, limit),
             rank=lm.rank,
             world_size=lm.world_size,
             apply_chat_template=unit.chat,
@@ -245,18 +250,3 @@ def build_requests(unit: Unit, lm: Any, recipe: Any) -> None:
             chat_template=lm.apply_chat_template if unit.chat else None,
             tokenizer_name=lm.tokenizer_name if unit.chat else "",
         )
-
-
-def data_fingerprint(recipe: Any) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of every local file a run may read."""
-    files: list[Path] = []
-    if recipe.text:
-        from sparsek_cli.data.text import find_files
-
-        files += find_files(recipe.text)
-    if recipe.data is not None:
-        folder = Path(recipe.data)
-        if not folder.is_dir():
-            raise UsageError(f"--data: no such folder '{folder}'", hint="check the path")
-        files += sorted(p for p in folder.rglob("*") if p.is_file())
-    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

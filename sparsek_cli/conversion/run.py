@@ -1,28 +1,21 @@
-"""`convert`: plan -> calibrate -> write -> verify, and the folder takes its name."""
+"""A planned conversion, carried out: calibrate, write, verify; then the folder takes its name."""
 
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import find_nan
 from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, verify
 from sparsek_cli.conversion.write import Written, neutral_scorers, write_checkpoint
+from sparsek_cli.output import leftovers
+from sparsek_cli.output.contents import MODEL
+from sparsek_cli.output.place import check_folder
 from sparsek_cli.output.staging import staged
+from sparsek_cli.reporter import Reporter, Silent
 
 # Above this many bytes weights are sampled for NaN, not read whole: seconds stay seconds.
 _READ_WHOLE = 4 * 2**30
-
-
-class Reporter(Protocol):
-    """Where progress goes; the command line's console is one."""
-
-    def say(self, text: str = "") -> None: ...
-
-    def progress(
-        self, description: str, total: float | None = None
-    ) -> AbstractContextManager[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -36,10 +29,15 @@ class Converted:
     nan_checked: str
     calibration: dict[str, Any] | None
 
+    @property
+    def out(self) -> str:
+        """The folder that appeared."""
+        return str(self.plan.out)
+
     def data(self) -> dict[str, Any]:
         """For --json."""
         return {
-            **self.plan.summary(),
+            **self.plan.data(),
             "linked_by": sorted(set(self.written.means)),
             "base_bytes_copied": self.written.bytes_copied,
             "nan_check": self.nan_checked,
@@ -77,12 +75,15 @@ class Converted:
         return "\n".join(lines)
 
 
-def convert(plan: Plan, reporter: Reporter) -> Converted:
+def run(plan: Plan, reporter: Reporter | None = None) -> Converted:
     """Carries out a plan.
 
     Raises:
         SparsekError: see plan, shards, write and verify; `plan.out` is then as it was before.
     """
+    reporter, overwrite = reporter or Silent(), plan.recipe.overwrite
+    leftovers.clear(plan.out, reporter.say)
+    check_folder(plan.out, MODEL, overwrite=overwrite, model=plan.base.path)  # it may be back
     with reporter.progress("reading weights", plan.base_bytes) as bar:
         whole = find_nan(plan.shards, limit=_READ_WHOLE, advance=bar.advance)
     scorers, report = neutral_scorers(plan), None
@@ -91,7 +92,7 @@ def convert(plan: Plan, reporter: Reporter) -> Converted:
         from sparsek_cli.conversion.calibrate import calibrate
 
         scorers, report = calibrate(plan, reporter)
-    with staged(plan.out, overwrite=plan.recipe.overwrite) as folder:
+    with staged(plan.out, overwrite=overwrite) as folder:
         written = write_checkpoint(plan, scorers, folder, report)
         reporter.say("verifying")
         tokenizer = settle(plan, folder)

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from sparsek_cli.chat.engine import Engine
-from sparsek_cli.chat.pieces import Reply
-from sparsek_cli.chat.session import Session
+from sparsek_cli.dialogue.engine import Engine
+from sparsek_cli.dialogue.pieces import Reply
+from sparsek_cli.dialogue.session import Session
 from sparsek_cli.errors import UsageError
 
 

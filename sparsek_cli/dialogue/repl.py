@@ -7,11 +7,11 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
-from sparsek_cli.chat.compare import dense_reply
-from sparsek_cli.chat.figures import size, status_line
-from sparsek_cli.chat.files import ProgressMaker, load_path, save_conversation
-from sparsek_cli.chat.session import Session
-from sparsek_cli.chat.settings import changed
+from sparsek_cli.dialogue.compare import dense_reply
+from sparsek_cli.dialogue.figures import size, status_line
+from sparsek_cli.dialogue.files import ProgressMaker, load_path, save_conversation
+from sparsek_cli.dialogue.session import Session
+from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.place import absolute, check_file
 

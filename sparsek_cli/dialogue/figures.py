@@ -1,6 +1,6 @@
 """How the figures of a conversation are written for a person."""
 
-from sparsek_cli.chat.session import Stats
+from sparsek_cli.dialogue.session import Stats
 
 
 def size(count: int) -> str:

@@ -5,8 +5,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sparsek_cli import hub
-
 
 def state_file() -> Path:
     """The one file of state: $SPARSEK_STATE_DIR, else the XDG state directory."""
@@ -38,19 +36,17 @@ def recall() -> Path | None:
     return path if (path / "config.json").is_file() else None
 
 
-def model_or_default(
-    name: str | None, revision: str | None = None, *, say: Callable[[str], None]
-) -> hub.Checkpoint:
-    """Resolves `name`; without one, the last model made here, else the bundled one.
+def name_or_default(name: str | None, *, say: Callable[[str], None]) -> str:
+    """`name`; without one, the folder of the last model made here, else the bundled one's name.
 
     Args:
         say: receives the one line that tells which model was chosen for the user.
     """
     if name is not None:
-        return hub.resolve(name, revision)
+        return name
     last = recall()
     if last is not None:
         say(f"model: {last} (the last one made here)")
-        return hub.resolve(last)
+        return str(last)
     say("model: tiny (bundled; name a model or run `sparsek convert` for another)")
-    return hub.bundled()
+    return "tiny"

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.chat.session import Session
+from sparsek_cli.dialogue.session import Session
 from sparsek_cli.errors import SparsekError, UsageError
 
 ProgressMaker = Callable[[str, float], AbstractContextManager[Any]]

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.chat.engine import Clock, Engine, Sampling, Snapshot, interruptible
-from sparsek_cli.chat.pieces import BLOCK, Encoder, Reply, safe_cut
-from sparsek_cli.chat.template import TurnPieces, render, template_error, turn_pieces
+from sparsek_cli.dialogue.engine import Clock, Engine, Sampling, Snapshot, interruptible
+from sparsek_cli.dialogue.pieces import BLOCK, Encoder, Reply, safe_cut
+from sparsek_cli.dialogue.template import TurnPieces, render, template_error, turn_pieces
 from sparsek_cli.errors import SparsekError, UsageError
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.chat.repl import Repl
+from sparsek_cli.dialogue.repl import Repl
 
 
 def terminal_reader(repl: Repl, history: Path) -> Callable[[], str]:

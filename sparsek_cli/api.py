@@ -1,0 +1,200 @@
+"""The verbs as Python functions: what the command line does, called from a program.
+
+    import sparsek_cli as sparsek
+
+    done = sparsek.convert("tiny", "tiny-sparsek", budget=512)
+    tuned = sparsek.finetune(done.out, "tiny-tuned", data="my-documents/", steps=100)
+    found = sparsek.evaluate(tuned.out, tasks=["ppl", "recall"], limit=4)
+    model, tokenizer = sparsek.load(tuned.out)
+    print("".join(sparsek.chat(tuned.out).ask("What is SparseK?")))
+
+Settings are the keys of the recipes (`sparsek recipes show NAME`); nested ones are mappings, or
+words such as {"evaluation.every": 50}. Every function checks them all before it starts, raises
+`sparsek_cli.errors.UsageError` for what is wrong with them and `SparsekError` for what failed, and
+returns an object with `text()` and `data()`.
+"""
+
+from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sparsek_cli.recipes.load import Draft
+from sparsek_cli.reporter import Reporter
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from sparsek_cli.conversion.run import Converted
+    from sparsek_cli.dialogue.session import Session
+    from sparsek_cli.evaluation.run import Evaluated
+    from sparsek_cli.training.run import Trained
+
+    Recipe = TypeVar("Recipe", bound=BaseModel)
+
+Place = str | PathLike[str]
+
+
+def convert(
+    model: Place,
+    out: Place | None = None,
+    *,
+    recipe: str | None = None,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> "Converted":
+    """Gives a model SparseK attention, as `sparsek convert` does.
+
+    Args:
+        model: folder, short name or hub id of the base.
+        out: the folder to write; default: `<name>-sparsek`.
+        recipe: a recipe's name or file, below the settings.
+        reporter: where progress goes; default: nowhere.
+        settings: keys of a conversion recipe: budget, topk, window, calibrate, overwrite, ...
+
+    Returns:
+        `out`, the plan, what was written and verified, and what calibration found.
+    """
+    from sparsek_cli.conversion.plan import plan
+    from sparsek_cli.conversion.run import run
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    draft = Draft(recipe, verb="convert")
+    return run(plan(_validated(ConvertRecipe, draft, model, out, settings)), reporter)
+
+
+def finetune(
+    model: Place | None = None,
+    out: Place | None = None,
+    *,
+    data: str | Sequence[str] | None = None,
+    recipe: str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> "Trained":
+    """Trains a model's scorers, adapters or all of it, as `sparsek finetune` does.
+
+    Args:
+        model: what to start from; None with a recipe that says init: random.
+        out: the folder to write; default: `<name>-finetuned`.
+        data: text to train on: files, folders, globs, or one hub id, in place of the recipe's.
+        recipe: a recipe's name or file, below the settings.
+        resume: go on with an unfinished run of the same settings.
+        reporter: where progress goes; default: nowhere.
+        settings: keys of a fine-tuning recipe: train, steps, learning_rate, overwrite, ...
+
+    Returns:
+        `out`, losses before and after, speed and memory.
+    """
+    from sparsek_cli.recipes.data import set_text
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+    from sparsek_cli.training.plan import plan
+    from sparsek_cli.training.run import run
+
+    draft = Draft(recipe, verb="finetune")
+    if data is not None and not isinstance(data, Mapping):
+        set_text(draft, [data] if isinstance(data, str | PathLike) else list(data), "data")
+    elif data is not None:
+        settings["data"] = data
+    made = _validated(FinetuneRecipe, draft, model, out, settings)
+    return run(plan(made, reporter, resume=resume), reporter)
+
+
+def evaluate(
+    model: Place,
+    out: Place | None = None,
+    *,
+    recipe: str | None = None,
+    resume: bool = False,
+    reporter: Reporter | None = None,
+    **settings: Any,
+) -> "Evaluated":
+    """Measures a model against its dense self and others at equal bytes, as `sparsek evaluate`.
+
+    Args:
+        model: folder, short name or hub id; converted or dense.
+        out: the result folder; default: `runs/evaluate/<model>/<settings>`.
+        recipe: a recipe's name or file, below the settings.
+        resume: keep what an interrupted run of the same settings finished.
+        reporter: where progress goes; default: nowhere.
+        settings: keys of an evaluation recipe: tasks, baselines, lengths, limit, overwrite, ...
+
+    Returns:
+        `score(task, policy)`, the whole `report`, and `text()`: the table.
+    """
+    from sparsek_cli.evaluation.plan import plan
+    from sparsek_cli.evaluation.run import run
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    draft = Draft(recipe, verb="evaluate")
+    made = _validated(EvaluateRecipe, draft, model, out, settings)
+    return run(plan(made, resume=resume), reporter)
+
+
+def load(
+    model: Place,
+    *,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """A model in eval mode on its device, and its tokenizer; converted and dense ones alike.
+
+    Args:
+        model: folder, short name or hub id. revision: of a hub id.
+        device: auto, cpu, cuda or cuda:N. dtype: auto, bfloat16, float16 or float32.
+    """
+    from sparsek_cli import hub
+    from sparsek_cli.devices import choose_device, choose_dtype
+    from sparsek_cli.loading import load_model, load_tokenizer
+
+    checkpoint, where = hub.resolve(fspath(model), revision), choose_device(device)
+    tokenizer = load_tokenizer(checkpoint)
+    return load_model(checkpoint, device=where, dtype=choose_dtype(dtype, where)), tokenizer
+
+
+def chat(
+    model: Place,
+    *,
+    system: str | None = None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    max_new_tokens: int = 256,
+    seed: int = 0,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> "Session":
+    """A conversation with a model.
+
+    Args:
+        system: the system message.
+        temperature: 0 takes the likeliest token. top_p: draw from the likeliest mass.
+        others: as of `load`.
+
+    Returns:
+        A session: `load(text)` reads a document, `ask(question)` yields the reply piece by piece,
+        `stats()` says how long the conversation is and what it holds, `clear()` starts anew.
+    """
+    from sparsek_cli.dialogue.engine import Engine, Sampling
+    from sparsek_cli.dialogue.session import Session
+
+    weights, tokenizer = load(model, revision=revision, device=device, dtype=dtype)
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    return Session(Engine(weights), tokenizer, sampling, system)
+
+
+def _validated(
+    kind: "type[Recipe]",
+    draft: Draft,
+    model: Place | None,
+    out: Place | None,
+    settings: Mapping[str, Any],
+) -> "Recipe":
+    """The recipe with what the caller gave on top."""
+    places = {"model": model, "out": out}
+    given = {key: fspath(value) for key, value in places.items() if value is not None}
+    for key, value in {**settings, **given}.items():
+        draft.set(key, value, f"{key}=")
+    return draft.validated(kind)

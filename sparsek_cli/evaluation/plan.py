@@ -1,0 +1,78 @@
+"""What an evaluation will measure, checked before a model is loaded for it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsek_cli import hub
+from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.policies.registry import check_names
+from sparsek_cli.evaluation.report.store import check_results
+from sparsek_cli.evaluation.tasks.catalogue import Entry, expand
+from sparsek_cli.evaluation.tasks.local_files import data_fingerprint
+
+if TYPE_CHECKING:
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An evaluation that has been checked.
+
+    Attributes:
+        recipe: the request. checkpoint: what is measured. entries: the tasks, groups expanded.
+        files: name, size and time of change of every local file it may read.
+        out: the result folder; None: named after model and settings.
+        resume: whether results of an interrupted run with the same settings are kept.
+    """
+
+    recipe: "EvaluateRecipe"
+    checkpoint: hub.Checkpoint
+    entries: list[Entry]
+    files: list[tuple[str, int, int]]
+    out: Path | None = None
+    resume: bool = False
+
+    def data(self) -> dict[str, Any]:
+        """For --json."""
+        return {"recipe": self.recipe.model_dump(), "tasks": [e.name for e in self.entries]}
+
+    def text(self) -> str:
+        """For a person."""
+        recipe = self.recipe
+        lengths = ", ".join(f"{n:,}" for n in recipe.lengths) or "each task's own"
+        budgets = ", ".join(map(str, recipe.budgets)) or "the checkpoint's own"
+        return "\n".join(
+            [
+                f"model      {self.checkpoint.path}",
+                f"tasks      {', '.join(entry.name for entry in self.entries)}",
+                f"lengths    {lengths}",
+                f"baselines  {', '.join(recipe.baselines) or 'none'}",
+                f"budgets    {budgets}",
+                f"samples    {recipe.limit or 'all'} per task and length",
+                f"out        {self.out or 'runs/evaluate/<model>/<settings>'}",
+            ]
+        )
+
+
+def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
+    """Checks a request: names of tasks and baselines, the model, local data.
+
+    Args:
+        recipe: validated.
+        resume: keep what an interrupted run with the same settings finished.
+
+    Raises:
+        UsageError: something in it does not exist.
+    """
+    entries = expand(recipe.tasks)
+    check_names(recipe.baselines)
+    if recipe.model is None:
+        raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
+    checkpoint = hub.resolve(recipe.model, recipe.revision)
+    out = Path(os.path.expanduser(recipe.out)) if recipe.out else None
+    if out is not None:
+        check_results(out, resume=resume, model=checkpoint.path)
+    files = data_fingerprint(recipe.text, recipe.data)
+    return Plan(recipe, checkpoint, entries, files, out, resume)

@@ -1,0 +1,88 @@
+"""The Python functions do what the verbs do, and nothing is imported before it is needed."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import sparsek_cli as sparsek
+from sparsek_cli.errors import UsageError
+
+SMALL = {"sequence_length": 64, "batch_size": 2, "micro_batch_size": 2, "device": "cpu"}
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("A boat and a house and a garden. " * 200)
+    return str(file)
+
+
+@pytest.fixture
+def converted(tmp_path):
+    return sparsek.convert("tiny", tmp_path / "sparse", budget=64, calibrate="none", device="cpu")
+
+
+def test_convert_finetune_evaluate_load_chat(converted, text, tmp_path):
+    assert converted.data()["slots_per_kv_head"] == 64 and "verified" in converted.text()
+    tuned = sparsek.finetune(
+        converted.out, tmp_path / "tuned", data=text, steps=1, **SMALL,
+        evaluation={"sequences": 1, "held_out": 0.3},
+    )  # fmt: skip
+    assert tuned.steps == 1 and tuned.held_out_loss > 0 and "held-out loss" in tuned.text()
+    found = sparsek.evaluate(
+        tuned.out, tmp_path / "results", tasks="ppl", text=[text], lengths=[300], limit=1,
+        baselines=["dense"], device="cpu",
+    )  # fmt: skip
+    assert found.score("ppl", "sparsek") > 1 and found.score("ppl", "dense") > 1
+    assert (tmp_path / "results" / "report.html").is_file() and found.out in found.text()
+    with pytest.raises(KeyError):
+        found.score("ppl", "window")
+    model, tokenizer = sparsek.load(tuned.out, device="cpu")
+    assert model.config.sparsek["window"] == 16 and not model.training
+    assert model(**tokenizer("hello", return_tensors="pt")).logits.isfinite().all()
+    session = sparsek.chat(tuned.out, device="cpu", max_new_tokens=3)
+    assert "".join(session.ask("Hello?")) and session.stats().kv_bytes > 0
+    assert callable(sparsek.chat)  # which no module of that name has replaced
+
+
+def test_a_wrong_setting_is_named_as_it_was_written(tmp_path):
+    with pytest.raises(UsageError, match="windw=: unknown key 'windw'") as caught:
+        sparsek.convert("tiny", tmp_path / "out", windw=3)
+    assert "window" in caught.value.hint
+    with pytest.raises(UsageError, match="MODEL is missing"):
+        sparsek.finetune(out=tmp_path / "out", data="x.txt")
+
+
+def test_a_recipe_stands_below_the_settings(text, tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("steps: 7\nseed: 3\ndata: {mine: {kind: text, files: nowhere.txt}}\n")
+    with pytest.raises(UsageError, match="nothing to resume"):  # so everything else was right
+        sparsek.finetune("tiny", tmp_path / "out", data=text, recipe=str(recipe), resume=True)
+
+
+@pytest.mark.parametrize("name", [n for n in sparsek.__all__ if n != "__version__"])
+def test_functions_are_typed_and_documented(name):
+    function = getattr(sparsek, name)
+    signature = inspect.signature(function)
+    assert function.__doc__ and "Args:" in function.__doc__
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert all(
+        parameter.annotation is not inspect.Parameter.empty
+        for parameter in signature.parameters.values()
+    )
+    assert name in dir(sparsek)
+
+
+def test_naming_a_function_imports_no_torch():
+    code = (
+        "import sys, sparsek_cli as s; s.convert, s.finetune, s.evaluate, s.load, s.chat\n"
+        "sys.exit(int('torch' in sys.modules or 'transformers' in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_does_not_exist_is_no_attribute():
+    with pytest.raises(AttributeError, match="no attribute 'conver'"):
+        sparsek.conver  # noqa: B018
