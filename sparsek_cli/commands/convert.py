@@ -62,7 +62,7 @@ def convert(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Give a model SparseK attention: MODEL (folder, hub id or short name) becomes OUT."""
+    """Give a model SparseK attention: MODEL (folder, GGUF file, hub id or name) becomes OUT."""
     from sparsek_cli.console import Console
 
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose)

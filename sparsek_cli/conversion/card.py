@@ -59,8 +59,7 @@ sparsek finetune {name}
 
 ## Files
 
-`base-*.safetensors` are the base model's weights, byte for byte; they may share disk space with
-the base (reflink or hard link), so replace them rather than editing them in place.
+{_files(plan)}
 `sparsek.safetensors` holds the scorers and slopes, `sparsek.yaml` the settings of this conversion.
 The base model's licence applies to its weights.
 """
@@ -70,6 +69,19 @@ def _selected(plan: Plan) -> str:
     if plan.calibrate_tokens and plan.recipe.budgets == "per_head":
         return f"on average {plan.topk} others"
     return f"the {plan.topk} others"
+
+
+def _files(plan: Plan) -> str:
+    if plan.base.source == "gguf":
+        return (
+            "`base-*.safetensors` are the weights of a GGUF file, unpacked to "
+            f"{plan.geometry.dtype}."
+        )
+    return (
+        "`base-*.safetensors` are the base model's weights, byte for byte; they may share disk "
+        "space with\nthe base (reflink or hard link), so replace them rather than editing them in "
+        "place."
+    )
 
 
 def _how(plan: Plan) -> str:

@@ -21,6 +21,8 @@ from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import idle_window_off
+from sparsek_cli.gguf.checkpoint import GgufCheckpoint
+from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.contents import MODEL
 from sparsek_cli.output.place import absolute, check_folder
@@ -139,6 +141,8 @@ class Plan:
         size = self.geometry
         gib = self.base_bytes / 2**30
         how = "linked, 0 bytes copied" if self.linkable else "copied"
+        if isinstance(self.base, GgufCheckpoint):
+            how = self.base.header.text()
         kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
         if self.calibrate_tokens:
             count = self.calibrate_tokens // self.fit_length
@@ -173,7 +177,8 @@ def plan(recipe: ConvertRecipe) -> Plan:
         raise UsageError(
             "MODEL is missing", hint="name one, e.g. `sparsek convert tiny`; --list-models shows"
         )
-    base = hub.resolve(recipe.model, recipe.revision)
+    base = find_gguf(recipe.model, recipe.revision)
+    base = base or hub.resolve(recipe.model, recipe.revision)
     config = base.config()
     again = recipe.again and is_converted(config)
     if again:
@@ -185,16 +190,17 @@ def plan(recipe: ConvertRecipe) -> Plan:
     topk, window = slots(recipe, sizes.context)
     out = out_folder(recipe, base)
     check_folder(out, MODEL, overwrite=recipe.overwrite, model=base.path)
-    shards = read_shards(base.path)
+    packed = isinstance(base, GgufCheckpoint)
+    shards = base.outline() if packed else read_shards(base.path)
     if again:
         shards = without_scorers(shards)
     prefixed = _check_tensors(shards, row, sizes)
     parent = existing_parent(out)
-    linkable = not recipe.copy_base and all(
+    linkable = not (packed or recipe.copy_base) and all(
         shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
     )
     if not linkable:
-        _check_room(parent, sum(shard.bytes for shard in shards))
+        _check_room(parent, sum(shard.bytes for shard in shards), packed=packed)
     tokens, length = calibration_size(recipe, sizes, topk + window + recipe.sinks)
     side = {path for pattern in _SIDE_FILES for path in base.path.glob(pattern) if path.is_file()}
     return Plan(
@@ -236,13 +242,15 @@ def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRe
     return recipe.model_copy(update=settings)
 
 
-def _check_room(parent: Path, needed: int) -> None:
+def _check_room(parent: Path, needed: int, *, packed: bool) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise SparsekError(
             f"not enough space in {parent}: {needed / 2**30:.1f} GiB needed, "
             f"{free / 2**30:.1f} GiB free",
-            hint="free some space, or choose OUT on the base's filesystem so that it can be linked",
+            hint="free some space, or choose OUT on another disk"
+            if packed
+            else "free some space, or choose OUT on the base's filesystem so that it can be linked",
         )
 
 

@@ -1,6 +1,7 @@
 """A planned conversion, carried out: calibrate, write, verify; then the folder takes its name."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from sparsek_cli.conversion.plan import Plan
@@ -8,6 +9,8 @@ from sparsek_cli.conversion.shards import find_nan
 from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, verify
 from sparsek_cli.conversion.write import Written, neutral_scorers, write_checkpoint
+from sparsek_cli.gguf.checkpoint import GgufCheckpoint
+from sparsek_cli.gguf.unpack import unpacked
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import MODEL
 from sparsek_cli.output.place import check_folder
@@ -40,6 +43,7 @@ class Converted:
             **self.plan.data(),
             "linked_by": sorted(set(self.written.means)),
             "base_bytes_copied": self.written.bytes_copied,
+            "base_bytes_unpacked": self.bytes_unpacked,
             "nan_check": self.nan_checked,
             "tensors": self.verified.tensors,
             "logits": self.verified.logits,
@@ -49,12 +53,22 @@ class Converted:
             "calibration": self.calibration,
         }
 
+    @property
+    def bytes_unpacked(self) -> int:
+        """Bytes of OUT that a GGUF file's tensors take."""
+        return self.plan.base_bytes if isinstance(self.plan.base, GgufCheckpoint) else 0
+
+    def _base_came(self) -> str:
+        if self.bytes_unpacked:
+            return f"base unpacked into OUT, {self.bytes_unpacked:,} bytes"
+        means = " and ".join(sorted(set(self.written.means)))
+        return f"base by {means}, {self.written.bytes_copied:,} base bytes copied"
+
     def text(self) -> str:
         """For a person."""
         lines = [
             self.plan.text(),
-            f"written     base by {' and '.join(sorted(set(self.written.means)))}, "
-            f"{self.written.bytes_copied:,} base bytes copied; NaN check: {self.nan_checked}",
+            f"written     {self._base_came()}; NaN check: {self.nan_checked}",
             f"verified    {self.verified.text()}",
             f"tokenizer   {self.tokenizer}",
         ]
@@ -84,6 +98,17 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Converted:
     reporter, overwrite = reporter or Silent(), plan.recipe.overwrite
     leftovers.clear(plan.out, reporter.say)
     check_folder(plan.out, MODEL, overwrite=overwrite, model=plan.base.path)  # it may be back
+    # Staged first: that OUT cannot be written is told before minutes of work.
+    with (
+        staged(plan.out, overwrite=overwrite) as folder,
+        unpacked(plan, reporter) as ready,
+    ):
+        done = _fill(folder, ready, reporter)
+    return replace(done, plan=plan)
+
+
+def _fill(folder: Path, plan: Plan, reporter: Reporter) -> Converted:
+    """Calibrates and writes into the staged `folder`."""
     with reporter.progress("reading weights", plan.base_bytes) as bar:
         whole = find_nan(plan.shards, limit=_READ_WHOLE, advance=bar.advance)
     scorers, report = neutral_scorers(plan), None
@@ -92,10 +117,9 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Converted:
         from sparsek_cli.conversion.calibrate import calibrate
 
         scorers, report = calibrate(plan, reporter)
-    with staged(plan.out, overwrite=overwrite) as folder:
-        written = write_checkpoint(plan, scorers, folder, report)
-        reporter.say("verifying")
-        tokenizer = settle(plan, folder)
-        verified = verify(plan, scorers, folder, written)
+    written = write_checkpoint(plan, scorers, folder, report)
+    reporter.say("verifying")
+    tokenizer = settle(plan, folder)
+    verified = verify(plan, scorers, folder, written)
     nan = "all weights read" if whole else f"sampled above {_READ_WHOLE >> 30} GiB"
     return Converted(plan, written, verified, tokenizer, nan, report)

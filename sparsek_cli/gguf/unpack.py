@@ -1,0 +1,147 @@
+"""A GGUF file becomes a checkpoint folder, for as long as a conversion needs one."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparsek_cli import disk
+from sparsek_cli.conversion import tokenizer as tokenizers
+from sparsek_cli.conversion.loading import quiet_transformers
+from sparsek_cli.conversion.shards import read_shards
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.gguf.checkpoint import GgufCheckpoint
+from sparsek_cli.hub import Checkpoint
+from sparsek_cli.output.leftovers import held, make_beside
+from sparsek_cli.reporter import Reporter
+
+if TYPE_CHECKING:
+    from sparsek_cli.conversion.plan import Plan
+
+_SHARD = "4GB"
+_ANOTHER = "name the checkpoint that it was made from"
+
+
+@contextmanager
+def unpacked(plan: "Plan", reporter: Reporter) -> Iterator["Plan"]:
+    """The plan with a folder as its base: unchanged, or a GGUF file's tensors unpacked beside OUT.
+
+    Files written there are linked into OUT like those of any base; the folder goes when the block
+    ends, what is linked stays.
+
+    Args:
+        plan: what to convert; OUT's parent must exist.
+        reporter: hears of it, since it takes a while.
+
+    Raises:
+        SparsekError: the disk is full, or the file does not hold the model that it names.
+    """
+    base = plan.base
+    if not isinstance(base, GgufCheckpoint):
+        yield plan
+        return
+    header = base.header
+    reporter.say(f"unpacking {base.path.name} to {plan.base_bytes:,} bytes of {header.dtype}")
+    folder = make_beside(plan.out)
+    try:
+        with held(folder):
+            _unpack(base, folder)
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            # What is unpacked here is nobody else's: it is linked even where copies are asked for.
+            recipe = plan.recipe.model_copy(update={"copy_base": False, "model": str(base.path)})
+            yield replace(
+                plan,
+                base=Checkpoint(folder, base.name, base.source),
+                config=config,
+                shards=read_shards(folder),
+                side_files=[*tokenizers.files_in(folder), folder / "generation_config.json"],
+                linkable=True,
+                recipe=recipe,
+            )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpack(base: GgufCheckpoint, folder: Path) -> None:
+    """Writes config.json, weights, generation_config.json and the tokenizer."""
+    from transformers import AutoTokenizer
+
+    # Seen from a folder of its own: transformers would read what lies beside the file, too.
+    alone = folder / "alone.gguf"
+    alone.symlink_to(base.path)
+    place = {"pretrained_model_name_or_path": folder, "gguf_file": alone.name}
+    with quiet_transformers():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**place)
+        except Exception as error:  # the tokenizers library raises plain ones
+            raise SparsekError(
+                f"the tokenizer in {base.path.name} cannot be read: {_first_line(error)}",
+                hint=_ANOTHER,
+            ) from error
+        model = _load(base, place)
+    alone.unlink()
+    model.config.architectures = base.config()["architectures"]
+    model.generation_config.eos_token_id = list(base.header.stops) or None
+    try:
+        with disk.os_errors(), quiet_transformers():
+            model.save_pretrained(folder, max_shard_size=_SHARD)
+    except OSError as error:
+        if not disk.is_full(error):
+            raise
+        raise SparsekError(
+            f"the disk is full while unpacking {base.path.name}",
+            hint="free some space, or choose OUT on another disk",
+        ) from error
+    tokenizer.save_pretrained(folder)
+    if not tokenizers.bring(tokenizer, folder):
+        raise SparsekError(
+            f"the tokenizer of {base.path.name} gives other ids once saved", hint=_ANOTHER
+        )
+
+
+def _load(base: GgufCheckpoint, place: dict[str, Any]) -> Any:
+    """The dense model; every value of the file is one of its weights, and the other way round."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    header, options = base.header, {}
+    try:  # since 5.20 blocks stay packed unless told otherwise
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    except ImportError:
+        pass
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **place,
+            config=base.transformers_config,
+            dtype=getattr(torch, header.dtype),
+            output_loading_info=True,
+            **options,
+        )
+    except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
+        raise SparsekError(
+            f"transformers cannot load {header.path.name}: {_first_line(error)}", hint=_ANOTHER
+        ) from error
+    absent = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
+    if absent:
+        raise SparsekError(
+            f"{header.path.name} does not hold {absent[0]} of a '{header.architecture}' model "
+            f"({len(absent)} weights are missing)",
+            hint=_ANOTHER,
+        )
+    held_values = sum(p.numel() for p in model.parameters())
+    if held_values != header.values:
+        raise SparsekError(
+            f"{header.path.name} holds {header.values:,} values, of which transformers reads "
+            f"{held_values:,}: its '{header.architecture}' model has no place for the others",
+            hint=_ANOTHER,
+        )
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
