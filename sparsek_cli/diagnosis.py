@@ -258,6 +258,7 @@ def _cache_bytes(lm: "torch.nn.Module") -> Iterator[Check]:
     import torch
 
     from sparsek_cli.models import SparseKCache, sparsek_cache_bytes
+    from sparsek_cli.models.mixed import sliding_bytes
 
     ids = _random_ids(lm, 160)
     cache = SparseKCache(lm.config)
@@ -265,15 +266,17 @@ def _cache_bytes(lm: "torch.nn.Module") -> Iterator[Check]:
     with torch.inference_mode():
         for part in (ids[:, :32], ids[:, 32:159], ids[:, 159:]):
             lm(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            held.append(cache.nbytes)
-    expected = sparsek_cache_bytes(lm.config, lm.dtype)
+            held.append(cache.slot_bytes)
+    expected = sparsek_cache_bytes(lm.config, lm.dtype) - sliding_bytes(lm.config, None, lm.dtype)
+    others = cache.nbytes - held[-1]
     shown = f"{held[-1]:,}" if len(set(held)) == 1 else " then ".join(f"{h:,}" for h in held)
     # The gates `log` and `kv` also keep the scores (no keys) of the soft support while they last.
     exact = lm.config.sparsek["gate"] == "straight_through"
     yield Check(
         "cache bytes",
         set(held) == {expected} if exact else None,
-        f"{shown} at 32, 159 and 160 tokens, the formula says {expected:,}",
+        f"{shown} at 32, 159 and 160 tokens, the formula says {expected:,}"
+        + (f"; {others:,} in layers of other kinds" if others else ""),
         _BUG,
     )
 

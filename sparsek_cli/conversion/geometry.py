@@ -12,7 +12,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.own_config import own_config
 
-_OPTIONAL = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_OPTIONAL = ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _CONTEXT = 2048
 
 

@@ -5,6 +5,7 @@ Reads config.json and safetensors headers only.
 
 import math
 import shutil
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row
-from sparsek_cli.families.layers import idle_window_off
+from sparsek_cli.families.layers import full_layers, idle_window_off, layer_types
+from sparsek_cli.families.own_config import own_config
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
@@ -45,6 +47,8 @@ class Plan:
             conversion added.
         out: folder to appear.
         row, geometry: its family, which says where its attention is, and how large it is.
+        types: kind of each layer, as transformers names it.
+        sliding_window: of the layers that slide; 0 where none does.
         prefixed: whether the base's tensor names carry the base model's prefix.
         shards: base files in order.
         side_files: small files that come along.
@@ -60,6 +64,8 @@ class Plan:
     out: Path
     row: Row
     geometry: Geometry
+    types: tuple[str, ...]
+    sliding_window: int
     prefixed: bool
     shards: list[Shard]
     side_files: list[Path]
@@ -70,6 +76,11 @@ class Plan:
     calibrate_tokens: int
     calibrate_length: int
     recipe: ConvertRecipe
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that are converted: those that attend to everything."""
+        return full_layers(self.types)
 
     @property
     def budget(self) -> int:
@@ -88,7 +99,7 @@ class Plan:
     def scorer_path(self, layer: int) -> str:
         """State-dict path of one layer's scorer, in the naming style of the base's tensors."""
         path = f"{self.row.attention_path(layer)}.scorer"
-        return path if self.prefixed else path.removeprefix(f"{self.row.base}.")
+        return path if self.prefixed else path.removeprefix(f"{self.row.stored}.")
 
     def resolved(self) -> dict[str, Any]:
         """The request with every default filled in: what sparsek.yaml records."""
@@ -103,11 +114,24 @@ class Plan:
         return settings
 
     def cache_bytes(self, tokens: int, *, dense: bool) -> int:
-        """KV bytes of one sequence, all layers, in the checkpoint's number format."""
-        size = self.geometry
-        slots = tokens if dense else self.budget
-        width = 4 if size.dtype in ("float32", "float") else 2
-        return 2 * size.layers * size.kv_heads * slots * size.head_dim * width
+        """KV bytes of one sequence, all layers, in the checkpoint's number format.
+
+        Sliding layers hold their window either way; states are not counted.
+        """
+        pairs = len(self.sparse_layers) * (tokens if dense else self.budget)
+        return pairs * self._pair_bytes + self.sliding_bytes(tokens if dense else None)
+
+    def sliding_bytes(self, tokens: int | None) -> int:
+        """KV bytes of the layers that slide, after so many tokens; None: their windows are full."""
+        kept = max(self.sliding_window - 1, 0)  # the last of a window is the query's own
+        kept = kept if tokens is None else min(kept, tokens)
+        return self.types.count("sliding_attention") * kept * self._pair_bytes
+
+    @property
+    def _pair_bytes(self) -> int:
+        """Of a key and value in every KV head of a layer."""
+        width = 4 if self.geometry.dtype in ("float32", "float") else 2
+        return 2 * self.geometry.kv_heads * self.geometry.head_dim * width
 
     def data(self) -> dict[str, Any]:
         """For --json: what --dry-run shows."""
@@ -117,6 +141,8 @@ class Plan:
             "family": self.row.model_type,
             "out": str(self.out),
             "layers": size.layers,
+            "layer_types": dict(Counter(self.types)),
+            "converted_layers": list(self.sparse_layers),
             "kv_heads": size.kv_heads,
             "head_dim": size.head_dim,
             "context": size.context,
@@ -136,6 +162,13 @@ class Plan:
             "calibrate_length": self.calibrate_length,
         }
 
+    def _layers(self) -> str:
+        kept = Counter(self.types[i] for i in set(range(len(self.types))) - {*self.sparse_layers})
+        if not kept:
+            return f"{self.geometry.layers} layers"
+        others = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kept.items())
+        return f"{len(self.sparse_layers)} of {self.geometry.layers} layers; as they are: {others}"
+
     def text(self) -> str:
         """For a person."""
         size = self.geometry
@@ -154,7 +187,7 @@ class Plan:
             calibration = "none: neutral scorers, a plain window until fine-tuned"
         return "\n".join(
             [
-                f"base        {self.base.path} ({self.row.model_type}, {size.layers} layers, "
+                f"base        {self.base.path} ({self.row.model_type}, {self._layers()}, "
                 f"{size.kv_heads} KV heads, context {size.context:,})",
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
@@ -186,7 +219,12 @@ def plan(recipe: ConvertRecipe) -> Plan:
         config = dense_config(config)
     row = convertible(config)
     sizes = geometry(config, row)
-    idle_window_off(row, config, sizes.context)
+    types = layer_types(row, {**config, **idle_window_off(row, config, sizes.context)})
+    if not full_layers(types):
+        raise UsageError(
+            "no layer of the model attends to everything: there is nothing to convert",
+            hint="its cache is bounded already",
+        )
     topk, window = slots(recipe, sizes.context)
     out = out_folder(recipe, base)
     check_folder(out, MODEL, overwrite=recipe.overwrite, model=base.path)
@@ -194,7 +232,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
     shards = base.outline() if packed else read_shards(base.path)
     if again:
         shards = without_scorers(shards)
-    prefixed = _check_tensors(shards, row, sizes)
+    prefixed = _check_tensors(shards, row, full_layers(types))
     parent = existing_parent(out)
     linkable = not (packed or recipe.copy_base) and all(
         shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
@@ -209,6 +247,8 @@ def plan(recipe: ConvertRecipe) -> Plan:
         out=out,
         row=row,
         geometry=sizes,
+        types=tuple(types),
+        sliding_window=_sliding_window(row, config, types),
         prefixed=prefixed,
         shards=shards,
         side_files=sorted(side),
@@ -227,13 +267,19 @@ def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
     return absolute(recipe.out or f"{base.name}-sparsek")
 
 
+def _sliding_window(row: Row, config: dict[str, Any], types: list[str]) -> int:
+    if "sliding_attention" not in types:
+        return 0
+    return config.get("sliding_window") or own_config(row, config).sliding_window
+
+
 def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRecipe:
     """The request with the slots and the gate that the model has, where it names none."""
     given = recipe.model_fields_set
     settings = {key: block[key] for key in ("window", "sinks", "gate") if key not in given}
     if not given & {"topk", "budget"}:
         topk = block["topk"]
-        layers = topk if isinstance(topk, list) else [topk]
+        layers = [x for x in topk if x is not None] if isinstance(topk, list) else [topk]
         settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
     if "scorer" not in recipe.method.model_fields_set and block["scorer"]["type"] == "mlp":
         settings["method"] = recipe.method.model_copy(
@@ -254,15 +300,15 @@ def _check_room(parent: Path, needed: int, *, packed: bool) -> None:
         )
 
 
-def _check_tensors(shards: list[Shard], row: Row, sizes: Geometry) -> bool:
-    """Whether names carry the prefix; every layer's attention tensors must be there."""
+def _check_tensors(shards: list[Shard], row: Row, layers: tuple[int, ...]) -> bool:
+    """Whether names carry the prefix; attention tensors of these layers must be there."""
     names = {name for shard in shards for name in shard.tensors}
-    prefixed = any(name.startswith(f"{row.base}.") for name in names)
-    for layer in range(sizes.layers):
+    prefixed = any(name.startswith(f"{row.stored}.") for name in names)
+    for layer in layers:
         for projection in row.projections:
             name = f"{row.attention_path(layer)}.{projection}.weight"
             if not prefixed:
-                name = name.removeprefix(f"{row.base}.")
+                name = name.removeprefix(f"{row.stored}.")
             if name not in names:
                 raise SparsekError(
                     f"the checkpoint lacks {name}, which its config.json promises",

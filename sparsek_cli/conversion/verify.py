@@ -9,6 +9,7 @@ the rest of the conversion.
 """
 
 import filecmp
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def verify(plan: Plan, scorers: list[Scorer], folder: Path, written: Written) ->
     if plan.base_bytes <= SMALL_MODEL:
         layers, label = plan.geometry.layers, "all layers"
     elif plan.calibrate_tokens:
-        layers = min(_LAYERS_OF_LARGE, plan.geometry.layers)
+        layers = min(plan.sparse_layers[0] + _LAYERS_OF_LARGE, plan.geometry.layers)
         label = f"first {layers} layers"
     else:
         return Verified(tensors, "not compared", None, kv_bytes)
@@ -90,7 +91,7 @@ def _check_tensors(plan: Plan, scorers: list[Scorer], folder: Path) -> int:
         for name, entry in shard.tensors.items():
             if name not in held or held[name].shape != entry.shape:
                 raise SparsekError(f"verification failed: {name} is not in OUT", hint=_BUG)
-    for layer, scorer in enumerate(scorers):
+    for layer, scorer in zip(plan.sparse_layers, scorers, strict=True):
         for part, array in scorer.tensors().items():
             name = f"{plan.scorer_path(layer)}.{part}"
             if name not in held or held[name].shape != array.shape:
@@ -145,7 +146,7 @@ def _check_cache_bytes(plan: Plan, scorers: list[Scorer]) -> int:
 
     size = plan.geometry
     half = size.dtype not in ("float32", "float")
-    held = 0
+    held = plan.sliding_bytes(None)
     for scorer in scorers:
         state = SparseKState.empty(
             1,
@@ -178,12 +179,8 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
 
     def load(path: Path, **extra: Any) -> Any:
         config = AutoConfig.from_pretrained(path)
-        config.num_hidden_layers = layers
-        if getattr(config, "sparsek", None) and isinstance(config.sparsek["topk"], list):
-            config.sparsek["topk"] = config.sparsek["topk"][:layers]
-        # Types of the layers that are left out would make the config contradict itself.
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:layers]
+        if layers < plan.geometry.layers:
+            _shorten(config, layers)
         model, info = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, output_loading_info=True, **extra
         )
@@ -204,3 +201,14 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
         with proven(sparse, "verification"):
             converted = sparse(ids, use_cache=False).logits
     return float((dense - converted).abs().max() / dense.abs().max())
+
+
+def _shorten(config: Any, layers: int) -> None:
+    """Leaves a config's first layers; types of the others would make it contradict itself."""
+    config.num_hidden_layers = layers
+    if getattr(config, "sparsek", None) and isinstance(config.sparsek["topk"], list):
+        config.sparsek["topk"] = config.sparsek["topk"][:layers]
+    # Where it is a property, it follows from the number of layers.
+    if getattr(config, "layer_types", None):
+        with suppress(AttributeError):
+            config.layer_types = config.layer_types[:layers]

@@ -80,7 +80,7 @@ def neutral_scorers(plan: Plan) -> list[Scorer]:
             (plan.topk,) * heads,
             **layer(),
         )
-        for _ in range(plan.geometry.layers)
+        for _ in plan.sparse_layers
     ]
 
 
@@ -91,7 +91,7 @@ def write_checkpoint(
 
     Args:
         plan: what to convert.
-        scorers: one per layer.
+        scorers: one per converted layer.
         folder: where; a staging folder, see staging.py.
         report: what calibration measured, kept beside the weights.
 
@@ -125,7 +125,7 @@ def _write(
         weight_map.update(dict.fromkeys(shard.tensors, name))
     tensors = {
         f"{plan.scorer_path(layer)}.{part}": np.ascontiguousarray(array)
-        for layer, scorer in enumerate(scorers)
+        for layer, scorer in zip(plan.sparse_layers, scorers, strict=True)
         for part, array in scorer.tensors().items()
     }
     save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
@@ -148,7 +148,8 @@ def _write(
 def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
     """config.json of the converted model: the base's, plus type, classes and `sparsek` block."""
     sizes = {size for scorer in scorers for size in scorer.topk}
-    topk = sizes.pop() if len(sizes) == 1 else [list(scorer.topk) for scorer in scorers]
+    each = dict(zip(plan.sparse_layers, (list(scorer.topk) for scorer in scorers), strict=True))
+    topk = sizes.pop() if len(sizes) == 1 else [each.get(i) for i in range(len(plan.types))]
     module = Path(REMOTE_CODE_FILE).stem
     row = plan.row
     own_config, own_model, own_causal_lm, *_ = row.sparsek_names

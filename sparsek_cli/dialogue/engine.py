@@ -171,7 +171,7 @@ class Engine:
         """Reads the token that was drawn, by a CUDA graph where there can be one."""
         import torch
 
-        if not self.sparse or len(self._unfed) != 1 or not self.fed:
+        if not (self.sparse and self.cache.all_slots) or len(self._unfed) != 1 or not self.fed:
             self.feed([])
             return
         from sparsek_cli.models.graphs import decoder_for
@@ -282,8 +282,9 @@ class Engine:
         """Bytes of keys and values (and of the selection's bookkeeping) held now."""
         if self.sparse:
             return self.cache.nbytes
-        layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+        from sparsek_cli.models.mixed import pair_bytes, state_bytes
+
+        return sum(pair_bytes(layer) + state_bytes(layer) for layer in self.cache.layers)
 
     @property
     def dense_kv_bytes(self) -> int:

@@ -23,6 +23,11 @@ def full_layers(types: Sequence[str]) -> tuple[int, ...]:
     return tuple(layer for layer, kind in enumerate(types) if kind in FULL)
 
 
+def has_states(types: Sequence[str] | None) -> bool:
+    """Whether some layer carries a state from token to token, which knows no documents."""
+    return bool({"linear_attention", "conv", "hybrid"} & set(types or ()))
+
+
 def layer_types(row: Row, config: Mapping[str, Any]) -> list[str]:
     """The types of all layers of a config.json dictionary, after `idle_window_off`."""
     types = config.get("layer_types")
@@ -37,13 +42,13 @@ def layer_types(row: Row, config: Mapping[str, Any]) -> list[str]:
 def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[str, Any]:
     """Config keys that switch a sliding window off where no text ever fills it.
 
-    Where layers differ by design, nothing changes.
+    Where only some layers slide, and where layers differ by design, nothing changes.
 
     Args:
         row: the family. config: its config.json dictionary. context: longest text, tokens.
 
     Raises:
-        UsageError: some layer slides within the context: the base never learned to look further.
+        UsageError: all layers slide, within the context: the base never learned to look further.
     """
     if row.mixed:
         return {}
@@ -51,10 +56,13 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
     types = config.get("layer_types") or ()
     slides = "sliding_attention" in types if types else config.get("use_sliding_window", True)
     if window is not None and slides and window < context:
+        if "full_attention" in types:
+            return {}
         raise UsageError(
-            f"the model uses a sliding window of {window} tokens",
-            hint="SparseK needs full attention in every layer; if the model is known to work "
-            'without its window, set "sliding_window": null in its config.json',
+            f"every layer of the model uses a sliding window of {window} tokens",
+            hint="its cache is bounded already, and SparseK takes layers that attend to "
+            "everything; if the model is known to work without its window, set "
+            '"sliding_window": null in its config.json',
         )
     off: dict[str, Any] = {}
     if window is not None:

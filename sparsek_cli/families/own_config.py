@@ -15,5 +15,5 @@ def own_config(row: Row, config: Mapping[str, Any]) -> Any:
     Asked only where the file does not say it, so that most conversions do without.
     """
     name = f"transformers.models.{row.module}.configuration_{row.module}"
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    return getattr(importlib.import_module(name), row.config)(**fields)
+    kind = getattr(importlib.import_module(name), row.config)
+    return kind.from_dict(kind._decode_special_floats(dict(config)))

@@ -22,6 +22,7 @@ class Row:
             of a larger model.
         head: what ends the name of the causal language model.
         base: the base model's attribute, absent from the keys of some old checkpoints.
+        stored: what files call `base`, where transformers renames it on loading.
         layers: list of layers below `base`.
         attention: the attention module inside a layer.
         projections: linear maps inside an attention module; the last one is its output.
@@ -33,6 +34,7 @@ class Row:
         keys: the family's own name of a config key that differs from Llama's.
         plain_sizes: sizes that a config.json leaves out follow from those it has: a KV head for
             each head, hidden_size / heads features in each.
+        reads_once: its state-space layers continue a state by one token at a time only.
         window: the sliding window that the config class assumes if config.json names none.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
@@ -44,6 +46,7 @@ class Row:
     text: str = ""
     head: str = "ForCausalLM"
     base: str = "model"
+    stored: str = ""
     layers: str = "layers"
     attention: str = "self_attn"
     projections: tuple[str, ...] = SPLIT
@@ -53,11 +56,13 @@ class Row:
     dropout: str | None = "attention_dropout"
     keys: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     plain_sizes: bool = False
+    reads_once: bool = False
     window: int | None = None
     mixed: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or self.model_type)
+        object.__setattr__(self, "stored", self.stored or self.base)
         object.__setattr__(self, "lora_targets", self.lora_targets or self.projections)
 
     @property
@@ -97,5 +102,5 @@ class Row:
         return self.keys.get(name, name)
 
     def attention_path(self, layer: int) -> str:
-        """The attention module of one layer, e.g. `model.layers.3.self_attn`."""
-        return f"{self.base}.{self.layers}.{layer}.{self.attention}"
+        """The attention module of one layer as files name it, e.g. `model.layers.3.self_attn`."""
+        return f"{self.stored}.{self.layers}.{layer}.{self.attention}"

@@ -107,6 +107,33 @@ TABLE: dict[str, Row] = {
         Row("ernie4_5_moe", "Ernie4_5_Moe", dropout=None),
         Row("minimax_m2", "MiniMaxM2"),
         Row("dots1", "Dots1"),
+        # Layers differ: those that attend to everything are converted, the others stay.
+        Row("gemma3_text", "Gemma3", module="gemma3", text="Text", mixed=True),
+        Row("olmo3", "Olmo3", mixed=True),
+        Row("cohere2", "Cohere2", mixed=True),
+        Row("exaone4", "Exaone4", mixed=True),
+        Row("ministral", "Ministral", mixed=True),
+        Row("qwen3_next", "Qwen3Next", mixed=True),
+        Row("qwen3_5_text", "Qwen3_5", module="qwen3_5", text="Text", mixed=True),
+        Row(
+            "lfm2",
+            "Lfm2",
+            projections=("q_proj", "k_proj", "v_proj", "out_proj"),
+            norm="embedding_norm",
+            dropout=None,
+            mixed=True,
+        ),
+        Row("jamba", "Jamba", norm="final_layernorm", mixed=True, reads_once=True),
+        Row("granitemoehybrid", "GraniteMoeHybrid", mixed=True),
+        Row(
+            "nemotron_h",
+            "NemotronH",
+            stored="backbone",
+            attention="mixer",
+            norm="norm_f",
+            mixed=True,
+        ),
+        Row("falcon_h1", "FalconH1", norm="final_layernorm", mixed=True),
     )
 }
 

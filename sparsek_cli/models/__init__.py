@@ -22,6 +22,7 @@ from sparsek_cli.models.config import (
     head_dim,
     kv_heads,
     layer_budget,
+    sparse_layers,
 )
 from sparsek_cli.models.families import (
     FAMILIES,
@@ -88,6 +89,7 @@ __all__ = [
     "replaced_scorers",
     "save_state",
     "set_budget",
+    "sparse_layers",
     "sparsek_attentions",
     "sparsek_cache_bytes",
     "sparsek_config_from",

@@ -22,6 +22,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, layer_budget
+from sparsek_cli.models.mixed import sliding_attention, sliding_mask
+
+# What models hand on to attention functions and what does not change attention.
+_HARMLESS = {
+    "cache_position", "cu_seq_lens_k", "is_causal", "logits_to_keep", "max_length_k",
+    "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
+    "position_ids", "return_dict", "token_type_ids", "use_cache",
+}  # fmt: skip
 
 
 class SparseKAttentionMixin:
@@ -77,8 +85,13 @@ def sparsek_attention_forward(
 
     Raises:
         SparsekError: no scores (not a converted model), dropout, a sliding window, padding in a
-            packed batch, or a 4D mask.
+            packed batch, a 4D mask, or an argument that would change attention and is not known.
     """
+    check_arguments(module, kwargs)
+    if sparsek_scores is None and getattr(module.config, "sparsek", None) is not None:
+        return _other_layer(
+            module, query, key, value, attention_mask, scaling, sliding_window, cu_seq_lens_q
+        )
     if sparsek_scores is None:
         raise SparsekError(
             f"attention {ATTENTION!r} was set on a {type(module).__name__}, which has no scorer",
@@ -139,6 +152,29 @@ def sparsek_attention_forward(
     return out.transpose(1, 2).contiguous(), None
 
 
+def check_arguments(module: nn.Module, arguments: dict[str, Any]) -> None:
+    """What a family hands to its attention function counts; nothing of it is dropped unseen."""
+    for name, value in arguments.items():
+        if value is not None and value is not False and name not in _HARMLESS:
+            raise SparsekError(
+                f"{type(module).__name__} calls attention with {name}, which SparseK does not know",
+                hint="the model's attention is of another kind and would be computed wrongly",
+            )
+
+
+def _other_layer(module, query, key, value, mask, scaling, window, cu_seqlens):
+    """A layer of a converted model that slides: it attends as in the dense model."""
+    if window is None:
+        raise SparsekError(
+            f"layer {module.layer_idx} has neither a scorer nor a window",
+            hint="please report this with the model's name",
+        )
+    out = sliding_attention(
+        query, key, value, window=window, scale=scaling, mask=mask, cu_seqlens=cu_seqlens
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
 def _check_layer(layer: SparseKCacheLayer, budget: Any, dtype: torch.dtype) -> None:
     if layer.budget != budget:
         raise SparsekError(
@@ -190,12 +226,17 @@ def sparsek_padding_mask(
     q_length: int,
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Padding of the new tokens, bool [B, q_length], or None when there is none.
 
-    Causality needs no mask, and padding among earlier tokens never reached the state.
+    Causality needs no mask, and padding among earlier tokens never reached the state. Layers that
+    slide (`local_size`) have a mask of their own.
     """
+    if local_size is not None:
+        sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
+        return sliding_mask(attention_mask, local_size=local_size, **sizes, **kwargs)
     if attention_mask is None:
         return None
     new = attention_mask[:, -q_length:].to(torch.bool)
@@ -209,6 +250,7 @@ def dense_attention_forward(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Ordinary causal attention (torch's sdpa), document by document where they are packed.
@@ -216,6 +258,13 @@ def dense_attention_forward(
     Shapes as in `sparsek_attention_forward`. One causal call per document keeps torch's fast
     kernels and never builds the N x N mask that packing would otherwise need.
     """
+    known = ("scaling", "dropout")
+    check_arguments(module, {name: kwargs[name] for name in kwargs if name not in known})
+    if sliding_window is not None:
+        scaling = kwargs.get("scaling")
+        return _other_layer(
+            module, query, key, value, attention_mask, scaling, sliding_window, cu_seq_lens_q
+        )
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     bounds = cu_seq_lens_q.tolist()
@@ -236,9 +285,17 @@ def dense_mask(
     q_length: int,
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
+    local_size: int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """As sdpa's mask, but none for whole unpadded (perhaps packed) sequences."""
+    """As sdpa's mask, but none for whole unpadded (perhaps packed) sequences.
+
+    Layers that slide (`local_size`) have a mask of their own.
+    """
+    if local_size is not None:
+        return sparsek_padding_mask(
+            batch_size, q_length, kv_length, attention_mask, local_size, **kwargs
+        )
     if attention_mask is None and q_length == kv_length:
         return None
     return sdpa_mask(

@@ -39,6 +39,11 @@ def join(caches: Sequence[SparseKCache]) -> SparseKCache:
     for cache in caches:
         if cache.batch_size < 0:
             raise SparsekError("an empty cache has no rows", hint="read a prompt into it first")
+        if not cache.all_slots:
+            raise SparsekError(
+                "caches of models with other layers beside SparseK's cannot be joined",
+                hint="read the prompts as one batch, padded on the left",
+            )
         if [layer.budget for layer in cache.layers] != [layer.budget for layer in first.layers]:
             raise SparsekError(
                 "the caches were made for different budgets", hint="join those of one model"

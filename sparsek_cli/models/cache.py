@@ -1,20 +1,33 @@
-"""A transformers cache that never grows: sinks, selected pairs and the window of every layer."""
+"""A transformers cache that never grows: sinks, selected pairs and the window of every layer.
+
+Layers without SparseK attention have transformers' own kinds, which are bounded too; see mixed.py.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from sparsek_kernels import SparseKState, cache_bytes
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionLayer,
+    get_layer_types_and_kwargs,
+)
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.config import (
     LayerBudget,
     head_dim,
     kv_heads,
     layer_budget,
+    sparse_layers,
 )
+from sparsek_cli.models.mixed import pair_bytes, sliding_bytes, state_bytes
 
 
 class SparseKCacheLayer(CacheLayerMixin):
@@ -158,6 +171,76 @@ class SparseKCacheLayer(CacheLayerMixin):
         """Nothing to do, see `offload`."""
 
 
+class StateAndSparseKLayer(LinearAttentionLayer, SparseKCacheLayer):
+    """A layer with both a state-space block and SparseK attention (Falcon-H1)."""
+
+    def __init__(self, number_of_states: int = 1, **kwargs: Any):
+        SparseKCacheLayer.__init__(self, **kwargs)
+        LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
+
+    def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """For keys and values where they are given, for states otherwise."""
+        of = SparseKCacheLayer if args else LinearAttentionLayer
+        of.lazy_initialization(self, *args, **kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of slots and states."""
+        return super().nbytes + state_bytes(self)
+
+    def reset(self) -> None:
+        SparseKCacheLayer.reset(self)
+        LinearAttentionLayer.reset(self)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        SparseKCacheLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        SparseKCacheLayer.crop(self, tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        SparseKCacheLayer.activate_past_recording(self)
+
+    def offload(self) -> None:
+        """Nothing to do, as in `SparseKCacheLayer`."""
+
+    def prefetch(self) -> None:
+        """Nothing to do, as in `SparseKCacheLayer`."""
+
+
+def cache_layers(config: Any, make: Callable[[int], Any] | None = None) -> list[Any]:
+    """A cache layer for each layer of a converted model, of the kind that it needs.
+
+    Args:
+        make: what layers with SparseK attention get instead of slots, by the layer's number.
+
+    Raises:
+        UsageError: `make`, for layers that keep a state beside their attention.
+    """
+    sparse = set(sparse_layers(config))
+    given, make = make, make or (lambda layer: SparseKCacheLayer(layer_budget(config, layer)))
+    if len(sparse) == config.num_hidden_layers and not has_states(
+        getattr(config, "layer_types", None)
+    ):
+        return [make(layer) for layer in sorted(sparse)]
+    if given is not None and "hybrid" in config.layer_types:
+        raise UsageError(
+            f"{config.model_type.removeprefix('sparsek_')} keeps a state beside each layer's keys",
+            hint="compare with dense, window and random, which SparseK's own cache can stand for",
+        )
+    kinds, options = get_layer_types_and_kwargs(config)
+    layers: list[Any] = []
+    for layer, (kind, own) in enumerate(zip(kinds, options, strict=True)):
+        if layer not in sparse:
+            layers.append(DYNAMIC_LAYER_TYPE_MAPPING[kind](**own))
+        elif kind == "hybrid":
+            layers.append(StateAndSparseKLayer(budget=layer_budget(config, layer), **own))
+        else:
+            layers.append(make(layer))
+    return layers
+
+
 class SparseKCache(Cache):
     """The cache of a converted model: sinks + topk + window pairs per KV head, at any length.
 
@@ -174,34 +257,55 @@ class SparseKCache(Cache):
     given = True
 
     def __init__(self, config: Any):
-        super().__init__(
-            layers=[
-                SparseKCacheLayer(layer_budget(config, layer))
-                for layer in range(config.num_hidden_layers)
-            ]
-        )
+        super().__init__(layers=cache_layers(config))
+
+    @property
+    def all_slots(self) -> bool:
+        """Whether every layer has SparseK attention and nothing else: no window, no state."""
+        return all(type(layer) is SparseKCacheLayer for layer in self.layers)
 
     @property
     def nbytes(self) -> int:
-        """Bytes held now, over all layers: 0 before the first token, then constant."""
-        return sum(layer.nbytes for layer in self.layers)
+        """Bytes held now, over all layers: 0 before the first token, then constant.
+
+        Layers that slide grow until their window is full.
+        """
+        return sum(
+            layer.nbytes
+            if isinstance(layer, SparseKCacheLayer)
+            else pair_bytes(layer) + state_bytes(layer)
+            for layer in self.layers
+        )
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of the slots among them: what SparseK bounds."""
+        own = (layer for layer in self.layers if isinstance(layer, SparseKCacheLayer))
+        return sum(layer.nbytes - state_bytes(layer) for layer in own)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the states among them, of layers that keep one."""
+        return sum(state_bytes(layer) for layer in self.layers)
 
     @property
     def batch_size(self) -> int:
         """Sequences held, or -1 before the first token."""
-        state = self.layers[0].state
+        states = (x.state for x in self.layers if isinstance(x, SparseKCacheLayer))
+        state = next(states, None)
         return -1 if state is None else state.batch
 
 
 def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
     """Bytes a `SparseKCache` holds at any context: `SparseKCache.nbytes` equals it.
 
-    Per slot: key, value, position and score; see `sparsek_kernels.cache_bytes`. Gates log and kv
-    keep some scores (no keys) beyond it.
+    Sliding layers count with their windows full; states (`SparseKCache.state_bytes`) are beyond it,
+    their sizes are the family's affair. Per slot: key, value, position and score; see
+    `sparsek_kernels.cache_bytes`. Gates log and kv keep some scores (no keys) beyond it.
     """
     heads, size = kv_heads(config), head_dim(config)
-    total = 0
-    for layer in range(config.num_hidden_layers):
+    total = sliding_bytes(config, None, dtype, batch)
+    for layer in sparse_layers(config):
         budget = layer_budget(config, layer)
         total += cache_bytes(batch, budget.topk, budget.window, budget.sinks, heads, size, dtype)
     return total
@@ -209,5 +313,6 @@ def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
 
 def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
     """Bytes of keys and values that a dense cache of the same model holds after `tokens` tokens."""
-    pairs = batch * config.num_hidden_layers * kv_heads(config) * tokens
-    return 2 * pairs * head_dim(config) * dtype.itemsize
+    pairs = batch * len(sparse_layers(config)) * kv_heads(config) * tokens
+    held = 2 * pairs * head_dim(config) * dtype.itemsize
+    return held + sliding_bytes(config, tokens, dtype, batch)

@@ -6,17 +6,19 @@
 ```
 A scorer of type `mlp` also has a `width`, the units of its hidden layer (128).
 `topk` is one integer, or a list with one entry per layer, each an integer or a list with one
-integer per KV head. Every KV head of a layer then keeps sinks + topk + window pairs, always.
+integer per KV head; null for layers that do not attend to everything, which stay as they are.
+Every KV head of the others keeps sinks + topk + window pairs, always.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 
 GATES = ("straight_through", "log", "kv")
@@ -83,6 +85,12 @@ def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def sparse_layers(config: Any) -> tuple[int, ...]:
+    """The layers that have SparseK attention: those that attend to everything."""
+    types = getattr(config, "layer_types", None)
+    return full_layers(types) if types else tuple(range(config.num_hidden_layers))
+
+
 def layer_budget(config: Any, layer: int) -> LayerBudget:
     """The budget of one layer, read from `config.sparsek` (already checked)."""
     block = config.sparsek
@@ -93,13 +101,16 @@ def layer_budget(config: Any, layer: int) -> LayerBudget:
     return LayerBudget(topk, block["window"], block["sinks"], block["gate"])
 
 
-def check_settings(settings: Mapping[str, Any], *, layers: int, heads: int) -> dict[str, Any]:
+def check_settings(
+    settings: Mapping[str, Any], *, layers: int, heads: int, sparse: Collection[int] | None = None
+) -> dict[str, Any]:
     """Validate a `sparsek` block and return it complete, as plain JSON values.
 
     Args:
         settings: the block, missing keys take `DEFAULTS`.
         layers: number of layers of the model.
         heads: number of KV heads of each layer.
+        sparse: the layers with SparseK attention, see `sparse_layers`; None: all of them.
 
     Raises:
         UsageError: an unknown key, a wrong type, or a value out of range; names the key.
@@ -111,7 +122,7 @@ def check_settings(settings: Mapping[str, Any], *, layers: int, heads: int) -> d
             raise UsageError(f"sparsek settings have no key `{key}`", hint=hint)
     merged = {**DEFAULTS, **settings}
     checked: dict[str, Any] = {
-        "topk": _check_topk(merged["topk"], layers=layers, heads=heads),
+        "topk": _check_topk(merged["topk"], layers=layers, heads=heads, sparse=sparse),
         "window": _check_integer("window", merged["window"], least=1),
         "sinks": _check_integer("sinks", merged["sinks"], least=0),
     }
@@ -146,7 +157,9 @@ def _check_integer(name: str, value: Any, *, least: int) -> int:
     return value
 
 
-def _check_topk(topk: Any, *, layers: int, heads: int) -> int | list[int | list[int]]:
+def _check_topk(
+    topk: Any, *, layers: int, heads: int, sparse: Collection[int] | None
+) -> int | list[int | list[int] | None]:
     if not isinstance(topk, (list, tuple)):
         return _check_integer("topk", topk, least=0)
     if len(topk) != layers:
@@ -154,10 +167,17 @@ def _check_topk(topk: Any, *, layers: int, heads: int) -> int | list[int | list[
             f"topk has {len(topk)} entries for {layers} layers",
             hint="give one integer, or one entry per layer",
         )
-    checked: list[int | list[int]] = []
+    checked: list[int | list[int] | None] = []
     for layer, entry in enumerate(topk):
         name = f"topk of layer {layer}"
-        if isinstance(entry, (list, tuple)):
+        if sparse is not None and layer not in sparse:
+            if entry is not None:
+                raise UsageError(
+                    f"{name} is {entry}, and that layer has no SparseK attention",
+                    hint="null stands for layers that do not attend to everything",
+                )
+            checked.append(None)
+        elif isinstance(entry, (list, tuple)):
             if len(entry) != heads:
                 raise UsageError(
                     f"{name} has {len(entry)} entries for {heads} KV heads",
@@ -195,7 +215,10 @@ class SparseKConfigMixin:
         register_classes(self.model_type)
         super().__post_init__(**kwargs)
         self.sparsek = check_settings(
-            self.sparsek or {}, layers=self.num_hidden_layers, heads=kv_heads(self)
+            self.sparsek or {},
+            layers=self.num_hidden_layers,
+            heads=kv_heads(self),
+            sparse=sparse_layers(self),
         )
         self.auto_map = {
             "AutoConfig": f"{REMOTE_CODE_FILE.removesuffix('.py')}.{type(self).__name__}",

@@ -119,10 +119,11 @@ class _Ended:
 def can_write(config: Any, kwargs: dict[str, Any], *, synced_gpus: bool) -> bool:
     """Whether `write` does what transformers' loop would: no inner states are asked for, and the
     model's forward gets nothing beside its tokens."""
-    positions = kwargs.get("position_ids")
+    cache, positions = kwargs.get("past_key_values"), kwargs.get("position_ids")
     others = (value for name, value in kwargs.items() if name not in _KNOWN)
     return (
-        isinstance(kwargs.get("past_key_values"), SparseKCache)
+        isinstance(cache, SparseKCache)
+        and cache.all_slots
         and bool(kwargs.get("use_cache"))
         and not (synced_gpus or config.output_attentions or config.output_hidden_states)
         and (positions is None or positions.ndim == 2)

@@ -132,6 +132,7 @@ class Family:
                 "__doc__": f"{dense.__name__} with SparseK attention.",
                 "__annotations__": {"config": self.sparsek_config},
                 "_forward_names": forward_names(dense),
+                "reads_once": self.row.reads_once,
                 **members,
             },
         )
@@ -167,6 +168,7 @@ class Family:
                 "__doc__": f"{self.row.causal_lm} with SparseK attention.",
                 "__annotations__": {"config": self.sparsek_config},
                 "__init__": build,
+                "reads_once": self.row.reads_once,
             },
         )
 

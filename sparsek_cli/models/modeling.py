@@ -14,10 +14,11 @@ from torch import nn
 from transformers import initialization as init
 from transformers.generation import GenerationMode
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.attention import SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache import SparseKCache
-from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION
+from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, sparse_layers
 from sparsek_cli.models.decoding import can_write, write
 from sparsek_cli.models.reading import READ_CHUNK, reads_in_chunks
 from sparsek_cli.models.scorer import (
@@ -38,9 +39,18 @@ _GENERATION_MODES = (
 
 
 def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
-    """Turn every `dense` attention module below `base` into a `sparse` one with a scorer."""
+    """Turn `dense` attention modules below `base` into `sparse` ones with a scorer.
+
+    Layers that slide stay as they are.
+    """
+    layers = sparse_layers(base.config)
+    if not layers:
+        raise UsageError(
+            "no layer of the model attends to everything: there is nothing to convert",
+            hint="its cache is bounded already",
+        )
     for module in base.modules():
-        if type(module) is dense:
+        if type(module) is dense and module.layer_idx in layers:
             module.__class__ = sparse
             module.scorer = new_scorer(base.config, module.layer_idx)
 
@@ -76,6 +86,16 @@ class SparseKPreTrainedMixin:
         elif isinstance(module, RandomScorer):
             init.zeros_(module.slopes)  # in no checkpoint, so nobody else fills it
 
+    def _initialize_weights(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        # transformers takes our classes for code that initialises what is loaded already, and
+        # leaves out models whose parameters all are: Falcon-H1 fills buffers of its layers there.
+        if isinstance(module, SparseKPreTrainedMixin):
+            if not getattr(module, "_is_hf_initialized", False):
+                self._init_weights(module)
+                module._is_hf_initialized = True
+            return
+        super()._initialize_weights(module, *args, **kwargs)
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', for our own names.
 
@@ -90,7 +110,13 @@ class SparseKPreTrainedMixin:
 
 
 class SparseKModelMixin(SparseKPreTrainedMixin):
-    """For base models: brings its own cache, and finds packed documents once for all layers."""
+    """For base models: brings its own cache, and finds packed documents once for all layers.
+
+    Attributes:
+        reads_once: see `families.Row`.
+    """
+
+    reads_once = False
 
     def forward(self, *args: Any, **kwargs: Any):
         """As the family's base model.
@@ -117,10 +143,30 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
             recomputing = self.training and getattr(self, "gradient_checkpointing", False)
             if implementation == ATTENTION and kwargs["use_cache"] and not recomputing:
                 kwargs["past_key_values"] = SparseKCache(self.config)
+        if self.reads_once and given is not None:
+            self._check_piece(given, kwargs)
         caching = given is not None or kwargs["use_cache"]
         if kwargs.get("cu_seq_lens_q") is not None and caching:
             raise SparsekError("packed documents cannot share a cache", hint="pass use_cache=False")
+        if kwargs.get("cu_seq_lens_q") is not None and has_states(
+            getattr(self.config, "layer_types", None)
+        ):
+            raise SparsekError(
+                "a packed batch would carry one document's states into the next: some layers of "
+                f"{self.config.model_type.removeprefix('sparsek_')} keep a state",
+                hint="give each document a row of its own, with an attention mask",
+            )
         return super().forward(**kwargs)
+
+    def _check_piece(self, cache: Any, kwargs: dict[str, Any]) -> None:
+        tokens = kwargs.get("input_ids")
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is not None and tokens.shape[1] > 1 and cache.get_seq_length():
+            raise SparsekError(
+                f"the state-space layers of {self.config.model_type.removeprefix('sparsek_')} "
+                "continue a text by one token at a time",
+                hint="pass logits_to_keep=1 to the causal language model, which then does so",
+            )
 
     @staticmethod
     def _prepare_packing(kwargs: dict[str, Any]) -> None:
@@ -161,6 +207,7 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
     """
 
     read_chunk: int | None = READ_CHUNK
+    reads_once = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

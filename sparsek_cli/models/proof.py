@@ -27,8 +27,10 @@ def counted_calls() -> Iterator[Calls]:
 
     def counting(attend: Callable) -> Callable:
         def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
-            calls.count += 1
-            calls.queries += query.shape[0] * query.shape[2]
+            # Layers that slide pass here too, without scores.
+            if kwargs.get("sparsek_scores") is not None:
+                calls.count += 1
+                calls.queries += query.shape[0] * query.shape[2]
             return attend(module, query, *args, **kwargs)
 
         return counted

@@ -69,6 +69,9 @@ def _chunk(model: Any, kwargs: dict[str, Any]) -> int | None:
     if not model.read_chunk or torch.is_grad_enabled():
         return None
     size = max(model.read_chunk // tokens.shape[0], kept, 1)
+    if model.reads_once:
+        cache = kwargs.get("past_key_values")
+        size = max(kept, 1) if cache is not None and cache.get_seq_length() else tokens.shape[1]
     if tokens.shape[1] <= size or model.config._attn_implementation != ATTENTION:
         return None
     if any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states")):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sparsek_cli.models.config import DENSE_ATTENTION, check_settings, kv_heads
+from sparsek_cli.models.config import DENSE_ATTENTION, check_settings, kv_heads, sparse_layers
 from sparsek_cli.models.modeling import sparsek_attentions
 from sparsek_cli.models.scorer import RandomScorer
 
@@ -41,6 +41,7 @@ def set_budget(
         {**before, **{key: value for key, value in changes.items() if value is not None}},
         layers=config.num_hidden_layers,
         heads=kv_heads(config),
+        sparse=sparse_layers(config),
     )
     return before
 

@@ -39,6 +39,11 @@ def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any 
 
     if cache.batch_size < 0:
         raise SparsekError("nothing was read yet", hint="save a state after reading something")
+    if not cache.all_slots:
+        raise SparsekError(
+            "the model has other layers beside SparseK's, whose caches are not saved",
+            hint="read the text again",
+        )
     tensors = {}
     for index, layer in enumerate(cache.layers):
         for name in (*_SLOTS, *_SOFT):

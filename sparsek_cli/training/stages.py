@@ -43,4 +43,4 @@ class BudgetStages(TrainerCallback):
 def _scaled(topk: Any, factor: float) -> Any:
     if isinstance(topk, list):
         return [_scaled(entry, factor) for entry in topk]
-    return round(topk * factor)
+    return None if topk is None else round(topk * factor)

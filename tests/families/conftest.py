@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tiny_families import TINY
 
+from sparsek_cli.families import TABLE
+
 TOKENS = 40
 
 
@@ -90,12 +92,15 @@ def made(every_family, make_dense, make_sparse) -> Made:
 
 @pytest.fixture(scope="module")
 def checkpoints(every_family, make_checkpoint, story, tmp_path_factory) -> Checkpoints:
-    """The family's folders; calibration reads 1,024 tokens."""
+    """The family's folders; calibration reads 1,024 tokens, or 2,048."""
+    # Documents that are told again cost seconds; what they ask of a layer depends on its kind.
+    long = ["calibrate_tokens=2048", "calibrate_length=256", "method.documents=retold"]
+    short = ["calibrate_tokens=1024", "calibrate_length=128", "method.documents=none"]
+    text = long if TABLE[every_family].mixed else short
     home = tmp_path_factory.mktemp(every_family)
     base = make_checkpoint(home / "base", every_family)
     run_cli(
         "convert", base, home / "out", "topk=24", "window=16", f"calibrate={story}",
-        "calibrate_tokens=1024", "calibrate_length=128", "device=cpu", "method.scorer=linear",
-        "method.slopes=[0.3]", "method.sizes=[0.5]", "method.documents=passages",
+        "device=cpu", "method.scorer=linear", "method.slopes=[0.3]", "method.sizes=[0.5]", *text,
     )  # fmt: skip
     return Checkpoints(base, home / "out")

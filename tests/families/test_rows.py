@@ -15,6 +15,9 @@ def test_sizes_that_are_left_out_are_the_config_class_own(family):
     row = TABLE[family]
     given = ("hidden_size", "num_hidden_layers", "num_attention_heads")
     small = {row.key(name): getattr(tiny_config(family), name) for name in given}
+    if row.mixed:  # their sizes must fit each other
+        left_out = ("num_key_value_heads", "head_dim")
+        small |= {name: value for name, value in TINY[family].items() if name not in left_out}
     config = models.FAMILIES[family].config(**small)
     sizes = geometry(small, row)
     assert (sizes.layers, sizes.hidden, sizes.heads) == (2, 32, 4)
@@ -34,7 +37,8 @@ def test_names_are_those_of_the_classes(family, make_dense):
     assert dense.base_model_prefix == row.base
     base = dense.base_model
     base.get_submodule(row.norm)
-    for layer in base.get_submodule(row.layers):
+    layers = base.get_submodule(row.layers)
+    for layer in (layers[i] for i in models.sparse_layers(dense.config)):
         attention = layer.get_submodule(row.attention)
         assert type(attention) is own.attention
         assert all(hasattr(attention, name) for name in row.projections)

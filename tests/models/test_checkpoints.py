@@ -219,9 +219,9 @@ def test_unsupported_models_are_named(dense_config):
 def test_sliding_windows(dense_config):
     with pytest.raises(UsageError, match="sliding window of 64 tokens"):
         models.sparsek_config_from(dense_config("mistral", sliding_window=64), {})
-    with pytest.raises(UsageError, match="sliding window"):
-        sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
-        models.sparsek_config_from(dense_config("qwen2", **sliding), {})
+    sliding = {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1}
+    mixed = models.sparsek_config_from(dense_config("qwen2", **sliding), {})
+    assert mixed.sliding_window == 64 and models.sparse_layers(mixed) == (0,)
     idle = dense_config("mistral", sliding_window=4096)  # = max_position_embeddings
     assert models.sparsek_config_from(idle, {}).sliding_window is None
     idle = {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1}

@@ -12,6 +12,9 @@ VOCAB_SIZE = 128
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512,
          "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
 _ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
+           "linear_value_head_dim": 8}  # fmt: skip
 
 # By family, what differs from `_SHARED`; None leaves a shared field to the family's own default.
 TINY: dict[str, dict[str, Any]] = {
@@ -54,6 +57,27 @@ TINY: dict[str, dict[str, Any]] = {
                      "moe_layer_start_index": 1},
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
                    "rotary_dim": 4},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, **_SLIDING},
+    "olmo3": _SLIDING,
+    "cohere2": {"head_dim": 8, "logit_scale": 0.5, **_SLIDING},
+    "exaone4": _SLIDING,
+    "ministral": {"head_dim": 8, **_SLIDING},
+    "qwen3_next": {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+                   "num_experts": 4, "shared_expert_intermediate_size": 16, **_ROUTED, **_LINEAR},
+    "qwen3_5_text": {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
+                     **_LINEAR},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "mamba_d_state": 4,
+              "mamba_dt_rank": 4, "expert_layer_period": 2, "expert_layer_offset": 1,
+              "use_mamba_kernels": False},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "num_local_experts": 4,
+                         "num_experts_per_tok": 2, "shared_intermediate_size": 16,
+                         "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4,
+                         "mamba_n_groups": 1, "logits_scaling": 4.0},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 8,
+                   "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "head_dim": 8},
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4,
+                  "mamba_n_groups": 1, "lm_head_multiplier": 0.5},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_ROUTED},
 }  # fmt: skip
 

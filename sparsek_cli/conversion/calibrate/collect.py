@@ -7,7 +7,7 @@ measured there needs memory for one layer only.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.models.attention import check_arguments
+from sparsek_cli.models.mixed import sliding_attention
 from sparsek_cli.models.output import output_layer
 
 _RECORDING = "sparsek_recording"
@@ -163,12 +165,19 @@ class LayerwiseBase:
         self._vocabulary = model.get_output_embeddings().weight.shape[0]
         self._norm = self._base.get_submodule(plan.row.norm)
         self._layers = self._base.get_submodule(plan.row.layers)
+        self._sparse = plan.sparse_layers
         self.hidden: list[torch.Tensor] = []
         self._turns, self._turns_now = turns, (0, 0)
-        self._arguments: list[tuple[tuple, dict]] = []
+        # By sequence, then by layer: layers of different kinds get different arguments.
+        self._arguments: list[list[tuple[tuple, dict]]] = []
         self._embed(sequences, device)
 
-    def _attend(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def _attend(
+        self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
+    ):
+        check_arguments(module, {n: kwargs[n] for n in kwargs if n != "dropout"})
+        if sliding_window is not None:
+            return self._slide(query, key, value, sliding_window, scaling).transpose(1, 2), None
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         self._last = Recorded(self._inputs, query[0], key[0], value[0], scale, *self._turns_now)
         if self._attend_with is not None:
@@ -177,30 +186,61 @@ class LayerwiseBase:
             raise _Stop
         return dense_attention(self._last).transpose(0, 1)[None], None
 
-    def _embed(self, sequences: list[torch.Tensor], device: torch.device) -> None:
-        def keep(module, args, kwargs):
-            states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            self.hidden.append(states)
-            self._arguments.append((rest, kwargs))
-            raise _Stop
+    def _slide(self, query, key, value, window: int, scale: float | None) -> torch.Tensor:
+        """Attention of a layer that slides, [1, H, N, D]; arguments [1, heads, N, D]."""
+        turns, length = self._turns_now
+        if not turns:
+            return sliding_attention(query, key, value, window=window, scale=scale)
+        end = query.shape[2] - turns * length
+        parts = [(x[:, :, :end], x[0, :, end:].unflatten(1, (turns, length)).transpose(0, 1))
+                 for x in (query, key, value)]  # fmt: skip
+        context = sliding_attention(*(part[0] for part in parts), window=window, scale=scale)
+        # A turn sees the end of the context and itself.
+        tails = [part[0][:, :, max(0, end - window + 1) :].expand(turns, -1, -1, -1)
+                 for part in parts[1:]]  # fmt: skip
+        keys, values = (
+            torch.cat([tail, part[1]], 2) for tail, part in zip(tails, parts[1:], strict=True)
+        )
+        told = sliding_attention(parts[0][1], keys, values, window=window, scale=scale)
+        return torch.cat([context, told.transpose(0, 1).flatten(1, 2)[None]], 2)
 
-        handle = self._layers[0].register_forward_pre_hook(keep, with_kwargs=True)
+    def _embed(self, sequences: list[torch.Tensor], device: torch.device) -> None:
+        """What each layer is called with; none but the first of the first sequence computes."""
+        calls: list[tuple[tuple, dict]] = []
+
+        in_tuple, first = None, self._layers[0].forward
+
+        def keep(*args, **kwargs):
+            nonlocal in_tuple
+            whole = dict(kwargs)
+            states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            if in_tuple is None:
+                in_tuple = isinstance(first(*args, **whole), tuple)
+            calls.append((rest, kwargs))
+            if len(calls) == self.layers:
+                self.hidden.append(states)
+                raise _Stop
+            return (states,) if in_tuple else states
+
+        for layer in self._layers:
+            layer.forward = keep
         try:
             for ids, (turns, length) in zip(sequences, self._turns, strict=True):
                 place = torch.arange(len(ids))
                 context = len(ids) - turns * length
                 if turns:
                     place[context:] = context + (place[context:] - context) % length
-                try:
+                calls.clear()
+                with suppress(_Stop):
                     self._base(
                         input_ids=ids[None].to(device),
                         position_ids=place[None].to(device),
                         use_cache=False,
                     )
-                except _Stop:
-                    continue
+                self._arguments.append(list(calls))
         finally:
-            handle.remove()
+            for layer in self._layers:
+                del layer.forward
 
     @contextmanager
     def _recording(self, attention: torch.nn.Module) -> Iterator[None]:
@@ -230,10 +270,10 @@ class LayerwiseBase:
         layer, dense attention is left out: nothing needs its result, and it is most of the work.
         """
         block = self._layers[layer]
-        self._to_the_end = advance and layer + 1 < self.layers
+        self._to_the_end = advance and layer < self._sparse[-1]
         with self._recording(block.get_submodule(self._attention_name)):
             for number in numbers:
-                rest, kwargs = self._arguments[number]
+                rest, kwargs = self._arguments[number][layer]
                 self._turns_now = self._turns[number]
                 try:
                     output = block(self.hidden[number], *rest, **kwargs)
@@ -244,6 +284,19 @@ class LayerwiseBase:
                     self.hidden[number] = output[0] if isinstance(output, tuple) else output
         self._last = self._inputs = None
 
+    def pass_layer(self, layer: int) -> None:
+        """Advances all residual streams by a layer that is not to be converted."""
+        if layer > self._sparse[-1]:
+            return
+        for number, hidden in enumerate(self.hidden):
+            self.hidden[number] = self._output(layer, number, hidden)
+
+    def _output(self, layer: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        rest, kwargs = self._arguments[number][layer]
+        self._turns_now = self._turns[number]
+        output = self._layers[layer](hidden, *rest, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
+
     def run_on(
         self, number: int, hidden: torch.Tensor, first: int, attend: Mapping[int, Attend]
     ) -> torch.Tensor:
@@ -253,13 +306,14 @@ class LayerwiseBase:
             number: of the sequence. hidden: [1, N, hidden], the input of layer `first`.
             attend: what takes attention's place, by layer.
         """
-        rest, kwargs = self._arguments[number]
-        self._to_the_end, self._turns_now = True, self._turns[number]
+        self._to_the_end = True
         for layer in range(first, self.layers):
-            block, self._attend_with = self._layers[layer], attend.get(layer)
-            with self._recording(block.get_submodule(self._attention_name)):
-                output = block(hidden, *rest, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
+            self._attend_with, recording = attend.get(layer), nullcontext()
+            if layer in self._sparse:
+                block = self._layers[layer]
+                recording = self._recording(block.get_submodule(self._attention_name))
+            with recording:
+                hidden = self._output(layer, number, hidden)
         self._attend_with = self._last = self._inputs = None
         return self._norm(hidden)[0]
 

@@ -33,6 +33,7 @@ from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.families.layers import has_states
 
 # By the kind of scorer, what fits its candidate maps.
 FITS: dict[str, Callable[[Plan, torch.device], Fit]] = {"linear": LinearFit, "mlp": MlpFit}
@@ -108,13 +109,19 @@ def search(
         lengths=_lengths(plan),
         documents=recipe.method.documents,
         seed=recipe.seed,
-        turns=_TURNS[kind],
+        # A state goes through all tokens: it cannot continue from the context several times.
+        turns=1 if has_states(plan.types) else _TURNS[kind],
     )
     run = _Run(plan, *sequences, device, dtype, fit)
-    depth = run.base.layers
+    depth = len(plan.sparse_layers)
     with torch.inference_mode():
         with reporter.progress("calibrating", depth * sum(map(len, sequences))) as bar:
-            layers = [run.layer(layer, bar.advance) for layer in range(depth)]
+            layers = []
+            for layer in range(run.base.layers):
+                if layer in plan.sparse_layers:
+                    layers.append(run.layer(layer, bar.advance))
+                else:
+                    run.base.pass_layer(layer)
         with reporter.progress("comparing whole models", PASSES) as bar:
             choices, report = settle(plan, layers, run.whole, bar.advance)
     return Found(layers, choices, report)
@@ -179,7 +186,7 @@ class _Run:
                 {n: torch.from_numpy(self._text_rows(sequences[n])).to(device) for n in few},
                 {n: self.answers[n].nonzero()[:, 0].to(device) for n in few},
             )
-        self.part: list[HeldOut] = []
+        self.part: dict[int, HeldOut] = {}
 
     def layer(self, layer: int, advance: Any) -> HeldOut:
         """Fits the candidate maps of a layer, then compares them on the held-out sequences."""
@@ -197,28 +204,31 @@ class _Run:
                 f"activations of layer {layer} are not finite",
                 hint="try --dtype float32; the checkpoint may be damaged",
             ) from error
-        size = -(-self.base.layers // _PARTS[self.kind])
-        if layer % size == 0:
-            self.part, self.part_inputs = [], self.whole.inputs(_VALUED)
-        self.part.append(self._narrowed(layer, maps, advance))
-        if layer % size == size - 1 or layer + 1 == self.base.layers:
-            self._value(self.part, layer + 1 - len(self.part))
-        return self.part[-1]
+        sparse = self.plan.sparse_layers
+        size, place = -(-len(sparse) // _PARTS[self.kind]), sparse.index(layer)
+        if place % size == 0:
+            self.part, self.part_inputs = {}, self.whole.inputs(_VALUED)
+        self.part[layer] = self._narrowed(layer, maps, advance)
+        if place % size == size - 1 or layer == sparse[-1]:
+            self._value(self.part)
+        return self.part[layer]
 
-    def _value(self, part: list[HeldOut], first: int) -> None:
+    def _value(self, part: dict[int, HeldOut]) -> None:
         """What errors of these neighbouring layers are worth, with their own slots shared out.
 
         Near the shares that heads will get: evenly spread, the errors of heads that look things up
         would hide those of all others.
         """
-        shares = shares_by_errors(self.plan, part, _GUESS)
+        shares = shares_by_errors(self.plan, list(part.values()), _GUESS)
         attend, errors = {}, np.zeros(2)
-        for number, (layer, topk) in enumerate(zip(part, shares, strict=True), start=first):
+        for (number, layer), topk in zip(part.items(), shares, strict=True):
             choice, error = layer.choose(topk, self.slots.sizes, _GUESS)
             attend[number] = chosen_attention(self.plan, layer.maps, choice)
             errors += error
-        worth = self.whole.divergence(attend, self.part_inputs, first) / np.maximum(errors, 1e-9)
-        for layer in part:
+        worth = self.whole.divergence(attend, self.part_inputs, min(part)) / np.maximum(
+            errors, 1e-9
+        )
+        for layer in part.values():
             layer.worth = worth
 
     def _narrowed(self, layer: int, maps: dict[str, Map], advance: Any) -> HeldOut:

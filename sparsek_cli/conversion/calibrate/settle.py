@@ -30,14 +30,14 @@ def settle(
 
     One that loses more text than a plain window of the same slots is taken only if all do.
     """
-    window = whole.divergence(dict.fromkeys(range(len(layers)), window_attention(plan)))
+    window = whole.divergence(dict.fromkeys(plan.sparse_layers, window_attention(plan)))
     advance(1)
     decisions, tried = [], []
     for name, answer_weight, shares in _proposals(plan, layers):
         choices = decide(plan, layers, shares, answer_weight)
         attend = {
             number: chosen_attention(plan, layer.maps, choice)
-            for number, (layer, choice) in enumerate(zip(layers, choices, strict=True))
+            for number, layer, choice in zip(plan.sparse_layers, layers, choices, strict=True)
         }
         text, answers = whole.divergence(attend)
         advance(1)

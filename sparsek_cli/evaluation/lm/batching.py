@@ -35,11 +35,13 @@ def join(caches: Sequence[Any]) -> Joined | None:
     from sparsek_cli.models import SparseKCache
     from sparsek_cli.models import join as side_by_side
 
+    if any(not hasattr(layer, "keys") for layer in caches[0].layers):
+        return None  # states
     seen = [cache.get_seq_length() for cache in caches]
     device = caches[0].layers[0].keys.device
     positions = torch.tensor(seen, device=device)
     columns = list(zip(*(cache.layers for cache in caches), strict=True))
-    if isinstance(caches[0], SparseKCache):
+    if isinstance(caches[0], SparseKCache) and caches[0].all_slots:
         return Joined(side_by_side(caches), positions, None)
     if all(isinstance(layer, EvictingLayer) for layer in caches[0].layers):
         layers, mask = [_evicting(column) for column in columns], None

@@ -223,7 +223,7 @@ class Answers(ContextReader):
 
         A SparseK cache is empty afterwards.
         """
-        if isinstance(cache, SparseKCache):
+        if isinstance(cache, SparseKCache) and cache.all_slots:
             positions = cache.layers[0].state.seen if joined is None else joined.positions
             with (
                 decoder_for(self.model, cache.batch_size) as decoder,

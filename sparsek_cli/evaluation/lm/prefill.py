@@ -159,7 +159,8 @@ class PromptReader(HFLM):
         return self.policy.new_cache(self.model)
 
     def _saw_cache(self, cache: Any, tokens: int, row: int = 0, padding: int = 0) -> None:
-        if self.policy.evicts_after_prompt and not cache.layers[0].bounded:
+        bounded = [layer.bounded for layer in cache.layers if hasattr(layer, "bounded")]
+        if self.policy.evicts_after_prompt and not all(bounded):
             return  # the prompt is still being read
         self.proof.saw_cache(cache, tokens, self.model.config, row, padding)
 

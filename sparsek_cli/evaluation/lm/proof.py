@@ -54,28 +54,34 @@ class Proof:
         pairs, size = held(cache, row, padding)
         self.kv_tokens, self.kv_pairs, self.kv_bytes = tokens, pairs, size
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        self.kept_share = round(pairs / (config.num_hidden_layers * heads * tokens), 6)
+        layers = sum(hasattr(layer, "keys") for layer in cache.layers)  # others keep a state
+        self.kept_share = round(pairs / (layers * heads * tokens), 6)
 
 
 def held(cache: Any, row: int = 0, padding: int = 0) -> tuple[int, int]:
     """(key-value pairs, bytes of their tensors) of one row of a transformers cache.
 
-    Bytes are those of keys and values alone for every policy; what SparseK keeps beside them
-    (positions and scores of the slots, in `SparseKCache.nbytes`) is bookkeeping of a fixed size.
+    Bytes are those of keys and values, and of states in layers that keep one, for every policy;
+    what SparseK keeps beside them (positions and scores of the slots, in `SparseKCache.nbytes`) is
+    bookkeeping of a fixed size.
 
     Args:
         padding: pairs per KV head that only fill the row up to the length of others.
     """
+    from sparsek_cli.models.mixed import state_bytes
+
     pairs = size = 0
     for layer in cache.layers:
         state, places = getattr(layer, "state", None), getattr(layer, "places", None)
         if state is not None:  # slots, of which -1 marks the empty ones
             pairs += int((state.positions[row] >= 0).sum())
-            size += (layer.keys.nbytes + layer.values.nbytes) // state.batch
+            size += (layer.keys.nbytes + layer.values.nbytes + state_bytes(layer)) // state.batch
         elif places is not None:  # heads that hold fewer pairs than others have slots to spare
             kept = int((places[row] >= 0).sum())
             pairs += kept
             size += kept * (layer.keys.nbytes + layer.values.nbytes) // places.numel()
+        elif not hasattr(layer, "keys"):
+            size += state_bytes(layer) // layer.conv_states[0].shape[0]
         else:
             rows, heads, columns, _ = layer.keys.shape
             pairs += heads * (columns - padding)
@@ -90,11 +96,16 @@ def row_bytes(cache: Any, more: int = 0) -> int:
     With what `held` leaves out: positions and scores of slots, and what rivals rank pairs by. In
     bfloat16 that is 2 % for heads of 128 numbers, 38 % for heads of 8.
     """
+    from sparsek_cli.models.mixed import state_bytes
+
     size = 0
     for layer in cache.layers:
         state = getattr(layer, "state", None)
         if state is not None:  # all its slots are there from the start
             size += layer.nbytes // state.batch
+            continue
+        if not hasattr(layer, "keys"):
+            size += state_bytes(layer) // layer.conv_states[0].shape[0]
             continue
         rows, _, columns, _ = layer.keys.shape
         whole = sum(t.nbytes for t in vars(layer).values() if isinstance(t, torch.Tensor)) // rows

@@ -33,12 +33,10 @@ def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> 
     Raises:
         SparsekError: one of them failed.
     """
-    from sparsek_cli.models import layer_budget
+    from sparsek_cli.models import layer_budget, sparse_layers
 
     policy = policy or make_policy(OWN)
-    largest = max(
-        _slots(layer_budget(model.config, i)) for i in range(model.config.num_hidden_layers)
-    )
+    largest = max(_slots(layer_budget(model.config, i)) for i in sparse_layers(model.config))
     tokens = largest + BEYOND
     if tokens > min(limit, MAX_TOKENS):
         return {
@@ -107,13 +105,15 @@ def _wrong_pairs(model: Any, ids: torch.Tensor, policy: Policy) -> int:
 
     Every head must hold as many different pairs as it has slots, or as there were tokens.
     """
+    from sparsek_cli.models import sparse_layers
+
     wrong = seen = 0
     with policy.applied(model):
         cache = policy.new_cache(model)
         for piece in ids.chunk(PIECES, dim=1):
             model(input_ids=piece, past_key_values=cache, logits_to_keep=1)
             seen += piece.shape[1]
-            for layer in cache.layers:
+            for layer in (cache.layers[i] for i in sparse_layers(model.config)):
                 for slots in layer.state.layout.expand(ids.device):
                     slots = slots.unique()  # a head's own; the others repeat one of them
                     at = layer.state.positions[0, slots]

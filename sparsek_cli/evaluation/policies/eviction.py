@@ -28,6 +28,7 @@ from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, attent
 from sparsek_cli.evaluation.policies.head_budgets import slots_per_head
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.cache import cache_layers
 
 OBSERVED = 32  # last queries of a prompt that choose for snapkv
 POOLED = 5  # neighbours that a pair shares its attention with
@@ -176,14 +177,15 @@ class Evicting(Policy):
         block = model.config.sparsek
         sinks = block["sinks"] if self.keeps_sinks else 0
         settings = slots_per_head(model), block["window"], sinks
-        layers = range(model.config.num_hidden_layers)
-        return Cache(layers=[self.layer(*settings) for _ in layers])
+        return Cache(layers=cache_layers(model.config, lambda _: self.layer(*settings)))
 
     def end_prompt(self, model: Any, cache: Any) -> None:
         """From now on the cache is bounded."""
-        for layer in cache.layers:
+        # Layers of other kinds are bounded already.
+        own = [layer for layer in cache.layers if isinstance(layer, EvictingLayer)]
+        for layer in own:
             layer.rank()
-        evict(cache.layers, shared=self.shared)
+        evict(own, shared=self.shared)
 
 
 class SnapKV(Evicting):

@@ -6,11 +6,11 @@ from typing import Any
 
 
 def per_head(model: Any) -> list[list[int]]:
-    """Selected pairs of every layer and KV head."""
-    from sparsek_cli.models import kv_heads, layer_budget
+    """Selected pairs of every layer with SparseK attention, and KV head."""
+    from sparsek_cli.models import kv_heads, layer_budget, sparse_layers
 
     config = model.config
-    rows = (layer_budget(config, layer).topk for layer in range(config.num_hidden_layers))
+    rows = (layer_budget(config, layer).topk for layer in sparse_layers(config))
     return [[row] * kv_heads(config) if isinstance(row, int) else list(row) for row in rows]
 
 
@@ -33,6 +33,14 @@ def scaled(per_head: list[list[int]], mean: int) -> list[list[int]]:
         whole[i] += 1
     heads = len(per_head[0])
     return [whole[start : start + heads] for start in range(0, len(whole), heads)]
+
+
+def by_layer(model: Any, rows: list[list[int]]) -> list[list[int] | None]:
+    """`per_head`'s rows as a `topk` of the `sparsek` block: None for layers of other kinds."""
+    from sparsek_cli.models import sparse_layers
+
+    own = dict(zip(sparse_layers(model.config), rows, strict=True))
+    return [own.get(layer) for layer in range(model.config.num_hidden_layers)]
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.policies.head_budgets import per_head, scaled
+from sparsek_cli.evaluation.policies.head_budgets import by_layer, per_head, scaled
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,11 @@ class Policy:
                 f"({block['window']} + {block['sinks']}) and one pair to select",
                 hint=f"name --budgets of {block['window'] + block['sinks'] + 1} or more",
             )
-        return topk if isinstance(block["topk"], int) else scaled(per_head(model), topk)
+        return (
+            topk
+            if isinstance(block["topk"], int)
+            else by_layer(model, scaled(per_head(model), topk))
+        )
 
     def new_cache(self, model: Any) -> Any:
         """An empty cache of the kind that the policy uses; call it inside `applied`."""
@@ -93,9 +97,12 @@ class Policy:
 
     def most_pairs(self, model: Any) -> int | None:
         """Pairs that all layers and heads may hold together; None without a bound."""
+        from sparsek_cli.models.mixed import sliding_pairs
+
         block = model.config.sparsek
         rows = per_head(model)
-        return sum(k + block["sinks"] + block["window"] for row in rows for k in row)
+        selected = sum(k + block["sinks"] + block["window"] for row in rows for k in row)
+        return selected + sliding_pairs(model.config)
 
 
 def is_converted(model: Any) -> bool:

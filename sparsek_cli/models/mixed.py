@@ -1,0 +1,112 @@
+"""Models that mix layers: what layers without SparseK attention keep, and how they attend.
+
+A layer that slides keeps transformers' sliding cache, one with a state its own state. Both are
+bounded by construction; what SparseK bounds is the layers that attend to everything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import LinearAttentionLayer
+from transformers.masking_utils import sdpa_mask
+
+from sparsek_cli.models.config import head_dim, kv_heads
+
+# Queries of a sliding layer that attend at once: with windows up to this length a mask has at
+# most twice as many columns as rows.
+_QUERIES = 1024
+
+
+def pair_bytes(layer: Any) -> int:
+    """Bytes of the keys and values that a layer of any cache holds now."""
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def state_bytes(layer: Any) -> int:
+    """Bytes of the states that a layer of any cache holds now: 0 for plain attention."""
+    if not isinstance(layer, LinearAttentionLayer):
+        return 0
+    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return sum(state.nbytes for state in states if state is not None)
+
+
+def sliding_bytes(config: Any, tokens: int | None, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes that the sliding layers hold after `tokens` tokens; None: once their windows are full.
+
+    The window's last token is the query's own: one less is kept.
+    """
+    return 2 * batch * sliding_pairs(config, tokens) * head_dim(config) * dtype.itemsize
+
+
+def sliding_pairs(config: Any, tokens: int | None = None) -> int:
+    """Pairs of one sequence in all heads of the sliding layers; arguments of `sliding_bytes`."""
+    types = getattr(config, "layer_types", None) or ()
+    count = sum(kind == "sliding_attention" for kind in types)
+    if not count:
+        return 0
+    kept = config.sliding_window - 1
+    return count * kv_heads(config) * (kept if tokens is None else min(tokens, kept))
+
+
+def sliding_mask(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:
+    """The mask of sliding layers: transformers' where there is padding, else none.
+
+    `sliding_attention` needs none, so that long sequences cost no N x N mask.
+    """
+    if attention_mask is None or bool(attention_mask.all()):
+        return None
+    return sdpa_mask(attention_mask=attention_mask, **kwargs)
+
+
+def sliding_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    window: int,
+    scale: float | None,
+    mask: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Each query attends to the last `window` keys up to its own.
+
+    Args:
+        query: [B, H, N, D]. key, value: [B, G, M, D]; the N queries are the last of M tokens.
+        mask: from `sliding_mask`. cu_seqlens: bounds of packed documents over all B * N tokens.
+
+    Returns:
+        [B, H, N, D].
+    """
+    options = {"scale": scale, "enable_gqa": True}
+    if mask is not None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    if cu_seqlens is None:
+        return _by_blocks(query, key, value, window, options)
+    batch = query.shape[0]
+    packed = [x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value)]
+    bounds = cu_seqlens.tolist()
+    parts = [
+        _by_blocks(*(x[:, :, start:end] for x in packed), window, options)
+        for start, end in zip(bounds, bounds[1:], strict=False)
+        if end > start
+    ]
+    return torch.cat(parts, dim=2)[0].unflatten(1, (batch, -1)).transpose(0, 1)
+
+
+def _by_blocks(query, key, value, window: int, options: dict[str, Any]) -> torch.Tensor:
+    queries, before = query.shape[2], key.shape[2] - query.shape[2]
+    parts = []
+    for start in range(0, queries, _QUERIES):
+        rows = torch.arange(start, min(start + _QUERIES, queries), device=query.device) + before
+        first = max(0, start + before - window + 1)
+        last = before + min(start + _QUERIES, queries)
+        columns = torch.arange(first, last, device=query.device)
+        seen = (columns <= rows[:, None]) & (columns > rows[:, None] - window)
+        keys, values = (x[:, :, first:last] for x in (key, value))
+        block = query[:, :, start : start + _QUERIES]
+        parts.append(F.scaled_dot_product_attention(block, keys, values, attn_mask=seen, **options))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
