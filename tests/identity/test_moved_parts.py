@@ -10,11 +10,13 @@ import accelerate
 import pytest
 import torch
 from sparse_path import assert_sparse, counted_attention
+from tiny_families import tiny_config
 from transformers import AutoModelForCausalLM
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
 
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "mixtral")
 IDS = torch.arange(3, 40)[None]
 
 
@@ -89,7 +91,7 @@ def test_a_cache_stays_inside_of_autocast_or_outside(sparse_model):
 
 def test_configs_and_models_pickle_into_a_fresh_process(sparse_model, tmp_path):
     expected = {}
-    for family in models.FAMILIES:
+    for family in FAMILIES:
         model = sparse_model(family)
         expected[family] = model(IDS).logits.detach()
         parts = (model.config, model, models.SparseKCache(model.config))
@@ -108,4 +110,12 @@ for family, logits in expected.items():
     print(family)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == list(models.FAMILIES), done.stderr
+    assert done.stdout.split() == list(FAMILIES), done.stderr
+
+
+def test_every_family_s_config_pickles():
+    for family, row in models.FAMILIES.items():
+        config = models.sparsek_config_from(tiny_config(family), {"topk": 3})
+        again = pickle.loads(pickle.dumps(config))
+        assert type(again) is row.sparsek_config and again.sparsek == config.sparsek
+        assert again._attn_implementation == "sparsek"
