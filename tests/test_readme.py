@@ -50,3 +50,17 @@ def test_sparsek_commands_run_in_order(tmp_path, monkeypatch, capsys):
             arguments += ["--calibrate", "none"]
         assert run(arguments) == 0, f"{shlex.join(words)}\n{capsys.readouterr().err}"
         assert capsys.readouterr().out.strip(), f"{shlex.join(words)} printed nothing"
+    small = [("budget=512", 'budget=512, calibrate="none", device="cpu"'), ("4096", "512")]
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        for given, less in small:
+            assert given in block
+            block = block.replace(given, less)
+        exec(compile(block, "README.md", "exec"), {})
+        assert "ppl" in capsys.readouterr().out
+
+
+def test_it_can_be_read_in_one_go():
+    assert len(README.splitlines()) <= 150
+    first = "\n".join(README.splitlines()[:40]).lower()
+    for answer in ("kv cache", "window", "make demo"):  # what, how much is lost, how to try
+        assert answer in first

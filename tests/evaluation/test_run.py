@@ -119,7 +119,7 @@ def test_results_are_not_measured_again_unasked(run, recipe, console, tmp_path):
 def test_a_folder_in_which_nothing_was_finished_is_used_again(run, recipe, console, monkeypatch):
     from sparsek_cli.evaluation import run as module
 
-    def failing(*args):
+    def failing(*args, **limits):
         raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
@@ -155,7 +155,7 @@ def test_resuming_says_what_is_there_and_counts_only_the_rest(run, recipe, tmp_p
 def test_a_folder_of_something_else_is_left_alone(run, recipe, console, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")
-    with pytest.raises(UsageError, match="holds no evaluation"):
+    with pytest.raises(UsageError, match="is not a result folder of evaluate"):
         run(recipe(tasks=["ppl"], limit=1), console)
     assert (tmp_path / "out" / "thesis.txt").read_text() == "precious"
 

@@ -127,6 +127,8 @@ def test_a_cache_that_holds_pairs_twice_is_caught():
 
 
 def test_a_run_without_sparse_attention_fails(recipe, console, monkeypatch):
+    from verbs import evaluate
+
     from sparsek_cli.evaluation import run
     from sparsek_cli.evaluation.policies.policy import Policy
     from sparsek_cli.models import dense_attention
@@ -138,7 +140,7 @@ def test_a_run_without_sparse_attention_fails(recipe, console, monkeypatch):
     monkeypatch.setattr(Policy, "new_cache", lambda self, model: _dynamic(model))
     monkeypatch.setattr(run, "check_policies", lambda *args: {})
     with pytest.raises(SparsekError, match="SparseK attention was never called"):
-        run.evaluate(recipe(tasks=["ppl"], limit=1), console)
+        evaluate(recipe(tasks=["ppl"], limit=1), console)
 
 
 def _dynamic(model):
