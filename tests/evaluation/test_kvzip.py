@@ -41,7 +41,8 @@ def naive_worth(model, context, part, lead):
     tokens, worth = context[0].tolist(), torch.zeros(2, 2, TOKENS)
     model.set_attn_implementation("eager")
     for start in range(0, TOKENS, part):
-        again = tokens[max(0, start - lead) : start + part]
+        begin = max(0, min(start - lead, TOKENS - part - lead))
+        again = tokens[begin : begin + part + lead]
         whole = torch.tensor([[*tokens, *OPENING, *again]])
         weights = model(input_ids=whole, output_attentions=True, use_cache=False).attentions
         for layer, matrix in enumerate(weights):

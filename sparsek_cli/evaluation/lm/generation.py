@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,12 +16,15 @@ from sparsek_cli.evaluation.lm.batching import Joined, join
 from sparsek_cli.evaluation.lm.contexts import ContextCaches, ContextReader
 from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, common, group_by_prefix
+from sparsek_cli.evaluation.lm.slot_steps import SlotSteps, in_slots
+from sparsek_cli.evaluation.policies.eviction import observed_attention
 from sparsek_cli.models import SparseKCache
 from sparsek_cli.models.graphs import decoder_for
 
 SHARED_CACHE_BYTES = 1 << 30  # questions about one document share at most this much cache
 MEMORY_SHARE = 0.2  # of a GPU's free memory goes to caches of answers written together
 MOST_TOGETHER = 32
+GRAPHED = ("cuda",)  # devices on which a decoding step is a graph
 
 Written = tuple[list[int], list[str]]  # which prompts, and their answers
 
@@ -52,7 +55,9 @@ class Answers(ContextReader):
             self._saw_prompt(len(tokens) + room)
             sequences.append(self._fit(tokens, self.max_length - room))
         results = [""] * len(requests)
-        for indices, texts in self._all_written(requests, sequences, until, room):
+        # The end token is known by its id; looking for its text would decode every row every step.
+        stops = [stop for stop in until if stop != eos]
+        for indices, texts in self._all_written(requests, sequences, stops, room):
             for index, text in zip(indices, texts, strict=True):
                 results[index] = postprocess_generated_text(text, until, None)
             self.advance(len(indices))
@@ -201,7 +206,9 @@ class Answers(ContextReader):
         answers: list[list[int]] = [[] for _ in range(logits.shape[0])]
         running = list(range(logits.shape[0]))
         read, padding = _row_lengths(cache, len(running), joined)
-        with self._steps(cache, joined) as read_words:
+        slots = self._slots(cache, joined, room)
+        cache = slots or cache
+        with self._steps(cache, joined, slots is not None) as read_words:
             for step in range(room):
                 tokens = logits[:, -1].float().argmax(dim=-1)
                 chosen = tokens.tolist()
@@ -217,12 +224,25 @@ class Answers(ContextReader):
                 logits = read_words(tokens, step)
         return [self.tok_decode(answer) for answer in answers]
 
+    def _slots(self, cache: Any, joined: Joined | None, room: int) -> Any:
+        """The cache in slots that never move, on a GPU; None where it stays as it is."""
+        if self.device.type not in GRAPHED or isinstance(cache, SparseKCache):
+            return None
+        return in_slots(self.model, cache, joined, room)
+
     @contextmanager
-    def _steps(self, cache: Any, joined: Joined | None) -> Iterator[Callable]:
+    def _steps(self, cache: Any, joined: Joined | None, slots: bool) -> Iterator[Callable]:
         """Reads one token of every row: (tokens [B], steps before) -> logits [B, 1, V].
 
         A SparseK cache is empty afterwards.
         """
+        if slots:
+            steps = SlotSteps(self.model, cache, cache.layers[0].after)
+            # Policies that evict see every query already.
+            known = nullcontext() if self.policy.evicts_after_prompt else None
+            with known or observed_attention(self.model):
+                yield lambda tokens, step: steps.read(tokens)
+            return
         if isinstance(cache, SparseKCache) and cache.all_slots:
             positions = cache.layers[0].state.seen if joined is None else joined.positions
             with (
@@ -246,6 +266,8 @@ class Answers(ContextReader):
         yield read
 
     def _stopped(self, answer: list[int], until: list[str]) -> bool:
+        if not until:
+            return False
         text = self.tok_decode(answer[-32:], skip_special_tokens=False)
         return any(stop and stop in text for stop in until)
 

@@ -49,13 +49,14 @@ def causal_weights(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> A
     groups, total = keys.shape[1], keys.shape[2]
     step = max(1, BLOCK_BYTES // (4 * batch * heads * total))
     for start in range(0, count, step):
-        rows = query[:, :, start : start + step].unflatten(1, (groups, -1))  # [B, G, h, r, D]
+        rows = query[:, :, start : start + step] * scaling
+        rows = rows.unflatten(1, (groups, -1))  # [B, G, h, r, D]
         first = total - count + start  # position of the block's first query
         stop = first + rows.shape[3]
-        logits = (rows @ keys[:, :, None, :stop].transpose(-1, -2)).float() * scaling
+        logits = rows @ keys[:, :, None, :stop].transpose(-1, -2)
         own = torch.ones(rows.shape[3], rows.shape[3], dtype=torch.bool, device=keys.device)
         logits[..., first:].masked_fill_(own.triu(1), -torch.inf)
-        yield logits.softmax(dim=-1)
+        yield logits.softmax(dim=-1, dtype=torch.float32)
 
 
 class EvictingLayer(DynamicLayer):

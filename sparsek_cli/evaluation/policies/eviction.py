@@ -81,6 +81,24 @@ class HeavyHitterLayer(EvictingLayer):
         self.mass += logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).sum(dim=(2, 3))
 
 
+def attend_once(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    visible: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Attention of one token per row, [B, 1, H, D], without copies of the keys for every head.
+
+    Args:
+        query: [B, H, 1, D]. keys, values: [B, G, W, D]. visible: bool [B, G, 1, W].
+    """
+    grouped = query[:, :, 0].unflatten(1, (keys.shape[1], -1))  # heads of a group as queries
+    mask = visible.expand(-1, -1, grouped.shape[2], -1)
+    out = functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
+    return out.flatten(1, 2)[:, None]
+
+
 @contextmanager
 def observed_attention(model: Any) -> Iterator[None]:
     """Within the block evicting layers see the queries of every attention call of `model`.
@@ -103,6 +121,8 @@ def observed_attention(model: Any) -> Iterator[None]:
                 layer.see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
                 if layer.bounded:
                     mask = layer.visible(query.shape[2])
+                    if query.shape[2] == 1:
+                        return attend_once(query, key, value, mask, scaling), None
                     mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
             return attend(module, query, key, value, mask, **kwargs)
 

@@ -6,7 +6,8 @@ What is beyond the slots is dropped, sinks and window always stay, and only then
 read. A SparseK model has to choose while it reads, and reads the context once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from sparsek_cli.evaluation.policies.eviction import Evicting
 
 REPEAT = "\n\nRepeat the previous context exactly."
 PART = 1024  # tokens told again at once
+PARTS = {"cpu": 1, "cuda": 8}  # parts side by side
 LEAD = 8  # last tokens of the part before, told once more: where this part goes on
 
 
@@ -30,17 +32,24 @@ class TellingLayer(EvictingLayer):
         super().__init__(slots, recent, sinks)
         self.context: int | None = None
 
+    @contextmanager
+    def listening(self, parts: int) -> Iterator[None]:
+        """Within the block `parts` parts are told, side by side; their own pairs do not stay."""
+        self.context, pairs = self.seen, (self.keys, self.values)
+        self.keys, self.values = (tensor.expand(parts, -1, -1, -1) for tensor in pairs)
+        try:
+            yield
+        finally:
+            self.mass = self.mass[:, :, : self.context]
+            self.keys, self.values = pairs
+            self.seen, self.context = self.context, None
+
     def see(self, query: torch.Tensor, scaling: float) -> None:
         """Notes what queries that tell the context again see of it."""
         if self.context is not None:
             seen = largest_attention(query, self.keys, scaling)[:, :, : self.context]
-            self.mass[:, :, : self.context] = self.mass[:, :, : self.context].maximum(seen)
-
-    def forget_telling(self) -> None:
-        """Drops the pairs of what was told again."""
-        for name in ("keys", "values", "mass"):
-            setattr(self, name, getattr(self, name)[:, :, : self.context])
-        self.seen = self.context
+            told = self.mass[:, :, : self.context]
+            torch.maximum(told, seen.amax(dim=0, keepdim=True), out=told)
 
 
 class KVzip(Evicting):
@@ -63,18 +72,27 @@ class KVzip(Evicting):
     def tell_again(
         self, model: Any, cache: Any, context: Sequence[int], opening: Sequence[int]
     ) -> None:
-        """Ranks the pairs in `cache`, which holds `context`.
+        """Ranks the pairs in `cache`, which holds `context` in its one row.
 
         Args:
             context: its tokens. opening: of the request to repeat it, and what begins a reply.
         """
-        for layer in cache.layers:
-            layer.context = len(context)
-        for start in range(0, len(context), PART):
-            told = context[max(0, start - LEAD) : start + PART]
-            ids = torch.tensor([[*opening, *told]], device=model.device)
-            model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for layer in cache.layers:
-                layer.forget_telling()
-        for layer in cache.layers:
-            layer.context = None
+        parts = parts_of(context)
+        together = PARTS["cuda" if model.device.type == "cuda" else "cpu"]
+        for start in range(0, len(parts), together):
+            told = parts[start : start + together]
+            ids = torch.tensor([[*opening, *part] for part in told], device=model.device)
+            with ExitStack() as stack:
+                for layer in cache.layers:
+                    stack.enter_context(layer.listening(len(told)))
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def parts_of(context: Sequence[int]) -> list[Sequence[int]]:
+    """Parts of equal length that are told again one by one, and hold every token of a context.
+
+    Each begins with the last tokens of the part before; the last one with as many as it takes.
+    """
+    size = min(len(context), LEAD + PART)
+    starts = (min(s - LEAD, len(context) - size) for s in range(0, len(context), PART))
+    return [context[max(0, s) : max(0, s) + size] for s in starts]
