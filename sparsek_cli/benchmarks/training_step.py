@@ -29,7 +29,7 @@ from sparsek_cli.models import dense_attention, sparsek_config_from
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 from sparsek_cli.reporter import Silent
 from sparsek_cli.training.assemble import make_trainer
-from sparsek_cli.training.objectives import detach
+from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.sizes import Batch, measure
 

@@ -146,8 +146,11 @@ def read_recipe(
             f"{where}: 'extends' should be a recipe's name, not {parent!r}",
             hint="name one recipe: a file beside this one, or one that ships",
         )
-    beside = file.with_name(f"{parent.removesuffix('.yaml')}.yaml")
-    above = beside if beside.is_file() else find_recipe(parent, verb=verb)
+    verb = verb or file.stem.rpartition(".")[2]
+    names = (parent.removesuffix(".yaml"), f"{parent}.{verb}")
+    beside = (file.with_name(f"{name}.yaml") for name in names)
+    above = next((path for path in beside if path.is_file()), None)
+    above = above or find_recipe(parent, verb=verb)
     if above.resolve() in {path.resolve() for path in (*seen, file)}:
         raise UsageError(
             f"{where}: '{parent}' extends this recipe in turn", hint="one of them must stand alone"

@@ -16,16 +16,16 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.models import DENSE_ATTENTION
 from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
-from sparsek_cli.training.future import ATTENTION as OBSERVED
-from sparsek_cli.training.future import FutureAttention
+from sparsek_cli.training.losses.future import ATTENTION as OBSERVED
+from sparsek_cli.training.losses.future import FutureAttention
+from sparsek_cli.training.losses.objectives import Objective, Teacher, attach, decoder_of
+from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.model import build_random, load_pretrained, random_config
-from sparsek_cli.training.objectives import Objective, Teacher, attach, decoder_of
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.progress import ProgressReport, TimeLimit
 from sparsek_cli.training.sharding import sharding_arguments
 from sparsek_cli.training.sizes import Sizes
 from sparsek_cli.training.stages import BudgetStages
-from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:

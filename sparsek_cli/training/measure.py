@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.questions import Question
 from sparsek_cli.models.output import output_layer
-from sparsek_cli.training.objectives import decoder_of
+from sparsek_cli.training.losses.objectives import decoder_of
 
 LOGIT_ROWS = 8192  # tokens whose logits exist at one time
 

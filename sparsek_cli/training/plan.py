@@ -21,7 +21,7 @@ from sparsek_cli.training.model import load_tokenizer, random_config
 from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.sharding import check_launch
 from sparsek_cli.training.sizes import Batch, Sizes, count_steps, estimate_bytes, measure
-from sparsek_cli.training.unfinished import check_output, checkpoint_to_resume, part_folder
+from sparsek_cli.training.storage.unfinished import check_output, checkpoint_to_resume, part_folder
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe

@@ -16,13 +16,13 @@ from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
-from sparsek_cli.training.objectives import detach
-from sparsek_cli.training.output import check_room, write_model
+from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.parameters import is_sparse
 from sparsek_cli.training.plan import Plan, plain, sizes_of
 from sparsek_cli.training.sizes import Sizes
+from sparsek_cli.training.storage.output import check_room, write_model
+from sparsek_cli.training.storage.unfinished import begun, check_output, leave, part_folder
 from sparsek_cli.training.trainer import SparsekTrainer
-from sparsek_cli.training.unfinished import begun, check_output, leave, part_folder
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import Objective

@@ -16,12 +16,12 @@ from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
 from sparsek_cli.data.questions import Question
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.training import checkpoints, state
+from sparsek_cli.training.losses.objectives import Objective, count_targets
 from sparsek_cli.training.measure import recalled
-from sparsek_cli.training.objectives import Objective, count_targets
 from sparsek_cli.training.parameters import optimizer_groups
 from sparsek_cli.training.sharding import reshard
 from sparsek_cli.training.stages import BudgetStages
+from sparsek_cli.training.storage import checkpoints, state
 
 
 class SparsekTrainer(Trainer):

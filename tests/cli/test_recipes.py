@@ -151,3 +151,29 @@ def test_shipped_recipes_are_mappings_with_a_first_comment():
         text = file.read_text(encoding="utf-8")
         assert text.startswith("# "), f"{file.name}: the first line says what it is for"
         assert isinstance(yaml.safe_load(text), dict), file.name
+
+
+def test_extends_lays_a_recipe_over_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("topk: 1\ntrain:\n  lr: 3e-4\n  steps: 5\n")
+    (tmp_path / "mine.yaml").write_text("extends: base\ntrain:\n  steps: 6\n")
+    (tmp_path / "other.yaml").write_text("extends: mine\ntopk: [2, 3]\n")
+    made = load_recipe(Recipe, tmp_path / "other.yaml", ["gate=kv"])
+    assert (made.topk, made.train.lr, made.train.steps, made.gate) == ([2, 3], 3e-4, 6, "kv")
+
+
+@pytest.mark.parametrize(
+    ("base", "mine", "error"),
+    [
+        ("topk: many\n", "extends: base\n", "base.yaml:1: 'topk'"),
+        ("topk: 1\n", "extends: base\ntrain:\n  stpes: 2\n", "mine.yaml:3: unknown key"),
+        ("extends: mine\n", "extends: base\n", "base.yaml:1: 'mine' extends this recipe in turn"),
+        ("", "extends: [base]\n", "mine.yaml:1: 'extends' should be a recipe's name"),
+        ("", "extends: nobody\n", "no recipe 'nobody'"),
+    ],
+)
+def test_mistakes_of_extending_are_named_where_they_stand(tmp_path, base, mine, error):
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "mine.yaml").write_text(mine)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(Recipe, tmp_path / "mine.yaml")
+    assert error in caught.value.message and caught.value.hint

@@ -72,8 +72,8 @@ def test_left_padding_has_no_influence(made, ids):
 
 def test_finetuning_reaches_every_scorer(made, ids):
     """Two steps of the trainer's own objective, whose loss is the model's."""
-    from sparsek_cli.training.objectives import Objective, attach, count_targets
-    from sparsek_cli.training.teacher import OwnTeacher
+    from sparsek_cli.training.losses.objectives import Objective, attach, count_targets
+    from sparsek_cli.training.losses.teacher import OwnTeacher
 
     model = copy.deepcopy(made.sparse)
     expected = model(ids, labels=ids, use_cache=False).loss.item()

@@ -8,9 +8,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from sparsek_cli.data.packing import collate
 from sparsek_cli.models import dense_attention, sparsek_attentions, sparsek_config_from
 from sparsek_cli.models.attention import dense_attention_forward, dense_mask
-from sparsek_cli.training.future import ATTENTION, FutureAttention
-from sparsek_cli.training.objectives import Objective, attach
-from sparsek_cli.training.teacher import OwnTeacher
+from sparsek_cli.training.losses.future import ATTENTION, FutureAttention
+from sparsek_cli.training.losses.objectives import Objective, attach
+from sparsek_cli.training.losses.teacher import OwnTeacher
 
 WINDOW = 4
 

@@ -6,8 +6,8 @@ import torch
 
 from sparsek_cli.data.packing import collate
 from sparsek_cli.models import sparsek_config_from
-from sparsek_cli.training.objectives import Objective, attach, count_targets, detach
-from sparsek_cli.training.teacher import FrozenTeacher, OwnTeacher
+from sparsek_cli.training.losses.objectives import Objective, attach, count_targets, detach
+from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 
 
 def batch(rows=2, length=48, starts=((0,), (0, 20)), seed=0):

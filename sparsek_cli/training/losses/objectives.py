@@ -18,7 +18,7 @@ from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.models.output import output_layer
 
 if TYPE_CHECKING:
-    from sparsek_cli.training.future import FutureAttention
+    from sparsek_cli.training.losses.future import FutureAttention
 
 
 # From final states [..., C] to logits; see models/output.py.

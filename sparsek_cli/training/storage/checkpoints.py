@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.training.state import sharded_like
+from sparsek_cli.training.storage.state import sharded_like
 
 WEIGHTS = "trained.safetensors"
 LOSS = "loss.json"

@@ -8,7 +8,7 @@ import torch
 
 from sparsek_cli.models import DENSE_ATTENTION, dense_attention
 from sparsek_cli.models.output import output_layer
-from sparsek_cli.training.objectives import OutputLayer, decoder_of
+from sparsek_cli.training.losses.objectives import OutputLayer, decoder_of
 
 
 class OwnTeacher:

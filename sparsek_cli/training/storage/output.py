@@ -15,10 +15,10 @@ from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.output.contents import FINETUNE_RECIPE, MODEL, SCORERS
 from sparsek_cli.output.staging import staged
-from sparsek_cli.training.checkpoints import checkpoints_in
 from sparsek_cli.training.model import cast_for_saving
 from sparsek_cli.training.parameters import is_scorer
-from sparsek_cli.training.unfinished import part_folder
+from sparsek_cli.training.storage.checkpoints import checkpoints_in
+from sparsek_cli.training.storage.unfinished import part_folder
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint

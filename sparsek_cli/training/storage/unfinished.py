@@ -14,7 +14,7 @@ from sparsek_cli.output.contents import MODEL, RUN
 from sparsek_cli.output.contents import RUN_RECIPE as RECIPE
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
-from sparsek_cli.training.checkpoints import checkpoints_in
+from sparsek_cli.training.storage.checkpoints import checkpoints_in
 
 # What may differ between a run and its continuation: none of it changes a step.
 _FREE = ("save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",

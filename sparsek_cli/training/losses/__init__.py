@@ -1,0 +1,1 @@
+"""What is minimised: text and answers, distillation, and what later queries look at."""

@@ -1,0 +1,1 @@
+"""What a run leaves on disk: checkpoints while it lasts, the finished model at its end."""

@@ -1,0 +1,103 @@
+"""The house as a whole: imports point one way and never in a circle; folders stay small."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {"sparsek_cli": ROOT, "sparsek_kernels": ROOT / "kernels", "experiments": ROOT}
+FILES = sorted(file for top, base in SOURCES.items() for file in (base / top).rglob("*.py"))
+# Lower floors import nothing of higher ones.
+FLOORS = (
+    {"sparsek_kernels"},
+    {"sparsek_cli.errors", "sparsek_cli.reporter", "sparsek_cli.disk"},
+    {"sparsek_cli.families", "sparsek_cli.models", "sparsek_cli.recipes", "sparsek_cli.data"},
+    {"sparsek_cli.conversion", "sparsek_cli.training", "sparsek_cli.evaluation",
+     "sparsek_cli.dialogue"},
+    {"sparsek_cli.api", "sparsek_cli.commands"},
+    {"sparsek_cli.app", "experiments"},
+)  # fmt: skip
+MOST_FILES = 15
+CROWDED = {"sparsek_cli/models", "sparsek_cli/conversion/calibrate"}  # still to be split
+
+
+def name_of(file: Path) -> str:
+    base = ROOT / "kernels" if "kernels" in file.relative_to(ROOT).parts else ROOT
+    return ".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {name_of(file): file for file in FILES}
+
+
+def imports(file: Path, *, anywhere: bool = True) -> set[str]:
+    """Modules of ours that a file imports; not what only type checkers see."""
+    tree, found = ast.parse(file.read_text(encoding="utf-8")), set()
+    hidden = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree) if anywhere else tree.body:
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= (inner & MODULES.keys()) or {node.module}
+    return found & MODULES.keys()
+
+
+def floor_of(module: str) -> int | None:
+    for number, places in enumerate(FLOORS):
+        if any(module == place or module.startswith(f"{place}.") for place in places):
+            return number
+    return None
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_point_down(module):
+    here = floor_of(module)
+    if here is None:
+        return
+    for other in imports(MODULES[module]):
+        there = floor_of(other)
+        assert there is None or there <= here, f"{module} imports {other}"
+
+
+def test_no_file_imports_in_a_circle():
+    graph = {module: imports(file, anywhere=False) - {module} for module, file in MODULES.items()}
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for other in graph[module]:
+                visit(other, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())
+
+
+def test_no_backend_imports_the_other():
+    for module, file in MODULES.items():
+        for one, other in (("pytorch", "triton"), ("triton", "pytorch")):
+            if module.startswith(f"sparsek_kernels.{one}"):
+                theirs = f"sparsek_kernels.{other}"
+                assert not [name for name in imports(file) if name.startswith(theirs)], module
+
+
+def test_folders_hold_few_files():
+    crowded = {}
+    for folder in {file.parent for file in FILES}:
+        count = sum(file.name != "__init__.py" for file in folder.glob("*.py"))
+        if count > MOST_FILES:
+            crowded[str(folder.relative_to(ROOT))] = count
+    assert crowded.keys() <= CROWDED, crowded
+
+
+def test_files_stay_short():
+    assert not [f for f in FILES if len(f.read_text(encoding="utf-8").splitlines()) > 400]
