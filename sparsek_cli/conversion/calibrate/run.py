@@ -285,13 +285,9 @@ class _Run:
             return []
         rows, answer = self.target_rows[number], self.answers[number]
         window, sinks, context = self.plan.window, self.plan.sinks, recorded.context
-        again, read = (
-            future_attention(recorded, some, answer, window)[0]
-            for some in (rows[answer[rows]], rows[rows < context])
-        )
-        pairs = self._pairs(self.sequences[number])
-        again, read = (x[:, pairs.to(x.device)].cpu().numpy() for x in (again, read))
-        return [FutureAttention(again, read, context - window - sinks)]
+        again, _ = future_attention(recorded, rows[answer[rows]], answer, window)
+        pairs = self._pairs(self.sequences[number]).to(again.device)
+        return [FutureAttention(again[:, pairs].cpu().numpy(), context - window - sinks)]
 
     def _add(self, number: int, recorded: Recorded, fit: Fit) -> None:
         answer = self.answers[number]

@@ -13,14 +13,13 @@ from sparsek_cli.conversion.calibrate.whole import Whole, chosen_attention, wind
 from sparsek_cli.conversion.plan import Plan
 
 # What an error at an answer counts against one in text when slots are shared out by errors: losses
-# of single layers do not quite add up to the whole model's, so several are tried.
+# of single layers do not quite add up to the whole model's, so several are tried, and means of two.
 _ANSWER_WEIGHTS = (0.1, 1.0, 3.0, 10.0, 30.0)
-# What attention in running text counts against attention while a text is told again.
-_TEXT_WEIGHTS = (0.0, 1.0)
-# Maps and slopes of heads whose shares come from elsewhere.
-_EVEN = 0.3
-# Passes that `settle` makes at most: these, one between both kinds, even slots, and a window.
-PASSES = len(_ANSWER_WEIGHTS) + len(_TEXT_WEIGHTS) + 3
+_MEANS = ((0.1, 10.0), (0.1, 30.0))
+# The weight that goes with the threshold: for maps and slopes, and in the mean of both.
+_WITH_THRESHOLD = 3.0
+# Passes that `settle` makes at most: these, two with the threshold, even slots, and a window.
+PASSES = len(_ANSWER_WEIGHTS) + len(_MEANS) + 4
 
 
 def settle(
@@ -77,18 +76,19 @@ def settle(
 def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.ndarray]]:
     """Shares to compare: their name, the weight of answers for maps and slopes, and [layers, G]."""
     even = np.full((len(layers), plan.geometry.kv_heads), plan.topk)
-    proposals = [("even", _EVEN, even)]
+    proposals = [("even", _WITH_THRESHOLD, even)]
     if plan.recipe.budgets == "uniform":
         return proposals
-    for weight in _ANSWER_WEIGHTS:
-        proposals.append(("errors", weight, shares_by_errors(plan, layers, weight)))
+    shares = {weight: shares_by_errors(plan, layers, weight) for weight in _ANSWER_WEIGHTS}
+    proposals += [("errors", weight, share) for weight, share in shares.items()]
+    for low, high in _MEANS:
+        mean = (shares[low] + shares[high]) // 2
+        proposals.append((f"mean of errors {low:g} and {high:g}", high, mean))
     if all(layer.attention for layer in layers):
-        attention = [layer.attention for layer in layers]
-        for weight in _TEXT_WEIGHTS:
-            shares = threshold_shares(attention, plan.topk, weight)
-            proposals.append((f"threshold, text {weight:g}", _EVEN, shares))
-        retold, by_errors = proposals[-len(_TEXT_WEIGHTS)][2], proposals[3][2]
-        proposals.append(("threshold and errors", _EVEN, (retold + by_errors) // 2))
+        found = threshold_shares([layer.attention for layer in layers], plan.topk)
+        mean = (found + shares[_WITH_THRESHOLD]) // 2
+        proposals.append(("threshold", _WITH_THRESHOLD, found))
+        proposals.append(("mean of threshold and errors", _WITH_THRESHOLD, mean))
     return proposals
 
 

@@ -15,51 +15,38 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FutureAttention:
-    """What one document's later queries look at in one layer, log probabilities.
+    """What is looked at in one layer while one document is told again.
 
     Attributes:
-        told, text: [G, n] of n pairs: the largest attention while the document is told again, and
-            while it is read.
+        told: [G, n] log of the largest attention that each of n pairs gets.
         candidates: pairs of the whole document that may be selected at its end.
     """
 
     told: np.ndarray
-    text: np.ndarray
     candidates: int
 
 
-def threshold_shares(
-    layers: list[list[FutureAttention]], topk: int, text_weight: float
-) -> np.ndarray:
+def threshold_shares(layers: list[list[FutureAttention]], topk: int) -> np.ndarray:
     """Selected pairs of each head, [layers, G] int64, `topk` on average.
 
     Args:
         layers: of each layer what was seen in each document.
-        text_weight: what attention counts for in running text, where it counts 1 in what is told
-            again: 0 leaves running text out.
     """
     documents = [
-        _shares_of([layer[number] for layer in layers], topk, text_weight)
-        for number in range(len(layers[0]))
+        _shares_of([layer[number] for layer in layers], topk) for number in range(len(layers[0]))
     ]
     return _rounded(np.mean(documents, axis=0), topk)
 
 
-def _shares_of(layers: list[FutureAttention], topk: int, text_weight: float) -> np.ndarray:
+def _shares_of(layers: list[FutureAttention], topk: int) -> np.ndarray:
     """[layers, G] float64, of one document."""
-    attention = np.stack([_wanted(layer, text_weight) for layer in layers])
+    attention = np.stack([layer.told for layer in layers])
     candidates, pairs = layers[0].candidates, attention.shape[-1]
     taken = min(attention.size, round(topk / candidates * attention.size))
     best = np.argpartition(-attention.ravel(), max(taken - 1, 0))[:taken]
     heads = attention.size // pairs
     counts = np.bincount(best // pairs, minlength=heads).reshape(attention.shape[:2])
     return counts / pairs * candidates
-
-
-def _wanted(layer: FutureAttention, text_weight: float) -> np.ndarray:
-    if text_weight == 0:
-        return layer.told
-    return np.maximum(layer.told, layer.text + np.log(text_weight))
 
 
 def _rounded(shares: np.ndarray, topk: int) -> np.ndarray:
