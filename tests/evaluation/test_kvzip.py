@@ -171,15 +171,16 @@ def test_rows_are_cut_apart():
 
 @pytest.fixture(scope="module")
 def report(checkpoints, data, tmp_path_factory):
+    from verbs import evaluate
+
     from sparsek_cli.console import Console
-    from sparsek_cli.evaluation.run import evaluate
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
     recipe = EvaluateRecipe(
         model=str(checkpoints[1]), data=str(data), lengths=[640], limit=3, device="cpu",
         tasks=["ppl", "recall_4", "recall_turns", "scrolls_qasper"], budgets=[68, 2048],
         baselines=["dense", "kvzip", "kvzip:shared", "snapkv:shared"], max_new_tokens=4,
-        batch_size=3, output=str(tmp_path_factory.mktemp("kvzip") / "out"),
+        batch_size=3, out=str(tmp_path_factory.mktemp("kvzip") / "out"),
     )  # fmt: skip
     return evaluate(recipe, Console(quiet=True))
 
@@ -205,8 +206,9 @@ def test_a_task_that_does_not_say_where_its_question_begins_has_no_oracle(report
 
 def test_the_question_is_not_seen_before_pairs_are_dropped(recipe, console, monkeypatch):
     """All questions about one document are answered from the same pairs, chosen once."""
+    from verbs import evaluate
+
     from sparsek_cli.evaluation.lm.contexts import ContextReader
-    from sparsek_cli.evaluation.run import evaluate
 
     contexts, questions = [], []
     read_context, read_question = ContextReader._read_context, ContextReader._read_question
@@ -226,3 +228,25 @@ def test_the_question_is_not_seen_before_pairs_are_dropped(recipe, console, monk
     assert len(contexts) == 1 and len(set(questions)) == 4
     assert all("?" in text for text in questions)
     assert not any(text.split("?")[0].strip() in contexts[0] for text in questions)
+
+
+def test_layers_that_slide_go_on_from_the_context(sparse_model):
+    """What is told again moves their windows; none of it stays."""
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    settings = {"num_hidden_layers": 3, "sliding_window": 6, "layer_types": layers}
+    model = sparse_model("gemma3_text", **settings)
+    policy, context = make_policy("kvzip:shared"), ids(60)
+    with policy.applied(model), torch.no_grad():
+        cache = policy.new_cache(model)
+        model(input_ids=context, past_key_values=cache)
+        before = [layer.keys.clone() for layer in cache.layers]
+        policy.tell_again(model, cache, context[0].tolist(), OPENING)
+        assert cache.layers[1].mass.gt(0).any()
+        policy.end_prompt(model, cache)
+        model(input_ids=ids(1, 5), past_key_values=cache)
+    assert type(cache.layers[0]) is DynamicSlidingWindowLayer
+    for number in (0, 2):
+        torch.testing.assert_close(cache.layers[number].keys[:, :, :-1], before[number][:, :, 1:])
+    assert cache.layers[1].bounded and cache.get_seq_length() == 61

@@ -91,15 +91,16 @@ def test_caches_of_other_kinds_stay_as_they_are(checkpoints):
 def test_answers_are_the_same(recipe, console, tmp_path, monkeypatch):
     import json
 
+    from verbs import evaluate
+
     from sparsek_cli.evaluation.lm import generation
-    from sparsek_cli.evaluation.run import evaluate
 
     answers = []
     for graphed in (("cuda",), ("cpu",)):
         monkeypatch.setattr(generation, "GRAPHED", graphed)
         out = tmp_path / graphed[0]
         settings = {"tasks": ["recall_4"], "baselines": ["dense", "kvzip:shared"], "limit": 3}
-        report = evaluate(recipe(**settings, batch_size=3, output=str(out)), console)
+        report = evaluate(recipe(**settings, batch_size=3, out=str(out)), console)
         files = sorted((out / "samples").rglob("*.jsonl"))
         responses = [[json.loads(r)["responses"] for r in f.open()] for f in files]
         proofs = [(u["proof"]["kv_pairs"], u["proof"]["kv_bytes"]) for u in report["units"]]

@@ -51,7 +51,8 @@ class ContextReader(PromptReader):
         Half a window at once: each token pushes a pair out, and must not push out what is read
         with it.
         """
-        step = max(1, cache.layers[0].recent // 2)
+        recent = next(layer.recent for layer in cache.layers if hasattr(layer, "recent"))
+        step = max(1, recent // 2)
         for start in range(0, len(question), step):
             logits = self._read(question[start : start + step], cache, keep=1)
         self._saw_cache(cache, cache.get_seq_length())

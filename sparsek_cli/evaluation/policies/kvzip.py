@@ -6,6 +6,7 @@ What is beyond the slots is dropped, sinks and window always stay, and only then
 read. A SparseK model has to choose while it reads, and reads the context once.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
@@ -17,7 +18,7 @@ from sparsek_cli.evaluation.policies.eviction import Evicting
 
 REPEAT = "\n\nRepeat the previous context exactly."
 PART = 1024  # tokens told again at once
-PARTS = {"cpu": 1, "cuda": 8}  # parts side by side
+TOGETHER = 8  # parts side by side on a GPU
 LEAD = 8  # last tokens of the part before, told once more: where this part goes on
 
 
@@ -74,18 +75,25 @@ class KVzip(Evicting):
     ) -> None:
         """Ranks the pairs in `cache`, which holds `context` in its one row.
 
+        Layers of other kinds (a sliding window, a state) go on from the context each time.
+
         Args:
             context: its tokens. opening: of the request to repeat it, and what begins a reply.
         """
+        whole = list(cache.layers)
+        own = [layer for layer in whole if isinstance(layer, TellingLayer)]
         parts = parts_of(context)
-        together = PARTS["cuda" if model.device.type == "cuda" else "cpu"]
+        alone = len(own) < len(whole) or model.device.type != "cuda"
+        together = 1 if alone else TOGETHER
         for start in range(0, len(parts), together):
             told = parts[start : start + together]
             ids = torch.tensor([[*opening, *part] for part in told], device=model.device)
+            cache.layers = [layer if layer in own else copy.deepcopy(layer) for layer in whole]
             with ExitStack() as stack:
-                for layer in cache.layers:
+                for layer in own:
                     stack.enter_context(layer.listening(len(told)))
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.layers = whole
 
 
 def parts_of(context: Sequence[int]) -> list[Sequence[int]]:
