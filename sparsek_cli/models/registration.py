@@ -102,10 +102,12 @@ def _register_tensors(dense: str, sparse: str) -> None:
 def _register_outputs(family: Family) -> None:
     """What can be recorded, which transformers enters when an instance is made.
 
-    The base model inside a causal LM is made as the family's and changes class afterwards.
+    The base model inside a causal LM (and the decoder inside that) is made as the family's and
+    changes class afterwards.
     """
-    recordable = family.model._can_record_outputs
-    _CAN_RECORD_REGISTRY.update({str(family.sparsek_model): recordable})
+    for cls in (family.sparsek_model, family.sparsek_decoder):
+        if cls is not None:
+            _CAN_RECORD_REGISTRY.update({str(cls): cls._can_record_outputs})
 
 
 def _copy_entries(table: MutableMapping[Any, Any]) -> None:

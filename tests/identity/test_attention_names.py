@@ -87,6 +87,9 @@ def test_a_config_file_cannot_switch_it_off(key, saved):
         AutoModelForCausalLM.from_pretrained(file.parent)
 
 
+@pytest.mark.parametrize(
+    "family", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "opt", "mixtral"]
+)
 def test_attention_weights_are_refused_and_hidden_states_are_not(family, sparse_model):
     model, ids = sparse_model(family), torch.arange(3, 20)[None]
     with pytest.raises(SparsekError, match="no attention weights"):
