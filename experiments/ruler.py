@@ -33,9 +33,9 @@ from sparsek_cli.evaluation.loading import stretch
 from sparsek_cli.evaluation.tasks import ruler_samples
 from sparsek_cli.evaluation.tasks.catalogue import catalogue
 from sparsek_cli.evaluation.tasks.ruler import build_haystack
+from sparsek_cli.loading import load_tokenizer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
-from sparsek_cli.training.model import load_tokenizer
 
 GROUP = "niah"
 SAMPLES = 4000

@@ -27,8 +27,8 @@ from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.data.corpus import Corpus, load_corpus
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.hub import bundled
+from sparsek_cli.loading import load_tokenizer
 from sparsek_cli.training.measure import token_losses, windows
-from sparsek_cli.training.model import load_tokenizer
 
 VARIANTS = ("dense", "window", "sparsek", "random", "alone")
 STEP_TOKENS = 65_536

@@ -16,9 +16,8 @@ from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.evaluation.policies.registry import make_policy
-from sparsek_cli.loading import load_model
+from sparsek_cli.loading import load_model, load_tokenizer
 from sparsek_cli.training.measure import recalled, token_losses, windows
-from sparsek_cli.training.model import load_tokenizer
 
 SPLITS = ("calibration", "held_out", "unseen")
 NEEDLES = (1, 4, 16)

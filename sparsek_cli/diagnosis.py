@@ -66,7 +66,8 @@ def _guarded(name: str, check: Callable[[], Iterator[Check]]) -> Iterator[Check]
     except Exception as error:
         # A broken installation fails in ways nobody foresaw; that is what doctor is asked about.
         first = (str(error).splitlines() or [""])[0]
-        yield Check(name, False, f"{type(error).__name__}: {first}", "reinstall sparsek")
+        hint = "reinstall sparsek and what it needs" if isinstance(error, ImportError) else _BUG
+        yield Check(name, False, f"{type(error).__name__}: {first}", hint)
 
 
 def versions() -> Iterator[Check]:
@@ -203,6 +204,7 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
     from sparsek_cli.models import family_of
 
     lm = load_model(checkpoint, device=device, dtype=torch.float32)
+    yield _tokenizer(checkpoint, lm)
     family_of(lm.config)
     if getattr(lm.config, "sparsek", None) is None:
         yield Check("model", None, f"{checkpoint.name} is dense: nothing of ours to check in it")
@@ -214,6 +216,18 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
     yield from _sparse_path(lm)
     yield from _dense_equivalence(lm)
     yield from _cache_bytes(lm)
+
+
+def _tokenizer(checkpoint: "Checkpoint", lm: "torch.nn.Module") -> Check:
+    """Its ids are rows of the embedding."""
+    from sparsek_cli.conversion.tokenizer import files_in
+    from sparsek_cli.loading import check_tokenizer, embedding_rows, load_tokenizer
+
+    if not files_in(checkpoint.path):
+        return Check("tokenizer", None, "none beside the weights")
+    tokenizer, rows = load_tokenizer(checkpoint), embedding_rows(lm)
+    check_tokenizer(tokenizer, rows, checkpoint.name)
+    return Check("tokenizer", True, f"{len(tokenizer):,} tokens, {rows:,} embeddings")
 
 
 def _sparse_path(lm: "torch.nn.Module") -> Iterator[Check]:

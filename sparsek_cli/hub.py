@@ -1,12 +1,12 @@
 """A name becomes a folder: a local checkpoint, a short name, or a hub id fetched into its cache."""
 
-import json
 import os
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from sparsek_cli import model_folder
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 
@@ -16,7 +16,6 @@ UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ot", "
 HUB_TIMEOUT = 8  # seconds for each answer of the hub; a slow network must not look like a hang
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Checkpoint:
 
     def config(self) -> dict:
         """config.json as a dictionary."""
-        return _read_config(self.path)
+        return model_folder.read_config(self.path)
 
 
 def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
@@ -54,7 +53,9 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     name = os.fspath(name)
     if not name.strip():
         raise UsageError("the model's name is empty", hint="name a folder, a hub id or a name")
-    folder = Path(name).expanduser()
+    if "\0" in name:
+        raise UsageError("the model's name holds a null byte", hint="name a folder or a hub id")
+    folder = Path(os.path.expanduser(name))
     short = SHORT_NAMES.get(name.lower())
     known = short is not None or name.lower() in BUNDLED
     if folder.is_dir() and ((folder / "config.json").is_file() or not known):
@@ -74,7 +75,7 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     if short is not None:
         path = _download(short.hub_id, revision)
         return _checked(Checkpoint(path, name.lower(), short.hub_id, revision))
-    if _looks_like_path(name) or not _HUB_ID.fullmatch(name):
+    if _looks_like_path(name) or os.path.lexists(folder) or not _HUB_ID.fullmatch(name):
         raise _no_such_name(name, folder)
     path = _download(name, revision)
     return _checked(Checkpoint(path, name.split("/")[1], name, revision))
@@ -97,7 +98,11 @@ def _looks_like_path(name: str) -> bool:
 
 def _no_such_name(name: str, folder: Path) -> UsageError:
     if folder.is_file():
-        return UsageError(f"'{name}' is a file, not a checkpoint folder", hint="name its folder")
+        return model_folder.file_error(folder)
+    if os.path.lexists(folder):
+        return UsageError(
+            f"'{name}' is neither a folder nor a file that can be read", hint="name a folder"
+        )
     if "/" in name or name.startswith((".", "~")):
         beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = get_close_matches(folder.name, beside, n=1)
@@ -172,45 +177,8 @@ def _unreachable(hub_id: str) -> SparsekError:
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
-    path, label = checkpoint.path, f"'{checkpoint.name}'"
-    config = _read_config(path)
-    architectures = config.get("architectures") or []
-    causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
-    if architectures and not causal:
-        raise UsageError(
-            f"{label} is a {architectures[0]}, not a causal language model",
-            hint="name a model that generates text left to right (its class ends in ForCausalLM)",
-        )
-    if not any(path.glob("*.safetensors")):
-        pickled = any(any(path.glob(p)) for p in _PICKLES) or checkpoint.source not in (
-            "folder",
-            "bundled",
-        )
-        raise UsageError(
-            f"{label} holds no .safetensors weights"
-            + ("; pickled weights (.bin, .pt) are refused: they can run code" if pickled else ""),
-            hint="save it again from transformers: from_pretrained(...).save_pretrained(FOLDER) "
-            "writes safetensors",
-        )
+    model_folder.check(checkpoint.path, checkpoint.name)
     return checkpoint
-
-
-def _read_config(path: Path) -> dict:
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(
-            f"'{path}' is no checkpoint: it has no config.json",
-            hint="name a folder written by save_pretrained or by sparsek convert",
-        ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{file} is not valid JSON: {_first_line(error)}", hint="fetch or save the model again"
-        ) from error
-    if not isinstance(config, dict):
-        raise UsageError(f"{file} holds no JSON object", hint="fetch or save the model again")
-    return config
 
 
 def _first_line(error: Exception) -> str:

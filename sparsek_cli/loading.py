@@ -1,96 +1,214 @@
-"""A checkpoint on disk becomes a model and its tokenizer, ready to run."""
+"""A checkpoint on disk becomes a model and its tokenizer: one way for all verbs.
+
+No weight is ever random, no pickle is read, no code of a checkpoint runs, nothing is asked.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.errors import SparsekError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsek_cli.hub import Checkpoint
+
+_DAMAGED = "the folder is incomplete or damaged: fetch or convert it again"
+# Buffers that older versions of transformers saved and newer ones compute.
+_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 
 def load_model(
     checkpoint: "Checkpoint", *, device: "torch.device", dtype: "torch.dtype", **options: Any
 ) -> "PreTrainedModel":
-    """The causal LM in eval mode; sparse and plain dense checkpoints alike.
+    """The causal LM in eval mode on a device; sparse and plain dense checkpoints alike.
 
     Args:
+        options: passed on to `load_weights`.
+
+    Raises:
+        SparsekError: see `load_weights`.
+    """
+    model = load_weights(checkpoint.path, checkpoint.name, dtype=dtype, **options)
+    return model.to(device).eval()
+
+
+def load_config(path: Path, name: str) -> "PreTrainedConfig":
+    """config.json as transformers reads it.
+
+    Raises:
+        SparsekError: it needs code of its own, or is no config that transformers knows.
+    """
+    from transformers import AutoConfig
+
+    import sparsek_cli.models  # noqa: F401  (registers the sparsek_* model types)
+
+    with readable_errors(name):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def load_weights(
+    path: Path,
+    name: str,
+    *,
+    dtype: "torch.dtype",
+    kind: Any = None,
+    scorers_later: bool = False,
+    **options: Any,
+) -> "PreTrainedModel":
+    """The causal LM in a folder with every weight that its config promises, and no others.
+
+    Args:
+        name: what to call it.
+        kind: class to load with; default AutoModelForCausalLM.
+        scorers_later: a dense checkpoint is loaded with a sparse class, which draws scorers.
         options: passed on to `from_pretrained`, `attn_implementation` for instance.
 
     Raises:
-        SparsekError: weights that cannot be read, are missing, or do not fit the config.
+        SparsekError: weights are missing, left over or of another shape, or cannot be read.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     import sparsek_cli.models  # noqa: F401  (registers the sparsek_* model types)
 
-    damaged = "the folder is incomplete or damaged: fetch or convert it again"
-    try:
-        with _no_progress_bar():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                checkpoint.path,
-                dtype=dtype,
-                output_loading_info=True,
-                use_safetensors=True,
-                **options,
-            )
-    except SafetensorError as error:
-        raise SparsekError(
-            f"the weights of '{checkpoint.name}' cannot be read: {_first_line(error)}", hint=damaged
-        ) from error
-    except SparsekError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SparsekError(
-            f"'{checkpoint.name}' cannot be loaded: {_first_line(error)}", hint=damaged
-        ) from error
+    if kind is None:
+        kind, options["trust_remote_code"] = AutoModelForCausalLM, False
+    with quiet_transformers(), readable_errors(name):
+        model, report = kind.from_pretrained(
+            path,
+            dtype=dtype,
+            output_loading_info=True,
+            use_safetensors=True,
+            # So that mis-shaped ones are named here, not in a report that is not shown.
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    check_loaded(report, name, scorers_later=scorers_later)
+    return model
+
+
+def check_loaded(report: dict[str, Any], name: str, *, scorers_later: bool = False) -> None:
+    """Raises SparsekError where transformers' loading report says that weights do not fit."""
     missing = sorted(report["missing_keys"])
+    if scorers_later:
+        missing = [key for key in missing if ".scorer." not in key]
     if missing:
         raise SparsekError(
-            f"'{checkpoint.name}' lacks {len(missing)} weights, the first is {missing[0]}",
-            hint=damaged,
+            f"'{name}' lacks {len(missing)} weights, the first is {missing[0]}", hint=_DAMAGED
         )
-    return model.to(device).eval()
+    shapes = sorted((str(key), list(a), list(b)) for key, a, b in report["mismatched_keys"])
+    if shapes:
+        key, there, wanted = shapes[0]
+        raise SparsekError(
+            f"'{name}': {key} has shape {there}, config.json asks for {wanted}",
+            hint="correct config.json if the weights are right, else fetch the model again",
+        )
+    others = sorted(k for k in report["unexpected_keys"] if not k.endswith(_BUFFERS))
+    if others:
+        raise SparsekError(
+            f"'{name}' holds {len(others)} weights that its config.json has no place for, "
+            f"the first is {others[0]}",
+            hint="they would be ignored: name the checkpoint that config.json belongs to, or fetch "
+            "the model again",
+        )
 
 
-def load_tokenizer(checkpoint: "Checkpoint") -> "PreTrainedTokenizerBase":
-    """The tokenizer beside the weights.
+def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint, in a folder, or of a hub id.
 
     Raises:
-        SparsekError: there is none, or it cannot be read.
+        SparsekError: there is none, or it cannot be used.
     """
     from transformers import AutoTokenizer
 
     import sparsek_cli.models  # noqa: F401  (a sparsek_* config must be known to AutoTokenizer)
 
+    place, name = source, str(source)
+    if not isinstance(source, str | Path):
+        place, name = source.path, source.name
+    hint = "copy tokenizer.json and tokenizer_config.json of the base model into its folder"
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.path)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        probe = tokenizer("a word and 1").input_ids
     except Exception as error:
         # Every tokenizer library fails in its own way; all of them mean the same to the user.
         raise SparsekError(
-            f"'{checkpoint.name}' has no usable tokenizer: {_first_line(error)}",
-            hint="copy tokenizer.json and tokenizer_config.json of the base model into its folder",
+            f"'{name}' has no usable tokenizer: {_first_line(error)}", hint=hint
         ) from error
+    if not probe:
+        raise SparsekError(
+            f"'{name}' has no usable tokenizer: it makes no tokens of any text", hint=hint
+        )
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) -> None:
+    """The tokenizer's ids must be rows of the embedding.
+
+    A padding token that is none is replaced by the end-of-text token, in memory.
+
+    Args:
+        rows: of the embedding.
+
+    Raises:
+        SparsekError: an id of any other token is beyond them.
+    """
+    largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    pad = tokenizer.pad_token
+    if largest[1] >= rows and largest[0] == pad and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        rest = (item for item in tokenizer.get_vocab().items() if item[0] != pad)
+        largest = max(rest, key=lambda item: item[1])
+    if largest[1] >= rows:
+        raise SparsekError(
+            f"the tokenizer of '{name}' has token {largest[0]!r} with id {largest[1]}, and the "
+            f"model has embeddings for {rows} ids",
+            hint="put the tokenizer beside the weights that they were trained with, or resize the "
+            "embeddings: model.resize_token_embeddings(len(tokenizer)), save_pretrained",
+        )
+
+
+def embedding_rows(model: "PreTrainedModel") -> int:
+    """How many ids a model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    # Seconds at most, and it would stand between the user and the first line of a result.
-    from huggingface_hub.utils import are_progress_bars_disabled
-    from transformers.utils import logging
+def readable_errors(name: str) -> Iterator[None]:
+    """What libraries raise while a checkpoint loads, as one line that names it.
 
-    shown = not are_progress_bars_disabled()
-    logging.disable_progress_bar()
+    Raises:
+        SparsekError: in place of any such error.
+    """
+    from safetensors import SafetensorError
+
     try:
         yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    except SparsekError:
+        raise
+    except SafetensorError as error:
+        raise SparsekError(
+            f"the weights of '{name}' cannot be read: {_first_line(error)}", hint=_DAMAGED
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        text = str(error)
+        if "trust_remote_code" in text or "custom code" in text:
+            raise SparsekError(
+                f"'{name}' needs code of its own (auto_map in config.json), which is not run",
+                hint="name a model of a family that transformers knows by itself",
+            ) from error
+        raise SparsekError(
+            f"'{name}' cannot be loaded: {type(error).__name__}: {_first_line(error)}",
+            hint=_DAMAGED,
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

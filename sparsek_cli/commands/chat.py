@@ -70,11 +70,17 @@ def chat(
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.dialogue.engine import Engine
     from sparsek_cli.dialogue.session import Session
-    from sparsek_cli.loading import load_model, load_tokenizer
+    from sparsek_cli.loading import (
+        check_tokenizer,
+        embedding_rows,
+        load_model,
+        load_tokenizer,
+    )
 
     where = choose_device(device)
     tokenizer = load_tokenizer(checkpoint)
     weights = load_model(checkpoint, device=where, dtype=choose_dtype(dtype, where))
+    check_tokenizer(tokenizer, embedding_rows(weights), checkpoint.name)
     session = Session(Engine(weights), tokenizer, sampling, system)
     if not session.engine.sparse:
         console.say(f"{checkpoint.name} is a dense model: its cache grows with every token")

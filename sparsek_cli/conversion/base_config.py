@@ -24,8 +24,7 @@ def convertible(config: dict[str, Any]) -> Row:
     """The family of a config.json dictionary, if its model can be converted.
 
     Raises:
-        UsageError: already converted, not a causal language model, not a supported family, or
-            quantised.
+        UsageError: already converted, not a causal language model, or not a supported family.
     """
     model_type = str(config.get("model_type", ""))
     architectures = config.get("architectures") or []
@@ -46,10 +45,5 @@ def convertible(config: dict[str, Any]) -> Row:
         raise UsageError(
             f"model family '{model_type or 'unknown'}' is not supported",
             hint=f"supported families: {supported}",
-        )
-    if config.get("quantization_config"):
-        raise UsageError(
-            "quantised checkpoints cannot be converted",
-            hint="convert the unquantised checkpoint, then quantise the result",
         )
     return row

@@ -6,7 +6,7 @@ Reads config.json and safetensors headers only.
 import math
 import shutil
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible, dense_config, is_converted
 from sparsek_cli.conversion.geometry import Geometry, geometry
-from sparsek_cli.conversion.shards import Shard, read_shards, without_scorers
+from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.disk import existing_parent
@@ -232,7 +232,10 @@ def plan(recipe: ConvertRecipe) -> Plan:
     shards = base.outline() if packed else read_shards(base.path)
     if again:
         shards = without_scorers(shards)
+    if not (config.get("dtype") or config.get("torch_dtype")):
+        sizes = replace(sizes, dtype=stored_dtype(shards))
     prefixed = _check_tensors(shards, row, full_layers(types))
+    _check_rows(shards, config)
     parent = existing_parent(out)
     linkable = not (packed or recipe.copy_base) and all(
         shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
@@ -298,6 +301,21 @@ def _check_room(parent: Path, needed: int, *, packed: bool) -> None:
             if packed
             else "free some space, or choose OUT on the base's filesystem so that it can be linked",
         )
+
+
+def _check_rows(shards: list[Shard], config: dict[str, Any]) -> None:
+    """Embeddings and output layer have as many rows as config.json's vocabulary."""
+    rows = config.get("vocab_size")
+    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "lm_head.weight")
+    for shard in shards:
+        for name, entry in shard.tensors.items():
+            if name.endswith(embeddings) and isinstance(rows, int) and entry.shape[0] != rows:
+                raise SparsekError(
+                    f"{name} in {shard.path.name} has shape {list(entry.shape)}, config.json says "
+                    f"vocab_size {rows}",
+                    hint=f"set vocab_size to {entry.shape[0]} in config.json if the weights were "
+                    "resized, else fetch the model again",
+                )
 
 
 def _check_tensors(shards: list[Shard], row: Row, layers: tuple[int, ...]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import find_nan
 from sparsek_cli.conversion.tokenizer import settle
-from sparsek_cli.conversion.verify import Verified, verify
+from sparsek_cli.conversion.verify import Verified, check_base, verify
 from sparsek_cli.conversion.write import Written, neutral_scorers, write_checkpoint
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.unpack import unpacked
@@ -111,6 +111,7 @@ def _fill(folder: Path, plan: Plan, reporter: Reporter) -> Converted:
     """Calibrates and writes into the staged `folder`."""
     with reporter.progress("reading weights", plan.base_bytes) as bar:
         whole = find_nan(plan.shards, limit=_READ_WHOLE, advance=bar.advance)
+    check_base(plan)
     scorers, report = neutral_scorers(plan), None
     if plan.calibrate_tokens:
         # Imported here: transformers takes longer to import than all the rest.

@@ -5,6 +5,7 @@ memory stays flat whatever the size of the model.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
@@ -19,6 +20,15 @@ SINGLE = "model.safetensors"
 # The safetensors format allows headers up to 100 MB; a larger number means garbage.
 _LONGEST_HEADER = 100_000_000
 _AGAIN = "download or save the checkpoint again"
+_BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
+    **dict.fromkeys(("I32", "U32", "F32"), 32),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
+}
 _FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFER = 1 << 24
 
@@ -64,19 +74,10 @@ def read_shard(path: Path) -> Shard:
             )
         raw = file.read(length)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        tensors = {
-            name: TensorEntry(
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-                8 + length + entry["data_offsets"][1],
-            )
-            for name, entry in header.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise SparsekError(f"corrupt safetensors file: {path}", hint=_AGAIN) from error
+        tensors = _tensors(raw, 8 + length)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f": {error}" if isinstance(error, _Lie) else ""
+        raise SparsekError(f"corrupt safetensors file: {path}{why}", hint=_AGAIN) from error
     expected = max((entry.end for entry in tensors.values()), default=8 + length)
     if size < expected:
         raise SparsekError(
@@ -87,6 +88,46 @@ def read_shard(path: Path) -> Shard:
             f"corrupt safetensors file: {path} has {size - expected:,} bytes too many", hint=_AGAIN
         )
     return Shard(path, size, tensors)
+
+
+class _Lie(ValueError):
+    """A header that contradicts itself."""
+
+
+def _tensors(raw: bytes, start: int) -> dict[str, TensorEntry]:
+    """The tensors that a header lists, if their types, shapes and places agree.
+
+    Args:
+        raw: the header's JSON. start: where in the file the tensors begin.
+    """
+    header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    if not isinstance(header, dict):
+        raise _Lie("its header is no JSON object")
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if kind not in _BITS:
+            raise _Lie(f"{name} has dtype {kind!r}")
+        if not all(type(n) is int and n >= 0 for n in (*shape, *offsets)) or len(offsets) != 2:
+            raise _Lie(f"{name} has shape {shape} at {offsets}")
+        first, last = offsets
+        if 8 * (last - first) != math.prod(shape) * _BITS[kind]:
+            raise _Lie(f"{name} of shape {shape}, {kind}, takes {last - first} bytes")
+        tensors[name] = TensorEntry(kind, tuple(shape), start + first, start + last)
+    at = start
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if entry.start != at:
+            raise _Lie(f"{name} overlaps its neighbour, or leaves a gap")
+        at = entry.end
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _Lie("its header names something twice")
+    return found
 
 
 def read_shards(folder: Path) -> list[Shard]:
@@ -103,11 +144,17 @@ def read_shards(folder: Path) -> list[Shard]:
             return [read_shard(single)]
         raise SparsekError(_no_weights(folder), hint=_weights_hint(folder))
     try:
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map: dict[str, str] = json.loads(
+            index.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates
+        )["weight_map"]
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SparsekError(f"corrupt index: {index}", hint=_AGAIN) from error
+    if not names:
+        raise SparsekError(f"corrupt index: {index} names no weights", hint=_AGAIN)
     for name in names:
+        if not isinstance(name, str):
+            raise SparsekError(f"corrupt index: {index} names {name!r} as a file", hint=_AGAIN)
         if Path(name).name != name:
             raise SparsekError(f"{index} names a file outside its folder: {name}", hint=_AGAIN)
         if not (folder / name).is_file():
@@ -120,6 +167,16 @@ def read_shards(folder: Path) -> list[Shard]:
                 f"{index.name} expects {tensor} in {name}, which does not hold it", hint=_AGAIN
             )
     return shards
+
+
+def stored_dtype(shards: list[Shard]) -> str:
+    """The torch name of the number format that most bytes of the weights have."""
+    bytes_of = dict.fromkeys(_FLOATS, 0)
+    for shard in shards:
+        for entry in shard.tensors.values():
+            if entry.dtype in bytes_of:
+                bytes_of[entry.dtype] += entry.end - entry.start
+    return _FLOATS[max(bytes_of, key=lambda name: bytes_of[name])]
 
 
 def without_scorers(shards: list[Shard]) -> list[Shard]:

@@ -20,6 +20,7 @@ from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import read_shards, same_tensors
 from sparsek_cli.conversion.write import Scorer, Written
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.loading import load_weights
 from sparsek_cli.output.contents import SCORERS
 
 # Largest base, in bytes, whose logits are compared whole.
@@ -57,6 +58,17 @@ class Verified:
             f"{self.tensors} tensors found, base bytes identical; logits equal the dense model's "
             f"({self.logits}, largest relative difference {self.logit_difference:.1e})"
         )
+
+
+def check_base(plan: Plan) -> None:
+    """The base's tensors are those that its model class has, none of them read.
+
+    Raises:
+        SparsekError: weights are missing, left over or of another shape.
+    """
+    import torch
+
+    load_weights(plan.base.path, plan.base.name, dtype=torch.float32, device_map="meta")
 
 
 def verify(plan: Plan, scorers: list[Scorer], folder: Path, written: Written) -> Verified:

@@ -3,9 +3,17 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
 from sparsek_cli.evaluation.silence import quiet_lm_eval
+from sparsek_cli.loading import (
+    check_tokenizer,
+    embedding_rows,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    readable_errors,
+)
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
@@ -22,30 +30,32 @@ def load_model(
         sparse: a dense model of a supported family becomes a sparse one in memory: windows and
             random pairs need no scores.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
 
     where = choose_device(device)
     dtype = choose_dtype(dtype, where)
-    try:
-        config = AutoConfig.from_pretrained(checkpoint.path)
-        own = getattr(config, "sparsek", None) is not None
-        kind = AutoModelForCausalLM
-        if yarn is not None:
-            stretch(config, yarn)
-        if not own and config.model_type in FAMILIES and sparse:
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UsageError(
+            f"the tokenizer of '{checkpoint.name}' has neither a bos nor an eos token, one of "
+            "which every text is measured after",
+            hint='name one of its tokens in its tokenizer_config.json: "eos_token": "..."',
+        )
+    config = load_config(checkpoint.path, checkpoint.name)
+    own = getattr(config, "sparsek", None) is not None
+    kind = None
+    if yarn is not None:
+        stretch(config, yarn)
+    if not own and config.model_type in FAMILIES and sparse:
+        with readable_errors(checkpoint.name):
             kind = family_of(config).sparsek_causal_lm
             config = sparsek_config_from(config, {})
-        with quiet_lm_eval():  # scorers are missing there, and reported
-            model = kind.from_pretrained(checkpoint.path, config=config, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise SparsekError(
-            f"cannot load {checkpoint.name}: {str(error).strip().splitlines()[0]}",
-            hint="check it with `sparsek doctor MODEL`, or convert it again",
-        ) from error
+    model = load_weights(
+        checkpoint.path, checkpoint.name, dtype=dtype, kind=kind, scorers_later=not own,
+        config=config,
+    )  # fmt: skip
+    check_tokenizer(tokenizer, embedding_rows(model), checkpoint.name)
     return model.to(where).eval(), tokenizer, own
 
 

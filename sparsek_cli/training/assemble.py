@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsek_cli import hub
+from sparsek_cli.conversion.shards import read_shards, stored_dtype
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.mixture import HeldOut, Mixture
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.errors import UsageError
+from sparsek_cli.loading import check_tokenizer, embedding_rows
 from sparsek_cli.models import DENSE_ATTENTION
 from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
@@ -44,11 +46,11 @@ def load(
         model = build_random(config, seed=recipe.seed, scaled_init=recipe.architecture.scaled_init)
         stored = torch.bfloat16 if bf16 else torch.float32
     else:
-        kept = source.config()
-        stored = getattr(torch, kept.get("dtype") or kept.get("torch_dtype") or "float32")
+        stored = getattr(torch, stored_dtype(read_shards(source.path)))
         # What is frozen stays as it is stored; what learns all over needs float32 masters.
         loaded = torch.float32 if recipe.train == "all" or not bf16 else torch.bfloat16
-        model = load_pretrained(source.path, recipe.attention or {}, loaded)
+        model = load_pretrained(source, recipe.attention or {}, loaded)
+        check_tokenizer(tokenizer, embedding_rows(model), source.name)
     if recipe.save_dtype != "auto":
         stored = getattr(torch, recipe.save_dtype)
     tuner = choose_parameters(model, recipe.train, recipe.lora, shape_base=recipe.shapes_base)

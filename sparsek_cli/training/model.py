@@ -1,38 +1,19 @@
 """The model to train: loaded from a checkpoint, or built from a recipe with random weights."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import UsageError
+from sparsek_cli.loading import load_weights
 from sparsek_cli.training.parameters import is_scorer, is_sparse
 
 if TYPE_CHECKING:
+    from sparsek_cli.hub import Checkpoint
     from sparsek_cli.recipes.schema_finetune import Architecture
 
 # Projections that write into the residual stream; GPT-2's own initialisation scales its already.
 _WRITERS = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
-
-
-def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer in a folder.
-
-    Raises:
-        SparsekError: there is none, or it cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    # Registers our families: transformers would ask whether to run the code of a converted model.
-    import sparsek_cli.models  # noqa: F401
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise SparsekError(
-            f"no usable tokenizer in {source}: {str(error).splitlines()[0]}",
-            hint="name one with the key 'tokenizer' (a folder, short name or hub id)",
-        ) from error
 
 
 def random_config(
@@ -101,8 +82,8 @@ def build_random(config: Any, *, seed: int, scaled_init: bool) -> Any:
     return model
 
 
-def load_pretrained(folder: Path, sparsek: dict[str, Any], dtype: torch.dtype) -> Any:
-    """The checkpoint in `folder`.
+def load_pretrained(source: "Checkpoint", sparsek: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The checkpoint's model.
 
     Args:
         sparsek: attention settings that replace its own.
@@ -110,20 +91,9 @@ def load_pretrained(folder: Path, sparsek: dict[str, Any], dtype: torch.dtype) -
 
     Raises:
         UsageError: attention settings are given for a dense model, or do not fit.
-        SparsekError: the weights cannot be read.
+        SparsekError: see loading.load_weights.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
-
-    import sparsek_cli.models  # noqa: F401  (registers our families)
-
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        raise SparsekError(
-            f"cannot load {folder}: {str(error).splitlines()[0]}",
-            hint="check the checkpoint, or convert it again",
-        ) from error
+    model = load_weights(source.path, source.name, dtype=dtype)
     if sparsek and not is_sparse(model):
         raise UsageError(
             "the recipe sets 'sparsek', but the model is dense",

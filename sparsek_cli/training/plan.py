@@ -15,9 +15,10 @@ from sparsek_cli.data.mixture import load_texts
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import UsageError
+from sparsek_cli.loading import load_config, load_tokenizer
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
-from sparsek_cli.training.model import load_tokenizer, random_config
+from sparsek_cli.training.model import random_config
 from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.sharding import check_launch
 from sparsek_cli.training.sizes import Batch, Sizes, count_steps, estimate_bytes, measure
@@ -144,7 +145,7 @@ def sizes_of(
 def _model_without_weights(
     recipe: "FinetuneRecipe", tokenizer: Any, source: hub.Checkpoint | None
 ) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     import sparsek_cli.models  # noqa: F401  (registers our families)
 
@@ -153,7 +154,7 @@ def _model_without_weights(
             recipe.architecture, recipe.attention, recipe.sequence_length, tokenizer
         )
     else:
-        config = AutoConfig.from_pretrained(source.path)
+        config = load_config(source.path, source.name)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
 
@@ -173,9 +174,14 @@ def _tokenizer_place(name: str | None, source: hub.Checkpoint | None) -> str | P
                 hint="set 'tokenizer' (a folder, short name or hub id) or 'model'",
             )
         return source.path
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
+    if os.path.lexists(folder) or name.startswith((".", "/", "~")):
+        raise UsageError(
+            f"tokenizer: '{name}' is no folder",
+            hint="name a folder with tokenizer.json, a short name or a hub id",
+        )
     if name in BUNDLED:
         return hub.bundled(name).path
     return SHORT_NAMES[name].hub_id if name in SHORT_NAMES else name

@@ -12,7 +12,11 @@ from sparsek_cli.hub import Checkpoint
 def load(checkpoints, recipe):
     def load(which, **keys):
         path = checkpoints[which]
-        model, _, _ = load_model(Checkpoint(path, path.name, "folder"), recipe(**keys), "cpu")
+        wanted = recipe(**keys)
+        model, _, _ = load_model(
+            Checkpoint(path, path.name, "folder"), "cpu", wanted.dtype, yarn=wanted.yarn,
+            sparse=bool(set(wanted.baselines) - {"dense"}),
+        )  # fmt: skip
         return model
 
     return load

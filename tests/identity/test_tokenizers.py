@@ -104,24 +104,22 @@ def loaded_by_chat(made):
 
 def loaded_by_evaluate(made):
     from sparsek_cli.evaluation.loading import load_model
-    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
-    recipe = EvaluateRecipe(model=str(made.out), tasks=["ppl"], lengths=[64])
-    model, tokenizer, own = load_model(resolve(made.out), recipe, "cpu")
+    model, tokenizer, own = load_model(resolve(made.out), "cpu", "float32", yarn=None, sparse=False)
     assert own
     assert_sparse(model)
     return tokenizer
 
 
 def loaded_by_finetune(made):
-    from sparsek_cli.training.model import load_tokenizer
+    from sparsek_cli.loading import load_tokenizer
 
     return load_tokenizer(made.out)
 
 
 def written_by_finetune(made):
     from sparsek_cli.conversion.tokenizer import bring
-    from sparsek_cli.training.model import load_tokenizer
+    from sparsek_cli.loading import load_tokenizer
 
     again = made.out.with_name(made.out.name + "-again")
     again.mkdir()

@@ -81,8 +81,9 @@ def test_without_held_out_text_nothing_is_evaluated(recipe, scratch):
 def test_a_random_policy_is_trained_and_comes_back(recipe, scratch, tmp_path, text_file):
     from transformers import AutoModelForCausalLM
 
+    from sparsek_cli.loading import load_tokenizer
     from sparsek_cli.models import RandomScorer, sparsek_attentions
-    from sparsek_cli.training.model import build_random, load_tokenizer, random_config
+    from sparsek_cli.training.model import build_random, random_config
 
     made = recipe(*scratch, "sparsek={topk: 8, window: 8, scorer: random}")
     finetune(made)

@@ -10,9 +10,8 @@ from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import make_questions
 from sparsek_cli.hub import bundled
-from sparsek_cli.loading import load_model
+from sparsek_cli.loading import load_model, load_tokenizer
 from sparsek_cli.training.measure import recalled, token_losses, windows
-from sparsek_cli.training.model import load_tokenizer
 
 
 @pytest.fixture(scope="module")

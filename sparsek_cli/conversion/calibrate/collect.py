@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface
 
-from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention import check_arguments
 from sparsek_cli.models.mixed import sliding_attention
 from sparsek_cli.models.output import output_layer
@@ -156,10 +156,9 @@ class LayerwiseBase:
         self._to_the_end = True
         self._attention_name = plan.row.attention
         self._output_name = plan.row.projections[-1]
-        with quiet_transformers():
-            model = AutoModelForCausalLM.from_pretrained(
-                plan.base.path, dtype=dtype, attn_implementation=_RECORDING
-            )
+        model = load_weights(
+            plan.base.path, plan.base.name, dtype=dtype, attn_implementation=_RECORDING
+        )
         model = model.eval().to(device)
         self._base, self._head = model.base_model, output_layer(model)
         self._vocabulary = model.get_output_embeddings().weight.shape[0]

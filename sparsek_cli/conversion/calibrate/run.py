@@ -34,6 +34,7 @@ from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import has_states
+from sparsek_cli.loading import check_tokenizer, load_tokenizer
 
 # By the kind of scorer, what fits its candidate maps.
 FITS: dict[str, Callable[[Plan, torch.device], Fit]] = {"linear": LinearFit, "mlp": MlpFit}
@@ -128,15 +129,15 @@ def search(
 
 
 def _tokenizer(plan: Plan) -> Any:
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(plan.base.path)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(plan.base)
+    except SparsekError as error:
         raise SparsekError(
-            f"calibration needs a tokenizer, and {plan.base.path} has none that loads",
+            f"calibration needs a tokenizer: {error.message}",
             hint="put the tokenizer files beside the weights, or give --calibrate none",
         ) from error
+    check_tokenizer(tokenizer, plan.config["vocab_size"], plan.base.name)
+    return tokenizer
 
 
 def _lengths(plan: Plan) -> tuple[int, ...]:

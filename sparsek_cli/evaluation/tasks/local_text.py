@@ -48,9 +48,9 @@ _LOADED: dict[str, Any] = {}
 
 def _tokenizer(name: str) -> Any:
     if name not in _LOADED:
-        from transformers import AutoTokenizer
+        from sparsek_cli.loading import load_tokenizer
 
-        _LOADED[name] = AutoTokenizer.from_pretrained(name)
+        _LOADED[name] = load_tokenizer(name)
     return _LOADED[name]
 
 

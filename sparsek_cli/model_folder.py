@@ -1,0 +1,251 @@
+"""What lies at the path that a user calls a model, told from names and headers alone.
+
+Every verb's MODEL passes here (hub.resolve): what can be read goes on, anything else is refused in
+one line that says what it is and what to do. Tensors are not loaded.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
+from sparsek_cli.errors import SparsekError, UsageError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_SAVE = "from_pretrained(...).save_pretrained(FOLDER)"
+_MERGE = (
+    "merge it: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT), "
+    "the tokenizer too, then name OUT"
+)
+_UNQUANTISED = "name the checkpoint it was made from; quantise the converted model, if you must"
+# Beside tensors of these names lie weights that are packed or scaled.
+_PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB",
+           ".absmax", ".quant_map")  # fmt: skip
+_PLAIN = ("F64", "F32", "F16", "BF16")
+
+
+def file_error(file: Path) -> UsageError:
+    """A single file is no model that can be named."""
+    suffix = file.suffix.lower()
+    if suffix == ".gguf" or _is_gguf(file):
+        return UsageError(
+            f"'{file}' is a GGUF file, which only convert reads",
+            hint=f"`sparsek convert {file} OUT` unpacks it; then name OUT",
+        )
+    if suffix in PICKLES:
+        return UsageError(
+            f"'{file}' is a file of pickled weights, not a checkpoint folder",
+            hint=f"pickles can run code and are not read: {_SAVE} writes safetensors",
+        )
+    what = "safetensors file" if suffix == ".safetensors" else "file"
+    return UsageError(
+        f"'{file}' is a {what}, not a checkpoint folder",
+        hint=f"name its folder, '{file.parent}', with config.json and the tokenizer beside it",
+    )
+
+
+def check(path: Path, name: str) -> dict[str, Any]:
+    """config.json of a folder that holds a causal language model in plain safetensors.
+
+    Args:
+        path: the folder.
+        name: what to call it.
+
+    Raises:
+        UsageError: it is something else.
+        SparsekError: it is one, and damaged.
+    """
+    if not (path / "config.json").is_file():
+        raise _no_config(path)
+    config = read_config(path)
+    _check_class(config, name)
+    if (path / "adapter_config.json").is_file():
+        raise UsageError(
+            f"'{name}' holds a PEFT adapter beside a base model; only one of them would count",
+            hint=f"{_MERGE}; or move adapter_config.json and adapter_model.* away",
+        )
+    _check_not_quantised(path, config, name)
+    _check_weights(path, name)
+    _check_shards(read_shards(path), name)
+    _check_sizes(config, name)
+    return config
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json of a folder.
+
+    Raises:
+        UsageError: there is none, or it is no JSON object.
+    """
+    file = path / "config.json"
+    again = "fetch or save the model again"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise _no_config(path) from error
+    except (ValueError, RecursionError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{file} is not valid JSON: {why}", hint=again) from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{file} holds no JSON object", hint=again)
+    for key, kind in (("model_type", str), ("architectures", list)):
+        if not isinstance(config.get(key), kind | None):
+            raise UsageError(
+                f"{file}: {key} is {json.dumps(config[key])[:40]}, expected a {kind.__name__}",
+                hint=again,
+            )
+    return config
+
+
+def _no_config(path: Path) -> UsageError:
+    """What a folder without config.json is instead."""
+    no = f"'{path}' is no checkpoint: it has no config.json"
+
+    def holds(*patterns: str) -> bool:
+        return any(any(path.glob(pattern)) for pattern in patterns)
+
+    if holds("adapter_config.json"):
+        base = _json(path / "adapter_config.json").get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        return UsageError(f"'{path}' is a PEFT adapter{of}, not a whole model", hint=_MERGE)
+    if holds("*.gguf"):
+        return UsageError(
+            f"'{path}' holds GGUF files, of which convert reads one at a time",
+            hint=f"`sparsek convert {min(path.glob('*.gguf'))} OUT` unpacks it; then name OUT",
+        )
+    if holds("recipe.yaml") and path.name.endswith(".part"):
+        return UsageError(
+            f"'{path}' is an unfinished run of finetune",
+            hint="finish it: the same finetune command with --resume",
+        )
+    if holds("run.json", "results.json"):
+        return UsageError(
+            f"'{path}' holds results of evaluate, not a model", hint="name the model's own folder"
+        )
+    if holds("params.json", "consolidated*"):
+        return UsageError(
+            f"'{path}' holds weights in their makers' own format, without a config.json",
+            hint="name the same model's Hugging Face version (its folder has a config.json)",
+        )
+    if holds("model_index.json"):
+        return UsageError(
+            f"'{path}' is a diffusion pipeline, not a language model",
+            hint="name a model that generates text left to right",
+        )
+    below = sorted(p.parent for p in path.glob("*/config.json"))
+    below += sorted(p.parent for p in path.glob("snapshots/*/config.json"))
+    if below:
+        return UsageError(no, hint=f"did you mean '{below[0]}'?")
+    if holds(*(f"*{suffix}" for suffix in (*PICKLES, ".safetensors"))):
+        return UsageError(
+            no, hint="the weights are there: fetch config.json and the tokenizer of the same model"
+        )
+    if not any(path.iterdir()):
+        return UsageError(f"{no}; it is empty", hint="name the folder that holds the model")
+    return UsageError(no, hint=f"name a folder with config.json and *.safetensors ({_SAVE})")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _check_class(config: dict[str, Any], name: str) -> None:
+    architectures = config.get("architectures") or []
+    if not all(isinstance(found, str) for found in architectures):
+        raise UsageError(
+            f"'{name}': architectures in config.json are no names",
+            hint="fetch or save the model again",
+        )
+    causal = [a for a in architectures if a.endswith(("ForCausalLM", "LMHeadModel"))]
+    seeing = [key for key in ("vision_config", "audio_config") if key in config]
+    if (architectures and not causal) or (seeing and not causal):
+        what = architectures[0] if architectures else f"model with a {seeing[0]}"
+        hint = "name a model that generates text left to right (its class ends in ForCausalLM)"
+        if seeing:
+            what += f" (it also has a {seeing[0].removesuffix('_config')} tower)"
+            hint = "save its language model on its own, or name the text-only version"
+        raise UsageError(f"'{name}' is a {what}, not a causal language model", hint=hint)
+
+
+def _check_not_quantised(path: Path, config: dict[str, Any], name: str) -> None:
+    block = config.get("quantization_config") or config.get("compression_config")
+    if not block:
+        for file in ("quantize_config.json", "quant_config.json"):
+            if (path / file).is_file():
+                block = {"quant_method": None, **_json(path / file)}
+                block["quant_method"] = block["quant_method"] or (
+                    "gptq" if file.startswith("quantize") else "awq"
+                )
+    if block:
+        method = block.get("quant_method") if isinstance(block, dict) else None
+        raise _quantised(name, method if isinstance(method, str) else None)
+
+
+def _quantised(name: str, method: str | None) -> UsageError:
+    by = f" ({method.upper()})" if method else ""
+    return UsageError(
+        f"'{name}' is quantised{by}: quantised checkpoints cannot be converted or run here",
+        hint=_UNQUANTISED,
+    )
+
+
+def _check_weights(path: Path, name: str) -> None:
+    """Exactly one set of weights, where transformers looks for it."""
+    single, index = (path / SINGLE).is_file(), (path / INDEX).is_file()
+    if single and index and set(_json(path / INDEX).get("weight_map", {}).values()) != {SINGLE}:
+        raise UsageError(
+            f"'{name}' holds both {SINGLE} and {INDEX}: it is not clear which weights count",
+            hint="move one of them away",
+        )
+    if single or index:
+        return
+    others = sorted(p.name for p in path.glob("*.safetensors"))
+    pickled = any(p.suffix in PICKLES for p in path.iterdir())
+    if others:
+        raise UsageError(
+            f"'{name}' holds {others[0]}, but neither {SINGLE} nor {INDEX}",
+            hint=f"name a whole file {SINGLE}, or fetch the missing {INDEX}",
+        )
+    raise UsageError(
+        f"'{name}' holds no .safetensors weights"
+        + ("; pickled weights (.bin, .pt) are refused: they can run code" if pickled else ""),
+        hint=f"save it again from transformers: {_SAVE} writes safetensors"
+        if pickled
+        else "fetch the model again: its weights are missing",
+    )
+
+
+def _check_shards(shards: Iterable[Shard], name: str) -> None:
+    """No tensor is packed, scaled or an adapter's."""
+    for shard in shards:
+        for tensor, entry in shard.tensors.items():
+            if tensor.endswith(_PACKED) or "quant_state" in tensor:
+                raise _quantised(name, None)
+            if tensor.endswith(".weight") and entry.dtype not in _PLAIN:
+                raise _quantised(name, entry.dtype)
+            if ".lora_A." in tensor or ".lora_B." in tensor:
+                raise UsageError(
+                    f"'{name}' holds adapter weights ({tensor}) among its own", hint=_MERGE
+                )
+
+
+def _check_sizes(config: dict[str, Any], name: str) -> None:
+    pad, rows = config.get("pad_token_id"), config.get("vocab_size")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise SparsekError(
+            f"'{name}': config.json has pad_token_id {pad}, beyond its vocab_size of {rows}",
+            hint="set pad_token_id in config.json to the eos token's id, or to null",
+        )
+
+
+def _is_gguf(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError:
+        return False
