@@ -3,7 +3,7 @@
 from typing import Any
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.families import TABLE, Row
+from sparsek_cli.families import TABLE, Row, check_supported
 
 
 def is_converted(config: dict[str, Any]) -> bool:
@@ -34,6 +34,7 @@ def convertible(config: dict[str, Any]) -> Row:
             "this checkpoint is already converted",
             hint="use it: `sparsek chat`; --again calibrates scorers for the weights it has now",
         )
+    check_supported(model_type)
     causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
     if architectures and not causal:
         raise UsageError(

@@ -11,6 +11,6 @@ Whoever needs something per family (registration, PEFT's targets, tests) iterate
 """
 
 from sparsek_cli.families.row import Row
-from sparsek_cli.families.table import TABLE, row_of
+from sparsek_cli.families.table import TABLE, check_supported, row_of
 
-__all__ = ["TABLE", "Row", "row_of"]
+__all__ = ["TABLE", "Row", "check_supported", "row_of"]

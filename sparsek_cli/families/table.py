@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.refusals import REFUSED
 from sparsek_cli.families.row import Row
 
 _GPT2_KEYS = {
@@ -138,6 +139,19 @@ TABLE: dict[str, Row] = {
 }
 
 
+def check_supported(model_type: str) -> None:
+    """Says why a family cannot be converted, where that is known.
+
+    Raises:
+        UsageError: the reason, one sentence.
+    """
+    if model_type in REFUSED:
+        raise UsageError(
+            f"models of type {model_type!r} cannot be converted: {REFUSED[model_type]}",
+            hint="docs/families.md lists those that can",
+        )
+
+
 def row_of(config: Any) -> Row:
     """The row of a dense or converted config, or of a `model_type`.
 
@@ -145,6 +159,7 @@ def row_of(config: Any) -> Row:
         UsageError: the family is not supported; names those that are.
     """
     model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
+    check_supported(str(model_type))
     row = TABLE.get(str(model_type).removeprefix("sparsek_"))
     if row is None:
         raise UsageError(

@@ -44,7 +44,7 @@ def damage(base: Path, how: str) -> None:
     elif how == "not causal":
         config["architectures"] = ["LlamaForSequenceClassification"]
     elif how == "family":
-        config.update(architectures=["FalconForCausalLM"], model_type="falcon")
+        config.update(architectures=["FalconForCausalLM"], model_type="mamba")
     elif how == "converted":
         config.update(architectures=["SparseKLlamaForCausalLM"], model_type="sparsek_llama")
     elif how == "sliding":

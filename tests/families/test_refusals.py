@@ -1,0 +1,46 @@
+"""Families that cannot be converted are refused by name and reason, before anything is written."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.families import TABLE
+from sparsek_cli.families.refusals import REFUSED
+
+
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("deepseek_v3", "multi-head latent attention"),
+        ("falcon", "written out in its own block"),
+        ("gptj", "written out in its own block"),
+        ("bloom", "written out in its own block"),
+        ("gpt_oss", "a learned sink logit per head"),
+        ("gemma2", "caps logits softly"),
+        ("gemma3n_text", "reuse the keys and values of others"),
+    ],
+)
+def test_the_reason_is_said(model_type, why, tmp_path):
+    from typer.testing import CliRunner
+
+    from sparsek_cli.app import app
+
+    base = tmp_path / "base"
+    base.mkdir()
+    config = {"model_type": model_type, "architectures": ["SomethingForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config))
+    from safetensors.numpy import save_file
+
+    save_file({}, base / "model.safetensors")
+    done = CliRunner().invoke(app, ["convert", str(base), str(tmp_path / "out")])
+    assert isinstance(done.exception, UsageError)
+    assert f"'{model_type}' cannot be converted" in str(done.exception)
+    assert why in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_families_are_in_no_row():
+    assert not set(REFUSED) & set(TABLE)
