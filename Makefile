@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python tools/demo.py
+	$(BIN)/python tools/demo.py $(if $(SEED),--seed $(SEED))
 
 # Triton's interpreter must be switched on before a kernel is defined, hence the second process.
 test: $(STAMP) lint
