@@ -91,7 +91,7 @@ class SparseKMlpScorer(SparseKScorer):
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         hidden = _product(x, self.hidden_weight.float()) + self.hidden_bias.float()
-        return super()._scores(x) + F.linear(F.gelu(hidden), self.out_weight.float())
+        return super()._scores(x) + _product(F.gelu(hidden), self.out_weight.float())
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, width={self.hidden_weight.shape[0]}"
@@ -99,7 +99,13 @@ class SparseKMlpScorer(SparseKScorer):
 
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T in float32 accuracy, whatever x is."""
-    return SplitProduct.apply(x, weight) if _splits(x) else F.linear(x.float(), weight)
+    if _splits(x):
+        return SplitProduct.apply(x, weight)
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        # Rounded once: one row alone then scores what it scores among others, so that a token ties
+        # with its like whether it is read in a prompt or written.
+        return F.linear(x.double(), weight.double()).float()
+    return F.linear(x.float(), weight)
 
 
 def _splits(hidden_states: torch.Tensor) -> bool:

@@ -88,3 +88,17 @@ def test_the_signature_is_the_familys(family, sparse_model):
     model = sparse_model(family)
     dense = inspect.signature(models.FAMILIES[family].causal_lm.forward)
     assert inspect.signature(type(model).forward) == dense
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_token_scores_alone_what_it_scores_among_others(sparse_model, kind):
+    """So that the same token ties with its like, read in a prompt or written: the earlier stays."""
+    model = sparse_model("llama", scorer={"type": kind})
+    scorer = models.sparsek_attentions(model)[0].scorer
+    for weight in scorer.parameters():
+        weight.normal_()
+    hidden = torch.randn(1, 200, 32)
+    scores = scorer(hidden)[0]
+    alone = [scorer(token)[0] for token in hidden.split(1, dim=1)]
+    assert torch.equal(torch.cat(alone, dim=2), scores)
