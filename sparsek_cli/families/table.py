@@ -103,6 +103,7 @@ TABLE: dict[str, Row] = {
         Row("qwen3_moe", "Qwen3Moe"),
         Row("olmoe", "Olmoe"),
         Row("granitemoe", "GraniteMoe"),
+        Row("granitemoeshared", "GraniteMoeShared"),
         Row("phimoe", "Phimoe"),
         Row("glm4_moe", "Glm4Moe"),
         Row("ernie4_5_moe", "Ernie4_5_Moe", dropout=None),

@@ -51,6 +51,7 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 4, **_ROUTED},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {"num_local_experts": 4, "shared_intermediate_size": 16},
     "phimoe": {"num_local_experts": 4, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 1, "head_dim": 8, **_ROUTED},
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16,
