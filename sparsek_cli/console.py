@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,7 +33,16 @@ def report_error(message: str, hint: str = "") -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(str(text).split("\n"))
+    return escaped(" ".join(str(text).split("\n")))
+
+
+def escaped(text: str) -> str:
+    """Control characters, which files may hold, as Python writes them; newline and tab stay."""
+    return "".join(
+        c if c in "\n\t" or c.isprintable() or unicodedata.category(c) not in ("Cc", "Cs")
+        else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
+    )  # fmt: skip
 
 
 def set_up_logging(arguments: Sequence[str] = ()) -> None:
@@ -74,7 +84,7 @@ class Console:
     def say(self, text: str = "") -> None:
         """A line for the person watching; never part of the result."""
         if not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(escaped(text), file=sys.stderr, flush=True)
 
     def detail(self, text: str) -> None:
         """A line shown under -v."""

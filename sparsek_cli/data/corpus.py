@@ -3,13 +3,13 @@
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from sparsek_cli.data.text import find_files, is_hub_id, iterate_texts
 from sparsek_cli.errors import UsageError
@@ -144,8 +144,10 @@ def load_corpus(
     folder = cache_folder()
     file = folder / f"{key}"
     if not (file / "ends.npy").is_file():
-        with _turn(folder / f"{key}.lock", file / "ends.npy") as mine:
-            if mine:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The system lets go of it when its holder dies, however it dies.
+        with FileLock(folder / f"{key}.lock", timeout=LOCK_PATIENCE):
+            if not (file / "ends.npy").is_file():
                 say(f"tokenising {spec if isinstance(spec, str) else ', '.join(spec)}")
                 texts = iterate_texts(spec, column=column, name=name, split=split)
                 _store(file, *build_corpus(texts, tokenizer, max_tokens=max_tokens))
@@ -185,40 +187,3 @@ def _store(file: Path, tokens: np.ndarray, ends: np.ndarray) -> None:
     np.save(part / "tokens.npy", tokens)
     np.save(part / "ends.npy", ends)
     part.replace(file)
-
-
-class _turn:
-    """One process tokenises, the others wait for it; yields whether the turn is ours."""
-
-    def __init__(self, lock: Path, done: Path):
-        self._lock, self._done, self._mine = lock, done, False
-
-    def __enter__(self) -> bool:
-        self._lock.parent.mkdir(parents=True, exist_ok=True)
-        until = time.monotonic() + LOCK_PATIENCE
-        while not self._done.is_file():
-            try:
-                os.close(os.open(self._lock, os.O_CREAT | os.O_EXCL))
-            except FileExistsError:
-                if time.monotonic() > until or self._stale():
-                    self._lock.unlink(missing_ok=True)
-                time.sleep(0.2)
-            else:
-                self._mine = True
-                self._lock.write_text(str(os.getpid()))
-                return True
-        return False
-
-    def _stale(self) -> bool:
-        """Whether the holder was killed (only a process on this machine can be asked)."""
-        try:
-            os.kill(int(self._lock.read_text() or os.getpid()), 0)
-        except ProcessLookupError:
-            return True
-        except (OSError, ValueError):
-            return False
-        return False
-
-    def __exit__(self, *_: object) -> None:
-        if self._mine:
-            self._lock.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Text from anywhere: files, folders, globs or a hub dataset, as one stream of documents."""
 
+import codecs
 import glob
 import io
 import json
@@ -189,8 +190,13 @@ class _Checked(io.RawIOBase):
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
+    if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UsageError(
+            f"{path} is not UTF-8 text: it begins as UTF-16 does",
+            hint="convert it: iconv -f utf-16 -t utf-8 IN > OUT",
+        )
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8" if offset else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"{path} is not UTF-8 text: byte {raw[error.start]:#04x} at position "
@@ -208,9 +214,10 @@ def _jsonl(stream: BinaryIO, path: Path, column: str | None) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
+            why = getattr(error, "msg", "nested too deeply")
             raise UsageError(
-                f"{path}:{number}: not valid JSON: {error.msg}",
+                f"{path}:{number}: not valid JSON: {why}",
                 hint="a .jsonl file has one JSON object per line",
             ) from error
         if not isinstance(row, dict):
@@ -233,9 +240,11 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
         wanted = column or "text"
         if wanted not in file.schema_arrow.names:
             _pick(dict.fromkeys(file.schema_arrow.names), column, str(path))
+        number = 0
         for batch in file.iter_batches(batch_size=256, columns=[wanted]):
             for row in batch.to_pylist():
-                yield _pick(row, column, str(path))
+                number += 1
+                yield _pick(row, column, f"{path}: row {number}")
     except pyarrow.ArrowInvalid as error:
         raise UsageError(
             f"{path} is not a readable parquet file: {str(error).splitlines()[0]}",
@@ -251,11 +260,21 @@ def _pick(row: dict, column: str | None, where: str) -> str:
             hint="name the column that holds the text (key 'column' in a recipe)",
         )
     text = row[wanted]
+    if text is None:
+        return ""  # left out, as a blank one is
     if not isinstance(text, str):
         raise UsageError(
             f"{where}: column '{wanted}' holds {type(text).__name__}, not text",
             hint="name the column that holds the text (key 'column' in a recipe)",
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{where}: the text is not valid Unicode: half a surrogate pair at character "
+            f"{error.start}",
+            hint="leave it out, or replace it (U+FFFD)",
+        ) from error
     return text
 
 

@@ -33,7 +33,7 @@ Documents = Literal["retold", "statements", "questions", "told_and_asked", "mixe
 class CalibrationMethod(BaseModel):
     """How calibration finds scorers. The defaults are what won (docs/results, ablations)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     scorer: Literal["linear", "mlp"] = Field(
         "mlp",
@@ -86,7 +86,7 @@ class CalibrationMethod(BaseModel):
 class ConvertRecipe(BaseModel):
     """Everything `sparsek convert` does, in one mapping."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     model: str | None = Field(None, description="folder, short name or hub id of the base model")
     out: str | None = Field(None, description="folder to write; default <name>-sparsek")

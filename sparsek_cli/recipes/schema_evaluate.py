@@ -10,7 +10,7 @@ Names = Annotated[list[str], Field(min_length=1)]
 class EvaluateRecipe(BaseModel):
     """What to measure, on what, against what."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str | None = Field(
         None, description="folder, hub id or short name; default: the last model made here"

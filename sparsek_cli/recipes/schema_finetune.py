@@ -26,7 +26,7 @@ Trained = Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_ful
 class Strict(BaseModel):
     """A block in which an unknown key is a mistake."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class Architecture(Strict):

@@ -53,6 +53,7 @@ def load(
         check_tokenizer(tokenizer, embedding_rows(model), source.name)
     if recipe.save_dtype != "auto":
         stored = getattr(torch, recipe.save_dtype)
+    torch.manual_seed(recipe.seed)  # adapters are drawn here
     tuner = choose_parameters(model, recipe.train, recipe.lora, shape_base=recipe.shapes_base)
     return model, tuner, stored
 

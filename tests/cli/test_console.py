@@ -40,3 +40,11 @@ def test_an_unknown_end_has_no_time_left(clock):
     clock(20)
     bar.advance(7)
     assert said == ["reading: 7"]
+
+
+def test_control_characters_of_files_do_not_reach_the_terminal(capsys):
+    from sparsek_cli.console import report_error
+
+    report_error("no column 'text'; it has: \x1b]0;title\x07\x9b", "näme\tone 東京")
+    shown = capsys.readouterr().err
+    assert "\\x1b]0;title\\x07\\x9b" in shown and "\x1b" not in shown and "näme\tone 東京" in shown
