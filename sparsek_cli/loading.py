@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
     import torch

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from sparsek_cli.console import set_up_logging
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.silence import no_bars
 
 Result = TypeVar("Result")
 RESULTS = "results.json"
@@ -170,10 +171,8 @@ def arguments(module: str, doc: str | None, *, seconds: float) -> argparse.Argum
 
 def quiet_libraries() -> None:
     """No bars and no warnings of other libraries between our lines."""
-    from transformers.utils import logging
-
     set_up_logging()
-    logging.disable_progress_bar()
+    no_bars()
 
 
 def shown(value: Any) -> str:

@@ -8,7 +8,6 @@ import typer
 from sparsek_cli.commands import options
 from sparsek_cli.console import Console
 from sparsek_cli.errors import UsageError
-from sparsek_cli.output.place import check_file
 
 Value = typer.Option
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
@@ -57,6 +56,8 @@ def bench(
             raise UsageError(
                 f"--plot {plot} names no kind of picture", hint=f"end it in {', '.join(PICTURES)}"
             )
+        from sparsek_cli.output.place import check_file
+
         check_file(Path(plot), overwrite=overwrite, suffixes=PICTURES)
     from sparsek_cli.devices import choose_device, choose_dtype
 

@@ -1,8 +1,6 @@
 """`sparsek finetune`: train scorers, adapters or everything, from a recipe."""
 
-import json
 import os
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -54,8 +52,12 @@ def finetune(
     }
     settings = _recipe(words, recipe, data, flags)
     if not verbose:
-        _hush()
+        from sparsek_cli.silence import no_bars
+
+        no_bars()
+    from sparsek_cli import hub
     from sparsek_cli.commands import last_model
+    from sparsek_cli.converted import is_converted
     from sparsek_cli.training.plan import plan as make_plan
     from sparsek_cli.training.run import run
 
@@ -70,15 +72,15 @@ def finetune(
     last_model.remember(done.out)
     console.result(done.text(), done.data())
     console.say(f"\nnext: sparsek evaluate {done.out} --tasks ppl,recall")
-    if settings.train != "scorers" and settings.init == "pretrained" and _is_sparse(done.out):
+    if (
+        settings.train != "scorers"
+        and settings.init == "pretrained"
+        and is_converted(hub.resolve(done.out).config())
+    ):
         console.say(
             f"      sparsek convert {done.out} {done.out}-again --again"
             "  # scorers fitted to the weights it has now"
         )
-
-
-def _is_sparse(folder: str) -> bool:
-    return "sparsek" in json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
 
 def _recipe(words, recipe, data, flags):
@@ -94,10 +96,3 @@ def _recipe(words, recipe, data, flags):
     scratch = draft.get("init") == "random" and second is None
     places = {"model": None, "out": first} if scratch else {"model": first, "out": second}
     return draft.flags({**flags, **places}).validated(FinetuneRecipe)
-
-
-def _hush() -> None:
-    """No bars of other libraries beside ours."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()

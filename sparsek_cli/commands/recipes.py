@@ -8,7 +8,6 @@ import typer
 from sparsek_cli.commands import options
 from sparsek_cli.console import Console
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.output.place import check_file
 from sparsek_cli.recipes.load import find_recipe, recipe_folder, recipe_names
 
 app = typer.Typer(
@@ -61,6 +60,8 @@ def copy(
     target = to or Path(source.name)
     if target.is_dir():
         target = target / source.name
+    from sparsek_cli.output.place import check_file
+
     check_file(target, overwrite=overwrite, suffixes=(".yaml", ".yml"))
     target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
     Console().result(str(target), {})

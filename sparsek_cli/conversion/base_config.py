@@ -2,13 +2,9 @@
 
 from typing import Any
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, check_supported
-
-
-def is_converted(config: dict[str, Any]) -> bool:
-    """Whether a config.json dictionary is that of a converted model."""
-    return str(config.get("model_type", "")).startswith("sparsek_") or "sparsek" in config
 
 
 def dense_config(config: dict[str, Any]) -> dict[str, Any]:

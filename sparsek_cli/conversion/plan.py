@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import hub
-from sparsek_cli.conversion.base_config import convertible, dense_config, is_converted
+from sparsek_cli.conversion.base_config import convertible, dense_config
 from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
+from sparsek_cli.converted import is_converted
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row

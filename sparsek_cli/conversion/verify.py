@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.conversion.base_config import is_converted
-from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import read_shards, same_tensors
 from sparsek_cli.conversion.write import Scorer, Written
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.loading import load_weights
 from sparsek_cli.output.contents import SCORERS
+from sparsek_cli.silence import quiet_transformers
 
 # Largest base, in bytes, whose logits are compared whole.
 SMALL_MODEL = 256 * 2**20

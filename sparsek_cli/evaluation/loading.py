@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
-from sparsek_cli.evaluation.silence import quiet_lm_eval
 from sparsek_cli.loading import (
     check_tokenizer,
     embedding_rows,
@@ -14,6 +13,7 @@ from sparsek_cli.loading import (
     load_weights,
     readable_errors,
 )
+from sparsek_cli.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint

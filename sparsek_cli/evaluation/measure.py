@@ -7,8 +7,8 @@ from typing import Any
 from sparsek_cli.evaluation.lm import proof as proofs
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.processes import Ranks
-from sparsek_cli.evaluation.silence import quiet_lm_eval
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, build_requests
+from sparsek_cli.silence import quiet_lm_eval
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 65536}  # `batch_size: auto` fills a batch with about so many
 BATCH_LOGITS = {"cpu": 1 << 30, "cuda": 4 << 30}  # bytes of its float32 log-probabilities, at most

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.shards import Shard, TensorEntry
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE
 from sparsek_cli.gguf.header import FREQUENCIES, Header, is_gguf, read_header
 from sparsek_cli.hub import Checkpoint
+from sparsek_cli.silence import quiet_transformers
 
 _WIDTHS = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
 # Of every Llama since 3.1: what the factors in a file are computed from, but for `factor`.

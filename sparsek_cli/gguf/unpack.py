@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import disk
 from sparsek_cli.conversion import tokenizer as tokenizers
-from sparsek_cli.conversion.loading import quiet_transformers
 from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.leftovers import held, make_beside
 from sparsek_cli.reporter import Reporter
+from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
     from sparsek_cli.conversion.plan import Plan

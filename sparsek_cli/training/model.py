@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.loading import load_weights
-from sparsek_cli.training.parameters import is_scorer, is_sparse
+from sparsek_cli.training.parameters import is_scorer
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
@@ -94,7 +95,7 @@ def load_pretrained(source: "Checkpoint", sparsek: dict[str, Any], dtype: torch.
         SparsekError: see loading.load_weights.
     """
     model = load_weights(source.path, source.name, dtype=dtype)
-    if sparsek and not is_sparse(model):
+    if sparsek and not is_converted(model.config):
         raise UsageError(
             "the recipe sets 'sparsek', but the model is dense",
             hint="convert it first: `sparsek convert MODEL`, then fine-tune the result",

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
 def is_scorer(name: str) -> bool:
     """Whether a parameter name belongs to a scoring network (its slopes included)."""
     return ".scorer." in name
-
-
-def is_sparse(model: Any) -> bool:
-    """Whether the model's attention is SparseK."""
-    return getattr(model.config, "sparsek", None) is not None
 
 
 def choose_parameters(
@@ -39,7 +35,7 @@ def choose_parameters(
         UsageError: scorers are to be trained and the model has none.
     """
     tuner = None
-    if train == "scorers" and not is_sparse(model):
+    if train == "scorers" and not is_converted(model.config):
         raise UsageError(
             "this model has no scorers: it is dense",
             hint="convert it first (`sparsek convert`), or set train=all or train=lora",
@@ -76,7 +72,7 @@ def _set_shaping(model: Any, shape: bool) -> None:
 
 def _idle_scorers(model: Any) -> Iterable[str]:
     """Scorers of layers that select nothing: they get no gradient, which DDP takes for a fault."""
-    if not is_sparse(model):
+    if not is_converted(model.config):
         return
     topk = model.config.sparsek.get("topk")
     for name, _ in model.named_parameters():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.data.mixture import build_mixture, held_out_sequences
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.models.proof import check_calls, counted_calls
@@ -17,7 +18,6 @@ from sparsek_cli.output import leftovers
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.losses.objectives import detach
-from sparsek_cli.training.parameters import is_sparse
 from sparsek_cli.training.plan import Plan, plain, sizes_of
 from sparsek_cli.training.sizes import Sizes
 from sparsek_cli.training.storage.output import check_room, write_model
@@ -190,7 +190,7 @@ def _train(
 
 def _check_dense(model: Any, wanted: "Objective", stages: Sequence[float]) -> None:
     """Raises UsageError where a dense model is asked for what only SparseK models have."""
-    if is_sparse(model):
+    if is_converted(model.config):
         return
     if wanted.distill or wanted.future:
         raise UsageError(

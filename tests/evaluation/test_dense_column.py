@@ -21,8 +21,8 @@ def plain_lm_eval(checkpoints, data, tasks, **options):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from sparsek_cli.evaluation.silence import quiet_lm_eval
     from sparsek_cli.evaluation.tasks.catalogue import TASK_FOLDER, catalogue
+    from sparsek_cli.silence import quiet_lm_eval
 
     dense = str(checkpoints[0])
     results = {}

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
-from sparsek_cli.evaluation.policies.policy import Policy, is_converted
+from sparsek_cli.converted import is_converted
+from sparsek_cli.evaluation.policies.policy import Policy
 
 
 class Dense(Policy):
@@ -17,7 +18,7 @@ class Dense(Policy):
     @contextmanager
     def applied(self, model: Any) -> Iterator[None]:
         """Dense attention inside the block; a model that is not converted has it already."""
-        if not is_converted(model):
+        if not is_converted(model.config):
             yield
             return
         from sparsek_cli.models import dense_attention

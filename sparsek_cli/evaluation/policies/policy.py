@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.policies.head_budgets import by_layer, per_head, scaled
 
@@ -48,7 +49,7 @@ class Policy:
         Raises:
             SparsekError: the policy needs a converted model, and this one is not.
         """
-        if not is_converted(model):
+        if not is_converted(model.config):
             raise SparsekError(
                 f"policy '{self.name}' needs a converted model", hint="run `sparsek convert` first"
             )
@@ -103,8 +104,3 @@ class Policy:
         rows = per_head(model)
         selected = sum(k + block["sinks"] + block["window"] for row in rows for k in row)
         return selected + sliding_pairs(model.config)
-
-
-def is_converted(model: Any) -> bool:
-    """Whether `model` came out of `sparsek convert`."""
-    return getattr(model.config, "sparsek", None) is not None

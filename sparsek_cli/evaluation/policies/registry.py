@@ -8,8 +8,9 @@ checked without torch.
 from difflib import get_close_matches
 from typing import Any
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.policies.policy import Policy, is_converted
+from sparsek_cli.evaluation.policies.policy import Policy
 
 OWN = "sparsek"
 DENSE = "dense"
@@ -73,7 +74,7 @@ def plan_policies(
     Raises:
         UsageError: a budget that has no room for the model's window and sinks.
     """
-    if not is_converted(model):
+    if not is_converted(model.config):
         return [make_policy(DENSE)]
     wanted = [OWN, *baselines] if own else [n for n in baselines if n != OWN] or [DENSE]
     names = [n for n in dict.fromkeys([DENSE, OWN, *wanted]) if n in wanted]

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.silence import quiet_lm_eval
 from sparsek_cli.evaluation.tasks.catalogue import TASK_FOLDER, Entry, catalogue
 from sparsek_cli.evaluation.tasks.hub_data import (
     go_offline,
@@ -17,6 +16,7 @@ from sparsek_cli.evaluation.tasks.hub_data import (
 )
 from sparsek_cli.evaluation.tasks.local_text import WrongLength
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
+from sparsek_cli.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe

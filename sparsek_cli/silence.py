@@ -1,8 +1,27 @@
-"""Other libraries' bars and notes, kept off the terminal while they work for an evaluation."""
+"""Other libraries' bars, notes and load reports, kept off the terminal: each verb has its own."""
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and load reports from transformers within the block.
+
+    What is missing or left over is checked from the returned loading info instead.
+    """
+    from transformers.utils import logging as theirs
+
+    bars, verbosity = theirs.is_progress_bar_enabled(), theirs.get_verbosity()
+    theirs.disable_progress_bar()
+    theirs.set_verbosity_error()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        if bars:
+            theirs.enable_progress_bar()
 
 
 @contextmanager
@@ -35,3 +54,10 @@ def quiet_lm_eval() -> Iterator[None]:
             datasets.enable_progress_bars()
         for module, bar in zip(modules, bars, strict=True):
             module.tqdm = bar
+
+
+def no_bars() -> None:
+    """No bars of transformers from now on."""
+    from transformers.utils import logging as theirs
+
+    theirs.disable_progress_bar()
