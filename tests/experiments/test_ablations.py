@@ -88,7 +88,7 @@ def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkey
         with in_place_of_linear(model, [layer.maps for layer in layers], choices):
             model(ids)
         model(ids)
-        first = LayerwiseBase(plan, list(ids), torch.device("cpu"), torch.float32)
+        first = LayerwiseBase(plan, list(ids), [(0, 0)] * 2, torch.device("cpu"), torch.float32)
         maps, chosen = layers[0].maps, choices[0]
 
         def score(number, recorded):
