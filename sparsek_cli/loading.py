@@ -157,11 +157,13 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) 
     Raises:
         SparsekError: an id of any other token is beyond them.
     """
-    largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", 0))
+    # A class may add a token for the unknown that its byte-level vocabulary never gives.
+    vocabulary = {k: v for k, v in tokenizer.get_vocab().items() if k != tokenizer.unk_token}
+    largest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
     pad = tokenizer.pad_token
     if largest[1] >= rows and largest[0] == pad and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
-        rest = (item for item in tokenizer.get_vocab().items() if item[0] != pad)
+        rest = (item for item in vocabulary.items() if item[0] != pad)
         largest = max(rest, key=lambda item: item[1])
     if largest[1] >= rows:
         raise SparsekError(

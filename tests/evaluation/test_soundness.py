@@ -69,8 +69,7 @@ def test_scores_that_see_the_future_are_caught(model, sabotage):
 def test_a_cache_that_grows_is_caught(model):
     import torch
 
-    from sparsek_cli.evaluation.policies.policy import Policy
-    from sparsek_cli.evaluation.policies.registry import OWN
+    from sparsek_cli.evaluation.policies.sparse import SparseK
     from sparsek_cli.models import SparseKCache
 
     class Growing(SparseKCache):
@@ -82,7 +81,7 @@ def test_a_cache_that_grows_is_caught(model):
             layer.extra = torch.cat([extra, key_states], dim=2)
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    class Sabotaged(Policy):
+    class Sabotaged(SparseK):
         def new_cache(self, model):
             cache = Growing(model.config)
             for layer in cache.layers:
@@ -96,7 +95,7 @@ def test_a_cache_that_grows_is_caught(model):
             return None if kept is None else torch.cat([kept.flatten(), self.extra.flatten()])
 
     with pytest.raises(SparsekError, match="cache grew"):
-        check(model, policy=Sabotaged(OWN))
+        check(model, policy=Sabotaged())
 
 
 def test_a_prompt_in_pieces_that_leaves_pairs_twice_is_caught(model):

@@ -16,7 +16,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from sparsek_cli.app import main
-from sparsek_cli.training import run
+from sparsek_cli.training import plan
 from sparsek_cli.training.trainer import SparsekTrainer
 
 _state, _step, _loss = (
@@ -48,7 +48,7 @@ def final_loss(self):
 accelerate.state.PartialState.__init__ = like_gpus
 SparsekTrainer.training_step = interrupted
 SparsekTrainer.final_loss = final_loss
-run.check_launch = lambda recipe, cpu: None
+plan.check_launch = lambda launch, **kwargs: None
 first = os.environ["RANK"] == "0"
 for _job in json.loads(Path(sys.argv[1]).read_text()):
     sys.argv[1:] = _job["words"]
