@@ -85,7 +85,8 @@ def test_linked_read_lazily_and_within_seconds(tmp_path):
     report = json.loads(stdout)
     # Where importing the libraries alone takes more than four seconds, that is the unit.
     _, imports, _ = measured("-c", "import torch; from transformers import AutoModelForCausalLM")
-    assert seconds < max(10, 2.5 * imports)
+    # The tokenizer is compared and the weights are matched with the model's, which imports more.
+    assert seconds < max(20, 5 * imports)
     assert report["base_bytes_copied"] == 0
     assert size / (1024 if sys.platform == "darwin" else 1) < 700 * 1024
     for number, base in enumerate(sorted((tmp_path / "base").glob("model-*.safetensors")), 1):
