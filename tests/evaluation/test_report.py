@@ -116,6 +116,9 @@ def test_title_names_the_budgets_that_were_tried(report):
     assert "keeps 4 sinks + 100 selected + 20 window" in title(report)
     report["recipe"]["budgets"] = [64, 128]
     assert "keeps 64, 128 pairs per KV head" in title(report)
+    report["recipe"]["budgets"] = None
+    report["model"]["sparsek"]["topk"] = [None, [20, 30], 40]  # the first layer is of another kind
+    assert "+ 30 (mean over heads) selected" in title(report)
 
 
 def test_many_policies_become_lines(report):

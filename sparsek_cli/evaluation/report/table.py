@@ -139,7 +139,9 @@ def title(report: dict[str, Any]) -> str:
 
 
 def _mean_topk(topk: Sequence[Any]) -> str:
-    flat = [k for row in topk for k in (row if isinstance(row, list) else [row])]
+    """Of `topk` by layer (None: a layer of another kind, which keeps no pairs of ours) and head."""
+    rows = [row if isinstance(row, list) else [row] for row in topk if row is not None]
+    flat = [k for row in rows for k in row]
     return f"{sum(flat) / len(flat):.4g} (mean over heads)"
 
 
