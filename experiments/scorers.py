@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsek_cli.conversion.calibrate.collect import Recorded
-from sparsek_cli.conversion.calibrate.decide import Choice
-from sparsek_cli.conversion.calibrate.fit import LinearFit, Map
-from sparsek_cli.conversion.calibrate.maps import LinearMap
+from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
+from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Map
+from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.models import replaced_scorers, set_budget
 from sparsek_cli.models.attention import replaced_attention, sparsek_attention_forward

@@ -272,7 +272,7 @@ def _cache_bytes(lm: "torch.nn.Module") -> Iterator[Check]:
     import torch
 
     from sparsek_cli.models import SparseKCache, sparsek_cache_bytes
-    from sparsek_cli.models.mixed import sliding_bytes
+    from sparsek_cli.models.cache.bytes import sliding_bytes
 
     ids = _random_ids(lm, 160)
     cache = SparseKCache(lm.config)

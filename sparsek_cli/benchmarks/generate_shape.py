@@ -24,7 +24,8 @@ from transformers import LlamaConfig
 
 from sparsek_cli.benchmarks import generate
 from sparsek_cli.benchmarks.timing import copy_bandwidth
-from sparsek_cli.models import SparseKCache, dense_attention, family_of, graphs, sparsek_config_from
+from sparsek_cli.models import SparseKCache, dense_attention, family_of, sparsek_config_from
+from sparsek_cli.models.generation import cuda_graphs as graphs
 
 SHAPES = {
     False: {

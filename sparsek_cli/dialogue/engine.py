@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PreTrainedModel
 
-    from sparsek_cli.models.graphs import Decoder
+    from sparsek_cli.models.generation.cuda_graphs import Decoder
 
 CHUNK = 1024  # tokens per forward while reading: bounds activations, not what is remembered
 
@@ -174,7 +174,7 @@ class Engine:
         if not (self.sparse and self.cache.all_slots) or len(self._unfed) != 1 or not self.fed:
             self.feed([])
             return
-        from sparsek_cli.models.graphs import decoder_for
+        from sparsek_cli.models.generation.cuda_graphs import decoder_for
 
         self._check_room(1)
         if self._stepping is None:
@@ -203,7 +203,7 @@ class Engine:
         self.heard, self._logits = snapshot.heard[:], snapshot.logits
 
     def save(self, path: str, notes: dict[str, Any]) -> None:
-        """Writes what was read, and `notes`, as a state file (see models/state_file.py).
+        """Writes what was read, and `notes`, as a state file (see models/cache/state_file.py).
 
         Raises:
             UsageError: the model is not converted. SparsekError: nothing was read, or no room.
@@ -282,7 +282,7 @@ class Engine:
         """Bytes of keys and values (and of the selection's bookkeeping) held now."""
         if self.sparse:
             return self.cache.nbytes
-        from sparsek_cli.models.mixed import pair_bytes, state_bytes
+        from sparsek_cli.models.cache.bytes import pair_bytes, state_bytes
 
         return sum(pair_bytes(layer) + state_bytes(layer) for layer in self.cache.layers)
 

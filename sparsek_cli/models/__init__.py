@@ -6,13 +6,10 @@ checkpoints like any other.
 
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.models.attention import register_attention
-from sparsek_cli.models.batches import DecodingBatch, fork, join
-from sparsek_cli.models.cache import (
-    SparseKCache,
-    SparseKCacheLayer,
-    dense_cache_bytes,
-    sparsek_cache_bytes,
-)
+from sparsek_cli.models.cache.batches import DecodingBatch, fork, join
+from sparsek_cli.models.cache.bytes import dense_cache_bytes, sparsek_cache_bytes
+from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.state_file import load_state, save_state
 from sparsek_cli.models.config import (
     ATTENTION,
     DEFAULTS,
@@ -24,16 +21,16 @@ from sparsek_cli.models.config import (
     layer_budget,
     sparse_layers,
 )
-from sparsek_cli.models.families import (
+from sparsek_cli.models.modeling import sparsek_attentions
+from sparsek_cli.models.proof import counted_calls, proven
+from sparsek_cli.models.registration.classes import (
     FAMILIES,
     Family,
     derived_class,
     family_of,
     sparsek_config_from,
 )
-from sparsek_cli.models.modeling import sparsek_attentions
-from sparsek_cli.models.proof import counted_calls, proven
-from sparsek_cli.models.registration import register
+from sparsek_cli.models.registration.tables import register
 from sparsek_cli.models.runtime import (
     budget,
     dense_attention,
@@ -42,7 +39,6 @@ from sparsek_cli.models.runtime import (
     set_budget,
 )
 from sparsek_cli.models.scorer import RandomScorer, SparseKMlpScorer, SparseKScorer
-from sparsek_cli.models.state_file import load_state, save_state
 
 register_attention()
 register()

@@ -20,9 +20,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, layer_budget
-from sparsek_cli.models.mixed import sliding_attention, sliding_mask
+from sparsek_cli.models.sliding import sliding_attention, sliding_mask
 
 # What models hand on to attention functions and what does not change attention.
 _HARMLESS = {

@@ -210,7 +210,7 @@ class SparseKConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Imported here: registration derives classes from this one.
-        from sparsek_cli.models.registration import register_classes
+        from sparsek_cli.models.registration.tables import register_classes
 
         register_classes(self.model_type)
         super().__post_init__(**kwargs)

@@ -17,10 +17,10 @@ from transformers.generation import GenerationMode
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.attention import SparseKAttentionMixin, check_cache
-from sparsek_cli.models.cache import SparseKCache
+from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, sparse_layers
-from sparsek_cli.models.decoding import can_write, write
-from sparsek_cli.models.reading import READ_CHUNK, reads_in_chunks
+from sparsek_cli.models.generation.decoding import can_write, write
+from sparsek_cli.models.generation.prefill import READ_CHUNK, reads_in_chunks
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
     RandomScorer,
@@ -202,8 +202,8 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
     """For causal LMs: `generate` uses a `SparseKCache` and says no to what cannot work.
 
     Attributes:
-        read_chunk: how many tokens, of all rows together, are read at once (see reading.py); None
-            for all.
+        read_chunk: how many tokens, of all rows together, are read at once (see
+            generation/prefill.py); None for all.
     """
 
     read_chunk: int | None = READ_CHUNK

@@ -39,7 +39,7 @@ def test_cache_stops_growing_and_equals_the_formula(sparse_model, tokenizer):
 def test_turns_and_chunks_end_in_the_logits_of_one_prefill(sparse_model, tokenizer, monkeypatch):
     import torch
 
-    from sparsek_cli.models.graphs import Decoder
+    from sparsek_cli.models.generation.cuda_graphs import Decoder
 
     fed = []
     read, step = Engine._read, Decoder.read

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from sparsek_cli.conversion.calibrate.allot import allot
-from sparsek_cli.conversion.calibrate.choose import (
+from sparsek_cli.conversion.calibrate.head_budgets.by_error import allot
+from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, Moments, ridge
+from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention
+from sparsek_cli.conversion.calibrate.sensitivity.output_error import (
     Slots,
     always_visible,
     output_errors,
     prefix_ranks,
 )
-from sparsek_cli.conversion.calibrate.collect import Recorded
-from sparsek_cli.conversion.calibrate.maps import SPREAD, Moments, ridge
-from sparsek_cli.conversion.calibrate.targets import FLOOR, future_attention
 
 HEADS, GROUPS, TOKENS, SIZE, WINDOW = 4, 2, 37, 8, 5
 
@@ -57,7 +57,7 @@ def p99(probabilities: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("step", [1, 3])
 @pytest.mark.parametrize("reduce", [largest, mean, p99])
 def test_targets_equal_the_definition(recorded, step, reduce, monkeypatch):
-    from sparsek_cli.conversion.calibrate import targets
+    from sparsek_cli.conversion.calibrate.scorers import targets
 
     monkeypatch.setattr(targets, "_BLOCK", 7)
     rows = torch.arange(0, TOKENS, step)
@@ -76,7 +76,7 @@ def test_targets_equal_the_definition(recorded, step, reduce, monkeypatch):
 
 
 def test_a_percentile_leaves_the_largest_out():
-    from sparsek_cli.conversion.calibrate.targets import REDUCTIONS
+    from sparsek_cli.conversion.calibrate.scorers.targets import REDUCTIONS
 
     logits = torch.rand(2, 3, 350, 4).log()
     reduction = REDUCTIONS["p99"](2, 4, logits.device)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from verbs import convert
 
-from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
+from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 STORIES = Path(

@@ -7,14 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sparsek_cli.conversion.calibrate.decide import (
+from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import (
+    FutureAttention,
+    threshold_shares,
+)
+from sparsek_cli.conversion.calibrate.head_budgets.compare import settle
+from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     HeldOut,
     decide,
     shares_by_errors,
     sizes_of,
 )
-from sparsek_cli.conversion.calibrate.settle import settle
-from sparsek_cli.conversion.calibrate.threshold import FutureAttention, threshold_shares
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 

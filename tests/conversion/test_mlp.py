@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 
 import sparsek_cli.models as models
 from sparsek_cli.console import Console
-from sparsek_cli.conversion.calibrate.collect import Recorded
-from sparsek_cli.conversion.calibrate.decide import scorers_of
-from sparsek_cli.conversion.calibrate.fit import LinearFit
-from sparsek_cli.conversion.calibrate.mlp import MlpFit
+from sparsek_cli.conversion.calibrate.head_budgets.decide import scorers_of
+from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.conversion.calibrate.run import search
+from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit
+from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.conversion.run import run as convert
 from sparsek_cli.errors import UsageError

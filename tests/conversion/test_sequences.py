@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
-from sparsek_cli.conversion.calibrate.texts import calibration_texts
+from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
+from sparsek_cli.conversion.calibrate.sequences.texts import calibration_texts
 from sparsek_cli.errors import SparsekError
 
 

@@ -9,9 +9,9 @@ import torch
 from experiments import ablations
 from experiments.scorers import KeyValueFit, in_place_of_linear
 from sparsek_cli.console import Console
-from sparsek_cli.conversion.calibrate.collect import LayerwiseBase
-from sparsek_cli.conversion.calibrate.fit import LinearFit
+from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.run import search
+from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.load import load_recipe

@@ -13,7 +13,7 @@ from sparse_path import assert_sparse
 from transformers import AutoModelForCausalLM
 
 import sparsek_cli.models as models
-from sparsek_cli.models.imports import after_import
+from sparsek_cli.models.registration.after_import import after_import
 
 
 def test_classes_are_found_by_name_in_transformers(family):
@@ -82,7 +82,7 @@ def test_liger_patches_by_type(monkeypatch, tmp_path):
     (package / "__init__.py").write_text("")
     (package / "patches.py").write_text("TABLE = {'llama': len, 'qwen3': max}\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    from sparsek_cli.models.registration import _copy_entries
+    from sparsek_cli.models.registration.tables import _copy_entries
 
     seen: list[types.ModuleType] = []
     after_import(

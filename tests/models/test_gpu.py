@@ -103,7 +103,7 @@ def test_graphs_write_what_the_model_writes(sparse_model):
 def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
     sparse_model, ids, monkeypatch
 ):
-    from sparsek_cli.models import graphs
+    from sparsek_cli.models.generation import cuda_graphs as graphs
 
     model = larger(sparse_model, "llama", dtype="bfloat16")
     mask = torch.ones_like(ids)

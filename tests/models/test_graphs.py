@@ -10,7 +10,7 @@ from transformers import GenerationMixin, LogitsProcessor
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models import graphs
+from sparsek_cli.models.generation import cuda_graphs as graphs
 
 OPTIONS = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
 

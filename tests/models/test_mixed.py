@@ -9,7 +9,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.models import mixed
+from sparsek_cli.models import sliding
+from sparsek_cli.models.cache.bytes import sliding_bytes
 
 SLIDES = {"num_hidden_layers": 3, "sliding_window": 6,
           "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}  # fmt: skip
@@ -46,16 +47,14 @@ def test_each_kind_of_layer_is_counted(sparse_model, dense_model, ids):
             model.config, cache.get_seq_length(), torch.float32, 2
         )
     assert cache.nbytes == models.sparsek_cache_bytes(model.config, torch.float32, 2)
-    assert cache.nbytes - cache.slot_bytes == mixed.sliding_bytes(
-        model.config, None, torch.float32, 2
-    )
+    assert cache.nbytes - cache.slot_bytes == sliding_bytes(model.config, None, torch.float32, 2)
 
 
 @torch.no_grad()
 def test_a_window_needs_no_mask_however_long_the_text(monkeypatch, sparse_model, dense_model):
     ids = torch.randint(4, 128, (2, 41))
     expected = logits(dense_model("gemma3_text", **SLIDES), ids)
-    monkeypatch.setattr(mixed, "_QUERIES", 7)
+    monkeypatch.setattr(sliding, "_QUERIES", 7)
     model = sparse_model("gemma3_text", topk=41, **SLIDES)
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
     cache = models.SparseKCache(model.config)

@@ -10,25 +10,25 @@ from typing import Any
 import numpy as np
 import torch
 
-from sparsek_cli.conversion.calibrate.choose import Slots, output_errors
-from sparsek_cli.conversion.calibrate.collect import LayerwiseBase, Recorded
-from sparsek_cli.conversion.calibrate.decide import (
+from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
+from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
+from sparsek_cli.conversion.calibrate.head_budgets.compare import PASSES, settle
+from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     Candidate,
-    Choice,
     HeldOut,
     scorers_of,
     shares_by_errors,
     sizes_of,
 )
-from sparsek_cli.conversion.calibrate.fit import Fit, LinearFit, Map
-from sparsek_cli.conversion.calibrate.maps import SPREAD
-from sparsek_cli.conversion.calibrate.mlp import MlpFit
-from sparsek_cli.conversion.calibrate.sequence import Sequence
-from sparsek_cli.conversion.calibrate.sequences import calibration_sequences
-from sparsek_cli.conversion.calibrate.settle import PASSES, settle
-from sparsek_cli.conversion.calibrate.targets import future_attention
-from sparsek_cli.conversion.calibrate.threshold import FutureAttention
-from sparsek_cli.conversion.calibrate.whole import Whole, chosen_attention
+from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase, Recorded
+from sparsek_cli.conversion.calibrate.scorers.linear import Fit, LinearFit, Map
+from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
+from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
+from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
+from sparsek_cli.conversion.calibrate.sensitivity.divergence import Whole, chosen_attention
+from sparsek_cli.conversion.calibrate.sensitivity.output_error import Slots, output_errors
+from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
+from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype

@@ -8,7 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparsek_cli.evaluation.lm.proof import Proof
-from sparsek_cli.models.reading import READ_CHUNK
+from sparsek_cli.models.generation.prefill import READ_CHUNK
 
 if TYPE_CHECKING:
     from sparsek_cli.evaluation.policies.policy import Policy

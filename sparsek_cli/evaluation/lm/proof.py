@@ -68,7 +68,7 @@ def held(cache: Any, row: int = 0, padding: int = 0) -> tuple[int, int]:
     Args:
         padding: pairs per KV head that only fill the row up to the length of others.
     """
-    from sparsek_cli.models.mixed import state_bytes
+    from sparsek_cli.models.cache.bytes import state_bytes
 
     pairs = size = 0
     for layer in cache.layers:
@@ -96,7 +96,7 @@ def row_bytes(cache: Any, more: int = 0) -> int:
     With what `held` leaves out: positions and scores of slots, and what rivals rank pairs by. In
     bfloat16 that is 2 % for heads of 128 numbers, 38 % for heads of 8.
     """
-    from sparsek_cli.models.mixed import state_bytes
+    from sparsek_cli.models.cache.bytes import state_bytes
 
     size = 0
     for layer in cache.layers:

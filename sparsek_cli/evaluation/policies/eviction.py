@@ -28,7 +28,7 @@ from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, attent
 from sparsek_cli.evaluation.policies.head_budgets import slots_per_head
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.models.attention import replaced_attention
-from sparsek_cli.models.cache import cache_layers
+from sparsek_cli.models.cache.slots import cache_layers
 
 OBSERVED = 32  # last queries of a prompt that choose for snapkv
 POOLED = 5  # neighbours that a pair shares its attention with

@@ -98,7 +98,7 @@ class Policy:
 
     def most_pairs(self, model: Any) -> int | None:
         """Pairs that all layers and heads may hold together; None without a bound."""
-        from sparsek_cli.models.mixed import sliding_pairs
+        from sparsek_cli.models.cache.bytes import sliding_pairs
 
         block = model.config.sparsek
         rows = per_head(model)

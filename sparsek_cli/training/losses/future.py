@@ -2,10 +2,10 @@
 
 Selection hides what a dropped key would have been worth, so losses on the model's output never
 bring it back. The dense teacher sees every key: while it runs, the largest attention that later
-queries outside the window give each key is recorded (as calibration does, method of
-conversion/calibrate/targets.py), and the scores are pulled towards its order, one layer at a time:
-loss = 1 - correlation over the keys of a sequence. A correlation leaves the scale of the scores,
-and with it their relation to the slopes, to calibration and the other losses.
+queries outside the window give each key is recorded (as calibration does, see
+conversion/calibrate/scorers/targets.py), and the scores are pulled towards its order, one layer
+at a time: loss = 1 - correlation over the keys of a sequence. A correlation leaves the scale of the
+scores, and with it their relation to the slopes, to calibration and the other losses.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from sparsek_cli.conversion.calibrate.collect import Recorded
-from sparsek_cli.conversion.calibrate.targets import future_attention
+from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
 from sparsek_cli.data import ANSWER
 from sparsek_cli.models import sparsek_attentions
 from sparsek_cli.models.attention import dense_attention_forward, dense_mask

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsek_cli.conversion.calibrate.collect import Recorded
-from sparsek_cli.conversion.calibrate.fit import LinearFit
-from sparsek_cli.conversion.calibrate.maps import SPREAD, LinearMap
+from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit
+from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
 from sparsek_cli.conversion.plan import Plan
 
 # By name: the kinds of rows that a map is fitted to, as in LinearFit; a blend of two has none.

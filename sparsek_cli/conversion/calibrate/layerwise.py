@@ -17,8 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention import check_arguments
-from sparsek_cli.models.mixed import sliding_attention
 from sparsek_cli.models.output import output_layer
+from sparsek_cli.models.sliding import sliding_attention
 
 _RECORDING = "sparsek_recording"
 # Elements of the largest block of logits: 256 MB in float32.

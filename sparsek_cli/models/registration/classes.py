@@ -1,7 +1,7 @@
 """The classes of a family: its own, and those derived from them.
 
 A row of `sparsek_cli.families.TABLE` names the family's own classes. The `sparsek_<type>` config,
-base model, causal LM and attention classes are derived from them, and registration.py enters them
+base model, causal LM and attention classes are derived from them, and tables.py enters them
 wherever libraries look; there is no code per family.
 
 Importing the modelling code of all families would take seconds, so a config class is derived when
@@ -30,8 +30,8 @@ from sparsek_cli.models.modeling import (
     forward_names,
 )
 
-# Where __init__.py finds them by name: pickle and transformers look classes up there.
-_MODULE = {"__module__": __package__}
+# Where models/__init__.py finds them by name: pickle and transformers look classes up there.
+_MODULE = {"__module__": "sparsek_cli.models"}
 
 
 class Family:

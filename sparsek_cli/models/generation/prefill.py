@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparsek_cli.models.cache import SparseKCache
+from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION
 
 # Tokens of all rows together that are read at once. Activations of a 1B model take 64 KB a token:

@@ -10,8 +10,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
-from sparsek_cli.models.graphs import Decoder
+from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.generation.cuda_graphs import Decoder
 
 
 def fork(cache: SparseKCache, copies: int = 1) -> SparseKCache:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli.conversion.calibrate.sequence import Sequence, plain_text
+from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence, plain_text
 from sparsek_cli.data.chat_format import ChatFormat
 from sparsek_cli.data.filler import Filler, encode
 from sparsek_cli.errors import SparsekError

@@ -5,7 +5,7 @@ would be lost with the name: which tokenizer class a checkpoint gets, which tens
 rename, what a pipeline supports, what PEFT adapts. `register` makes each table say of
 `sparsek_<type>` what it says of `<type>`; what a table says by inheritance (`isinstance`, class
 attributes) needs no entry. Tables of libraries that may be imported later are filled when they
-are (`imports.py`).
+are (`after_import.py`).
 
 | library | looked up by | table |
 | --- | --- | --- |
@@ -44,8 +44,8 @@ from transformers.models.auto.tokenization_auto import (
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from sparsek_cli.families import TABLE, Row
-from sparsek_cli.models.families import FAMILIES, Family, family_of
-from sparsek_cli.models.imports import after_import
+from sparsek_cli.models.registration.after_import import after_import
+from sparsek_cli.models.registration.classes import FAMILIES, Family, family_of
 
 
 def register() -> None:

@@ -18,7 +18,7 @@ import torch
 from sparsek_kernels import SparseKState
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.models.cache import SparseKCache
+from sparsek_cli.models.cache.slots import SparseKCache
 
 FORMAT = "sparsek-state-1"
 _SLOTS = ("keys", "values", "positions", "scores", "seen")

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from sparsek_kernels import SparseKState, sparsek_attention
 
-from sparsek_cli.conversion.calibrate.collect import Attend, LayerwiseBase, Recorded
-from sparsek_cli.conversion.calibrate.decide import Choice
-from sparsek_cli.conversion.calibrate.fit import Map
+from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
+from sparsek_cli.conversion.calibrate.layerwise import Attend, LayerwiseBase, Recorded
+from sparsek_cli.conversion.calibrate.scorers.linear import Map
 from sparsek_cli.conversion.plan import Plan
 
 

@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
-from sparsek_cli.conversion.calibrate.collect import Recorded
-from sparsek_cli.conversion.calibrate.maps import LinearMap, Moments, ridge
+from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap, Moments, ridge
 from sparsek_cli.conversion.plan import Plan
 
 

@@ -1,7 +1,7 @@
-"""Models that mix layers: what layers without SparseK attention keep, and how they attend.
+"""Sliding-window layers of models that mix layers: how they attend, without an N x N mask.
 
-A layer that slides keeps transformers' sliding cache, one with a state its own state. Both are
-bounded by construction; what SparseK bounds is the layers that attend to everything.
+They keep transformers' sliding cache, which is bounded by construction; what SparseK bounds is the
+layers that attend to everything.
 """
 
 from __future__ import annotations
@@ -10,46 +10,11 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import LinearAttentionLayer
 from transformers.masking_utils import sdpa_mask
-
-from sparsek_cli.models.config import head_dim, kv_heads
 
 # Queries of a sliding layer that attend at once: with windows up to this length a mask has at
 # most twice as many columns as rows.
 _QUERIES = 1024
-
-
-def pair_bytes(layer: Any) -> int:
-    """Bytes of the keys and values that a layer of any cache holds now."""
-    held = [getattr(layer, name, None) for name in ("keys", "values")]
-    return sum(tensor.nbytes for tensor in held if tensor is not None)
-
-
-def state_bytes(layer: Any) -> int:
-    """Bytes of the states that a layer of any cache holds now: 0 for plain attention."""
-    if not isinstance(layer, LinearAttentionLayer):
-        return 0
-    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return sum(state.nbytes for state in states if state is not None)
-
-
-def sliding_bytes(config: Any, tokens: int | None, dtype: torch.dtype, batch: int = 1) -> int:
-    """Bytes that the sliding layers hold after `tokens` tokens; None: once their windows are full.
-
-    The window's last token is the query's own: one less is kept.
-    """
-    return 2 * batch * sliding_pairs(config, tokens) * head_dim(config) * dtype.itemsize
-
-
-def sliding_pairs(config: Any, tokens: int | None = None) -> int:
-    """Pairs of one sequence in all heads of the sliding layers; arguments of `sliding_bytes`."""
-    types = getattr(config, "layer_types", None) or ()
-    count = sum(kind == "sliding_attention" for kind in types)
-    if not count:
-        return 0
-    kept = config.sliding_window - 1
-    return count * kv_heads(config) * (kept if tokens is None else min(tokens, kept))
 
 
 def sliding_mask(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Tensor | None:

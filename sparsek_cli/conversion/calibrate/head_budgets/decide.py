@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 
-from sparsek_cli.conversion.calibrate.allot import allot
-from sparsek_cli.conversion.calibrate.fit import Map
-from sparsek_cli.conversion.calibrate.mlp import MlpMap
-from sparsek_cli.conversion.calibrate.threshold import FutureAttention
+from sparsek_cli.conversion.calibrate.head_budgets.by_error import allot
+from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
+from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
+from sparsek_cli.conversion.calibrate.scorers.linear import Map
+from sparsek_cli.conversion.calibrate.scorers.mlp import MlpMap
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
 
 Candidate = tuple[str, float]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the KV heads of one layer get: names of maps, slopes per token, selected keys."""
-
-    maps: tuple[str, ...]
-    slopes: tuple[float, ...]
-    topk: tuple[int, ...]
 
 
 class HeldOut:
@@ -33,8 +23,8 @@ class HeldOut:
         maps: the layer's candidate maps. candidates: [C][G] pairs (map, slope in units).
         unit: a slope of 1 per token. errors: sums [2, C, L, G]. stream: sums [2] of the residual
             stream's energy. rows: counts [2].
-        worth: [2] what the whole model loses per error, nats; see whole.py.
-        attention: by document, what will be looked at; see threshold.py.
+        worth: [2] what the whole model loses per error, nats; see sensitivity/divergence.py.
+        attention: by document, what will be looked at; see by_threshold.py.
     """
 
     def __init__(

@@ -20,7 +20,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.cache import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
 
 _LOG = logging.getLogger("sparsek_cli")
 _logged: set[str] = set()

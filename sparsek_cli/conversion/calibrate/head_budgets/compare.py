@@ -7,9 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli.conversion.calibrate.decide import Choice, HeldOut, decide, shares_by_errors
-from sparsek_cli.conversion.calibrate.threshold import threshold_shares
-from sparsek_cli.conversion.calibrate.whole import Whole, chosen_attention, window_attention
+from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import threshold_shares
+from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
+from sparsek_cli.conversion.calibrate.head_budgets.decide import (
+    HeldOut,
+    decide,
+    shares_by_errors,
+)
+from sparsek_cli.conversion.calibrate.sensitivity.divergence import (
+    Whole,
+    chosen_attention,
+    window_attention,
+)
 from sparsek_cli.conversion.plan import Plan
 
 # What an error at an answer counts against one in text when slots are shared out by errors: losses

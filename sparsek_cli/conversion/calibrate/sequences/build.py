@@ -1,18 +1,18 @@
 """Calibration text: plain text, and documents with questions about things far back.
 
 Maps are fitted on text and documents in turn, and compared on longer documents. In a document
-all of it is told again (retold.py), or facts are hidden (only phrasings marked for calibration)
-and told again or asked for at the end: the rows that predict what was read before are marked,
-because they say which keys a query far away will need.
+all of it is told again (reconstruction.py), or facts are hidden (only phrasings marked for
+calibration) and told again or asked for at the end: the rows that predict what was read before are
+marked, because they say which keys a query far away will need.
 """
 
 from typing import Any
 
 import numpy as np
 
-from sparsek_cli.conversion.calibrate.retold import retold
-from sparsek_cli.conversion.calibrate.sequence import Sequence, plain_text
-from sparsek_cli.conversion.calibrate.texts import GENERATED_SENTENCES, calibration_texts
+from sparsek_cli.conversion.calibrate.sequences.reconstruction import retold
+from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence, plain_text
+from sparsek_cli.conversion.calibrate.sequences.texts import GENERATED_SENTENCES, calibration_texts
 from sparsek_cli.data.chat_format import ChatFormat
 from sparsek_cli.data.facts import Fact
 from sparsek_cli.data.filler import Filler, encode

@@ -25,8 +25,8 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from sparsek_cli.models.cache import SparseKCache
-from sparsek_cli.models.graphs import compile_options, decoder_for
+from sparsek_cli.models.cache.slots import SparseKCache
+from sparsek_cli.models.generation.cuda_graphs import compile_options, decoder_for
 
 # They look at the logits alone and only launch work, so that they can be part of a graph.
 _GRAPH_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)

@@ -1,6 +1,6 @@
 """A transformers cache that never grows: sinks, selected pairs and the window of every layer.
 
-Layers without SparseK attention have transformers' own kinds, which are bounded too; see mixed.py.
+Layers without SparseK attention have transformers' own kinds, which are bounded too.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from sparsek_kernels import SparseKState, cache_bytes
+from sparsek_kernels import SparseKState
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
@@ -20,14 +20,12 @@ from transformers.cache_utils import (
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
+from sparsek_cli.models.cache.bytes import pair_bytes, state_bytes
 from sparsek_cli.models.config import (
     LayerBudget,
-    head_dim,
-    kv_heads,
     layer_budget,
     sparse_layers,
 )
-from sparsek_cli.models.mixed import pair_bytes, sliding_bytes, state_bytes
 
 
 class SparseKCacheLayer(CacheLayerMixin):
@@ -294,25 +292,3 @@ class SparseKCache(Cache):
         states = (x.state for x in self.layers if isinstance(x, SparseKCacheLayer))
         state = next(states, None)
         return -1 if state is None else state.batch
-
-
-def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
-    """Bytes a `SparseKCache` holds at any context: `SparseKCache.nbytes` equals it.
-
-    Sliding layers count with their windows full; states (`SparseKCache.state_bytes`) are beyond it,
-    their sizes are the family's affair. Per slot: key, value, position and score; see
-    `sparsek_kernels.cache_bytes`. Gates log and kv keep some scores (no keys) beyond it.
-    """
-    heads, size = kv_heads(config), head_dim(config)
-    total = sliding_bytes(config, None, dtype, batch)
-    for layer in sparse_layers(config):
-        budget = layer_budget(config, layer)
-        total += cache_bytes(batch, budget.topk, budget.window, budget.sinks, heads, size, dtype)
-    return total
-
-
-def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
-    """Bytes of keys and values that a dense cache of the same model holds after `tokens` tokens."""
-    pairs = batch * len(sparse_layers(config)) * kv_heads(config) * tokens
-    held = 2 * pairs * head_dim(config) * dtype.itemsize
-    return held + sliding_bytes(config, tokens, dtype, batch)

@@ -1,0 +1,5 @@
+"""What a choice of keys costs.
+
+output_error  of one layer's attention output, after W_o
+divergence    of the whole model's predictions, while some layers choose
+"""

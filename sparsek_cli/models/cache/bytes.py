@@ -1,0 +1,69 @@
+"""Bytes of caches: of a converted model and of its dense self, by arithmetic and as held.
+
+A layer that slides keeps transformers' sliding cache, one with a state its own state: both are
+bounded by construction and counted here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sparsek_kernels import cache_bytes
+from transformers.cache_utils import LinearAttentionLayer
+
+from sparsek_cli.models.config import head_dim, kv_heads, layer_budget, sparse_layers
+
+
+def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes a `SparseKCache` holds at any context: `SparseKCache.nbytes` equals it.
+
+    Sliding layers count with their windows full; states (`SparseKCache.state_bytes`) are beyond it,
+    their sizes are the family's affair. Per slot: key, value, position and score; see
+    `sparsek_kernels.cache_bytes`. Gates log and kv keep some scores (no keys) beyond it.
+    """
+    heads, size = kv_heads(config), head_dim(config)
+    total = sliding_bytes(config, None, dtype, batch)
+    for layer in sparse_layers(config):
+        budget = layer_budget(config, layer)
+        total += cache_bytes(batch, budget.topk, budget.window, budget.sinks, heads, size, dtype)
+    return total
+
+
+def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes of keys and values that a dense cache of the same model holds after `tokens` tokens."""
+    pairs = batch * len(sparse_layers(config)) * kv_heads(config) * tokens
+    held = 2 * pairs * head_dim(config) * dtype.itemsize
+    return held + sliding_bytes(config, tokens, dtype, batch)
+
+
+def pair_bytes(layer: Any) -> int:
+    """Bytes of the keys and values that a layer of any cache holds now."""
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
+    return sum(tensor.nbytes for tensor in held if tensor is not None)
+
+
+def state_bytes(layer: Any) -> int:
+    """Bytes of the states that a layer of any cache holds now: 0 for plain attention."""
+    if not isinstance(layer, LinearAttentionLayer):
+        return 0
+    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return sum(state.nbytes for state in states if state is not None)
+
+
+def sliding_bytes(config: Any, tokens: int | None, dtype: torch.dtype, batch: int = 1) -> int:
+    """Bytes that the sliding layers hold after `tokens` tokens; None: once their windows are full.
+
+    The window's last token is the query's own: one less is kept.
+    """
+    return 2 * batch * sliding_pairs(config, tokens) * head_dim(config) * dtype.itemsize
+
+
+def sliding_pairs(config: Any, tokens: int | None = None) -> int:
+    """Pairs of one sequence in all heads of the sliding layers; arguments of `sliding_bytes`."""
+    types = getattr(config, "layer_types", None) or ()
+    count = sum(kind == "sliding_attention" for kind in types)
+    if not count:
+        return 0
+    kept = config.sliding_window - 1
+    return count * kv_heads(config) * (kept if tokens is None else min(tokens, kept))
