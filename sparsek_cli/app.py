@@ -12,7 +12,7 @@ import typer
 
 from sparsek_cli import __version__
 from sparsek_cli.commands import bench, chat, convert, doctor, evaluate, finetune, recipes
-from sparsek_cli.console import report_error, set_up_logging
+from sparsek_cli.console import escaped, report_error, set_up_logging
 from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError
 
 app = typer.Typer(
@@ -65,6 +65,8 @@ def main() -> None:
     # several times as long as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     set_up_logging(sys.argv[1:])
+    # A terminal that has no such letter, or bytes of a file's name: shown, never an error.
+    sys.stdout.reconfigure(errors="backslashreplace")
     code = run()
     try:
         sys.stdout.flush()
@@ -96,7 +98,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if debug:
             import traceback
 
-            traceback.print_exc()
+            print(escaped(traceback.format_exc()), file=sys.stderr)
         message, hint, code = _describe(error, words)
         report_error(message, hint)
         return code

@@ -1,5 +1,7 @@
 """How things look: results on stdout, progress and messages on stderr, colour only on a terminal.
 
+Whatever a file or a model brings into a line passes `escaped`: nothing but our own colours can
+steer the terminal.
 Library code below commands/ never imports this file; it reports through a callback that a command
 passes in, or through `logging`.
 """
@@ -69,7 +71,7 @@ def set_up_logging(arguments: Sequence[str] = ()) -> None:
 
 class _PlainFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = escaped(super().format(record))
         return text if record.levelno == logging.INFO else f"{record.levelname.lower()}: {text}"
 
 
@@ -93,7 +95,12 @@ class Console:
 
     def result(self, text: str, data: Any) -> None:
         """The command's result: `data` as one JSON document under --json, else `text`."""
-        print(json.dumps(data, indent=2, default=str) if self.as_json else text, flush=True)
+        shown = json.dumps(data, indent=2, default=str) if self.as_json else escaped(text)
+        print(shown, flush=True)
+
+    def show(self, piece: str) -> None:
+        """A part of a result that comes in pieces."""
+        print(escaped(piece), end="", flush=True)
 
     @contextmanager
     def progress(
@@ -121,7 +128,7 @@ class Console:
         from rich.progress import Progress as RichProgress
 
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
@@ -129,7 +136,7 @@ class Console:
             TimeRemainingColumn(),
         )
         with RichProgress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
-            yield _BarProgress(bar, bar.add_task(description, total=total, rate=""))
+            yield _BarProgress(bar, bar.add_task(escaped(description), total=total, rate=""))
 
 
 class Progress:
@@ -171,7 +178,8 @@ class _BarProgress(Progress):
         self._bar.update(self._task, advance=steps, **fields)
 
     def describe(self, description: str, *, total: float | None = None) -> None:
+        shown = escaped(description)
         if total is None:
-            self._bar.update(self._task, description=description)
+            self._bar.update(self._task, description=shown)
         else:
-            self._bar.reset(self._task, description=description, total=total, rate="")
+            self._bar.reset(self._task, description=shown, total=total, rate="")

@@ -1,11 +1,16 @@
-"""Where a model runs and in which number format, from the words a user may write."""
+"""Where a model runs, in which number format and in how many processes, as the user says."""
 
+import os
 from typing import TYPE_CHECKING
 
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+
+# What launchers set beside WORLD_SIZE.
+_LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_HOW_TO_LAUNCH = "unset WORLD_SIZE, or start with `torchrun --nproc-per-node N -m sparsek_cli ...`"
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -51,3 +56,25 @@ def choose_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
     if name not in DTYPES:
         raise UsageError(f"unknown dtype '{name}'", hint=f"use one of {', '.join(DTYPES)}")
     return getattr(torch, name)
+
+
+def world_size() -> int:
+    """Processes started by torchrun or accelerate launch; 1 without them.
+
+    Raises:
+        UsageError: the environment names several, and no launcher started this one: it would wait
+            for the others for ever.
+    """
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise UsageError(
+            f"WORLD_SIZE in the environment is {text!r}, no number", hint=_HOW_TO_LAUNCH
+        )
+    missing = [name for name in _LAUNCHED if not os.environ.get(name)]
+    if int(text) > 1 and missing:
+        raise UsageError(
+            f"WORLD_SIZE is {text} in the environment, but {missing[0]} is not set: nobody started "
+            "the other processes",
+            hint=_HOW_TO_LAUNCH,
+        )
+    return int(text)

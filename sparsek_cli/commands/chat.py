@@ -120,10 +120,9 @@ def _answer_once(
     for piece in session.ask(prompt):
         pieces.append(piece)
         if not console.as_json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            console.show(piece)
     if not console.as_json:
-        print(flush=True)
+        console.show("\n")
     _stop_if(engine.interrupted)
     stats = session.stats()
     if console.as_json:
@@ -142,7 +141,7 @@ def _converse(session: "Session", files: list[str], console: Console, name: str)
     from sparsek_cli.dialogue.repl import Repl
     from sparsek_cli.dialogue.terminal import terminal_reader
 
-    repl = Repl(session, say=console.say, progress=console.progress)
+    repl = Repl(session, say=console.say, show=console.show, progress=console.progress)
     console.say(f"{name}: /help lists the commands, Ctrl-D leaves")
     for file in files:
         repl.handle(f"/load {file}")

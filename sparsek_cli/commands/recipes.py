@@ -8,7 +8,7 @@ import typer
 from sparsek_cli.commands import options
 from sparsek_cli.console import Console
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.recipes.load import find_recipe, recipe_folder, recipe_names
+from sparsek_cli.recipes.load import find_recipe, read_text, recipe_folder, recipe_names
 
 app = typer.Typer(
     help="List, show and copy recipes.",
@@ -44,7 +44,7 @@ def list_recipes(json: options.Json = False) -> None:
 @app.command("show")
 def show(name: Name) -> None:
     """Print a recipe."""
-    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+    Console().show(read_text(find_recipe(name)))
 
 
 @app.command("copy")
@@ -63,11 +63,11 @@ def copy(
     from sparsek_cli.output.place import check_file
 
     check_file(target, overwrite=overwrite, suffixes=(".yaml", ".yml"))
-    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    target.write_text(read_text(source), encoding="utf-8")
     Console().result(str(target), {})
 
 
 def _about(file: Path) -> str:
     """The recipe's first comment line."""
-    first = file.read_text(encoding="utf-8").split("\n", 1)[0]
+    first = read_text(file).split("\n", 1)[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -11,6 +11,7 @@ from typing import Any
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.own_config import own_config
+from sparsek_cli.families.positions import context_length
 
 _OPTIONAL = ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _CONTEXT = 2048
@@ -62,6 +63,9 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
         heads=heads,
         kv_heads=size("num_key_value_heads", heads),
         head_dim=size("head_dim", hidden // heads),
-        context=size("max_position_embeddings", _CONTEXT),
+        context=context_length(
+            size("max_position_embeddings", _CONTEXT),
+            config.get("rope_parameters") or config.get("rope_scaling"),
+        ),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )

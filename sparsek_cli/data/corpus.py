@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,10 +12,14 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from sparsek_cli.data.pieces import Encoder, safe_cut
 from sparsek_cli.data.text import find_files, is_hub_id, iterate_texts
 from sparsek_cli.errors import UsageError
 
 BATCH = 64  # documents per tokenizer call; it works on them in parallel
+# Characters of a document that is tokenised at once. The call cannot be interrupted, nor seen.
+PIECE = 1 << 20
+SILENCE = 15.0  # seconds between lines that say how far it is
 LOCK_PATIENCE = 1800.0  # seconds to wait for another process that tokenises the same text
 
 
@@ -90,15 +95,20 @@ class Corpus:
 
 
 def build_corpus(
-    texts: Iterable[str], tokenizer: Any, *, max_tokens: int | None = None
+    texts: Iterable[str],
+    tokenizer: Any,
+    *,
+    max_tokens: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [T] and ends [D] of the documents, each closed by the end-of-text token if any."""
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     parts: list[np.ndarray] = []
     ends: list[int] = []
     total = 0
+    pace = _Pace(say)
     for batch in _batches(iter(texts)):
-        for ids in _encode(tokenizer, batch):
+        for ids in _encode(tokenizer, batch, pace):
             if tokenizer.eos_token_id is not None and ids[-1:] != [tokenizer.eos_token_id]:
                 ids = [*ids, tokenizer.eos_token_id]
             parts.append(np.asarray(ids, dtype=dtype))
@@ -111,17 +121,51 @@ def build_corpus(
     return np.concatenate(parts), np.asarray(ends)
 
 
-def _encode(tokenizer: Any, batch: list[str]) -> list[list[int]]:
+class _Pace:
+    """Says now and then how far tokenising is."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say, self._last, self._done = say, time.monotonic(), 0
+
+    def advance(self, characters: int) -> None:
+        self._done += characters
+        if time.monotonic() - self._last >= SILENCE:
+            self._last = time.monotonic()
+            self._say(f"tokenised {self._done / 1e6:,.0f} million characters")
+
+
+def _encode(tokenizer: Any, batch: list[str], pace: _Pace) -> Iterator[list[int]]:
     """Token ids of whole documents, on all cores: elsewhere threads are off, texts being short."""
+    short = [text for text in batch if len(text) <= PIECE]
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "true"
     try:
         # verbose=False: documents longer than the model's context are expected here.
-        return tokenizer(batch, return_attention_mask=False, verbose=False)["input_ids"]
+        found = short and tokenizer(short, return_attention_mask=False, verbose=False)["input_ids"]
     finally:
         # Never unset: a tokenizer that has used threads warns at the next fork.
         os.environ[name] = before or "false"
+    ready = iter(found)
+    for text in batch:
+        if len(text) > PIECE:
+            yield _encode_long(tokenizer, text, pace)
+        else:
+            pace.advance(len(text))
+            yield next(ready)
+
+
+def _encode_long(tokenizer: Any, text: str, pace: _Pace) -> list[int]:
+    """Ids of one document, read piece by piece; cut at spaces, where there are any."""
+    encode, ids, start = Encoder(tokenizer), [], 0
+    while start < len(text):
+        piece = text[start : start + PIECE]
+        if start + PIECE < len(text):
+            piece = piece[: safe_cut(piece, 0)]
+        ids += encode(piece, first=start == 0, plain=True)
+        start += len(piece)
+        pace.advance(len(piece))
+    return ids
 
 
 def load_corpus(
@@ -150,7 +194,7 @@ def load_corpus(
             if not (file / "ends.npy").is_file():
                 say(f"tokenising {spec if isinstance(spec, str) else ', '.join(spec)}")
                 texts = iterate_texts(spec, column=column, name=name, split=split)
-                _store(file, *build_corpus(texts, tokenizer, max_tokens=max_tokens))
+                _store(file, *build_corpus(texts, tokenizer, max_tokens=max_tokens, say=say))
     tokens = np.load(file / "tokens.npy", mmap_mode="r")
     ends = np.load(file / "ends.npy")
     return Corpus(tokens, np.concatenate([[0], ends[:-1]]), ends)

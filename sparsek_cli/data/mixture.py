@@ -93,6 +93,10 @@ class HeldOut:
     def __len__(self) -> int:
         return self._count
 
+    def has_targets(self) -> bool:
+        """Whether any token is predicted."""
+        return any((self._packed(index).roles != IGNORED).any() for index in range(len(self)))
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         sequence = self._packed(index)
         return {
@@ -111,12 +115,23 @@ def held_out_sequences(
     *,
     length: int,
     seed: int,
+    say: Callable[[str], None],
 ) -> HeldOut | None:
-    """What the held-out loss is measured on: text, else the first stream, else None."""
+    """What the held-out loss is measured on: text, else the first stream, else None.
+
+    Text without a token to predict measures nothing, which is said.
+    """
     count = wanted.sequences
     if held_out is not None:
         packed = PackedText(held_out, length, (seed,))
-        return HeldOut(packed, min(count, packed.per_epoch))
+        found = HeldOut(packed, min(count, packed.per_epoch))
+        if found.has_targets():
+            return found
+        say(
+            f"held-out loss not measured: of {held_out.total:,} held-out tokens none can be "
+            "predicted; set evaluation.held_out higher, or give evaluation.files"
+        )
+        return None
     streams = [block for _, block in sorted(sources.items()) if block.kind == "stream"]
     if not streams or wanted.held_out == 0:
         return None
@@ -193,6 +208,12 @@ def build_mixture(
         )
     if not sources:
         raise UsageError("every data source has weight 0", hint="give one of them a weight")
+    learned = [texts[n] for n in sources if blocks[n].kind == "text" and blocks[n].loss != "none"]
+    if any(len(corpus) == corpus.total for corpus in learned):
+        raise UsageError(
+            "there is nothing to learn: every document of a text source is a single token",
+            hint="name longer text",
+        )
     return Mixture(sources, weights, total, seed, joined=joined)
 
 

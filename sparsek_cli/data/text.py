@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 PLAIN = (".txt", ".md", ".py")
 SUFFIXES = (".jsonl", *PLAIN, ".parquet")
 READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
+# A file that unpacks to more, or a line without an end, is no document.
+LARGEST = 1 << 32  # bytes
+# What columns of conversations are called.
+CHATS = ("messages", "conversations", "conversation", "dialogue")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -146,7 +150,9 @@ def _texts_of(path: Path, column: str | None) -> Iterator[str]:
                 yield from _jsonl(stream, path, column)
             else:
                 # "\r\n" would otherwise be tokens of its own.
-                yield _decode(stream.read(), path, 0).replace("\r\n", "\n")
+                yield _decode(_bounded(stream.read(LARGEST + 1), path), path, 0).replace(
+                    "\r\n", "\n"
+                )
     except OSError as error:
         raise UsageError(
             f"cannot read {path}: {error.strerror or error}", hint="check the file"
@@ -189,6 +195,14 @@ class _Checked(io.RawIOBase):
         super().close()
 
 
+def _bounded(raw: bytes, where: object) -> bytes:
+    if len(raw) > LARGEST:
+        raise UsageError(
+            f"{where}: a document of more than {LARGEST >> 30} GiB", hint="split it into several"
+        )
+    return raw
+
+
 def _decode(raw: bytes, path: Path, offset: int) -> str:
     if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise UsageError(
@@ -207,8 +221,9 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
 
 def _jsonl(stream: BinaryIO, path: Path, column: str | None) -> Iterator[str]:
     offset = 0
-    for number, raw in enumerate(stream, start=1):
-        line = _decode(raw, path, offset)
+    lines = iter(lambda: stream.readline(LARGEST + 1), b"")
+    for number, raw in enumerate(lines, start=1):
+        line = _decode(_bounded(raw, f"{path}:{number}"), path, offset)
         offset += len(raw)
         if not line.strip():
             continue
@@ -234,7 +249,7 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
     source = str(path)
     if path.suffix == ".zst":
         with _open(path) as stream:
-            source = pyarrow.BufferReader(stream.read())
+            source = pyarrow.BufferReader(_bounded(stream.read(LARGEST + 1), path))
     try:
         file = pyarrow.parquet.ParquetFile(source)
         wanted = column or "text"
@@ -254,6 +269,13 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
 
 def _pick(row: dict, column: str | None, where: str) -> str:
     wanted = column or "text"
+    chat = [name for name in ([wanted] if wanted in row else CHATS) if _is_chat(row, name)]
+    if chat:
+        raise UsageError(
+            f"{where}: column '{chat[0]}' holds conversations, and only text is read",
+            hint="write each as text into a column 'text' first: tokenizer.apply_chat_template("
+            "[{'role': 'user', 'content': ...}, ...], tokenize=False)",
+        )
     if wanted not in row:
         raise UsageError(
             f"{where}: no column '{wanted}'; it has: {', '.join(map(str, row))}",
@@ -276,6 +298,14 @@ def _pick(row: dict, column: str | None, where: str) -> str:
             hint="leave it out, or replace it (U+FFFD)",
         ) from error
     return text
+
+
+def _is_chat(row: dict, name: str) -> bool:
+    """Whether a column holds lists of messages, or is called so and its values are not known."""
+    value = row.get(name)
+    turns = value if isinstance(value, list) else ()
+    named = name in row and name in CHATS and all(v is None for v in row.values())
+    return named or any(isinstance(turn, dict) for turn in turns)
 
 
 def _hub_rows(

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from sparsek_cli.data.pieces import Reply
 from sparsek_cli.dialogue.engine import Engine
-from sparsek_cli.dialogue.pieces import Reply
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.errors import UsageError
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.families.positions import context_length
 
 if TYPE_CHECKING:
     import torch
@@ -296,7 +297,9 @@ class Engine:
     @property
     def context_limit(self) -> int | None:
         """Longest context the positions of this model were made for, None if unknown."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        config = self.model.config
+        own = getattr(config, "max_position_embeddings", None)
+        return own and context_length(own, getattr(config, "rope_parameters", None))
 
     def _check_room(self, tokens: int) -> None:
         limit = self._table

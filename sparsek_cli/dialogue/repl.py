@@ -1,6 +1,5 @@
 """The conversation at a terminal: lines in, replies out, and commands that start with a slash."""
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
@@ -40,13 +39,20 @@ class Repl:
 
     Args:
         session: the conversation.
-        say: prints a message that is not part of a reply.
+        say: prints a message that is not part of a reply. show: prints a piece of a reply.
         progress: opens a progress bar (description, total) with `advance(steps)`.
     """
 
-    def __init__(self, session: Session, *, say: Callable[[str], None], progress: ProgressMaker):
+    def __init__(
+        self,
+        session: Session,
+        *,
+        say: Callable[[str], None],
+        show: Callable[[str], None],
+        progress: ProgressMaker,
+    ):
         self.session = session
-        self.say = say
+        self.say, self.show = say, show
         self.progress = progress
         self._saved: set[Path] = set()
         self.commands: dict[str, Callable[[str], None]] = {
@@ -103,19 +109,16 @@ class Repl:
         self.answer(line)
 
     def answer(self, question: str) -> None:
-        """Streams one reply to stdout."""
+        """Shows one reply as it comes."""
         self._stream(self.session.ask(question))
         if self.session.engine.interrupted:
             self.say("(stopped)")
 
-    @staticmethod
-    def _stream(pieces: Iterator[str]) -> None:
+    def _stream(self, pieces: Iterator[str]) -> None:
         with closing(pieces):
             for piece in pieces:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+                self.show(piece)
+        self.show("\n")
 
     def status(self) -> str:
         """The status line, for the toolbar."""

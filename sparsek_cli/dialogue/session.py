@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.data.pieces import BLOCK, Encoder, Reply, safe_cut
 from sparsek_cli.dialogue.engine import Clock, Engine, Sampling, Snapshot, interruptible
-from sparsek_cli.dialogue.pieces import BLOCK, Encoder, Reply, safe_cut
 from sparsek_cli.dialogue.template import TurnPieces, render, template_error, turn_pieces
 from sparsek_cli.errors import SparsekError, UsageError
 
@@ -93,8 +93,9 @@ class Session:
         """Starts a new conversation under another system message.
 
         Raises:
-            UsageError: the template has no place for one.
+            UsageError: the template has no place for one, or it is not valid Unicode.
         """
+        _check_unicode(text or "", "the system message")
         if text and self.plain:
             raise UsageError(
                 "this model has no chat template, so no system message",
@@ -152,9 +153,13 @@ class Session:
         """Feeds the question and yields the reply as it comes, piece by piece.
 
         The reply counts as said even if the caller stops listening.
+
+        Raises:
+            UsageError: there is nothing to answer, or it is not valid Unicode.
         """
         if not question.strip() and not self._documents:
             raise UsageError("nothing to answer", hint="write a question")
+        _check_unicode(question, "the question")
         self._moments = [*self._moments[1 - MOMENTS :], self.moment(question)]
         self._clock = Clock()
         named = [f"[{name}]" for name, _ in self._documents]
@@ -346,3 +351,14 @@ class Session:
             closing = self._encode(pieces.before, first=False)[:1]
             stops |= set(closing) & set(self.tokenizer.all_special_ids)
         return frozenset(token for token in stops if token is not None)
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Bytes of another encoding arrive as halves of surrogate pairs, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"{what} is not valid UTF-8 (character {error.start})",
+            hint="pipe it in: iconv -f latin1 -t utf-8 FILE | sparsek chat MODEL",
+        ) from error

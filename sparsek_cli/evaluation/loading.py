@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
+from sparsek_cli.families.positions import context_length, rope_type
 from sparsek_cli.loading import (
     check_tokenizer,
     embedding_rows,
@@ -68,9 +69,9 @@ def stretch(config: Any, factor: float) -> None:
         UsageError: the model has no rotary positions, or scales them already.
     """
     rope = getattr(config, "rope_parameters", None)
-    kind = (rope or {}).get("rope_type")
+    kind = rope_type(rope)
     if kind != "default":
-        why = "has no rotary positions" if rope is None else f"scales them already ({kind})"
+        why = "has no rotary positions" if kind is None else f"scales them already ({kind})"
         raise UsageError(
             f"--yarn stretches rotary positions, and {config.model_type} {why}", hint="drop --yarn"
         )
@@ -106,15 +107,29 @@ def most_tokens(model: Any, tokenizer: Any, wanted: int | None, say: Callable[[s
     """
     from lm_eval.models.utils import resolve_max_length
 
-    own = resolve_max_length(model.config, tokenizer, default=2048)
+    config = model.config
+    own = resolve_max_length(config, tokenizer, default=2048)
+    own = context_length(own, getattr(config, "rope_parameters", None))
     if wanted is None or wanted <= own:
         return wanted or own
-    config = model.config
-    rotary = getattr(config, "rope_parameters", None) is not None
-    if not rotary and getattr(config, "max_position_embeddings", None) is not None:
+    if _positions_end(config):
         raise UsageError(
             f"--max-length {wanted} is beyond the {own:,} positions of this {config.model_type}",
             hint=f"name at most {own}",
         )
     say(f"--max-length {wanted} is beyond the {own:,} tokens the model was made for")
     return wanted
+
+
+def ways_beyond(config: Any) -> str:
+    """The flags that let prompts be longer than `most_tokens` says; "" where nothing does."""
+    if _positions_end(config):
+        return ""
+    stretchable = rope_type(getattr(config, "rope_parameters", None)) == "default"
+    return "--yarn FACTOR or --max-length N" if stretchable else "--max-length N"
+
+
+def _positions_end(config: Any) -> bool:
+    """Whether positions are looked up in a table, beyond which there are none."""
+    rotary = getattr(config, "rope_parameters", None) is not None
+    return not rotary and getattr(config, "max_position_embeddings", None) is not None

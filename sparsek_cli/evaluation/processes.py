@@ -4,10 +4,10 @@ lm-eval deals the samples of a task out to the processes and gathers them on the
 alone writes and speaks. What each process saw of its share is added up here.
 """
 
-import os
 from dataclasses import fields
 from typing import Any
 
+from sparsek_cli.devices import world_size
 from sparsek_cli.evaluation.lm.proof import Proof
 
 SUMMED = ("sparse_calls", "sparse_queries", "prompts", "truncated_prompts", "truncated_tokens")
@@ -19,7 +19,7 @@ class Ranks:
     def __init__(self) -> None:
         self.accelerator: Any = None
         self.rank, self.count = 0, 1
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if world_size() > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens
+from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens, ways_beyond
 from sparsek_cli.evaluation.measure import run_unit
 from sparsek_cli.evaluation.plan import Plan
 from sparsek_cli.evaluation.policies.policy import Policy
@@ -83,6 +83,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
         rows = ", ".join(policy.label for policy in policies)
         say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
     max_length = most_tokens(model, tokenizer, recipe.max_length, say)
+    beyond = ways_beyond(model.config)
     lm = harness_for(model, tokenizer, recipe, max_length)
     say(f"preparing {', '.join(recipe.tasks)}")
     units, absent = load_units(
@@ -91,9 +92,10 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
         tokenizer=tokenizer,
         tokenizer_path=str(checkpoint.path),
         max_length=max_length,
+        beyond=beyond,
         say=say,
     )
-    units, refused = refuse_unfit(units, lm, recipe)
+    units, refused = refuse_unfit(units, lm, recipe, beyond)
     pairs, unfit = _pairs(units, policies)
     for lines, remedy in explained([*absent, *refused, *unfit]):
         for line in lines:

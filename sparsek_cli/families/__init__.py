@@ -1,6 +1,7 @@
 """The model families, as plain data: read by conversion without importing torch or transformers.
 
 table     one row per family: add a family here
+positions the longest text that a model was made for
 row       what a row says
 layers    which layers of a model attend to everything
 refusals  families that cannot be converted, and why

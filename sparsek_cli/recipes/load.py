@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Recipe = TypeVar("Recipe", bound=BaseModel)
 
+LARGEST = 1 << 20  # bytes of a recipe
+MOST_VALUES = 100_000  # of a recipe
 WORD = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
 
@@ -174,82 +176,117 @@ def _merge(into: dict, places: dict[Loc, str], over: dict, origins: dict[Loc, st
         into[key] = value
 
 
+def read_text(file: Path) -> str:
+    """A recipe's file.
+
+    Raises:
+        UsageError: unreadable, larger than any recipe, or not UTF-8.
+    """
+    try:
+        with file.open("rb") as opened:
+            raw = opened.read(LARGEST + 1)
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}", hint="check the path") from error
+    if len(raw) > LARGEST:
+        raise UsageError(
+            f"{file} is larger than any recipe ({LARGEST >> 20} MiB)", hint="name a recipe"
+        )
+    try:
+        return raw.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text", hint="save the recipe as UTF-8") from error
+
+
 def read_yaml(file: Path) -> tuple[dict[str, Any], dict[Loc, str]]:
     """A YAML mapping and, for each path in it, "file:line" of its key.
 
     Raises:
-        UsageError: unreadable, not UTF-8, not YAML, not a mapping, or a key twice.
+        UsageError: as `read_text`; not YAML, not a mapping, a key twice, or aliases without end.
     """
-    import yaml
-
-    try:
-        text = file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text", hint="save the recipe as UTF-8") from error
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}", hint="check the path") from error
-    try:
-        loader = yaml.SafeLoader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return {}, {}
-        origins = {loc: f"{file}:{line}" for loc, line in _lines(node, (), file)}
-        tree = loader.construct_document(node)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{file}:{mark.line + 1}" if mark else str(file)
-        raise UsageError(
-            f"{where}: not valid YAML: {error.problem or error.context}",
-            hint="a recipe is a mapping of `key: value` lines",
-        ) from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(
-            f"{file}: not valid YAML: {str(error).splitlines()[0]}",
-            hint="a recipe is a mapping of `key: value` lines",
-        ) from error
+    tree, lines = _parse(read_text(file), str(file), "a recipe is a mapping of `key: value` lines")
+    if tree is None:
+        return {}, {}
     if not isinstance(tree, dict):
         raise UsageError(
             f"{file}:1: a recipe must be a mapping, not a {type(tree).__name__}",
             hint="a recipe is a mapping of `key: value` lines",
         )
-    return tree, origins
+    return tree, {loc: f"{file}:{line}" for loc, line in lines.items()}
 
 
-def _lines(node: "yaml.Node", loc: Loc, file: Path) -> Iterator[tuple[Loc, int]]:
+def _parse(text: str, where: str, hint: str) -> tuple[Any, dict[Loc, int]]:
+    """What a YAML text says, and the line of each path in it; aliases are written out.
+
+    Raises:
+        UsageError: not YAML, a key twice, or more than `MOST_VALUES` values.
+    """
     import yaml
 
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        lines: dict[Loc, int] = {}
+        for loc, line in _lines(node, (), where):
+            lines[loc] = line
+            if len(lines) > MOST_VALUES:
+                raise UsageError(
+                    f"{where}: more than {MOST_VALUES:,} values, aliases written out",
+                    hint="no recipe needs so many; write them without aliases",
+                )
+        return (None if node is None else loader.construct_document(node)), lines
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"{where}:{mark.line + 1}" if mark else where
+        why = error.problem or error.context
+        raise UsageError(f"{place}: not valid YAML: {why}", hint=hint) from error
+    except RecursionError as error:
+        why = "values lie within each other too deeply"
+        raise UsageError(f"{where}: not valid YAML: {why}", hint=hint) from error
+    except (yaml.YAMLError, ValueError) as error:
+        why = str(error).splitlines()[0]
+        raise UsageError(f"{where}: not valid YAML: {why}", hint=hint) from error
+
+
+def _lines(
+    node: "yaml.Node | None", loc: Loc, where: str, around: tuple = ()
+) -> Iterator[tuple[Loc, int]]:
+    import yaml
+
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return
+    line = node.start_mark.line + 1
+    if node in around:
+        raise UsageError(
+            f"{where}:{line}: an alias stands within what it stands for",
+            hint="write the value out instead",
+        )
+    around = (*around, node)
     if isinstance(node, yaml.MappingNode):
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if key.value in seen:
+            name = str(key.value)
+            if name in seen:
                 raise UsageError(
-                    f"{file}:{line}: key '{key.value}' is given twice (first in line "
-                    f"{seen[key.value]})",
+                    f"{where}:{line}: key '{name}' is given twice (first in line {seen[name]})",
                     hint="keep one of them",
                 )
-            seen[key.value] = line
-            yield (*loc, key.value), line
-            yield from _lines(value, (*loc, key.value), file)
-    elif isinstance(node, yaml.SequenceNode):
+            seen[name] = line
+            yield (*loc, name), line
+            yield from _lines(value, (*loc, name), where, around)
+    else:
         for index, value in enumerate(node.value):
             yield (*loc, index), value.start_mark.line + 1
-            yield from _lines(value, (*loc, index), file)
+            yield from _lines(value, (*loc, index), where, around)
 
 
 def _parse_word(word: str) -> tuple[str, Any]:
-    import yaml
-
     if not WORD.match(word):
         raise UsageError(f"'{word}' is no setting", hint="write key=value or key.sub=value")
     key, _, text = word.partition("=")
-    try:
-        return key.replace("-", "_"), yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(
-            f"'{word}': the value is not valid YAML",
-            hint="quote it for the shell and for YAML: 'key=\"text: with colon\"'",
-        ) from error
+    hint = "quote it for the shell and for YAML: 'key=\"text: with colon\"'"
+    value, _ = _parse(text, f"'{word[:80]}'", hint)
+    return key.replace("-", "_"), value
 
 
 def _assign(tree: dict, origins: dict[Loc, str], key: str, value: Any, origin: str) -> None:

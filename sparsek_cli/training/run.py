@@ -112,7 +112,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
                 ),
                 held_out=held_out_sequences(
                     recipe.data, recipe.evaluation, plan.held_out, plan.tokenizer,
-                    length=length, seed=seed,
+                    length=length, seed=seed, say=reporter.say,
                 ),
                 questions=questions, resumed=resumed, reporter=reporter, bar=bar,
             )  # fmt: skip

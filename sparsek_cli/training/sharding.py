@@ -3,8 +3,8 @@
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.devices import world_size
 from sparsek_cli.errors import UsageError
-from sparsek_cli.training.sizes import world_size
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import Launch
@@ -17,14 +17,14 @@ def check_launch(launch: "Launch", *, cpu: bool, looks_inside: dict[str, float])
         cpu: whether there is no GPU.
         looks_inside: values of the recipe's keys that need whole layers; 0 is off.
     """
-    strategy = launch.strategy
+    strategy, processes = launch.strategy, world_size()
     if strategy == "ddp":
         if launch.offload:
             raise UsageError(
                 "launch.offload needs something sharded", hint="set launch.strategy=fsdp or zero3"
             )
         return
-    if world_size() == 1:
+    if processes == 1:
         raise UsageError(
             f"launch.strategy={strategy} shards a model over processes, and there is one",
             hint="start it with `torchrun --nproc-per-node N -m sparsek_cli finetune ...`",

@@ -1,12 +1,12 @@
 """What a run will do, worked out before anything is trained: `--dry-run` prints it."""
 
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.devices import world_size
 from sparsek_cli.errors import UsageError
 
 GIB = 2**30
@@ -83,11 +83,6 @@ class Sizes:
                 f"memory       about {self.memory_gib:.1f} GiB per process (estimate)",
             ]
         )
-
-
-def world_size() -> int:
-    """Processes started by torchrun or accelerate launch; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def count_steps(

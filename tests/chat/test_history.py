@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,7 @@ def said():
 
 @pytest.fixture
 def repl(session, said):
-    return Repl(session, say=said.append, progress=no_progress)
+    return Repl(session, say=said.append, show=partial(print, end=""), progress=no_progress)
 
 
 def ask(session, question):
@@ -92,7 +93,9 @@ def test_a_saved_conversation_goes_on_elsewhere(repl, said, sparse_model, tokeni
     repl.handle(f"/save-state {file}")
     expected = ask(session, "And now?")
     other = Session(Engine(session.engine.model), tokenizer, Sampling(max_new_tokens=4))
-    Repl(other, say=said.append, progress=no_progress).handle(f"/load-state {file}")
+    Repl(other, say=said.append, show=partial(print, end=""), progress=no_progress).handle(
+        f"/load-state {file}"
+    )
     assert ask(other, "And now?") == expected
     assert other.messages == session.messages and other.engine.heard == session.engine.heard
     stranger = sparse_model("llama", topk=12, window=8, sinks=2, seed=5)
@@ -158,7 +161,7 @@ def test_transcripts_are_lines_that_finetune_reads(repl, tmp_path):
 
 def test_a_dense_model_has_no_state_and_no_budget(dense_model, tokenizer):
     session = Session(Engine(dense_model("llama")), tokenizer, Sampling(max_new_tokens=2))
-    repl = Repl(session, say=print, progress=no_progress)
+    repl = Repl(session, say=print, show=partial(print, end=""), progress=no_progress)
     repl.handle("Hello?")
     for line in ("/save-state x", "/load-state x", "/budget", "/budget 9", "/compare"):
         with pytest.raises(UsageError):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +29,7 @@ def said() -> list[str]:
 @pytest.fixture
 def repl(engine, tokenizer, said) -> Repl:
     session = Session(engine(), tokenizer, Sampling(max_new_tokens=3))
-    return Repl(session, say=said.append, progress=no_progress)
+    return Repl(session, say=said.append, show=partial(print, end=""), progress=no_progress)
 
 
 def run(repl: Repl, *lines: str) -> None:
@@ -119,3 +120,13 @@ def test_figures():
     early = Stats(100, 1 << 20, 1 << 16, 31.4, 10)
     assert "dense 64.0 KiB  |" in status_line(early, sparse=True)
     assert "grows" in status_line(stats, sparse=False)
+
+
+def test_bytes_of_another_encoding_are_refused(engine, tokenizer):
+    session, latin = Session(engine(), tokenizer), b"caf\xe9".decode("utf-8", "surrogateescape")
+    for attempt in (lambda: list(session.ask(latin)), lambda: session.set_system(latin)):
+        with pytest.raises(UsageError, match=r"is not valid UTF-8 \(character 3\)") as refusal:
+            attempt()
+        assert "iconv" in refusal.value.hint
+    assert not session.messages
+    list(session.ask("café".encode("latin1").decode("latin1")))

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
+from sparsek_cli.data.pieces import BLOCK, Encoder, Reply
 from sparsek_cli.dialogue.engine import Sampling
-from sparsek_cli.dialogue.pieces import BLOCK, Encoder, Reply
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.template import render
 from sparsek_cli.errors import SparsekError, UsageError

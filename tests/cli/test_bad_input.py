@@ -99,3 +99,19 @@ def test_refused(refused, code, words, says):
 def test_a_folder_that_may_not_be_written(refused, tmp_path, words):
     (tmp_path / "locked").mkdir(mode=0o500)
     assert "locked" in refused(1, *words)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "finetune"])
+@pytest.mark.parametrize("size", ["2", "many"])
+def test_a_process_that_nobody_launched_waits_for_no_other(sparsek, monkeypatch, verb, size):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    words = {
+        "evaluate": ["tiny", "--tasks", "recall_1", "--limit", "1", "--lengths", "256"],
+        "finetune": ["tiny", "out", "--data", __file__, "--steps", "1", "--dry-run"],
+    }
+    shown = sparsek(verb, *words[verb], "--device", "cpu")
+    assert shown.failed(2), shown
+    assert "WORLD_SIZE" in shown.err and "unset WORLD_SIZE" in shown.err
+    # As hinted: another test of this folder runs the verbs without it.

@@ -48,3 +48,29 @@ def test_control_characters_of_files_do_not_reach_the_terminal(capsys):
     report_error("no column 'text'; it has: \x1b]0;title\x07\x9b", "näme\tone 東京")
     shown = capsys.readouterr().err
     assert "\\x1b]0;title\\x07\\x9b" in shown and "\x1b" not in shown and "näme\tone 東京" in shown
+
+
+def test_nor_do_those_of_models_results_progress_and_logs(capsys, monkeypatch):
+    import logging
+
+    shown = console.Console()
+    shown.show("a \x1b[2J reply\n")
+    shown.result("a \x1b[2J table", {})
+    shown.say("a \x1b[2J line")
+    record = logging.LogRecord("sparsek_cli", logging.WARNING, "", 1, "a \x1b[2J log", (), None)
+    text = "".join(capsys.readouterr()) + console._PlainFormatter().format(record)
+    assert text.count("\\x1b[2J") == 4 and "\x1b" not in text
+    console.Console(as_json=True).result("", {"reply": "\x1b[2J"})
+    assert "\x1b" not in capsys.readouterr().out
+
+
+def test_a_file_s_name_is_no_markup_of_the_bar(monkeypatch):
+    import io
+
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    monkeypatch.setattr(console.sys, "stderr", stream)
+    monkeypatch.setenv("TERM", "xterm")
+    with console.Console().progress("reading [/red]\x1b]0;x\x07.txt", 3) as bar:
+        bar.advance(1)
+    assert "[/red]\\x1b]0;x\\x07.txt" in stream.getvalue()

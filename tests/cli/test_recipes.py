@@ -1,5 +1,6 @@
 """Recipes: precedence, and mistakes reported where they were written."""
 
+import re
 from typing import Literal
 
 import pytest
@@ -83,7 +84,7 @@ def test_mistakes_name_file_line_and_remedy(recipe, text, error, hint):
         (["train.steps=abc"], {}, "'train.steps=abc': 'train.steps' should be a valid integer"),
         (["stpes=1"], {}, "'stpes=1': unknown key 'stpes'"),
         (["noequals"], {}, "'noequals' is no setting"),
-        (["topk=[1"], {}, "the value is not valid YAML"),
+        (["topk=[1"], {}, "'topk=[1':1: not valid YAML"),
         (["topk=1", "topk.a=1"], {}, "it has no part 'a'"),
         ([], {"train.steps": -1}, "--steps: 'train.steps' should be greater than 0, not -1"),
     ],
@@ -92,6 +93,32 @@ def test_mistakes_name_the_word_or_flag(words, flags, error):
     with pytest.raises(UsageError) as caught:
         load_recipe(Recipe, None, words, flags)
     assert error in caught.value.message
+
+
+BOMB = "a0: &a0 [1, 1]\n" + "".join(
+    f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]\n" for i in range(10)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        (BOMB, "r.yaml: more than 100,000 values"),
+        (BOMB.replace("a1: &a1 [", "a1: &a1 [&b {x: 1, <<: {y: 1}}, "), "more than 100,000 values"),
+        ("a: &a [*a]\n", "r.yaml:1: an alias stands within what it stands for"),
+        ("a: &a\n  b: {c: *a}\n", "r.yaml:1: an alias stands within"),
+        ("a: " + "[" * 3000, "lie within each other too deeply"),
+        ("topk: 2020-13-45\n", "r.yaml: not valid YAML: month must be in 1..12"),
+        (" " * (1 << 20) + "a: 1", "r.yaml is larger than any recipe (1 MiB)"),
+    ],
+)
+def test_yaml_without_end_is_refused_at_once(recipe, text, error):
+    with pytest.raises(UsageError, match=re.escape(error)) as caught:
+        load_recipe(Recipe, recipe(text))
+    assert caught.value.hint
+    if "\n" in text and not text.startswith("a0"):  # words are read as files are
+        with pytest.raises(UsageError):
+            load_recipe(Recipe, None, [text.strip().replace(": ", "=", 1)])
 
 
 def test_several_mistakes_are_counted(recipe):

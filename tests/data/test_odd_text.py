@@ -38,3 +38,62 @@ def test_nulls_are_blank_and_parquet_rows_have_numbers(tmp_path):
     assert list(iterate_texts(tmp_path / "a.parquet")) == ["one", "two"]
     with pytest.raises(UsageError, match="a.parquet: row 1: column 'n' holds int"):
         list(iterate_texts(tmp_path / "a.parquet", column="n"))
+
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+SHARED = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]
+
+
+@pytest.mark.parametrize(("column", "turns"), [("messages", TURNS), ("conversations", SHARED)])
+@pytest.mark.parametrize("asked", [None, "named"])
+def test_conversations_are_refused_by_row_and_the_hint_works(
+    tmp_path, tokenizer, column, turns, asked
+):
+    import pyarrow
+    import pyarrow.parquet
+
+    file = tmp_path / "chats.jsonl"
+    file.write_text("\n" + json.dumps({column: turns}) + "\n")
+    table = pyarrow.Table.from_pylist([{column: turns}])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for path, where in ((file, "chats.jsonl:2"), (tmp_path / "a.parquet", "a.parquet")):
+        with pytest.raises(UsageError, match=f"{where}.*: column '{column}' holds convers") as no:
+            list(iterate_texts(path, column=asked and column))
+    assert "tokenizer.apply_chat_template(" in no.value.hint
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False)
+    file.write_text(json.dumps({"text": text}) + "\n")
+    assert list(iterate_texts(file)) == [text]
+
+
+def test_a_null_under_a_name_of_conversations_is_only_a_null(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"dialogue": null, "id": 1}\n{"dialogue": "a play", "id": 2}\n')
+    assert list(iterate_texts(file, column="dialogue")) == ["a play"]
+
+
+def test_what_has_no_end_is_refused(tmp_path, monkeypatch):
+    import zstandard
+
+    from sparsek_cli.data import text
+
+    monkeypatch.setattr(text, "LARGEST", 100)
+    (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n{"text": "' + "x" * 100 + '"}\n')
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"x" * 101))
+    for file, where in (("a.jsonl", "a.jsonl:2"), ("b.txt.zst", "b.txt.zst")):
+        with pytest.raises(UsageError, match=f"{where}: a document of more than"):
+            list(iterate_texts(tmp_path / file))
+
+
+def test_a_long_document_is_read_in_pieces_and_says_how_far_it_is(tokenizer, monkeypatch):
+    """The same ids as at once, where there are spaces to cut at."""
+    from sparsek_cli.data import corpus
+
+    said = []
+    prose = "\n".join(f"Line {i}: the harbour  master counted {7 * i} crates." for i in range(60))
+    documents = ["short one", prose, "another short one", "x" * 999]
+    whole, ends = corpus.build_corpus(documents, tokenizer)
+    monkeypatch.setattr(corpus, "PIECE", 300)
+    monkeypatch.setattr(corpus, "SILENCE", 0.0)
+    pieces, ends_of_pieces = corpus.build_corpus(documents, tokenizer, say=said.append)
+    assert whole.tolist() == pieces.tolist() and ends.tolist() == ends_of_pieces.tolist()
+    assert len(said) > 10 and said[0].startswith("tokenised 0 million")

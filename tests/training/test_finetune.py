@@ -3,6 +3,8 @@
 import filecmp
 import json
 import os
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from verbs import finetune
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.training.plan import plan as make_plan
+from sparsek_cli.training.run import run
 from sparsek_cli.training.storage.unfinished import part_folder
 
 
@@ -286,3 +289,40 @@ def test_bf16_keeps_scorers_in_float32(recipe, sparse_checkpoint, tmp_path, trai
     for name, tensor in weights(tmp_path / "out").items():
         wanted = torch.float32 if ".scorer." in name else torch.bfloat16
         assert tensor.dtype == wanted, name
+
+
+class Notes:
+    """A reporter that keeps what was said."""
+
+    def __init__(self):
+        self.said = []
+
+    def say(self, text=""):
+        self.said.append(text)
+
+    @contextmanager
+    def progress(self, description, total=None, *, logged=False):
+        yield SimpleNamespace(advance=lambda *a, **k: None, describe=lambda *a, **k: None)
+
+
+def test_a_held_out_text_of_one_token_measures_nothing(recipe, sparse_checkpoint, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("Whisper walnut to the guard.")
+    words = ("train=scorers", "evaluation.held_out=0.01", f"data.text.files={short}")
+    made, notes = recipe(*words, model=sparse_checkpoint()), Notes()
+    done = run(make_plan(made), notes)
+    assert done.start_loss is None and done.held_out_loss is None and done.kept == "end"
+    assert "held-out" not in done.text()
+    assert any("of 1 held-out tokens none can be predicted" in line for line in notes.said)
+    # As hinted: more of it is held out.
+    made = recipe(*words, "evaluation.held_out=0.5", "overwrite=true", model=made.model)
+    assert run(make_plan(made), notes).held_out_loss > 0.1
+
+
+def test_documents_of_one_token_teach_nothing(recipe, scratch, tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n' * 30)
+    tokenizer = tmp_path / "tokenizer"
+    config = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    with pytest.raises(UsageError, match="every document of a text source is a single token"):
+        finetune(recipe(*scratch, f"data.text.files={tmp_path / 'one.jsonl'}"))

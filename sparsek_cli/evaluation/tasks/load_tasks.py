@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its few-shot examples are the same
 # Run where the first one's data is absent and the second one's is there.
 STAND_INS = {"scrolls_narrativeqa": "scrolls_fairytaleqa"}
-CUT_HINT = "--truncate left|middle cuts and counts them; --yarn X or --max-length N allows more"
+CUT_HINT = "--truncate left|middle cuts and counts them"
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def load_units(
     tokenizer: Any,
     tokenizer_path: str,
     max_length: int,
+    beyond: str,
     say: Callable[[str], None],
 ) -> tuple[list[Unit], list[Absent]]:
     """Loads every task at every length; data that is missing is reported, not fatal.
@@ -66,6 +67,7 @@ def load_units(
         tokenizer: sizes generated prompts; has a chat template or not.
         tokenizer_path: where tasks load it from.
         max_length: lengths above it are left out unless asked for.
+        beyond: the flags that allow more, for hints; see `ways_beyond`.
 
     Raises:
         UsageError: --lengths beyond max_length, or not one task could be loaded.
@@ -74,7 +76,7 @@ def load_units(
     if too_long and any(entry.lengths for entry in entries):
         raise UsageError(
             f"--lengths {too_long[0]} is beyond {_limit(recipe.max_length, max_length)}",
-            hint=f"name lengths up to {max_length}, or stretch the model's positions with --yarn",
+            hint=f"name lengths up to {max_length}" + (f"; {beyond} allows more" if beyond else ""),
         )
     if any(needs_hub(entry, recipe.data) for entry in entries) and not hub_answers():
         go_offline()
@@ -199,7 +201,7 @@ def _load(entry: Entry, settings: dict[str, Any]) -> Any:
 
 
 def refuse_unfit(
-    units: list[Unit], lm: Any, recipe: "EvaluateRecipe"
+    units: list[Unit], lm: Any, recipe: "EvaluateRecipe", beyond: str
 ) -> tuple[list[Unit], list[Absent]]:
     """Leaves out tasks with prompts that do not fit, unless the user said how to cut them.
 
@@ -228,7 +230,8 @@ def refuse_unfit(
             f"{count} of {len(unit.task.instances)} prompts are longer than "
             f"{_limit(recipe.max_length, lm.max_length)} (longest {longest:,})"
         )
-        refused.append(Absent(unit.name, reason, CUT_HINT))
+        hint = CUT_HINT + (f"; {beyond} allows more" if beyond else "")
+        refused.append(Absent(unit.name, reason, hint))
     if not fitting:
         groups = explained(refused)
         shown = "; ".join(line for lines, _ in groups for line in lines)

@@ -1,0 +1,68 @@
+"""The longest text of a model, which YaRN in its config stretches; and the ways beyond it."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_families import tiny_config
+
+from sparsek_cli.conversion.geometry import geometry
+from sparsek_cli.dialogue.engine import Engine
+from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.loading import most_tokens, stretch, ways_beyond
+from sparsek_cli.families import TABLE
+from sparsek_cli.families.positions import context_length
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("own", "rope", "expected"),
+    [
+        (128, YARN, 512),  # as Qwen2.5's card says
+        (128, {"type": "yarn", "factor": 4}, 512),  # transformers takes its own length then
+        (512, YARN, 512),  # the stretched length stands there already
+        (131072, YARN | {"factor": 32.0, "original_max_position_embeddings": 4096}, 131072),
+        (128, {"full_attention": YARN, "sliding_attention": {"rope_type": "default"}}, 512),
+        (128, {"rope_type": "linear", "factor": 4.0}, 128),
+        (128, {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}, 128),
+        (128, {"rope_type": "yarn", "factor": "four"}, 128),
+        (128, None, 128),
+    ],
+)
+def test_the_context_is_what_yarn_makes_of_it(own, rope, expected):
+    assert context_length(own, rope) == expected
+
+
+def test_every_verb_counts_with_it(dense_model, tokenizer):
+    model = dense_model("qwen2", max_position_embeddings=128, rope_scaling=dict(YARN))
+    written = model.config.to_dict()
+    assert geometry(written, TABLE["qwen2"]).context == 512
+    old = {**written, "rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": None}
+    assert geometry(old, TABLE["qwen2"]).context == 512
+    assert Engine(model).context_limit == 512
+    said: list[str] = []
+    assert most_tokens(model, tokenizer, None, said.append) == 512
+    assert most_tokens(model, tokenizer, 400, said.append) == 400 and not said
+    assert most_tokens(model, tokenizer, 1000, said.append) == 1000 and said
+
+
+def test_only_ways_that_work_are_named(dense_model, tokenizer):
+    for family, rope, ways in (
+        ("qwen2", YARN, "--max-length N"),
+        ("llama", None, "--yarn FACTOR or --max-length N"),
+        ("gpt2", None, ""),
+    ):
+        model = dense_model(family, **({"rope_scaling": dict(rope)} if rope else {}))
+        assert ways_beyond(model.config) == ways
+        own = most_tokens(model, tokenizer, None, print)
+        if "--max-length" in ways:
+            assert most_tokens(model, tokenizer, 2 * own, lambda text: None) == 2 * own
+        else:
+            with pytest.raises(UsageError, match=f"beyond the {own:,} positions of this gpt2"):
+                most_tokens(model, tokenizer, 2 * own, print)
+        if "--yarn" in ways:
+            stretch(model.config, 2.0)
+            assert most_tokens(model, tokenizer, None, print) == 2 * own
+        else:
+            with pytest.raises(UsageError, match="--yarn stretches rotary positions"):
+                stretch(tiny_config(family, **({"rope_scaling": dict(rope)} if rope else {})), 2.0)
