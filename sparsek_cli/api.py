@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from sparsek_cli.conversion.run import Converted
     from sparsek_cli.dialogue.session import Session
     from sparsek_cli.evaluation.run import Evaluated
+    from sparsek_cli.sharing.dense import Exported
     from sparsek_cli.training.run import Trained
 
     Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -152,6 +153,33 @@ def load(
     checkpoint, where = hub.resolve(fspath(model), revision), choose_device(device)
     tokenizer = load_tokenizer(checkpoint)
     return load_model(checkpoint, device=where, dtype=choose_dtype(dtype, where)), tokenizer
+
+
+def export(
+    model: Place,
+    out: Place | None = None,
+    *,
+    revision: str | None = None,
+    copy: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> "Exported":
+    """Writes the plain dense model that a converted one is made of, as `sparsek export` does.
+
+    Args:
+        model: folder or hub id of a converted model, fine-tuned or not. revision: of a hub id.
+        out: the folder to write; default: `<name>-dense`.
+        copy: copy weights that could be linked. overwrite: replace `out`.
+        reporter: where progress goes; default: nowhere.
+
+    Returns:
+        `out`, and how the weights and the tokenizer came along.
+    """
+    from sparsek_cli.sharing.dense import plan, run
+
+    place = None if out is None else fspath(out)
+    made = plan(fspath(model), place, revision=revision, copy=copy, overwrite=overwrite)
+    return run(made, reporter)
 
 
 def chat(

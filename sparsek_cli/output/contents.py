@@ -12,6 +12,7 @@ CALIBRATION = "calibration.json"
 CONVERT_RECIPE = "sparsek.yaml"
 FINETUNE_RECIPE = "finetune.yaml"
 RUN_RECIPE = "recipe.yaml"
+EXPORT_NOTE = "sparsek-export.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Contents:
 
 MODEL = Contents(
     "a model that sparsek wrote",
-    (("config.json",), (CONVERT_RECIPE, FINETUNE_RECIPE)),
+    (("config.json",), (CONVERT_RECIPE, FINETUNE_RECIPE, EXPORT_NOTE)),
     (
         "config.json",
         "generation_config.json",
@@ -76,6 +77,7 @@ MODEL = Contents(
         CALIBRATION,
         CONVERT_RECIPE,
         FINETUNE_RECIPE,
+        EXPORT_NOTE,
         REMOTE_CODE_FILE,
         "README.md",
         "LICENSE*",

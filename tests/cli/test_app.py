@@ -12,7 +12,9 @@ import pytest
 from sparsek_cli.commands import doctor as doctor_command
 from sparsek_cli.errors import SparsekError
 
-VERBS = ("convert", "finetune", "evaluate", "eval", "chat", "bench", "doctor", "recipes")
+VERBS = (
+    "convert", "finetune", "evaluate", "eval", "chat", "export", "bench", "doctor", "recipes",
+)  # fmt: skip
 PYTHON = [sys.executable, "-m", "sparsek_cli"]
 
 

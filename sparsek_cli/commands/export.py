@@ -1,0 +1,47 @@
+"""`sparsek export`."""
+
+from typing import Annotated
+
+import typer
+
+from sparsek_cli.commands import options
+from sparsek_cli.console import Console
+
+
+def export(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="Converted model, fine-tuned or not: a folder or hub id.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="OUT", help="The folder to write [<name>-dense].", show_default=False
+        ),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the weights, do not link them.")
+    ] = False,
+    overwrite: options.Overwrite = False,
+    revision: options.Revision = None,
+    dry_run: options.DryRun = False,
+    as_json: options.Json = False,
+    verbose: options.Verbose = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """The way back: the plain dense model in MODEL, for any program, becomes OUT."""
+    from sparsek_cli.errors import UsageError
+    from sparsek_cli.sharing import dense
+
+    console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+    if model is None:
+        raise UsageError("MODEL is missing", hint="name a folder that `sparsek convert` wrote")
+    plan = dense.plan(model, out, revision=revision, copy=copy, overwrite=overwrite)
+    if options.shown_dry(console, plan, dry_run):
+        return
+    done = dense.run(plan, console)
+    console.result(done.text(), done.data())

@@ -1,0 +1,1 @@
+"""Converted models on their way elsewhere: the plain dense checkpoint, scorers alone, the hub."""
