@@ -10,9 +10,22 @@ from sparsek_cli import model_folder
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 
-# Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/).
+# Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/)
+# but additional_chat_templates/: such patterns know no "but", so folders in "add" pass.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "README.md")
-UNWANTED = ("*/*", "consolidated*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.ot", "*.msgpack", "*.h5")
+UNWANTED = (
+    "[!a]*/*",
+    "a[!d]*/*",
+    "ad[!d]*/*",
+    "consolidated*",
+    "*.bin",
+    "*.pt",
+    "*.pth",
+    "*.pkl",
+    "*.ot",
+    "*.msgpack",
+    "*.h5",
+)
 HUB_TIMEOUT = 8  # seconds for each answer of the hub; a slow network must not look like a hang
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

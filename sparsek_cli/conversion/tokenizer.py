@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ FILES = (
     "tekken.json",
     "*.model",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
 )
 # Leading and double spaces, marks of chats, digits, contractions, line ends, other scripts.
 PROBES = (
@@ -86,9 +87,7 @@ def bring(tokenizer: Any, folder: Path) -> bool:
         if not source.is_dir():
             tokenizer.save_pretrained(folder)
             return _loads_as(_facts(tokenizer), folder)
-        for file in files_in(source):
-            if not (folder / file.name).exists():
-                shutil.copyfile(file, folder / file.name)
+        copy_missing(files_in(source), source, folder)
         return _make_load_as(tokenizer, _facts(tokenizer), folder)
 
 
@@ -96,6 +95,15 @@ def files_in(folder: Path) -> list[Path]:
     """The tokenizer's files in `folder`, by name."""
     found = {path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}
     return sorted(found)
+
+
+def copy_missing(files: Iterable[Path], source: Path, folder: Path) -> None:
+    """Copies files below `source` to the same places below `folder`, where nothing is yet."""
+    for file in files:
+        target = folder / file.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file.resolve(), target)
 
 
 def _make_load_as(tokenizer: Any, facts: list[Any], folder: Path) -> bool:

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.link import Means, link_or_copy
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import INDEX, write_part
+from sparsek_cli.conversion.tokenizer import copy_missing
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
@@ -136,8 +136,7 @@ def _write(
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(folder / "config.json", converted_config(plan, scorers))
     (folder / REMOTE_CODE_FILE).write_text(remote_code_text(), encoding="utf-8")
-    for path in plan.side_files:
-        shutil.copyfile(path.resolve(), folder / path.name)
+    copy_missing(plan.side_files, plan.base.path, folder)
     if report:
         _write_json(folder / CALIBRATION, report)
     (folder / CONVERT_RECIPE).write_text(_recipe_text(plan), encoding="utf-8")

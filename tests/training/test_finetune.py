@@ -55,6 +55,16 @@ def test_lora_is_merged(recipe, sparse_checkpoint, tmp_path):
     assert not any("mlp" in name or "norm" in name or "embed" in name for name in moved)
 
 
+def test_two_lora_runs_of_one_seed_are_equal(recipe, sparse_checkpoint, tmp_path):
+    model, found = sparse_checkpoint(), []
+    for number, seed in enumerate((0, 0, 1)):
+        torch.manual_seed(number)  # whatever was drawn before
+        words = ("train=lora", "lora.rank=2", "steps=1", "evaluation.held_out=0", f"seed={seed}")
+        finetune(recipe(*words, model=model, out=f"out{number}"))
+        found.append(weights(tmp_path / f"out{number}"))
+    assert changed(found[0], found[1]) == set() and changed(found[0], found[2])
+
+
 def test_lora_teacher_is_the_base(recipe, sparse_checkpoint, tmp_path):
     made = recipe("train=lora", "objective={lm: 0, distill: 1}", "lora.targets=[q_proj]",
                   "lora.scorers=false", model=sparse_checkpoint())  # fmt: skip

@@ -1,0 +1,102 @@
+"""A tokenizer and a model belong together only if every id is a row of the embedding."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from tiny_families import VOCAB_SIZE
+from transformers import AutoTokenizer
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.loading import check_tokenizer, embedding_rows, load_tokenizer
+
+
+def test_ids_must_be_rows(tokenizer):
+    check_tokenizer(tokenizer, VOCAB_SIZE, "m")
+    check_tokenizer(tokenizer, 2 * VOCAB_SIZE, "m")  # embeddings are often rounded up
+    with pytest.raises(SparsekError, match=f"with id {VOCAB_SIZE - 1}, and the model has") as no:
+        check_tokenizer(tokenizer, VOCAB_SIZE - 1, "m")
+    assert "resize_token_embeddings" in no.value.hint
+
+
+def test_the_hint_works(tokenizer, dense_model):
+    model = dense_model("llama")
+    tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(SparsekError, match="'<one more>'"):
+        check_tokenizer(tokenizer, embedding_rows(model), "m")
+    model.resize_token_embeddings(len(tokenizer))
+    check_tokenizer(tokenizer, embedding_rows(model), "m")
+
+
+def test_a_pad_token_beyond_the_rows_is_replaced_in_memory(tokenizer):
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id == VOCAB_SIZE
+    check_tokenizer(tokenizer, VOCAB_SIZE, "m")
+    assert tokenizer.pad_token == tokenizer.eos_token
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.eos_token = None
+    with pytest.raises(SparsekError, match=r"'\[PAD\]'"):
+        check_tokenizer(tokenizer, VOCAB_SIZE, "m")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"version": "1.0", "model": {}}'])
+def test_none_or_a_broken_one_is_refused(content, tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    text = file.read_text()
+    file.unlink() if content is None else file.write_text(content)
+    with pytest.raises(SparsekError, match="has no usable tokenizer") as no:
+        load_tokenizer(folder)
+    assert "copy tokenizer.json" in no.value.hint and "\n" not in no.value.message
+    file.write_text(text)  # as hinted
+    assert load_tokenizer(folder)("hi").input_ids
+
+
+def test_additional_chat_templates_come_along(pair, tmp_path):
+    from verbs import convert
+
+    from sparsek_cli.conversion.tokenizer import bring
+    from sparsek_cli.output.contents import MODEL
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in pair("llama", "llama3").base.iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("tools: {{ tools }}")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    expected = AutoTokenizer.from_pretrained(base).chat_template
+    assert expected.keys() == {"default", "tool_use"}
+    out = tmp_path / "out"
+    recipe = ConvertRecipe(model=str(base), out=str(out), calibrate="none", topk=6, window=4)
+    assert convert(recipe).tokenizer.endswith("as of the base")
+    assert AutoTokenizer.from_pretrained(out).chat_template == expected
+    assert MODEL.foreign(out) is None  # so that --overwrite takes it for a folder of ours
+    again = tmp_path / "again"
+    again.mkdir()
+    (again / "config.json").write_text((out / "config.json").read_text())
+    assert bring(AutoTokenizer.from_pretrained(out), again)
+    assert AutoTokenizer.from_pretrained(again).chat_template == expected
+
+
+def test_the_hub_is_asked_for_them_and_for_no_other_folder():
+    from huggingface_hub.utils import filter_repo_objects
+
+    from sparsek_cli.hub import UNWANTED, WANTED
+
+    there = [
+        "config.json", "model.safetensors", "chat_template.jinja", "pytorch_model.bin",
+        "additional_chat_templates/tool_use.jinja", "onnx/model.json", "original/params.json",
+        "assets/a.json", "adapter/adapter_config.json", "checkpoint-1/model.safetensors",
+    ]  # fmt: skip
+    found = filter_repo_objects(there, allow_patterns=list(WANTED), ignore_patterns=list(UNWANTED))
+    assert list(found) == [
+        "config.json", "model.safetensors", "chat_template.jinja",
+        "additional_chat_templates/tool_use.jinja",
+    ]  # fmt: skip
