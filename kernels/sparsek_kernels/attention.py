@@ -54,7 +54,9 @@ def sparsek_attention(
         cu_seqlens: [docs + 1] bounds of documents packed along N (B must be 1); prefixes, sinks
             and windows restart at each. With a state, one row of the state per document, and
             empty documents are allowed.
-        state: what earlier calls kept. It is consumed: use the returned one, clone() to keep it.
+        state: what earlier calls kept, in q's dtype or in 8 bits (queries of this call see each
+            other's keys as they are, and earlier ones as they were kept). It is consumed: use the
+            returned one, clone() to keep it.
         scale: default 1 / sqrt(D).
         backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
 
@@ -111,6 +113,6 @@ def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state
             raise ValueError(f"the state has {state.batch} rows, the call has {rows}")
         if state.layout != layout:
             raise ValueError(f"the state was made for {state.layout}, the call asks {layout}")
-        if state.keys.shape[-1] != dim or state.keys.dtype != q.dtype:
+        if state.keys.shape[-1] != dim or (not state.quantized and state.keys.dtype != q.dtype):
             raise ValueError("the state's head size or dtype is not that of q, k and v")
     return layout

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from sparsek_kernels.quantization import dequantize, quantize
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
 
 NEVER = -(1 << 30)  # the end of a key that nobody sees
@@ -20,13 +21,17 @@ class KeyList:
     number of sink and selected slots, so that the window's oldest token joins at query 0.
 
     Attributes:
-        keys, values: [B, G, M, D]. effective: [B, G, M] float64; +inf for sinks (gate 1), -inf
-            for empty slots. positions: [B, G, M] or [B, 1, M] int64, EMPTY where there is none.
+        keys, values: [B, G, M, D], as they are attended.
+        stored: the same as the state holds them, by its names: themselves, or 8-bit codes and
+            scales; empty without a state.
+        effective: [B, G, M] float64; +inf for sinks (gate 1), -inf for empty slots.
+        positions: [B, G, M] or [B, 1, M] int64, EMPTY where there is none.
         slots: selected slots carried in, K (0 without a state).
     """
 
     keys: Tensor
     values: Tensor
+    stored: dict[str, Tensor]
     effective: Tensor
     positions: Tensor
     base: int
@@ -52,14 +57,9 @@ def list_keys(
     where = positions[:, None]
     n = k.shape[2]
     if state is None:
-        return KeyList(k, v, effective, where, -layout.window, 0, n)
+        return KeyList(k, v, {}, effective, where, -layout.window, 0, n)
     held = _held(state)
-    keys, values = (
-        t.gather(1, held.flatten(1)[..., None].expand(-1, -1, t.shape[2])).unflatten(
-            1, held.shape[1:]
-        )
-        for t in (state.keys, state.values)
-    )
+    keys, values, stored = _join(state, held, k, v)
     at = state.positions.gather(1, held.flatten(1)).view(held.shape).to(torch.int64)
     widest = max(layout.topk)
     selected = slice(layout.sinks, layout.sinks + widest)
@@ -68,14 +68,43 @@ def list_keys(
     e = e.masked_fill(at == EMPTY, -torch.inf)
     e[:, :, : layout.sinks] = torch.inf
     return KeyList(
-        torch.cat([keys, k.to(keys.dtype)], 2),
-        torch.cat([values, v.to(values.dtype)], 2),
+        keys,
+        values,
+        stored,
         torch.cat([e, effective], 2),
         torch.cat([at, where.expand(-1, layout.heads, -1)], 2),
         layout.sinks + widest,
         widest,
         n,
     )
+
+
+def _join(
+    state: SparseKState, held: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Slots `held` [B, G, M'] and new tokens [B, G, N, D]: `KeyList`'s keys, values, stored."""
+
+    def carried(x: Tensor) -> Tensor:
+        index = held.flatten(1)
+        if x.dim() == 3:
+            index = index[..., None].expand(-1, -1, x.shape[2])
+        return x.gather(1, index).unflatten(1, held.shape[1:])
+
+    if not state.quantized:
+        keys = torch.cat([carried(state.keys), k.to(state.keys.dtype)], 2)
+        values = torch.cat([carried(state.values), v.to(state.values.dtype)], 2)
+        return keys, values, {"keys": keys, "values": values}
+    joined, stored = [], {}
+    for name, codes, scale, new in (
+        ("key", state.keys, state.key_scale, k),
+        ("value", state.values, state.value_scale, v),
+    ):
+        codes, scale = carried(codes), carried(scale)
+        joined.append(torch.cat([dequantize(codes, scale, new.dtype), new], 2))
+        new_codes, new_scale = quantize(new.detach())
+        stored[f"{name}s"] = torch.cat([codes, new_codes], 2)
+        stored[f"{name}_scale"] = torch.cat([scale, new_scale], 2)
+    return joined[0], joined[1], stored
 
 
 def _held(state: SparseKState) -> Tensor:
@@ -156,8 +185,7 @@ def next_state(
     scores = scores.masked_fill(scores == torch.inf, 0.0)  # a sink's score is never read
     new = SparseKState(
         layout=layout,
-        keys=slots(keys.keys, 0),
-        values=slots(keys.values, 0),
+        **{name: slots(tensor, 0) for name, tensor in keys.stored.items()},
         positions=slots(keys.positions.expand(-1, heads, -1), EMPTY).to(torch.int32),
         scores=slots(scores, 0),
         seen=seen,

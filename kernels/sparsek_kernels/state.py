@@ -96,11 +96,13 @@ def cache_bytes(
 ) -> int:
     """Bytes of one layer's SparseKState, whatever the context (section 2: s + k + w slots).
 
-    Per slot: key and value, the position (int32) and the effective score (float64); per row the
-    number of tokens seen (int64).
+    Per slot: key and value (int8: and a float32 scale of each), the position (int32) and the
+    effective score (float64); per row the number of tokens seen (int64).
     """
     layout = SlotLayout(topk_per_head(topk, heads), window, sinks)
     slot = 2 * head_dim * dtype.itemsize + torch.int32.itemsize + torch.float64.itemsize
+    if dtype == torch.int8:
+        slot += 2 * torch.float32.itemsize
     return batch * (layout.total * slot + torch.int64.itemsize)
 
 
@@ -110,7 +112,8 @@ class SparseKState:
 
     Attributes:
         layout: how the S slots divide among heads.
-        keys, values: [B, S, D].
+        keys, values: [B, S, D], in the dtype of the call, or int8 with `key_scale` and
+            `value_scale` [B, S] float32 (see quantization.py).
         positions: [B, S] int32, EMPTY (-1) where a slot is free. A sink's token stands only in
             its sink slot; token p of the window stands in ring slot p mod w.
         scores: [B, S] float64 effective scores.
@@ -126,6 +129,8 @@ class SparseKState:
     positions: Tensor
     scores: Tensor
     seen: Tensor
+    key_scale: Tensor | None = None
+    value_scale: Tensor | None = None
     support: Tensor | None = None
     tau: Tensor | None = None
 
@@ -142,11 +147,14 @@ class SparseKState:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> SparseKState:
-        """A state that has seen nothing, for `heads` KV heads."""
+        """A state that has seen nothing, for `heads` KV heads; int8 is the 8-bit cache."""
         if window < 1 or sinks < 0:
             raise ValueError(f"window must be >= 1 and sinks >= 0, got {window} and {sinks}")
         layout = SlotLayout(topk_per_head(topk, heads), window, sinks)
         slots = (batch, layout.total)
+        scales = [None, None]
+        if dtype == torch.int8:
+            scales = [torch.zeros(slots, dtype=torch.float32, device=device) for _ in range(2)]
         return cls(
             layout=layout,
             keys=torch.zeros(*slots, head_dim, dtype=dtype, device=device),
@@ -154,11 +162,23 @@ class SparseKState:
             positions=torch.full(slots, EMPTY, dtype=torch.int32, device=device),
             scores=torch.zeros(slots, dtype=torch.float64, device=device),
             seen=torch.zeros(batch, dtype=torch.int64, device=device),
+            key_scale=scales[0],
+            value_scale=scales[1],
         )
 
     def _tensors(self) -> dict[str, Tensor]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in fields.items() if torch.is_tensor(value)}
+
+    @property
+    def slots(self) -> dict[str, Tensor]:
+        """The tensors of fixed shape by name: all but the soft support of gates log and kv."""
+        return {n: t for n, t in self._tensors().items() if n not in ("support", "tau")}
+
+    @property
+    def quantized(self) -> bool:
+        """Whether keys and values are 8-bit codes."""
+        return self.key_scale is not None
 
     def _map(self, change) -> SparseKState:
         return dataclasses.replace(self, **{n: change(t) for n, t in self._tensors().items()})
@@ -187,14 +207,14 @@ class SparseKState:
 
         Without the soft support of gates log and kv, whose size is not fixed.
         """
-        for name in ("keys", "values", "positions", "scores", "seen"):
-            getattr(self, name).copy_(getattr(other, name))
+        for name, tensor in self.slots.items():
+            tensor.copy_(getattr(other, name))
         self.support = self.tau = None
 
     def put_row(self, row: int, other: SparseKState) -> None:
         """Row `row` becomes the only row of a state of the same layout, in place; see `copy_`."""
-        for name in ("keys", "values", "positions", "scores", "seen"):
-            getattr(self, name)[row].copy_(getattr(other, name)[0])
+        for name, tensor in self.slots.items():
+            tensor[row].copy_(getattr(other, name)[0])
 
     @classmethod
     def cat(cls, states: Sequence[SparseKState]) -> SparseKState:

@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
+from sparsek_kernels.quantization import dequantize, quantize
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
 
 
@@ -38,19 +39,32 @@ def insert(state: SparseKState, key: Tensor, value: Tensor, effective: Tensor) -
         if not _asks(device) or bool(wins.any()):
             target = torch.where(wins, loser, ring).flatten()
             source = ring.flatten()
-            for flat in (state.keys.view(slots, -1), state.values.view(slots, -1)):
-                flat.index_copy_(0, target, flat.index_select(0, source))
-            for flat in (positions, scores):
+            for tensor in _per_slot(state).values():
+                flat = tensor.flatten(0, 1)
                 flat.index_copy_(0, target, flat.index_select(0, source))
     if layout.sinks:
         sink = rows[:, :, 0] + position.clamp(max=layout.sinks - 1)
         ring = torch.where(position < layout.sinks, sink, ring)
-    ring = ring.flatten()
-    state.keys.view(slots, -1).index_copy_(0, ring, key.flatten(0, 1).to(state.keys.dtype))
-    state.values.view(slots, -1).index_copy_(0, ring, value.flatten(0, 1).to(state.values.dtype))
-    positions.index_copy_(0, ring, position.to(torch.int32).expand(-1, layout.heads).flatten())
-    scores.index_copy_(0, ring, effective.flatten())
+    new = _stored(state, key, value)
+    new["positions"] = position.to(torch.int32).expand(-1, layout.heads)
+    new["scores"] = effective
+    for name, tensor in _per_slot(state).items():
+        flat = tensor.flatten(0, 1)
+        flat.index_copy_(0, ring.flatten(), new[name].flatten(0, 1).to(flat.dtype))
     state.seen += 1
+
+
+def _per_slot(state: SparseKState) -> dict[str, Tensor]:
+    """The state's tensors [B, S, ...] by name."""
+    return {name: tensor for name, tensor in state.slots.items() if name != "seen"}
+
+
+def _stored(state: SparseKState, key: Tensor, value: Tensor) -> dict[str, Tensor]:
+    """New keys and values [B, G, D] as the state holds them, by its names."""
+    if not state.quantized:
+        return {"keys": key, "values": value}
+    (keys, key_scale), (values, value_scale) = quantize(key), quantize(value)
+    return {"keys": keys, "values": values, "key_scale": key_scale, "value_scale": value_scale}
 
 
 def _asks(device: torch.device) -> bool:
@@ -78,12 +92,16 @@ def decode(q: Tensor, state: SparseKState, *, scale: float) -> Tensor:
     layout = state.layout
     slots = layout.expand(q.device)
     shape = (batch, layout.heads, layout.width)
+    keys, values = state.keys, state.values
+    if state.quantized:
+        keys = dequantize(keys, state.key_scale, q.dtype)
+        values = dequantize(values, state.value_scale, q.dtype)
     if layout.uniform:
-        keys, values = (t.view(*shape, dim) for t in (state.keys, state.values))
+        keys, values = (t.view(*shape, dim) for t in (keys, values))
         held = state.positions.view(shape) != EMPTY
     else:
         keys, values = (
-            t.index_select(1, slots.flatten()).view(*shape, dim) for t in (state.keys, state.values)
+            t.index_select(1, slots.flatten()).view(*shape, dim) for t in (keys, values)
         )
         held = state.positions[:, slots] != EMPTY
         selected = slice(layout.sinks, layout.width - layout.window)

@@ -14,23 +14,50 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.quantization import LARGEST, LEAST_SCALE
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
 from sparsek_kernels.triton.forward import LOG2_E, dot_precision, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
 _LOW = tl.constexpr(-1.0e30)
 _WIDE = tl.constexpr(1 << 32)
+_LARGEST = tl.constexpr(LARGEST)
+_LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 LEAST_SLOTS = 64  # attended by one program
 MOST_PROGRAMS = 1024  # of one launch, where fewer slots for each would only mean more of them
 JOINED_NUMBERS = 8192  # float32 that the program which joins the splits holds at once
 
 
 @triton.jit
+def _store_row(rows, scales, target, x, d, mask, D: tl.constexpr, QUANTIZED: tl.constexpr):
+    """A new key or value [D] into slot `target`; codes are those of quantization.quantize."""
+    if QUANTIZED:
+        x = x.to(tl.float32)
+        scale = tl.div_rn(tl.max(tl.abs(x), 0), tl.full([], _LARGEST, tl.float32))
+        scale = tl.maximum(scale, _LEAST_SCALE)
+        x = tl.floor(tl.div_rn(x, scale + tl.zeros_like(x)) + 0.5)
+        tl.store(scales + target, scale)
+    tl.store(rows + target * D + d, x.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _move_row(
+    rows, scales, source, target, moves, d, mask, D: tl.constexpr, QUANTIZED: tl.constexpr
+):
+    """Slot `source` also into slot `target`, where it moves."""
+    row = tl.load(rows + source * D + d, mask=mask & moves, other=0)
+    tl.store(rows + target * D + d, row, mask=mask & moves)
+    if QUANTIZED:
+        tl.store(scales + target, tl.load(scales + source), mask=moves)
+
+
+@triton.jit
 def _insert(
-    keys, values, positions, scores, seen, heads_table, arrived,
+    keys, values, key_scale, value_scale, positions, scores, seen, heads_table, arrived,
     new_key, new_value, new_score, slopes,
     nk_b, nk_h, nv_b, nv_h, ns_b, ns_h, slots, heads, sinks, window,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SLOPED: tl.constexpr,
+    QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Puts the token of one row into the slots of one head; nothing has arrived there yet.
 
@@ -73,18 +100,16 @@ def _insert(
         latest = tl.where(better, last, latest)
         worst = tl.where(better, low, worst)
     moves = (k > 0) & (leaving_position != _EMPTY) & (leaving_score > worst)
-    row = tl.load(keys + ring * D + d, mask=mask & moves, other=0.0)
-    tl.store(keys + loser * D + d, row, mask=mask & moves)
-    row = tl.load(values + ring * D + d, mask=mask & moves, other=0.0)
-    tl.store(values + loser * D + d, row, mask=mask & moves)
+    _move_row(keys, key_scale, ring, loser, moves, d, mask, D, QUANTIZED)
+    _move_row(values, value_scale, ring, loser, moves, d, mask, D, QUANTIZED)
     tl.store(positions + loser, leaving_position, mask=moves)
     tl.store(scores + loser, leaving_score, mask=moves)
     tl.debug_barrier()  # the ring row was read by all threads before it is overwritten
     target = tl.where(token < sinks, base + token, ring)
     row = tl.load(new_key + batch * nk_b + head * nk_h + d, mask=mask, other=0.0)
-    tl.store(keys + target * D + d, row.to(keys.dtype.element_ty), mask=mask)
+    _store_row(keys, key_scale, target, row, d, mask, D, QUANTIZED)
     row = tl.load(new_value + batch * nv_b + head * nv_h + d, mask=mask, other=0.0)
-    tl.store(values + target * D + d, row.to(values.dtype.element_ty), mask=mask)
+    _store_row(values, value_scale, target, row, d, mask, D, QUANTIZED)
     tl.store(positions + target, token.to(tl.int32))
     tl.store(scores + target, effective)
 
@@ -116,10 +141,11 @@ def _join_splits(
 
 @triton.jit
 def _attend_slots(
-    q, keys, values, positions, seen, heads_table, part_out, part_lse, arrived, out,
+    q, keys, values, key_scale, value_scale, positions, seen, heads_table,
+    part_out, part_lse, arrived, out,
     q_b, q_h, slots, group, extra, scale, splits, split_slots,
     ROWS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, QUANTIZED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one group's queries (the rows) over `split_slots` slots of a row and KV head.
 
@@ -149,13 +175,20 @@ def _attend_slots(
         held = tl.load(positions + at, mask=inside, other=_EMPTY) != _EMPTY
         k = load_rows(keys, at * D, d, inside, D, DP, True)
         v = load_rows(values, at * D, d, inside, D, DP, True)
+        if QUANTIZED:
+            k = k.to(rows.dtype)  # a code is exact in any of these types
+            v = v.to(rows.dtype)
         logits = tl.dot(rows, tl.trans(k), input_precision=PRECISION) * scale
+        if QUANTIZED:
+            logits *= tl.load(key_scale + at, mask=inside, other=0.0)[None, :]
         logits = tl.where(held[None, :], logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         weights = tl.exp2(logits - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         acc = acc * shrink[:, None]
+        if QUANTIZED:
+            weights *= tl.load(value_scale + at, mask=inside, other=0.0)[None, :]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     if (split == 0) & (head == 0):
@@ -212,7 +245,10 @@ def step(
         [B, H, 1, D] in q's dtype.
     """
     layout = state.layout
-    tensors = (state.keys, state.values, state.positions, state.scores, state.seen)
+    tensors = (
+        state.keys, state.values, state.key_scale, state.value_scale,
+        state.positions, state.scores, state.seen,
+    )  # fmt: skip
     run = _step_op if torch.compiler.is_compiling() else _step
     return run(
         q, key, value, score, slopes, *tensors, layout.topk, layout.window, layout.sinks, scale
@@ -220,23 +256,25 @@ def step(
 
 
 def _step(
-    q, key, value, score, slopes, keys, values, positions, scores, seen, topk, window, sinks, scale
-) -> torch.Tensor:
+    q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
+    topk, window, sinks, scale,
+) -> torch.Tensor:  # fmt: skip
     layout, device = SlotLayout(tuple(topk), window, sinks), q.device
     batch, q_heads, _, dim = q.shape
     groups, group = layout.heads, q_heads // layout.heads
     q, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, key, value))
     table = _heads_table(layout, device)
     arrived = torch.empty(batch, groups, dtype=torch.int32, device=device)
-    sloped = slopes is not None
+    sloped, quantized = slopes is not None, key_scale is not None
+    scales = (key_scale, value_scale) if quantized else (scores, scores)  # else never read
     _insert[(batch, groups)](
-        keys, values, positions, scores, seen, table, arrived,
+        keys, values, *scales, positions, scores, seen, table, arrived,
         key, value, score, slopes if sloped else score,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         score.stride(0), score.stride(1), layout.total, groups, sinks, window,
         D=dim, DP=triton.next_power_of_2(dim),
         BLOCK=min(1024, max(16, triton.next_power_of_2(max(layout.topk)))), SLOPED=sloped,
-        num_warps=4, enable_fp_fusion=False,
+        QUANTIZED=quantized, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     padded = max(16, triton.next_power_of_2(dim))
     splits, split_slots = _splits(layout, batch, group, padded)
@@ -244,18 +282,20 @@ def _step(
     part_lse = torch.empty(batch, q_heads, splits, 2, dtype=torch.float32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
     _attend_slots[(splits, groups, batch)](
-        q, keys, values, positions, seen, table, part_out, part_lse, arrived, out,
+        q, keys, values, *scales, positions, seen, table, part_out, part_lse, arrived, out,
         q.stride(0), q.stride(1), layout.total, group, sinks + window, scale * LOG2_E, splits,
         split_slots,
         ROWS=max(16, triton.next_power_of_2(group)), BN=32 if padded > 128 else 64,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
-        D=dim, DP=padded, PRECISION=dot_precision(q.dtype), num_warps=4, num_stages=3,
+        D=dim, DP=padded, PRECISION=dot_precision(q.dtype), QUANTIZED=quantized,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
 
 @torch.library.custom_op(
-    "sparsek::decode_step", mutates_args=("keys", "values", "positions", "scores", "seen")
+    "sparsek::decode_step",
+    mutates_args=("keys", "values", "key_scale", "value_scale", "positions", "scores", "seen"),
 )
 def _step_op(
     q: torch.Tensor,
@@ -265,6 +305,8 @@ def _step_op(
     slopes: torch.Tensor | None,
     keys: torch.Tensor,
     values: torch.Tensor,
+    key_scale: torch.Tensor | None,
+    value_scale: torch.Tensor | None,
     positions: torch.Tensor,
     scores: torch.Tensor,
     seen: torch.Tensor,
@@ -275,13 +317,14 @@ def _step_op(
 ) -> torch.Tensor:
     """`step` as torch.compile sees it: one opaque node that changes the state in place."""
     return _step(
-        q, key, value, score, slopes, keys, values, positions, scores, seen,
+        q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
         topk, window, sinks, scale,
     )  # fmt: skip
 
 
 @_step_op.register_fake
 def _(
-    q, key, value, score, slopes, keys, values, positions, scores, seen, topk, window, sinks, scale
-):
+    q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
+    topk, window, sinks, scale,
+):  # fmt: skip
     return q.new_empty(q.shape)
