@@ -139,12 +139,15 @@ def load(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    cache_dtype: str | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A model in eval mode on its device, and its tokenizer; converted and dense ones alike.
 
     Args:
         model: folder, short name or hub id. revision: of a hub id.
         device: auto, cpu, cuda or cuda:N. dtype: auto, bfloat16, float16 or float32.
+        cache_dtype: what a converted model's cache holds: auto (`dtype`) or int8; None: as
+            converted.
     """
     from sparsek_cli import hub
     from sparsek_cli.devices import choose_device, choose_dtype
@@ -152,7 +155,8 @@ def load(
 
     checkpoint, where = hub.resolve(fspath(model), revision), choose_device(device)
     tokenizer = load_tokenizer(checkpoint)
-    return load_model(checkpoint, device=where, dtype=choose_dtype(dtype, where)), tokenizer
+    number = choose_dtype(dtype, where)
+    return load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype), tokenizer
 
 
 def export(

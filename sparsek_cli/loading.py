@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.converted import is_converted
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -23,17 +24,33 @@ _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 
 def load_model(
-    checkpoint: "Checkpoint", *, device: "torch.device", dtype: "torch.dtype", **options: Any
+    checkpoint: "Checkpoint",
+    *,
+    device: "torch.device",
+    dtype: "torch.dtype",
+    cache_dtype: str | None = None,
+    **options: Any,
 ) -> "PreTrainedModel":
     """The causal LM in eval mode on a device; sparse and plain dense checkpoints alike.
 
     Args:
+        cache_dtype: what a converted model's cache holds, in place of what its config says.
         options: passed on to `load_weights`.
 
     Raises:
         SparsekError: see `load_weights`.
+        UsageError: a cache_dtype that does not exist, or for a model that is not converted.
     """
     model = load_weights(checkpoint.path, checkpoint.name, dtype=dtype, **options)
+    if cache_dtype is not None:
+        if not is_converted(model.config):
+            raise UsageError(
+                f"{checkpoint.name} is a dense model, whose cache is transformers' own",
+                hint="convert it first (sparsek convert), or leave the cache's dtype out",
+            )
+        from sparsek_cli.models import set_budget
+
+        set_budget(model, cache_dtype=cache_dtype)
     return model.to(device).eval()
 
 

@@ -48,8 +48,11 @@ def test_commands_of_the_guides_run(tmp_path, monkeypatch, capsys):
             for line in block.splitlines():
                 words = shlex.split(line, comments=True)
                 assert words[0] == "sparsek", line
-                extra = ["--overwrite"] if words[1] == "convert" else []
-                assert run([*words[1:], "--dry-run", *extra]) == 0, capsys.readouterr().err
+                extra = {
+                    "convert": ["--dry-run", "--overwrite"],
+                    "chat": ["--prompt", "Hello", "--max-new-tokens", "1"],
+                }.get(words[1], ["--dry-run"])
+                assert run([*words[1:], *extra]) == 0, capsys.readouterr().err
                 ran += 1
         for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
             exec(compile(block, page.name, "exec"), {})

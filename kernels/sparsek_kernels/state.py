@@ -192,6 +192,12 @@ class SparseKState:
         """Bytes of all tensors; equals `cache_bytes` (plus the soft support of log and kv)."""
         return sum(t.numel() * t.element_size() for t in self._tensors().values())
 
+    @property
+    def pair_nbytes(self) -> int:
+        """Bytes of keys and values alone, the scales of codes included."""
+        pairs = (self.keys, self.values, self.key_scale, self.value_scale)
+        return sum(t.numel() * t.element_size() for t in pairs if t is not None)
+
     def index_select(self, rows: Tensor) -> SparseKState:
         """The given rows [B'] int64, repeats allowed (beam reorder); a copy."""
         return self._map(lambda t: t.index_select(0, rows.to(t.device)))

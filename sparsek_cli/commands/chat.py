@@ -46,6 +46,10 @@ def chat(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option("--cache-dtype", metavar="TYPE", help="What the cache holds: auto or int8."),
+    ] = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -79,7 +83,8 @@ def chat(
 
     where = choose_device(device)
     tokenizer = load_tokenizer(checkpoint)
-    weights = load_model(checkpoint, device=where, dtype=choose_dtype(dtype, where))
+    number = choose_dtype(dtype, where)
+    weights = load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype)
     check_tokenizer(tokenizer, embedding_rows(weights), checkpoint.name)
     session = Session(Engine(weights), tokenizer, sampling, system)
     if not session.engine.sparse:

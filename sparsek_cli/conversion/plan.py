@@ -120,7 +120,8 @@ class Plan:
         Sliding layers hold their window either way; states are not counted.
         """
         pairs = len(self.sparse_layers) * (tokens if dense else self.budget)
-        return pairs * self._pair_bytes + self.sliding_bytes(tokens if dense else None)
+        each = self._pair_bytes if dense else self._slot_bytes
+        return pairs * each + self.sliding_bytes(tokens if dense else None)
 
     def sliding_bytes(self, tokens: int | None) -> int:
         """KV bytes of the layers that slide, after so many tokens; None: their windows are full."""
@@ -133,6 +134,13 @@ class Plan:
         """Of a key and value in every KV head of a layer."""
         width = 4 if self.geometry.dtype in ("float32", "float") else 2
         return 2 * self.geometry.kv_heads * self.geometry.head_dim * width
+
+    @property
+    def _slot_bytes(self) -> int:
+        """The same where SparseK holds them: in 8 bits, each with a float32 scale, if asked for."""
+        if self.recipe.cache_dtype == "auto":
+            return self._pair_bytes
+        return 2 * self.geometry.kv_heads * (self.geometry.head_dim + 4)
 
     def data(self) -> dict[str, Any]:
         """For --json: what --dry-run shows."""

@@ -158,6 +158,9 @@ def _check_cache_bytes(plan: Plan, scorers: list[Scorer]) -> int:
 
     size = plan.geometry
     half = size.dtype not in ("float32", "float")
+    stored = torch.bfloat16 if half else torch.float32
+    if plan.recipe.cache_dtype == "int8":
+        stored = torch.int8
     held = plan.sliding_bytes(None)
     for scorer in scorers:
         state = SparseKState.empty(
@@ -167,10 +170,10 @@ def _check_cache_bytes(plan: Plan, scorers: list[Scorer]) -> int:
             topk=scorer.topk,
             window=plan.window,
             sinks=plan.sinks,
-            dtype=torch.bfloat16 if half else torch.float32,
+            dtype=stored,
             device="cpu",
         )
-        held += sum(x.numel() * x.element_size() for x in (state.keys, state.values))
+        held += state.pair_nbytes
     # The formula knows one size for all heads; sizes that differ may leave a few slots over.
     limit = plan.cache_bytes(0, dense=False)
     uniform = all(set(scorer.topk) == {plan.topk} for scorer in scorers)

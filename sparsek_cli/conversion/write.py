@@ -168,6 +168,7 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
             "sinks": plan.sinks,
             "gate": plan.recipe.gate,
             "scorer": _scorer_block(scorers[0]),
+            **({} if plan.recipe.cache_dtype == "auto" else {"cache_dtype": "int8"}),
         },
     )
     if row.dropout:

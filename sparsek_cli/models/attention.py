@@ -181,7 +181,7 @@ def _check_layer(layer: SparseKCacheLayer, budget: Any, dtype: torch.dtype) -> N
             f"the cache was made for {layer.budget}, the model now has {budget}",
             hint="make a new cache after changing the budget",
         )
-    if layer.state.keys.dtype != dtype:
+    if not layer.state.quantized and layer.state.keys.dtype != dtype:
         raise SparsekError(
             f"the cache holds {layer.state.keys.dtype}, the new keys are {dtype}",
             hint="use a cache inside of autocast or outside of it, not both",

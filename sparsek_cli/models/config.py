@@ -4,6 +4,8 @@
 "sparsek": {"topk": 380, "window": 128, "sinks": 4, "gate": "straight_through",
             "scorer": {"type": "linear"}}
 ```
+`"cache_dtype": "int8"` is there where the cache holds keys and values in 8 bits; without it they
+are in the model's own dtype.
 A scorer of type `mlp` also has a `width`, the units of its hidden layer (128).
 `topk` is one integer, or a list with one entry per layer, each an integer or a list with one
 integer per KV head; null for layers that do not attend to everything, which stay as they are.
@@ -26,6 +28,7 @@ GATES = ("straight_through", "log", "kv")
 # random: a rival to train, pairs kept by a hash of their position.
 SCORERS = ("linear", "mlp", "random")
 MLP_WIDTH = 128
+CACHE_DTYPES = ("auto", "int8")  # auto: the model's own, and no key in the block
 ATTENTION = "sparsek"  # the name under which transformers knows our attention function
 DENSE_ATTENTION = "sparsek_dense"  # the same weights, attending densely; only on request
 DEFAULTS: dict[str, Any] = {
@@ -46,12 +49,14 @@ class LayerBudget:
         window: most recent tokens always seen, the query's own included; >= 1.
         sinks: first tokens always seen; >= 0.
         gate: one of `GATES` (method: straight_through, log, or the paper's kv).
+        cache_dtype: one of `CACHE_DTYPES`.
     """
 
     topk: int | tuple[int, ...]
     window: int
     sinks: int
     gate: str
+    cache_dtype: str = "auto"
 
 
 def own_attention(name: str | None) -> str:
@@ -98,7 +103,8 @@ def layer_budget(config: Any, layer: int) -> LayerBudget:
     if isinstance(topk, list):
         topk = topk[layer]
         topk = tuple(topk) if isinstance(topk, list) else topk
-    return LayerBudget(topk, block["window"], block["sinks"], block["gate"])
+    stored = block.get("cache_dtype", "auto")
+    return LayerBudget(topk, block["window"], block["sinks"], block["gate"], stored)
 
 
 def check_settings(
@@ -115,10 +121,11 @@ def check_settings(
     Raises:
         UsageError: an unknown key, a wrong type, or a value out of range; names the key.
     """
+    known = (*DEFAULTS, "cache_dtype")
     for key in settings:
-        if key not in DEFAULTS:
-            near = get_close_matches(str(key), DEFAULTS, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(DEFAULTS)}"
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
             raise UsageError(f"sparsek settings have no key `{key}`", hint=hint)
     merged = {**DEFAULTS, **settings}
     checked: dict[str, Any] = {
@@ -130,6 +137,13 @@ def check_settings(
         raise UsageError(f"gate is {merged['gate']!r}", hint=f"the gates are {', '.join(GATES)}")
     checked["gate"] = merged["gate"]
     checked["scorer"] = _check_scorer(merged["scorer"])
+    stored = merged.get("cache_dtype", "auto")
+    if stored not in CACHE_DTYPES:
+        raise UsageError(
+            f"cache_dtype is {stored!r}", hint=f"it is one of {', '.join(CACHE_DTYPES)}"
+        )
+    if stored != "auto":
+        checked["cache_dtype"] = stored
     return checked
 
 

@@ -20,13 +20,14 @@ def set_budget(
     window: int | None = None,
     sinks: int | None = None,
     gate: str | None = None,
+    cache_dtype: str | None = None,
 ) -> dict[str, Any]:
     """Change how many pairs a model keeps; what is None stays. Caches made before are refused.
 
     Args:
         model: a converted model (wrapped or not).
         topk: as in the `sparsek` block: one integer, or one entry per layer.
-        window, sinks, gate: as in the `sparsek` block.
+        window, sinks, gate, cache_dtype: as in the `sparsek` block.
 
     Returns:
         The block as it was: `set_budget(model, **{k: old[k] for k in ("topk", ...)})` undoes it.
@@ -36,7 +37,9 @@ def set_budget(
     """
     config = sparsek_attentions(model)[0].config
     before = config.sparsek
-    changes = {"topk": topk, "window": window, "sinks": sinks, "gate": gate}
+    changes = {
+        "topk": topk, "window": window, "sinks": sinks, "gate": gate, "cache_dtype": cache_dtype,
+    }  # fmt: skip
     config.sparsek = check_settings(
         {**before, **{key: value for key, value in changes.items() if value is not None}},
         layers=config.num_hidden_layers,

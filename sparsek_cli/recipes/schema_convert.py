@@ -113,6 +113,11 @@ class ConvertRecipe(BaseModel):
         "straight_through",
         description="how scores enter attention: straight_through, log or kv (the paper's)",
     )
+    cache_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="what the cache holds keys and values in: auto (the model's dtype) or int8 "
+        "with a scale for each, about half the bytes",
+    )
     budgets: Literal["per_head", "uniform"] = Field(
         "per_head",
         description="per_head: calibration gives heads that look far back more of the same total; "

@@ -42,6 +42,17 @@ def test_bytes_are_equal_and_below_dense(model, budget):
     assert size * dense_pairs == dense_size * pairs
 
 
+def test_the_8_bit_row_holds_the_same_pairs_in_fewer_bytes(model):
+    from sparsek_cli.evaluation.lm.proof import held
+
+    rows = {name: held(read(model, make_policy(name))[0]) for name in ("sparsek", "sparsek:int8")}
+    (pairs, size), (coded_pairs, coded_size) = rows.values()
+    dim = model.config.hidden_size // model.config.num_attention_heads
+    assert coded_pairs == pairs and coded_size == 2 * pairs * (dim + 4) < size
+    assert make_policy("sparsek:int8").read_chunk < make_policy("sparsek").read_chunk
+    assert "cache_dtype" not in model.config.sparsek
+
+
 def test_window_by_scores_is_window_by_budget(model):
     import torch
 

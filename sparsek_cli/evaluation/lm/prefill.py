@@ -8,7 +8,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparsek_cli.evaluation.lm.proof import Proof
-from sparsek_cli.models.generation.prefill import READ_CHUNK
 
 if TYPE_CHECKING:
     from sparsek_cli.evaluation.policies.policy import Policy
@@ -138,8 +137,9 @@ class PromptReader(HFLM):
         ids = torch.as_tensor(tokens, dtype=torch.long, device=self.device)
         ids = ids[None] if ids.ndim == 1 else ids
         pieces = []
-        for start in range(0, ids.shape[1], READ_CHUNK):
-            chunk = ids[:, start : start + READ_CHUNK]
+        step = self.policy.read_chunk
+        for start in range(0, ids.shape[1], step):
+            chunk = ids[:, start : start + step]
             after = ids.shape[1] - start - chunk.shape[1]  # tokens still to come
             wanted = chunk.shape[1] if keep == 0 else max(0, min(keep - after, chunk.shape[1]))
             # logits_to_keep=0 means all of them; a position that nobody wants costs little.

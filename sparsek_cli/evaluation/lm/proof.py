@@ -68,14 +68,14 @@ def held(cache: Any, row: int = 0, padding: int = 0) -> tuple[int, int]:
     Args:
         padding: pairs per KV head that only fill the row up to the length of others.
     """
-    from sparsek_cli.models.cache.bytes import state_bytes
+    from sparsek_cli.models.cache.bytes import pair_bytes, state_bytes
 
     pairs = size = 0
     for layer in cache.layers:
         state, places = getattr(layer, "state", None), getattr(layer, "places", None)
         if state is not None:  # slots, of which -1 marks the empty ones
             pairs += int((state.positions[row] >= 0).sum())
-            size += (layer.keys.nbytes + layer.values.nbytes + state_bytes(layer)) // state.batch
+            size += (pair_bytes(layer) + state_bytes(layer)) // state.batch
         elif places is not None:  # heads that hold fewer pairs than others have slots to spare
             kept = int((places[row] >= 0).sum())
             pairs += kept

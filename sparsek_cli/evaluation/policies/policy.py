@@ -38,6 +38,13 @@ class Policy:
         """Name in tables and folders, e.g. "window-512"."""
         return self.name if self.budget is None else f"{self.name}-{self.budget}"
 
+    @property
+    def read_chunk(self) -> int:
+        """Tokens of a prompt that are read at once."""
+        from sparsek_cli.models.generation.prefill import READ_CHUNK
+
+        return READ_CHUNK
+
     def unfit_for(self, task: Any) -> str | None:
         """Why the policy cannot be measured on a task of lm-eval, or None."""
         return None

@@ -18,6 +18,7 @@ PRESS = "kvpress:"
 SHARED = ":shared"  # after the name of a rule that evicts: slots shared out over layers and heads
 SUMMARIES = {
     OWN: "the converted model as it is",
+    "sparsek:int8": "the converted model, keys and values of its cache in 8 bits",
     DENSE: "the same weights with ordinary attention and a growing cache",
     "window": "sinks and the newest pairs, at the same bytes",
     "random": "sinks, window and random pairs, at the same bytes",
@@ -48,7 +49,9 @@ def make_policy(name: str, budget: int | None = None, seed: int = 0) -> Policy:
         return Press(budget, seed, press=name.removeprefix(PRESS))
     from sparsek_cli.evaluation.policies import dense, sparse
 
-    kinds: list[type[Policy]] = [dense.Dense, sparse.SparseK, sparse.Window, sparse.Random]
+    kinds: list[type[Policy]] = [
+        dense.Dense, sparse.SparseK, sparse.SparseK8Bit, sparse.Window, sparse.Random,
+    ]  # fmt: skip
     found = next((kind for kind in kinds if kind.name == name), None)
     if found is not None:
         return found(budget, seed)

@@ -18,6 +18,20 @@ class SparseK(Policy):
     name: ClassVar[str] = "sparsek"
 
 
+class SparseK8Bit(SparseK):
+    """The converted model, its cache in 8 bits: what that loses."""
+
+    name: ClassVar[str] = "sparsek:int8"
+    # Tokens read together see each other's keys as they are, which would hide the loss.
+    read_chunk: ClassVar[int] = 256
+
+    def rule(self, model: Any) -> AbstractContextManager:
+        """Keys and values as codes."""
+        from sparsek_cli.models import budget
+
+        return budget(model, cache_dtype="int8")
+
+
 class Window(Policy):
     """Sinks and the newest k + w pairs."""
 

@@ -12,7 +12,13 @@ import torch
 from sparsek_kernels import cache_bytes
 from transformers.cache_utils import LinearAttentionLayer
 
-from sparsek_cli.models.config import head_dim, kv_heads, layer_budget, sparse_layers
+from sparsek_cli.models.config import (
+    LayerBudget,
+    head_dim,
+    kv_heads,
+    layer_budget,
+    sparse_layers,
+)
 
 
 def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
@@ -26,8 +32,14 @@ def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
     total = sliding_bytes(config, None, dtype, batch)
     for layer in sparse_layers(config):
         budget = layer_budget(config, layer)
-        total += cache_bytes(batch, budget.topk, budget.window, budget.sinks, heads, size, dtype)
+        stored = slot_dtype(budget, dtype)
+        total += cache_bytes(batch, budget.topk, budget.window, budget.sinks, heads, size, stored)
     return total
+
+
+def slot_dtype(budget: LayerBudget, dtype: torch.dtype) -> torch.dtype:
+    """What a layer's slots hold keys and values in, where the model computes in `dtype`."""
+    return torch.int8 if budget.cache_dtype == "int8" else dtype
 
 
 def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int = 1) -> int:
@@ -38,7 +50,10 @@ def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int =
 
 
 def pair_bytes(layer: Any) -> int:
-    """Bytes of the keys and values that a layer of any cache holds now."""
+    """Bytes of the keys and values, scales of codes included, that a layer of any cache holds."""
+    state = getattr(layer, "state", None)
+    if state is not None:
+        return state.pair_nbytes
     held = [getattr(layer, name, None) for name in ("keys", "values")]
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 

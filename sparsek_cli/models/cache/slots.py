@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
-from sparsek_cli.models.cache.bytes import pair_bytes, state_bytes
+from sparsek_cli.models.cache.bytes import pair_bytes, slot_dtype, state_bytes
 from sparsek_cli.models.config import (
     LayerBudget,
     layer_budget,
@@ -85,7 +85,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             topk=self.budget.topk,
             window=self.budget.window,
             sinks=self.budget.sinks,
-            dtype=dtype,
+            dtype=slot_dtype(self.budget, dtype),
             device=key_states.device,
         )
 

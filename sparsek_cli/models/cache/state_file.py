@@ -22,7 +22,8 @@ from sparsek_cli.models.cache.slots import SparseKCache
 
 FORMAT = "sparsek-state-1"
 _SLOTS = ("keys", "values", "positions", "scores", "seen")
-_SOFT = ("support", "tau")  # of gates log and kv
+# Of gates log and kv; of 8-bit caches.
+_SOMETIMES = ("support", "tau", "key_scale", "value_scale")
 
 
 def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any = None) -> None:
@@ -46,7 +47,7 @@ def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any 
         )
     tensors = {}
     for index, layer in enumerate(cache.layers):
-        for name in (*_SLOTS, *_SOFT):
+        for name in (*_SLOTS, *_SOMETIMES):
             value = getattr(layer.state, name)
             if value is not None:
                 tensors[f"layers.{index}.{name}"] = value.detach().cpu().contiguous()
@@ -94,7 +95,7 @@ def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
             for index, layer in enumerate(cache.layers):
                 tensors = {
                     name: file.get_tensor(f"layers.{index}.{name}")
-                    for name in (*_SLOTS, *_SOFT)
+                    for name in (*_SLOTS, *_SOMETIMES)
                     if f"layers.{index}.{name}" in names
                 }
                 layer.state = _state(layer, heads[index], tensors, path)
@@ -119,7 +120,10 @@ def _state(layer: Any, heads: int, tensors: dict[str, torch.Tensor], path: Path)
         dtype=keys.dtype,
         device="meta",
     )
-    if any(getattr(state, name).shape != tensors[name].shape for name in _SLOTS):
+    if any(
+        name not in tensors or tensor.shape != tensors[name].shape
+        for name, tensor in state.slots.items()
+    ):
         raise UsageError(f"'{path}' is damaged: its slots do not fit", hint="name another file")
     return dataclasses.replace(state, **tensors)
 
@@ -138,7 +142,7 @@ def _check(path: Path, metadata: dict[str, str], cache: SparseKCache, model: Any
 def _check_dtype(path: Path, dtype: str, model: Any) -> None:
     names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
     saved, now = names.get(dtype, dtype), str(model.dtype).removeprefix("torch.")
-    if saved != now:
+    if dtype != "I8" and saved != now:
         raise UsageError(
             f"'{path}' was saved in {saved}, the model runs in {now}", hint=f"use --dtype {saved}"
         )
@@ -147,7 +151,8 @@ def _check_dtype(path: Path, dtype: str, model: Any) -> None:
 def _budget(layer: Any) -> list[Any]:
     budget = layer.budget
     topk = budget.topk if isinstance(budget.topk, int) else list(budget.topk)
-    return [topk, budget.window, budget.sinks, budget.gate]
+    described = [topk, budget.window, budget.sinks, budget.gate]
+    return described if budget.cache_dtype == "auto" else [*described, budget.cache_dtype]
 
 
 @torch.no_grad()

@@ -205,7 +205,7 @@ def _obstacle(model: nn.Module, cache: SparseKCache) -> str | None:
     gates = {layer.budget.gate for layer in cache.layers} - {"straight_through"}
     if gates:
         return f"gate {gates.pop()!r} keeps a list that grows"
-    backend, why = dispatch.explain(model.device, cache.layers[0].state.keys.dtype)
+    backend, why = dispatch.explain(model.device, model.dtype)
     if backend != "triton":
         return f"attention runs on the {backend} backend: {why}"
     if model.training:
