@@ -4,15 +4,35 @@
 >>> done = sparsek.convert("tiny", "tiny-sparsek", budget=512)  # doctest: +SKIP
 
 Functions are imported when they are first used: `import sparsek_cli` costs nothing. They are
-documented in `sparsek_cli/api.py`: convert, finetune, evaluate, load, chat, export.
+documented in `sparsek_cli/api.py`: convert, finetune, evaluate, load, chat, export,
+export_scorers, merge.
 """
 
 TYPE_CHECKING = False  # as type checkers read it; importing typing takes longer than the rest
 if TYPE_CHECKING:
-    from sparsek_cli.api import chat, convert, evaluate, export, finetune, load
+    from sparsek_cli.api import (
+        chat,
+        convert,
+        evaluate,
+        export,
+        export_scorers,
+        finetune,
+        load,
+        merge,
+    )
 
 __version__ = "0.2.0.dev0"
-__all__ = ["__version__", "chat", "convert", "evaluate", "export", "finetune", "load"]
+__all__ = [
+    "__version__",
+    "chat",
+    "convert",
+    "evaluate",
+    "export",
+    "export_scorers",
+    "finetune",
+    "load",
+    "merge",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from sparsek_cli.dialogue.session import Session
     from sparsek_cli.evaluation.run import Evaluated
     from sparsek_cli.sharing.dense import Exported
+    from sparsek_cli.sharing.merge import Merged
+    from sparsek_cli.sharing.take_scorers import Taken
     from sparsek_cli.training.run import Trained
 
     Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -136,6 +138,7 @@ def evaluate(
 def load(
     model: Place,
     *,
+    scorers: Place | None = None,
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
@@ -144,7 +147,9 @@ def load(
     """A model in eval mode on its device, and its tokenizer; converted and dense ones alike.
 
     Args:
-        model: folder, short name or hub id. revision: of a hub id.
+        model: folder, short name or hub id.
+        scorers: file, folder or hub id of scorers alone, to put onto a dense `model`, which must
+            be the one that they were made for. revision: of `model`, a hub id.
         device: auto, cpu, cuda or cuda:N. dtype: auto, bfloat16, float16 or float32.
         cache_dtype: what a converted model's cache holds: auto (`dtype`) or int8; None: as
             converted.
@@ -154,9 +159,17 @@ def load(
     from sparsek_cli.loading import load_model, load_tokenizer
 
     checkpoint, where = hub.resolve(fspath(model), revision), choose_device(device)
-    tokenizer = load_tokenizer(checkpoint)
-    number = choose_dtype(dtype, where)
-    return load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype), tokenizer
+    tokenizer, number = load_tokenizer(checkpoint), choose_dtype(dtype, where)
+    if scorers is None:
+        weights = load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype)
+        return weights, tokenizer
+    from sparsek_cli.sharing.merge import load_onto
+    from sparsek_cli.sharing.scorers_file import read
+
+    weights = load_onto(
+        checkpoint, read(scorers), device=where, dtype=number, cache_dtype=cache_dtype
+    )
+    return weights, tokenizer
 
 
 def export(
@@ -183,6 +196,59 @@ def export(
 
     place = None if out is None else fspath(out)
     made = plan(fspath(model), place, revision=revision, copy=copy, overwrite=overwrite)
+    return run(made, reporter)
+
+
+def export_scorers(
+    model: Place,
+    out: Place | None = None,
+    *,
+    revision: str | None = None,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> "Taken":
+    """Writes the scorers of a converted model alone, as `sparsek export --scorers` does.
+
+    Args:
+        out: the folder to write, or a file that ends in .safetensors; default: `<name>-scorers`.
+        others: as of `export`.
+
+    Returns:
+        `out`, and the hash of the weights that they belong to.
+    """
+    from sparsek_cli.sharing.take_scorers import plan, run
+
+    place = None if out is None else fspath(out)
+    return run(plan(fspath(model), place, revision=revision, overwrite=overwrite), reporter)
+
+
+def merge(
+    base: Place,
+    scorers: Place,
+    out: Place | None = None,
+    *,
+    revision: str | None = None,
+    copy: bool = False,
+    overwrite: bool = False,
+    reporter: Reporter | None = None,
+) -> "Merged":
+    """Puts scorers onto the base that they were made for, as `sparsek merge` does.
+
+    Args:
+        base: folder, short name or hub id of the dense model. revision: of a hub id.
+        scorers: a file, a folder or a hub id.
+        out: the folder to write; default: `<name>-sparsek`.
+        others: as of `export`.
+
+    Returns:
+        `out`, and what was verified.
+    """
+    from sparsek_cli.sharing.merge import plan, run
+
+    made = plan(
+        fspath(base), fspath(scorers), None if out is None else fspath(out),
+        revision=revision, copy=copy, overwrite=overwrite,
+    )  # fmt: skip
     return run(made, reporter)
 
 

@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 
 from sparsek_cli import __version__
-from sparsek_cli.commands import bench, chat, convert, doctor, evaluate, export, finetune, recipes
+from sparsek_cli.commands import (
+    bench,
+    chat,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    merge,
+    recipes,
+)
 from sparsek_cli.console import escaped, report_error, set_up_logging
 from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError
 
@@ -55,6 +65,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("eval", hidden=True)(evaluate.evaluate)
 app.command("chat")(chat.chat)
 app.command("export")(export.export)
+app.command("merge")(merge.merge)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")

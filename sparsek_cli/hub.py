@@ -47,6 +47,11 @@ class Checkpoint:
     source: str
     revision: str | None = None
 
+    @property
+    def title(self) -> str:
+        """What to call it among strangers: the hub id, else the name."""
+        return self.source if "/" in self.source else self.name
+
     def config(self) -> dict:
         """config.json as a dictionary."""
         return model_folder.read_config(self.path)
@@ -88,10 +93,24 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     if short is not None:
         path = _download(short.hub_id, revision)
         return _checked(Checkpoint(path, name.lower(), short.hub_id, revision))
-    if _looks_like_path(name) or os.path.lexists(folder) or not _HUB_ID.fullmatch(name):
+    if os.path.lexists(folder) or not is_hub_id(name):
         raise _no_such_name(name, folder)
     path = _download(name, revision)
     return _checked(Checkpoint(path, name.split("/")[1], name, revision))
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be one on the hub: owner/name, and no path."""
+    return not _looks_like_path(name) and _HUB_ID.fullmatch(name) is not None
+
+
+def fetch(hub_id: str, revision: str | None = None) -> Path:
+    """The folder of a hub repository in the cache, whatever it holds; `resolve` is for models.
+
+    Raises:
+        UsageError, SparsekError: as `resolve`.
+    """
+    return _download(hub_id, revision)
 
 
 def bundled(name: str = "tiny") -> Checkpoint:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.output.contents import SCORERS
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _SAVE = "from_pretrained(...).save_pretrained(FOLDER)"
@@ -38,6 +39,8 @@ def file_error(file: Path) -> UsageError:
             f"'{file}' is a file of pickled weights, not a checkpoint folder",
             hint=f"pickles can run code and are not read: {_SAVE} writes safetensors",
         )
+    if suffix == ".safetensors" and (error := _scorers_error(file, str(file))):
+        return error
     what = "safetensors file" if suffix == ".safetensors" else "file"
     return UsageError(
         f"'{file}' is a {what}, not a checkpoint folder",
@@ -109,6 +112,8 @@ def _no_config(path: Path) -> UsageError:
         base = _json(path / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
         return UsageError(f"'{path}' is a PEFT adapter{of}, not a whole model", hint=_MERGE)
+    if error := _scorers_error(path / SCORERS, str(path)):
+        return error
     if holds("*.gguf"):
         return UsageError(
             f"'{path}' holds GGUF files, of which convert reads one at a time",
@@ -144,6 +149,22 @@ def _no_config(path: Path) -> UsageError:
     if not any(path.iterdir()):
         return UsageError(f"{no}; it is empty", hint="name the folder that holds the model")
     return UsageError(no, hint=f"name a folder with config.json and *.safetensors ({_SAVE})")
+
+
+def _scorers_error(file: Path, name: str) -> UsageError | None:
+    """The refusal of scorers alone; None where the file holds none."""
+    if not file.is_file():
+        return None
+    from sparsek_cli.sharing.scorers_file import header
+
+    found = header(file)
+    if found is None:
+        return None
+    base = found.base["name"]
+    return UsageError(
+        f"'{name}' holds scorers alone, made for {base}",
+        hint=f"put them onto it: `sparsek merge {base} {name} OUT`, then name OUT",
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:

@@ -47,6 +47,9 @@ def convert(
     again: Annotated[
         bool, typer.Option("--again", help="MODEL is converted: calibrate it anew, as it is now.")
     ] = False,
+    scorers_only: Annotated[
+        bool, typer.Option("--scorers-only", help="Write the scorers alone; see `sparsek merge`.")
+    ] = False,
     copy: Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")] = False,
     overwrite: options.Overwrite = False,
     revision: options.Revision = None,
@@ -90,6 +93,7 @@ def convert(
         "gate": gate,
         "calibrate": calibrate,
         "again": again or None,
+        "scorers_only": scorers_only or None,
         "copy": copy or None,
         "overwrite": overwrite or None,
         "revision": revision,
@@ -103,8 +107,11 @@ def convert(
     if options.shown_dry(console, plan, dry_run):
         return
     done = run(plan, console)
-    last_model.remember(done.out)
     console.result(done.text(), done.data())
+    if request.scorers_only:
+        console.say(f"\nnext: sparsek merge {request.model} {done.out} OUT")
+        return
+    last_model.remember(done.out)
     console.say(f"\nnext: sparsek chat {done.out}")
     console.say(f"      sparsek eval {done.out} --tasks ppl,recall --baselines dense,window,random")
 

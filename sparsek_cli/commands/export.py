@@ -23,6 +23,14 @@ def export(
             metavar="OUT", help="The folder to write [<name>-dense].", show_default=False
         ),
     ] = None,
+    scorers: Annotated[
+        bool,
+        typer.Option(
+            "--scorers",
+            help="The scorers alone, for `sparsek merge`; OUT is a folder, or a file if it ends "
+            "in .safetensors [<name>-scorers].",
+        ),
+    ] = False,
     copy: Annotated[
         bool, typer.Option("--copy", help="Copy the weights, do not link them.")
     ] = False,
@@ -35,11 +43,19 @@ def export(
 ) -> None:
     """The way back: the plain dense model in MODEL, for any program, becomes OUT."""
     from sparsek_cli.errors import UsageError
-    from sparsek_cli.sharing import dense
+    from sparsek_cli.sharing import dense, take_scorers
 
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
     if model is None:
         raise UsageError("MODEL is missing", hint="name a folder that `sparsek convert` wrote")
+    if scorers and copy:
+        raise UsageError("--scorers and --copy are both given", hint="drop one of them")
+    if scorers:
+        taking = take_scorers.plan(model, out, revision=revision, overwrite=overwrite)
+        if not options.shown_dry(console, taking, dry_run):
+            taken = take_scorers.run(taking, console)
+            console.result(taken.text(), taken.data())
+        return
     plan = dense.plan(model, out, revision=revision, copy=copy, overwrite=overwrite)
     if options.shown_dry(console, plan, dry_run):
         return

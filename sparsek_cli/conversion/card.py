@@ -6,15 +6,16 @@ from typing import Any
 from sparsek_cli.conversion.plan import Plan
 
 
-def model_card(plan: Plan, report: Mapping[str, Any] | None) -> str:
+def model_card(plan: Plan, report: Mapping[str, Any] | None, scorers: str = "") -> str:
     """Model card with front matter that the hub reads.
 
     Args:
         plan: the conversion.
         report: what calibration measured; None without calibration.
+        scorers: what to say of scorers that came from elsewhere.
     """
     size = plan.geometry
-    source = plan.base.source if "/" in plan.base.source else plan.base.name
+    source = plan.base.title
     hub = f"base_model: {source}\n" if "/" in source else ""
     kept, dense = (plan.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
     name = plan.out.name
@@ -33,7 +34,7 @@ the newest {plan.window}, and {_selected(plan)} that a learned score ranks highe
 holds {plan.budget} tokens per KV head at any length: {kept:.1f} MiB for the whole model, where the
 dense one holds {dense:.1f} MiB at its context of {size.context:,} tokens.
 
-{_calibration(plan, report)}
+{scorers or _calibration(plan, report)}
 
 ## Use
 

@@ -27,7 +27,7 @@ from sparsek_cli.families.own_config import own_config
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
-from sparsek_cli.output.contents import MODEL
+from sparsek_cli.output.contents import MODEL, SCORERS_ALONE, Contents
 from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -77,6 +77,11 @@ class Plan:
     calibrate_tokens: int
     calibrate_length: int
     recipe: ConvertRecipe
+
+    @property
+    def contents(self) -> Contents:
+        """What lies in `out` afterwards."""
+        return contents_of(self.recipe)
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -166,6 +171,7 @@ class Plan:
             "base_files": len(self.shards),
             "base_bytes": self.base_bytes,
             "base_bytes_to_copy": 0 if self.linkable else self.base_bytes,
+            "scorers_only": self.recipe.scorers_only,
             "calibrate": self.recipe.calibrate,
             "calibrate_tokens": self.calibrate_tokens,
             "calibrate_length": self.calibrate_length,
@@ -185,6 +191,8 @@ class Plan:
         how = "linked, 0 bytes copied" if self.linkable else "copied"
         if isinstance(self.base, GgufCheckpoint):
             how = self.base.header.text()
+        if self.recipe.scorers_only:
+            how = "read and hashed; OUT holds the scorers alone"
         kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
         if self.calibrate_tokens:
             count = self.calibrate_tokens // self.fit_length
@@ -236,8 +244,10 @@ def plan(recipe: ConvertRecipe) -> Plan:
         )
     topk, window = slots(recipe, sizes.context)
     out = out_folder(recipe, base)
-    check_folder(out, MODEL, overwrite=recipe.overwrite, model=base.path)
+    check_folder(out, contents_of(recipe), overwrite=recipe.overwrite, model=base.path)
     packed = isinstance(base, GgufCheckpoint)
+    if recipe.scorers_only:
+        _check_scorers_only(recipe, packed=packed)
     shards = base.outline() if packed else read_shards(base.path)
     if again:
         shards = without_scorers(shards)
@@ -246,8 +256,13 @@ def plan(recipe: ConvertRecipe) -> Plan:
     prefixed = _check_tensors(shards, row, full_layers(types))
     _check_rows(shards, config)
     parent = existing_parent(out)
-    linkable = not (packed or recipe.copy_base) and all(
-        shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
+    # Scorers alone need the base's files for as long as they are checked: any kind of link will do.
+    linkable = (
+        recipe.scorers_only
+        or not (packed or recipe.copy_base)
+        and all(
+            shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
+        )
     )
     if not linkable:
         _check_room(parent, sum(shard.bytes for shard in shards), packed=packed)
@@ -276,7 +291,24 @@ def plan(recipe: ConvertRecipe) -> Plan:
 
 def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
     """The folder to write: the request's, else named after the base."""
-    return absolute(recipe.out or f"{base.name}-sparsek")
+    return absolute(recipe.out or f"{base.name}-{'scorers' if recipe.scorers_only else 'sparsek'}")
+
+
+def contents_of(recipe: ConvertRecipe) -> Contents:
+    """What will lie in OUT."""
+    return SCORERS_ALONE if recipe.scorers_only else MODEL
+
+
+def _check_scorers_only(recipe: ConvertRecipe, *, packed: bool) -> None:
+    if packed:
+        raise UsageError(
+            "scorers_only: a GGUF file is no base that scorers can be put onto later",
+            hint="convert it whole; `sparsek export OUT DENSE` then gives the base for its scorers",
+        )
+    if recipe.copy_base:
+        raise UsageError(
+            "scorers_only and copy are both given", hint="scorers alone hold nothing of the base"
+        )
 
 
 def _sliding_window(row: Row, config: dict[str, Any], types: list[str]) -> int:

@@ -1,5 +1,6 @@
 """A planned conversion, carried out: calibrate, write, verify; then the folder takes its name."""
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,11 @@ from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import find_nan
 from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, check_base, verify
-from sparsek_cli.conversion.write import Written, neutral_scorers, write_checkpoint
+from sparsek_cli.conversion.write import Scorer, Written, neutral_scorers, write_checkpoint
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.unpack import unpacked
+from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output import leftovers
-from sparsek_cli.output.contents import MODEL
 from sparsek_cli.output.place import check_folder
 from sparsek_cli.output.staging import staged
 from sparsek_cli.reporter import Reporter, Silent
@@ -95,16 +96,32 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Converted:
     Raises:
         SparsekError: see plan, shards, write and verify; `plan.out` is then as it was before.
     """
-    reporter, overwrite = reporter or Silent(), plan.recipe.overwrite
+    reporter, overwrite, contents = reporter or Silent(), plan.recipe.overwrite, plan.contents
     leftovers.clear(plan.out, reporter.say)
-    check_folder(plan.out, MODEL, overwrite=overwrite, model=plan.base.path)  # it may be back
+    check_folder(plan.out, contents, overwrite=overwrite, model=plan.base.path)  # it may be back
     # Staged first: that OUT cannot be written is told before minutes of work.
     with (
-        staged(plan.out, overwrite=overwrite) as folder,
+        staged(plan.out, overwrite=overwrite, contents=contents) as folder,
         unpacked(plan, reporter) as ready,
     ):
-        done = _fill(folder, ready, reporter)
+        fill = _fill_with_scorers if plan.recipe.scorers_only else _fill
+        done = fill(folder, ready, reporter)
     return replace(done, plan=plan)
+
+
+def _fill_with_scorers(folder: Path, plan: Plan, reporter: Reporter) -> Converted:
+    """The whole model is made beside OUT, of links, and verified; `folder` gets its scorers."""
+    from sparsek_cli.sharing.take_scorers import keep_scorers
+
+    whole = leftovers.make_beside(plan.out)
+    try:
+        with leftovers.held(whole):
+            done = _fill(whole, plan, reporter)
+            source = Checkpoint(whole, plan.base.name, plan.base.source)
+            keep_scorers(source, plan.base.title, folder, reporter)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+    return done
 
 
 def _fill(folder: Path, plan: Plan, reporter: Reporter) -> Converted:
@@ -118,9 +135,26 @@ def _fill(folder: Path, plan: Plan, reporter: Reporter) -> Converted:
         from sparsek_cli.conversion.calibrate import calibrate
 
         scorers, report = calibrate(plan, reporter)
+    nan = "all weights read" if whole else f"sampled above {_READ_WHOLE >> 30} GiB"
+    return write_verified(plan, scorers, folder, reporter, nan, report)
+
+
+def write_verified(
+    plan: Plan,
+    scorers: list[Scorer],
+    folder: Path,
+    reporter: Reporter,
+    nan_checked: str,
+    report: dict[str, Any] | None = None,
+) -> Converted:
+    """Writes a converted checkpoint into the staged `folder`, and verifies it.
+
+    Args:
+        scorers: one per converted layer. nan_checked: how weights were looked through, in words.
+        report: what calibration measured.
+    """
     written = write_checkpoint(plan, scorers, folder, report)
     reporter.say("verifying")
     tokenizer = settle(plan, folder)
     verified = verify(plan, scorers, folder, written)
-    nan = "all weights read" if whole else f"sampled above {_READ_WHOLE >> 30} GiB"
-    return Converted(plan, written, verified, tokenizer, nan, report)
+    return Converted(plan, written, verified, tokenizer, nan_checked, report)

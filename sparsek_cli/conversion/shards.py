@@ -205,7 +205,7 @@ def write_part(shard: Shard, target: Path) -> None:
     with shard.path.open("rb") as source, target.open("wb") as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for entry in shard.tensors.values():
-            for block in _blocks(source, entry):
+            for block in blocks(source, entry):
                 file.write(block)
 
 
@@ -216,13 +216,13 @@ def same_tensors(shard: Shard, path: Path) -> bool:
         return False
     with shard.path.open("rb") as a, path.open("rb") as b:
         for name, entry in shard.tensors.items():
-            mine, theirs = _blocks(a, entry), _blocks(b, other[name])
+            mine, theirs = blocks(a, entry), blocks(b, other[name])
             if any(x != y for x, y in zip_longest(mine, theirs)):
                 return False
     return True
 
 
-def _blocks(file: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
+def blocks(file: BinaryIO, entry: TensorEntry) -> Iterator[bytes]:
     """The bytes of a tensor, a buffer at a time."""
     for start in range(entry.start, entry.end, _BUFFER):
         file.seek(start)

@@ -116,7 +116,7 @@ def _check_base_bytes(plan: Plan, folder: Path, written: Written) -> None:
         path = folder / f"base-{number:05}.safetensors"
         if shard.part:
             same = same_tensors(shard, path)
-        elif means == "hard link":
+        elif means in ("hard link", "symbolic link"):
             same = path.samefile(shard.path)
         elif means == "reflink":
             same = path.stat().st_size == shard.bytes

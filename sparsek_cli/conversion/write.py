@@ -120,7 +120,12 @@ def _write(
             disk.readable(folder / name)
             means.append("copy")
         else:
-            means.append(link_or_copy(shard.path, folder / name, copy=plan.recipe.copy_base))
+            recipe = plan.recipe
+            means.append(
+                link_or_copy(
+                    shard.path, folder / name, copy=recipe.copy_base, symbolic=recipe.scorers_only
+                )
+            )
         copied += shard.bytes if means[-1] == "copy" else 0
         weight_map.update(dict.fromkeys(shard.tensors, name))
     tensors = {

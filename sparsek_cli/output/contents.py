@@ -86,6 +86,12 @@ MODEL = Contents(
     ),
     {"additional_chat_templates": ("*.jinja",)},
 )
+SCORERS_ALONE = Contents(
+    "a folder of scorers",
+    ((SCORERS,),),
+    (SCORERS, CONVERT_RECIPE, FINETUNE_RECIPE, CALIBRATION, "README.md"),
+    {},
+)
 RUN = Contents(
     "an unfinished run of finetune",
     ((RUN_RECIPE, f"{RUN_RECIPE}.new"),),

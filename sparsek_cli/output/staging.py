@@ -9,22 +9,22 @@ from pathlib import Path
 from types import FrameType
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.output.contents import MODEL
+from sparsek_cli.output.contents import MODEL, Contents
 from sparsek_cli.output.exchange import exchange
 from sparsek_cli.output.leftovers import held, make_beside
 from sparsek_cli.output.place import absolute
 
 
 @contextlib.contextmanager
-def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def staged(out: Path, *, overwrite: bool = False, contents: Contents = MODEL) -> Iterator[Path]:
     """Yields an empty sibling folder; on success it takes the name `out` in one step.
 
     On any failure, Ctrl-C or SIGTERM the sibling and the parents made for it are removed and `out`
     is as before; what kill -9 leaves is for `leftovers.clear`.
 
     Args:
-        out: absent or an empty folder; with `overwrite` also a model that this tool wrote.
-        overwrite: replace it.
+        out: absent or an empty folder; with `overwrite` also one that this tool wrote.
+        overwrite: replace it. contents: what this tool writes there.
 
     Raises:
         SparsekError: the folder cannot be made (no permission, disk full), or another `out` has
@@ -47,7 +47,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             sibling.chmod(0o777 & ~_umask())
             with _terminate_as_interrupt():
                 yield sibling
-                if not _take_name(sibling, out, overwrite=overwrite):
+                if not _take_name(sibling, out, contents, overwrite=overwrite):
                     raise _kept_elsewhere(sibling, out)
         except BaseException:
             shutil.rmtree(sibling, ignore_errors=True)
@@ -55,7 +55,7 @@ def staged(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise
 
 
-def _take_name(sibling: Path, out: Path, *, overwrite: bool) -> bool:
+def _take_name(sibling: Path, out: Path, contents: Contents, *, overwrite: bool) -> bool:
     """Whether `out` is now what `sibling` was; False: something else stands there."""
     if not (overwrite and out.is_dir() and not out.is_symlink() and any(out.iterdir())):
         try:
@@ -66,7 +66,7 @@ def _take_name(sibling: Path, out: Path, *, overwrite: bool) -> bool:
                 return False
             raise
         return True
-    if MODEL.foreign(out) is not None or MODEL.lacks(out) is not None:
+    if contents.foreign(out) is not None or contents.lacks(out) is not None:
         return False
     if exchange(sibling, out):
         shutil.rmtree(sibling, ignore_errors=True)

@@ -144,6 +144,11 @@ class ConvertRecipe(BaseModel):
         description="the model is converted already, and perhaps fine-tuned: calibrate scorers for "
         "the weights it has now; slots and gate stay as they are where none are named",
     )
+    scorers_only: bool = Field(
+        False,
+        description="write the scorers alone, megabytes that name their base; `sparsek merge` puts "
+        "them onto it",
+    )
     copy_base: bool = Field(
         False, alias="copy", description="copy the base weights instead of linking them"
     )

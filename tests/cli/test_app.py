@@ -13,7 +13,8 @@ from sparsek_cli.commands import doctor as doctor_command
 from sparsek_cli.errors import SparsekError
 
 VERBS = (
-    "convert", "finetune", "evaluate", "eval", "chat", "export", "bench", "doctor", "recipes",
+    "convert", "finetune", "evaluate", "eval", "chat", "export", "merge", "bench", "doctor",
+    "recipes",
 )  # fmt: skip
 PYTHON = [sys.executable, "-m", "sparsek_cli"]
 
