@@ -3,11 +3,12 @@
 from sparsek_kernels.attention import GATES, sparsek_attention
 from sparsek_kernels.operator import sparsek
 from sparsek_kernels.scores import effective_scores
-from sparsek_kernels.state import SparseKState, cache_bytes
+from sparsek_kernels.state import SparseKState, StateRows, cache_bytes
 
 __all__ = [
     "GATES",
     "SparseKState",
+    "StateRows",
     "cache_bytes",
     "effective_scores",
     "sparsek",

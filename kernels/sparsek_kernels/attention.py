@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sparsek_kernels import dispatch
-from sparsek_kernels.state import SlotLayout, SparseKState, topk_per_head
+from sparsek_kernels.state import SlotLayout, SparseKState, StateRows, topk_per_head
 
 GATES = ("straight_through", "log", "kv")
 
@@ -26,10 +26,10 @@ def sparsek_attention(
     slopes: Tensor | None = None,
     gate: str = "straight_through",
     cu_seqlens: Tensor | None = None,
-    state: SparseKState | None = None,
+    state: SparseKState | StateRows | None = None,
     scale: float | None = None,
     backend: str | None = None,
-) -> Tensor | tuple[Tensor, SparseKState]:
+) -> Tensor | tuple[Tensor, SparseKState | StateRows]:
     """Causal attention to sinks, a window and the k best-scored earlier keys (arXiv 2406.16747).
 
     Query t sees, in one softmax: the first `sinks` tokens, the `window` latest ones (itself
@@ -56,7 +56,8 @@ def sparsek_attention(
             empty documents are allowed.
         state: what earlier calls kept, in q's dtype or in 8 bits (queries of this call see each
             other's keys as they are, and earlier ones as they were kept). It is consumed: use the
-            returned one, clone() to keep it.
+            returned one, clone() to keep it. Rows of a pool (`StateRows`) change in place, and
+            come back as they are.
         scale: default 1 / sqrt(D).
         backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
 
@@ -69,10 +70,16 @@ def sparsek_attention(
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     run = dispatch.backend(backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state)
+    held = state
+    if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
+        held = state.take()  # reading makes new tensors in any case; one token is put in place
     out, new = run(
         q, k, v, scores,
-        layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
+        layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=held, scale=scale,
     )  # fmt: skip
+    if isinstance(state, StateRows) and held is not state:
+        state.put(new)
+        new = state
     return out if state is None else (out, new)
 
 
@@ -107,6 +114,8 @@ def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state
     layout = SlotLayout(topk_per_head(topk, groups), window, sinks)
     if cu_seqlens is not None and batch != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, got batch {batch}")
+    if isinstance(state, StateRows):
+        _check_rows(state, q, gate, cu_seqlens)
     if state is not None:
         rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         if state.batch != rows:
@@ -116,3 +125,12 @@ def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state
         if state.keys.shape[-1] != dim or (not state.quantized and state.keys.dtype != q.dtype):
             raise ValueError("the state's head size or dtype is not that of q, k and v")
     return layout
+
+
+def _check_rows(state: StateRows, q: Tensor, gate: str, cu_seqlens: Tensor | None) -> None:
+    if gate != "straight_through":
+        raise ValueError(f"gate {gate!r} keeps a support of no fixed size: no pool has room for it")
+    if torch.is_grad_enabled() and q.requires_grad:
+        raise ValueError("rows of a pool change in place: call under torch.no_grad()")
+    if state.fresh is not None and q.shape[2] == 1 and cu_seqlens is None:
+        raise ValueError("fresh rows are read as a prompt: pass cu_seqlens")

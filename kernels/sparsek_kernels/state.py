@@ -236,3 +236,59 @@ class SparseKState:
                 ]
             fields[name] = torch.cat(parts)
         return dataclasses.replace(states[0], **fields)
+
+
+@dataclasses.dataclass
+class StateRows:
+    """Some rows of a larger pool of states, which calls update in place.
+
+    A server keeps every request's state in a pool it manages itself, and gives a call the rows of
+    the requests at hand. The pool's tensors may be views of a wider block: only the last
+    dimensions of each must be contiguous, any stride from row to row will do.
+
+    Attributes:
+        pool: the states, one row for each that fits.
+        rows: [B] int64, the rows of this call, each once (rows that nobody reads may repeat).
+        fresh: [B] bool, rows that have seen nothing, whatever stands in them; None: there is none.
+    """
+
+    pool: SparseKState
+    rows: Tensor
+    fresh: Tensor | None = None
+
+    @property
+    def layout(self) -> SlotLayout:
+        return self.pool.layout
+
+    @property
+    def batch(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def keys(self) -> Tensor:
+        """[rows of the pool, S, D], as the pool has them."""
+        return self.pool.keys
+
+    @property
+    def quantized(self) -> bool:
+        return self.pool.quantized
+
+    @property
+    def seen(self) -> Tensor:
+        """[B] int64; a copy."""
+        return self.pool.seen.index_select(0, self.rows)
+
+    def take(self) -> SparseKState:
+        """The rows as a state of their own; a copy."""
+        state = self.pool.index_select(self.rows)
+        if self.fresh is not None:
+            for name, held in state.slots.items():
+                # Even a weight of 0 would hand on an infinity that an earlier owner left.
+                fresh = self.fresh.view(-1, *[1] * (held.dim() - 1))
+                held.masked_fill_(fresh, EMPTY if name == "positions" else 0)
+        return state
+
+    def put(self, state: SparseKState) -> None:
+        """Takes over a state of as many rows, in place."""
+        for name, tensor in self.pool.slots.items():
+            tensor.index_copy_(0, self.rows, getattr(state, name))

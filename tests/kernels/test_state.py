@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsek_kernels import GATES, SparseKState, cache_bytes, sparsek_attention
+from sparsek_kernels import GATES, SparseKState, StateRows, cache_bytes, sparsek_attention
+from state_pool import strided_pool
 
 SETTINGS = [
     dict(topk=5, window=4, sinks=2),
@@ -196,3 +197,49 @@ def test_refusals(make_inputs):
         sparsek_attention(*inputs, **settings, gate="log", state=state)
     with pytest.raises(ValueError):
         SparseKState.empty(1, 1, 4, topk=3, window=0)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.int8], ids=["float32", "int8"])
+@pytest.mark.parametrize("topk", [(6, 6), (0, 9)], ids=["uniform", "uneven"])
+def test_rows_of_a_pool_are_filled_in_place(topk, kept, make_inputs):
+    """Bit for bit what states of their own give, whatever an earlier owner left in the pool."""
+    settings = dict(topk=topk, window=5, sinks=2)
+    slopes = torch.tensor([0.0, 0.03])
+    more = dict(**settings, slopes=slopes)
+    pool = strided_pool(6, 2, 4, dtype=kept, **settings)
+    untouched = pool.keys[[0, 2, 5]].clone()
+    rows = torch.tensor([4, 1, 3])
+    bounds = torch.tensor([0, 13, 14, 35], dtype=torch.int32)
+    packed = make_inputs(35, heads=4, groups=2, grad=False, kind="ties", dtype=torch.float32)
+    alone = SparseKState.empty(3, 2, 4, dtype=kept, **settings)
+    expected, alone = sparsek_attention(*packed, cu_seqlens=bounds, state=alone, **more)
+    fresh = StateRows(pool, rows, fresh=torch.ones(3, dtype=torch.bool))
+    got, same = sparsek_attention(*packed, cu_seqlens=bounds, state=fresh, **more)
+    assert same is fresh and torch.equal(got, expected)
+    held = StateRows(pool, rows)
+    later = make_inputs(30, batch=3, heads=4, groups=2, grad=False, seed=1, dtype=torch.float32)
+    at = 0
+    for size in (1, 1, 4, 1, 1, 2, *[1] * 20):
+        part = [x[:, :, at : at + size] for x in later]
+        expected, alone = sparsek_attention(*part, state=alone, **more)
+        got, held = sparsek_attention(*part, state=held, **more)
+        assert torch.equal(got, expected)
+        at += size
+    for name, tensor in held.take().slots.items():
+        assert torch.equal(tensor, alone.slots[name]), name
+    assert torch.equal(pool.keys[[0, 2, 5]].view(torch.uint8), untouched.view(torch.uint8))
+
+
+def test_what_rows_of_a_pool_cannot_do(make_inputs):
+    settings = dict(topk=(6, 6), window=5, sinks=2)
+    pool = strided_pool(2, 2, 4, **settings)
+    inputs = make_inputs(3, heads=4, groups=2, grad=False, dtype=torch.float32)
+    rows = StateRows(pool, torch.tensor([1]), fresh=torch.tensor([True]))
+    with pytest.raises(ValueError, match="no fixed size"):
+        sparsek_attention(*inputs, state=rows, gate="log", **settings)
+    with pytest.raises(ValueError, match="pass cu_seqlens"):
+        sparsek_attention(*[x[:, :, :1] for x in inputs], state=rows, **settings)
+    q = inputs[0].requires_grad_()
+    with pytest.raises(ValueError, match="no_grad"):
+        sparsek_attention(q, *inputs[1:], state=rows, **settings)
+    assert pool.seen.tolist() == [7, 7]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from sparsek_kernels.quantization import dequantize, quantize
-from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
+from sparsek_kernels.state import EMPTY, SparseKState, StateRows
 
 
-def insert(state: SparseKState, key: Tensor, value: Tensor, effective: Tensor) -> None:
+def insert(state: SparseKState | StateRows, key: Tensor, value: Tensor, effective: Tensor) -> None:
     """Put one token per row into its slot, in place.
 
     The token that leaves the window takes the slot of the weakest selected key if it beats it:
@@ -20,38 +18,44 @@ def insert(state: SparseKState, key: Tensor, value: Tensor, effective: Tensor) -
     Args:
         key, value: [B, G, D]. effective: [B, G] float64.
     """
-    layout, device = state.layout, state.keys.device
-    rows, slots = _rows(layout, state.batch, device)
-    position = state.seen[:, None]
-    ring = rows[:, :, layout.width - layout.window] + position % layout.window
-    positions, scores = state.positions.view(-1), state.scores.view(-1)
+    pool, rows = _pool(state)
+    pool.support = pool.tau = None
+    layout, device = pool.layout, key.device
+    slots = layout.expand(device)
+    position = pool.seen[rows]
+    ring = slots[:, layout.width - layout.window] + position % layout.window  # [B, G]
     if max(layout.topk):
-        selected = rows[:, :, layout.sinks : layout.width - layout.window]
-        at = positions[selected]
-        held = scores[selected].masked_fill_(at == EMPTY, -torch.inf)
+        selected = slots[:, layout.sinks : layout.width - layout.window]
+        at = pool.positions[rows[:, :, None], selected]
+        held = pool.scores[rows[:, :, None], selected].masked_fill_(at == EMPTY, -torch.inf)
         if not layout.uniform:
             held.masked_fill_(~layout.real(device), torch.inf)
         weakest = held.amin(2, keepdim=True)
         # Of equal scores the latest loses.
         loser = at.masked_fill_(held != weakest, EMPTY - 1).argmax(2, keepdim=True)
-        loser = selected.gather(2, loser).squeeze(2)
-        wins = (positions[ring] != EMPTY) & (scores[ring] > weakest.squeeze(2))
+        loser = selected.expand_as(at).gather(2, loser).squeeze(2)
+        wins = pool.positions[rows, ring] != EMPTY
+        wins &= pool.scores[rows, ring] > weakest.squeeze(2)
         if not _asks(device) or bool(wins.any()):
-            target = torch.where(wins, loser, ring).flatten()
-            source = ring.flatten()
-            for tensor in _per_slot(state).values():
-                flat = tensor.flatten(0, 1)
-                flat.index_copy_(0, target, flat.index_select(0, source))
+            target = torch.where(wins, loser, ring)
+            for tensor in _per_slot(pool).values():
+                tensor[rows, target] = tensor[rows, ring]
     if layout.sinks:
-        sink = rows[:, :, 0] + position.clamp(max=layout.sinks - 1)
+        sink = slots[:, 0] + position.clamp(max=layout.sinks - 1)
         ring = torch.where(position < layout.sinks, sink, ring)
-    new = _stored(state, key, value)
-    new["positions"] = position.to(torch.int32).expand(-1, layout.heads)
+    new = _stored(pool, key, value)
+    new["positions"] = position.expand_as(ring)
     new["scores"] = effective
-    for name, tensor in _per_slot(state).items():
-        flat = tensor.flatten(0, 1)
-        flat.index_copy_(0, ring.flatten(), new[name].flatten(0, 1).to(flat.dtype))
-    state.seen += 1
+    for name, tensor in _per_slot(pool).items():
+        tensor[rows, ring] = new[name].to(tensor.dtype)
+    pool.seen[rows] = position + 1
+
+
+def _pool(state: SparseKState | StateRows) -> tuple[SparseKState, Tensor]:
+    """The tensors that hold the rows, and [B, 1] int64 which rows of them."""
+    if isinstance(state, StateRows):
+        return state.pool, state.rows[:, None]
+    return state, torch.arange(state.batch, device=state.keys.device)[:, None]
 
 
 def _per_slot(state: SparseKState) -> dict[str, Tensor]:
@@ -72,14 +76,7 @@ def _asks(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-@functools.lru_cache(maxsize=64)
-def _rows(layout: SlotLayout, batch: int, device: torch.device) -> tuple[Tensor, int]:
-    """[B, G, width] int64 slots in the state flattened over rows; and how many there are."""
-    offset = torch.arange(batch, device=device)[:, None, None] * layout.total
-    return layout.expand(device) + offset, batch * layout.total
-
-
-def decode(q: Tensor, state: SparseKState, *, scale: float) -> Tensor:
+def decode(q: Tensor, state: SparseKState | StateRows, *, scale: float) -> Tensor:
     """Attention of one query per row to every slot that holds a token (gate straight_through).
 
     Args:
@@ -91,24 +88,33 @@ def decode(q: Tensor, state: SparseKState, *, scale: float) -> Tensor:
     batch, heads, _, dim = q.shape
     layout = state.layout
     slots = layout.expand(q.device)
-    shape = (batch, layout.heads, layout.width)
-    keys, values = state.keys, state.values
-    if state.quantized:
-        keys = dequantize(keys, state.key_scale, q.dtype)
-        values = dequantize(values, state.value_scale, q.dtype)
-    if layout.uniform:
-        keys, values = (t.view(*shape, dim) for t in (keys, values))
-        held = state.positions.view(shape) != EMPTY
-    else:
-        keys, values = (
-            t.index_select(1, slots.flatten()).view(*shape, dim) for t in (keys, values)
-        )
-        held = state.positions[:, slots] != EMPTY
-        selected = slice(layout.sinks, layout.width - layout.window)
-        held[:, :, selected] &= layout.real(q.device)
+    keys, values = _padded(state, "key", slots, q.dtype), _padded(state, "value", slots, q.dtype)
+    held = _gather(_pool(state)[0].positions, state, slots) != EMPTY
+    if not layout.uniform:
+        held[:, :, layout.sinks : layout.width - layout.window] &= layout.real(q.device)
     # The group's heads are the queries of one small attention per KV head.
     grouped = q.reshape(batch, layout.heads, heads // layout.heads, dim).to(keys.dtype)
     out = torch.nn.functional.scaled_dot_product_attention(
         grouped, keys, values, attn_mask=held[:, :, None], scale=scale
     )
     return out.reshape(batch, heads, 1, dim).to(q.dtype)
+
+
+def _padded(
+    state: SparseKState | StateRows, part: str, slots: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Keys or values [B, G, width, D] in the padded form, as numbers."""
+    pool, _ = _pool(state)
+    rows = _gather(getattr(pool, f"{part}s"), state, slots)
+    if not pool.quantized:
+        return rows
+    return dequantize(rows, _gather(getattr(pool, f"{part}_scale"), state, slots), dtype)
+
+
+def _gather(tensor: Tensor, state: SparseKState | StateRows, slots: Tensor) -> Tensor:
+    """[B, G, width, ...] in the padded form, of a tensor [rows, S, ...]; a view where it can be."""
+    if isinstance(state, StateRows):
+        return tensor[state.rows[:, None, None], slots]
+    if state.layout.uniform:
+        return tensor.unflatten(1, slots.shape)
+    return tensor.index_select(1, slots.flatten()).unflatten(1, slots.shape)

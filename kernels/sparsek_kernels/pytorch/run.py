@@ -11,7 +11,7 @@ from sparsek_kernels.pytorch.attention import attend
 from sparsek_kernels.pytorch.decode import decode, insert
 from sparsek_kernels.rows import join_states, pack, row_groups
 from sparsek_kernels.scores import effective_scores
-from sparsek_kernels.state import SlotLayout, SparseKState
+from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 
 
 def run(
@@ -24,9 +24,9 @@ def run(
     slopes: Tensor | None,
     gate: str,
     cu_seqlens: Tensor | None,
-    state: SparseKState | None,
+    state: SparseKState | StateRows | None,
     scale: float,
-) -> tuple[Tensor, SparseKState | None]:
+) -> tuple[Tensor, SparseKState | StateRows | None]:
     """A backend's entry: sparsek_attention with checked arguments; returns (out, new state)."""
     options = dict(layout=layout, slopes=slopes, gate=gate, scale=scale)
     if cu_seqlens is None:
@@ -60,7 +60,6 @@ def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, ga
     if n == 0:
         return torch.zeros_like(q), state
     if state is not None and n == 1 and lengths is None and not grad and gate == "straight_through":
-        state.support = state.tau = None
         insert(state, k[:, :, 0], v[:, :, 0], effective[:, :, 0])
         return decode(q, state, scale=scale), state
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.quantization import LARGEST, LEAST_SCALE
-from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
+from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.forward import LOG2_E, dot_precision, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
@@ -53,11 +53,13 @@ def _move_row(
 
 @triton.jit
 def _insert(
-    keys, values, key_scale, value_scale, positions, scores, seen, heads_table, arrived,
+    keys, values, key_scale, value_scale, positions, scores, seen, rows, heads_table, arrived,
     new_key, new_value, new_score, slopes,
-    nk_b, nk_h, nv_b, nv_h, ns_b, ns_h, slots, heads, sinks, window,
+    nk_b, nk_h, nv_b, nv_h, ns_b, ns_h,
+    keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b, seen_b,
+    heads, sinks, window,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SLOPED: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    QUANTIZED: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
     """Puts the token of one row into the slots of one head; nothing has arrived there yet.
 
@@ -65,14 +67,20 @@ def _insert(
     """
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    first = tl.load(heads_table + 2 * head)
+    held_row = tl.load(rows + batch) if POOLED else batch
+    keys += held_row * keys_b
+    values += held_row * values_b
+    key_scale += held_row * key_scale_b
+    value_scale += held_row * value_scale_b
+    positions += held_row * positions_b
+    scores += held_row * scores_b
+    base = tl.load(heads_table + 2 * head).to(tl.int64)
     k = tl.load(heads_table + 2 * head + 1)
-    token = tl.load(seen + batch)
+    token = tl.load(seen + held_row * seen_b)
     tl.store(arrived + batch * heads + head, 0)
     effective = tl.load(new_score + batch * ns_b + head * ns_h).to(tl.float64)
     if SLOPED:
         effective += tl.load(slopes + head).to(tl.float64) * token.to(tl.float64)
-    base = batch * slots + first
     ring = base + sinks + k + token % window
     leaving_position = tl.load(positions + ring)
     leaving_score = tl.load(scores + ring)
@@ -141,11 +149,13 @@ def _join_splits(
 
 @triton.jit
 def _attend_slots(
-    q, keys, values, key_scale, value_scale, positions, seen, heads_table,
+    q, keys, values, key_scale, value_scale, positions, seen, pool_rows, heads_table,
     part_out, part_lse, arrived, out,
-    q_b, q_h, slots, group, extra, scale, splits, split_slots,
+    q_b, q_h, keys_b, values_b, key_scale_b, value_scale_b, positions_b, seen_b,
+    group, extra, scale, splits, split_slots,
     ROWS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, QUANTIZED: tl.constexpr,
+    POOLED: tl.constexpr,
 ):  # fmt: skip
     """Attention of one group's queries (the rows) over `split_slots` slots of a row and KV head.
 
@@ -155,7 +165,14 @@ def _attend_slots(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
-    first = tl.load(heads_table + 2 * head)
+    held_row = tl.load(pool_rows + batch) if POOLED else batch
+    keys += held_row * keys_b
+    values += held_row * values_b
+    key_scale += held_row * key_scale_b
+    value_scale += held_row * value_scale_b
+    positions += held_row * positions_b
+    seen += held_row * seen_b
+    base = tl.load(heads_table + 2 * head).to(tl.int64)
     size = tl.load(heads_table + 2 * head + 1) + extra
     low = split * split_slots
     high = tl.minimum(low + split_slots, size)
@@ -167,7 +184,6 @@ def _attend_slots(
     top = tl.full([ROWS], _LOW, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DP], tl.float32)
-    base = batch * slots + first
     for start in range(low, high, BN):
         slot = start + tl.arange(0, BN)
         inside = slot < high
@@ -192,7 +208,7 @@ def _attend_slots(
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision=PRECISION)
         top = new_top
     if (split == 0) & (head == 0):
-        tl.store(seen + batch, tl.load(seen + batch) + 1)  # nobody else reads it in this launch
+        tl.store(seen, tl.load(seen) + 1)  # nobody else reads it in this launch
     out_row = (batch * heads * group + q_head) * splits
     mask = is_row[:, None] & (d < D)[None, :]
     tl.store(part_out + ((out_row + split) * D)[:, None] + d[None, :], acc, mask=mask)
@@ -231,7 +247,7 @@ def step(
     value: torch.Tensor,
     score: torch.Tensor,
     slopes: torch.Tensor | None,
-    state: SparseKState,
+    state: SparseKState | StateRows,
     *,
     scale: float,
 ) -> torch.Tensor:
@@ -245,9 +261,11 @@ def step(
         [B, H, 1, D] in q's dtype.
     """
     layout = state.layout
+    pool, rows = (state.pool, state.rows) if isinstance(state, StateRows) else (state, None)
+    pool.support = pool.tau = None
     tensors = (
-        state.keys, state.values, state.key_scale, state.value_scale,
-        state.positions, state.scores, state.seen,
+        pool.keys, pool.values, pool.key_scale, pool.value_scale,
+        pool.positions, pool.scores, pool.seen, rows,
     )  # fmt: skip
     run = _step_op if torch.compiler.is_compiling() else _step
     return run(
@@ -257,7 +275,7 @@ def step(
 
 def _step(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    topk, window, sinks, scale,
+    rows, topk, window, sinks, scale,
 ) -> torch.Tensor:  # fmt: skip
     layout, device = SlotLayout(tuple(topk), window, sinks), q.device
     batch, q_heads, _, dim = q.shape
@@ -267,14 +285,18 @@ def _step(
     arrived = torch.empty(batch, groups, dtype=torch.int32, device=device)
     sloped, quantized = slopes is not None, key_scale is not None
     scales = (key_scale, value_scale) if quantized else (scores, scores)  # else never read
+    pooled = rows is not None
+    pool_rows = rows if pooled else seen  # else never read
+    held = (keys, values, *scales, positions, scores, seen)
+    strides = [tensor.stride(0) for tensor in held]
     _insert[(batch, groups)](
-        keys, values, *scales, positions, scores, seen, table, arrived,
+        *held, pool_rows, table, arrived,
         key, value, score, slopes if sloped else score,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        score.stride(0), score.stride(1), layout.total, groups, sinks, window,
+        score.stride(0), score.stride(1), *strides, groups, sinks, window,
         D=dim, DP=triton.next_power_of_2(dim),
         BLOCK=min(1024, max(16, triton.next_power_of_2(max(layout.topk)))), SLOPED=sloped,
-        QUANTIZED=quantized, num_warps=4, enable_fp_fusion=False,
+        QUANTIZED=quantized, POOLED=pooled, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     padded = max(16, triton.next_power_of_2(dim))
     splits, split_slots = _splits(layout, batch, group, padded)
@@ -282,13 +304,13 @@ def _step(
     part_lse = torch.empty(batch, q_heads, splits, 2, dtype=torch.float32, device=device)
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
     _attend_slots[(splits, groups, batch)](
-        q, keys, values, *scales, positions, seen, table, part_out, part_lse, arrived, out,
-        q.stride(0), q.stride(1), layout.total, group, sinks + window, scale * LOG2_E, splits,
-        split_slots,
+        q, keys, values, *scales, positions, seen, pool_rows, table,
+        part_out, part_lse, arrived, out, q.stride(0), q.stride(1), *strides[:5], strides[6],
+        group, sinks + window, scale * LOG2_E, splits, split_slots,
         ROWS=max(16, triton.next_power_of_2(group)), BN=32 if padded > 128 else 64,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
         D=dim, DP=padded, PRECISION=dot_precision(q.dtype), QUANTIZED=quantized,
-        num_warps=4, num_stages=3,
+        POOLED=pooled, num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -310,6 +332,7 @@ def _step_op(
     positions: torch.Tensor,
     scores: torch.Tensor,
     seen: torch.Tensor,
+    rows: torch.Tensor | None,
     topk: Sequence[int],
     window: int,
     sinks: int,
@@ -318,13 +341,13 @@ def _step_op(
     """`step` as torch.compile sees it: one opaque node that changes the state in place."""
     return _step(
         q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-        topk, window, sinks, scale,
+        rows, topk, window, sinks, scale,
     )  # fmt: skip
 
 
 @_step_op.register_fake
 def _(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    topk, window, sinks, scale,
+    rows, topk, window, sinks, scale,
 ):  # fmt: skip
     return q.new_empty(q.shape)

@@ -5,7 +5,7 @@ import torch
 from sparsek_kernels import keys as key_lists
 from sparsek_kernels.rows import join_states, pack, row_groups
 from sparsek_kernels.scores import effective_scores
-from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
+from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.decode import step
 from sparsek_kernels.triton.geometry import geometry
@@ -38,9 +38,9 @@ def run(
     slopes: torch.Tensor | None,
     gate: str,
     cu_seqlens: torch.Tensor | None,
-    state: SparseKState | None,
+    state: SparseKState | StateRows | None,
     scale: float,
-) -> tuple[torch.Tensor, SparseKState | None]:
+) -> tuple[torch.Tensor, SparseKState | StateRows | None]:
     """(out, new state); arguments as in sparsek_attention, already checked."""
     batch, _, n, _ = q.shape
     if n == 0:
@@ -80,9 +80,9 @@ def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor
 def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, scale):
     """Rows [B, ..., N] that continue a state; `lengths` [B] or None where all tokens are real."""
     batch, _, n, _ = q.shape
-    state.support = state.tau = None
     if n == 1 and lengths is None:
         return step(q, k, v, scores, slopes, state, scale=scale), state
+    state.support = state.tau = None
     positions = torch.arange(n, device=q.device) + state.seen[:, None]
     effective = effective_scores(scores, slopes, positions)
     keys = key_lists.list_keys(k, v, effective, positions, layout, state)

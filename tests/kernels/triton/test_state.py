@@ -3,8 +3,9 @@
 import pytest
 import torch
 from sparsek_kernels.attention import sparsek_attention
-from sparsek_kernels.state import SparseKState
+from sparsek_kernels.state import SparseKState, StateRows
 from sparsek_kernels.triton import decode
+from state_pool import strided_pool
 
 pytestmark = pytest.mark.interpret
 
@@ -88,3 +89,25 @@ def test_a_compiled_step_is_the_step():
         assert torch.equal(step(*token, states[0]), compiled(*token, states[1]))
     for a, b in zip(states[0]._tensors().values(), states[1]._tensors().values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.int8], ids=["float32", "int8"])
+def test_rows_of_a_pool_step_in_place(monkeypatch, kept):
+    monkeypatch.setattr(decode, "LEAST_SLOTS", 4)
+    shape = dict(topk=(5, 3), window=4, sinks=2)
+    options = dict(**shape, slopes=torch.tensor([0.0, 0.02]), backend="triton")
+    new = torch.Generator().manual_seed(3)
+    pool = strided_pool(5, 2, 16, dtype=kept, **shape)
+    alone = SparseKState.empty(2, 2, 16, dtype=kept, **shape)
+    rows, fresh = torch.tensor([3, 1]), torch.ones(2, dtype=torch.bool)
+    for size in (6, 1, 1, 1, 9, 1, 1):
+        q = torch.randn(2, 4, size, 16, generator=new)
+        k, v = (torch.randn(2, 2, size, 16, generator=new) for _ in range(2))
+        scores = torch.randint(0, 4, (2, 2, size), generator=new).float()
+        expected, alone = sparsek_attention(q, k, v, scores, state=alone, **options)
+        held = StateRows(pool, rows, fresh if size == 6 else None)
+        out, _ = sparsek_attention(q, k, v, scores, state=held, **options)
+        assert torch.equal(out, expected)
+    for name, tensor in held.take().slots.items():
+        assert torch.equal(tensor, alone.slots[name]), name
+    assert pool.seen[[0, 2, 4]].tolist() == [7, 7, 7]
