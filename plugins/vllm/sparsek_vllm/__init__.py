@@ -1,0 +1,24 @@
+"""Converted models on vLLM: a plugin, found by its entry point; no file of vLLM is changed.
+
+vLLM keeps a state of constant size per request for state-space models. A SparseK cache is such a
+state, so this package presents one block per request to vLLM's manager of states, and computes in
+it with `sparsek_kernels`, as transformers does.
+
+| file | what it holds |
+|---|---|
+| engine.py | every name of vLLM that is used and not part of its plugin interface |
+| blocks.py | one request's state in one layer as a block of bytes |
+| layer.py | the attention layer over those blocks |
+| models.py | a family's class of vLLM with such layers |
+| heads.py | which rank of tensor parallelism has which heads |
+| limits.py | what is refused, and what to do instead |
+"""
+
+VERSIONS = ("0.32.0", "0.32.0")  # lowest and highest vLLM that the tests ran on
+
+
+def register() -> None:
+    """vLLM's entry point, called in each of its processes and perhaps more than once."""
+    from sparsek_vllm.models import register_models
+
+    register_models()

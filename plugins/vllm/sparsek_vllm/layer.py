@@ -1,0 +1,217 @@
+"""The attention layer that stands where a family's block of vLLM has its `Attention`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sparsek_kernels import StateRows, sparsek_attention
+from sparsek_kernels.state import SlotLayout
+from torch import nn
+
+from sparsek_cli.models.config import LayerBudget
+from sparsek_vllm import engine
+from sparsek_vllm.blocks import block_bytes, pool_of
+
+OPERATOR = "sparsek::serve"
+
+
+class SparseKBackend(engine.AttentionBackend):
+    """Tells vLLM how to prepare a step: as for state-space models."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPARSEK"
+
+    @staticmethod
+    def get_builder_cls() -> type[SparseKMetadataBuilder]:
+        return SparseKMetadataBuilder
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        raise NotImplementedError("SparseKLayer computes its attention itself")
+
+    @classmethod
+    def is_ssm(cls) -> bool:
+        return True
+
+
+@dataclass
+class SparseKMetadata(engine.BaseMambaAttentionMetadata):
+    """Which requests decode, which read, and the block of each."""
+
+
+class SparseKMetadataBuilder(engine.BaseMambaAttentionMetadataBuilder[SparseKMetadata]):
+    metadata_cls = SparseKMetadata
+    needs_causal_conv1d_metadata = False
+
+
+@engine.register_kv_cache_spec(manager_class=engine.MambaManager)
+@dataclass(frozen=True)
+class SparseKSpec(engine.MambaSpec):
+    """One block per request and layer; blocks of different layers differ in size."""
+
+    def is_uniform_with_collection(self, kv_cache_specs) -> bool:
+        """One group whatever the sizes: a request has one block of each layer."""
+
+        def schedule(spec):
+            return spec.block_size, spec.num_speculative_blocks, spec.mamba_cache_mode
+
+        return all(
+            isinstance(spec, SparseKSpec) and schedule(spec) == schedule(self)
+            for spec in kv_cache_specs.values()
+        )
+
+
+class SparseKLayer(nn.Module, engine.MambaBase):
+    """SparseK attention over blocks of a pool that vLLM manages.
+
+    Args:
+        name: under which vLLM knows the layer.
+        budget: of all KV heads. heads: those of this rank, in order.
+        bytes_per_block: what a block takes on the rank that needs most.
+        scorer: the checkpoint's, for all KV heads; its parameters belong to the attention block.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        budget: LayerBudget,
+        heads: list[int],
+        all_heads: int,
+        query_heads: int,
+        head_dim: int,
+        scale: float,
+        dtype: torch.dtype,
+        bytes_per_block: int,
+        scorer: nn.Module,
+    ):
+        super().__init__()
+        self.name, self.scale, self.dtype = name, scale, dtype
+        self.heads, self.query_heads, self.head_dim = heads, query_heads, head_dim
+        topk = budget.topk
+        every = (topk,) * all_heads if isinstance(topk, int) else topk
+        self.layout = SlotLayout(tuple(every[head] for head in heads), budget.window, budget.sinks)
+        self.bytes_per_block = bytes_per_block
+        # Not a submodule: its weights are named as the block's, and stand there once.
+        self._scorer = [scorer]
+        self.kv_cache = (torch.tensor([]),)
+        self._pool = None
+        self.register_buffer("head_index", torch.tensor(heads), persistent=False)
+
+    @property
+    def mamba_type(self) -> engine.MambaAttentionBackendEnum:
+        return engine.MambaAttentionBackendEnum.CUSTOM
+
+    def get_state_shape(self) -> tuple[tuple[int, ...]]:
+        return ((self.bytes_per_block,),)
+
+    def get_state_dtype(self) -> tuple[torch.dtype]:
+        return (torch.int8,)
+
+    def get_kv_cache_spec(self, vllm_config) -> SparseKSpec:
+        plain = super().get_kv_cache_spec(vllm_config)
+        return SparseKSpec(
+            shapes=plain.shapes,
+            dtypes=plain.dtypes,
+            block_size=plain.block_size,
+            mamba_type=plain.mamba_type,
+            mamba_cache_mode=plain.mamba_cache_mode,
+            num_speculative_blocks=plain.num_speculative_blocks,
+        )
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        super().bind_kv_cache(kv_cache)
+        self._pool = pool_of(self.kv_cache[0], self.layout, self.head_dim, self.dtype)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden_states: torch.Tensor,
+    ) -> torch.Tensor:
+        """[N, heads * head size] of this rank, as vLLM's `Attention`; hidden_states [N, C]."""
+        output = torch.empty_like(query)
+        torch.ops.sparsek.serve(query, key, value, hidden_states, output, self.name)
+        return output
+
+    @torch.no_grad()
+    def attend(self, query, key, value, hidden_states, output, metadata: SparseKMetadata) -> None:
+        """Fills `output` [N, heads * head size]; requests that decode come first, one token each.
+
+        Rows beyond the last token, which vLLM adds to fill a graph, belong to its null block.
+        """
+        scores, slopes = self._scorer[0](hidden_states[None])
+        scores = scores[0].index_select(0, self.head_index)  # [G, N]
+        settings = {
+            "topk": self.layout.topk,
+            "window": self.layout.window,
+            "sinks": self.layout.sinks,
+            "slopes": slopes.index_select(0, self.head_index),
+            "scale": self.scale,
+        }
+        q = query.unflatten(-1, (self.query_heads, self.head_dim))
+        k, v = (x.unflatten(-1, (len(self.heads), self.head_dim)) for x in (key, value))
+        out = output.view(-1, self.query_heads, self.head_dim)
+        decodes = reads = 0
+        if metadata.num_decodes:
+            rows = metadata.state_indices_tensor_d[:, 0].to(torch.int64)
+            decodes = rows.shape[0]
+            part, _ = sparsek_attention(
+                *(x[:decodes, :, None] for x in (q, k, v)),
+                scores[:, :decodes].T[:, :, None],
+                state=StateRows(self._pool, rows),
+                **settings,
+            )
+            out[:decodes] = part[:, :, 0]
+        if metadata.num_prefills:
+            reads = metadata.num_prefill_tokens
+            tokens = slice(decodes, decodes + reads)
+            rows = metadata.state_indices_tensor_p.to(torch.int64)
+            part, _ = sparsek_attention(
+                *(x[tokens].transpose(0, 1)[None] for x in (q, k, v)),
+                scores[None, :, tokens],
+                cu_seqlens=metadata.query_start_loc_p,
+                state=StateRows(self._pool, rows, fresh=~metadata.has_initial_states_p),
+                **settings,
+            )
+            out[tokens] = part[0].transpose(0, 1)
+        out[decodes + reads :] = 0
+
+    @property
+    def bytes_of_state(self) -> int:
+        """Bytes of one request's block on this rank."""
+        return block_bytes(self.layout, self.head_dim, self.dtype)
+
+
+@torch.library.custom_op(OPERATOR, mutates_args=("output",))
+def _serve(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    hidden_states: torch.Tensor,
+    output: torch.Tensor,
+    name: str,
+) -> None:
+    """A layer as torch.compile sees it: one opaque node. The layer's state is no argument of it."""
+    context = engine.get_forward_context()
+    metadata = context.attn_metadata
+    if metadata is None:  # vLLM measures memory: no request is there
+        output.zero_()
+        return
+    layer = context.no_compile_layers[name]
+    layer.attend(query, key, value, hidden_states, output, metadata[name])
+
+
+@_serve.register_fake
+def _(query, key, value, hidden_states, output, name) -> None:
+    return None
+
+
+def register_layer() -> None:
+    """Make the backend known, and compiled graphs be cut at our operator."""
+    path = f"{SparseKBackend.__module__}.{SparseKBackend.__qualname__}"
+    engine.register_backend(engine.MambaAttentionBackendEnum.CUSTOM, path, is_mamba=True)
+    engine.split_at(OPERATOR)

@@ -1,0 +1,75 @@
+"""What vLLM can do and a converted model cannot: refused before weights are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.families.layers import FULL
+
+_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def check(config: VllmConfig) -> None:
+    """Refuses what would be computed wrongly, or was never tried.
+
+    Raises:
+        SparsekError: one reason, with what to do instead.
+    """
+    model, parallel = config.model_config, config.parallel_config
+    _check_block(model.hf_config)
+    if config.speculative_config is not None:
+        raise SparsekError(
+            "speculative decoding takes tokens back, and pairs a SparseK cache evicted cannot "
+            "come back",
+            hint="leave --speculative-config out",
+        )
+    if parallel.pipeline_parallel_size > 1:
+        raise SparsekError(
+            "pipeline parallelism of converted models was never tried",
+            hint="leave --pipeline-parallel-size out; --tensor-parallel-size works",
+        )
+    cache = config.cache_config
+    if cache.cache_dtype not in _DTYPES or cache.cache_dtype not in ("auto", _name(model.dtype)):
+        raise SparsekError(
+            f"a cache in {cache.cache_dtype} beside a model in {_name(model.dtype)}",
+            hint="leave --kv-cache-dtype out: keys and values are kept as the model computes them",
+        )
+    if config.quant_config is not None:
+        raise SparsekError(
+            "quantised weights of converted models were never tried",
+            hint="leave --quantization out",
+        )
+    if config.lora_config is not None:
+        raise SparsekError(
+            "adapters beside a converted model were never tried",
+            hint="leave --enable-lora out; merge the adapter into the model first",
+        )
+
+
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_block(config: Any) -> None:
+    block = config.sparsek
+    if block["gate"] != "straight_through":
+        raise SparsekError(
+            f"gate {block['gate']!r} keeps scores of no fixed number, and vLLM's blocks have a "
+            "fixed size",
+            hint="serve with transformers: sparsek serve --engine transformers",
+        )
+    if block["scorer"]["type"] == "random":
+        raise SparsekError(
+            "random scores are a rival to measure against, not a model to serve",
+            hint="convert the base anew: sparsek convert",
+        )
+    types = set(getattr(config, "layer_types", None) or FULL[:1])
+    if not types <= {FULL[0]}:
+        raise SparsekError(
+            f"the model mixes layers ({', '.join(sorted(types))}); on vLLM only models in which "
+            "every layer attends to everything are served",
+            hint="serve with transformers: sparsek serve --engine transformers",
+        )

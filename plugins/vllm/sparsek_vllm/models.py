@@ -1,0 +1,184 @@
+"""A family's class of vLLM with SparseK attention: derived from it, blocks changed in place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import torch
+from sparsek_kernels.state import SlotLayout, topk_per_head
+from torch import nn
+from vllm import ModelRegistry
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.families import TABLE, Row
+from sparsek_cli.models.config import head_dim, kv_heads, layer_budget
+from sparsek_cli.models.scorer import new_scorer
+from sparsek_vllm import engine
+from sparsek_vllm.blocks import block_bytes
+from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
+from sparsek_vllm.layer import SparseKLayer, register_layer
+from sparsek_vllm.limits import check
+
+# Rows whose blocks of vLLM end in its plain attention layer, as the tests have seen.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class _Block:
+    """A family's attention block as its own forward sees it: `attn` also gets hidden states."""
+
+    def __init__(self, block: nn.Module, hidden_states: torch.Tensor):
+        self.block, self.hidden_states = block, hidden_states
+
+    def attn(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return self.block.attn(query, key, value, self.hidden_states)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)
+
+
+@cache
+def sparsek_block(dense: type[nn.Module]) -> type[nn.Module]:
+    """An attention block that hands its input on to its SparseK layer, where it is scored."""
+    place = list(inspect.signature(dense.forward).parameters).index("hidden_states") - 1
+
+    class SparseKBlock(dense):
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
+            return dense.forward(_Block(self, hidden), *args, **kwargs)
+
+    SparseKBlock.__name__ = SparseKBlock.__qualname__ = f"SparseK{dense.__name__}"
+    return SparseKBlock
+
+
+class SparseKServed:
+    """Put in front of a family's causal LM of vLLM."""
+
+    is_attention_free = True  # for vLLM: no paged cache
+    has_inner_state = True
+    supports_mamba_prefix_caching = True
+    supports_pp = False
+    supports_lora = False
+
+    def __init__(self, *, vllm_config, prefix: str = ""):
+        check(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._orders = _replace_attention(self, vllm_config)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        return super().load_weights(reordered(weights, self._orders))
+
+    @classmethod
+    def get_mamba_state_copy_func(cls) -> tuple:
+        """A prefix is kept by copying its block."""
+        return (engine.get_temporal_copy_spec,)
+
+
+def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
+    """Change every attention block; returns the order of KV heads where it is not the file's."""
+    config = model.config
+    row = TABLE[config.model_type.removeprefix("sparsek_")]
+    ranks = engine.get_tensor_model_parallel_world_size()
+    rank = engine.get_tensor_model_parallel_rank()
+    known = vllm_config.compilation_config.static_forward_context
+    blocks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "attn", None), engine.Attention)
+    ]
+    if len(blocks) != config.num_hidden_layers:
+        raise SparsekError(
+            f"{len(blocks)} attention layers in vLLM's {type(model).__name__}, the model has "
+            f"{config.num_hidden_layers}",
+            hint="serve with transformers: sparsek serve --engine transformers",
+        )
+    orders: dict[str, list[int]] = {}
+    for layer, (name, block) in enumerate(blocks):
+        attention = block.attn
+        odd = engine.unusual(attention)
+        if odd is not None:
+            raise SparsekError(
+                f"layer {layer} asks for {odd}, which SparseK does not compute",
+                hint="serve with transformers: sparsek serve --engine transformers",
+            )
+        budget = layer_budget(config, layer)
+        dealt = _deal(row, kv_heads(config), budget, ranks)
+        flat = [head for heads in dealt for head in heads]
+        if ranks <= kv_heads(config) and flat != sorted(flat):
+            orders[name] = flat
+        every = topk_per_head(budget.topk, kv_heads(config))
+        size = max(
+            block_bytes(
+                SlotLayout(tuple(every[head] for head in heads), budget.window, budget.sinks),
+                head_dim(config),
+                vllm_config.model_config.dtype,
+            )
+            for heads in dealt
+        )
+        scorer = new_scorer(config, layer)
+        del known[attention.layer_name]
+        block.attn = SparseKLayer(
+            attention.layer_name,
+            budget=budget,
+            heads=dealt[rank],
+            all_heads=kv_heads(config),
+            query_heads=attention.num_heads,
+            head_dim=attention.head_size,
+            scale=engine.attention_scale(attention),
+            dtype=vllm_config.model_config.dtype,
+            bytes_per_block=size,
+            scorer=scorer,
+        )
+        known[attention.layer_name] = block.attn
+        block.scorer = scorer
+        block.__class__ = sparsek_block(type(block))
+    return orders
+
+
+def _deal(row: Row, heads: int, budget, ranks: int) -> list[list[int]]:
+    if can_deal(row.projections):
+        return dealt_heads(topk_per_head(budget.topk, heads), ranks)
+    return plain_heads(heads, ranks)
+
+
+class SparseKConfigHook(engine.VerifyAndUpdateConfig):
+    """vLLM's hook for a model's settings: refuses early, and keeps states as for Mamba."""
+
+    @classmethod
+    def verify_and_update_config(cls, vllm_config) -> None:
+        check(vllm_config)
+        engine.MambaModelConfig.verify_and_update_config(vllm_config)
+
+
+def architectures() -> dict[str, str]:
+    """Converted class name, as config.json has it -> vLLM's dense one."""
+    rows = (TABLE[family] for family in FAMILIES)
+    return {f"SparseK{row.causal_lm}": row.causal_lm for row in rows}
+
+
+def register_models() -> None:
+    """Enter every served family with vLLM; may be called again."""
+    import sparsek_cli.models  # noqa: F401  registers the configs with transformers
+
+    register_layer()
+    for served, dense in architectures().items():
+        if not engine.is_known(dense):
+            continue
+        ModelRegistry.register_model(served, f"{__name__}:{served}")
+        engine.MODELS_CONFIG_MAP[served] = SparseKConfigHook
+
+
+@cache
+def served_class(name: str) -> type[nn.Module]:
+    """The class for one of `architectures()`, derived when it is first asked for."""
+    dense = engine.dense_class(architectures()[name])
+    return type(name, (SparseKServed, dense), {"__module__": __name__})
+
+
+def __getattr__(name: str) -> type[nn.Module]:
+    """Classes by name, which is how vLLM asks for them."""
+    if name in architectures():
+        return served_class(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,83 @@
+"""Random checkpoints whose answers depend on what the cache forgot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TOPK = [[20, 4], 9, [0, 31]]  # per head, and of another sum in each layer
+WINDOW, SINKS = 12, 2
+VOCABULARY = 256
+LENGTH = 512
+
+
+def save_checkpoint(
+    folder: Path, family: str, *, settings: dict[str, Any] | None = None, **config: Any
+) -> Path:
+    """A converted model of `family` with random weights, scorers that matter, and uneven heads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import sparsek_cli.models as models
+
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": len(TOPK),
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    if family == "mistral":
+        sizes["sliding_window"] = None
+    dense = AutoConfig.for_model(family, **{**sizes, **config})
+    block = {"topk": TOPK, "window": WINDOW, "sinks": SINKS, **(settings or {})}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(models.sparsek_config_from(dense, block))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("scorer.slopes"):
+                parameter.copy_(torch.tensor([0.0, 0.02]).expand_as(parameter))
+            elif name.endswith(".bias"):
+                parameter.normal_(std=0.2)
+            elif "proj" in name or "lm_head" in name or "embed" in name:
+                # Sharp attention and sharp answers: a forgotten key must change the text.
+                parameter.normal_(std=0.35)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokenizer():
+    """Byte-level, of `VOCABULARY` ids; built in memory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[: VOCABULARY - 3]
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *letters])}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+    made.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n"
+        "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return made
+
+
+def prompts(count: int, *, longest: int, shortest: int = 5) -> list[list[int]]:
+    """Random token ids of random lengths; the same each time."""
+    new = torch.Generator().manual_seed(count)
+    lengths = torch.randint(shortest, longest + 1, (count,), generator=new).tolist()
+    return [torch.randint(3, VOCABULARY, (n,), generator=new).tolist() for n in lengths]
