@@ -11,17 +11,10 @@ PART = 16
 BLOCK = 64
 
 
-def _parts(
-    layout: SlotLayout, head_dim: int, dtype: torch.dtype
-) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
-    slots = layout.total
-    return [
-        ("keys", (slots, head_dim), dtype),
-        ("values", (slots, head_dim), dtype),
-        ("scores", (slots,), torch.float64),
-        ("positions", (slots,), torch.int32),
-        ("seen", (), torch.int64),
-    ]
+def _like(layout: SlotLayout, head_dim: int, dtype: torch.dtype) -> SparseKState:
+    """A state of one row without memory, which says what a block must hold."""
+    shape = {"topk": layout.topk, "window": layout.window, "sinks": layout.sinks}
+    return SparseKState.empty(1, layout.heads, head_dim, dtype=dtype, device="meta", **shape)
 
 
 def _up(size: int, multiple: int) -> int:
@@ -30,11 +23,8 @@ def _up(size: int, multiple: int) -> int:
 
 def block_bytes(layout: SlotLayout, head_dim: int, dtype: torch.dtype) -> int:
     """Bytes of one request's block: `sparsek_kernels.cache_bytes` and what alignment adds."""
-    sizes = [
-        torch.Size(shape).numel() * kind.itemsize
-        for _, shape, kind in _parts(layout, head_dim, dtype)
-    ]
-    return _up(sum(_up(size, PART) for size in sizes), BLOCK)
+    held = _like(layout, head_dim, dtype).slots.values()
+    return _up(sum(_up(tensor.nbytes, PART) for tensor in held), BLOCK)
 
 
 def pool_of(
@@ -44,11 +34,11 @@ def pool_of(
 
     Args:
         blocks: int8 [blocks, bytes], at least `block_bytes` of them; blocks may lie apart.
+        dtype: of the keys and values, or int8 for the 8-bit cache.
     """
-    views, start = {}, 0
-    for name, shape, kind in _parts(layout, head_dim, dtype):
-        size = torch.Size(shape).numel() * kind.itemsize
-        part = blocks[:, start : start + size].view(kind)
-        views[name] = part.view(blocks.shape[0], *shape)
-        start += _up(size, PART)
-    return SparseKState(layout=layout, **views)
+    pool, start = _like(layout, head_dim, dtype), 0
+    for name, tensor in pool.slots.items():
+        part = blocks[:, start : start + tensor.nbytes].view(tensor.dtype)
+        setattr(pool, name, part.view(blocks.shape[0], *tensor.shape[1:]))
+        start += _up(tensor.nbytes, PART)
+    return pool

@@ -21,6 +21,11 @@ from vllm.model_executor.models.config import (
     MambaModelConfig,
     VerifyAndUpdateConfig,
 )
+from vllm.model_executor.models.interfaces import (
+    HasInnerState,
+    IsAttentionFree,
+    SupportsMambaPrefixCaching,
+)
 from vllm.model_executor.models.registry import ModelRegistry
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import (
@@ -37,12 +42,15 @@ __all__ = [
     "AttentionBackend",
     "BaseMambaAttentionMetadata",
     "BaseMambaAttentionMetadataBuilder",
+    "HasInnerState",
+    "IsAttentionFree",
     "MODELS_CONFIG_MAP",
     "MambaAttentionBackendEnum",
     "MambaBase",
     "MambaManager",
     "MambaModelConfig",
     "MambaSpec",
+    "SupportsMambaPrefixCaching",
     "VerifyAndUpdateConfig",
     "attention_scale",
     "dense_class",

@@ -14,6 +14,7 @@ from vllm import ModelRegistry
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE, Row
+from sparsek_cli.models.cache.bytes import slot_dtype
 from sparsek_cli.models.config import head_dim, kv_heads, layer_budget
 from sparsek_cli.models.scorer import new_scorer
 from sparsek_vllm import engine
@@ -53,12 +54,11 @@ def sparsek_block(dense: type[nn.Module]) -> type[nn.Module]:
     return SparseKBlock
 
 
-class SparseKServed:
-    """Put in front of a family's causal LM of vLLM."""
+class SparseKServed(
+    engine.HasInnerState, engine.IsAttentionFree, engine.SupportsMambaPrefixCaching
+):
+    """Put in front of a family's causal LM of vLLM, to which it then has no paged cache."""
 
-    is_attention_free = True  # for vLLM: no paged cache
-    has_inner_state = True
-    supports_mamba_prefix_caching = True
     supports_pp = False
     supports_lora = False
 
@@ -109,11 +109,12 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
         if ranks <= kv_heads(config) and flat != sorted(flat):
             orders[name] = flat
         every = topk_per_head(budget.topk, kv_heads(config))
+        kept = slot_dtype(budget, vllm_config.model_config.dtype)
         size = max(
             block_bytes(
                 SlotLayout(tuple(every[head] for head in heads), budget.window, budget.sinks),
                 head_dim(config),
-                vllm_config.model_config.dtype,
+                kept,
             )
             for heads in dealt
         )
@@ -127,7 +128,7 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
             query_heads=attention.num_heads,
             head_dim=attention.head_size,
             scale=engine.attention_scale(attention),
-            dtype=vllm_config.model_config.dtype,
+            dtype=kept,
             bytes_per_block=size,
             scorer=scorer,
         )
