@@ -71,7 +71,7 @@ class CalibrationMethod(BaseModel):
         "per_head; that of the whole document is added",
     )
     recall: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.85,
+        0.8,
         description="how much what stands far back counts, and not running text, when whole models "
         "are compared: 1 is recall alone, 0 text alone; the report shows both ends",
     )
