@@ -1,7 +1,12 @@
-"""Whether a model came out of `sparsek convert`: one answer for everybody who asks."""
+"""How a model that came out of `sparsek convert` is known."""
 
 from collections.abc import Mapping
 from typing import Any
+
+# The name under which transformers knows our attention function. It stands in config.json, too, so
+# that the base's own class (LlamaForCausalLM), which would drop the scorers and attend densely,
+# refuses the folder: it knows no such attention, or finds no scorer.
+ATTENTION = "sparsek"
 
 
 def is_converted(config: Any) -> bool:

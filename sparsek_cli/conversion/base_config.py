@@ -9,7 +9,8 @@ from sparsek_cli.families import TABLE, Row, check_supported
 
 def dense_config(config: dict[str, Any]) -> dict[str, Any]:
     """config.json as it was before conversion, but for a sliding window that never bound."""
-    dense = {key: config[key] for key in config if key not in ("sparsek", "auto_map")}
+    ours = ("sparsek", "auto_map", "attn_implementation")
+    dense = {key: config[key] for key in config if key not in ours}
     dense["model_type"] = dense["model_type"].removeprefix("sparsek_")
     names = dense.get("architectures") or []
     dense["architectures"] = [name.removeprefix("SparseK") for name in names]

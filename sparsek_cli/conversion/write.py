@@ -15,6 +15,7 @@ from sparsek_cli.conversion.link import Means, link_or_copy
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.shards import INDEX, write_part
 from sparsek_cli.conversion.tokenizer import copy_missing
+from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
@@ -161,6 +162,7 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
     config.update(idle_window_off(row, plan.config, plan.geometry.context))
     config.update(
         model_type=row.sparsek_type,
+        attn_implementation=ATTENTION,
         architectures=[own_causal_lm],
         auto_map={
             "AutoConfig": f"{module}.{own_config}",

@@ -166,8 +166,9 @@ def _other_layer(module, query, key, value, mask, scaling, window, cu_seqlens):
     """A layer of a converted model that slides: it attends as in the dense model."""
     if window is None:
         raise SparsekError(
-            f"layer {module.layer_idx} has neither a scorer nor a window",
-            hint="please report this with the model's name",
+            f"{type(module).__name__} has no scorer: a converted model was loaded with the class "
+            "of its base",
+            hint="load it with AutoModelForCausalLM, after `import sparsek_cli.models`",
         )
     out = sliding_attention(
         query, key, value, window=window, scale=scaling, mask=mask, cu_seqlens=cu_seqlens

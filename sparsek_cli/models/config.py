@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
@@ -29,7 +30,6 @@ GATES = ("straight_through", "log", "kv")
 SCORERS = ("linear", "mlp", "random")
 MLP_WIDTH = 128
 CACHE_DTYPES = ("auto", "int8")  # auto: the model's own, and no key in the block
-ATTENTION = "sparsek"  # the name under which transformers knows our attention function
 DENSE_ATTENTION = "sparsek_dense"  # the same weights, attending densely; only on request
 DEFAULTS: dict[str, Any] = {
     "topk": 380,
@@ -241,6 +241,10 @@ class SparseKConfigMixin:
                 for auto, name in self.model_names.items()
             },
         }
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds; transformers leaves the attention's name out."""
+        return super().to_diff_dict() | {"attn_implementation": ATTENTION}
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any):
         """Write config.json and, beside it, the file its `auto_map` names."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -106,3 +108,31 @@ def test_attention_weights_are_refused_and_hidden_states_are_not(family, sparse_
     assert not torch.allclose(output.hidden_states[-1], dense.hidden_states[-1])
     head = model.get_output_embeddings()(output.hidden_states[-1])
     torch.testing.assert_close(head, output.logits)
+
+
+def test_the_base_s_own_class_refuses_a_converted_folder(family, saved):
+    """It would drop the scorers, attend densely, and only note it in a loading report."""
+    folder = saved(family)
+    own = type(models.FAMILIES[family].sparsek_causal_lm.from_pretrained(folder)).__mro__
+    base = next(cls for cls in own if not cls.__name__.startswith("SparseK"))
+    assert base.__module__.startswith("transformers.")
+    with pytest.raises(SparsekError, match="loaded with the class of its base") as refusal:
+        base.from_pretrained(folder)(torch.arange(3, 9)[None])
+    assert "AutoModelForCausalLM" in refusal.value.hint
+    assert_sparse(AutoModelForCausalLM.from_pretrained(folder))
+
+
+def test_so_it_does_in_a_program_without_this_package(pair, saved):
+    folders = [str(pair("llama", "llama3").out), str(saved("llama"))]
+    code = f"""
+from transformers import LlamaForCausalLM, LlamaModel
+for folder in {folders}:
+    for kind in (LlamaForCausalLM, LlamaModel):
+        try:
+            kind.from_pretrained(folder)
+        except ValueError as error:
+            assert 'attn_implementation="sparsek"` is not supported' in str(error), error
+            print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["refused"] * 4, done.stderr
