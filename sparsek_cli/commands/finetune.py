@@ -69,8 +69,11 @@ def finetune(
     done = run(plan, console)
     if not first:
         return
-    last_model.remember(done.out)
     console.result(done.text(), done.data())
+    if settings.train == "lora" and not settings.lora.merge:
+        console.say(f"\nnext: PeftModel.from_pretrained(model, {str(done.out)!r})")
+        return
+    last_model.remember(done.out)
     console.say(f"\nnext: sparsek evaluate {done.out} --tasks ppl,recall")
     if (
         settings.train != "scorers"

@@ -85,10 +85,15 @@ class CopySource:
 
 
 class HeldOut:
-    """The first `count` sequences of a packed source, as a map-style dataset."""
+    """The first `count` sequences of a packed source, as a map-style dataset.
 
-    def __init__(self, packed: Callable[[int], PackedSequence], count: int):
-        self._packed, self._count = packed, count
+    With `joined`, as in `Mixture`.
+    """
+
+    def __init__(
+        self, packed: Callable[[int], PackedSequence], count: int, *, joined: bool = False
+    ):
+        self._packed, self._count, self.joined = packed, count, joined
 
     def __len__(self) -> int:
         return self._count
@@ -102,7 +107,7 @@ class HeldOut:
         return {
             "input_ids": sequence.ids,
             "roles": sequence.roles,
-            "starts": sequence.starts,
+            "starts": (0,) if self.joined else sequence.starts,
             "index": index,
         }
 
@@ -116,15 +121,16 @@ def held_out_sequences(
     length: int,
     seed: int,
     say: Callable[[str], None],
+    joined: bool = False,
 ) -> HeldOut | None:
     """What the held-out loss is measured on: text, else the first stream, else None.
 
-    Text without a token to predict measures nothing, which is said.
+    Text without a token to predict measures nothing, which is said. `joined`: see `HeldOut`.
     """
     count = wanted.sequences
     if held_out is not None:
         packed = PackedText(held_out, length, (seed,))
-        found = HeldOut(packed, min(count, packed.per_epoch))
+        found = HeldOut(packed, min(count, packed.per_epoch), joined=joined)
         if found.has_targets():
             return found
         say(
@@ -136,7 +142,8 @@ def held_out_sequences(
     if not streams or wanted.held_out == 0:
         return None
     own_seed = (seed, zlib.crc32(b"held out"))
-    return HeldOut(PackedDocuments(_stream(streams[0], tokenizer), length, own_seed), count)
+    packed = PackedDocuments(_stream(streams[0], tokenizer), length, own_seed)
+    return HeldOut(packed, count, joined=joined)
 
 
 def _between(rng: np.random.Generator, low: int, high: int) -> int:

@@ -92,6 +92,18 @@ SCORERS_ALONE = Contents(
     (SCORERS, CONVERT_RECIPE, FINETUNE_RECIPE, CALIBRATION, "README.md"),
     {},
 )
+ADAPTERS = Contents(
+    "a folder of adapters that finetune wrote",
+    (("adapter_config.json",), (FINETUNE_RECIPE,)),
+    (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        FINETUNE_RECIPE,
+        "README.md",
+        *TOKENIZER_FILES,
+    ),
+    {"additional_chat_templates": ("*.jinja",)},
+)
 RUN = Contents(
     "an unfinished run of finetune",
     ((RUN_RECIPE, f"{RUN_RECIPE}.new"),),

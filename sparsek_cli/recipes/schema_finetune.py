@@ -68,7 +68,7 @@ class SparseK(Strict):
 
 
 class Lora(Strict):
-    """Low-rank adapters; used with `train: lora` and merged into the weights at the end."""
+    """Low-rank adapters; used with `train: lora`."""
 
     rank: PositiveInt = Field(16, description="rank of the adapters")
     alpha: Positive = Field(32.0, description="adapter scale; the update is alpha / rank x B A")
@@ -78,6 +78,11 @@ class Lora(Strict):
         description="names of the linear layers to adapt; empty: all linear layers of the blocks",
     )
     scorers: bool = Field(True, description="train the scorers together with the adapters")
+    merge: bool = Field(
+        True,
+        description="merge the adapters into the weights at the end; false: OUT holds the adapters "
+        "(and trained scorers) alone, for PEFT",
+    )
 
 
 class Objective(Strict):

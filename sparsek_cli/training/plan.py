@@ -15,6 +15,7 @@ from sparsek_cli.data.mixture import load_texts
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.layers import has_states
 from sparsek_cli.loading import load_config, load_tokenizer
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
@@ -22,6 +23,7 @@ from sparsek_cli.training.model import random_config
 from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.sharding import check_launch
 from sparsek_cli.training.sizes import Batch, Sizes, count_steps, estimate_bytes, measure
+from sparsek_cli.training.storage.output import contents_of
 from sparsek_cli.training.storage.unfinished import check_output, checkpoint_to_resume, part_folder
 
 if TYPE_CHECKING:
@@ -77,7 +79,8 @@ def plan(
     out = Path(os.path.expanduser(recipe.out or f"{_base_name(recipe)}-finetuned"))
     source = None if recipe.model is None else hub.resolve(recipe.model)
     where = None if source is None else source.path
-    check_output(out, resume=resume, overwrite=recipe.overwrite, model=where)
+    contents = contents_of(recipe)
+    check_output(out, resume=resume, overwrite=recipe.overwrite, model=where, contents=contents)
     _check_reporters(recipe.report_to)
     device = choose_device(recipe.device)
     check_launch(recipe.launch, cpu=device.type == "cpu", looks_inside={
@@ -93,6 +96,12 @@ def plan(
     # for ever for the threads of their parent.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     model = _model_without_weights(recipe, tokenizer, source)
+    if recipe.documents == "separate" and has_states(getattr(model.config, "layer_types", None)):
+        raise UsageError(
+            f"some layers of {model.config.model_type.removeprefix('sparsek_')} keep a state, "
+            "which would carry one document of a sequence into the next",
+            hint="set documents=joined: a document then sees those before it in its sequence",
+        )
     choose_parameters(model, recipe.train, recipe.lora, shape_base=recipe.shapes_base)
     return Plan(
         recipe=recipe,

@@ -13,6 +13,7 @@ import torch
 from sparsek_cli.converted import is_converted
 from sparsek_cli.data.mixture import build_mixture, held_out_sequences
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
 from sparsek_cli.reporter import Reporter, Silent
@@ -20,7 +21,7 @@ from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan, plain, sizes_of
 from sparsek_cli.training.sizes import Sizes
-from sparsek_cli.training.storage.output import check_room, write_model
+from sparsek_cli.training.storage.output import check_room, contents_of, write_model
 from sparsek_cli.training.storage.unfinished import begun, check_output, leave, part_folder
 from sparsek_cli.training.trainer import SparsekTrainer
 
@@ -90,7 +91,9 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     if os.environ.get("RANK", "0") == "0":
         leftovers.clear(out, reporter.say)
     resumed, where = plan.checkpoint is not None, plan.source.path if plan.source else None
-    check_output(out, resume=resumed, overwrite=recipe.overwrite, model=where)  # it may be back
+    check_output(  # it may be back
+        out, resume=resumed, overwrite=recipe.overwrite, model=where, contents=contents_of(recipe)
+    )
     model, tuner, dtype = load(recipe, plan.tokenizer, plan.source, plan.bf16)
     _check_dense(model, recipe.objective, recipe.budget_stages)
     length, seed = recipe.sequence_length, recipe.seed
@@ -113,6 +116,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
                 held_out=held_out_sequences(
                     recipe.data, recipe.evaluation, plan.held_out, plan.tokenizer,
                     length=length, seed=seed, say=reporter.say,
+                    joined=has_states(getattr(model.config, "layer_types", None)),
                 ),
                 questions=questions, resumed=resumed, reporter=reporter, bar=bar,
             )  # fmt: skip
@@ -121,12 +125,12 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
         if trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model)
             detach(model)
-            if tuner is not None:
-                model = tuner.merge_and_unload()
+            if tuner is not None and recipe.lora.merge:
+                model, tuner = tuner.merge_and_unload(), None
             write_model(
                 model, plan.tokenizer, out,
                 recipe=recipe, result=result, dtype=dtype, base=plan.source, state=state,
-                name=sizes.model, reporter=reporter,
+                name=sizes.model, reporter=reporter, tuner=tuner,
             )  # fmt: skip
             shutil.rmtree(part, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from verbs import finetune
 
 from sparsek_cli.errors import UsageError
@@ -336,3 +336,28 @@ def test_documents_of_one_token_teach_nothing(recipe, scratch, tmp_path):
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
     with pytest.raises(UsageError, match="every document of a text source is a single token"):
         finetune(recipe(*scratch, f"data.text.files={tmp_path / 'one.jsonl'}"))
+
+
+@pytest.mark.parametrize("family", ["nemotron_h", "gpt2"])
+def test_trained_scorers_have_the_names_of_the_files(family, recipe, sparse_checkpoint, tmp_path):
+    """Some files name the base otherwise than the model does, or not at all."""
+    from sparsek_cli.hub import resolve
+
+    model = sparse_checkpoint(family)
+    if family == "gpt2":
+        for file in model.glob("*.safetensors"):
+            tensors = {k.removeprefix("transformer."): v for k, v in load_file(file).items()}
+            file.unlink()
+            save_file(tensors, file, metadata={"format": "pt"})
+        index = model / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace('"transformer.', '"'))
+    words = ["keep_better=false", "scorer_learning_rate=1e-2"]
+    if family == "nemotron_h":
+        with pytest.raises(UsageError, match="some layers of nemotron_h keep a state") as refusal:
+            finetune(recipe(*words, model=model))
+        assert "documents=joined" in refusal.value.hint
+        words.append("documents=joined")
+    assert finetune(recipe(*words, model=model)).held_out_loss > 0
+    resolve(tmp_path / "out")
+    moved = changed(weights(model), weights(tmp_path / "out"))
+    assert moved and all(".scorer." in name for name in moved)

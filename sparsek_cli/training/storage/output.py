@@ -13,10 +13,12 @@ from sparsek_cli import disk
 from sparsek_cli.conversion.link import link_or_copy
 from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.output.contents import FINETUNE_RECIPE, MODEL, SCORERS
+from sparsek_cli.families import row_of
+from sparsek_cli.output.contents import ADAPTERS, FINETUNE_RECIPE, MODEL, SCORERS, Contents
 from sparsek_cli.output.staging import staged
 from sparsek_cli.training.model import cast_for_saving
 from sparsek_cli.training.parameters import is_scorer
+from sparsek_cli.training.storage.adapters import save_adapters
 from sparsek_cli.training.storage.checkpoints import checkpoints_in
 from sparsek_cli.training.storage.unfinished import part_folder
 
@@ -31,6 +33,11 @@ if TYPE_CHECKING:
 PATIENCE = 300.0
 _PAUSE = 5.0
 _GIB = 2**30
+
+
+def contents_of(recipe: "FinetuneRecipe") -> Contents:
+    """What will lie in OUT."""
+    return MODEL if recipe.train != "lora" or recipe.lora.merge else ADAPTERS
 
 
 def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
@@ -69,6 +76,7 @@ def write_model(
     state: dict[str, torch.Tensor] | None,
     name: str,
     reporter: "Reporter",
+    tuner: Any | None = None,
 ) -> None:
     """Writes `output`.
 
@@ -79,13 +87,16 @@ def write_model(
         dtype: of the weights on disk (scorers stay float32).
         base: the checkpoint that was trained.
         state: the full state dict where the model is sharded, else None.
+        tuner: PEFT's LoraModel whose adapters are all that is written; None: the whole model.
 
     Raises:
         SparsekError: disk full or no permission; nothing is left behind.
     """
 
     def write(folder: Path) -> None:
-        if recipe.train == "scorers" and (base.path / SCORERS).is_file():
+        if tuner is not None:
+            save_adapters(model, tuner, folder, base=base, scorers=recipe.lora.scorers, state=state)
+        elif recipe.train == "scorers" and (base.path / SCORERS).is_file():
             _link_base(model, base.path, folder, state)
         else:
             weights = cast_for_saving(model, dtype, state)
@@ -106,7 +117,10 @@ def write_model(
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            with disk.os_errors(), staged(output, overwrite=recipe.overwrite) as folder:
+            with (
+                disk.os_errors(),
+                staged(output, overwrite=recipe.overwrite, contents=contents_of(recipe)) as folder,
+            ):
                 write(folder)
             break
         except OSError as error:
@@ -144,8 +158,9 @@ def _link_base(
         elif file.is_file() and MODEL.knows(file.name) and file.name not in own:
             shutil.copyfile(file, folder / file.name)
     named = dict(model.named_parameters()) if state is None else state
+    stored = _stored_names(source / SCORERS, model)
     tensors = {
-        key: value.detach().float().cpu().contiguous()
+        stored.get(key, key): value.detach().float().cpu().contiguous()
         for key, value in named.items()
         if is_scorer(key)
     }
@@ -156,6 +171,20 @@ def _link_base(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
+def _stored_names(file: Path, model: Any) -> dict[str, str]:
+    """By the model's names of its scorers, those in its file: some files name the base otherwise.
+
+    The index beside the file names them too.
+    """
+    from safetensors import safe_open
+
+    row = row_of(model.config)
+    with safe_open(file, "np") as opened:
+        names = list(opened.keys())
+    inner = [name.removeprefix(f"{row.stored}.") for name in names]
+    return {f"{row.base}.{name}": stored for name, stored in zip(inner, names, strict=True)}
+
+
 def _card(recipe: "FinetuneRecipe", result: Any, name: str) -> str:
     losses = ""
     if result.held_out_loss is not None:
@@ -164,11 +193,12 @@ def _card(recipe: "FinetuneRecipe", result: Any, name: str) -> str:
     tokens = result.steps * recipe.batch_size * recipe.sequence_length
     what = {
         "scorers": "only the scoring network was trained, the base is unchanged",
-        "lora": "trained with LoRA adapters, merged into the weights",
+        "lora": "trained with LoRA adapters"
+        + (", merged into the weights" if recipe.lora.merge else ", which these are"),
         "all": "all weights were trained",
     }[recipe.train]
     return f"""---
-library_name: transformers
+library_name: {"transformers" if contents_of(recipe) is MODEL else "peft"}
 pipeline_tag: text-generation
 tags:
 - sparsek
@@ -181,11 +211,26 @@ Made from {name} with `sparsek finetune`: {what}.
 {losses}
 To repeat it: `sparsek finetune --recipe {FINETUNE_RECIPE}` (the recipe beside this card).
 
-```python
+{_use(recipe, Path(result.out).name)}"""
+
+
+def _use(recipe: "FinetuneRecipe", name: str) -> str:
+    """The lines of Python that load the model."""
+    if contents_of(recipe) is ADAPTERS:
+        return f"""```python
+import sparsek_cli.models
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
+
+model = AutoPeftModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+"""
+    return f"""```python
 import sparsek_cli.models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{Path(result.out).name}")
-tokenizer = AutoTokenizer.from_pretrained("{Path(result.out).name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 """

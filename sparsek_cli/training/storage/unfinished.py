@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.output.contents import MODEL, RUN
+from sparsek_cli.output.contents import MODEL, RUN, Contents
 from sparsek_cli.output.contents import RUN_RECIPE as RECIPE
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
@@ -27,13 +27,21 @@ def part_folder(output: Path) -> Path:
     return output.with_name(output.name + ".part")
 
 
-def check_output(output: Path, *, resume: bool, overwrite: bool, model: Path | None = None) -> None:
+def check_output(
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    model: Path | None = None,
+    contents: Contents = MODEL,
+) -> None:
     """Raises UsageError where a run would destroy something, or has nothing to continue.
 
     Args:
+        contents: what will lie in OUT.
         model: the folder that is trained, if it is one.
     """
-    check_folder(output, MODEL, overwrite=overwrite, model=model)
+    check_folder(output, contents, overwrite=overwrite, model=model)
     part = part_folder(output)
     try:
         check_folder(part, RUN, overwrite=True, model=model)
