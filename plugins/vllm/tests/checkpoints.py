@@ -9,6 +9,8 @@ import torch
 
 TOPK = [[20, 4], 9, [0, 31]]  # per head, and of another sum in each layer
 WINDOW, SINKS = 12, 2
+LONG = WINDOW + SINKS + 30  # tokens that no layer holds all of, in all of its heads
+NEW = 12  # tokens to write
 VOCABULARY = 256
 LENGTH = 512
 

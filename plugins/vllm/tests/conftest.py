@@ -1,0 +1,129 @@
+"""Runs a random checkpoint on vLLM and in transformers; skipped where vLLM is not installed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: ten starts in a minute
+
+try:
+    import vllm
+
+    MISSING = ""
+except ImportError as error:
+    MISSING = f"vLLM is not installed here ({error}): run `make vllm-test`"
+    collect_ignore_glob = ["test_parity.py", "test_layer.py", "test_limits.py", "test_server.py"]
+
+
+def pytest_report_header() -> str:
+    return MISSING or f"vllm {vllm.__version__}"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What transformers makes of one prompt.
+
+    Attributes:
+        written, dense_written: tokens that greedy search adds, with SparseK and without.
+        logprobs, dense_logprobs: of the prompt's own tokens, from the second on.
+    """
+
+    written: list[int]
+    dense_written: list[int]
+    logprobs: list[float]
+    dense_logprobs: list[float]
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[..., Path]:
+    """`checkpoint(family, **settings of the sparsek block)`: a folder, written once."""
+    from checkpoints import save_checkpoint
+
+    @lru_cache
+    def make(family: str, **settings: Any) -> Path:
+        if "scorer" in settings:
+            settings["scorer"] = {"type": settings["scorer"]}
+        return save_checkpoint(tmp_path_factory.mktemp(family), family, settings=settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def expected() -> Callable[[Path, list[list[int]]], list[Expected]]:
+    """`expected(folder, prompts)`, by transformers in float32."""
+    import torch
+    from checkpoints import NEW
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models as models
+
+    done: dict[tuple[Path, tuple[int, ...]], Expected] = {}
+    loaded: dict[Path, Any] = {}
+
+    @torch.inference_mode()
+    def one(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
+        )
+        logs = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
+        return out[0, len(prompt) :].tolist(), logs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+    def compute(folder: Path, prompts: list[list[int]]) -> list[Expected]:
+        if folder not in loaded:
+            loaded[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = loaded[folder]
+        for prompt in prompts:
+            if (folder, tuple(prompt)) not in done:
+                written, logs = one(model, prompt)
+                with models.dense_attention(model):
+                    dense_written, dense_logs = one(model, prompt)
+                found = Expected(written, dense_written, logs, dense_logs)
+                done[folder, tuple(prompt)] = found
+        return [done[folder, tuple(prompt)] for prompt in prompts]
+
+    return compute
+
+
+@contextmanager
+def engine(folder: Path, **options: Any) -> Iterator[Any]:
+    """vLLM's `LLM`, small and in float32; ended afterwards."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    settings = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "num_gpu_blocks_override": 64,
+        "distributed_executor_backend": "uni",
+        "disable_log_stats": False,
+        "seed": 0,
+    }
+    llm = LLM(str(folder), **{**settings, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
+
+
+@pytest.fixture
+def run_engine() -> Callable[..., Any]:
+    """`with run_engine(folder, **options of LLM) as llm`."""
+    return engine

@@ -1,0 +1,78 @@
+"""Blocks are as large as the formula says, and every rank has heads of its own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from checkpoints import SINKS, TOPK, WINDOW
+from sparsek_kernels import cache_bytes
+from sparsek_kernels.state import SlotLayout
+from sparsek_vllm.blocks import BLOCK, PART, block_bytes, pool_of
+from sparsek_vllm.heads import dealt_heads, plain_heads, reordered
+
+PARTS = 7  # tensors of a state, each of which may be padded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_bytes_of_a_block_are_the_formula_s(dtype):
+    layout = SlotLayout((20, 4), WINDOW, SINKS)
+    exact = cache_bytes(1, layout.topk, WINDOW, SINKS, 2, 32, dtype)
+    assert exact <= block_bytes(layout, 32, dtype) < exact + PARTS * PART + BLOCK
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_blocks_that_lie_apart_hold_separate_states(dtype):
+    layout = SlotLayout((3, 5), 4, 1)
+    size = block_bytes(layout, 8, dtype)
+    memory = torch.zeros(3, size + 192, dtype=torch.int8)  # another layer's block between them
+    pool = pool_of(memory[:, 64 : 64 + size], layout, 8, dtype)
+    for number, tensor in enumerate(pool.slots.values(), start=1):
+        tensor[1] = number
+    assert not memory[0].any() and not memory[2].any()
+    assert not memory[:, :64].any() and not memory[:, 64 + size :].any()
+    for number, tensor in enumerate(pool.slots.values(), start=1):
+        assert (tensor[1] == number).all(), "two tensors share bytes"
+
+
+def test_vllm_s_blocks_are_the_formula_s(checkpoint, run_engine):
+    """And so is the number of sequences that fit, which is printed."""
+    exact = sum(
+        cache_bytes(1, [k, k] if isinstance(k, int) else k, WINDOW, SINKS, 2, 32, torch.float32)
+        for k in TOPK
+    )
+    with run_engine(checkpoint("qwen3"), num_gpu_blocks_override=None) as llm:
+        config = llm.llm_engine.vllm_config
+        blocks = config.cache_config.num_gpu_blocks
+    low, high = 2**30 // (exact + len(TOPK) * (PARTS * PART + BLOCK)), 2**30 // exact
+    print(f"{blocks} sequences in 1 GiB, {exact:,} bytes each")
+    assert low <= blocks <= high
+
+
+def test_heads_are_dealt_by_their_slots():
+    assert dealt_heads([10, 1, 9, 2], 2) == [[0, 1], [2, 3]]
+    assert dealt_heads([10, 9, 1, 2], 2) == [[0, 2], [1, 3]]
+    assert dealt_heads([10, 9, 1, 2], 1) == [[0, 1, 2, 3]]
+    assert dealt_heads([5, 5], 4) == plain_heads(2, 4) == [[0], [0], [1], [1]]
+    assert plain_heads(4, 2) == [[0, 1], [2, 3]]
+
+
+def test_reordered_heads_compute_the_same():
+    new = torch.Generator().manual_seed(0)
+    names = {"q_proj": (16, 12), "k_proj": (8, 12), "v_proj": (8, 12), "o_proj": (12, 16)}
+    weights = {f"a.{n}.weight": torch.randn(*s, generator=new) for n, s in names.items()}
+    weights["a.k_proj.bias"] = torch.arange(8.0)
+    weights["b.k_proj.bias"] = torch.arange(8.0)
+    order = [2, 0, 3, 1]  # four KV heads of size 2, a group of two query heads each
+    moved = dict(reordered(weights.items(), {"a": order}))
+    x = torch.randn(5, 12, generator=new)
+
+    def heads(w, part):
+        return (x @ w[f"a.{part}.weight"].T).unflatten(-1, (4, -1))
+
+    for part in ("q_proj", "k_proj", "v_proj"):
+        assert torch.equal(heads(moved, part), heads(weights, part)[:, order])
+    out = heads(weights, "q_proj").flatten(1) @ weights["a.o_proj.weight"].T
+    same = heads(moved, "q_proj").flatten(1) @ moved["a.o_proj.weight"].T
+    assert torch.allclose(out, same, atol=1e-5)
+    assert moved["a.k_proj.bias"].tolist() == [4, 5, 0, 1, 6, 7, 2, 3]
+    assert torch.equal(moved["b.k_proj.bias"], weights["b.k_proj.bias"])

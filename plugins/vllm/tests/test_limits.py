@@ -1,0 +1,44 @@
+"""What converted models cannot do on vLLM is refused in one line, and the hint works."""
+
+from __future__ import annotations
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+REFUSED = {
+    "speculative decoding": {
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2,
+                               "prompt_lookup_max": 3},
+    },
+    "pipeline parallelism": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "a cache in fp8": {"kv_cache_dtype": "fp8"},
+    "a cache in bfloat16": {"kv_cache_dtype": "bfloat16"},
+    "adapters": {"enable_lora": True},
+}  # fmt: skip
+
+
+def configure(folder, **options):
+    settings = {"dtype": "float32", "enforce_eager": True, "max_model_len": 128}
+    return EngineArgs(str(folder), **{**settings, **options}).create_engine_config()
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_refused_by_option(words, checkpoint):
+    folder = checkpoint("qwen3")
+    with pytest.raises(Exception, match=words):
+        configure(folder, **REFUSED[words])
+    config = configure(folder)  # every hint says: leave it out
+    assert config.cache_config.mamba_cache_mode == "none"
+
+
+@pytest.mark.parametrize(
+    "words, settings",
+    [
+        ("gate 'log'", {"gate": "log"}),
+        ("gate 'kv'", {"gate": "kv"}),
+        ("random scores", {"scorer": "random"}),
+    ],
+)
+def test_refused_by_model(words, settings, checkpoint):
+    with pytest.raises(Exception, match=words):
+        configure(checkpoint("llama", **settings))

@@ -1,0 +1,103 @@
+"""vLLM answers what transformers answers with SparseK, and not what dense attention answers."""
+
+from __future__ import annotations
+
+import pytest
+from checkpoints import LONG, NEW, prompts
+from vllm import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, prompt_logprobs=0)
+TEN = prompts(10, longest=150)
+MANY = prompts(64, longest=90)
+
+
+def requests(batch):
+    return [{"prompt_token_ids": prompt} for prompt in batch]
+
+
+def assert_same(outputs, wanted, batch) -> None:
+    """Greedy tokens and prompt log-probabilities are SparseK's; dense attention would fail."""
+    compared = fooled = 0
+    for output, want, prompt in zip(outputs, wanted, batch, strict=True):
+        assert list(output.outputs[0].token_ids) == want.written
+        got = [
+            entry[token].logprob
+            for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
+        ]
+        gap = max(abs(a - b) for a, b in zip(got, want.logprobs, strict=True))
+        assert gap < 2e-3, len(prompt)
+        if len(prompt) > LONG:
+            compared += 1
+            gap = max(abs(a - b) for a, b in zip(got, want.dense_logprobs, strict=True))
+            assert gap > 0.05, len(prompt)
+        fooled += want.dense_written == want.written
+    assert compared >= 4, "too few prompts are longer than the budget"
+    assert fooled <= len(batch) // 2, "dense attention writes the same: nothing is proved"
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_families(family, checkpoint, expected, run_engine):
+    folder = checkpoint(family)
+    with run_engine(folder) as llm:
+        outputs = llm.generate(requests(TEN), GREEDY, use_tqdm=False)
+    assert_same(outputs, expected(folder, TEN), TEN)
+
+
+WAYS = {
+    "chunks of 24": {"max_num_batched_tokens": 24},
+    "compiled": {"enforce_eager": False},
+    "prefix caching": {"enable_prefix_caching": True, "mamba_block_size": 16},
+    "five blocks": {"num_gpu_blocks_override": 5},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_run(way, checkpoint, expected, run_engine):
+    folder = checkpoint("qwen3")
+    with run_engine(folder, **WAYS[way]) as llm:
+        outputs = llm.generate(requests(MANY), GREEDY, use_tqdm=False)
+        metrics = {metric.name: metric for metric in llm.get_metrics()}
+        assert metrics["vllm:num_preemptions"].value == 0
+        assert_same(outputs, expected(folder, MANY), MANY)
+        if way == "prefix caching":
+            before = metrics["vllm:prefix_cache_hits"].value
+            no_logprobs = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+            again = llm.generate(requests(MANY), no_logprobs, use_tqdm=False)
+            found = {metric.name: metric for metric in llm.get_metrics()}
+            assert found["vllm:prefix_cache_hits"].value > before, "no prefix was found again"
+            for output, want in zip(again, expected(folder, MANY), strict=True):
+                assert list(output.outputs[0].token_ids) == want.written
+
+
+def test_requests_that_are_given_up_leave_nothing_behind(checkpoint, expected, run_engine):
+    """Their blocks go to others at once, full of what the first owner kept."""
+    folder = checkpoint("qwen3")
+    with run_engine(folder, num_gpu_blocks_override=5, max_num_seqs=4) as llm:
+        core = llm.llm_engine
+        for number, prompt in enumerate(MANY[:12]):
+            core.add_request(f"gone-{number}", {"prompt_token_ids": prompt}, GREEDY)
+        for _ in range(7):
+            core.step()
+        core.abort_request([f"gone-{number}" for number in range(12)])
+        outputs = llm.generate(requests(TEN), GREEDY, use_tqdm=False)
+    assert_same(outputs, expected(folder, TEN), TEN)
+
+
+def test_two_ranks(checkpoint, expected, run_engine, monkeypatch):
+    """Heads are dealt by their slots, so the first layer's two heads change places."""
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    folder = checkpoint("qwen3")
+    options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    with run_engine(folder, **options) as llm:
+        outputs = llm.generate(requests(TEN), GREEDY, use_tqdm=False)
+    assert_same(outputs, expected(folder, TEN), TEN)
+
+
+def test_an_8_bit_cache(checkpoint, expected, run_engine):
+    """Prompts in one piece: codes are made where a piece ends, so pieces would matter."""
+    folder = checkpoint("llama", cache_dtype="int8")
+    short = prompts(8, longest=60, shortest=50)
+    options = {"max_num_batched_tokens": 64, "max_num_seqs": 1}
+    with run_engine(folder, **options) as llm:
+        outputs = llm.generate(requests(short), GREEDY, use_tqdm=False)
+    assert_same(outputs, expected(folder, short), short)
