@@ -21,6 +21,7 @@ from sparsek_cli.commands import (
     finetune,
     merge,
     recipes,
+    serve,
 )
 from sparsek_cli.console import escaped, report_error, set_up_logging
 from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError
@@ -64,6 +65,7 @@ app.command("finetune")(finetune.finetune)
 app.command("evaluate")(evaluate.evaluate)
 app.command("eval", hidden=True)(evaluate.evaluate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("merge")(merge.merge)
 app.command("bench")(bench.bench)

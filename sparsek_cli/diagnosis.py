@@ -52,6 +52,7 @@ def diagnose(
     yield from _guarded("shadowing", shadowing)
     yield from _guarded("devices", devices)
     yield from _guarded("backend", lambda: backend(device, dtype))
+    yield from _guarded("server", lambda: server(checkpoint))
     yield from _guarded("operator", lambda: operator(device))
     yield from _guarded("attention", lambda: attention(device))
     if checkpoint is not None:
@@ -141,6 +142,20 @@ def chosen_backend(device: "torch.device", dtype: "torch.dtype") -> tuple[str, s
     if explain is None:
         return "pytorch", "sparsek_kernels.dispatch gives no reason"
     return explain(device, dtype)
+
+
+def server(checkpoint: "Checkpoint | None") -> Iterator[Check]:
+    """What `sparsek serve` would start here, or what it lacks: no failure, it is optional."""
+    from sparsek_cli.converted import is_converted
+    from sparsek_cli.errors import UsageError
+    from sparsek_cli.serving.engines import choose
+
+    config = None if checkpoint is None else checkpoint.config()
+    try:
+        name, why = choose(config if config is not None and is_converted(config) else None)
+        yield Check("server", None, f"{name}: {why}")
+    except UsageError as error:
+        yield Check("server", None, f"none: {error.message}")
 
 
 def operator(device: "torch.device") -> Iterator[Check]:

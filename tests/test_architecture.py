@@ -14,7 +14,7 @@ FLOORS = (
     {"sparsek_cli.errors", "sparsek_cli.reporter", "sparsek_cli.disk"},
     {"sparsek_cli.families", "sparsek_cli.models", "sparsek_cli.recipes", "sparsek_cli.data"},
     {"sparsek_cli.conversion", "sparsek_cli.training", "sparsek_cli.evaluation",
-     "sparsek_cli.dialogue", "sparsek_cli.sharing"},
+     "sparsek_cli.dialogue", "sparsek_cli.serving", "sparsek_cli.sharing"},
     {"sparsek_cli.api", "sparsek_cli.commands"},
     {"sparsek_cli.app", "experiments"},
 )  # fmt: skip
