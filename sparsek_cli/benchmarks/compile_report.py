@@ -64,7 +64,7 @@ class Recorder:
             "shared": made.metadata.shared,
             **_resources(made.asm["cubin"]),
             "carried": [_carried(made.asm[stage]) for stage in ("source", "ttgir")],
-            "constants": {n: v for n, v in flags.items() if n in ("GATE", "WINDOW", "BACKWARD")},
+            "constants": {n: v for n, v in flags.items() if n in ("GATE", "WINDOW")},
             **options,
         }
 

@@ -16,6 +16,7 @@ from sparsek_kernels.triton import backward as back
 from sparsek_kernels.triton import forward as fore
 from sparsek_kernels.triton import pipeline, scores, selection, thresholds
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
+from sparsek_kernels.triton.query_gradient import query_gradient
 from sparsek_kernels.triton.tuning import Config
 
 
@@ -83,7 +84,7 @@ class Case:
         common |= dict(tau=self.tau, runs=self.runs if self.args.scores else None)
         inputs = (self.q, self.k, self.v, self.do, self.lse, self.delta, self.end)
         if kind == "dq":
-            return fore.query_gradient(*inputs, self.lists[0], self.shape, **common)
+            return query_gradient(*inputs, self.lists[0], self.shape, **common)
         return back.key_gradient(
             *inputs, self.lists[-1], self.shape, deterministic=False, **common)  # fmt: skip
 

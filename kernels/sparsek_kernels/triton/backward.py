@@ -8,23 +8,26 @@ never collide: added in super-tile order they are deterministic, added atomicall
 once.
 
 The gate gradient dm (method section 3) is summed over the queries of a key here, and over the keys
-of a query in `forward._attend`; `scores.py` joins both.
+of a query in `query_gradient.py`; `scores.py` joins both.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.forward import (
+from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.lists import KeyLists
+from sparsek_kernels.triton.tiles import (
     GATES,
     LOG2_E,
     dot_precision,
     load_rows,
     needs_wide_index,
+    sequence_at,
     strides,
 )
-from sparsek_kernels.triton.geometry import Geometry
-from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tuning import Config
 
 _LOG = tl.constexpr(1)
@@ -107,6 +110,66 @@ def _key_gradient_step(
     return dk, dv, column_sum
 
 
+class Keys(NamedTuple):
+    """Keys of a program, whether they exist, and the queries [begin, stop) that see each.
+
+    All [BN] but t0, t1: the queries that matter to any of them lie in [t0, t1).
+    """
+
+    key: tl.tensor
+    present: tl.tensor
+    begin: tl.tensor
+    stop: tl.tensor
+    t0: tl.tensor
+    t1: tl.tensor
+
+
+@triton.jit
+def _window_keys(start, BN: tl.constexpr, first_key, shift, last, window):
+    """Neighbouring keys from `start` on, and the queries whose window holds them."""
+    key = start + tl.arange(0, BN)
+    present = key < last
+    key = tl.where(present, key, first_key)
+    stop = tl.where(present, key + window, 0)
+    t1 = tl.minimum(start + BN - 1 + window, last)
+    return Keys(key, present, key, stop, tl.maximum(start, shift), t1)
+
+
+class Blocks(NamedTuple):
+    """Blocks of BQ queries: [low, high) matter at all; in [clear_low, clear_high) no mask does."""
+
+    low: tl.tensor
+    clear_low: tl.tensor
+    clear_high: tl.tensor
+    high: tl.tensor
+
+
+@triton.jit
+def _blocks_of(begin, stop, present, t0, t1, BQ: tl.constexpr):
+    """Blocks, counted from t0, of the queries [begin, stop) of some keys."""
+    any_begin = tl.min(tl.where(present, begin, _FAR), 0)
+    any_stop = tl.max(stop, 0)
+    all_begin = tl.max(tl.where(present, begin, 0), 0)
+    all_stop = tl.minimum(tl.min(tl.where(present, stop, _FAR), 0), t1)
+    low = tl.maximum(any_begin - t0, 0) // BQ
+    high = (tl.maximum(tl.minimum(any_stop, t1) - t0, 0) + BQ - 1) // BQ
+    high = tl.maximum(high, low)
+    clear_low = tl.minimum(tl.maximum((tl.maximum(all_begin - t0, 0) + BQ - 1) // BQ, low), high)
+    clear_high = tl.minimum(tl.maximum(tl.maximum(all_stop - t0, 0) // BQ, clear_low), high)
+    return Blocks(low, clear_low, clear_high, high)
+
+
+@triton.jit
+def _write(at, value, mask, FIRST: tl.constexpr, ATOMIC: tl.constexpr):
+    """Stores what comes first, adds the rest."""
+    if FIRST:
+        tl.store(at, value, mask=mask)
+    elif ATOMIC:
+        tl.atomic_add(at, value, mask=mask, sem="relaxed")
+    else:
+        tl.store(at, value + tl.load(at, mask=mask, other=0.0), mask=mask)
+
+
 @triton.jit
 def _key_gradient(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, column_ptr,
@@ -130,25 +193,15 @@ def _key_gradient(
     if sequence < 0:
         return
     place = tl.load(tiles + 2 * tile + 1)
-    line = sequences + 6 * sequence
-    batch = tl.load(line).to(tl.int64)
-    first_query = tl.load(line + 1)
-    query_count = tl.load(line + 2)
-    first_key = tl.load(line + 3)
-    key_count = tl.load(line + 4)
-    shift = first_key + key_count - query_count
-    last = first_key + key_count
+    its = sequence_at(sequences, sequence)
+    batch = its.batch
+    first_key = its.first_key
+    last = first_key + its.keys
+    shift = last - its.queries
     row = batch * heads + head
     row_at = row * row_keys
-    lane = tl.arange(0, BN)
     if WINDOW:
-        key = first_key + place * BN + lane
-        present = key < last
-        key = tl.where(present, key, first_key)
-        t0 = tl.maximum(first_key + place * BN, shift)
-        t1 = tl.minimum(first_key + place * BN + BN - 1 + window, last)
-        begin = key
-        stop = tl.where(present, key + window, 0)
+        own = _window_keys(first_key + place * BN, BN, first_key, shift, last, window)
     else:
         one = tile * heads + head
         front = tl.load(counts + 2 * one)
@@ -157,27 +210,18 @@ def _key_gradient(
             return
         base = tl.load(offsets + one)
         room = tl.load(offsets + one + 1) - base
-        item = part * BN + lane
-        present = item < front + back
+        item = part * BN + tl.arange(0, BN)
         where = tl.where(item < front, item, room - back + item - front)
-        key = tl.load(listed + base + where, mask=present, other=0)
+        key = tl.load(listed + base + where, mask=item < front + back, other=0)
+        stop = tl.load(end + row_at + key, mask=item < front + back, other=0)
         t0 = shift + place * SIZE
         t1 = tl.minimum(t0 + SIZE, last)
-        begin = key + window
-        stop = tl.load(end + row_at + key, mask=present, other=0)
-    # Blocks of queries [low, high) matter at all; in [clear_low, clear_high) nothing is hidden.
-    any_begin = tl.min(tl.where(present, begin, _FAR), 0)
-    any_stop = tl.max(stop, 0)
-    all_begin = tl.max(tl.where(present, begin, 0), 0)
-    all_stop = tl.minimum(tl.min(tl.where(present, stop, _FAR), 0), t1)
-    low = tl.maximum(any_begin - t0, 0) // BQ
-    high = (tl.maximum(tl.minimum(any_stop, t1) - t0, 0) + BQ - 1) // BQ
-    high = tl.maximum(high, low)
-    clear_low = tl.minimum(tl.maximum((tl.maximum(all_begin - t0, 0) + BQ - 1) // BQ, low), high)
-    clear_high = tl.minimum(tl.maximum(tl.maximum(all_stop - t0, 0) // BQ, clear_low), high)
+        own = Keys(key, item < front + back, key + window, stop, t0, t1)
+    key, present, begin, stop, t0, t1 = own
+    blocks = _blocks_of(begin, stop, present, t0, t1, BQ)
 
     d = tl.arange(0, DP)
-    q0 = (first_query + t0 - shift).to(tl.int64)
+    q0 = (its.first_query + t0 - shift).to(tl.int64)
     q_head = (head * group).to(tl.int64)
     q_base = q_ptr + batch * q_b + q_head * q_h + q0 * q_n
     do_base = do_ptr + batch * do_b + q_head * do_h + q0 * do_n
@@ -207,7 +251,7 @@ def _key_gradient(
     dk = tl.zeros([BN, DP], tl.float32)
     dv = tl.zeros([BN, DP], tl.float32)
     column_sum = tl.zeros([BN], tl.float32)
-    for step in range(clear_low * group, clear_high * group):
+    for step in range(blocks.clear_low * group, blocks.clear_high * group):
         dk, dv, column_sum = _key_gradient_step(
             step // group, step % group, k, v, dk, dv, column_sum,
             q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
@@ -215,10 +259,11 @@ def _key_gradient(
             begin, stop, run_low, run_high, gate_score, centre,
             BQ, D, DP, GATE, False, SCORES, WINDOW, PRECISION,
         )  # fmt: skip
-    ramp = clear_low - low
-    for step in tl.range(0, (ramp + high - clear_high) * group, num_stages=MASKED_STAGES):
+    ramp = blocks.clear_low - blocks.low
+    hidden = ramp + blocks.high - blocks.clear_high
+    for step in tl.range(0, hidden * group, num_stages=MASKED_STAGES):
         block = step // group
-        block = tl.where(block < ramp, low + block, clear_high + block - ramp)
+        block = tl.where(block < ramp, blocks.low + block, blocks.clear_high + block - ramp)
         dk, dv, column_sum = _key_gradient_step(
             block, step % group, k, v, dk, dv, column_sum,
             q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
@@ -226,25 +271,12 @@ def _key_gradient(
             begin, stop, run_low, run_high, gate_score, centre,
             BQ, D, DP, GATE, True, SCORES, WINDOW, PRECISION,
         )  # fmt: skip
-    dk = dk * (scale * _LN_2)
     grad_at = ((row_at + key) * D)[:, None] + d[None, :]
     mask = present[:, None] & (d < D)[None, :]
-    if WINDOW:
-        tl.store(dk_ptr + grad_at, dk, mask=mask)
-        tl.store(dv_ptr + grad_at, dv, mask=mask)
-    elif ATOMIC:
-        tl.atomic_add(dk_ptr + grad_at, dk, mask=mask, sem="relaxed")
-        tl.atomic_add(dv_ptr + grad_at, dv, mask=mask, sem="relaxed")
-        if SCORES:
-            tl.atomic_add(column_ptr + row_at + key, column_sum, mask=present, sem="relaxed")
-    else:
-        dk += tl.load(dk_ptr + grad_at, mask=mask, other=0.0)
-        dv += tl.load(dv_ptr + grad_at, mask=mask, other=0.0)
-        tl.store(dk_ptr + grad_at, dk, mask=mask)
-        tl.store(dv_ptr + grad_at, dv, mask=mask)
-        if SCORES:
-            column_sum += tl.load(column_ptr + row_at + key, mask=present, other=0.0)
-            tl.store(column_ptr + row_at + key, column_sum, mask=present)
+    _write(dk_ptr + grad_at, dk * (scale * _LN_2), mask, WINDOW, ATOMIC)
+    _write(dv_ptr + grad_at, dv, mask, WINDOW, ATOMIC)
+    if SCORES and not WINDOW:
+        _write(column_ptr + row_at + key, column_sum, present, False, ATOMIC)
 
 
 def row_products(out: torch.Tensor, do: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from sparsek_kernels.quantization import LARGEST, LEAST_SCALE
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
-from sparsek_kernels.triton.forward import LOG2_E, dot_precision, load_rows
+from sparsek_kernels.triton.tiles import LOG2_E, dot_precision, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
 _LOW = tl.constexpr(-1.0e30)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
+from sparsek_kernels.triton.tiles import sequence_at
 
 SUPER_TILE = 1024  # queries of the tiles that the backward pass walks key by key
 BLOCK = 1024
@@ -62,14 +63,12 @@ def _build(
         tl.store(counts + 2 * one + 1, 0)
         return
     place = tl.load(tiles + 2 * tile + 1)
-    line = sequences + 6 * sequence
-    batch = tl.load(line)
-    query_count = tl.load(line + 2)
-    first_key = tl.load(line + 3)
-    key_count = tl.load(line + 4)
-    t0 = first_key + key_count - query_count + place * SIZE
-    t1 = tl.minimum(t0 + SIZE, first_key + key_count)
-    row = (batch * heads + head).to(tl.int64) * row_keys
+    its = sequence_at(sequences, sequence)
+    first_key = its.first_key
+    last = first_key + its.keys
+    t0 = last - its.queries + place * SIZE
+    t1 = tl.minimum(t0 + SIZE, last)
+    row = (its.batch * heads + head) * row_keys
     row_end = end + row
     base = tl.load(offsets + one)
     room = tl.load(offsets + one + 1) - base

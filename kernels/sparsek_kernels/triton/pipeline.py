@@ -8,12 +8,14 @@ import torch
 import triton
 
 from sparsek_kernels.triton.backward import key_gradient, row_products
-from sparsek_kernels.triton.forward import attend_forward, query_gradient, rows_of
+from sparsek_kernels.triton.forward import attend_forward
 from sparsek_kernels.triton.geometry import Geometry, geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
+from sparsek_kernels.triton.query_gradient import query_gradient
 from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.thresholds import prefix_thresholds
+from sparsek_kernels.triton.tiles import rows_of
 from sparsek_kernels.triton.tuning import device_capability, launch_config
 
 GLUON_VERSIONS = ("3.6.", "3.7.")  # of Triton; Gluon is experimental and changes between them

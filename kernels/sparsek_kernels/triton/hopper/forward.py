@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsek_kernels.triton.forward import LOG2_E, needs_wide_index, strides
 from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.hopper.tiles import (
     COPIERS,
@@ -37,19 +36,20 @@ from sparsek_kernels.triton.hopper.tiles import (
 )
 from sparsek_kernels.triton.hopper.work import programs, rows_of, work_of
 from sparsek_kernels.triton.lists import KeyLists
+from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
 
 KEYS, STAGES = 128, 3  # per step, steps in the ring: measured best, and what shared memory holds
 
 
 @gluon.jit
-def _clear_keys(step, lane, near, first_near, listed, BN: gl.constexpr):
+def _clear_keys(step, lane, span, listed, BN: gl.constexpr):
     """Keys [BN] of a step without masks."""
     item = step * BN + lane
-    if step * BN + BN <= near:
-        key = first_near + item
+    if step * BN + BN <= span.near:
+        key = span.first_near + item
     else:
-        key = gl.load(listed + (item - near), mask=item >= near, other=0)
-        key = gl.where(item < near, first_near + item, key)
+        key = gl.load(listed + (item - span.near), mask=item >= span.near, other=0)
+        key = gl.where(item < span.near, span.first_near + item, key)
     return key
 
 
@@ -80,19 +80,20 @@ def _copy(
             index, lines, shape, columns, window, SIZE, BQ, HG, REGULAR
         )
         if exists:
-            near, first_near, front, back, room, low, ramp, total, t0, t1 = span
             k_base = k_ptr + batch * k_b + head.to(gl.int64) * k_h
             v_base = v_ptr + batch * v_b + head.to(gl.int64) * v_h
             ends = end + (batch * heads + head) * row_keys
             clear, steps = items(span, BN)
             mbarrier.wait(q_free, (turns & 1) ^ 1)
             for half in gl.static_range(2):
-                at, inside = rows_at(q_ptr + batch * q_b, query, q_head, half * HALF, t1 - t0,
-                                      q_n, q_h, HG, D)  # fmt: skip
+                at, inside = rows_at(
+                    q_ptr + batch * q_b, query, q_head, half * HALF, span.t1 - span.t0, q_n, q_h,
+                    HG, D,
+                )  # fmt: skip
                 async_copy.async_copy_global_to_shared(q_s.index(half), at, mask=inside)
             async_copy.mbarrier_arrive(q_full, increment_count=False)
             for step in range(clear):
-                key = _clear_keys(step, lane, near, first_near, listed, BN)
+                key = _clear_keys(step, lane, span, listed, BN)
                 place = ring + step
                 slot = place % STAGES
                 copy_rows(k_base, key, k_n, d, k_s.index(slot), WIDE)

@@ -18,7 +18,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsek_kernels.triton.forward import LOG2_E, needs_wide_index, strides
 from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.hopper.query_blocks import (
     BLOCK,
@@ -27,8 +26,9 @@ from sparsek_kernels.triton.hopper.query_blocks import (
     copy_queries,
     key_of,
 )
-from sparsek_kernels.triton.hopper.tiles import COPIERS, HALF, copy_rows, thread_sums
+from sparsek_kernels.triton.hopper.tiles import COPIERS, HALF, copy_rows, sequence_at, thread_sums
 from sparsek_kernels.triton.lists import KeyLists
+from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
 
 KEYS, STAGES = 128, 3  # of a program, steps in the ring
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -197,14 +197,11 @@ def _key_gradient_hopper(
     if sequence < 0:
         return
     place = gl.load(tiles + 2 * tile + 1)
-    line = sequences + 6 * sequence
-    batch = gl.load(line).to(gl.int64)
-    first_query = gl.load(line + 1)
-    query_count = gl.load(line + 2)
-    first_key = gl.load(line + 3)
-    key_count = gl.load(line + 4)
-    shift = first_key + key_count - query_count
-    last = first_key + key_count
+    its = sequence_at(sequences, sequence)
+    batch = its.batch
+    first_key = its.first_key
+    last = first_key + its.keys
+    shift = last - its.queries
     row = batch * heads + head
     keys_at = listed
     fallback = first_key
@@ -261,7 +258,7 @@ def _key_gradient_hopper(
         copy_rows(v_base, row_key, v_n, d, v_s.index(half), WIDE)
     async_copy.commit_group()
 
-    q0 = (first_query + t0 - shift).to(gl.int64)
+    q0 = (its.first_query + t0 - shift).to(gl.int64)
     q_head = (head * GROUP).to(gl.int64)
     stat = (batch * heads * GROUP + q_head) * queries + q0
     # Adding to a 64-bit zero widens arguments that may be compile-time constants.

@@ -1,6 +1,6 @@
 """The gradient of the queries on Hopper: some warps copy, some compute, as in `forward`.
 
-What `forward._attend` computes with BACKWARD for the gate `straight_through`. A consumer issues
+What `triton/query_gradient.py` computes for the gate `straight_through`. A consumer issues
 both products of the next keys (logits, and do v^T) and the product of the last weight gradients
 together, and takes the softmax gradient meanwhile.
 """
@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sparsek_kernels.triton.forward import LOG2_E, needs_wide_index, strides
 from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.hopper.tiles import (
     COPIERS,
@@ -34,6 +33,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     within,
 )
 from sparsek_kernels.triton.lists import KeyLists
+from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
 
 KEYS, STAGES = 64, 4  # per step, steps in the ring: what shared memory holds
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -51,7 +51,6 @@ def _copy(
     lane = gl.arange(0, BN, layout=gl.BlockedLayout([1], [32], [4], [0]))
     d = gl.arange(0, D, layout=gl.SliceLayout(0, LINE))
     clear, steps = items(span, BN)
-    near, first_near, front, back, room, low, ramp, total, t0, t1 = span
     for step in range(steps):
         slot = step % STAGES
         flat_key, seen = masked_keys(step, lane, span, end, window, listed, BN)
@@ -61,12 +60,12 @@ def _copy(
         copy_rows(v_base, key, v_n, d, v_s.index(slot), WIDE)
         if SCORES:
             # Window and sinks are never interior; nor is what stands behind the last item.
-            item = step * BN + lane - near
-            is_selected = (item >= 0) & (item < front + back)
+            item = step * BN + lane - span.near
+            is_selected = (item >= 0) & (item < span.front + span.back)
             first = gl.load(run_start + flat_key, mask=is_selected, other=0)
             stop = gl.load(run_stop + flat_key, mask=is_selected, other=0)
-            interiors.index(slot).store(in_tile(first, stop, t0, t1))
-            shares.index(slot).store(gl.where((first <= t0) & (stop >= t1), 1.0, 0.0))
+            interiors.index(slot).store(in_tile(first, stop, span.t0, span.t1))
+            shares.index(slot).store(gl.where((first <= span.t0) & (stop >= span.t1), 1.0, 0.0))
         ranges.index(slot).store(seen)
         mbarrier.wait(free.index((step + 1) % STAGES), ((step + 1) // STAGES & 1) ^ 1)
         copy_rows(k_base, key, k_n, d, k_s.index(slot), WIDE)
@@ -127,11 +126,10 @@ def _compute(
     ROW: gl.constexpr = gl.SliceLayout(1, LOGITS)
     COLUMN: gl.constexpr = gl.SliceLayout(0, LOGITS)
     clear, steps = items(span, BN)
-    near, first_near, front, back, room, low, ramp, total, t0, t1 = span
-
+    count = span.t1 - span.t0
     item = first_row + gl.arange(0, HALF, layout=ROW)
     t = item // HG  # place of the query in the tile
-    inside = t < t1 - t0
+    inside = t < count
     query = (first_query + t).to(gl.int64)
     head = (first_head + item % HG).to(gl.int64)
     stat = head * queries + query
@@ -156,7 +154,7 @@ def _compute(
     mbarrier.arrive(free.index(0), count=1)
     last = gl.convert_layout(raw.to(k_s.dtype), WEIGHTS)
     # The window comes first, and nothing in it is interior.
-    scored = gl.minimum(gl.maximum(near // BN, 1), clear)
+    scored = gl.minimum(gl.maximum(span.near // BN, 1), clear)
     for step in range(1, scored):
         last, acc, row_sums = _step(
             step, q_s, do_s, last, acc, row_sums, lse, delta, t, blank, scale,
@@ -182,7 +180,7 @@ def _compute(
         row_sum = gl.convert_layout(gl.sum(row_sums, 1), ROW)
         gl.store(sum_base + stat, row_sum, mask=inside)
     q_s.store((acc * (scale * _LN_2)).to(k_s.dtype))
-    at, exists = rows_at(dq_base, first_query, first_head, first_row, t1 - t0, o_n, o_h, HG, D)
+    at, exists = rows_at(dq_base, first_query, first_head, first_row, count, o_n, o_h, HG, D)
     gl.store(at, q_s.load(at.type.layout), mask=exists)
 
 
@@ -197,17 +195,17 @@ def _query_gradient_hopper(
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     tile = gl.program_id(0) // (SIZE // BQ)
-    exists, batch, place, first_query, query_count, first_key, key_count, window_first = (
-        sequence_of(tile, sequences, tiles, queries, row_keys, SIZE, REGULAR)
-    )
+    exists, place, its = sequence_of(tile, sequences, tiles, queries, row_keys, SIZE, REGULAR)
+    batch = its.batch
     local = place * SIZE + (gl.program_id(0) % (SIZE // BQ)) * BQ
-    if (exists == 0) | (local >= query_count):
+    if (exists == 0) | (local >= its.queries):
         return
     head = gl.program_id(1) // (group // HG)
     part = gl.program_id(1) % (group // HG)
-    t0 = first_key + key_count - query_count + local
-    t1 = gl.minimum(t0 + BQ, first_key + key_count)
-    query = first_query + local
+    last = its.first_key + its.keys
+    t0 = last - its.queries + local
+    t1 = gl.minimum(t0 + BQ, last)
+    query = its.first_query + local
     q_head = head * group + part * HG
 
     rows_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, D], dtype)
@@ -223,8 +221,9 @@ def _query_gradient_hopper(
                               do_h, HG, D)  # fmt: skip
         async_copy.async_copy_global_to_shared(do_s.index(half), at, mask=inside)
     async_copy.commit_group()
-    span, own = span_of(tile, head, heads, t0, t1, first_key, window_first, window,
-                         offsets, counts, listed)  # fmt: skip
+    span, own = span_of(
+        tile, head, heads, t0, t1, its.window_first, window, offsets, counts, listed
+    )
     k_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], keys_layout)
     v_s = gl.allocate_shared_memory(dtype, [STAGES, BN, D], keys_layout)
     ranges = gl.allocate_shared_memory(gl.int32, [STAGES, BN], flat)

@@ -5,31 +5,46 @@ the front of its key list, the back of the list, the two ramps of the window. Th
 mask, but for the last step that they do not fill.
 """
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy
+
+from sparsek_kernels.triton.tiles import Sequence
 
 ROWS = 128
 HALF = gl.constexpr(64)  # rows of one computing warpgroup
 COPIERS = gl.constexpr(128)  # threads of the copying warpgroup
 
 
+class Span(NamedTuple):
+    """The items of a tile of queries t0 .. t1, see the module's head.
+
+    near, first_near: how many keys of the window all queries see, and the first of them.
+    front, back, room: entries at both ends of the tile's list, and what it has room for.
+    low, ramp: the first key of the window that any query sees, and keys up to `first_near`.
+    total: all items.
+    """
+
+    near: gl.tensor
+    first_near: gl.tensor
+    front: gl.tensor
+    back: gl.tensor
+    room: gl.tensor
+    low: gl.tensor
+    ramp: gl.tensor
+    total: gl.tensor
+    t0: gl.tensor
+    t1: gl.tensor
+
+
 @gluon.jit
-def sequence_of(
-    tile, sequences, tiles, queries, row_keys, SIZE: gl.constexpr, REGULAR: gl.constexpr
-):
-    """Whether a tile has a sequence, its place there, and the sequence (see `geometry`)."""
-    if REGULAR:
-        # One sequence per batch item, all of one length: nothing has to be looked up.
-        per_row = (queries + SIZE - 1) // SIZE
-        batch = (tile // per_row).to(gl.int64)
-        return tile >= 0, batch, tile % per_row, 0, queries, 0, row_keys, 0
-    sequence = gl.load(tiles + 2 * tile)
-    line = sequences + 6 * gl.maximum(sequence, 0)
-    return (
-        sequence >= 0,
+def sequence_at(sequences, number):
+    """Line `number` of the table of sequences."""
+    line = sequences + 6 * number
+    return Sequence(
         gl.load(line).to(gl.int64),
-        gl.load(tiles + 2 * tile + 1),
         gl.load(line + 1),
         gl.load(line + 2),
         gl.load(line + 3),
@@ -39,8 +54,23 @@ def sequence_of(
 
 
 @gluon.jit
+def sequence_of(
+    tile, sequences, tiles, queries, row_keys, SIZE: gl.constexpr, REGULAR: gl.constexpr
+):
+    """Whether a tile has a sequence, its place there, and the sequence."""
+    if REGULAR:
+        # One sequence per batch item, all of one length: nothing has to be looked up.
+        per_row = (queries + SIZE - 1) // SIZE
+        batch = (tile // per_row).to(gl.int64)
+        return tile >= 0, tile % per_row, Sequence(batch, 0, queries, 0, row_keys, 0)
+    number = gl.load(tiles + 2 * tile)
+    its = sequence_at(sequences, gl.maximum(number, 0))
+    return number >= 0, gl.load(tiles + 2 * tile + 1), its
+
+
+@gluon.jit
 def span_of(
-    tile, head, heads, t0, t1, first_key, window_first, window, offsets, counts, listed,
+    tile, head, heads, t0, t1, window_first, window, offsets, counts, listed,
 ):  # fmt: skip
     """The items of a tile, see the module's head, and its own list."""
     one = tile * heads + head
@@ -53,14 +83,13 @@ def span_of(
     near = gl.maximum(t0 + 1 - first_near, 0)
     ramp = first_near - low
     total = near + front + back + ramp + t1 - (first_near + near)
-    return (near, first_near, front, back, room, low, ramp, total, t0, t1), listed + base
+    return Span(near, first_near, front, back, room, low, ramp, total, t0, t1), listed + base
 
 
 @gluon.jit
 def items(span, BN: gl.constexpr):
     """Steps that need no mask, and all steps."""
-    near, first_near, front, back, room, low, ramp, total, t0, t1 = span
-    return (near + front) // BN, (total + BN - 1) // BN
+    return (span.near + span.front) // BN, (span.total + BN - 1) // BN
 
 
 @gluon.jit
@@ -74,21 +103,23 @@ def in_tile(first, stop, t0, t1):
 @gluon.jit
 def masked_keys(step, lane, span, end, window, listed, BN: gl.constexpr):
     """Keys [BN] of any step, and who sees them: queries [a, b) of the tile, as a + 65536 b."""
-    near, first_near, front, back, room, low, ramp, total, t0, t1 = span
     item = step * BN + lane
-    at = item - near
-    is_selected = (at >= 0) & (at < front + back)
-    at = gl.where(at < front, at, room - back + at - front)
+    at = item - span.near
+    front = span.front
+    listed_keys = front + span.back
+    is_selected = (at >= 0) & (at < listed_keys)
+    at = gl.where(at < front, at, span.room - span.back + at - front)
     key = gl.load(listed + at, mask=is_selected, other=0)
     stop = gl.load(end + key, mask=is_selected, other=0)
-    place = item - (near + front + back)
-    other = gl.where(place < ramp, low + place, first_near + near + place - ramp)
-    other = gl.where(item < near, first_near + item, other)
+    place = item - (span.near + listed_keys)
+    after = span.first_near + span.near + place - span.ramp
+    other = gl.where(place < span.ramp, span.low + place, after)
+    other = gl.where(item < span.near, span.first_near + item, other)
     key = gl.where(is_selected, key, other)
     begin = gl.where(is_selected, key + window, key)
     stop = gl.where(is_selected, stop, key + window)
-    stop = gl.where(item < total, stop, 0)
-    return gl.minimum(key, t1 - 1), in_tile(begin, stop, t0, t1)
+    stop = gl.where(item < span.total, stop, 0)
+    return gl.minimum(key, span.t1 - 1), in_tile(begin, stop, span.t0, span.t1)
 
 
 @gluon.jit

@@ -31,17 +31,18 @@ def work_of(
     column = index % columns
     row = index // columns
     tile = column // (SIZE // BQ)
-    exists, batch, place, first_query, query_count, first_key, key_count, window_first = (
-        sequence_of(tile, sequences, tiles, queries, row_keys, SIZE, REGULAR)
-    )
+    exists, place, its = sequence_of(tile, sequences, tiles, queries, row_keys, SIZE, REGULAR)
     local = place * SIZE + column % (SIZE // BQ) * BQ
     head = row // (group // HG)
-    t0 = first_key + key_count - query_count + local
-    t1 = gl.minimum(t0 + BQ, first_key + key_count)
-    span, own = span_of(tile, head, heads, t0, t1, first_key, window_first, window,
-                         offsets, counts, listed)  # fmt: skip
+    last = its.first_key + its.keys
+    t0 = last - its.queries + local
+    t1 = gl.minimum(t0 + BQ, last)
+    span, own = span_of(
+        tile, head, heads, t0, t1, its.window_first, window, offsets, counts, listed
+    )
     q_head = head * group + row % (group // HG) * HG
-    return exists & (local < query_count), batch, head, q_head, first_query + local, span, own
+    exists = exists & (local < its.queries)
+    return exists, its.batch, head, q_head, its.first_query + local, span, own
 
 
 @gluon.jit
@@ -59,9 +60,8 @@ def rows_of(
     exists, batch, head, q_head, query, span, own = work_of(
         gl.minimum(index, last), lines, shape, columns, window, SIZE, BQ, HG, REGULAR
     )
-    near, first_near, front, back, room, low, ramp, total, t0, t1 = span
     clear, steps = items(span, BN)
-    return exists, batch, q_head, query, t1 - t0, clear, steps
+    return exists, batch, q_head, query, span.t1 - span.t0, clear, steps
 
 
 @lru_cache
