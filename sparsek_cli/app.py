@@ -5,7 +5,6 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -169,6 +168,8 @@ def _usage(error: Exception, words: Sequence[str]) -> tuple[str, str]:
         return f"no such option: {unknown}", f"`{verb} --help` lists the options"
     wrong = re.match(r"No such command '(.*)'", message)
     if wrong:
+        from difflib import get_close_matches
+
         verbs = [*getattr(context.command, "commands", {})]
         near = get_close_matches(wrong[1], verbs, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"the verbs are {', '.join(verbs)}"

@@ -6,7 +6,6 @@ Library code below commands/ never imports this file; it reports through a callb
 passes in, or through `logging`.
 """
 
-import json
 import logging
 import os
 import sys
@@ -95,7 +94,12 @@ class Console:
 
     def result(self, text: str, data: Any) -> None:
         """The command's result: `data` as one JSON document under --json, else `text`."""
-        shown = json.dumps(data, indent=2, default=str) if self.as_json else escaped(text)
+        if self.as_json:
+            import json
+
+            shown = json.dumps(data, indent=2, default=str)
+        else:
+            shown = escaped(text)
         print(shown, flush=True)
 
     def show(self, piece: str) -> None:

@@ -10,7 +10,6 @@ import typer
 
 from sparsek_cli.console import Console
 from sparsek_cli.errors import UsageError
-from sparsek_cli.recipes.load import WORD
 
 
 class Plan(Protocol):
@@ -90,6 +89,8 @@ def split_words(
     Returns:
         One value (or None) per name, and the words for `load_recipe`.
     """
+    from sparsek_cli.recipes.load import WORD
+
     overrides = [word for word in words or [] if WORD.match(word)]
     given = [word for word in words or [] if not WORD.match(word)]
     if len(given) > len(names):

@@ -8,7 +8,6 @@ import typer
 from sparsek_cli.commands import options
 from sparsek_cli.console import Console
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.recipes.load import find_recipe, read_text, recipe_folder, recipe_names
 
 app = typer.Typer(
     help="List, show and copy recipes.",
@@ -29,6 +28,8 @@ def recipes(context: typer.Context) -> None:
 @app.command("list")
 def list_recipes(json: options.Json = False) -> None:
     """Names of the shipped recipes, and what each is for."""
+    from sparsek_cli.recipes.load import recipe_folder, recipe_names
+
     rows = [
         {"name": name, "about": _about(recipe_folder() / f"{name}.yaml")} for name in recipe_names()
     ]
@@ -44,6 +45,8 @@ def list_recipes(json: options.Json = False) -> None:
 @app.command("show")
 def show(name: Name) -> None:
     """Print a recipe."""
+    from sparsek_cli.recipes.load import find_recipe, read_text
+
     Console().show(read_text(find_recipe(name)))
 
 
@@ -56,12 +59,13 @@ def copy(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
+    from sparsek_cli.output.place import check_file
+    from sparsek_cli.recipes.load import find_recipe, read_text
+
     source = find_recipe(name)
     target = to or Path(source.name)
     if target.is_dir():
         target = target / source.name
-    from sparsek_cli.output.place import check_file
-
     check_file(target, overwrite=overwrite, suffixes=(".yaml", ".yml"))
     target.write_text(read_text(source), encoding="utf-8")
     Console().result(str(target), {})
