@@ -14,7 +14,7 @@ from torch import nn
 
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
 from sparsek_cli.conversion.calibrate.layerwise import Recorded
-from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Map
+from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Map, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.models import replaced_scorers, set_budget
@@ -30,22 +30,10 @@ class KeyValueFit:
         width = 2 * size.head_dim + 2
         self._heads = [LinearFit(plan, device, width=width, groups=1) for _ in range(size.kv_heads)]
 
-    def add(
-        self,
-        recorded: Recorded,
-        pairs: torch.Tensor,
-        everywhere: torch.Tensor,
-        answered: torch.Tensor | None,
-    ) -> None:
+    def add(self, recorded: Recorded, targets: Targets) -> None:
         features = _key_value_features(recorded)
         for head, (fit, inputs) in enumerate(zip(self._heads, features, strict=True)):
-            own = slice(head, head + 1)
-            fit.add(
-                replace(recorded, inputs=inputs),
-                pairs,
-                everywhere[own],
-                None if answered is None else answered[own],
-            )
+            fit.add(replace(recorded, inputs=inputs), targets.of_head(head))
 
     def maps(self) -> dict[str, "KeyValueMap"]:
         heads = [fit.maps() for fit in self._heads]

@@ -156,8 +156,10 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def arguments(module: str, doc: str | None, *, seconds: float) -> argparse.ArgumentParser:
-    """A parser with what every experiment takes: OUT, --seconds and --device."""
+def arguments(
+    module: str, doc: str | None, *, seconds: float, smoke: bool = True
+) -> argparse.ArgumentParser:
+    """A parser with what every experiment takes: OUT, --seconds, --device and --smoke."""
     parser = argparse.ArgumentParser(
         prog=f"python -m {module}",
         description=doc,
@@ -166,6 +168,8 @@ def arguments(module: str, doc: str | None, *, seconds: float) -> argparse.Argum
     parser.add_argument("out", help="folder for results.json and everything that is made")
     parser.add_argument("--seconds", type=float, default=seconds, help="time for all of it")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    if smoke:
+        parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser
 
 

@@ -31,7 +31,8 @@ from sparsek_cli.reporter import Silent
 from sparsek_cli.training.assemble import make_trainer
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.parameters import choose_parameters
-from sparsek_cli.training.sizes import Batch, measure
+from sparsek_cli.training.settings import batch_of, execution_of, rates_of, rhythm_of
+from sparsek_cli.training.sizes import measure
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -57,7 +58,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 32_768, 131_072])
     parser.add_argument("--steps", type=int, default=2, help="timed steps")
     parser.add_argument("--attentions", nargs="+", help="of flash, cudnn and sparsek (sdpa on CPU)")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser.parse_args()
 
 
@@ -106,14 +106,16 @@ class Experiment:
         )  # fmt: skip
         choose_parameters(model, recipe.train)
         sizes = measure(
-            model, Batch(length, 1, 1), recipe.steps, name="1B", out=Path("none"),
+            model, batch_of(recipe), recipe.steps, name="1B", out=Path("none"),
             train=recipe.train, text_tokens={}, bf16=self._bf16(), memory=0,
         )  # fmt: skip
         with _kernel(model, attention):
             trainer = make_trainer(
-                recipe, model, None, sizes, self.device, self.session.folder / "part",
+                model, None, sizes, self.device, self.session.folder / "part",
+                objective=recipe.objective, rates=rates_of(recipe), rhythm=rhythm_of(recipe),
+                execution=execution_of(recipe), seed=recipe.seed,
                 data=RandomTokens(recipe.steps, length, model.config.vocab_size),
-                held_out=None, resumed=False, reporter=Silent(), bar=Silent(),
+                held_out=None, reporter=Silent(), bar=Silent(),
             )  # fmt: skip
             clock = StepClock(self.device)
             trainer.add_callback(clock)

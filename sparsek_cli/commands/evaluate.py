@@ -8,64 +8,73 @@ from sparsek_cli.commands import options
 from sparsek_cli.console import Console
 
 Value = typer.Option
+Tasks = Annotated[str | None, Value("--tasks", metavar="A,B", help="Tasks and groups; see --list.")]
+Baselines = Annotated[
+    str | None,
+    Value(
+        "--baselines",
+        metavar="A,B",
+        help="Others: dense,window,random,snapkv,h2o,kvzip,RULE:shared,kvpress:NAME.",
+    ),
+]
+Budgets = Annotated[
+    str | None, Value("--budgets", metavar="N,N", help="Pairs per KV head to try, same checkpoint.")
+]
+Limit = Annotated[int | None, Value("--limit", metavar="N", help="Samples per task and length.")]
+Lengths = Annotated[
+    str | None, Value("--lengths", metavar="N,N", help="Prompt lengths, in tokens.")
+]
+Data = Annotated[
+    str | None,
+    Value("--data", metavar="DIR", help="Local data: DIR/<set>, DIR/text, DIR/<hub id>."),
+]
+Text = Annotated[
+    list[str] | None,
+    Value("--text", metavar="FILE", help="Text for ppl and filler for needles; repeatable."),
+]
+Truncate = Annotated[
+    str | None,
+    Value("--truncate", metavar="left|middle", help="Cut prompts that are too long [refuse]."),
+]
+MaxLength = Annotated[
+    int | None, Value("--max-length", metavar="N", help="Most tokens of prompt and answer.")
+]
+Yarn = Annotated[
+    float | None,
+    Value("--yarn", metavar="FACTOR", help="Prompts FACTOR times the model's own length."),
+]
+BatchSize = Annotated[
+    str | None, Value("--batch-size", metavar="N|auto", help="Prompts scored side by side.")
+]
+Out = Annotated[str | None, Value("--out", "--output", "-o", metavar="DIR", help="Result folder.")]
+Resume = Annotated[
+    bool, Value("--resume", help="Go on where a run with the same settings stopped.")
+]
+Overwrite = Annotated[bool, Value("--overwrite", help="Replace the results in DIR.")]
+Compare = Annotated[
+    bool, Value("--compare", help="Compare two result folders, given as A B, and stop.")
+]
+List = Annotated[bool, Value("--list", help="List tasks and stop.")]
 
 
 def evaluate(
     words: options.ModelWords = None,
-    tasks: Annotated[
-        str | None, Value("--tasks", metavar="A,B", help="Tasks and groups; see --list.")
-    ] = None,
-    baselines: Annotated[
-        str | None,
-        Value(
-            "--baselines",
-            metavar="A,B",
-            help="Others: dense,window,random,snapkv,h2o,kvzip,RULE:shared,kvpress:NAME.",
-        ),
-    ] = None,
-    budgets: Annotated[
-        str | None,
-        Value("--budgets", metavar="N,N", help="Pairs per KV head to try, same checkpoint."),
-    ] = None,
-    limit: Annotated[
-        int | None, Value("--limit", metavar="N", help="Samples per task and length.")
-    ] = None,
-    lengths: Annotated[
-        str | None, Value("--lengths", metavar="N,N", help="Prompt lengths, in tokens.")
-    ] = None,
-    data: Annotated[
-        str | None,
-        Value("--data", metavar="DIR", help="Local data: DIR/<set>, DIR/text, DIR/<hub id>."),
-    ] = None,
-    text: Annotated[
-        list[str] | None,
-        Value("--text", metavar="FILE", help="Text for ppl and filler for needles; repeatable."),
-    ] = None,
-    truncate: Annotated[
-        str | None,
-        Value("--truncate", metavar="left|middle", help="Cut prompts that are too long [refuse]."),
-    ] = None,
-    max_length: Annotated[
-        int | None, Value("--max-length", metavar="N", help="Most tokens of prompt and answer.")
-    ] = None,
-    yarn: Annotated[
-        float | None,
-        Value("--yarn", metavar="FACTOR", help="Prompts FACTOR times the model's own length."),
-    ] = None,
-    batch_size: Annotated[
-        str | None, Value("--batch-size", metavar="N|auto", help="Prompts scored side by side.")
-    ] = None,
-    out: Annotated[
-        str | None, Value("--out", "--output", "-o", metavar="DIR", help="Result folder.")
-    ] = None,
-    resume: Annotated[
-        bool, Value("--resume", help="Go on where a run with the same settings stopped.")
-    ] = False,
-    overwrite: Annotated[bool, Value("--overwrite", help="Replace the results in DIR.")] = False,
-    compare: Annotated[
-        bool, Value("--compare", help="Compare two result folders, given as A B, and stop.")
-    ] = False,
-    show_list: Annotated[bool, Value("--list", help="List tasks and stop.")] = False,
+    tasks: Tasks = None,
+    baselines: Baselines = None,
+    budgets: Budgets = None,
+    limit: Limit = None,
+    lengths: Lengths = None,
+    data: Data = None,
+    text: Text = None,
+    truncate: Truncate = None,
+    max_length: MaxLength = None,
+    yarn: Yarn = None,
+    batch_size: BatchSize = None,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    compare: Compare = False,
+    show_list: List = False,
     recipe: options.Recipe = None,
     revision: options.Revision = None,
     seed: options.Seed = None,

@@ -73,5 +73,7 @@ def copy(
 
 def _about(file: Path) -> str:
     """The recipe's first comment line."""
+    from sparsek_cli.recipes.load import read_text
+
     first = read_text(file).split("\n", 1)[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -67,7 +67,7 @@ The base model's licence applies to its weights.
 
 
 def _selected(plan: Plan) -> str:
-    if plan.calibrate_tokens and plan.recipe.budgets == "per_head":
+    if plan.calibrate_tokens and plan.calibration.per_head:
         return f"on average {plan.topk} others"
     return f"the {plan.topk} others"
 
@@ -86,7 +86,7 @@ def _files(plan: Plan) -> str:
 
 
 def _how(plan: Plan) -> str:
-    if plan.recipe.method.scorer == "linear":
+    if plan.calibration.method.scorer == "linear":
         return "in closed form"
     return "the base untouched"
 
@@ -99,7 +99,7 @@ def _calibration(plan: Plan, report: Mapping[str, Any] | None) -> str:
         )
     return (
         f"Scorers were calibrated on {plan.calibrate_tokens:,} tokens "
-        f"(`{plan.recipe.calibrate}`), {_how(plan)}.\nOn held-out documents its "
+        f"(`{plan.calibration.text}`), {_how(plan)}.\nOn held-out documents its "
         f"predictions diverge from the dense\nmodel's by {report['text_loss']:.3f} nats per token "
         f"of text and {report['answer_loss']:.3f} where the answer stands far back;\na plain "
         f"window of the same size by {report['window_text_loss']:.3f} and "

@@ -4,7 +4,6 @@ Reads config.json and safetensors headers only.
 """
 
 import math
-import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +13,14 @@ import numpy as np
 
 from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible, dense_config
+from sparsek_cli.conversion.checks import check_room, check_rows, check_tensors
 from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.converted import is_converted
 from sparsek_cli.disk import existing_parent
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import full_layers, idle_window_off, layer_types
 from sparsek_cli.families.own_config import own_config
@@ -29,7 +29,7 @@ from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.contents import MODEL, SCORERS_ALONE, Contents
 from sparsek_cli.output.place import absolute, check_folder
-from sparsek_cli.recipes.schema_convert import ConvertRecipe
+from sparsek_cli.recipes.schema_convert import CalibrationMethod, ConvertRecipe
 
 _SIDE_FILES = (
     *TOKENIZER_FILES,
@@ -37,6 +37,23 @@ _SIDE_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How scorers are found.
+
+    Attributes:
+        text: what they are fitted on, as the recipe's `calibrate`.
+        per_head: whether heads that look far back get more of the same total.
+        device, dtype: as users name them.
+    """
+
+    text: str
+    method: CalibrationMethod
+    per_head: bool
+    device: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +74,12 @@ class Plan:
         linkable: whether `out` lies on the base's filesystem.
         calibrate_tokens: tokens to fit maps on, in sequences of `fit_length`; 0: no calibration.
         calibrate_length: tokens of the documents on which they are compared.
-        recipe: the request, complete.
+        calibration: how scorers are found. gate: how scores enter attention.
+        cache_dtype: of the slots, auto or int8.
+        copy_base: base files are copied even where they could be linked.
+        scorers_only: `out` gets the scorers and no base.
+        overwrite: `out` may be there. seed: of everything drawn.
+        request: the recipe as plain data, for the record.
     """
 
     base: Checkpoint
@@ -76,12 +98,19 @@ class Plan:
     linkable: bool
     calibrate_tokens: int
     calibrate_length: int
-    recipe: ConvertRecipe
+    calibration: Calibration
+    gate: str
+    cache_dtype: str
+    copy_base: bool
+    scorers_only: bool
+    overwrite: bool
+    seed: int
+    request: dict[str, Any]
 
     @property
     def contents(self) -> Contents:
         """What lies in `out` afterwards."""
-        return contents_of(self.recipe)
+        return contents_of(self.scorers_only)
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -109,8 +138,8 @@ class Plan:
 
     def resolved(self) -> dict[str, Any]:
         """The request with every default filled in: what sparsek.yaml records."""
-        settings = self.recipe.model_dump(by_alias=True)
-        where = str(self.base.path) if self.base.source == "folder" else self.recipe.model
+        settings = dict(self.request)
+        where = str(self.base.path) if self.base.source == "folder" else settings["model"]
         settings.update(model=where, out=str(self.out))
         settings.update(budget=None, topk=self.topk, window=self.window)
         settings.update(
@@ -143,7 +172,7 @@ class Plan:
     @property
     def _slot_bytes(self) -> int:
         """The same where SparseK holds them: in 8 bits, each with a float32 scale, if asked for."""
-        if self.recipe.cache_dtype == "auto":
+        if self.cache_dtype == "auto":
             return self._pair_bytes
         return 2 * self.geometry.kv_heads * (self.geometry.head_dim + 4)
 
@@ -163,16 +192,16 @@ class Plan:
             "topk": self.topk,
             "window": self.window,
             "sinks": self.sinks,
-            "gate": self.recipe.gate,
-            "scorer": self.recipe.method.scorer,
+            "gate": self.gate,
+            "scorer": self.calibration.method.scorer,
             "slots_per_kv_head": self.budget,
             "kv_bytes": self.cache_bytes(size.context, dense=False),
             "dense_kv_bytes_at_context": self.cache_bytes(size.context, dense=True),
             "base_files": len(self.shards),
             "base_bytes": self.base_bytes,
             "base_bytes_to_copy": 0 if self.linkable else self.base_bytes,
-            "scorers_only": self.recipe.scorers_only,
-            "calibrate": self.recipe.calibrate,
+            "scorers_only": self.scorers_only,
+            "calibrate": self.calibration.text,
             "calibrate_tokens": self.calibrate_tokens,
             "calibrate_length": self.calibrate_length,
         }
@@ -191,13 +220,13 @@ class Plan:
         how = "linked, 0 bytes copied" if self.linkable else "copied"
         if isinstance(self.base, GgufCheckpoint):
             how = self.base.header.text()
-        if self.recipe.scorers_only:
+        if self.scorers_only:
             how = "read and hashed; OUT holds the scorers alone"
         kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
         if self.calibrate_tokens:
             count = self.calibrate_tokens // self.fit_length
             calibration = (
-                f"{self.recipe.calibrate}: {count} sequences of {self.fit_length:,} tokens, "
+                f"{self.calibration.text}: {count} sequences of {self.fit_length:,} tokens, "
                 f"compared on documents of {self.calibrate_length:,}"
             )
         else:
@@ -208,7 +237,7 @@ class Plan:
                 f"{size.kv_heads} KV heads, context {size.context:,})",
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
-                f"{self.budget} slots per KV head, gate {self.recipe.gate}",
+                f"{self.budget} slots per KV head, gate {self.gate}",
                 f"cache       {kept:.1f} MiB always; dense at {size.context:,}: {dense:.1f} MiB",
                 f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
                 f"calibration {calibration}",
@@ -242,9 +271,15 @@ def plan(recipe: ConvertRecipe) -> Plan:
             "no layer of the model attends to everything: there is nothing to convert",
             hint="its cache is bounded already",
         )
-    topk, window = slots(recipe, sizes.context)
+    topk, window = slots(
+        sizes.context,
+        budget=recipe.budget,
+        topk=recipe.topk,
+        window=recipe.window,
+        sinks=recipe.sinks,
+    )
     out = out_folder(recipe, base)
-    check_folder(out, contents_of(recipe), overwrite=recipe.overwrite, model=base.path)
+    check_folder(out, contents_of(recipe.scorers_only), overwrite=recipe.overwrite, model=base.path)
     packed = isinstance(base, GgufCheckpoint)
     if recipe.scorers_only:
         _check_scorers_only(recipe, packed=packed)
@@ -253,8 +288,8 @@ def plan(recipe: ConvertRecipe) -> Plan:
         shards = without_scorers(shards)
     if not (config.get("dtype") or config.get("torch_dtype")):
         sizes = replace(sizes, dtype=stored_dtype(shards))
-    prefixed = _check_tensors(shards, row, full_layers(types))
-    _check_rows(shards, config)
+    prefixed = check_tensors(shards, row, full_layers(types))
+    check_rows(shards, config)
     parent = existing_parent(out)
     # Scorers alone need the base's files for as long as they are checked: any kind of link will do.
     linkable = (
@@ -265,8 +300,15 @@ def plan(recipe: ConvertRecipe) -> Plan:
         )
     )
     if not linkable:
-        _check_room(parent, sum(shard.bytes for shard in shards), packed=packed)
-    tokens, length = calibration_size(recipe, sizes, topk + window + recipe.sinks)
+        check_room(parent, sum(shard.bytes for shard in shards), packed=packed)
+    tokens, length = 0, 0
+    if recipe.calibrate != "none":
+        tokens, length = calibration_size(
+            sizes,
+            topk + window + recipe.sinks,
+            tokens=recipe.calibrate_tokens,
+            length=recipe.calibrate_length,
+        )
     side = {path for pattern in _SIDE_FILES for path in base.path.glob(pattern) if path.is_file()}
     return Plan(
         base=base,
@@ -285,7 +327,20 @@ def plan(recipe: ConvertRecipe) -> Plan:
         linkable=linkable,
         calibrate_tokens=tokens,
         calibrate_length=length,
-        recipe=recipe,
+        calibration=Calibration(
+            text=recipe.calibrate,
+            method=recipe.method,
+            per_head=recipe.budgets == "per_head",
+            device=recipe.device,
+            dtype=recipe.dtype,
+        ),
+        gate=recipe.gate,
+        cache_dtype=recipe.cache_dtype,
+        copy_base=recipe.copy_base,
+        scorers_only=recipe.scorers_only,
+        overwrite=recipe.overwrite,
+        seed=recipe.seed,
+        request=recipe.model_dump(by_alias=True),
     )
 
 
@@ -294,9 +349,9 @@ def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
     return absolute(recipe.out or f"{base.name}-{'scorers' if recipe.scorers_only else 'sparsek'}")
 
 
-def contents_of(recipe: ConvertRecipe) -> Contents:
+def contents_of(scorers_only: bool) -> Contents:
     """What will lie in OUT."""
-    return SCORERS_ALONE if recipe.scorers_only else MODEL
+    return SCORERS_ALONE if scorers_only else MODEL
 
 
 def _check_scorers_only(recipe: ConvertRecipe, *, packed: bool) -> None:
@@ -330,47 +385,3 @@ def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRe
             update={"scorer": "mlp", "width": block["scorer"]["width"]}
         )
     return recipe.model_copy(update=settings)
-
-
-def _check_room(parent: Path, needed: int, *, packed: bool) -> None:
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise SparsekError(
-            f"not enough space in {parent}: {needed / 2**30:.1f} GiB needed, "
-            f"{free / 2**30:.1f} GiB free",
-            hint="free some space, or choose OUT on another disk"
-            if packed
-            else "free some space, or choose OUT on the base's filesystem so that it can be linked",
-        )
-
-
-def _check_rows(shards: list[Shard], config: dict[str, Any]) -> None:
-    """Embeddings and output layer have as many rows as config.json's vocabulary."""
-    rows = config.get("vocab_size")
-    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "lm_head.weight")
-    for shard in shards:
-        for name, entry in shard.tensors.items():
-            if name.endswith(embeddings) and isinstance(rows, int) and entry.shape[0] != rows:
-                raise SparsekError(
-                    f"{name} in {shard.path.name} has shape {list(entry.shape)}, config.json says "
-                    f"vocab_size {rows}",
-                    hint=f"set vocab_size to {entry.shape[0]} in config.json if the weights were "
-                    "resized, else fetch the model again",
-                )
-
-
-def _check_tensors(shards: list[Shard], row: Row, layers: tuple[int, ...]) -> bool:
-    """Whether names carry the prefix; attention tensors of these layers must be there."""
-    names = {name for shard in shards for name in shard.tensors}
-    prefixed = any(name.startswith(f"{row.stored}.") for name in names)
-    for layer in layers:
-        for projection in row.projections:
-            name = f"{row.attention_path(layer)}.{projection}.weight"
-            if not prefixed:
-                name = name.removeprefix(f"{row.stored}.")
-            if name not in names:
-                raise SparsekError(
-                    f"the checkpoint lacks {name}, which its config.json promises",
-                    hint="download or save the checkpoint again",
-                )
-    return prefixed

@@ -96,7 +96,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Converted:
     Raises:
         SparsekError: see plan, shards, write and verify; `plan.out` is then as it was before.
     """
-    reporter, overwrite, contents = reporter or Silent(), plan.recipe.overwrite, plan.contents
+    reporter, overwrite, contents = reporter or Silent(), plan.overwrite, plan.contents
     leftovers.clear(plan.out, reporter.say)
     check_folder(plan.out, contents, overwrite=overwrite, model=plan.base.path)  # it may be back
     # Staged first: that OUT cannot be written is told before minutes of work.
@@ -104,7 +104,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Converted:
         staged(plan.out, overwrite=overwrite, contents=contents) as folder,
         unpacked(plan, reporter) as ready,
     ):
-        fill = _fill_with_scorers if plan.recipe.scorers_only else _fill
+        fill = _fill_with_scorers if plan.scorers_only else _fill
         done = fill(folder, ready, reporter)
     return replace(done, plan=plan)
 

@@ -4,7 +4,6 @@ from fractions import Fraction
 
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import UsageError
-from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 # A sixteenth of the context is where selection still keeps recall while a window does not.
 _SHARE_OF_CONTEXT = Fraction(1, 16)
@@ -25,36 +24,43 @@ _LEAST_TOKENS = 131_072
 _MOST_TOKENS = 1_048_576
 
 
-def slots(recipe: ConvertRecipe, context: int) -> tuple[int, int]:
-    """(topk, window) per KV head; with the recipe's sinks they make the budget.
+def slots(
+    context: int, *, budget: int | str | None, topk: int | None, window: int | None, sinks: int
+) -> tuple[int, int]:
+    """(topk, window) per KV head; with the sinks they make the budget.
+
+    Args:
+        context: tokens the model was made for. budget: tokens, or a share of them like "1/16".
+        topk, window: None where they follow from the budget.
 
     Raises:
         UsageError: budget and topk together, or a budget with no room to select.
     """
-    budget = max(int(context * _SHARE_OF_CONTEXT), _SMALLEST_BUDGET)
-    if recipe.budget is not None:
-        if recipe.topk is not None:
+    tokens = max(int(context * _SHARE_OF_CONTEXT), _SMALLEST_BUDGET)
+    if budget is not None:
+        if topk is not None:
             raise UsageError(
-                f"budget {recipe.budget} and topk {recipe.topk} are both given",
+                f"budget {budget} and topk {topk} are both given",
                 hint="a budget is sinks + topk + window: give one of the two, with or without a "
                 "window (topk=null drops a recipe's)",
             )
-        share = recipe.budget
-        budget = share if isinstance(share, int) else int(context * Fraction(share))
-    window = recipe.window or max(1, min(_LARGEST_WINDOW, int(budget * _SHARE_OF_WINDOW)))
-    topk = recipe.topk or budget - window - recipe.sinks
-    if topk < 1 and recipe.budget is not None:
-        written = f"{recipe.budget}" + ("" if recipe.budget == budget else f" ({budget} tokens)")
+        tokens = budget if isinstance(budget, int) else int(context * Fraction(budget))
+    window = window or max(1, min(_LARGEST_WINDOW, int(tokens * _SHARE_OF_WINDOW)))
+    topk = topk or tokens - window - sinks
+    if topk < 1 and budget is not None:
+        written = f"{budget}" + ("" if budget == tokens else f" ({tokens} tokens)")
         raise UsageError(
-            f"budget {written} leaves nothing to select beside {recipe.sinks} sinks and a window "
+            f"budget {written} leaves nothing to select beside {sinks} sinks and a window "
             f"of {window}",
-            hint=f"give at least {recipe.sinks + window + 1}, or a smaller --window",
+            hint=f"give at least {sinks + window + 1}, or a smaller --window",
         )
     return max(1, topk), window
 
 
-def calibration_size(recipe: ConvertRecipe, sizes: Geometry, budget: int) -> tuple[int, int]:
-    """(tokens to fit on, tokens of a document to compare on); zeros without calibration.
+def calibration_size(
+    sizes: Geometry, budget: int, *, tokens: int | None, length: int | None
+) -> tuple[int, int]:
+    """(tokens to fit on, tokens of a document to compare on), None filled in.
 
     Args:
         sizes: of the base model.
@@ -63,9 +69,6 @@ def calibration_size(recipe: ConvertRecipe, sizes: Geometry, budget: int) -> tup
     Raises:
         UsageError: documents longer than the context, or so short that all of it fits.
     """
-    if recipe.calibrate == "none":
-        return 0, 0
-    length = recipe.calibrate_length
     if length is None:
         length = min(max(_CALIBRATION_LENGTH, _LENGTH_PER_SLOT * budget), sizes.context)
     if length > sizes.context:
@@ -78,7 +81,6 @@ def calibration_size(recipe: ConvertRecipe, sizes: Geometry, budget: int) -> tup
             f"sequences of {length} tokens fit into {budget} slots: nothing to choose from",
             hint="give a smaller topk or window, a larger calibrate_length, or --calibrate none",
         )
-    tokens = recipe.calibrate_tokens
     if tokens is None:
         tokens = min(max(_ROWS_PER_FEATURE * sizes.hidden, _LEAST_TOKENS), _MOST_TOKENS)
     short = fit_length(length)

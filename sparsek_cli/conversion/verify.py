@@ -159,7 +159,7 @@ def _check_cache_bytes(plan: Plan, scorers: list[Scorer]) -> int:
     size = plan.geometry
     half = size.dtype not in ("float32", "float")
     stored = torch.bfloat16 if half else torch.float32
-    if plan.recipe.cache_dtype == "int8":
+    if plan.cache_dtype == "int8":
         stored = torch.int8
     held = plan.sliding_bytes(None)
     for scorer in scorers:

@@ -59,13 +59,13 @@ class Written:
 def neutral_scorers(plan: Plan) -> list[Scorer]:
     """Scores 0 and a small recency slope: keeps the newest topk, a plain window until trained."""
     heads, hidden = plan.geometry.kv_heads, plan.geometry.hidden
-    random = np.random.default_rng(plan.recipe.seed)
+    random = np.random.default_rng(plan.seed)
 
     def layer() -> dict[str, np.ndarray]:
         """A hidden layer that training can use; its output is 0 until then."""
-        if plan.recipe.method.scorer == "linear":
+        if plan.calibration.method.scorer == "linear":
             return {}
-        width = plan.recipe.method.width
+        width = plan.calibration.method.width
         weight = random.standard_normal((width, hidden), np.float32) / np.sqrt(hidden)
         return {
             "hidden_weight": weight.astype(np.float32),
@@ -121,11 +121,9 @@ def _write(
             disk.readable(folder / name)
             means.append("copy")
         else:
-            recipe = plan.recipe
+            symbolic = plan.scorers_only
             means.append(
-                link_or_copy(
-                    shard.path, folder / name, copy=recipe.copy_base, symbolic=recipe.scorers_only
-                )
+                link_or_copy(shard.path, folder / name, copy=plan.copy_base, symbolic=symbolic)
             )
         copied += shard.bytes if means[-1] == "copy" else 0
         weight_map.update(dict.fromkeys(shard.tensors, name))
@@ -173,9 +171,9 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
             "topk": topk,
             "window": plan.window,
             "sinks": plan.sinks,
-            "gate": plan.recipe.gate,
+            "gate": plan.gate,
             "scorer": _scorer_block(scorers[0]),
-            **({} if plan.recipe.cache_dtype == "auto" else {"cache_dtype": "int8"}),
+            **({} if plan.cache_dtype == "auto" else {"cache_dtype": "int8"}),
         },
     )
     if row.dropout:

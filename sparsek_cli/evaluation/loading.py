@@ -17,25 +17,23 @@ from sparsek_cli.loading import (
 from sparsek_cli.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
+    from sparsek_cli.evaluation.settings import Loading, Prompts
     from sparsek_cli.hub import Checkpoint
-    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 
-def load_model(
-    checkpoint: "Checkpoint", device: str, dtype: str, *, yarn: float | None, sparse: bool
-) -> tuple[Any, Any, bool]:
+def load_model(checkpoint: "Checkpoint", how: "Loading", *, sparse: bool) -> tuple[Any, Any, bool]:
     """Model in eval mode on its device, tokenizer, and whether the model brings its own scores.
 
     Args:
-        device, dtype: as users name them. yarn: see `stretch`.
+        how: device, dtype, and `yarn` for `stretch`.
         sparse: a dense model of a supported family becomes a sparse one in memory: windows and
             random pairs need no scores.
     """
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
 
-    where = choose_device(device)
-    dtype = choose_dtype(dtype, where)
+    where = choose_device(how.device)
+    dtype = choose_dtype(how.dtype, where)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UsageError(
@@ -46,8 +44,8 @@ def load_model(
     config = load_config(checkpoint.path, checkpoint.name)
     own = getattr(config, "sparsek", None) is not None
     kind = None
-    if yarn is not None:
-        stretch(config, yarn)
+    if how.yarn is not None:
+        stretch(config, how.yarn)
     if not own and config.model_type in FAMILIES and sparse:
         with readable_errors(checkpoint.name):
             kind = family_of(config).sparsek_causal_lm
@@ -81,8 +79,8 @@ def stretch(config: Any, factor: float) -> None:
     config.max_position_embeddings = int(own * factor)
 
 
-def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length: int) -> Any:
-    """lm-eval's model class over `model`, set up as the recipe says."""
+def harness_for(model: Any, tokenizer: Any, prompts: "Prompts", max_length: int) -> Any:
+    """lm-eval's model class over `model`, set up as `prompts` says."""
     with quiet_lm_eval():
         from sparsek_cli.evaluation.lm.harness import SparsekLM
 
@@ -91,11 +89,11 @@ def harness_for(model: Any, tokenizer: Any, recipe: "EvaluateRecipe", max_length
             tokenizer,
             policy=make_policy(DENSE),
             max_length=max_length,
-            truncate=None if recipe.truncate == "refuse" else recipe.truncate,
-            batch_size=1 if recipe.batch_size == "auto" else recipe.batch_size,
-            answers_together=None if recipe.batch_size == "auto" else recipe.batch_size,
-            share_prefix=recipe.share_prefix,
-            max_new_tokens=recipe.max_new_tokens,
+            truncate=None if prompts.truncate == "refuse" else prompts.truncate,
+            batch_size=prompts.batch_size or 1,
+            answers_together=prompts.batch_size,
+            share_prefix=prompts.share_prefix,
+            max_new_tokens=prompts.max_new_tokens,
         )
 
 

@@ -9,6 +9,16 @@ from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import check_names
 from sparsek_cli.evaluation.report.store import check_results
+from sparsek_cli.evaluation.settings import (
+    Loading,
+    Prompts,
+    Rivals,
+    Samples,
+    loading_of,
+    prompts_of,
+    rivals_of,
+    samples_of,
+)
 from sparsek_cli.evaluation.tasks.catalogue import Entry, expand
 from sparsek_cli.evaluation.tasks.local_files import data_fingerprint
 
@@ -21,36 +31,42 @@ class Plan:
     """An evaluation that has been checked.
 
     Attributes:
-        recipe: the request. checkpoint: what is measured. entries: the tasks, groups expanded.
+        request: the recipe as plain data, for the record.
+        checkpoint: what is measured. entries: the tasks, groups expanded.
+        loading, rivals, samples, prompts: the request in parts.
         files: name, size and time of change of every local file it may read.
-        out: the result folder; None: named after model and settings.
+        out: the result folder; None: named after model and settings. overwrite: it is replaced.
         resume: whether results of an interrupted run with the same settings are kept.
     """
 
-    recipe: "EvaluateRecipe"
+    request: dict[str, Any]
     checkpoint: hub.Checkpoint
     entries: list[Entry]
     files: list[tuple[str, int, int]]
+    loading: Loading
+    rivals: Rivals
+    samples: Samples
+    prompts: Prompts
+    overwrite: bool = False
     out: Path | None = None
     resume: bool = False
 
     def data(self) -> dict[str, Any]:
         """For --json."""
-        return {"recipe": self.recipe.model_dump(), "tasks": [e.name for e in self.entries]}
+        return {"recipe": self.request, "tasks": [e.name for e in self.entries]}
 
     def text(self) -> str:
         """For a person."""
-        recipe = self.recipe
-        lengths = ", ".join(f"{n:,}" for n in recipe.lengths) or "each task's own"
-        budgets = ", ".join(map(str, recipe.budgets)) or "the checkpoint's own"
+        lengths = ", ".join(f"{n:,}" for n in self.samples.lengths) or "each task's own"
+        budgets = ", ".join(map(str, self.rivals.budgets)) or "the checkpoint's own"
         return "\n".join(
             [
                 f"model      {self.checkpoint.path}",
                 f"tasks      {', '.join(entry.name for entry in self.entries)}",
                 f"lengths    {lengths}",
-                f"baselines  {', '.join(recipe.baselines) or 'none'}",
+                f"baselines  {', '.join(self.rivals.baselines) or 'none'}",
                 f"budgets    {budgets}",
-                f"samples    {recipe.limit or 'all'} per task and length",
+                f"samples    {self.samples.limit or 'all'} per task and length",
                 f"out        {self.out or 'runs/evaluate/<model>/<settings>'}",
             ]
         )
@@ -75,4 +91,16 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
     if out is not None:
         check_results(out, resume=resume, model=checkpoint.path)
     files = data_fingerprint(recipe.text, recipe.data)
-    return Plan(recipe, checkpoint, entries, files, out, resume)
+    return Plan(
+        request=recipe.model_dump(),
+        checkpoint=checkpoint,
+        entries=entries,
+        files=files,
+        loading=loading_of(recipe),
+        rivals=rivals_of(recipe),
+        samples=samples_of(recipe),
+        prompts=prompts_of(recipe),
+        overwrite=recipe.overwrite,
+        out=out,
+        resume=resume,
+    )

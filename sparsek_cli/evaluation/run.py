@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,42 +70,41 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     ranks = Ranks()
     reporter = reporter if reporter and ranks.first else Silent()
     say = reporter.say
-    recipe, entries, checkpoint, files = plan.recipe, plan.entries, plan.checkpoint, plan.files
+    checkpoint, rivals, samples, prompts = plan.checkpoint, plan.rivals, plan.samples, plan.prompts
     model, tokenizer, own = load_model(
         checkpoint,
-        ranks.device(recipe.device),
-        recipe.dtype,
-        yarn=recipe.yarn,
-        sparse=bool(set(recipe.baselines) - {DENSE}),
+        replace(plan.loading, device=ranks.device(plan.loading.device)),
+        sparse=bool(set(rivals.baselines) - {DENSE}),
     )
-    policies = plan_policies(model, recipe.baselines, recipe.budgets, recipe.seed, own=own)
+    policies = plan_policies(model, rivals.baselines, rivals.budgets, rivals.seed, own=own)
     if not own:
         rows = ", ".join(policy.label for policy in policies)
         say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
-    max_length = most_tokens(model, tokenizer, recipe.max_length, say)
+    max_length = most_tokens(model, tokenizer, prompts.max_length, say)
     beyond = ways_beyond(model.config)
-    lm = harness_for(model, tokenizer, recipe, max_length)
-    say(f"preparing {', '.join(recipe.tasks)}")
+    lm = harness_for(model, tokenizer, prompts, max_length)
+    say(f"preparing {', '.join(plan.request['tasks'])}")
     units, absent = load_units(
-        entries,
-        recipe,
+        plan.entries,
+        samples,
         tokenizer=tokenizer,
         tokenizer_path=str(checkpoint.path),
         max_length=max_length,
+        asked_length=prompts.max_length,
         beyond=beyond,
         say=say,
     )
-    units, refused = refuse_unfit(units, lm, recipe, beyond)
+    units, refused = refuse_unfit(units, lm, samples, prompts, beyond)
     pairs, unfit = _pairs(units, policies)
     for lines, remedy in explained([*absent, *refused, *unfit]):
         for line in lines:
             say(f"not measured: {line}")
         say(f"hint: {remedy}")
     record = Record(
-        recipe,
+        plan.request,
         checkpoint,
         model,
-        settings_of(recipe, checkpoint, model, max_length, files),
+        settings_of(plan.request, checkpoint, model, max_length, plan.files),
         policies,
         check_policies(model, policies, max_length),
         [*absent, *refused, *unfit],
@@ -115,7 +114,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     store = None
     if ranks.first:
         fingerprint = digest(record.settings)
-        store = Store(folder, fingerprint, resume=plan.resume, overwrite=recipe.overwrite)
+        store = Store(folder, fingerprint, resume=plan.resume, overwrite=plan.overwrite)
     ranks.wait()  # for the folder; and again before the first result is written into it
     finished = _finished(folder, pairs) if plan.resume else {}
     if finished:
@@ -123,7 +122,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     ranks.wait()
     ranks.join(lm)
     try:
-        _measure(pairs, finished, lm, record, store, ranks, reporter)
+        _measure(pairs, finished, lm, plan, record, store, ranks, reporter)
     except KeyboardInterrupt:
         if ranks.first:
             _write(folder, record)
@@ -156,10 +155,10 @@ def _pairs(units: Sequence[Unit], policies: Sequence[Policy]) -> tuple[list[Pair
     return pairs, unfit
 
 
-def _finished(folder: Path, plan: Sequence[Pair]) -> dict[tuple[str, str], dict[str, Any]]:
+def _finished(folder: Path, pairs: Sequence[Pair]) -> dict[tuple[str, str], dict[str, Any]]:
     """The stored results among what is planned."""
     found = {}
-    for unit, policy in plan:
+    for unit, policy in pairs:
         result = load_unit(folder, policy.label, unit.name)
         if result is not None:
             found[unit.name, policy.label] = result
@@ -167,9 +166,10 @@ def _finished(folder: Path, plan: Sequence[Pair]) -> dict[tuple[str, str], dict[
 
 
 def _measure(
-    plan: Sequence[Pair],
+    pairs: Sequence[Pair],
     finished: dict[tuple[str, str], dict[str, Any]],
     lm: Any,
+    plan: Plan,
     record: Record,
     store: Store | None,
     ranks: Ranks,
@@ -178,12 +178,12 @@ def _measure(
     """Measures what is not finished; every result is on disk before the next one begins."""
     total = sum(
         len(unit.task.instances)
-        for unit, policy in plan
+        for unit, policy in pairs
         if (unit.name, policy.label) not in finished
     )
     with reporter.progress("evaluating", total=total) as bar:
         lm.advance = bar.advance
-        for number, (unit, policy) in enumerate(plan):
+        for number, (unit, policy) in enumerate(pairs):
             done = finished.get((unit.name, policy.label))
             if done is not None:
                 record.results.append(done)
@@ -192,8 +192,8 @@ def _measure(
             started = time.monotonic()
             measured = run_unit(
                 unit, policy, lm, ranks,
-                limit=record.recipe.limit_of(unit.entry.name),
-                fills_batches=record.recipe.batch_size == "auto",
+                limit=plan.samples.limit_of(unit.entry.name),
+                fills_batches=plan.prompts.batch_size is None,
             )  # fmt: skip
             if measured is None or store is None:
                 continue  # gathered by the first process
@@ -204,7 +204,7 @@ def _measure(
             record.results.append(result)
             write(store.folder / RESULTS, to_json(record.report()))
             reporter.detail(f"{unit.name} {policy.label}: {_brief(result)}")
-            if number + 1 == len(plan) or plan[number + 1][0] is not unit:
+            if number + 1 == len(pairs) or pairs[number + 1][0] is not unit:
                 lm.forget_encodings()
 
 

@@ -51,7 +51,6 @@ def unpacked(plan: "Plan", reporter: Reporter) -> Iterator["Plan"]:
             _unpack(base, folder)
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             # What is unpacked here is nobody else's: it is linked even where copies are asked for.
-            recipe = plan.recipe.model_copy(update={"copy_base": False, "model": str(base.path)})
             yield replace(
                 plan,
                 base=Checkpoint(folder, base.name, base.source),
@@ -59,7 +58,8 @@ def unpacked(plan: "Plan", reporter: Reporter) -> Iterator["Plan"]:
                 shards=read_shards(folder),
                 side_files=[*tokenizers.files_in(folder), folder / "generation_config.json"],
                 linkable=True,
-                recipe=recipe,
+                copy_base=False,
+                request=plan.request | {"copy": False, "model": str(base.path)},
             )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

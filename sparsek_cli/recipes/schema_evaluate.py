@@ -69,10 +69,6 @@ class EvaluateRecipe(BaseModel):
     )
     overwrite: bool = Field(False, description="replace the results in `out`")
 
-    def limit_of(self, task: str) -> int | None:
-        """Samples of one task; None for all of them."""
-        return self.limits.get(task, self.limit)
-
     @field_validator("chat_template", mode="before")
     @classmethod
     def _switch(cls, value: object) -> object:

@@ -1,63 +1,65 @@
-"""The recipe in the words of transformers' Trainer."""
+"""A run's settings in the words of transformers' Trainer."""
 
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
+from sparsek_cli.training.settings import Rates, Rhythm
+from sparsek_cli.training.sizes import Sizes
+
 
 def training_arguments(
-    recipe: Any,
     folder: Path,
+    sizes: Sizes,
+    rates: Rates,
+    rhythm: Rhythm,
     *,
-    steps: int,
-    bf16: bool,
+    seed: int,
     cpu: bool,
-    processes: int,
     evaluates: bool,
+    data_workers: int,
     sharding: dict[str, Any],
 ) -> TrainingArguments:
     """What Trainer is told.
 
     Args:
         folder: where checkpoints go.
-        steps: optimiser steps of the whole run.
-        processes: how many share the global batch.
         evaluates: whether there is something held out.
         sharding: see `sharding_arguments`.
     """
-    warmup = recipe.warmup if recipe.warmup >= 1 else recipe.warmup * steps
+    warmup = rates.warmup if rates.warmup >= 1 else rates.warmup * sizes.steps
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
-    cosine = {"min_lr_rate": recipe.min_learning_rate} if recipe.schedule == "cosine" else {}
-    evaluates = evaluates and recipe.evaluation.every > 0
+    cosine = {"min_lr_rate": rates.min_learning_rate} if rates.schedule == "cosine" else {}
+    evaluates = evaluates and rhythm.evaluate > 0
     return TrainingArguments(
         output_dir=str(folder),
-        per_device_train_batch_size=recipe.micro_batch_size,
-        per_device_eval_batch_size=recipe.micro_batch_size,
-        gradient_accumulation_steps=recipe.batch_size // (recipe.micro_batch_size * processes),
-        max_steps=steps,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type=schedule.get(recipe.schedule, recipe.schedule),
+        per_device_train_batch_size=sizes.batch.micro,
+        per_device_eval_batch_size=sizes.batch.micro,
+        gradient_accumulation_steps=sizes.accumulation,
+        max_steps=sizes.steps,
+        learning_rate=rates.learning_rate,
+        lr_scheduler_type=schedule.get(rates.schedule, rates.schedule),
         lr_scheduler_kwargs=cosine,
         warmup_steps=round(warmup),
-        weight_decay=recipe.weight_decay,
-        adam_beta1=recipe.betas[0],
-        adam_beta2=recipe.betas[1],
-        max_grad_norm=recipe.max_grad_norm,
+        weight_decay=rates.weight_decay,
+        adam_beta1=rates.betas[0],
+        adam_beta2=rates.betas[1],
+        max_grad_norm=rates.max_grad_norm,
         optim="adamw_torch" if cpu else "adamw_torch_fused",
-        bf16=bf16,
+        bf16=sizes.dtype == "bfloat16",
         use_cpu=cpu,
         eval_strategy="steps" if evaluates else "no",
-        eval_steps=recipe.evaluation.every if evaluates else None,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
-        logging_steps=recipe.log_steps,
+        eval_steps=rhythm.evaluate if evaluates else None,
+        save_strategy="steps" if rhythm.save else "no",
+        save_steps=rhythm.save or 500,
+        logging_steps=rhythm.log,
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        report_to=recipe.report_to or "none",
-        seed=recipe.seed,
-        data_seed=recipe.seed,
-        dataloader_num_workers=recipe.data_workers,
+        report_to=list(rhythm.report_to) or "none",
+        seed=seed,
+        data_seed=seed,
+        dataloader_num_workers=data_workers,
         dataloader_pin_memory=not cpu,
         remove_unused_columns=False,
         prediction_loss_only=True,

@@ -1,4 +1,4 @@
-"""From a recipe to a model and a trainer that are ready to start."""
+"""A model and a trainer that are ready to start, from a run's settings."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,51 +25,58 @@ from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.model import build_random, load_pretrained, random_config
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.progress import ProgressReport, TimeLimit
+from sparsek_cli.training.settings import Execution, Rates, Rhythm, Start
 from sparsek_cli.training.sharding import sharding_arguments
 from sparsek_cli.training.sizes import Sizes
 from sparsek_cli.training.stages import BudgetStages
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import Evaluation, FinetuneRecipe
+    from sparsek_cli.recipes.schema_finetune import Evaluation
     from sparsek_cli.recipes.schema_finetune import Objective as ObjectiveSettings
 
 
 def load(
-    recipe: "FinetuneRecipe", tokenizer: Any, source: hub.Checkpoint | None, bf16: bool
+    start: Start, tokenizer: Any, source: hub.Checkpoint | None, bf16: bool
 ) -> tuple[Any, Any, torch.dtype]:
     """Model with its learning parameters chosen, LoRA's tuner if any, and the dtype to save in."""
-    if recipe.init == "random":
-        config = random_config(
-            recipe.architecture, recipe.attention, recipe.sequence_length, tokenizer
-        )
-        model = build_random(config, seed=recipe.seed, scaled_init=recipe.architecture.scaled_init)
+    shape = start.architecture
+    if shape is not None:
+        config = random_config(shape, start.attention, start.length, tokenizer)
+        model = build_random(config, seed=start.seed, scaled_init=shape.scaled_init)
         stored = torch.bfloat16 if bf16 else torch.float32
     else:
         stored = getattr(torch, stored_dtype(read_shards(source.path)))
         # What is frozen stays as it is stored; what learns all over needs float32 masters.
-        loaded = torch.float32 if recipe.train == "all" or not bf16 else torch.bfloat16
-        model = load_pretrained(source, recipe.attention or {}, loaded)
+        loaded = torch.float32 if start.train == "all" or not bf16 else torch.bfloat16
+        model = load_pretrained(source, start.attention or {}, loaded)
         check_tokenizer(tokenizer, embedding_rows(model), source.name)
-    if recipe.save_dtype != "auto":
-        stored = getattr(torch, recipe.save_dtype)
-    torch.manual_seed(recipe.seed)  # adapters are drawn here
-    tuner = choose_parameters(model, recipe.train, recipe.lora, shape_base=recipe.shapes_base)
+    if start.save_dtype != "auto":
+        stored = getattr(torch, start.save_dtype)
+    torch.manual_seed(start.seed)  # adapters are drawn here
+    tuner = choose_parameters(model, start.train, start.lora, shape_base=start.shapes_base)
     return model, tuner, stored
 
 
 def make_trainer(
-    recipe: "FinetuneRecipe",
     model: Any,
     tuner: Any | None,
     sizes: Sizes,
     device: torch.device,
     part: Path,
     *,
+    objective: "ObjectiveSettings",
+    rates: Rates,
+    rhythm: Rhythm,
+    execution: Execution,
+    seed: int,
+    stages: Sequence[float] = (),
+    minutes: float | None = None,
     data: Mixture,
     held_out: HeldOut | None,
     questions: Sequence[Question] = (),
-    resumed: bool,
+    measures_start: bool = False,
+    keeps_better: bool = False,
     reporter: Reporter,
     bar: Bar,
 ) -> SparsekTrainer:
@@ -78,45 +85,43 @@ def make_trainer(
     Args:
         model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
         sizes: of the run. part: where checkpoints go.
+        stages: what topk is multiplied by, each for an equal part of the run.
         data: what is trained on. held_out: sequences for the held-out loss, or None.
         questions: for recall, see `held_out_questions`.
-        resumed: whether the run continues an earlier one.
+        measures_start: whether the held-out loss is measured before the first step, too.
+        keeps_better: whether the parameters of the start are kept to go back to.
     """
-    objective = Objective(**recipe.objective.model_dump(), loss_chunk=recipe.loss_chunk)
+    losses = Objective(**objective.model_dump(), loss_chunk=execution.loss_chunk)
     bf16 = sizes.dtype == "bfloat16"
     args = training_arguments(
-        recipe, part, steps=sizes.steps, bf16=bf16, cpu=device.type == "cpu",
-        processes=sizes.processes, evaluates=held_out is not None,
+        part, sizes, rates, rhythm, seed=seed, cpu=device.type == "cpu",
+        evaluates=held_out is not None, data_workers=execution.data_workers,
         sharding=sharding_arguments(
-            recipe.launch, model, bf16=bf16, max_grad_norm=recipe.max_grad_norm
+            execution.launch, model, bf16=bf16, max_grad_norm=rates.max_grad_norm
         ),
     )  # fmt: skip
-    compares = recipe.train == "scorers" and recipe.keep_better and held_out is not None
-    start = trained_state(model) if compares else None
-    # The start, to compare the end with; a resumed run has measured it, random weights say nothing.
-    args.eval_on_start = held_out is not None and recipe.init != "random" and not resumed
-    if recipe.checkpointing:
+    start = trained_state(model) if keeps_better and held_out is not None else None
+    args.eval_on_start = held_out is not None and measures_start
+    if execution.checkpointing:
         # The first name is newer than the oldest transformers supported here.
         newer = getattr(model, "activation_checkpointing_enable", None)
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if recipe.compile:
+    if execution.compile:
         decoder_of(model).compile()
     attach(
         model,
-        objective,
-        *_teacher(recipe.objective, model, tuner, frozen=recipe.train == "all", bf16=bf16),
+        losses,
+        *_teacher(objective, model, tuner, frozen=sizes.train == "all", bf16=bf16),
     )
-    stages = BudgetStages(model, recipe.budget_stages) if recipe.budget_stages else None
-    limits = [] if recipe.minutes is None else [TimeLimit(60 * recipe.minutes)]
-    scorer_rate = recipe.scorer_learning_rate or recipe.learning_rate
+    limits = [] if minutes is None else [TimeLimit(60 * minutes)]
     return SparsekTrainer(
-        rates=(recipe.learning_rate, scorer_rate, recipe.weight_decay),
-        batch_size=recipe.batch_size,
-        keep_checkpoints=recipe.keep_checkpoints,
-        objective=objective,
+        rates=(rates.learning_rate, rates.scorer_learning_rate, rates.weight_decay),
+        batch_size=sizes.batch.sequences,
+        keep_checkpoints=rhythm.keep_checkpoints,
+        objective=losses,
         start=start,
         questions=questions,
-        stages=stages,
+        stages=BudgetStages(model, stages) if stages else None,
         model=model,
         args=args,
         train_dataset=data,

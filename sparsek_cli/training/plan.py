@@ -21,8 +21,9 @@ from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training.model import random_config
 from sparsek_cli.training.parameters import choose_parameters
+from sparsek_cli.training.settings import Settings, Start, settings_of
 from sparsek_cli.training.sharding import check_launch
-from sparsek_cli.training.sizes import Batch, Sizes, count_steps, estimate_bytes, measure
+from sparsek_cli.training.sizes import Sizes, count_steps, estimate_bytes, measure
 from sparsek_cli.training.storage.output import contents_of
 from sparsek_cli.training.storage.unfinished import check_output, checkpoint_to_resume, part_folder
 
@@ -35,13 +36,15 @@ class Plan:
     """A run that has been checked: what it will do, and what it needs for that.
 
     Attributes:
-        recipe: the request. sizes: what follows from it.
+        request: the recipe as plain data, for records. sizes: what follows from it.
+        settings: the request in parts, as what is below reads them.
         out: the folder to appear. source: where weights come from; None: random ones.
         tokenizer, texts, held_out: data, tokenized. device, bf16: where and how it is computed.
         checkpoint: where an unfinished run goes on; None: a new run.
     """
 
-    recipe: "FinetuneRecipe"
+    request: dict[str, Any]
+    settings: Settings
     sizes: Sizes
     out: Path
     source: hub.Checkpoint | None
@@ -79,7 +82,9 @@ def plan(
     out = Path(os.path.expanduser(recipe.out or f"{_base_name(recipe)}-finetuned"))
     source = None if recipe.model is None else hub.resolve(recipe.model)
     where = None if source is None else source.path
-    contents = contents_of(recipe)
+    settings = settings_of(recipe)
+    start = settings.start
+    contents = contents_of(start)
     check_output(out, resume=resume, overwrite=recipe.overwrite, model=where, contents=contents)
     _check_reporters(recipe.report_to)
     device = choose_device(recipe.device)
@@ -95,17 +100,19 @@ def plan(
     # From here on a few words at a time are tokenised, in forked data workers, which would wait
     # for ever for the threads of their parent.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    model = _model_without_weights(recipe, tokenizer, source)
-    if recipe.documents == "separate" and has_states(getattr(model.config, "layer_types", None)):
+    model = _model_without_weights(start, tokenizer, source)
+    if not settings.joined and has_states(getattr(model.config, "layer_types", None)):
         raise UsageError(
             f"some layers of {model.config.model_type.removeprefix('sparsek_')} keep a state, "
             "which would carry one document of a sequence into the next",
             hint="set documents=joined: a document then sees those before it in its sequence",
         )
-    choose_parameters(model, recipe.train, recipe.lora, shape_base=recipe.shapes_base)
+    choose_parameters(model, start.train, start.lora, shape_base=start.shapes_base)
+    request = recipe.model_dump(mode="json")
     return Plan(
-        recipe=recipe,
-        sizes=sizes_of(recipe, model, texts, source, out, bf16),
+        request=request,
+        settings=settings,
+        sizes=sizes_of(model, settings, texts, source, out, bf16),
         out=out,
         source=source,
         tokenizer=tokenizer,
@@ -113,7 +120,7 @@ def plan(
         held_out=held_out,
         device=device,
         bf16=bf16,
-        checkpoint=checkpoint_to_resume(plain(recipe), part_folder(out)) if resume else None,
+        checkpoint=checkpoint_to_resume(request, part_folder(out)) if resume else None,
     )
 
 
@@ -121,47 +128,43 @@ def _base_name(recipe: "FinetuneRecipe") -> str:
     return os.path.basename(os.path.normpath(recipe.model or recipe.architecture.type))
 
 
-def plain(recipe: "FinetuneRecipe") -> dict[str, Any]:
-    """The recipe as plain data."""
-    return recipe.model_dump(mode="json")
-
-
 def sizes_of(
-    recipe: "FinetuneRecipe",
     model: Any,
+    settings: Settings,
     texts: dict[str, Corpus],
     source: hub.Checkpoint | None,
     out: Path,
     bf16: bool,
 ) -> Sizes:
     """What the request comes to for this model and this text."""
-    batch = Batch(recipe.sequence_length, recipe.batch_size, recipe.micro_batch_size)
+    batch, duration, execution = settings.batch, settings.duration, settings.execution
     counts = {name: corpus.total for name, corpus in texts.items()}
-    weights = {name: block.weight for name, block in recipe.data.items()}
+    weights = {name: block.weight for name, block in settings.sources.items()}
     steps = count_steps(
-        batch, counts, weights, steps=recipe.steps, tokens=recipe.tokens, epochs=recipe.epochs
+        batch, counts, weights, steps=duration.steps, tokens=duration.tokens, epochs=duration.epochs
     )
     memory = estimate_bytes(
-        model, batch, bf16=bf16, checkpointing=recipe.checkpointing, loss_chunk=recipe.loss_chunk
+        model,
+        batch,
+        bf16=bf16,
+        checkpointing=execution.checkpointing,
+        loss_chunk=execution.loss_chunk,
     )
-    name = source.name if source else f"{recipe.architecture.type} (random)"
+    name = source.name if source else f"{settings.start.architecture.type} (random)"
     return measure(
         model, batch, steps,
-        name=name, out=out, train=recipe.train, text_tokens=counts, bf16=bf16, memory=memory,
+        name=name, out=out, train=settings.start.train, text_tokens=counts, bf16=bf16,
+        memory=memory,
     )  # fmt: skip
 
 
-def _model_without_weights(
-    recipe: "FinetuneRecipe", tokenizer: Any, source: hub.Checkpoint | None
-) -> Any:
+def _model_without_weights(start: Start, tokenizer: Any, source: hub.Checkpoint | None) -> Any:
     from transformers import AutoModelForCausalLM
 
     import sparsek_cli.models  # noqa: F401  (registers our families)
 
-    if recipe.init == "random":
-        config = random_config(
-            recipe.architecture, recipe.attention, recipe.sequence_length, tokenizer
-        )
+    if start.architecture is not None:
+        config = random_config(start.architecture, start.attention, start.length, tokenizer)
     else:
         config = load_config(source.path, source.name)
     with torch.device("meta"):

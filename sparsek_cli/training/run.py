@@ -19,7 +19,7 @@ from sparsek_cli.output import leftovers
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.losses.objectives import detach
-from sparsek_cli.training.plan import Plan, plain, sizes_of
+from sparsek_cli.training.plan import Plan, sizes_of
 from sparsek_cli.training.sizes import Sizes
 from sparsek_cli.training.storage.output import check_room, contents_of, write_model
 from sparsek_cli.training.storage.unfinished import begun, check_output, leave, part_folder
@@ -87,50 +87,63 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     Raises:
         SparsekError: it was tried and failed; checkpoints stay for `resume`.
     """
-    reporter, recipe, out = reporter or Silent(), plan.recipe, plan.out
+    reporter, settings, out = reporter or Silent(), plan.settings, plan.out
+    start = settings.start
     if os.environ.get("RANK", "0") == "0":
         leftovers.clear(out, reporter.say)
     resumed, where = plan.checkpoint is not None, plan.source.path if plan.source else None
+    contents = contents_of(start)
     check_output(  # it may be back
-        out, resume=resumed, overwrite=recipe.overwrite, model=where, contents=contents_of(recipe)
+        out, resume=resumed, overwrite=settings.overwrite, model=where, contents=contents
     )
-    model, tuner, dtype = load(recipe, plan.tokenizer, plan.source, plan.bf16)
-    _check_dense(model, recipe.objective, recipe.budget_stages)
-    length, seed = recipe.sequence_length, recipe.seed
+    model, tuner, dtype = load(start, plan.tokenizer, plan.source, plan.bf16)
+    _check_dense(model, settings.objective, settings.stages)
+    length, seed = start.length, start.seed
     questions = held_out_questions(
-        recipe.evaluation, plan.held_out, plan.tokenizer, length=length, seed=seed
+        settings.held_out, plan.held_out, plan.tokenizer, length=length, seed=seed
     )
     # Counted again: attention settings of the recipe may have made scorers idle.
-    sizes = sizes_of(recipe, model, plan.texts, plan.source, out, plan.bf16)
+    sizes = sizes_of(model, settings, plan.texts, plan.source, out, plan.bf16)
     reporter.say(sizes.text())
-    check_room(sizes, dtype, checkpoints=recipe.keep_checkpoints if recipe.save_steps else 0)
+    rhythm = settings.rhythm
+    check_room(sizes, dtype, checkpoints=rhythm.keep_checkpoints if rhythm.save else 0)
     part = part_folder(out)
-    with begun(plain(recipe), part, resume=resumed), _kept_on_failure(part, reporter):
+    with begun(plan.request, part, resume=resumed), _kept_on_failure(part, reporter):
         with reporter.progress("training", logged=True) as bar:
             trainer = make_trainer(
-                recipe, model, tuner, sizes, plan.device, part,
+                model, tuner, sizes, plan.device, part,
+                objective=settings.objective, rates=settings.rates, rhythm=rhythm,
+                execution=settings.execution, seed=seed, stages=settings.stages,
+                minutes=settings.duration.minutes,
                 data=build_mixture(
-                    recipe.data, plan.texts, plan.tokenizer, sizes.steps * recipe.batch_size,
-                    length=length, seed=seed, joined=recipe.documents == "joined",
+                    settings.sources, plan.texts, plan.tokenizer,
+                    sizes.steps * sizes.batch.sequences,
+                    length=length, seed=seed, joined=settings.joined,
                 ),
                 held_out=held_out_sequences(
-                    recipe.data, recipe.evaluation, plan.held_out, plan.tokenizer,
+                    settings.sources, settings.held_out, plan.held_out, plan.tokenizer,
                     length=length, seed=seed, say=reporter.say,
                     joined=has_states(getattr(model.config, "layer_types", None)),
                 ),
-                questions=questions, resumed=resumed, reporter=reporter, bar=bar,
+                questions=questions,
+                # To compare the end with; a resumed run has measured it, random weights say
+                # nothing.
+                measures_start=start.architecture is None and not resumed,
+                keeps_better=start.train == "scorers" and settings.keep_better,
+                reporter=reporter, bar=bar,
             )  # fmt: skip
             result = _train(trainer, sizes, plan.checkpoint, reporter)
         state = trainer.full_state()
         if trainer.is_world_process_zero():
             model = trainer.accelerator.unwrap_model(trainer.model)
             detach(model)
-            if tuner is not None and recipe.lora.merge:
+            if tuner is not None and start.lora.merge:
                 model, tuner = tuner.merge_and_unload(), None
             write_model(
                 model, plan.tokenizer, out,
-                recipe=recipe, result=result, dtype=dtype, base=plan.source, state=state,
-                name=sizes.model, reporter=reporter, tuner=tuner,
+                request=plan.request, start=start, sizes=sizes, overwrite=settings.overwrite,
+                result=result, dtype=dtype, base=plan.source, state=state, reporter=reporter,
+                tuner=tuner,
             )  # fmt: skip
             shutil.rmtree(part, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

@@ -37,7 +37,7 @@ class Sizes:
     """The sizes of a run.
 
     Attributes:
-        trained, frozen: numbers of parameters.
+        batch: the size of a step. trained, frozen: numbers of parameters.
         steps: optimiser steps. tokens: training tokens in all.
         tokens_per_step: over all processes.
         accumulation: forward passes per process and step.
@@ -50,6 +50,7 @@ class Sizes:
     model: str
     out: str
     train: str
+    batch: Batch
     trained: int
     frozen: int
     steps: int
@@ -63,7 +64,7 @@ class Sizes:
 
     def data(self) -> dict[str, Any]:
         """For --json."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "batch"}
 
     def text(self) -> str:
         """For a person."""
@@ -155,6 +156,7 @@ def measure(
         model=name,
         out=str(out),
         train=train,
+        batch=batch,
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
         steps=steps,

@@ -88,10 +88,10 @@ def test_the_whole_model_decides_by_recall_first(three_layers):
     plan, layers = three_layers
 
     def taken(recall: float, *losses: tuple[float, float]) -> tuple[float, float]:
-        method = plan.recipe.method.model_copy(update={"recall": recall})
-        recipe = plan.recipe.model_copy(update={"method": method})
+        method = plan.calibration.method.model_copy(update={"recall": recall})
+        wanted = replace(plan.calibration, method=method)
         report = settle(
-            replace(plan, recipe=recipe), layers, Scripted(*losses), lambda passes: None
+            replace(plan, calibration=wanted), layers, Scripted(*losses), lambda passes: None
         )[1]
         window = report["window_text_loss"], report["window_answer_loss"]
         assert window == losses[0] and len(report["tried"]) == len(losses) - 1

@@ -12,7 +12,7 @@ from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.head_budgets.decide import scorers_of
 from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.conversion.calibrate.run import search
-from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit
+from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.conversion.run import run as convert
@@ -72,8 +72,9 @@ def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path):
     for name, fit in (("mlp", MlpFit), ("linear", LinearFit)):
         made = fit(plan, torch.device("cpu"))
         with torch.inference_mode():
-            made.add(recorded, torch.arange(2000), targets[:, :2000], None)
-            made.add(recorded, torch.arange(2000, 4000), targets[:, 2000:], targets[:, 2000:])
+            made.add(recorded, Targets(torch.arange(2000), targets[:, :2000], None))
+            later = targets[:, 2000:]
+            made.add(recorded, Targets(torch.arange(2000, 4000), later, later))
             scores = made.maps()["all"].of(recorded)
         assert torch.allclose(scores.mean(1), torch.zeros(2), atol=1e-2)
         assert torch.allclose(scores.std(1), torch.full((2,), 2.0), atol=1e-2)
@@ -117,7 +118,7 @@ def test_a_converted_model_loads_decodes_and_is_calibrated_again(
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     again = request(tmp_path / "saved", tmp_path / "again", again=True, method={})
-    assert again.recipe.method.scorer == "mlp"
+    assert again.calibration.method.scorer == "mlp"
     convert(again, QUIET)
     first, second = (load_file(tmp_path / n / "sparsek.safetensors") for n in ("out", "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)

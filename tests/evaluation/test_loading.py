@@ -1,10 +1,13 @@
 """Prompts beyond a model's own length: its rotary positions are stretched, and only on request."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.loading import load_model, stretch
+from sparsek_cli.evaluation.settings import loading_of
 from sparsek_cli.hub import Checkpoint
 
 
@@ -14,7 +17,7 @@ def load(checkpoints, recipe):
         path = checkpoints[which]
         wanted = recipe(**keys)
         model, _, _ = load_model(
-            Checkpoint(path, path.name, "folder"), "cpu", wanted.dtype, yarn=wanted.yarn,
+            Checkpoint(path, path.name, "folder"), replace(loading_of(wanted), device="cpu"),
             sparse=bool(set(wanted.baselines) - {"dense"}),
         )  # fmt: skip
         return model

@@ -105,8 +105,11 @@ def loaded_by_chat(made):
 
 def loaded_by_evaluate(made):
     from sparsek_cli.evaluation.loading import load_model
+    from sparsek_cli.evaluation.settings import Loading
 
-    model, tokenizer, own = load_model(resolve(made.out), "cpu", "float32", yarn=None, sparse=False)
+    model, tokenizer, own = load_model(
+        resolve(made.out), Loading("cpu", "float32", None), sparse=False
+    )
     assert own
     assert_sparse(model)
     return tokenizer

@@ -21,7 +21,7 @@ from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     sizes_of,
 )
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase, Recorded
-from sparsek_cli.conversion.calibrate.scorers.linear import Fit, LinearFit, Map
+from sparsek_cli.conversion.calibrate.scorers.linear import Fit, LinearFit, Map, Targets
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
@@ -68,14 +68,14 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
     """Scorers of all layers and a report of what was chosen and measured.
 
     Args:
-        plan: the conversion; its recipe names text, device, dtype and seed.
-        reporter: see `convert.Reporter`.
+        plan: the conversion; its calibration names text, device and dtype.
+        reporter: see sparsek_cli/reporter.py.
 
     Raises:
         SparsekError: no tokenizer, unreadable text, or activations that are not finite.
     """
     started = time.perf_counter()
-    found = search(plan, reporter, FITS[plan.recipe.method.scorer])
+    found = search(plan, reporter, FITS[plan.calibration.method.scorer])
     report = found.report | {"seconds": round(time.perf_counter() - started, 1)}
     return scorers_of(found.layers, found.choices), report
 
@@ -93,9 +93,9 @@ def search(
     plan: Plan, reporter: Any, fit: Callable[[Plan, torch.device], Fit] = LinearFit
 ) -> Found:
     """The choice among the candidate maps that `fit` makes; see `calibrate`."""
-    recipe = plan.recipe
-    device = choose_device(recipe.device)
-    dtype = choose_dtype(recipe.dtype, device)
+    wanted = plan.calibration
+    device = choose_device(wanted.device)
+    dtype = choose_dtype(wanted.dtype, device)
     fitting = plan.calibrate_tokens // plan.fit_length
     kind = _kind(device)
     reporter.say(
@@ -103,13 +103,13 @@ def search(
     )
     sequences = calibration_sequences(
         _tokenizer(plan),
-        recipe.calibrate,
+        wanted.text,
         fitting=fitting,
         fit_length=plan.fit_length,
         held_out=_HELD_OUT[kind],
         lengths=_lengths(plan),
-        documents=recipe.method.documents,
-        seed=recipe.seed,
+        documents=wanted.method.documents,
+        seed=plan.seed,
         # A state goes through all tokens: it cannot continue from the context several times.
         turns=1 if has_states(plan.types) else _TURNS[kind],
     )
@@ -164,7 +164,7 @@ class _Run:
         dtype: torch.dtype,
         fit: Callable[[Plan, torch.device], Fit],
     ):
-        self.plan, self.method = plan, plan.recipe.method
+        self.plan, self.method = plan, plan.calibration.method
         self.device, self.fit = device, fit
         self.kind = _kind(device)
         self.slots = Slots(plan.window, plan.sinks, sizes_of(plan))
@@ -173,7 +173,7 @@ class _Run:
         self.held_out = range(len(fitting), len(sequences))
         self.sequences = sequences
         self.answers = [torch.from_numpy(s.answer) for s in sequences]
-        generator = np.random.default_rng(plan.recipe.seed + 1)
+        generator = np.random.default_rng(plan.seed + 1)
         self.target_rows = [self._target_rows(s, generator) for s in sequences]
         self.error_rows = {n: self._error_rows(sequences[n], generator) for n in self.held_out}
         ids = [torch.from_numpy(s.ids) for s in sequences]
@@ -297,7 +297,7 @@ class _Run:
         )
         pairs = self._pairs(self.sequences[number])
         answered = answered[:, pairs] if bool(answer.any()) else None
-        fit.add(recorded, pairs.to(self.device), everywhere[:, pairs], answered)
+        fit.add(recorded, Targets(pairs.to(self.device), everywhere[:, pairs], answered))
 
     def _pairs(self, sequence: Sequence) -> torch.Tensor:
         """int64 places of the keys whose later queries say what they are worth."""

@@ -15,7 +15,6 @@ from sparsek_cli.evaluation.report.store import digest, folder_name, write_atomi
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
-    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 PACKAGES = ("sparsek", "torch", "transformers", "lm_eval", "datasets", "triton", "numpy")
 
@@ -25,14 +24,14 @@ class Record:
     """One run: what was asked for and found out before, and its results so far.
 
     Attributes:
-        recipe, checkpoint, model, policies: what is measured.
+        request: the recipe as plain data. checkpoint, model, policies: what is measured.
         settings: everything that the numbers depend on, see `settings_of`.
         soundness: what the checks on the model found. absent: what is not measured, and why.
         planned: how many results make the run complete.
         results, seconds: what `run_unit` returned, in order, and how long each took.
     """
 
-    recipe: "EvaluateRecipe"
+    request: dict[str, Any]
     checkpoint: "Checkpoint"
     model: Any
     settings: dict[str, Any]
@@ -59,7 +58,7 @@ class Record:
                 "parameters": model.num_parameters(),
                 "sparsek": getattr(model.config, "sparsek", None),
             },
-            "recipe": self.recipe.model_dump(exclude={"overwrite"}),
+            "recipe": _without(self.request, "overwrite"),
             "fingerprint": digest(settings),
             "max_length": settings["max_length"],
             "environment": {
@@ -82,12 +81,16 @@ class Record:
 
 
 def settings_of(
-    recipe: "EvaluateRecipe", checkpoint: "Checkpoint", model: Any, max_length: int, files: Sequence
+    request: dict[str, Any],
+    checkpoint: "Checkpoint",
+    model: Any,
+    max_length: int,
+    files: Sequence,
 ) -> dict[str, Any]:
     """Everything the numbers depend on; its digest tells runs apart."""
     weights = sorted(checkpoint.path.glob("*.safetensors"))
     return {
-        "recipe": recipe.model_dump(exclude={"out", "overwrite", "model"}),
+        "recipe": _without(request, "out", "overwrite", "model"),
         "model": str(checkpoint.path),
         "weights": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights],
         "config": model.config.to_dict(),
@@ -97,6 +100,10 @@ def settings_of(
         "data": files,
         "versions": _versions(),
     }
+
+
+def _without(request: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in request.items() if key not in keys}
 
 
 def _versions() -> dict[str, str]:
@@ -124,12 +131,12 @@ def _git_revision() -> str | None:
 
 def default_folder(record: "Record") -> Path:
     """Where results go that no --out names: model, tasks and a digest of the settings."""
-    recipe = record.recipe
+    asked = record.request
     parts = [
-        "+".join(recipe.tasks),
-        "x".join(map(str, recipe.lengths)),
-        f"limit{recipe.limit}" if recipe.limit else "",
-        "budgets" + "x".join(map(str, recipe.budgets)) if recipe.budgets else "",
+        "+".join(asked["tasks"]),
+        "x".join(map(str, asked["lengths"])),
+        f"limit{asked['limit']}" if asked["limit"] else "",
+        "budgets" + "x".join(map(str, asked["budgets"])) if asked["budgets"] else "",
         digest(record.settings)[:6],
     ]
     return Path("runs") / "evaluate" / folder_name([record.checkpoint.name]) / folder_name(parts)

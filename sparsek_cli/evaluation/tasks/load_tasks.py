@@ -19,7 +19,7 @@ from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+    from sparsek_cli.evaluation.settings import Prompts, Samples
 
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its few-shot examples are the same
 # Run where the first one's data is absent and the second one's is there.
@@ -53,12 +53,13 @@ def unit_name(entry: Entry, length: int | None) -> str:
 
 def load_units(
     entries: list[Entry],
-    recipe: "EvaluateRecipe",
+    samples: "Samples",
     *,
     tokenizer: Any,
     tokenizer_path: str,
     max_length: int,
     beyond: str,
+    asked_length: int | None,
     say: Callable[[str], None],
 ) -> tuple[list[Unit], list[Absent]]:
     """Loads every task at every length; data that is missing is reported, not fatal.
@@ -68,36 +69,37 @@ def load_units(
         tokenizer_path: where tasks load it from.
         max_length: lengths above it are left out unless asked for.
         beyond: the flags that allow more, for hints; see `ways_beyond`.
+        asked_length: what the user gave for it.
 
     Raises:
         UsageError: --lengths beyond max_length, or not one task could be loaded.
     """
-    too_long = [n for n in recipe.lengths if n > max_length]
+    too_long = [n for n in samples.lengths if n > max_length]
     if too_long and any(entry.lengths for entry in entries):
         raise UsageError(
-            f"--lengths {too_long[0]} is beyond {_limit(recipe.max_length, max_length)}",
+            f"--lengths {too_long[0]} is beyond {_limit(asked_length, max_length)}",
             hint=f"name lengths up to {max_length}" + (f"; {beyond} allows more" if beyond else ""),
         )
-    if any(needs_hub(entry, recipe.data) for entry in entries) and not hub_answers():
+    if any(needs_hub(entry, samples.data) for entry in entries) and not hub_answers():
         go_offline()
     units: list[Unit] = []
     absent: list[Absent] = []
     queue = list(entries)
     for entry in queue:  # grows by tasks that stand in for absent ones
-        chat = _uses_chat(entry, recipe.chat_template, tokenizer)
-        for length in _lengths(entry, recipe.lengths, max_length):
+        chat = _uses_chat(entry, samples.chat_template, tokenizer)
+        for length in _lengths(entry, samples.lengths, max_length):
             settings = {
                 "tokenizer": tokenizer_path,
                 "pretrained": tokenizer_path,
-                "data": recipe.data,
-                "text": recipe.text,
-                "seed": recipe.seed,
-                "limit": recipe.limit_of(entry.name),
+                "data": samples.data,
+                "text": list(samples.text),
+                "seed": samples.seed,
+                "limit": samples.limit_of(entry.name),
                 "chat": chat,
                 "max_seq_lengths": _length_setting(entry, length or 4096),
             }
             try:
-                with redirected(recipe.data) as asked:
+                with redirected(samples.data) as asked:
                     task = _load(entry, settings)
             except WrongLength as error:
                 absent.append(Absent(unit_name(entry, length), error.message, error.hint))
@@ -106,7 +108,7 @@ def load_units(
                 if entry in entries:
                     absent.append(_absent(entry, error, asked))
                 other = catalogue().get(STAND_INS.get(entry.name, ""))
-                if other is not None and other not in queue and recipe.data is not None:
+                if other is not None and other not in queue and samples.data is not None:
                     queue.append(other)
                 break
             units.append(Unit(entry, length, task, chat))
@@ -173,7 +175,7 @@ def _uses_chat(entry: Entry, wanted: str, tokenizer: Any) -> bool:
     return has and (wanted == "on" or (wanted == "auto" and entry.chat))
 
 
-def _lengths(entry: Entry, wanted: list[int], max_length: int) -> list[int | None]:
+def _lengths(entry: Entry, wanted: Sequence[int], max_length: int) -> list[int | None]:
     if not entry.lengths:
         return [None]
     if wanted:
@@ -201,7 +203,7 @@ def _load(entry: Entry, settings: dict[str, Any]) -> Any:
 
 
 def refuse_unfit(
-    units: list[Unit], lm: Any, recipe: "EvaluateRecipe", beyond: str
+    units: list[Unit], lm: Any, samples: "Samples", prompts: "Prompts", beyond: str
 ) -> tuple[list[Unit], list[Absent]]:
     """Leaves out tasks with prompts that do not fit, unless the user said how to cut them.
 
@@ -217,18 +219,18 @@ def refuse_unfit(
     fitting: list[Unit] = []
     refused: list[Absent] = []
     for unit in units:
-        build_requests(unit, lm, recipe.limit_of(unit.entry.name))
+        build_requests(unit, lm, samples.limit_of(unit.entry.name))
         if lm.wants_chance_or_beams(unit.task.instances):
             reason = "its answers are sampled or searched for with beams; only greedy ones count"
             refused.append(Absent(unit.name, reason, "name a task with greedy answers"))
             continue
         count, longest = lm.over_limit(unit.task.instances)
-        if not count or recipe.truncate != "refuse":
+        if not count or prompts.truncate != "refuse":
             fitting.append(unit)
             continue
         reason = (
             f"{count} of {len(unit.task.instances)} prompts are longer than "
-            f"{_limit(recipe.max_length, lm.max_length)} (longest {longest:,})"
+            f"{_limit(prompts.max_length, lm.max_length)} (longest {longest:,})"
         )
         hint = CUT_HINT + (f"; {beyond} allows more" if beyond else "")
         refused.append(Absent(unit.name, reason, hint))

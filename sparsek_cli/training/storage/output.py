@@ -24,8 +24,8 @@ from sparsek_cli.training.storage.unfinished import part_folder
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
-    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
     from sparsek_cli.reporter import Reporter
+    from sparsek_cli.training.settings import Start
     from sparsek_cli.training.sizes import Sizes
 
 # How long a finished run waits for room on a full disk, and how often it looks, in seconds. Other
@@ -35,9 +35,9 @@ _PAUSE = 5.0
 _GIB = 2**30
 
 
-def contents_of(recipe: "FinetuneRecipe") -> Contents:
+def contents_of(start: "Start") -> Contents:
     """What will lie in OUT."""
-    return MODEL if recipe.train != "lora" or recipe.lora.merge else ADAPTERS
+    return MODEL if start.train != "lora" or start.lora.merge else ADAPTERS
 
 
 def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
@@ -69,12 +69,14 @@ def write_model(
     tokenizer: Any,
     output: Path,
     *,
-    recipe: "FinetuneRecipe",
+    request: dict[str, Any],
+    start: "Start",
+    sizes: "Sizes",
+    overwrite: bool,
     result: Any,
     dtype: torch.dtype,
     base: "Checkpoint | None",
     state: dict[str, torch.Tensor] | None,
-    name: str,
     reporter: "Reporter",
     tuner: Any | None = None,
 ) -> None:
@@ -84,6 +86,7 @@ def write_model(
     end of a finished run: for `PATIENCE` seconds it is tried again.
 
     Args:
+        request: the recipe as plain data. start: what was trained. sizes: of the run.
         dtype: of the weights on disk (scorers stay float32).
         base: the checkpoint that was trained.
         state: the full state dict where the model is sharded, else None.
@@ -95,8 +98,10 @@ def write_model(
 
     def write(folder: Path) -> None:
         if tuner is not None:
-            save_adapters(model, tuner, folder, base=base, scorers=recipe.lora.scorers, state=state)
-        elif recipe.train == "scorers" and (base.path / SCORERS).is_file():
+            save_adapters(
+                model, tuner, folder, base=base, scorers=start.lora.scorers, state=state
+            )
+        elif start.train == "scorers" and (base.path / SCORERS).is_file():
             _link_base(model, base.path, folder, state)
         else:
             weights = cast_for_saving(model, dtype, state)
@@ -108,18 +113,17 @@ def write_model(
                 "the tokenizer in OUT is not the one of training: transformers saves it otherwise"
             )
         head = "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
-        settings = yaml.safe_dump(
-            recipe.model_dump(mode="json", exclude={"overwrite"}), sort_keys=False
-        )
+        kept = {key: value for key, value in request.items() if key != "overwrite"}
+        settings = yaml.safe_dump(kept, sort_keys=False)
         (folder / FINETUNE_RECIPE).write_text(head + settings, encoding="utf-8")
-        (folder / "README.md").write_text(_card(recipe, result, name), encoding="utf-8")
+        (folder / "README.md").write_text(_card(start, sizes, result), encoding="utf-8")
 
     until = time.monotonic() + PATIENCE
     while True:
         try:
             with (
                 disk.os_errors(),
-                staged(output, overwrite=recipe.overwrite, contents=contents_of(recipe)) as folder,
+                staged(output, overwrite=overwrite, contents=contents_of(start)) as folder,
             ):
                 write(folder)
             break
@@ -185,20 +189,20 @@ def _stored_names(file: Path, model: Any) -> dict[str, str]:
     return {f"{row.base}.{name}": stored for name, stored in zip(inner, names, strict=True)}
 
 
-def _card(recipe: "FinetuneRecipe", result: Any, name: str) -> str:
+def _card(start: "Start", sizes: "Sizes", result: Any) -> str:
     losses = ""
     if result.held_out_loss is not None:
         before = f" (before: {result.start_loss:.4f})" if result.start_loss is not None else ""
         losses = f"Held-out loss per token: {result.held_out_loss:.4f} nats{before}.\n"
-    tokens = result.steps * recipe.batch_size * recipe.sequence_length
+    tokens = result.steps * sizes.tokens_per_step
     what = {
         "scorers": "only the scoring network was trained, the base is unchanged",
         "lora": "trained with LoRA adapters"
-        + (", merged into the weights" if recipe.lora.merge else ", which these are"),
+        + (", merged into the weights" if start.lora.merge else ", which these are"),
         "all": "all weights were trained",
-    }[recipe.train]
+    }[start.train]
     return f"""---
-library_name: {"transformers" if contents_of(recipe) is MODEL else "peft"}
+library_name: {"transformers" if contents_of(start) is MODEL else "peft"}
 pipeline_tag: text-generation
 tags:
 - sparsek
@@ -206,17 +210,17 @@ tags:
 
 # {Path(result.out).name}
 
-Made from {name} with `sparsek finetune`: {what}.
-{result.steps:,} steps, {tokens:,} tokens of {recipe.sequence_length:,} per sequence.
+Made from {sizes.model} with `sparsek finetune`: {what}.
+{result.steps:,} steps, {tokens:,} tokens of {sizes.batch.length:,} per sequence.
 {losses}
 To repeat it: `sparsek finetune --recipe {FINETUNE_RECIPE}` (the recipe beside this card).
 
-{_use(recipe, Path(result.out).name)}"""
+{_use(start, Path(result.out).name)}"""
 
 
-def _use(recipe: "FinetuneRecipe", name: str) -> str:
+def _use(start: "Start", name: str) -> str:
     """The lines of Python that load the model."""
-    if contents_of(recipe) is ADAPTERS:
+    if contents_of(start) is ADAPTERS:
         return f"""```python
 import sparsek_cli.models
 from peft import AutoPeftModelForCausalLM

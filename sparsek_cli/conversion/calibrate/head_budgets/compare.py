@@ -58,7 +58,7 @@ def settle(
                 "answer_loss": float(answers),
             }
         )
-    recall = plan.recipe.method.recall
+    recall = plan.calibration.method.recall
     best = _best(tried, window, recall)
     choices = decisions[best]
     report = {
@@ -86,7 +86,7 @@ def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.n
     """Shares to compare: their name, the weight of answers for maps and slopes, and [layers, G]."""
     even = np.full((len(layers), plan.geometry.kv_heads), plan.topk)
     proposals = [("even", _WITH_THRESHOLD, even)]
-    if plan.recipe.budgets == "uniform":
+    if not plan.calibration.per_head:
         return proposals
     shares = {weight: shares_by_errors(plan, layers, weight) for weight in _ANSWER_WEIGHTS}
     proposals += [("errors", weight, share) for weight, share in shares.items()]

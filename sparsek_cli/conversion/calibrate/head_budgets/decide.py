@@ -82,10 +82,10 @@ class HeldOut:
 
 def sizes_of(plan: Plan) -> tuple[int, ...]:
     """The sizes of topk to compare, up to all of a document; the mean alone if all get the same."""
-    if plan.recipe.budgets == "uniform":
+    if not plan.calibration.per_head:
         return (plan.topk,)
     longest = max(plan.topk, plan.calibrate_length - plan.window - plan.sinks)
-    sizes = {round(share * plan.topk) for share in (1.0, *plan.recipe.method.sizes)}
+    sizes = {round(share * plan.topk) for share in (1.0, *plan.calibration.method.sizes)}
     return tuple(sorted({size for size in sizes if size < longest} | {plan.topk, longest}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -15,25 +16,34 @@ class Map(Protocol):
     """From what a layer sees to scores."""
 
     def of(self, recorded: Recorded) -> torch.Tensor:
-        """[G, N] scores of one sequence, with spread `maps.SPREAD` over the calibration text."""
+        """[G, N] scores of one sequence, with spread `ridge.SPREAD` over the calibration text."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What scores of some keys of a sequence should be.
+
+    Attributes:
+        pairs: [K] int64, places of the keys. everywhere: [G, K] targets over all queries.
+        answered: the same over queries at answers; None in plain text.
+    """
+
+    pairs: torch.Tensor
+    everywhere: torch.Tensor
+    answered: torch.Tensor | None
+
+    def of_head(self, head: int) -> Targets:
+        """Those of one KV head, G = 1."""
+        own = slice(head, head + 1)
+        answered = None if self.answered is None else self.answered[own]
+        return Targets(self.pairs, self.everywhere[own], answered)
 
 
 class Fit(Protocol):
     """Collects rows of one layer and turns them into candidate maps; `Fit(plan, device)`."""
 
-    def add(
-        self,
-        recorded: Recorded,
-        pairs: torch.Tensor,
-        everywhere: torch.Tensor,
-        answered: torch.Tensor | None,
-    ) -> None:
-        """Adds keys of one sequence.
-
-        Args:
-            pairs: [K] int64, their places. everywhere: [G, K] targets over all queries.
-            answered: the same over queries at answers; None in plain text.
-        """
+    def add(self, recorded: Recorded, targets: Targets) -> None:
+        """Adds keys of one sequence."""
 
     def maps(self) -> dict[str, Map]:
         """Candidates by name. Raises FloatingPointError if rows were not finite."""
@@ -57,21 +67,16 @@ class LinearFit:
         """Of inputs as wide as the model, or `width`; for all KV heads, or `groups`."""
         width = width or plan.geometry.hidden
         self._groups = groups or plan.geometry.kv_heads
-        self._wanted = plan.recipe.method.maps
+        self._wanted = plan.calibration.method.maps
         self._text = Moments(width, self._groups, device)
         self._recall = Moments(width, 2 * self._groups, device)
 
-    def add(
-        self,
-        recorded: Recorded,
-        pairs: torch.Tensor,
-        everywhere: torch.Tensor,
-        answered: torch.Tensor | None,
-    ) -> None:
-        if answered is None:
-            self._text.add(recorded.inputs[pairs], everywhere.T)
+    def add(self, recorded: Recorded, targets: Targets) -> None:
+        inputs = recorded.inputs[targets.pairs]
+        if targets.answered is None:
+            self._text.add(inputs, targets.everywhere.T)
         else:
-            self._recall.add(recorded.inputs[pairs], torch.cat([everywhere, answered]).T)
+            self._recall.add(inputs, torch.cat([targets.everywhere, targets.answered]).T)
 
     def maps(self) -> dict[str, LinearMap]:
         if not (self._text.finite and self._recall.finite):

@@ -1,6 +1,6 @@
 """Scorers with a hidden layer: a linear map and a small MLP beside it, fitted by gradient descent.
 
-They start as the linear maps that `fit.LinearFit` makes and learn what those leave of the same
+They start as the linear maps that `linear.LinearFit` makes and learn what those leave of the same
 targets. The maps of a layer share one hidden layer, so that KV heads may choose among them.
 """
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsek_cli.conversion.calibrate.layerwise import Recorded
-from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit
+from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
 from sparsek_cli.conversion.plan import Plan
 
@@ -54,28 +54,23 @@ class MlpMap:
 
 
 class MlpFit:
-    """Collects the rows of one layer; see `fit.Fit`."""
+    """Collects the rows of one layer; see `linear.Fit`."""
 
     def __init__(self, plan: Plan, device: torch.device):
         self._linear = LinearFit(plan, device)
-        self._width = plan.recipe.method.width
+        self._width = plan.calibration.method.width
         self._steps = _STEPS["cpu" if device.type == "cpu" else "other"]
         self._every = max(1, -(-plan.calibrate_tokens // _ROWS))
         self._inputs: list[torch.Tensor] = []
         self._targets: list[dict[str, torch.Tensor]] = []
 
-    def add(
-        self,
-        recorded: Recorded,
-        pairs: torch.Tensor,
-        everywhere: torch.Tensor,
-        answered: torch.Tensor | None,
-    ) -> None:
-        self._linear.add(recorded, pairs, everywhere, answered)
-        kinds = {"text": everywhere} if answered is None else {"documents": everywhere}
-        if answered is not None:
-            kinds["answers"] = answered
-        self._inputs.append(recorded.inputs[pairs][:: self._every].clone())
+    def add(self, recorded: Recorded, targets: Targets) -> None:
+        self._linear.add(recorded, targets)
+        if targets.answered is None:
+            kinds = {"text": targets.everywhere}
+        else:
+            kinds = {"documents": targets.everywhere, "answers": targets.answered}
+        self._inputs.append(recorded.inputs[targets.pairs][:: self._every].clone())
         self._targets.append({kind: y.T[:: self._every] for kind, y in kinds.items()})
 
     def maps(self) -> dict[str, MlpMap]:

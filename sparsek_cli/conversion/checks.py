@@ -1,0 +1,54 @@
+"""What must hold before a conversion begins: room on the disk, and tensors as config.json says."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.conversion.shards import Shard
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.families import Row
+
+
+def check_room(parent: Path, needed: int, *, packed: bool) -> None:
+    """Raises SparsekError where the disk cannot hold the copies."""
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise SparsekError(
+            f"not enough space in {parent}: {needed / 2**30:.1f} GiB needed, "
+            f"{free / 2**30:.1f} GiB free",
+            hint="free some space, or choose OUT on another disk"
+            if packed
+            else "free some space, or choose OUT on the base's filesystem so that it can be linked",
+        )
+
+
+def check_rows(shards: list[Shard], config: dict[str, Any]) -> None:
+    """Embeddings and output layer have as many rows as config.json's vocabulary."""
+    rows = config.get("vocab_size")
+    embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "lm_head.weight")
+    for shard in shards:
+        for name, entry in shard.tensors.items():
+            if name.endswith(embeddings) and isinstance(rows, int) and entry.shape[0] != rows:
+                raise SparsekError(
+                    f"{name} in {shard.path.name} has shape {list(entry.shape)}, config.json says "
+                    f"vocab_size {rows}",
+                    hint=f"set vocab_size to {entry.shape[0]} in config.json if the weights were "
+                    "resized, else fetch the model again",
+                )
+
+
+def check_tensors(shards: list[Shard], row: Row, layers: tuple[int, ...]) -> bool:
+    """Whether names carry the prefix; attention tensors of these layers must be there."""
+    names = {name for shard in shards for name in shard.tensors}
+    prefixed = any(name.startswith(f"{row.stored}.") for name in names)
+    for layer in layers:
+        for projection in row.projections:
+            name = f"{row.attention_path(layer)}.{projection}.weight"
+            if not prefixed:
+                name = name.removeprefix(f"{row.stored}.")
+            if name not in names:
+                raise SparsekError(
+                    f"the checkpoint lacks {name}, which its config.json promises",
+                    hint="download or save the checkpoint again",
+                )
+    return prefixed
