@@ -25,8 +25,11 @@ from typing import Any
 from experiments.scorers import FITS, in_place_of_linear
 from experiments.steps import Steps
 from experiments.suite import (
+    SINKS,
     WINDOW_SHARE,
     Suite,
+    conversion_arguments,
+    conversion_words,
     load,
     recall_text,
     share_closed,
@@ -42,7 +45,6 @@ from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 from sparsek_cli.reporter import Silent
 
-SINKS = 4
 SPLITS = ("calibration", "held_out")
 COLUMNS = ("row", "changed", "closed", "over_default", "ppl_last", *SPLITS, "text_loss", "seconds")
 # What may differ between a run and its continuation.
@@ -98,18 +100,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = arguments("experiments.ablations", __doc__, seconds=290)
-    parser.add_argument("--held-out", required=True, help="text that is only measured")
-    parser.add_argument("--train", help="text to calibrate on; default: prose found here")
-    parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
+    conversion_arguments(parser)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME")
-    parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")
     parser.add_argument("--share", type=int, default=16, help="slots are 1/SHARE of the length")
     parser.add_argument("--window", type=float, default=WINDOW_SHARE, help="share of the slots")
-    parser.add_argument("--tokens", type=int, default=262_144, help="text to calibrate on")
-    parser.add_argument("--windows", type=int, default=64, help="windows measured")
-    parser.add_argument("--questions", type=int, default=64, help="of each kind and number")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="for every row")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = parser.parse_args()
     if given.smoke:
         given.length, given.tokens, given.windows, given.questions = 512, 4096, 2, 2
@@ -160,17 +155,17 @@ class Experiment:
         """The words of `sparsek convert` for a row."""
         changes = dict(ROWS[name])
         changes.pop("scorer", None)
-        slots = self.given.length // self.given.share
-        sinks = changes.pop("slots.sinks", SINKS)
-        window = int(slots * changes.pop("slots.window", self.given.window))
+        words = conversion_words(
+            self.given.length // self.given.share,
+            window=changes.pop("slots.window", self.given.window),
+            sinks=changes.pop("slots.sinks", SINKS),
+            calibrate=self.given.train or "auto",
+            length=self.given.length,
+            tokens=int(self.given.tokens * changes.pop("tokens", 1)),
+            device=self.device.type,
+        )
         return {
-            "topk": slots - window - sinks,
-            "window": window,
-            "sinks": sinks,
-            "calibrate": self.given.train or "auto",
-            "calibrate_length": self.given.length,
-            "calibrate_tokens": int(self.given.tokens * changes.pop("tokens", 1)),
-            "device": self.device.type,
+            **words,
             **dict(word.split("=", 1) for word in self.given.set),
             **changes,
         }

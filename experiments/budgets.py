@@ -20,8 +20,11 @@ from typing import Any
 
 from experiments.steps import Steps
 from experiments.suite import (
+    SINKS,
     WINDOW_SHARE,
     Suite,
+    conversion_arguments,
+    conversion_words,
     load,
     recall_text,
     share_closed,
@@ -32,7 +35,6 @@ from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies.registry import DENSE, OWN
 
-SINKS = 4
 NEEDLES = 4
 SPLITS = ("calibration", "held_out")
 POLICIES = ("window", "random", OWN)
@@ -50,18 +52,11 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = arguments("experiments.budgets", __doc__, seconds=240)
-    parser.add_argument("--held-out", required=True, help="text that is only measured")
-    parser.add_argument("--train", help="text to calibrate on; default: prose found here")
-    parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
+    conversion_arguments(parser)
     parser.add_argument(
         "--shares", nargs="+", type=int, default=[16, 8, 32, 4, 64], metavar="N",
         help="slots are 1/N of the length",
     )  # fmt: skip
-    parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")
-    parser.add_argument("--tokens", type=int, default=262_144, help="text to calibrate on")
-    parser.add_argument("--windows", type=int, default=64, help="windows measured")
-    parser.add_argument("--questions", type=int, default=64, help="of each kind and length")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = parser.parse_args()
     if given.smoke:
         given.length, given.tokens, given.windows, given.questions = 1024, 4096, 2, 2
@@ -102,20 +97,16 @@ class Experiment:
         """One conversion; without a share what dense attention does."""
         length = self.given.length
         slots = length // (share or 16)
-        window = int(slots * WINDOW_SHARE)
-        self.steps.convert(
-            self.base,
-            self.model,
-            {
-                "topk": slots - window - SINKS,
-                "window": window,
-                "sinks": SINKS,
-                "calibrate": "none" if share is None else self.given.train or "auto",
-                "calibrate_length": length,
-                "calibrate_tokens": self.given.tokens,
-                "device": self.device.type,
-            },
+        words = conversion_words(
+            slots,
+            window=WINDOW_SHARE,
+            sinks=SINKS,
+            calibrate="none" if share is None else self.given.train or "auto",
+            length=length,
+            tokens=self.given.tokens,
+            device=self.device.type,
         )
+        self.steps.convert(self.base, self.model, words)
         model = load(self.model, self.device, self.dtype)
         measured: dict[str, dict[str, Any]] = {}
         for policy in (DENSE,) if share is None else POLICIES:

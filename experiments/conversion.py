@@ -121,7 +121,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--recipes", nargs="*", default=RECIPES, help="to fine-tune with")
     parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for fine-tuning")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser.parse_args()
 
 

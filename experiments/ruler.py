@@ -61,7 +61,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768])
     parser.add_argument("--limit", type=int, default=5, help="samples of each task and length")
     parser.add_argument("--no-teaching", action="store_true", help="measure the base as it is")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = parser.parse_args()
     if given.smoke:
         given.lengths, given.limit, given.budget = [1024], 1, 64

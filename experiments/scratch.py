@@ -60,7 +60,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="optimiser steps; default: by the time given")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for SparseK rows")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     return parser.parse_args()
 
 

@@ -1,5 +1,6 @@
 """What a checkpoint is worth under each policy: perplexity of unseen novels, recall by phrasing."""
 
+import argparse
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from sparsek_cli.evaluation.policies.registry import make_policy
 from sparsek_cli.loading import load_model, load_tokenizer
 from sparsek_cli.training.measure import recalled, token_losses, windows
 
+SINKS = 4  # of a conversion that is measured
 SPLITS = ("calibration", "held_out", "unseen")
 NEEDLES = (1, 4, 16)
 WINDOW_SHARE = 1 / 8  # of the slots of a conversion
@@ -99,6 +101,33 @@ def by_position(losses: torch.Tensor) -> list[float]:
 def load(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     """A checkpoint ready to be measured."""
     return load_model(hub.resolve(str(folder)), device=device, dtype=dtype)
+
+
+def conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    """What experiments take that convert one base in several ways and measure each."""
+    parser.add_argument("--held-out", required=True, help="text that is only measured")
+    parser.add_argument("--train", help="text to calibrate on; default: prose found here")
+    parser.add_argument("--model", default="tiny", help="base to convert: a folder, or tiny")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of windows and documents")
+    parser.add_argument("--tokens", type=int, default=262_144, help="text to calibrate on")
+    parser.add_argument("--windows", type=int, default=64, help="windows measured")
+    parser.add_argument("--questions", type=int, default=64, help="of each kind and number")
+
+
+def conversion_words(
+    slots: int, *, window: float, sinks: int, calibrate: str, length: int, tokens: int, device: str
+) -> dict[str, Any]:
+    """Words of `sparsek convert` for so many slots; `window` is its share of them."""
+    near = int(slots * window)
+    return {
+        "topk": slots - near - sinks,
+        "window": near,
+        "sinks": sinks,
+        "calibrate": calibrate,
+        "calibrate_length": length,
+        "calibrate_tokens": tokens,
+        "device": device,
+    }
 
 
 def with_tokenizer(name: str, place: Path) -> Path:

@@ -90,7 +90,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=96, help="of each kind and number")
     parser.add_argument("--convert", nargs="+", default=[], metavar="WORD", help="for converting")
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for every row")
-    parser.add_argument("--smoke", action="store_true", help="toy sizes, to see that it runs")
     given = parser.parse_args()
     if given.smoke:
         given.length, given.tokens, given.windows, given.questions = 512, 4096, 2, 2

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = arguments("sparsek_cli.benchmarks.cost", __doc__, seconds=200)
+    parser = arguments("sparsek_cli.benchmarks.cost", __doc__, seconds=200, smoke=False)
     parser.add_argument("--lengths", nargs="+", type=int, help="default: 8192 to 131072")
     parser.add_argument("--budgets", nargs="+", type=int, help="k; default: 128 to 4096")
     parser.add_argument("--repeats", type=int, default=5, help="median of so many")
