@@ -6,7 +6,7 @@ RESULTS are folders of experiments (or their results.json). FOLDER gets a PNG an
 figure, named after the folder of the results: loss by position (scratch, budgets, conversion), loss
 and recall against budget (budgets, conversion), recall by depth and length (budgets), the effect of
 each part of calibration (ablations), milliseconds by length and by k (cost), tokens per second
-(speed).
+(speed), loss and needles against bytes (docs/results/smollm2).
 """
 
 import argparse
@@ -70,6 +70,8 @@ def draw(place: Path, folder: Path) -> list[Path]:
 def figures(rows: Rows, name: str) -> dict[str, Any]:
     """Figures by name, of whichever experiment the rows are."""
     keys = rows[0].keys() if rows else ()
+    if "cache_bytes" in keys:
+        return {"by_bytes": quality_by_bytes(rows)}
     if "table" in keys:
         return {"by_length": parts_by_length(rows), "by_k": time_by_k(rows)}
     if "row" in keys:
@@ -192,6 +194,32 @@ def _lines(
     ax.yaxis.set_minor_formatter(NullFormatter())
     if ax.get_lines():
         ax.legend(frameon=False, fontsize=8)
+
+
+def quality_by_bytes(rows: Rows) -> Any:
+    """Loss and needles against bytes of the KV cache: policies by colour, contexts by marker."""
+    figure, axes = _axes(2)
+    contexts = sorted({row["context"] for row in rows})
+    labels = {"loss_last": "nats per token, unseen novels", "needles": "needles found, mean of six"}
+    for ax, (key, label) in zip(axes, labels.items(), strict=True):
+        for context, marker in zip(contexts, "os^v", strict=False):
+            here = [row for row in rows if row["context"] == context and key in row]
+            dense = next((row for row in here if row["policy"] == DENSE), None)
+            for row in here:
+                point = (row["cache_bytes"] / 1e6, row[key])
+                colour = plots.colour(row["policy"], sorted({row["policy"] for row in rows}))
+                name = f"{row['policy']}, {context:,} tokens"
+                ax.plot(*point, marker=marker, markersize=7, color=colour, label=name, ls="none")
+                if dense and row is not dense:
+                    way = (dense["cache_bytes"] / 1e6, dense[key])
+                    ax.plot(*zip(point, way, strict=True), color=colour, alpha=0.3, zorder=0)
+        ax.set(xscale="log", xlabel="KV cache, MB", ylabel=label)
+        ticks = sorted({round(row["cache_bytes"] / 1e6) for row in rows})
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        ax.minorticks_off()
+        ax.legend(frameon=False, fontsize=8)
+    axes[1].set_ylim(bottom=0)
+    return figure
 
 
 def parts_by_length(rows: Rows) -> Any:

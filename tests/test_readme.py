@@ -62,5 +62,19 @@ def test_sparsek_commands_run_in_order(tmp_path, monkeypatch, capsys):
 def test_it_can_be_read_in_one_go():
     assert len(README.splitlines()) <= 150
     first = "\n".join(README.splitlines()[:40]).lower()
-    for answer in ("kv cache", "window", "make demo"):  # what, how much is lost, how to try
+    # What, on public models, how much is lost, how to try, how to serve.
+    for answer in ("kv cache", "public model", "nats per token", "make demo", "serving.md"):
         assert answer in first
+
+
+def test_sentences_are_short():
+    prose = re.sub(r"```.*?```|<!--.*?-->|^[|#!].*?$", "", README, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", prose)
+    sentences = [part.split() for part in re.split(r"(?<=[.:!?])\s+|\n\n|\n- ", prose)]
+    lengths = [len(words) for words in sentences if len(words) > 1]
+    assert sum(lengths) / len(lengths) <= 15 and max(lengths) <= 30
+
+
+def test_pictures_and_links_are_there():
+    for place in re.findall(r"\]\(([^)]+)\)", README):
+        assert place.startswith("https://") or (ROOT / place).exists(), place

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +10,7 @@ from experiments import budgets, plots
 from experiments.plots import draw, figures
 from sparsek_cli.errors import UsageError
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 RECALL = {"calibration": {"4": 50.0}, "held_out": {"4": 100.0}}
 PARTS = {"scorer": 0.1, "selection": 1.0, "attention": 2.0, "sparse": 3.0, "dense": 9.0}
 TRAIN = {"train": 9.0, "dense_train": 30.0, "peak_mib": 10.0, "train_peak_mib": 40.0}
@@ -36,6 +38,7 @@ ROWS = {
                   for name, closed in [("dense", None), ("default", 40.0), ("slope-0", -3.0)]],
     "cost": [{"table": table, "length": length, "k": 64, **PARTS, **TRAIN}
              for table in ("parts", "k") for length in (8192, 32_768)],
+    "smollm2": json.loads((RESULTS / "smollm2" / "results.json").read_text())["rows"],
     "speed": [{"attention": kind, "length": 8192, "tokens_per_s": 10, "peak_gib": 3.0}
               for kind in ("flash", "sparsek")],
 }  # fmt: skip
@@ -46,6 +49,7 @@ DRAWN = {
     "ablations": ["ablations"],
     "cost": ["by_length", "by_k"],
     "speed": ["tokens"],
+    "smollm2": ["by_bytes"],
 }
 
 
@@ -73,6 +77,10 @@ def test_figures_show_what_was_measured():
     assert (64, 128, 3.5, 3.2) in shown and (64, 4.0) in shown
     curves = lines_of(made["loss_by_position"].axes[0])
     assert curves["sparsek"] == [3.5, 3.6, 3.7, 3.8] and curves["dense"][0] == 3.0
+    loss, needles = figures(ROWS["smollm2"], "a")["by_bytes"].axes
+    assert lines_of(loss)["window, 8,192 tokens"] == [3.418]
+    assert lines_of(needles)["sparsek, 4,096 tokens"] == [0.507]
+    assert not any("window" in label for label in lines_of(needles))  # not measured
     parts = lines_of(figures(ROWS["cost"], "a")["by_length"].axes[0])
     assert parts["scorer"] == [0.1, 0.1] and parts["dense"] == [9.0, 9.0]
 

@@ -5,7 +5,7 @@ the front of its key list, the back of the list, the two ramps of the window. Th
 mask, but for the last step that they do not fill.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,16 +27,16 @@ class Span(NamedTuple):
     total: all items.
     """
 
-    near: gl.tensor
-    first_near: gl.tensor
-    front: gl.tensor
-    back: gl.tensor
-    room: gl.tensor
-    low: gl.tensor
-    ramp: gl.tensor
-    total: gl.tensor
-    t0: gl.tensor
-    t1: gl.tensor
+    near: Any
+    first_near: Any
+    front: Any
+    back: Any
+    room: Any
+    low: Any
+    ramp: Any
+    total: Any
+    t0: Any
+    t1: Any
 
 
 @gluon.jit
