@@ -155,13 +155,10 @@ def test_split_words():
 
 
 def test_verb(sparsek, monkeypatch, tmp_path):
-    from sparsek_cli.commands import recipes
-
     folder = tmp_path / "shipped"
     folder.mkdir()
     (folder / "tiny.convert.yaml").write_text("# What it is for.\ntopk: 7\n")
-    for module in (load, recipes):
-        monkeypatch.setattr(module, "recipe_folder", lambda: folder)
+    monkeypatch.setattr(load, "recipe_folder", lambda: folder)
     assert sparsek("recipes", "list").out == "tiny.convert  What it is for.\n"
     assert sparsek("recipes").out == sparsek("recipes", "list").out
     assert '"tiny.convert"' in sparsek("recipes", "list", "--json").out
