@@ -98,9 +98,7 @@ def write_model(
 
     def write(folder: Path) -> None:
         if tuner is not None:
-            save_adapters(
-                model, tuner, folder, base=base, scorers=start.lora.scorers, state=state
-            )
+            save_adapters(model, tuner, folder, base=base, scorers=start.lora.scorers, state=state)
         elif start.train == "scorers" and (base.path / SCORERS).is_file():
             _link_base(model, base.path, folder, state)
         else:
