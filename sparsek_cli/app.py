@@ -19,6 +19,7 @@ from sparsek_cli.commands import (
     export,
     finetune,
     merge,
+    push,
     recipes,
     serve,
 )
@@ -67,6 +68,7 @@ app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("merge")(merge.merge)
+app.command("push")(push.push)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.add_typer(recipes.app, name="recipes")

@@ -20,6 +20,7 @@ from sparsek_cli.output.staging import staged
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.sharing import scorers_file
 from sparsek_cli.sharing.base_mark import comparable, weights_digest
+from sparsek_cli.sharing.places import without_places
 
 
 @dataclass(frozen=True)
@@ -190,11 +191,7 @@ def fill(plan: Plan, folder: Path, digest: str, base: str = "") -> None:
 
 def _write(plan: Plan, file: Path, digest: str, base: str = "") -> None:
     beside = plan.source.path
-    texts = {
-        name: (beside / name).read_text(encoding="utf-8")
-        for name in scorers_file.TEXTS
-        if (beside / name).is_file()
-    }
+    texts = {name: _text(beside / name) for name in scorers_file.TEXTS if (beside / name).is_file()}
     mark = {
         "name": base or _base_name(texts) or plan.source.name,
         "model_type": plan.row.model_type,
@@ -202,6 +199,11 @@ def _write(plan: Plan, file: Path, digest: str, base: str = "") -> None:
         "weights": digest,
     }
     scorers_file.write(file, _tensors(plan), plan.config["sparsek"], mark, texts)
+
+
+def _text(file: Path) -> str:
+    text = file.read_text(encoding="utf-8")
+    return without_places(text) if file.suffix == ".yaml" else text
 
 
 def _tensors(plan: Plan) -> dict[str, np.ndarray]:
@@ -215,14 +217,14 @@ def _tensors(plan: Plan) -> dict[str, np.ndarray]:
 
 
 def _base_name(texts: dict[str, str]) -> str:
-    """The base that the recipe of a conversion names; a folder's last part."""
+    """The base that the recipe of a conversion names."""
     import yaml
 
     recipe = texts.get("sparsek.yaml")
     model = (yaml.safe_load(recipe) or {}).get("model") if recipe else None
     if not isinstance(model, str):
         return ""
-    return Path(model).name if Path(model).is_absolute() else model
+    return model
 
 
 def _card(scorers: scorers_file.Scorers) -> str:

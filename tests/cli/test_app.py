@@ -13,7 +13,7 @@ from sparsek_cli.commands import doctor as doctor_command
 from sparsek_cli.errors import SparsekError
 
 VERBS = (
-    "convert", "finetune", "evaluate", "eval", "chat", "export", "merge", "bench", "doctor",
+    "convert", "finetune", "evaluate", "eval", "chat", "export", "merge", "push", "bench", "doctor",
     "recipes",
 )  # fmt: skip
 PYTHON = [sys.executable, "-m", "sparsek_cli"]
