@@ -4,12 +4,12 @@
         --train books/train-00.jsonl.zst books/train-01.jsonl.zst \\
         --held-out books/validation.jsonl.zst [--shape llama] [--seconds 420] [--set WORD ...]
 
-Trains the recipes scratch-<shape>-dense, -window, -sparsek, -random and -alone at 8192 tokens, all
-for the same number of steps (worked out from the speed of the dense model and the time given), and
-measures each at once on windows of unseen novels: at the trained length (whole, and the last
-quarter), then at two and four times that length. All but the dense one see 512 keys. `--set` gives
-dotted words to the two SparseK rows, sparsek.gate=log for instance. GPT-2 has learned positions
-and is measured at the trained length only.
+Trains the recipe scratch-<shape> in five variants at 8192 tokens, all for the same number of steps
+(worked out from the speed of the dense model and the time given), and measures each at once on
+windows of unseen novels: at the trained length (whole, and the last quarter), then at two and four
+times that length. All but the dense one see 512 keys. `--set` gives dotted words to the two SparseK
+rows, sparsek.gate=log for instance. GPT-2 has learned positions and is measured at the trained
+length only.
 
 OUT/results.json holds every row with the loss by position. `--smoke`: toy sizes on a CPU, a minute.
 Time on one H100: what --seconds says.
@@ -30,7 +30,14 @@ from sparsek_cli.hub import bundled
 from sparsek_cli.loading import load_tokenizer
 from sparsek_cli.training.measure import token_losses, windows
 
-VARIANTS = ("dense", "window", "sparsek", "random", "alone")
+# By name: words for the recipe.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "dense": ("sparsek=null",),
+    "window": ("sparsek.topk=0", "sparsek.window=512"),
+    "sparsek": (),
+    "random": ("sparsek.scorer=random", "sparsek.topk=252", "sparsek.sinks=4"),
+    "alone": ("sparsek.topk=511", "sparsek.window=1"),
+}
 STEP_TOKENS = 65_536
 PROBE_STEPS = 40
 # A sparse step may cost this much more than a dense one at the trained length.
@@ -58,7 +65,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=("llama", "gpt2"), default="llama")
     parser.add_argument("--length", type=int, default=8192, help="trained length in tokens")
     parser.add_argument("--steps", type=int, help="optimiser steps; default: by the time given")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for SparseK rows")
     return parser.parse_args()
 
@@ -111,8 +118,8 @@ class Experiment:
 
     def train(self, name: str, *words: str, out: str) -> Any:
         extra = self.given.set if name in ("sparsek", "alone") else ()
-        recipe = f"scratch-{self.given.shape}-{name}"
-        return self.steps.finetune(recipe, self.session.folder / out, *words, *extra)
+        recipe, place = f"scratch-{self.given.shape}", self.session.folder / out
+        return self.steps.finetune(recipe, place, *VARIANTS[name], *words, *extra)
 
     def variant(self, name: str, text: Corpus) -> None:
         """Trains and measures one; `over_dense` is its excess perplexity in percent."""

@@ -55,7 +55,6 @@ ROWS: dict[str, tuple[str, ...]] = {
     "text 3e-4": (*_TEXT, "learning_rate=3e-4"),
     "text 3e-4 dense": (*_TEXT, "learning_rate=3e-4"),
     "text 3e-4 window": (*_TEXT, "learning_rate=3e-4"),
-    "text 3e-4, scorers shape it": (*_TEXT, "learning_rate=3e-4", "scorers_shape_base=true"),
     "text 1e-3": (*_TEXT, "learning_rate=1e-3"),
     "text 3e-4, scorers 1e-4": (*_TEXT, "learning_rate=3e-4", "scorer_learning_rate=1e-4"),
     "text 3e-4, more novels": (*_TEXT, *_MORE_TEXT, "learning_rate=3e-4"),

@@ -102,7 +102,7 @@ class Experiment:
         recipe = FinetuneRecipe(
             model="random", out="none", train="all", sequence_length=length, batch_size=1,
             micro_batch_size=1, steps=1 + self.given.steps, learning_rate=1e-5,
-            checkpointing=True, loss_chunk=8192, log_steps=1000, device=self.device.type,
+            checkpointing=True, log_steps=1000, device=self.device.type,
         )  # fmt: skip
         choose_parameters(model, recipe.train)
         sizes = measure(

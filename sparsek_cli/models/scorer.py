@@ -33,7 +33,7 @@ class SparseKScorer(nn.Module):
     Attributes:
         weight: [G, hidden_size] float32. bias: [G] float32. slopes: [G] float32, per token.
         shapes_input: whether a gradient goes on into the hidden states, and so into the layers
-            below; training sets it by the recipe's `scorers_shape_base`.
+            below; training sets it from random weights only.
     """
 
     shapes_input = True

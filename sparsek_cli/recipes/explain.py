@@ -25,7 +25,9 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
     where = f"{place}: " if place else ""
     tail = f" (and {more} more)" if more else ""
     if problem["type"] == "extra_forbidden":
-        return UsageError(f"{where}unknown key '{key}'{tail}", hint=_nearest_key(model_cls, loc))
+        settled = getattr(model_cls, "settled", {}).get(key)
+        hint = settled or _nearest_key(model_cls, loc)
+        return UsageError(f"{where}unknown key '{key}'{tail}", hint=hint)
     if problem["type"] == "missing":
         name = key.split(".")[-1].replace("_", "-")
         return UsageError(

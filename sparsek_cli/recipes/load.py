@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes.earlier import RENAMED
 from sparsek_cli.recipes.explain import Loc, explain
 
 if TYPE_CHECKING:
@@ -123,6 +124,9 @@ def find_recipe(name_or_path: str | Path, *, verb: str | None = None) -> Path:
             return file
     if given.is_dir():
         raise UsageError(f"'{given}' is a folder, not a recipe", hint="name a YAML file")
+    words = RENAMED.get(name.removesuffix(".finetune"))
+    if words is not None:
+        raise UsageError(f"no recipe '{name_or_path}'", hint=f"it is --recipe {words.strip()}")
     near = get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
     raise UsageError(
         f"no recipe '{name_or_path}'",

@@ -1,6 +1,6 @@
 """The recipe of `sparsek finetune`: every key, its type, default and meaning."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -11,6 +11,8 @@ from pydantic import (
     PositiveInt,
     model_validator,
 )
+
+from sparsek_cli.recipes.earlier import SETTLED, without_settled
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -36,9 +38,6 @@ class Architecture(Strict):
     settings: dict[str, Any] = Field(
         default_factory=dict,
         description="fields of the family's own config: hidden_size, n_embd, ...",
-    )
-    scaled_init: bool = Field(
-        True, description="divide output and down projections by sqrt(2 x layers) at the start"
     )
 
 
@@ -102,7 +101,6 @@ class Objective(Strict):
     answer_weight: NonNegativeFloat = Field(
         1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
     )
-    temperature: Positive = Field(1.0, description="softmax temperature of the distillation")
 
 
 class SourceBlock(Strict):
@@ -214,6 +212,8 @@ class Launch(Strict):
 class FinetuneRecipe(Strict):
     """Everything `sparsek finetune` does, in one mapping."""
 
+    settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED.items()}
+
     model: str | None = Field(None, description="folder, short name or hub id to start from")
     out: str | None = Field(None, description="folder to write; default <name>-finetuned")
     overwrite: bool = Field(
@@ -237,11 +237,6 @@ class FinetuneRecipe(Strict):
         "scorers", description="scorers (frozen base), lora (adapters and scorers), or all"
     )
     lora: Lora = Field(default_factory=Lora, description="adapter settings for train: lora")
-    scorers_shape_base: bool | None = Field(
-        None,
-        description="whether the gradient of scores goes on into the layers below; default: only "
-        "from random weights, since it costs a converted model text and facts",
-    )
     objective: Objective = Field(default_factory=Objective, description="what is minimised")
     data: dict[str, Source] = Field(
         default_factory=dict, description="sources by name; each sequence comes from one of them"
@@ -261,11 +256,6 @@ class FinetuneRecipe(Strict):
     steps: PositiveInt | None = Field(None, description="optimiser steps (or give tokens/epochs)")
     tokens: PositiveInt | None = Field(None, description="training tokens, rounded up to a step")
     epochs: Positive | None = Field(None, description="passes over the text sources")
-    budget_stages: list[Annotated[float, Field(ge=1.0)]] = Field(
-        default_factory=list,
-        description="topk is multiplied by each of these for an equal part of the run, then by 1: "
-        "[4, 2] trains with four times, twice and once the budget",
-    )
     minutes: Positive | None = Field(
         None, description="end the run after so many minutes, before its last step if need be"
     )
@@ -283,12 +273,10 @@ class FinetuneRecipe(Strict):
         0.03, description="warm-up: a share of the steps if below 1, else steps"
     )
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW decay of weight matrices")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW moments")
     max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the gradient; 0: never")
     checkpointing: bool = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
-    loss_chunk: PositiveInt = Field(2048, description="tokens whose logits exist at one time")
     dtype: Trained = Field(
         "auto",
         description="bfloat16 (autocast) or float32; auto: bfloat16 where the GPU has it",
@@ -308,7 +296,6 @@ class FinetuneRecipe(Strict):
         default_factory=Evaluation, description="held-out loss during and after training"
     )
     save_steps: int = Field(0, ge=0, description="checkpoint every so many steps; 0: never")
-    keep_checkpoints: PositiveInt = Field(1, description="how many checkpoints to keep")
     log_steps: PositiveInt = Field(10, description="log every so many steps")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="where the log also goes"
@@ -321,9 +308,17 @@ class FinetuneRecipe(Strict):
 
     @property
     def shapes_base(self) -> bool:
-        """`scorers_shape_base`, or what it is by default."""
-        given = self.scorers_shape_base
-        return self.init == "random" if given is None else given
+        """Whether the gradient of scores goes on into the layers below: only from random weights.
+
+        It costs a converted model text and facts (docs/results).
+        """
+        return self.init == "random"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forget(cls, given: Any) -> Any:
+        """Keys of earlier versions go where they say what is now always done."""
+        return without_settled(given)
 
     @property
     def attention(self) -> dict[str, Any] | None:

@@ -20,15 +20,19 @@ from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
 from sparsek_cli.training.losses.future import ATTENTION as OBSERVED
 from sparsek_cli.training.losses.future import FutureAttention
-from sparsek_cli.training.losses.objectives import Objective, Teacher, attach, decoder_of
+from sparsek_cli.training.losses.objectives import (
+    Objective,
+    Teacher,
+    attach,
+    decoder_of,
+)
 from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.model import build_random, load_pretrained, random_config
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.progress import ProgressReport, TimeLimit
 from sparsek_cli.training.settings import Execution, Rates, Rhythm, Start
 from sparsek_cli.training.sharding import sharding_arguments
-from sparsek_cli.training.sizes import Sizes
-from sparsek_cli.training.stages import BudgetStages
+from sparsek_cli.training.sizes import Sizes, logits_chunk
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:
@@ -43,7 +47,7 @@ def load(
     shape = start.architecture
     if shape is not None:
         config = random_config(shape, start.attention, start.length, tokenizer)
-        model = build_random(config, seed=start.seed, scaled_init=shape.scaled_init)
+        model = build_random(config, seed=start.seed)
         stored = torch.bfloat16 if bf16 else torch.float32
     else:
         stored = getattr(torch, stored_dtype(read_shards(source.path)))
@@ -70,7 +74,6 @@ def make_trainer(
     rhythm: Rhythm,
     execution: Execution,
     seed: int,
-    stages: Sequence[float] = (),
     minutes: float | None = None,
     data: Mixture,
     held_out: HeldOut | None,
@@ -85,13 +88,12 @@ def make_trainer(
     Args:
         model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
         sizes: of the run. part: where checkpoints go.
-        stages: what topk is multiplied by, each for an equal part of the run.
         data: what is trained on. held_out: sequences for the held-out loss, or None.
         questions: for recall, see `held_out_questions`.
         measures_start: whether the held-out loss is measured before the first step, too.
         keeps_better: whether the parameters of the start are kept to go back to.
     """
-    losses = Objective(**objective.model_dump(), loss_chunk=execution.loss_chunk)
+    losses = Objective(**objective.model_dump(), loss_chunk=logits_chunk(model.config.vocab_size))
     bf16 = sizes.dtype == "bfloat16"
     args = training_arguments(
         part, sizes, rates, rhythm, seed=seed, cpu=device.type == "cpu",
@@ -117,11 +119,9 @@ def make_trainer(
     return SparsekTrainer(
         rates=(rates.learning_rate, rates.scorer_learning_rate, rates.weight_decay),
         batch_size=sizes.batch.sequences,
-        keep_checkpoints=rhythm.keep_checkpoints,
         objective=losses,
         start=start,
         questions=questions,
-        stages=BudgetStages(model, stages) if stages else None,
         model=model,
         args=args,
         train_dataset=data,

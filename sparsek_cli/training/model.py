@@ -64,22 +64,20 @@ def random_config(
     return config if sparsek is None else sparsek_config_from(config, sparsek)
 
 
-def build_random(config: Any, *, seed: int, scaled_init: bool) -> Any:
+def build_random(config: Any, *, seed: int) -> Any:
     """A float32 model with random weights, the same for the same seed.
 
-    Args:
-        scaled_init: divide projections into the residual stream by sqrt(2 x layers).
+    Projections into the residual stream are divided by sqrt(2 x layers).
     """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    if scaled_init:
-        factor = (2 * config.num_hidden_layers) ** -0.5
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith(_WRITERS):
-                    parameter.mul_(factor)
+    factor = (2 * config.num_hidden_layers) ** -0.5
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(_WRITERS):
+                parameter.mul_(factor)
     return model
 
 

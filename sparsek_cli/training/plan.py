@@ -148,7 +148,6 @@ def sizes_of(
         batch,
         bf16=bf16,
         checkpointing=execution.checkpointing,
-        loss_chunk=execution.loss_chunk,
     )
     name = source.name if source else f"{settings.start.architecture.type} (random)"
     return measure(

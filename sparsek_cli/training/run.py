@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -97,7 +97,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
         out, resume=resumed, overwrite=settings.overwrite, model=where, contents=contents
     )
     model, tuner, dtype = load(start, plan.tokenizer, plan.source, plan.bf16)
-    _check_dense(model, settings.objective, settings.stages)
+    _check_dense(model, settings.objective)
     length, seed = start.length, start.seed
     questions = held_out_questions(
         settings.held_out, plan.held_out, plan.tokenizer, length=length, seed=seed
@@ -106,14 +106,14 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     sizes = sizes_of(model, settings, plan.texts, plan.source, out, plan.bf16)
     reporter.say(sizes.text())
     rhythm = settings.rhythm
-    check_room(sizes, dtype, checkpoints=rhythm.keep_checkpoints if rhythm.save else 0)
+    check_room(sizes, dtype, checkpoints=1 if rhythm.save else 0)
     part = part_folder(out)
     with begun(plan.request, part, resume=resumed), _kept_on_failure(part, reporter):
         with reporter.progress("training", logged=True) as bar:
             trainer = make_trainer(
                 model, tuner, sizes, plan.device, part,
                 objective=settings.objective, rates=settings.rates, rhythm=rhythm,
-                execution=settings.execution, seed=seed, stages=settings.stages,
+                execution=settings.execution, seed=seed,
                 minutes=settings.duration.minutes,
                 data=build_mixture(
                     settings.sources, plan.texts, plan.tokenizer,
@@ -175,7 +175,7 @@ def _train(
     except torch.OutOfMemoryError as error:
         raise SparsekError(
             "the GPU is out of memory",
-            hint="set checkpointing=true, or lower micro_batch_size, sequence_length or loss_chunk",
+            hint="set checkpointing=true, or lower micro_batch_size or sequence_length",
         ) from error
     trainer.stop_if_not_finite()
     resumed_at = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0
@@ -205,7 +205,7 @@ def _train(
     )
 
 
-def _check_dense(model: Any, wanted: "Objective", stages: Sequence[float]) -> None:
+def _check_dense(model: Any, wanted: "Objective") -> None:
     """Raises UsageError where a dense model is asked for what only SparseK models have."""
     if is_converted(model.config):
         return
@@ -213,11 +213,6 @@ def _check_dense(model: Any, wanted: "Objective", stages: Sequence[float]) -> No
         raise UsageError(
             "a dense model is its own teacher: nothing to distill",
             hint="set objective.distill=0 and objective.future=0, or train a converted model",
-        )
-    if stages:
-        raise UsageError(
-            "budget_stages needs a SparseK model: a dense one sees every key",
-            hint="leave budget_stages out, or train a converted model",
         )
 
 

@@ -50,7 +50,6 @@ class Rates:
     min_learning_rate: float
     warmup: float
     weight_decay: float
-    betas: tuple[float, float]
     max_grad_norm: float
 
 
@@ -70,7 +69,6 @@ class Rhythm:
 
     evaluate: int
     save: int
-    keep_checkpoints: int
     log: int
     report_to: tuple[str, ...]
 
@@ -81,7 +79,6 @@ class Execution:
 
     checkpointing: bool
     compile: bool
-    loss_chunk: int
     launch: "Launch"
     data_workers: int
 
@@ -93,7 +90,6 @@ class Settings:
     Attributes:
         objective: what is minimised. sources: what is trained on, by name.
         held_out: what the held-out loss is measured on.
-        stages: what topk is multiplied by, each for an equal part of the run.
         joined: whether documents of a sequence see each other.
         keep_better: whether scorers that training made worse are put back.
         overwrite: the folder to write may be there.
@@ -108,7 +104,6 @@ class Settings:
     objective: "Objective"
     sources: "Mapping[str, Source]"
     held_out: "Evaluation"
-    stages: tuple[float, ...]
     joined: bool
     keep_better: bool
     overwrite: bool
@@ -126,7 +121,6 @@ def settings_of(recipe: "FinetuneRecipe") -> Settings:
         objective=recipe.objective,
         sources=recipe.data,
         held_out=recipe.evaluation,
-        stages=tuple(recipe.budget_stages),
         joined=recipe.documents == "joined",
         keep_better=recipe.keep_better,
         overwrite=recipe.overwrite,
@@ -161,7 +155,6 @@ def rates_of(recipe: "FinetuneRecipe") -> Rates:
         min_learning_rate=recipe.min_learning_rate,
         warmup=recipe.warmup,
         weight_decay=recipe.weight_decay,
-        betas=recipe.betas,
         max_grad_norm=recipe.max_grad_norm,
     )
 
@@ -171,7 +164,6 @@ def rhythm_of(recipe: "FinetuneRecipe") -> Rhythm:
     return Rhythm(
         evaluate=recipe.evaluation.every,
         save=recipe.save_steps,
-        keep_checkpoints=recipe.keep_checkpoints,
         log=recipe.log_steps,
         report_to=tuple(recipe.report_to),
     )
@@ -182,7 +174,6 @@ def execution_of(recipe: "FinetuneRecipe") -> Execution:
     return Execution(
         checkpointing=recipe.checkpointing,
         compile=recipe.compile,
-        loss_chunk=recipe.loss_chunk,
         launch=recipe.launch,
         data_workers=recipe.data_workers,
     )

@@ -170,9 +170,12 @@ def measure(
     )
 
 
-def estimate_bytes(
-    model: Any, batch: Batch, *, bf16: bool, checkpointing: bool, loss_chunk: int
-) -> float:
+def logits_chunk(vocabulary: int) -> int:
+    """Tokens whose logits exist at one time: about 67M numbers, whatever the vocabulary."""
+    return max(1, 2**26 // vocabulary)
+
+
+def estimate_bytes(model: Any, batch: Batch, *, bf16: bool, checkpointing: bool) -> float:
     """Bytes one process needs, derived; within a factor of about 1.5 of what is measured.
 
     Learning parameters: float32 weight, gradient, two AdamW moments. Activations per token and
@@ -192,5 +195,5 @@ def estimate_bytes(
         activations = config.num_hidden_layers * tokens * unit * config.hidden_size + layer
     else:
         activations = config.num_hidden_layers * layer
-    logits = min(loss_chunk, tokens) * config.vocab_size * 12
+    logits = min(logits_chunk(config.vocab_size), tokens) * config.vocab_size * 12
     return weights + activations + logits

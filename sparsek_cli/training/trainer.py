@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from sparsek_cli.training.losses.objectives import Objective, count_targets
 from sparsek_cli.training.measure import recalled
 from sparsek_cli.training.parameters import optimizer_groups
 from sparsek_cli.training.sharding import reshard
-from sparsek_cli.training.stages import BudgetStages
 from sparsek_cli.training.storage import checkpoints, state
 
 
@@ -29,11 +27,10 @@ class SparsekTrainer(Trainer):
 
     Args:
         rates: peak rate of the base, of scorers, and AdamW's decay, for `optimizer_groups`.
-        batch_size: sequences per step. keep_checkpoints: how many.
+        batch_size: sequences per step.
         objective: how loss sums become one number.
         start: the parameters that learn, as they were before the run; None: not kept.
         questions: what recall is measured with; empty: it is not.
-        stages: budget annealing, if any.
         kwargs: what Trainer takes.
     """
 
@@ -42,11 +39,9 @@ class SparsekTrainer(Trainer):
         *,
         rates: tuple[float, float, float],
         batch_size: int,
-        keep_checkpoints: int,
         objective: Objective,
         start: dict[str, torch.Tensor] | None = None,
         questions: Sequence[Question] = (),
-        stages: BudgetStages | None = None,
         **kwargs: Any,
     ):
         super().__init__(data_collator=collate, **kwargs)
@@ -54,15 +49,13 @@ class SparsekTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self.objective, self.start = objective, start
-        self.rates, self.batch_size, self.keep_checkpoints = rates, batch_size, keep_checkpoints
-        self.questions, self.stages = questions, stages
+        self.rates, self.batch_size = rates, batch_size
+        self.questions = questions
         self.last_loss: torch.Tensor | None = None
         self._unchecked: tuple[torch.Tensor, list[int]] | None = None
         self._step_loss: torch.Tensor | None = None
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        if stages is not None:
-            self.add_callback(stages)
 
     def create_accelerator_and_postprocess(self) -> None:
         """As Trainer's; FSDP leaves weights in float32 and autocast decides, as without it."""
@@ -163,9 +156,8 @@ class SparsekTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict:
-        """Held-out loss per token (nats) and recall (share), at the budget the run ends with."""
-        with nullcontext() if self.stages is None else self.stages.at_target():
-            metrics = self._measure(metric_key_prefix)
+        """Held-out loss per token (nats) and recall (share)."""
+        metrics = self._measure(metric_key_prefix)
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -224,7 +216,7 @@ class SparsekTrainer(Trainer):
                 checkpoints.save_loss(loss, writing / name)
                 shutil.rmtree(home / name, ignore_errors=True)
                 os.replace(writing / name, home / name)
-                checkpoints.keep_newest(home, self.keep_checkpoints)
+                checkpoints.keep_newest(home, 1)
         except OSError as error:
             shutil.rmtree(writing, ignore_errors=True)
             raise checkpoints.disk_error(error, home) from error

@@ -3,8 +3,11 @@
 import re
 
 import pytest
+import yaml
 from verbs import finetune
 
+from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes.earlier import RENAMED
 from sparsek_cli.recipes.load import load_recipe, recipe_folder, recipe_names
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 
@@ -52,3 +55,37 @@ def test_it_runs(name, text_file, tmp_path, sparse_checkpoint, scratch):
         words.append(f"model={sparse_checkpoint(window=4)}")
     done = finetune(load_recipe(FinetuneRecipe, name, words, verb="finetune"))
     assert done.steps == 1 and done.held_out_loss > 0
+
+
+SETTLED_BEFORE = {
+    "budget_stages": [], "scorers_shape_base": None, "keep_checkpoints": 1, "loss_chunk": 8192,
+    "betas": [0.9, 0.95], "objective": {"lm": 1.0, "temperature": 1.0},
+}  # fmt: skip
+
+
+def test_recipes_of_earlier_versions_run_where_they_ask_for_what_is_done(tmp_path):
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump({"model": "tiny", **SETTLED_BEFORE}))
+    assert load_recipe(FinetuneRecipe, file).objective.lm == 1.0
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "budget_stages=[4,2]", "betas=[0.9,0.99]", "objective.temperature=2",
+        "scorers_shape_base=true",
+    ],
+)  # fmt: skip
+def test_settled_keys_are_refused_with_what_to_do(word):
+    with pytest.raises(UsageError, match="unknown key") as refused:
+        load_recipe(FinetuneRecipe, None, [word], {"model": "tiny"})
+    assert refused.value.hint.startswith("leave it out")
+    assert load_recipe(FinetuneRecipe, None, [], {"model": "tiny"})
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_renamed_recipes_say_what_they_are_now(name):
+    with pytest.raises(UsageError, match="no recipe") as refused:
+        load_recipe(FinetuneRecipe, name, verb="finetune")
+    recipe, *words = refused.value.hint.removeprefix("it is --recipe ").split()
+    load_recipe(FinetuneRecipe, recipe, words, {"model": "tiny"}, verb="finetune")

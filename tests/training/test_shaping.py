@@ -35,18 +35,16 @@ def test_a_scorer_learns_and_the_layers_below_only_if_they_should(shapes):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "words", "shapes"),
+    ("recipe", "shapes"),
     [
-        ("full", (), False),
-        ("lora", (), False),
-        ("full", ("scorers_shape_base=true",), True),
-        ("scratch-llama-sparsek", (), True),
-        ("scratch-llama-sparsek", ("scorers_shape_base=false",), False),
-        ("scorers", (), True),  # there is no base to shape, but scorers of the layers below
+        ("full", False),
+        ("lora", False),
+        ("scratch-llama", True),
+        ("scorers", True),  # there is no base to shape, but scorers of the layers below
     ],
 )
-def test_a_converted_base_is_left_alone_and_one_from_scratch_is_not(recipe, words, shapes):
-    request = load_recipe(FinetuneRecipe, recipe, words, verb="finetune")
+def test_a_converted_base_is_left_alone_and_one_from_scratch_is_not(recipe, shapes):
+    request = load_recipe(FinetuneRecipe, recipe, verb="finetune")
     model = small_model()
     choose_parameters(model, request.train, request.lora, shape_base=request.shapes_base)
     scorers = [m for name, m in model.named_modules() if name.endswith(".scorer")]

@@ -33,14 +33,12 @@ class Objective:
     Attributes:
         lm, distill, future: weights of the parts.
         answer_weight: the factor a of the mean over ANSWER tokens.
-        temperature: softmax temperature of the distillation.
         loss_chunk: tokens whose logits exist at one time.
     """
 
     lm: float = 1.0
     distill: float = 0.0
     answer_weight: float = 1.0
-    temperature: float = 1.0
     loss_chunk: int = 2048
     future: float = 0.0
 
@@ -163,7 +161,6 @@ def loss_sums(
             head,
             targets[piece],
             answers[piece],
-            objective.temperature,
             use_reentrant=False,
         )
     # A batch without any target still needs a graph: DDP expects a gradient from every process.
@@ -176,7 +173,6 @@ def _chunk_sums(
     head: OutputLayer,
     targets: torch.Tensor,
     answers: torch.Tensor,
-    temperature: float,
 ) -> torch.Tensor:
     logits = head(states).float()
     nll = F.cross_entropy(logits, targets, reduction="none")
@@ -185,9 +181,9 @@ def _chunk_sums(
     else:
         with torch.no_grad():
             states_there, head_there = known
-            aim = torch.log_softmax(head_there(states_there).float() / temperature, dim=-1)
-        ours = torch.log_softmax(logits / temperature, dim=-1)
-        kl = F.kl_div(ours, aim, reduction="none", log_target=True).sum(-1) * temperature**2
+            aim = torch.log_softmax(head_there(states_there).float(), dim=-1)
+        ours = torch.log_softmax(logits, dim=-1)
+        kl = F.kl_div(ours, aim, reduction="none", log_target=True).sum(-1)
     text = 1.0 - answers
     return torch.stack([(nll * text).sum(), (nll * answers).sum(),
                         (kl * text).sum(), (kl * answers).sum()])  # fmt: skip

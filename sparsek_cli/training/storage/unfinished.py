@@ -17,8 +17,8 @@ from sparsek_cli.output.place import check_folder
 from sparsek_cli.training.storage.checkpoints import checkpoints_in
 
 # What may differ between a run and its continuation: none of it changes a step.
-_FREE = ("save_steps", "keep_checkpoints", "log_steps", "report_to", "data_workers", "device",
-         "out", "overwrite", "compile", "checkpointing", "loss_chunk", "minutes",
+_FREE = ("save_steps", "log_steps", "report_to", "data_workers", "device",
+         "out", "overwrite", "compile", "checkpointing", "minutes",
          "launch")  # fmt: skip
 
 

@@ -1,0 +1,55 @@
+"""What recipes of earlier versions had: keys that are settled, names that are words now."""
+
+from typing import Any
+
+# Shipped recipes of 0.1.0 that another one and a few words say.
+_DENSE, _WINDOW = "sparsek=null", "sparsek.topk=0 sparsek.window="
+_ROWS = {
+    "dense": _DENSE,
+    "window": f"{_WINDOW}512",
+    "sparsek": "",
+    "random": "sparsek.scorer=random sparsek.topk=252 sparsek.sinks=4",
+    "alone": "sparsek.topk=511 sparsek.window=1",
+}
+RENAMED = {
+    "distill": "lora objective.lm=0 objective.distill=1",
+    "full-fsdp": "full launch.strategy=fsdp",
+    "full-zero3": "full launch.strategy=zero3",
+    **{
+        f"scratch-{m}-{row}": f"scratch-{m} {_ROWS[row]}"
+        for m in ("llama", "gpt2")
+        for row in _ROWS
+    },
+    **{
+        f"{stream}-{row}": f"{stream} {words}"
+        for stream in ("nucleotides", "series")
+        for row, words in (("dense", _DENSE), ("window", f"{_WINDOW}128"), ("sparsek", ""))
+    },
+}
+# Keys of 0.1.0 that ablations settled: by name, the values that are what is now always done (None:
+# any), and what to do about another one.
+SETTLED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "budget_stages": (([],), "leave it out: it gained nothing over training at the budget itself"),
+    "scorers_shape_base": ((None,), "leave it out: true from random weights, else false"),
+    "keep_checkpoints": (None, "leave it out: the newest checkpoint is kept"),
+    "loss_chunk": (None, "leave it out: it follows from the vocabulary"),
+    "betas": (([0.9, 0.95], (0.9, 0.95)), "leave it out: it is [0.9, 0.95]"),
+    "architecture.scaled_init": ((True,), "leave it out: it is true"),
+    "objective.temperature": ((1, 1.0), "leave it out: it is 1"),
+}
+
+
+def without_settled(given: Any) -> Any:
+    """A recipe as written without the `SETTLED` keys that ask for nothing else."""
+    if not isinstance(given, dict):
+        return given
+    kept = dict(given)
+    for key, (allowed, _) in SETTLED.items():
+        place, _, name = key.rpartition(".")
+        block = kept.get(place) if place else kept
+        if not isinstance(block, dict) or name not in block:
+            continue
+        if allowed is None or block[name] in allowed:
+            block = {k: v for k, v in block.items() if k != name}
+            kept = {**kept, place: block} if place else block
+    return kept
