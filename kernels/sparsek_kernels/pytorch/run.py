@@ -9,6 +9,7 @@ from sparsek_kernels import keys as key_lists
 from sparsek_kernels.pytorch import selection, thresholds
 from sparsek_kernels.pytorch.attention import attend
 from sparsek_kernels.pytorch.decode import decode, insert
+from sparsek_kernels.pytorch.ops import attention_op
 from sparsek_kernels.rows import join_states, pack, row_groups
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
@@ -28,6 +29,29 @@ def run(
     scale: float,
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
     """A backend's entry: sparsek_attention with checked arguments; returns (out, new state)."""
+    if state is None and torch.compiler.is_compiling():
+        settings = layout.topk, layout.window, layout.sinks, gate, scale
+        return attention_op(q, k, v, scores, slopes, cu_seqlens, *settings), None
+    return run_eagerly(
+        q, k, v, scores,
+        layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
+    )  # fmt: skip
+
+
+def run_eagerly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    *,
+    layout: SlotLayout,
+    slopes: Tensor | None,
+    gate: str,
+    cu_seqlens: Tensor | None,
+    state: SparseKState | StateRows | None,
+    scale: float,
+) -> tuple[Tensor, SparseKState | StateRows | None]:
+    """`run`, step by step."""
     options = dict(layout=layout, slopes=slopes, gate=gate, scale=scale)
     if cu_seqlens is None:
         return _run_rows(q, k, v, scores, None, state, **options)
