@@ -93,9 +93,12 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
     for layer, (name, block) in enumerate(blocks):
         attention = block.attn
         odd = engine.unusual(attention)
+        if attention.head_size != head_dim(config):
+            # vLLM would cut the projections to its own size without a word.
+            odd = f"heads of size {attention.head_size} on vLLM, {head_dim(config)} in the model"
         if odd is not None:
             raise SparsekError(
-                f"layer {layer} asks for {odd}, which SparseK does not compute",
+                f"layer {layer} asks for {odd}, which is not computed here",
                 hint="serve with transformers: sparsek serve --engine transformers",
             )
         budget = layer_budget(config, layer)

@@ -16,7 +16,11 @@ LENGTH = 512
 
 
 def save_checkpoint(
-    folder: Path, family: str, *, settings: dict[str, Any] | None = None, **config: Any
+    folder: Path,
+    family: str,
+    *,
+    settings: dict[str, Any] | None = None,
+    head_dim: int | None = None,
 ) -> Path:
     """A converted model of `family` with random weights, scorers that matter, and uneven heads."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -30,7 +34,7 @@ def save_checkpoint(
         "num_hidden_layers": len(TOPK),
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 32,
+        "head_dim": head_dim or 32,
         "max_position_embeddings": LENGTH,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
@@ -39,7 +43,9 @@ def save_checkpoint(
     }
     if family == "mistral":
         sizes["sliding_window"] = None
-    dense = AutoConfig.for_model(family, **{**sizes, **config})
+    if family == "qwen2" and head_dim is None:
+        sizes.pop("head_dim")  # vLLM's Qwen2 knows none: heads share the hidden size
+    dense = AutoConfig.for_model(family, **sizes)
     block = {"topk": TOPK, "window": WINDOW, "sinks": SINKS, **(settings or {})}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.sparsek_config_from(dense, block))

@@ -111,6 +111,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "num_gpu_blocks_override": 64,
+        "gpu_memory_utilization": 0.2,  # of a CPU's memory, others may have the rest
         "distributed_executor_backend": "uni",
         "disable_log_stats": False,
         "seed": 0,

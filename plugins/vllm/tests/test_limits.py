@@ -42,3 +42,12 @@ def test_refused_by_option(words, checkpoint):
 def test_refused_by_model(words, settings, checkpoint):
     with pytest.raises(Exception, match=words):
         configure(checkpoint("llama", **settings))
+
+
+def test_heads_that_vllm_would_cut_are_refused(tmp_path, run_engine):
+    from checkpoints import save_checkpoint
+
+    folder = save_checkpoint(tmp_path, "qwen2", head_dim=32)
+    words = "heads of size 16 on vLLM, 32 in the model"
+    with pytest.raises(Exception, match=words), run_engine(folder):
+        pass

@@ -1,0 +1,162 @@
+"""Loads a server with clients, each of which has a secret, and counts what goes wrong.
+
+    sparsek serve OUT -- --max-num-seqs 64          # in another terminal
+    python plugins/vllm/load.py --clients 64 --seconds 120 --pid PID-OF-THE-SERVER
+
+Every client first asks alone, one after the other: that is its reply. Then all ask at once, again
+and again; some leave in the middle of a stream. A reply that is not the client's own is mixed.
+Needs the package openai. Prints one JSON document; exits 1 where anything went wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+from openai import APIStatusError, OpenAI
+
+_NAMES = ("Riverton", "Ashford", "Millbrook", "Fairview", "Oakdale", "Stanton", "Marlow", "Hadley")
+_WORDS = ("walnut", "copper", "lantern", "saddle", "barley", "anchor", "velvet", "cinder")
+_FILLER = "The road went on between the fields, and nobody spoke for a long while. "
+
+
+class Client:
+    """One client: a text with a secret of its own, and a question about it."""
+
+    def __init__(self, number: int, words: int):
+        draw = random.Random(number)
+        self.secret = f"{draw.choice(_WORDS)}{number}"
+        name = draw.choice(_NAMES)
+        sentences = max(2, words // 14)
+        place = draw.randrange(sentences)
+        text = [_FILLER] * sentences
+        text[place] = f"The password for {name} is {self.secret}. "
+        question = f"What is the password for {name}?"
+        self.messages = [{"role": "user", "content": "".join(text) + question}]
+        self.wanted = ""
+
+
+def reply(api: OpenAI, model: str, client: Client, tokens: int) -> str:
+    done = api.chat.completions.create(
+        model=model, messages=client.messages, max_tokens=tokens, temperature=0
+    )
+    return done.choices[0].message.content
+
+
+def leave(api: OpenAI, model: str, client: Client, tokens: int) -> None:
+    """Go away after the first piece of a stream."""
+    stream = api.chat.completions.create(
+        model=model, messages=client.messages, max_tokens=tokens, temperature=0, stream=True
+    )
+    next(iter(stream))
+    stream.close()
+
+
+def malformed(api: OpenAI, model: str) -> dict[str, int]:
+    """Status of each request that no server may accept; one of 500 and more is a failure."""
+    import httpx
+
+    url = f"{str(api.base_url).rstrip('/')}/chat/completions"
+    message = {"role": "user", "content": "hello"}
+    good = {"model": model, "messages": [message], "max_tokens": 2}
+    huge = {**good, "messages": [{**message, "content": "word " * 200_000}]}
+    bodies = {
+        "malformed JSON": b'{"model": ',
+        "huge prompt": json.dumps(huge).encode(),
+        "unknown model": json.dumps({**good, "model": "nobody"}).encode(),
+        "negative max_tokens": json.dumps({**good, "max_tokens": -1}).encode(),
+        "no messages": json.dumps({"model": model}).encode(),
+    }
+    headers = {"Content-Type": "application/json"}
+    return {
+        name: httpx.post(url, content=body, headers=headers, timeout=120).status_code
+        for name, body in bodies.items()
+    }
+
+
+def resident(pid: int | None) -> int:
+    """Bytes of a process and all below it; 0 without one."""
+    if pid is None:
+        return 0
+    total, todo = 0, [pid]
+    while todo:
+        at = todo.pop()
+        try:
+            pages = int(Path(f"/proc/{at}/statm").read_text().split()[1])
+            children = Path(f"/proc/{at}/task/{at}/children").read_text().split()
+        except OSError:
+            continue
+        total += 4096 * pages
+        todo += [int(child) for child in children]
+    return total
+
+
+def run(args: argparse.Namespace) -> dict[str, object]:
+    api = OpenAI(base_url=args.url, api_key="none", timeout=300, max_retries=0)
+    model = args.model or api.models.list().data[0].id
+    clients = [Client(number, args.words) for number in range(args.clients)]
+    for client in clients:
+        client.wanted = reply(api, model, client, args.tokens)
+    counts: Counter[str] = Counter(told=sum(c.secret in c.wanted for c in clients))
+    before = resident(args.pid)
+    end = time.monotonic() + args.seconds
+    lock = threading.Lock()
+
+    def work(client: Client) -> None:
+        turn = random.Random(client.secret)
+        while time.monotonic() < end:
+            kind = "left" if turn.random() < 0.1 else "answered"
+            try:
+                if kind == "left":
+                    leave(api, model, client, args.tokens)
+                elif reply(api, model, client, args.tokens) != client.wanted:
+                    kind = "mixed"
+            except APIStatusError as error:
+                kind = f"status {error.status_code}"
+            except Exception as error:
+                kind = type(error).__name__
+            with lock:
+                counts[kind] += 1
+
+    threads = [threading.Thread(target=work, args=(client,)) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    statuses = malformed(api, model)
+    after = resident(args.pid)
+    clean = all(400 <= status < 500 for status in statuses.values())
+    still = reply(api, model, clients[0], args.tokens) == clients[0].wanted
+    wrong = sum(n for kind, n in counts.items() if kind not in ("answered", "left", "told"))
+    return {
+        "ok": wrong == 0 and clean and still and counts["answered"] > 0,
+        "requests": dict(counts),
+        "distinct_replies": len({client.wanted for client in clients}),
+        "malformed": statuses,
+        "memory_before": before,
+        "memory_after": after,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000/v1")
+    parser.add_argument("--model")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--words", type=int, default=120)
+    parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--pid", type=int)
+    found = run(parser.parse_args())
+    print(json.dumps(found, indent=2))
+    sys.exit(0 if found["ok"] else 1)
+
+
+if __name__ == "__main__":
+    main()
