@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import httpx
 from openai import APIStatusError, OpenAI
 
 _NAMES = ("Riverton", "Ashford", "Millbrook", "Fairview", "Oakdale", "Stanton", "Marlow", "Hadley")
@@ -60,8 +61,6 @@ def leave(api: OpenAI, model: str, client: Client, tokens: int) -> None:
 
 def malformed(api: OpenAI, model: str) -> dict[str, int]:
     """Status of each request that no server may accept; one of 500 and more is a failure."""
-    import httpx
-
     url = f"{str(api.base_url).rstrip('/')}/chat/completions"
     message = {"role": "user", "content": "hello"}
     good = {"model": model, "messages": [message], "max_tokens": 2}
@@ -104,7 +103,6 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     for client in clients:
         client.wanted = reply(api, model, client, args.tokens)
     counts: Counter[str] = Counter(told=sum(c.secret in c.wanted for c in clients))
-    before = resident(args.pid)
     end = time.monotonic() + args.seconds
     lock = threading.Lock()
 
@@ -127,10 +125,13 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     threads = [threading.Thread(target=work, args=(client,)) for client in clients]
     for thread in threads:
         thread.start()
+    held = []
     for thread in threads:
-        thread.join()
+        while thread.is_alive():
+            held.append(resident(args.pid))
+            thread.join(timeout=2)
     statuses = malformed(api, model)
-    after = resident(args.pid)
+    half = len(held) // 2
     clean = all(400 <= status < 500 for status in statuses.values())
     still = reply(api, model, clients[0], args.tokens) == clients[0].wanted
     wrong = sum(n for kind, n in counts.items() if kind not in ("answered", "left", "told"))
@@ -139,8 +140,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "requests": dict(counts),
         "distinct_replies": len({client.wanted for client in clients}),
         "malformed": statuses,
-        "memory_before": before,
-        "memory_after": after,
+        "most_memory_by_half": [max(part, default=0) for part in (held[:half], held[half:])],
     }
 
 

@@ -37,6 +37,16 @@ def check(config: VllmConfig) -> None:
             f"a cache in {cache.cache_dtype} beside a model in {_name(model.dtype)}",
             hint="leave --kv-cache-dtype out: keys and values are kept as the model computes them",
         )
+    if config.kv_transfer_config is not None:
+        raise SparsekError(
+            "handing caches of converted models to another server was never tried",
+            hint="leave --kv-transfer-config out",
+        )
+    if model.runner_type != "generate":
+        raise SparsekError(
+            f"a converted model as {model.runner_type} model was never tried",
+            hint="leave --runner and --convert out: it writes text",
+        )
     if config.quant_config is not None:
         raise SparsekError(
             "quantised weights of converted models were never tried",

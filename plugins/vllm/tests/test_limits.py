@@ -14,6 +14,7 @@ REFUSED = {
     "a cache in fp8": {"kv_cache_dtype": "fp8"},
     "a cache in bfloat16": {"kv_cache_dtype": "bfloat16"},
     "adapters": {"enable_lora": True},
+    "as pooling model": {"runner": "pooling"},
 }  # fmt: skip
 
 
