@@ -71,6 +71,10 @@ def bench(
             console, model, tokens_of, batch, tokens, repeats, seed, where, kind
         )
     else:
+        from sparsek_kernels.attention import GATES
+
+        if gate not in GATES:
+            raise UsageError(f"unknown gate '{gate}'", hint=f"the gates are {', '.join(GATES)}")
         query, kv = _heads(heads)
         from sparsek_cli.benchmarks.case import Shape
 

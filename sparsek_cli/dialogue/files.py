@@ -59,6 +59,8 @@ def load_file(session: Session, file: str, *, progress: ProgressMaker) -> bool:
 
 def _text(path: Path, name: str | None = None) -> str:
     name = name or str(path)
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UsageError(f"'{name}' is no plain file", hint="name a text file or a folder of some")
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError as error:

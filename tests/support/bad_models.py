@@ -1,0 +1,263 @@
+"""Folders and files that a stranger may call a model, each wrong in one way."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Maker = Callable[[Path, Path], None]  # (a good dense folder, where to make the bad one)
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def linked(good: Path, folder: Path, *without: str) -> None:
+    """The good folder's files, linked; what is written into them first needs `rewritten`."""
+    folder.mkdir()
+    for file in good.iterdir():
+        if file.name not in without:
+            os.link(file, folder / file.name)
+
+
+def rewritten(file: Path, content: str | bytes) -> None:
+    """Another content under the same name, the good file untouched."""
+    file.unlink(missing_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def config(**changes: Any) -> Maker:
+    """config.json with other keys; None takes one out."""
+
+    def make(good: Path, folder: Path) -> None:
+        linked(good, folder)
+        found = json.loads((good / "config.json").read_text()) | changes
+        kept = {key: value for key, value in found.items() if value is not None}
+        rewritten(folder / "config.json", json.dumps(kept))
+
+    return make
+
+
+def file(name: str, content: str | bytes | None) -> Maker:
+    """One file with another content, or without it."""
+
+    def make(good: Path, folder: Path) -> None:
+        linked(good, folder, name)
+        if content is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
+            rewritten(folder / name, content)
+
+    return make
+
+
+def tensors(change: Callable[[dict[str, Any]], None]) -> Maker:
+    """Weights changed by a function of their dictionary."""
+
+    def make(good: Path, folder: Path) -> None:
+        from safetensors.torch import load_file, save_file
+
+        linked(good, folder, SINGLE)
+        found = load_file(good / SINGLE)
+        change(found)
+        save_file(found, folder / SINGLE, metadata={"format": "pt"})
+
+    return make
+
+
+def alone(files: Mapping[str, str | bytes]) -> Maker:
+    """A folder of these files."""
+
+    def make(good: Path, folder: Path) -> None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            rewritten(folder / name, content)
+
+    return make
+
+
+def both(*makers: Maker) -> Maker:
+    """One after the other, the later on what the earlier made."""
+
+    def make(good: Path, folder: Path) -> None:
+        for number, maker in enumerate(makers):
+            last = number == len(makers) - 1
+            target = folder if last else folder.with_name(f"{folder.name}-{number}")
+            maker(good, target)
+            good = target
+
+    return make
+
+
+def quantised(**block: Any) -> Maker:
+    return config(quantization_config=block)
+
+
+def _packed(found: dict[str, Any]) -> None:
+    import torch
+
+    name = "model.layers.0.mlp.up_proj"
+    found.pop(f"{name}.weight")
+    for part in ("qweight", "qzeros", "scales", "g_idx"):
+        found[f"{name}.{part}"] = torch.zeros(4, 4, dtype=torch.int32)
+
+
+def _integers(found: dict[str, Any]) -> None:
+    import torch
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    found[name] = found[name].to(torch.int8)
+
+
+def _eight_bits(found: dict[str, Any]) -> None:
+    import torch
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    found[name] = found[name].to(torch.float8_e4m3fn)
+
+
+def _nan(found: dict[str, Any]) -> None:
+    found["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+
+
+def _adapter(found: dict[str, Any]) -> None:
+    import torch
+
+    found["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
+
+
+def _truncated(good: Path, folder: Path) -> None:
+    linked(good, folder, SINGLE)
+    (folder / SINGLE).write_bytes((good / SINGLE).read_bytes()[:-100])
+
+
+def _index(content: str) -> Maker:
+    def make(good: Path, folder: Path) -> None:
+        linked(good, folder, SINGLE)
+        os.link(good / SINGLE, folder / "model-00001-of-00002.safetensors")
+        (folder / INDEX).write_text(content)
+
+    return make
+
+
+def _pickle(good: Path, folder: Path) -> None:
+    linked(good, folder, SINGLE)
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x02cos\nsystem\n.")
+
+
+def _pickle_beside(good: Path, folder: Path) -> None:
+    _pickle(good, folder)
+    os.link(good / SINGLE, folder / "other.safetensors")
+
+
+def _loop(good: Path, folder: Path) -> None:
+    folder.symlink_to(folder)
+
+
+def _fifo(good: Path, folder: Path) -> None:
+    os.mkfifo(folder)
+
+
+def _tokenizer(change: Callable[[dict[str, Any]], Any]) -> Maker:
+    def make(good: Path, folder: Path) -> None:
+        linked(good, folder, "tokenizer.json")
+        found = json.loads((good / "tokenizer.json").read_text())
+        change(found)
+        (folder / "tokenizer.json").write_text(json.dumps(found))
+
+    return make
+
+
+LAYER = "model.layers.0.mlp.up_proj.weight"
+ESCAPE = "\x1b]0;title\x07"
+ADAPTER = json.dumps({"base_model_name_or_path": f"someone/base{ESCAPE}", "peft_type": "LORA"})
+AUTO_MAP = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+
+# What every verb refuses.
+MODELS: dict[str, Maker] = {
+    # quantised elsewhere
+    "gptq": quantised(quant_method="gptq", bits=4),
+    "gptq-without-config": both(file("quantize_config.json", '{"bits": 4}'), tensors(_packed)),
+    "gptq-packed-only": tensors(_packed),
+    "gptq-other-config-name": file("quant_config.json", '{"zero_point": true, "w_bit": 4}'),
+    "awq": quantised(quant_method="awq", bits=4),
+    "fp8": quantised(quant_method="fp8", weight_block_size=[128, 128]),
+    "fp8-weights-only": tensors(_eight_bits),
+    "bitsandbytes": quantised(load_in_4bit=True, quant_method="bitsandbytes"),
+    "quantised-by-a-word": config(quantization_config="int4"),
+    "compressed": config(compression_config={"format": "pack-quantized"}),
+    "int8-weights": tensors(_integers),
+    # adapters
+    "adapter": alone({"adapter_config.json": ADAPTER, "adapter_model.safetensors": b""}),
+    "adapter-beside": file("adapter_config.json", ADAPTER),
+    "adapter-within": tensors(_adapter),
+    # other formats
+    "pickle": _pickle,
+    "pickle-beside-other-names": _pickle_beside,
+    "gguf-folder": alone({"a.gguf": b"GGUF\x00"}),
+    "consolidated": alone({"params.json": "{}", "consolidated.00.pth": b""}),
+    "diffusion": alone({"model_index.json": "{}"}),
+    "results": alone({"run.json": "{}", "results.json": "{}"}),
+    "unfinished.part": alone({"recipe.yaml": "steps: 1"}),
+    "empty": alone({}),
+    "no-config": file("config.json", None),
+    "below": alone({"model/config.json": "{}"}),
+    # config.json
+    "config-empty": file("config.json", ""),
+    "config-cut": file("config.json", '{"model_type": "llama", '),
+    "config-list": file("config.json", "[]"),
+    "config-bytes": file("config.json", b"\xff\xfe\x00{"),
+    "config-deep": file("config.json", '{"a":' * 100_000),
+    "type-number": config(model_type=3),
+    "type-unknown": config(model_type=f"nobody{ESCAPE}"),
+    "type-gone": config(model_type=None),
+    "classes-number": config(architectures=7),
+    "classes-mixed": config(architectures=[1, None]),
+    "classifier": config(architectures=["LlamaForSequenceClassification"]),
+    "seeing": config(architectures=["LlavaForConditionalGeneration"], vision_config={}),
+    "remote-code": config(model_type="evil", auto_map=AUTO_MAP),
+    "layers-negative": config(num_hidden_layers=-2),
+    "layers-many": config(num_hidden_layers=3),
+    "heads-odd": config(num_attention_heads=5),
+    "hidden-a-word": config(hidden_size="wide"),
+    "vocabulary-smaller": config(vocab_size=100),
+    "pad-beyond": config(pad_token_id=10**6),
+    "sizes-other": config(intermediate_size=49),
+    "sparsek-block-alone": config(sparsek={"topk": 3}),
+    # weights
+    "head-gone": both(
+        config(tie_word_embeddings=False), tensors(lambda t: t.pop("lm_head.weight"))
+    ),
+    "mlp-gone": tensors(lambda t: t.pop(LAYER)),
+    "mlp-turned": tensors(lambda t: t.update({LAYER: t[LAYER].T.contiguous()})),
+    "one-too-many": tensors(lambda t: t.update({f"model.extra{ESCAPE}": t[LAYER].clone()})),
+    "cut-short": _truncated,
+    "weights-empty": file(SINGLE, b""),
+    "weights-text": file(SINGLE, "version https://git-lfs.github.com/spec/v1\nsize 1\n"),
+    "weights-gone": file(SINGLE, None),
+    "index-null": _index("null"),
+    "index-number": _index('{"weight_map": 3}'),
+    "index-elsewhere": _index('{"weight_map": {"a": "../../x.safetensors"}}'),
+    "shard-gone": _index('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
+    "index-gone": both(_index("{}"), file(INDEX, None)),
+    "both-kinds": file(INDEX, '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+    # odd places
+    "link-to-itself": _loop,
+    "fifo": _fifo,
+    "text-file": lambda good, path: rewritten(path, "hello"),
+    "weights.safetensors": lambda good, path: os.link(good / SINGLE, path),
+    "weights.bin": lambda good, path: rewritten(path, b"\x80\x02"),
+    "weights.gguf": lambda good, path: rewritten(path, b"GGUF\x03\x00\x00\x00"),
+}
+# What only reading text or weights shows; `doctor` and `bench generate` need no tokenizer.
+TOKENIZERS: dict[str, Maker] = {
+    "tokenizer-gone": both(file("tokenizer.json", None), file("tokenizer_config.json", None)),
+    "tokenizer-cut": file("tokenizer.json", '{"version": '),
+    "tokenizer-list": file("tokenizer.json", "[]"),
+    "tokenizer-beyond": _tokenizer(lambda t: t["model"]["vocab"].update({"<far>": 10**6})),
+}
+# What is no name of any model.
+NAMES = (
+    "", " ", "no/such/folder", "./nowhere", "tinny", "nobody/nothing", "a\0b", "x" * 5000,
+    "https://huggingface.co/a/b", "a\\b", "../..", f"named{ESCAPE}", "/dev/null", "~nobody/model",
+)  # fmt: skip
