@@ -105,7 +105,19 @@ def load_weights(
             **options,
         )
     check_loaded(report, name, scorers_later=scorers_later)
+    if not scorers_later:
+        _check_scorers(model, name)
     return model
+
+
+def _check_scorers(model: "PreTrainedModel", name: str) -> None:
+    """Scores that are no numbers select whatever comes first, and nobody sees it."""
+    for key, parameter in model.named_parameters():
+        if ".scorer." in key and not parameter.is_meta and not parameter.isfinite().all():
+            raise SparsekError(
+                f"'{name}': {key} holds values that are not finite",
+                hint="fetch the model again, or convert its base again: `sparsek export` gives it",
+            )
 
 
 def check_loaded(report: dict[str, Any], name: str, *, scorers_later: bool = False) -> None:
@@ -114,9 +126,7 @@ def check_loaded(report: dict[str, Any], name: str, *, scorers_later: bool = Fal
     if scorers_later:
         missing = [key for key in missing if ".scorer." not in key]
     if missing:
-        raise SparsekError(
-            f"'{name}' lacks {len(missing)} weights, the first is {missing[0]}", hint=_DAMAGED
-        )
+        raise SparsekError(f"'{name}' lacks {_count(missing)}", hint=_DAMAGED)
     shapes = sorted((str(key), list(a), list(b)) for key, a, b in report["mismatched_keys"])
     if shapes:
         key, there, wanted = shapes[0]
@@ -127,8 +137,7 @@ def check_loaded(report: dict[str, Any], name: str, *, scorers_later: bool = Fal
     others = sorted(k for k in report["unexpected_keys"] if not k.endswith(_BUFFERS))
     if others:
         raise SparsekError(
-            f"'{name}' holds {len(others)} weights that its config.json has no place for, "
-            f"the first is {others[0]}",
+            f"'{name}' holds {_count(others)}, which its config.json has no place for",
             hint="they would be ignored: name the checkpoint that config.json belongs to, or fetch "
             "the model again",
         )
@@ -228,6 +237,11 @@ def readable_errors(name: str) -> Iterator[None]:
             f"'{name}' cannot be loaded: {type(error).__name__}: {_first_line(error)}",
             hint=_DAMAGED,
         ) from error
+
+
+def _count(names: list[str]) -> str:
+    """One name, or how many there are and the first."""
+    return f"{len(names)} weights, the first is {names[0]}" if names[1:] else f"weight {names[0]}"
 
 
 def _first_line(error: BaseException) -> str:

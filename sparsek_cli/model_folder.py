@@ -63,6 +63,8 @@ def check(path: Path, name: str) -> dict[str, Any]:
         raise _no_config(path)
     config = read_config(path)
     _check_class(config, name)
+    _check_converted(config, name)
+    _check_generation_config(path)
     if (path / "adapter_config.json").is_file():
         raise UsageError(
             f"'{name}' holds a PEFT adapter beside a base model; only one of them would count",
@@ -191,6 +193,33 @@ def _check_class(config: dict[str, Any], name: str) -> None:
             what += f" (it also has a {seeing[0].removesuffix('_config')} tower)"
             hint = "save its language model on its own, or name the text-only version"
         raise UsageError(f"'{name}' is a {what}, not a causal language model", hint=hint)
+
+
+def _check_converted(config: dict[str, Any], name: str) -> None:
+    """The type and the settings of a converted model come together."""
+    ours, settings = str(config.get("model_type")).startswith("sparsek_"), config.get("sparsek")
+    if ours != isinstance(settings, dict) or (settings is not None and not ours):
+        raise UsageError(
+            f"'{name}': config.json has model_type {config.get('model_type')} and sparsek settings "
+            f"{json.dumps(settings)[:60]}: is it converted or not?",
+            hint="convert the base again; its config.json and the converted one are different",
+        )
+
+
+def _check_generation_config(path: Path) -> None:
+    """transformers would go on without one that is no JSON, and without its end tokens."""
+    file = path / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UsageError(
+            f"{file} holds no JSON object",
+            hint="fetch it again, or remove it: it only says how to generate",
+        )
 
 
 def _check_not_quantised(path: Path, config: dict[str, Any], name: str) -> None:

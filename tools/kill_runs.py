@@ -235,6 +235,8 @@ def rounds(verb: Verb, root: Path, count: int, rng: random.Random) -> dict[str, 
         left = sorted(path.name for path in place.iterdir())
         if left != ["out"] or list(out.rglob("*.part")):
             raise SystemExit(f"{verb.name}, round {number}: left behind: {left}")
+        if sys.stderr.isatty() or number % 10 == 0:
+            print(f"{verb.name}, round {number}: {counts}", file=sys.stderr, flush=True)
     counts["seconds"] = round(time.monotonic() - start)
     return counts
 

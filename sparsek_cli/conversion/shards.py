@@ -161,6 +161,16 @@ def read_shards(folder: Path) -> list[Shard]:
             raise SparsekError(f"{index.name} names {name}, which is missing", hint=_AGAIN)
     shards = [read_shard(folder / name) for name in names]
     held = {shard.path.name: shard.tensors for shard in shards}
+    places: dict[str, str] = {}
+    for name, tensors in held.items():
+        for tensor in tensors:
+            if tensor in places:
+                raise SparsekError(
+                    f"{tensor} is both in {places[tensor]} and in {name}: it is not clear which "
+                    "counts",
+                    hint=_AGAIN,
+                )
+            places[tensor] = name
     for tensor, name in weight_map.items():
         if tensor not in held[name]:
             raise SparsekError(

@@ -193,6 +193,8 @@ def load_corpus(
         with FileLock(folder / f"{key}.lock", timeout=LOCK_PATIENCE):
             if not (file / "ends.npy").is_file():
                 say(f"tokenising {spec if isinstance(spec, str) else ', '.join(spec)}")
+                if tokenizer.eos_token_id is None:
+                    say("the tokenizer has no end-of-text token: documents end without one")
                 texts = iterate_texts(spec, column=column, name=name, split=split)
                 _store(file, *build_corpus(texts, tokenizer, max_tokens=max_tokens, say=say))
     tokens = np.load(file / "tokens.npy", mmap_mode="r")

@@ -21,6 +21,11 @@ READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
 LARGEST = 1 << 32  # bytes
 # What columns of conversations are called.
 CHATS = ("messages", "conversations", "conversation", "dialogue")
+# UTF-32's first, whose mark begins with UTF-16's.
+_OTHER_MARKS = (
+    ((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),
+    ((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
+)
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -204,10 +209,16 @@ def _bounded(raw: bytes, where: object) -> bytes:
 
 
 def _decode(raw: bytes, path: Path, offset: int) -> str:
-    if offset == 0 and raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+    for marks, name in _OTHER_MARKS:
+        if offset == 0 and raw.startswith(marks):
+            raise UsageError(
+                f"{path} is not UTF-8 text: it begins as {name} does",
+                hint=f"convert it: iconv -f {name.lower()} -t utf-8 IN > OUT",
+            )
+    if b"\0" in raw:
         raise UsageError(
-            f"{path} is not UTF-8 text: it begins as UTF-16 does",
-            hint="convert it: iconv -f utf-16 -t utf-8 IN > OUT",
+            f"{path} is not UTF-8 text: it holds a null byte at position {offset + raw.index(0)}",
+            hint="of UTF-16 without a mark: iconv -f utf-16le -t utf-8 IN > OUT; else clean it",
         )
     try:
         return raw.decode("utf-8" if offset else "utf-8-sig")

@@ -332,7 +332,8 @@ class Session:
             self._full.pop()
             raise SparsekError(
                 f"the chat template failed: {(str(error).splitlines() or [''])[0]}",
-                hint="start again with /clear",
+                hint="start again with /clear; a template that always fails is to be mended: "
+                "chat_template.jinja (or chat_template in tokenizer_config.json)",
             ) from error
         kept = len(self._fed_ids)
         if ids[:kept] != self._fed_ids or kept != self.engine.tokens or kept >= len(ids):

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.lm import proof as proofs
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.processes import Ranks
@@ -137,8 +138,18 @@ def _standard_error(rows: list[Any], aggregate: Callable | None) -> float | None
 
 
 def _primary(result: dict[str, Any]) -> str:
-    """The metric that stands for the task: the catalogue's, else the first one there is."""
+    """The metric that stands for the task: the catalogue's, else the first one there is.
+
+    Raises:
+        SparsekError: none is a number.
+    """
     metrics = result["metrics"]
+    if not metrics:
+        raise SparsekError(
+            f"{result['task']} under {result['policy']}: no metric is a number",
+            hint="its weights are damaged or the dtype overflows: try --dtype float32, or look "
+            "with `sparsek doctor`",
+        )
     named = [m for m in metrics if m.split(",")[0] == result["primary"]]
     return (named or list(metrics))[0]
 

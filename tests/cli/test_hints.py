@@ -6,6 +6,7 @@ That following a hint works is shown where the refusal is tested.
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -18,18 +19,18 @@ ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "sparsek_cli").rglob("*.py"))
 # Of other programs, named beside ours.
 THEIRS = {
-    "--nproc-per-node",
-    "--no-deps",
-    "--merge",
-    "--calibrate",
-    "--name",
-    "--trust-remote-code",
-}
+    "--nproc-per-node", "--no-deps", "--merge", "--continuous-batching", "--trust-remote-code",
+}  # fmt: skip
+
+
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def texts(file: Path) -> list[str]:
     """String literals that are no docstrings; what is filled in becomes X."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = parsed(file)
     docs = {
         id(node.body[0].value)
         for node in ast.walk(tree)
@@ -54,9 +55,10 @@ def texts(file: Path) -> list[str]:
     return found
 
 
+@functools.cache
 def hints(file: Path) -> list[str]:
     """What is passed as `hint=`, wherever it is written out."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
+    tree = parsed(file)
     return [
         "".join(
             part.value if isinstance(part, ast.Constant) and isinstance(part.value, str) else "X"
@@ -156,7 +158,7 @@ def test_pages_and_files():
 
 def test_every_refusal_has_a_hint():
     for file in SOURCES:
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
                 "SparsekError", "UsageError",
             ):  # fmt: skip

@@ -47,7 +47,7 @@ RECIPES: dict[str, bytes] = {
         b"a%d: &a%d [%s]\n" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9 if i else [b"1"] * 9))
         for i in range(9)
     ),
-    "deep.yaml": b"seed: " + b"[" * 5000,
+    "deep.yaml": b"seed: " + b"{a: " * 2000,
     "itself.yaml": b"extends: itself\n",
     "orphan.yaml": b"extends: nobody\n",
     "extends.yaml": b"extends: 3\n",

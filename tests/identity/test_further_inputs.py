@@ -1,0 +1,219 @@
+"""Inputs that look right and are not: each is refused, said, or the same as in the base.
+
+The refusals of whole kinds are in cli/test_hostile_input.py; here is what would pass for good.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from bad_models import config, file, linked, tensors
+from safetensors.torch import load_file, save_file
+from sparse_path import assert_sparse
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
+from verbs import convert
+
+from sparsek_cli import hub, models
+from sparsek_cli.data import corpus
+from sparsek_cli.data.text import iterate_texts
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.loading import load_model, load_weights
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, make_checkpoint) -> SimpleNamespace:
+    """A dense llama with tied embeddings, `.base`, and its conversion, `.out`."""
+    root = tmp_path_factory.mktemp("further")
+    base = make_checkpoint(root / "base", tie_word_embeddings=True)
+    out = root / "out"
+    convert(recipe(base, out))
+    return SimpleNamespace(base=base, out=out)
+
+
+def recipe(base: Path, out: Path) -> ConvertRecipe:
+    return ConvertRecipe(model=str(base), out=str(out), calibrate="none", topk=6, window=4)
+
+
+def loaded(folder: Path) -> torch.nn.Module:
+    return load_model(hub.resolve(folder), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def scorers_with(folder: Path, out: Path, value: float) -> Path:
+    """The converted folder with one weight of a scorer changed."""
+    linked(folder, out, "sparsek.safetensors")
+    found = load_file(folder / "sparsek.safetensors")
+    next(tensor for name, tensor in found.items() if name.endswith("weight"))[0, 0] = value
+    save_file(found, out / "sparsek.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scorers_that_are_no_numbers(made, tmp_path, value):
+    damaged = scorers_with(made.out, tmp_path / "damaged", value)
+    with pytest.raises(SparsekError, match="values that are not finite") as refusal:
+        loaded(damaged)
+    assert "sparsek export" in refusal.value.hint
+    from sparsek_cli.sharing import dense
+
+    dense.run(dense.plan(str(damaged), tmp_path / "dense"))  # as hinted
+    convert(recipe(tmp_path / "dense", tmp_path / "again"))
+    assert_sparse(loaded(tmp_path / "again"))
+
+
+OURS = {"model_type": "sparsek_llama"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"sparsek": {"topk": 3}}, OURS, OURS | {"sparsek": "yes"}, OURS | {"sparsek": []}]
+)
+def test_a_type_without_its_settings(made, tmp_path, changes):
+    config(**changes)(made.base, tmp_path / "half")
+    with pytest.raises(UsageError, match="is it converted or not"):
+        hub.resolve(tmp_path / "half")
+
+
+@pytest.mark.parametrize(
+    ("block", "says"),
+    [
+        ({"topk": [6]}, "topk has 1 entries for 2 layers"),
+        ({"topk": -1}, "topk is -1"),
+        ({"topk": 6, "windw": 4}, "no key `windw`"),
+        ({"topk": 6, "gate": "soft"}, "gate is 'soft'"),
+        ({"topk": 6, "scorer": {"type": "deep"}}, "scorer is"),
+        ({"topk": 6, "scorer": {"type": "linear"}}, "which its config.json has no place for"),
+        ({"topk": 6, "window": 2.5}, "window is 2.5"),
+    ],
+)
+def test_settings_that_do_not_fit(made, tmp_path, block, says):
+    config(sparsek=block)(made.out, tmp_path / "edited")
+    with pytest.raises(SparsekError, match=says):
+        loaded(tmp_path / "edited")
+
+
+@pytest.mark.parametrize("content", ['{"eos_token_id": ', "[]", "3", ""])
+def test_a_generation_config_that_would_be_dropped(made, tmp_path, content):
+    file("generation_config.json", content)(made.base, tmp_path / "model")
+    with pytest.raises(UsageError, match="generation_config.json holds no JSON object") as refusal:
+        hub.resolve(tmp_path / "model")
+    assert "remove it" in refusal.value.hint
+    (tmp_path / "model" / "generation_config.json").unlink()
+    assert hub.resolve(tmp_path / "model").path
+
+
+def test_a_tensor_in_two_files(tmp_path, make_checkpoint):
+    folder = make_checkpoint(tmp_path / "m", max_shard_size="20KB")
+    places = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    other = max(set(places.values()) - {places[UP]})
+    found = load_file(folder / other) | {UP: torch.zeros(48, 32)}
+    save_file(found, folder / other, metadata={"format": "pt"})
+    with pytest.raises(SparsekError, match=f"{UP} is both in .* and in .*: it is not clear"):
+        hub.resolve(folder)
+
+
+@pytest.mark.parametrize("other", ["another head", "no embedding"])
+def test_tied_weights_are_read_as_the_base_s_are(made, tmp_path, other):
+    """Where embedding and head are one by config.json, and the file holds two, or the other."""
+
+    def change(found):
+        embedding = found["model.embed_tokens.weight"]
+        if other == "another head":
+            found["lm_head.weight"] = torch.randn_like(embedding)
+        else:
+            found["lm_head.weight"] = found.pop("model.embed_tokens.weight")
+
+    tensors(change)(made.base, tmp_path / "tied")
+    convert(recipe(tmp_path / "tied", tmp_path / "out"))
+    ids = torch.arange(3, 40)[None]
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "tied")
+    sparse = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    with torch.no_grad(), models.budget(sparse, topk=64):
+        torch.testing.assert_close(sparse(ids).logits, base(ids).logits, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "says", "hint"),
+    [
+        ("words ".encode("utf-16-le"), "a null byte at position 1", "iconv -f utf-16le"),
+        ("words ".encode("utf-16-be"), "a null byte at position 0", "iconv"),
+        ("words ".encode("utf-32"), "begins as UTF-32 does", "iconv -f utf-32 "),
+        (b"words\x00words", "a null byte at position 5", "clean it"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_that_only_seems_to_be_utf_8(tmp_path, content, says, hint, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=says) as refusal:
+        list(iterate_texts(tmp_path / name))
+    assert hint in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    "kind", ["binary", "numbers", "lists", "all null", "nothing", "dictionary"]
+)
+def test_columns_of_parquet(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    values = {
+        "binary": pyarrow.array([b"words"]), "numbers": pyarrow.array([1.5]),
+        "lists": pyarrow.array([["words"]]), "all null": pyarrow.array([None, None]),
+        "nothing": pyarrow.array([], pyarrow.string()),
+        "dictionary": pyarrow.array(["words"]).dictionary_encode(),
+    }[kind]  # fmt: skip
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), file)
+    if kind == "dictionary":  # text, written another way
+        assert list(iterate_texts(file)) == ["words"]
+        return
+    with pytest.raises(UsageError, match=r"row 1: column 'text' holds|no text in") as refusal:
+        list(iterate_texts(file))
+    assert "a.parquet" in refusal.value.message
+
+
+def test_a_tokenizer_without_an_end_says_so(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "a.txt").write_text("words")
+    tokenizer.eos_token, said = None, []
+    corpus.load_corpus(str(tmp_path / "a.txt"), tokenizer, say=said.append)
+    assert any("no end-of-text token: documents end without one" in line for line in said)
+
+
+def test_every_other_way_to_name_an_attention(made):
+    """Also through pipelines, parts of models, and models made from a config."""
+    refused = [
+        lambda name: AutoModel.from_pretrained(made.out, attn_implementation=name),
+        lambda name: AutoModel.from_config(
+            AutoConfig.from_pretrained(made.out), attn_implementation=name
+        ),
+        lambda name: pipeline(
+            "text-generation", str(made.out), model_kwargs={"attn_implementation": name}
+        ),
+        lambda name: AutoConfig.from_pretrained(made.out, attn_implementation={"": name}),
+        lambda name: load_weights(
+            made.out, "m", dtype=torch.float32, attn_implementation=name
+        ),
+    ]  # fmt: skip
+    for attempt in refused:
+        for name in ("sdpa", "eager"):
+            with pytest.raises(UsageError, match="would switch SparseK off"):
+                attempt(name)
+
+
+def test_adapters_keep_it_sparse_and_one_of_another_base_fails(made, tmp_path, dense_model):
+    from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+
+    model = AutoModelForCausalLM.from_pretrained(made.out)
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    assert_sparse(again.merge_and_unload().eval())
+    wide = dense_model("llama", hidden_size=48)
+    get_peft_model(wide, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "wide")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.out), tmp_path / "wide")
