@@ -1,4 +1,4 @@
-"""How a model that came out of `sparsek convert` is known."""
+"""Whether a config is that of a converted model."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Where long work tells how far it is: one protocol for every verb, and one that says nothing."""
+"""The progress protocol of all verbs, and one that shows nothing."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager

@@ -1,4 +1,4 @@
-"""Other libraries' bars, notes and load reports, kept off the terminal: each verb has its own."""
+"""Silencing libraries: their progress bars, warnings and load reports stay off the terminal."""
 
 import logging
 from collections.abc import Iterator

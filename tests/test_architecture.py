@@ -91,7 +91,8 @@ def test_no_backend_imports_the_other():
 
 def test_folders_hold_few_files():
     crowded = {}
-    for folder in {file.parent for file in FILES}:
+    tests = {file.parent for file in (ROOT / "tests").rglob("*.py")}
+    for folder in {file.parent for file in FILES} | tests:
         count = sum(file.name != "__init__.py" for file in folder.glob("*.py"))
         if count > MOST_FILES:
             crowded[str(folder.relative_to(ROOT))] = count
@@ -100,3 +101,37 @@ def test_folders_hold_few_files():
 
 def test_files_stay_short():
     assert not [f for f in FILES if len(f.read_text(encoding="utf-8").splitlines()) > 400]
+
+
+def test_functions_stay_short():
+    """Gluon kernels are exempt: a warp-specialised program is one function."""
+    long = []
+    for file in FILES:
+        if "hopper" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > 100:
+                    long.append(f"{file.relative_to(ROOT)}:{node.name} {lines}")
+    assert not long
+
+
+@pytest.mark.parametrize(
+    ("here", "text"),
+    [
+        ("sparsek_cli.errors", "from sparsek_cli.models import SparseKCache"),
+        ("sparsek_kernels.state", "import sparsek_cli.errors"),
+        ("sparsek_cli.data.text", "def f():\n    from sparsek_cli.training.plan import plan"),
+    ],
+)
+def test_an_import_that_points_up_is_seen(here, text, tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text(text)
+    assert any(floor_of(other) > floor_of(here) for other in imports(file))
+
+
+def test_an_import_from_backend_to_backend_is_seen(tmp_path):
+    file = tmp_path / "file.py"
+    file.write_text("from sparsek_kernels.triton import decode")
+    assert imports(file) == {"sparsek_kernels.triton.decode"}

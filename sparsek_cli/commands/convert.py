@@ -11,52 +11,62 @@ from sparsek_cli.commands import options
 _Number = str | None
 
 
+Budget = Annotated[
+    _Number,
+    typer.Option(
+        "--budget", metavar="N|1/N", help="All slots per KV head, or a share of the context."
+    ),
+]
+Topk = Annotated[_Number, typer.Option("--topk", metavar="N", help="Selected keys per KV head.")]
+Window = Annotated[
+    _Number, typer.Option("--window", metavar="N", help="Newest tokens always seen.")
+]
+Sinks = Annotated[
+    _Number, typer.Option("--sinks", metavar="N", help="First tokens always seen [4].")
+]
+Gate = Annotated[
+    str | None,
+    typer.Option("--gate", metavar="GATE", help="straight_through (default), log or kv."),
+]
+Calibrate = Annotated[
+    str | None,
+    typer.Option(
+        "--calibrate", metavar="TEXT", help="auto (default), none, a file, or a hub dataset."
+    ),
+]
+CalibrateTokens = Annotated[
+    _Number, typer.Option("--calibrate-tokens", metavar="N", help="Tokens to fit on.")
+]
+CalibrateLength = Annotated[
+    _Number, typer.Option("--calibrate-length", metavar="N", help="Tokens per document.")
+]
+Again = Annotated[
+    bool, typer.Option("--again", help="MODEL is converted: calibrate it anew, as it is now.")
+]
+ScorersOnly = Annotated[
+    bool, typer.Option("--scorers-only", help="Write the scorers alone; see `sparsek merge`.")
+]
+Copy = Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")]
+ListModels = Annotated[bool, typer.Option("--list-models", help="Show the short names and stop.")]
+
+
 def convert(
     words: options.Words = None,
-    budget: Annotated[
-        _Number,
-        typer.Option(
-            "--budget", metavar="N|1/N", help="All slots per KV head, or a share of the context."
-        ),
-    ] = None,
-    topk: Annotated[
-        _Number, typer.Option("--topk", metavar="N", help="Selected keys per KV head.")
-    ] = None,
-    window: Annotated[
-        _Number, typer.Option("--window", metavar="N", help="Newest tokens always seen.")
-    ] = None,
-    sinks: Annotated[
-        _Number, typer.Option("--sinks", metavar="N", help="First tokens always seen [4].")
-    ] = None,
-    gate: Annotated[
-        str | None,
-        typer.Option("--gate", metavar="GATE", help="straight_through (default), log or kv."),
-    ] = None,
-    calibrate: Annotated[
-        str | None,
-        typer.Option(
-            "--calibrate", metavar="TEXT", help="auto (default), none, a file, or a hub dataset."
-        ),
-    ] = None,
-    calibrate_tokens: Annotated[
-        _Number, typer.Option("--calibrate-tokens", metavar="N", help="Tokens to fit on.")
-    ] = None,
-    calibrate_length: Annotated[
-        _Number, typer.Option("--calibrate-length", metavar="N", help="Tokens per document.")
-    ] = None,
-    again: Annotated[
-        bool, typer.Option("--again", help="MODEL is converted: calibrate it anew, as it is now.")
-    ] = False,
-    scorers_only: Annotated[
-        bool, typer.Option("--scorers-only", help="Write the scorers alone; see `sparsek merge`.")
-    ] = False,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")] = False,
+    budget: Budget = None,
+    topk: Topk = None,
+    window: Window = None,
+    sinks: Sinks = None,
+    gate: Gate = None,
+    calibrate: Calibrate = None,
+    calibrate_tokens: CalibrateTokens = None,
+    calibrate_length: CalibrateLength = None,
+    again: Again = False,
+    scorers_only: ScorersOnly = False,
+    copy: Copy = False,
     overwrite: options.Overwrite = False,
     revision: options.Revision = None,
     recipe: options.Recipe = None,
-    list_models: Annotated[
-        bool, typer.Option("--list-models", help="Show the short names and stop.")
-    ] = False,
+    list_models: ListModels = False,
     dry_run: options.DryRun = False,
     as_json: options.Json = False,
     seed: options.Seed = None,

@@ -1,4 +1,4 @@
-"""A second name for the same bytes: reflink, else hard link, else copy."""
+"""Linking base weights: reflink, else hard link, else copy."""
 
 import contextlib
 import os

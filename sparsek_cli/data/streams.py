@@ -1,4 +1,4 @@
-"""Sequences that are not text: symbols in which something rare is needed again much later.
+"""Synthetic sequences that are not text, with dependencies over long distances.
 
 Both are generated, so that any length and any amount of data is at hand. Most of a stream is
 background that its neighbourhood foretells. Now and then a tag of one of several channels comes,

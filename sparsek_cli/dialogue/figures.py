@@ -1,4 +1,4 @@
-"""How the figures of a conversation are written for a person."""
+"""Token counts, bytes and seconds of a conversation, as text."""
 
 from sparsek_cli.dialogue.session import Stats
 

@@ -1,4 +1,4 @@
-"""From final states to logits: the output layer, and what a family does to what it says."""
+"""The output layer: final hidden states to logits, with a family's scaling or soft cap."""
 
 from __future__ import annotations
 

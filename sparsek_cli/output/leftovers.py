@@ -1,4 +1,4 @@
-"""What killed runs leave beside OUT, and whose it is.
+"""Temporary folders that killed runs leave beside OUT: found, told from live ones, removed.
 
 A folder that is being written is locked by its owner; the system lets go when the owner dies, by
 kill -9 too. So the next run knows what nobody will finish: `.OUT.xxxxxxxx.part` is removed, and

@@ -135,6 +135,29 @@ def _window_keys(start, BN: tl.constexpr, first_key, shift, last, window):
     return Keys(key, present, key, stop, tl.maximum(start, shift), t1)
 
 
+@triton.jit
+def _listed_keys(item, front, back, offset, listed, ends, window, t0, t1, last):
+    """Keys of a super tile's list, and the queries of the tile in which they are selected."""
+    base = tl.load(offset)
+    room = tl.load(offset + 1) - base
+    present = item < front + back
+    where = tl.where(item < front, item, room - back + item - front)
+    key = tl.load(listed + base + where, mask=present, other=0)
+    stop = tl.load(ends + key, mask=present, other=0)
+    return Keys(key, present, key + window, stop, t0, tl.minimum(t1, last))
+
+
+@triton.jit
+def _centred(scores, last_tau):
+    """The last query's tau, and scores as float32 distances from it.
+
+    That tau is the largest; -inf there means that every gate of the tile is 1.
+    """
+    value = tl.load(last_tau)
+    centre = tl.where(value > -1.0e300, value, 0.0)
+    return centre, (tl.load(scores) - centre).to(tl.float32)
+
+
 class Blocks(NamedTuple):
     """Blocks of BQ queries: [low, high) matter at all; in [clear_low, clear_high) no mask does."""
 
@@ -208,15 +231,11 @@ def _key_gradient(
         back = tl.load(counts + 2 * one + 1)
         if part * BN >= front + back:
             return
-        base = tl.load(offsets + one)
-        room = tl.load(offsets + one + 1) - base
         item = part * BN + tl.arange(0, BN)
-        where = tl.where(item < front, item, room - back + item - front)
-        key = tl.load(listed + base + where, mask=item < front + back, other=0)
-        stop = tl.load(end + row_at + key, mask=item < front + back, other=0)
         t0 = shift + place * SIZE
-        t1 = tl.minimum(t0 + SIZE, last)
-        own = Keys(key, item < front + back, key + window, stop, t0, t1)
+        own = _listed_keys(
+            item, front, back, offsets + one, listed, end + row_at, window, t0, t0 + SIZE, last
+        )
     key, present, begin, stop, t0, t1 = own
     blocks = _blocks_of(begin, stop, present, t0, t1, BQ)
 
@@ -234,10 +253,7 @@ def _key_gradient(
     centre = 0.0
     gate_score = begin.to(tl.float32)
     if GATE != 0 and not WINDOW:
-        # The last query has the largest tau; -inf there means that every gate of the tile is 1.
-        value = tl.load(tau_base + t1 - 1 - t0)
-        centre = tl.where(value > -1.0e300, value, 0.0)
-        gate_score = (tl.load(gate_scores + row_at + key) - centre).to(tl.float32)
+        centre, gate_score = _centred(gate_scores + row_at + key, tau_base + t1 - 1 - t0)
     run_low = begin
     run_high = begin
     if SCORES and not WINDOW:

@@ -1,4 +1,4 @@
-"""What lm-eval's model class does with prompts and caches, whatever it is then asked about them."""
+"""Prefill for lm-eval's requests: prompts read into a policy's cache."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""SparseK as converted, and the two rules that show what its choice is worth.
+"""SparseK as converted, and its two baselines: a plain window, and random pairs.
 
 Budgets that differ by head belong to the converted model alone; the others spread the same total
 evenly.

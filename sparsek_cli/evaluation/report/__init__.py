@@ -1,1 +1,1 @@
-"""What is left of an evaluation: the result folder, its tables, plots and comparisons."""
+"""The result folder of an evaluation: record, tables, plots, comparisons."""

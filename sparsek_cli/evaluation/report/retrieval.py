@@ -1,4 +1,4 @@
-"""Tasks that ask for what stands in the prompt: scores are shares of what dense attention finds."""
+"""Retrieval tasks: how much of what dense attention finds a policy finds."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""Acting on a library when it is imported, without importing it."""
+"""Hooks that run when a library is imported, without importing it."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Objective:
 
 
 class Teacher(Protocol):
-    """Who is imitated; see teacher.py."""
+    """The model that is distilled; see teacher.py."""
 
     @property
     def head(self) -> OutputLayer: ...
@@ -72,7 +72,7 @@ def attach(
     Args:
         model: a transformers causal LM.
         objective: which sums are needed.
-        teacher: who is imitated where `objective.distill` or `objective.future` > 0.
+        teacher: the model that is distilled where `objective.distill` or `objective.future` > 0.
         future: what compares scores with the teacher's attention where `objective.future` > 0.
     """
     decoder = decoder_of(model)

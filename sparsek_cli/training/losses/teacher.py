@@ -1,4 +1,4 @@
-"""Who is imitated in distillation: the weights a run starts from, with dense attention."""
+"""The teacher of distillation: the weights a run starts from, with dense attention."""
 
 import copy
 from contextlib import contextmanager

@@ -1,6 +1,6 @@
-"""What each KV head gets.
+"""Per-head budgets, and the map and slope that go with them.
 
-choice        the outcome: maps, slopes and slots of a layer's heads
+choice        the outcome: maps, slopes and budgets of a layer's heads
 by_error      one total of slots over all heads, by errors
 by_threshold  the same by one threshold on the attention that pairs will get
 decide        each head's slots, map and slope

@@ -1,4 +1,4 @@
-"""Budgets per head: one total of slots, spent where the output error falls most.
+"""Per-head budgets by output error: one total of slots, spent where the error falls most.
 
 Heads that retrieve need many slots, local ones hardly any. With e_h(k) the smallest error of head
 h at k slots, the sum of e_h(k_h) under a fixed sum of k_h is smallest where every head gains the

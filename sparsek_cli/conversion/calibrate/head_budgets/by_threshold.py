@@ -1,4 +1,4 @@
-"""Slots per head by one threshold: a pair is worth a slot if some later query looks at it enough.
+"""Per-head budgets by one threshold on the attention that pairs will get from later queries.
 
 Of the attention that pairs will get, in every head of every layer, the largest values are taken
 until all slots are spent, so that a head gets as many slots as pairs of it lie above the threshold:

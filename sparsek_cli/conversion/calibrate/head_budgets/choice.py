@@ -1,4 +1,4 @@
-"""The outcome for one layer: what its KV heads get."""
+"""The outcome for one layer: the map, slope and budget of each KV head."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Which shares of the slots are kept: whole sparse models are run and compared."""
+"""Candidate allocations of per-head budgets, compared by what the whole sparse model loses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each KV head gets: its share of the slots, its map and its slope."""
+"""The budget, map and slope of each KV head, from errors on held-out documents."""
 
 from __future__ import annotations
 

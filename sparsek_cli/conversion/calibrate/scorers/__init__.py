@@ -1,4 +1,4 @@
-"""Maps from a layer's input to scores.
+"""Regression from a layer's input to scores.
 
 targets  how much later queries want each key, over blocks of queries
 ridge    streamed ridge regression from inputs to targets

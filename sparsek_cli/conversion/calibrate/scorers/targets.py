@@ -1,4 +1,4 @@
-"""What a score should say about a key: how much some later query will want it.
+"""Regression targets of scores: the attention that later queries will give each key.
 
 The target is the log of the largest attention probability that any later query outside the
 window, in any head of the group, gives the key (method.md section 5); or of their mean, or of a

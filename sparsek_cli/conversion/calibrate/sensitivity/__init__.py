@@ -1,4 +1,4 @@
-"""What a choice of keys costs.
+"""Sensitivity: what a selection of keys costs.
 
 output_error  of one layer's attention output, after W_o
 divergence    of the whole model's predictions, while some layers choose

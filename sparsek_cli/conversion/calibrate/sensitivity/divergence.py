@@ -1,4 +1,4 @@
-"""What the whole model loses while some of its layers choose: its divergence from its dense self.
+"""Sensitivity of the whole model: its KL divergence from dense while some layers are sparse.
 
 An error of one layer's output says which of two choices there is better, not what it costs in the
 end: the same error counts many times as much in a layer that predicts or retrieves as in one whose

@@ -1,4 +1,4 @@
-"""Which map and slope each KV head gets: the one with the smallest error after W_o.
+"""Sensitivity of one layer: the error of its attention output after W_o, by KV head.
 
 On held-out sequences, for a sample of queries, attention over exactly the keys that a candidate
 would keep is compared with dense attention, multiplied by W_o. Selection follows the definition

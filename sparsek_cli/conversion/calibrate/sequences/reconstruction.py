@@ -1,4 +1,4 @@
-"""Documents that are told again: what a model then looks up is what it must be able to look up.
+"""Reconstruction: documents told again from their own text, so that all of it is looked up once.
 
 A context is read, and then told once more from its own text, a part at a time (reconstruction;
 the idea of KVzip, arXiv 2505.23416). Nothing is asked and no wording of ours decides what matters:

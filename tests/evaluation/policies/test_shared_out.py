@@ -24,7 +24,7 @@ def test_two_processes_find_what_one_finds(checkpoints, data, tmp_path):
         "--data", str(data), "--lengths", "640", "--limit", "3", "--device", "cpu",
         "--baselines", "dense,snapkv", "max_new_tokens=6",
     ]  # fmt: skip
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     path = os.pathsep.join([str(root), str(root / "kernels"), os.environ.get("PYTHONPATH", "")])
     found = []
     for name, launcher in (("one", []), ("two", two)):
