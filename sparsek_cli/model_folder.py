@@ -22,6 +22,7 @@ _MERGE = (
 _UNQUANTISED = "name the checkpoint it was made from; quantise the converted model, if you must"
 # Beside tensors of these names lie weights that are packed or scaled.
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB",
+           "._weight_qdata", "._weight_scale", "._data",
            ".absmax", ".quant_map")  # fmt: skip
 _PLAIN = ("F64", "F32", "F16", "BF16")
 

@@ -1,0 +1,43 @@
+"""The tool that draws random configs: what it draws, and that it finds a fault."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+import random_configs
+import sparsek_cli.models as models
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "falcon_h1"])
+def test_configs_are_drawn_and_compared(family):
+    outcomes = []
+    for number in range(3):
+        rng = random.Random(number)
+        settings = random_configs.draw(rng, family)
+        outcomes.append(random_configs.check(family, settings, rng))
+    assert "converted" in outcomes and not [x for x in outcomes if x.startswith("fault")], outcomes
+
+
+def test_one_seed_gives_one_config():
+    draws = [random_configs.draw(random.Random(5), "llama") for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert draws[0] != random_configs.draw(random.Random(6), "llama")
+
+
+def test_a_fault_is_found(monkeypatch):
+    """A model that drops pairs it should keep."""
+    real = models.set_budget
+    monkeypatch.setattr(
+        "sparsek_cli.models.runtime.set_budget", lambda model, **changes: real(model, topk=1)
+    )
+    outcome = random_configs.check("llama", {}, random.Random(0))
+    assert outcome == "fault: not dense where nothing is dropped"
+
+
+def test_what_transformers_refuses_is_no_fault():
+    outcome = random_configs.check("llama", {"hidden_act": "no such"}, random.Random(0))
+    assert outcome.startswith("transformers: ")
+    outcome = random_configs.check("mistral", {"sliding_window": 5}, random.Random(0))
+    assert outcome.startswith("refused: every layer of the model uses a sliding window")
