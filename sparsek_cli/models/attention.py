@@ -28,7 +28,7 @@ from sparsek_cli.models.sliding import sliding_attention, sliding_mask
 _HARMLESS = {
     "cache_position", "cu_seq_lens_k", "is_causal", "logits_to_keep", "max_length_k",
     "max_length_q", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-    "position_ids", "return_dict", "token_type_ids", "use_cache",
+    "position_ids", "return_dict", "token_type_ids", "tokenizer", "use_cache",
 }  # fmt: skip
 
 

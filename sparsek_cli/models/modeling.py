@@ -236,9 +236,13 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
         generation_config: Any,
         synced_gpus: bool = False,
         streamer: Any = None,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ):
-        """Greedy search and sampling, by our own loop where it does what transformers' would."""
+        """Greedy search and sampling, by our own loop where it does what transformers' would.
+
+        The tokenizer, which transformers hands on to the model, was for the stop strings.
+        """
         rest = (input_ids, logits_processor, stopping_criteria, generation_config)
         if can_write(generation_config, model_kwargs, synced_gpus=synced_gpus):
             return write(self, *rest, streamer, model_kwargs)

@@ -179,3 +179,17 @@ def test_the_base_model_alone_brings_its_cache(family, sparse_model, ids):
     out = base(ids)
     assert isinstance(out.past_key_values, models.SparseKCache)
     assert out.last_hidden_state.shape == (2, 14, 32)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_stop_strings_end_the_text(beams, sparse_model, ids, tokenizer):
+    """transformers hands their tokenizer on to the model, and its server always gives one."""
+    model = sparse_model("llama")
+    options = {"do_sample": False, "num_beams": beams, "eos_token_id": None, "max_new_tokens": 8}
+    written = model.generate(ids[:1], **options)[0, 14:].tolist()
+    stop = tokenizer.decode(written[2])
+    out = model.generate(ids[:1], stop_strings=[stop], tokenizer=tokenizer, **options)
+    assert stop in tokenizer.decode(out[0, 14:]) and out.shape[1] <= 14 + 8
+    assert out[0, 14:].tolist() == written[: out.shape[1] - 14]
+    if beams == 1:
+        assert out.shape[1] < 14 + 8, "it did not stop"
