@@ -12,6 +12,9 @@ HEAD = """# Command line
 Made by `python tools/cli_reference.py` from the commands themselves. In every verb that has a
 recipe, its keys may stand in the line as `key.sub=value`. A flag wins over a word, a word over the
 recipe.
+
+`sparsek --install-completion` teaches the shell (bash, zsh, fish, PowerShell) to complete verbs and
+flags with the tab key; `--show-completion` prints what it would add, to put elsewhere.
 """
 
 

@@ -71,6 +71,20 @@ def copy(
     Console().result(str(target), {})
 
 
+@app.command("schema")
+def schema(
+    verb: Annotated[
+        str, typer.Argument(metavar="VERB", help="convert, finetune or evaluate.")
+    ] = "finetune",
+) -> None:
+    """Print the JSON schema of a verb's recipes, for editors."""
+    import json as text
+
+    from sparsek_cli.recipes.json_schema import recipe_schema
+
+    Console().show(text.dumps(recipe_schema(verb), indent=2) + "\n")
+
+
 def _about(file: Path) -> str:
     """The recipe's first comment line."""
     from sparsek_cli.recipes.load import read_text

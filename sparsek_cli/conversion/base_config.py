@@ -39,6 +39,12 @@ def convertible(config: dict[str, Any]) -> Row:
             hint=f"give a text-generation checkpoint of one of: {supported}",
         )
     row = TABLE.get(model_type)
+    if row is None and "auto_map" in config:
+        raise UsageError(
+            f"model family '{model_type or 'unknown'}' needs code of its own (auto_map in "
+            "config.json), which is not run",
+            hint=f"name a model of a family that transformers knows by itself: {supported}",
+        )
     if row is None:
         raise UsageError(
             f"model family '{model_type or 'unknown'}' is not supported",

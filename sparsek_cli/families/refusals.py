@@ -18,6 +18,12 @@ _SINK_LOGITS = "its softmax has a learned sink logit per head, which the kernels
 
 _SOFT_CAP = "its attention caps logits softly, which the kernels do not compute yet"
 
+_LLAMA = (
+    "transformers runs it by Llama's classes under a type of its own; as "
+    '"model_type": "llama" with "architectures": ["LlamaForCausalLM"] in its config.json it is the '
+    "same model, and converts"
+)
+
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         ("deepseek_v2", "deepseek_v3", "deepseek_v32", "youtu", "minicpm3", "glm4_moe_lite"),
@@ -27,4 +33,5 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARED),
     **dict.fromkeys(("gemma2", "vaultgemma"), _SOFT_CAP),
     "gpt_oss": _SINK_LOGITS,
+    "internlm3": _LLAMA,
 }

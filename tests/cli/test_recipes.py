@@ -201,3 +201,58 @@ def test_mistakes_of_extending_are_named_where_they_stand(tmp_path, base, mine, 
     with pytest.raises(UsageError) as caught:
         load_recipe(Recipe, tmp_path / "mine.yaml")
     assert error in caught.value.message and caught.value.hint
+
+
+def unknown(tree, schema, root) -> list[str]:
+    """Keys of a recipe that its schema has no place for."""
+    while "$ref" in schema:
+        schema = root["$defs"][schema["$ref"].rpartition("/")[2]]
+    choices = [schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    objects = []
+    for choice in choices:
+        while "$ref" in choice:
+            choice = root["$defs"][choice["$ref"].rpartition("/")[2]]
+        if "properties" in choice or isinstance(choice.get("additionalProperties"), dict):
+            objects.append(choice)
+    if not isinstance(tree, dict) or not objects:
+        return []
+    found = []
+    for choice in objects:
+        wrong = []
+        for key, value in tree.items():
+            inner = choice.get("properties", {}).get(key, choice.get("additionalProperties"))
+            wrong += unknown(value, inner, root) if isinstance(inner, dict) else [key]
+        found.append(wrong)
+    return min(found, key=len)
+
+
+def test_editors_get_a_schema_that_knows_every_shipped_recipe(sparsek):
+    import json
+
+    seen = 0
+    schemas = {}
+    for verb in ("convert", "finetune", "evaluate"):
+        schemas[verb] = json.loads(sparsek("recipes", "schema", verb).out)
+    for name in recipe_names():
+        verb = name.rpartition(".")[2]
+        tree = yaml.safe_load(find_recipe(name).read_text())
+        assert unknown(tree, schemas[verb], schemas[verb]) == [], name
+        assert unknown({**tree, "no_such": 1}, schemas[verb], schemas[verb]) == ["no_such"]
+        seen += 1
+    assert seen > 10
+    assert schemas["convert"]["properties"]["sinks"]["description"]
+    refused = sparsek("recipes", "schema", "chat")
+    assert refused.failed(2) and "convert, finetune, evaluate" in refused.err
+
+
+def test_the_shell_can_complete():
+    import os
+    import subprocess
+    import sys
+
+    asked = {"_SPARSEK_COMPLETE": "complete_bash", "COMP_WORDS": "sparsek ev", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "sparsek_cli"],
+        env={**os.environ, **asked}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["evaluate"], done.stderr
