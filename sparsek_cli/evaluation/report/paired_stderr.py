@@ -5,6 +5,7 @@ mean of the samples' own differences.
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,5 +66,4 @@ def _perplexity(passages: Sequence[Score]) -> float:
 
 
 def _error(values: Sequence[float]) -> float:
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return statistics.stdev(values) / math.sqrt(len(values))
