@@ -25,7 +25,7 @@ from sparsek_cli.training.settings import Settings, Start, settings_of
 from sparsek_cli.training.sharding import check_launch
 from sparsek_cli.training.sizes import Sizes, count_steps, estimate_bytes, measure
 from sparsek_cli.training.storage.output import contents_of
-from sparsek_cli.training.storage.unfinished import check_output, checkpoint_to_resume, part_folder
+from sparsek_cli.training.storage.resume import check_output, checkpoint_to_resume, part_folder
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import FinetuneRecipe

@@ -22,7 +22,7 @@ from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan, sizes_of
 from sparsek_cli.training.sizes import Sizes
 from sparsek_cli.training.storage.output import check_room, contents_of, write_model
-from sparsek_cli.training.storage.unfinished import begun, check_output, leave, part_folder
+from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:

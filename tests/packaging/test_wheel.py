@@ -51,12 +51,16 @@ def test_wheel_holds_every_module(names):
 
 
 def test_wheel_holds_the_data(names):
-    expected = shipped("sparsek_cli/evaluation/tasks/definitions", "*.yaml")
+    expected = shipped("sparsek_cli/evaluation", "*.yaml", "*.j2")
     expected |= {name for name in shipped("sparsek_cli/bundled", "*") if (ROOT / name).is_file()}
     expected |= {n.removeprefix("kernels/") for n in shipped("kernels/sparsek_kernels", "*.json")}
     assert expected <= names, sorted(expected - names)
     recipes = {Path(name).name for name in names if "/data/share/sparsek/recipes/" in name}
     assert recipes == {file.name for file in (ROOT / "recipes").glob("*.yaml")}
+
+
+def test_wheel_stays_small(wheel):
+    assert wheel.stat().st_size <= 20e6
 
 
 def test_wheel_holds_nothing_else(names):

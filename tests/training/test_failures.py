@@ -9,7 +9,7 @@ from verbs import finetune
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.reporter import Silent
 from sparsek_cli.training.storage import checkpoints, output
-from sparsek_cli.training.storage.unfinished import part_folder
+from sparsek_cli.training.storage.resume import part_folder
 
 
 def full_disk(*args, **kwargs):

@@ -14,7 +14,7 @@ from verbs import finetune
 from sparsek_cli.errors import UsageError
 from sparsek_cli.training.plan import plan as make_plan
 from sparsek_cli.training.run import run
-from sparsek_cli.training.storage.unfinished import part_folder
+from sparsek_cli.training.storage.resume import part_folder
 
 
 def weights(folder):

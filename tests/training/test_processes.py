@@ -15,7 +15,7 @@ from verbs import finetune
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.training.plan import plan
-from sparsek_cli.training.storage.unfinished import part_folder
+from sparsek_cli.training.storage.resume import part_folder
 from sparsek_cli.training.trainer import SparsekTrainer
 
 WORDS = ["steps=4", "save_steps=2", "batch_size=4", "micro_batch_size=1", "learning_rate=1e-2",

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from verbs import finetune
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.training.storage.unfinished import part_folder
+from sparsek_cli.training.storage.resume import part_folder
 
 # Dropout, so that the state of the random generators matters; two micro-batches per step.
 WORDS = ["steps=12", "save_steps=3", "architecture.settings.attention_dropout=0.1",

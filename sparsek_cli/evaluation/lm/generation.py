@@ -17,7 +17,7 @@ from sparsek_cli.evaluation.lm.contexts import ContextCaches, ContextReader
 from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, common, group_by_prefix
 from sparsek_cli.evaluation.lm.slot_steps import SlotSteps, in_slots
-from sparsek_cli.evaluation.policies.eviction import observed_attention
+from sparsek_cli.evaluation.policies.snapkv_h2o import observed_attention
 from sparsek_cli.models import SparseKCache
 from sparsek_cli.models.generation.cuda_graphs import decoder_for
 

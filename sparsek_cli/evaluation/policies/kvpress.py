@@ -1,9 +1,9 @@
 """NVIDIA's kvpress as rivals (`--baselines kvpress:NAME`), when that package is installed.
 
-A press scores the pairs of a prompt; here its scores choose what stays in the cache of eviction.py,
-so that it holds as many pairs as everybody else and keeps the same window. Presses that do more
-than score, read weights of their own from the hub, wrap other presses or need whole attention
-matrices are refused.
+A press scores the pairs of a prompt; here its scores choose what stays in the cache of
+snapkv_h2o.py, so that it holds as many pairs as everybody else and keeps the same window. Presses
+that do more than score, read weights of their own from the hub, wrap other presses or need whole
+attention matrices are refused.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ import torch
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer
-from sparsek_cli.evaluation.policies.eviction import DROPPED, Evicting, evict
+from sparsek_cli.evaluation.policies.snapkv_h2o import DROPPED, Evicting, evict
 
 NEEDS_WEIGHTS = ("ObservedAttentionPress",)  # [N, N] attention matrices, which nobody forms here
 

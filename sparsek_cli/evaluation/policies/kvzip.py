@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, largest_attention
-from sparsek_cli.evaluation.policies.eviction import Evicting
+from sparsek_cli.evaluation.policies.snapkv_h2o import Evicting
 
 REPEAT = "\n\nRepeat the previous context exactly."
 PART = 1024  # tokens told again at once

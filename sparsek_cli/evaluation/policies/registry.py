@@ -55,9 +55,9 @@ def make_policy(name: str, budget: int | None = None, seed: int = 0) -> Policy:
     found = next((kind for kind in kinds if kind.name == name), None)
     if found is not None:
         return found(budget, seed)
-    from sparsek_cli.evaluation.policies import eviction, kvzip
+    from sparsek_cli.evaluation.policies import kvzip, snapkv_h2o
 
-    rules = (eviction.SnapKV, eviction.H2O, kvzip.KVzip)
+    rules = (snapkv_h2o.SnapKV, snapkv_h2o.H2O, kvzip.KVzip)
     rule = next(rule for rule in rules if rule.kind == name.removesuffix(SHARED))
     return rule(budget, seed, shared=name.endswith(SHARED))
 

@@ -20,7 +20,7 @@ from sparsek_cli.training.model import cast_for_saving
 from sparsek_cli.training.parameters import is_scorer
 from sparsek_cli.training.storage.adapters import save_adapters
 from sparsek_cli.training.storage.checkpoints import checkpoints_in
-from sparsek_cli.training.storage.unfinished import part_folder
+from sparsek_cli.training.storage.resume import part_folder
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint

@@ -7,8 +7,8 @@ import torch
 
 from sparsek_cli.evaluation.lm.batching import join
 from sparsek_cli.evaluation.lm.slot_steps import SlotSteps, in_slots
-from sparsek_cli.evaluation.policies.eviction import observed_attention
 from sparsek_cli.evaluation.policies.registry import make_policy
+from sparsek_cli.evaluation.policies.snapkv_h2o import observed_attention
 
 STEPS, LENGTHS = 6, (150, 90, 201)
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)

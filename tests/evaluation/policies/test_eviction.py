@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparsek_cli.evaluation.policies import evicting_layer, eviction
+from sparsek_cli.evaluation.policies import evicting_layer, snapkv_h2o
 from sparsek_cli.evaluation.policies.registry import make_policy, plan_policies
 
 SLOTS, RECENT = 20, 8
@@ -46,7 +46,7 @@ def fed(name, chunks, seed=0):
     for number, size in enumerate(chunks):
         if number == len(chunks) - 1:
             layer.rank()
-            eviction.evict([layer], shared=False)
+            snapkv_h2o.evict([layer], shared=False)
             for at in range(start, total):
                 layer.update(keys[:, :, at : at + 1], keys[:, :, at : at + 1])
                 layer.see(query[:, :, at : at + 1], 0.3)
@@ -68,7 +68,7 @@ def naive_kept(name, query, keys, prompt):
         if name == "h2o":
             mass = weights[:, :prompt].sum((0, 1))
         else:
-            seen = weights[:, max(0, prompt - eviction.OBSERVED) : prompt, :prompt].sum((0, 1))
+            seen = weights[:, max(0, prompt - snapkv_h2o.OBSERVED) : prompt, :prompt].sum((0, 1))
             padded = torch.nn.functional.pad(seen, (2, 2))
             mass = padded.unfold(0, 5, 1).mean(-1)
         held = list(range(prompt))
@@ -180,13 +180,13 @@ def test_in_a_conversation_the_first_question_decides(recipe, console, monkeypat
     """Also for later questions, which otherwise would find the whole document again."""
     from verbs import evaluate
 
-    ended, real = [], eviction.SnapLayer.rank
+    ended, real = [], snapkv_h2o.SnapLayer.rank
 
     def noted(self):
         ended.append(self.seen)
         real(self)
 
-    monkeypatch.setattr(eviction.SnapLayer, "rank", noted)
+    monkeypatch.setattr(snapkv_h2o.SnapLayer, "rank", noted)
     report = evaluate(recipe(tasks=["recall_turns"], limit=4, baselines=["snapkv"]), console)
     proof = next(u["proof"] for u in report["units"] if u["policy"] == "snapkv")
     assert len(ended) == 2 * 4  # layers x questions about one document

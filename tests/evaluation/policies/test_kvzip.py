@@ -5,8 +5,8 @@ import torch
 
 from sparsek_cli.evaluation.policies import kvzip
 from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, largest_attention
-from sparsek_cli.evaluation.policies.eviction import evict
 from sparsek_cli.evaluation.policies.registry import make_policy
+from sparsek_cli.evaluation.policies.snapkv_h2o import evict
 
 TOKENS, OPENING = 200, [5, 6, 7]
 SINKS, SLOTS, WINDOW = 4, 68, 24

@@ -1,4 +1,4 @@
-"""Runs in progress: they live in `OUT.part` until the finished model takes the name OUT."""
+"""Resuming: runs in progress live in `OUT.part` until the finished model takes the name OUT."""
 
 import os
 import shutil
