@@ -16,11 +16,21 @@ it with `sparsek_kernels`, as transformers does.
 
 VERSIONS = ("0.32.0", "0.32.0")  # lowest and highest vLLM that the tests ran on
 # Rows of sparsek's table whose blocks of vLLM end in its plain attention layer, as tests have seen.
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "granite", "phi3")
 
 
 def register() -> None:
     """vLLM's entry point, called in each of its processes and perhaps more than once."""
+    import logging
+
+    from packaging.version import Version
+    from vllm import __version__
+
     from sparsek_vllm.models import register_models
 
+    lowest, highest = map(Version, VERSIONS)
+    if not lowest.release <= Version(__version__).release <= highest.release:
+        logging.getLogger(__name__).warning(
+            "vLLM %s was never tried with converted models; %s to %s were", __version__, *VERSIONS
+        )
     register_models()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 TOPK = [[20, 4], 9, [0, 31]]  # per head, and of another sum in each layer
+# Four heads that two ranks share: 0 and 3, 1 and 2 in the first layer, which is not their order.
+TOPK_OF_FOUR = [[20, 18, 4, 2], 9, [0, 31, 8, 8]]
 WINDOW, SINKS = 12, 2
 LONG = WINDOW + SINKS + 30  # tokens that no layer holds all of, in all of its heads
 NEW = 12  # tokens to write
@@ -21,6 +23,7 @@ def save_checkpoint(
     *,
     settings: dict[str, Any] | None = None,
     head_dim: int | None = None,
+    kv_heads: int = 2,
 ) -> Path:
     """A converted model of `family` with random weights, scorers that matter, and uneven heads."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,8 +35,8 @@ def save_checkpoint(
         "hidden_size": 64,
         "intermediate_size": 96,
         "num_hidden_layers": len(TOPK),
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2 * kv_heads,
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim or 32,
         "max_position_embeddings": LENGTH,
         "tie_word_embeddings": False,
@@ -43,16 +46,17 @@ def save_checkpoint(
     }
     if family == "mistral":
         sizes["sliding_window"] = None
-    if family == "qwen2" and head_dim is None:
-        sizes.pop("head_dim")  # vLLM's Qwen2 knows none: heads share the hidden size
+    if family not in ("llama", "mistral", "qwen3") and head_dim is None:
+        sizes.pop("head_dim")  # vLLM knows none there: heads share the hidden size
     dense = AutoConfig.for_model(family, **sizes)
-    block = {"topk": TOPK, "window": WINDOW, "sinks": SINKS, **(settings or {})}
+    topk = TOPK if kv_heads == 2 else TOPK_OF_FOUR
+    block = {"topk": topk, "window": WINDOW, "sinks": SINKS, **(settings or {})}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.sparsek_config_from(dense, block))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("scorer.slopes"):
-                parameter.copy_(torch.tensor([0.0, 0.02]).expand_as(parameter))
+                parameter.copy_(torch.tensor([0.0, 0.02]).repeat(kv_heads // 2))
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.2)
             elif "proj" in name or "lm_head" in name or "embed" in name:

@@ -53,10 +53,11 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
     from checkpoints import save_checkpoint
 
     @lru_cache
-    def make(family: str, **settings: Any) -> Path:
+    def make(family: str, kv_heads: int = 2, **settings: Any) -> Path:
         if "scorer" in settings:
             settings["scorer"] = {"type": settings["scorer"]}
-        return save_checkpoint(tmp_path_factory.mktemp(family), family, settings=settings)
+        folder = tmp_path_factory.mktemp(family)
+        return save_checkpoint(folder, family, settings=settings, kv_heads=kv_heads)
 
     return make
 

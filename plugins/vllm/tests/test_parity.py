@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from checkpoints import LONG, NEW, prompts
+from checkpoints import LONG, NEW, TOPK_OF_FOUR, prompts
+from sparsek_vllm import FAMILIES
+from sparsek_vllm.heads import dealt_heads
 from vllm import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, prompt_logprobs=0)
@@ -35,7 +37,7 @@ def assert_same(outputs, wanted, batch) -> None:
     assert fooled <= len(batch) // 2, "dense attention writes the same: nothing is proved"
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families(family, checkpoint, expected, run_engine):
     folder = checkpoint(family)
     with run_engine(folder) as llm:
@@ -84,9 +86,10 @@ def test_requests_that_are_given_up_leave_nothing_behind(checkpoint, expected, r
 
 
 def test_two_ranks(checkpoint, expected, run_engine, monkeypatch):
-    """Heads are dealt by their slots, so the first layer's two heads change places."""
+    """Heads are dealt by their slots, so that weights are read in another order."""
+    assert dealt_heads(TOPK_OF_FOUR[0], 2) == [[0, 3], [1, 2]]
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-    folder = checkpoint("qwen3")
+    folder = checkpoint("qwen3", kv_heads=4)
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     with run_engine(folder, **options) as llm:
         outputs = llm.generate(requests(TEN), GREEDY, use_tqdm=False)
