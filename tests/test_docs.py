@@ -58,3 +58,20 @@ def test_commands_of_the_guides_run(tmp_path, monkeypatch, capsys):
             exec(compile(block, page.name, "exec"), {})
             ran += 1
     assert ran >= 5
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    import json
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("sparsek_cli.evaluation.report.plots.figures", lambda report: {})
+    notebook = json.loads((ROOT / "docs/guides/first-steps.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    names: dict = {}
+    for cell in cells:
+        exec(compile(cell, "first-steps.ipynb", "exec"), names)
+    assert names["found"].score("ppl", "dense") > 1
+    assert (tmp_path / "tiny-dense" / "model.safetensors").is_file()

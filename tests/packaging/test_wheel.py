@@ -15,7 +15,7 @@ FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """A wheel built from a copy of the tree, so that nothing is left in the checkout."""
+    """A wheel built from the source archive of a copy of the tree; the checkout stays as it is."""
     tree = tmp_path_factory.mktemp("tree")
     for folder in SOURCES:
         ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "dist")
@@ -24,9 +24,11 @@ def wheel(tmp_path_factory) -> Path:
         if (ROOT / file).exists():
             shutil.copy(ROOT / file, tree / file)
     (tree / "README.md").touch()
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
+    # Without --wheel it goes by way of the sdist, which so is known to hold everything.
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist", "."]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert len(list((tree / "dist").glob("*.tar.gz"))) == 1
     [built] = (tree / "dist").glob("*.whl")
     return built
 
@@ -113,3 +115,22 @@ def test_transformers_imports_with_our_tree_on_the_path():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_pip_installs_it_where_nothing_is(wheel, tmp_path):
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    command += ["--no-compile", "--target", str(tmp_path / "site"), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "site" / "bin" / "sparsek").is_file()
+    assert (tmp_path / "site" / "sparsek_kernels" / "pytorch" / "ops.py").is_file()
+
+
+def test_the_image_is_built_of_what_is_there():
+    lines = (ROOT / "Dockerfile").read_text(encoding="utf-8").splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert {"pyproject.toml", "constraints.txt", "sparsek_cli", "kernels"} <= set(copied)
+    allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    for name in copied:
+        assert (ROOT / name).exists() and f"!{name}" in allowed
+    assert 'ENTRYPOINT ["sparsek"]' in lines
