@@ -25,6 +25,8 @@ VERBS = {
     "doctor": ["doctor", "{good}"],
     "bench": BENCH,
     "export": ["export", "{good}", "{out}"],
+    "serve": ["serve", "{good}", "--dry-run"],
+    "push": ["push", "{good}", "someone/else", "--dry-run"],
 }
 
 
