@@ -16,14 +16,16 @@ def set_text(draft: Draft, data: Sequence[str], origin: str) -> None:
 
     is_hub = len(data) == 1 and is_hub_id(data[0])
     place = {"files": None, "dataset": data[0]} if is_hub else {"files": [*data], "dataset": None}
+    place = {"kind": "text", **place}
     sources = draft.get("data") or {}
     named = [
         name
         for name, block in sources.items()
-        if isinstance(block, dict) and block.get("kind") == "text"
+        # Words like data.text.column=story may say only something of it.
+        if isinstance(block, dict) and block.get("kind", "text") == "text"
     ]
     if not named:
-        draft.set("data.text", {"kind": "text", **place}, origin)
+        draft.set("data.text", place, origin)
     for name in named:
         for key, value in place.items():
             draft.set(f"data.{name}.{key}", value, origin)

@@ -256,3 +256,14 @@ def test_the_shell_can_complete():
         env={**os.environ, **asked}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout.split() == ["evaluate"], done.stderr
+
+
+def test_text_of_a_flag_keeps_what_words_say_of_it():
+    from sparsek_cli.recipes.data import set_text
+    from sparsek_cli.recipes.load import Draft
+    from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+
+    draft = Draft(None, verb="finetune").words(["data.text.column=story", "model=m"])
+    set_text(draft, ["a.jsonl"], "--data")
+    source = draft.validated(FinetuneRecipe).data["text"]
+    assert (source.kind, source.files, source.column) == ("text", ["a.jsonl"], "story")
