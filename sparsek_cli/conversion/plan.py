@@ -3,21 +3,18 @@
 Reads config.json and safetensors headers only.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible, dense_config
 from sparsek_cli.conversion.checks import check_room, check_rows, check_tensors
 from sparsek_cli.conversion.geometry import Geometry, geometry
-from sparsek_cli.conversion.request import (
-    check_scorers_only,
-    contents_of,
-    out_folder,
-    with_settings_of,
-)
 from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
@@ -30,8 +27,8 @@ from sparsek_cli.families.own_config import own_config
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
-from sparsek_cli.output.contents import Contents
-from sparsek_cli.output.place import check_folder
+from sparsek_cli.output.contents import MODEL, SCORERS_ALONE, Contents
+from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.recipes.schema_convert import CalibrationMethod, ConvertRecipe
 
 _SIDE_FILES = (
@@ -57,6 +54,17 @@ class Calibration:
     per_head: bool
     device: str
     dtype: str
+
+
+# What asks for things far back, in words.
+_DOCUMENTS = {
+    "retold": "that are told again",
+    "statements": "whose facts are told again",
+    "questions": "with questions",
+    "told_and_asked": "with facts told again and asked for",
+    "mixed": "with questions and passages told again",
+    "none": "of plain text",
+}
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,8 @@ class Plan:
             count = self.calibrate_tokens // self.fit_length
             calibration = (
                 f"{self.calibration.text}: {count} sequences of {self.fit_length:,} tokens, "
-                f"compared on documents of {self.calibrate_length:,}"
+                f"compared on documents of {self.calibrate_length:,} "
+                f"{_DOCUMENTS[self.calibration.method.documents]}"
             )
         else:
             calibration = "none: neutral scorers, a plain window until fine-tuned"
@@ -264,7 +273,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
     config = base.config()
     again = recipe.again and is_converted(config)
     if again:
-        recipe = with_settings_of(recipe, config["sparsek"])
+        recipe = _with_settings_of(recipe, config["sparsek"])
         config = dense_config(config)
     row = convertible(config)
     sizes = geometry(config, row)
@@ -285,7 +294,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
     check_folder(out, contents_of(recipe.scorers_only), overwrite=recipe.overwrite, model=base.path)
     packed = isinstance(base, GgufCheckpoint)
     if recipe.scorers_only:
-        check_scorers_only(recipe, packed=packed)
+        _check_scorers_only(recipe, packed=packed)
     shards = base.outline() if packed else read_shards(base.path)
     if again:
         shards = without_scorers(shards)
@@ -332,7 +341,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
         calibrate_length=length,
         calibration=Calibration(
             text=recipe.calibrate,
-            method=recipe.method,
+            method=_method(recipe.method, topk * sizes.kv_heads * len(full_layers(types)), length),
             per_head=recipe.budgets == "per_head",
             device=recipe.device,
             dtype=recipe.dtype,
@@ -347,7 +356,56 @@ def plan(recipe: ConvertRecipe) -> Plan:
     )
 
 
+def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
+    """The folder to write: the request's, else named after the base."""
+    return absolute(recipe.out or f"{base.name}-{'scorers' if recipe.scorers_only else 'sparsek'}")
+
+
+def contents_of(scorers_only: bool) -> Contents:
+    """What will lie in OUT."""
+    return SCORERS_ALONE if scorers_only else MODEL
+
+
+def _check_scorers_only(recipe: ConvertRecipe, *, packed: bool) -> None:
+    if packed:
+        raise UsageError(
+            "scorers_only: a GGUF file is no base that scorers can be put onto later",
+            hint="convert it whole; `sparsek export OUT DENSE` then gives the base for its scorers",
+        )
+    if recipe.copy_base:
+        raise UsageError(
+            "scorers_only and copy are both given", hint="scorers alone hold nothing of the base"
+        )
+
+
 def _sliding_window(row: Row, config: dict[str, Any], types: list[str]) -> int:
     if "sliding_attention" not in types:
         return 0
     return config.get("sliding_window") or own_config(row, config).sliding_window
+
+
+def _method(method: CalibrationMethod, slots: int, length: int) -> CalibrationMethod:
+    """`method` with documents that calibration can learn from.
+
+    Whoever is to tell a text again needs heads that hold all of it. Where all `slots` together are
+    fewer than two documents of `length` tokens, heads cannot, and learn what matters from facts.
+    """
+    if method.documents != "auto":
+        return method
+    documents = "retold" if slots >= 2 * length else "told_and_asked"
+    return method.model_copy(update={"documents": documents})
+
+
+def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRecipe:
+    """The request with the slots and the gate that the model has, where it names none."""
+    given = recipe.model_fields_set
+    settings = {key: block[key] for key in ("window", "sinks", "gate") if key not in given}
+    if not given & {"topk", "budget"}:
+        topk = block["topk"]
+        layers = [x for x in topk if x is not None] if isinstance(topk, list) else [topk]
+        settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
+    if "scorer" not in recipe.method.model_fields_set and block["scorer"]["type"] == "mlp":
+        settings["method"] = recipe.method.model_copy(
+            update={"scorer": "mlp", "width": block["scorer"]["width"]}
+        )
+    return recipe.model_copy(update=settings)

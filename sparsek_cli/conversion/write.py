@@ -93,7 +93,7 @@ def write_checkpoint(
     Args:
         plan: what to convert.
         scorers: one per converted layer.
-        folder: where; a staging folder, see output/staging.py.
+        folder: where; a staging folder, see staging.py.
         report: what calibration measured, kept beside the weights.
 
     Raises:

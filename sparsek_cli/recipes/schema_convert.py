@@ -27,7 +27,7 @@ def _tokens_or_share(value: object) -> object:
     raise ValueError("should be a number of tokens like 512, or a share of the context like 1/16")
 
 
-Documents = Literal["retold", "statements", "questions", "told_and_asked", "mixed", "none"]
+Documents = Literal["auto", "retold", "statements", "questions", "told_and_asked", "mixed", "none"]
 
 
 class CalibrationMethod(BaseModel):
@@ -47,10 +47,11 @@ class CalibrationMethod(BaseModel):
         "the largest, the mean (the sum, per query), or the 99th percentile",
     )
     documents: Documents = Field(
-        "retold",
+        "auto",
         description="what asks for things far back: the text itself, told again (retold: no "
         "template), facts told again (statements), questions, half told and half asked, questions "
-        "and passages (mixed), or nothing (plain text)",
+        "and passages (mixed), or nothing (plain text); auto: retold, and told_and_asked where the "
+        "slots of all heads together do not hold two heads' whole documents",
     )
     maps: list[Literal["text", "all", "answers", "blend"]] = Field(
         ["text", "all", "answers", "blend"],

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from sparsek_cli.conversion.calibrate.head_budgets import compare
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import (
     FutureAttention,
     threshold_shares,
@@ -84,15 +85,18 @@ class Scripted:
         return np.asarray(next(self._losses))
 
 
-def test_the_whole_model_decides_by_recall_first(three_layers):
+def test_the_whole_model_decides_by_recall_first(three_layers, monkeypatch):
     plan, layers = three_layers
+    shape = len(layers), plan.geometry.kv_heads
+    proposals = [(str(n), 3.0, np.full(shape, n)) for n in range(1, 11)]
+    monkeypatch.setattr(compare, "_proposals", lambda *_: proposals)
 
     def taken(recall: float, *losses: tuple[float, float]) -> tuple[float, float]:
         method = plan.calibration.method.model_copy(update={"recall": recall})
         wanted = replace(plan.calibration, method=method)
-        report = settle(
-            replace(plan, calibration=wanted), layers, Scripted(*losses), lambda passes: None
-        )[1]
+        whole, most = Scripted(*losses), len(losses) - 1
+        made = replace(plan, calibration=wanted)
+        report = settle(made, layers, whole, most, lambda passes: None)[1]
         window = report["window_text_loss"], report["window_answer_loss"]
         assert window == losses[0] and len(report["tried"]) == len(losses) - 1
         ends = [report[end]["answer_loss"] for end in ("recall_alone", "text_alone")]
@@ -108,3 +112,12 @@ def test_the_whole_model_decides_by_recall_first(three_layers):
     assert taken(0.0, window, *rows) == drops
     # When none beats the window in text, all of them compete.
     assert taken(1.0, (0.2, 9.0), *rows) == worse
+
+
+def test_one_decision_is_run_once(three_layers):
+    plan, layers = three_layers
+    names = [name for name, _, _ in compare._proposals(plan, layers)]
+    assert names[0] == "errors" and names[-1] == "even" and len(names) <= compare.MOST
+    whole = Scripted(*[(1.0, 1.0)] * 20)
+    tried = compare.settle(plan, layers, whole, compare.MOST, lambda passes: None)[1]["tried"]
+    assert [row["shares"] for row in tried] == ["errors", "even"]  # all weights share out alike

@@ -20,3 +20,17 @@ def test_recipe_is_valid_and_every_key_commented(name):
     assert recipe.model
     for line in (recipe_folder() / f"{name}.yaml").read_text().splitlines():
         assert not line or line.startswith("#") or " # " in line, line
+
+
+@pytest.mark.parametrize(
+    ("budget", "wanted", "documents"),
+    [("1/16", "auto", "told_and_asked"), ("1/2", "auto", "retold"), ("1/16", "retold", "retold")],
+)
+def test_few_heads_learn_from_facts(tmp_path, budget, wanted, documents):
+    """A sixteenth of tiny's slots holds one head's whole document: it cannot tell one again."""
+    from sparsek_cli.conversion.plan import plan
+
+    settings = {"model": "tiny", "out": str(tmp_path / "out"), "budget": budget}
+    made = plan(ConvertRecipe(**settings, method={"documents": wanted}))
+    assert made.calibration.method.documents == documents
+    assert ("again and asked for" in made.text()) == (documents == "told_and_asked")

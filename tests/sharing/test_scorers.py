@@ -252,10 +252,10 @@ def test_both_may_come_from_the_hub(scored, tmp_path, monkeypatch):
 
 
 def test_gguf_bases_are_refused(tmp_path):
-    from sparsek_cli.conversion.request import check_scorers_only
+    from sparsek_cli.conversion.plan import _check_scorers_only
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
     with pytest.raises(UsageError, match="a GGUF file is no base"):
-        check_scorers_only(ConvertRecipe(), packed=True)
+        _check_scorers_only(ConvertRecipe(), packed=True)
     with pytest.raises(UsageError, match="both given"):
-        check_scorers_only(ConvertRecipe(copy=True), packed=False)
+        _check_scorers_only(ConvertRecipe(copy=True), packed=False)

@@ -12,7 +12,7 @@ import torch
 
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.head_budgets.compare import PASSES, settle
+from sparsek_cli.conversion.calibrate.head_budgets.compare import MOST, settle
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     Candidate,
     HeldOut,
@@ -28,6 +28,7 @@ from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import Whole, chosen_attention
 from sparsek_cli.conversion.calibrate.sensitivity.output_error import Slots, output_errors
 from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
+from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.conversion.write import Scorer
@@ -46,8 +47,9 @@ _TARGET_ROWS = {"cpu": 512, "other": 4096}
 _TEXT_ROWS = {"cpu": 64, "other": 256}
 _ANSWER_ROWS = {"cpu": 32, "other": 192}
 _HELD_OUT = {"cpu": 4, "other": 12}
-# Parts of a document that are told again; None: all.
+# Parts of a document that are told again (None: all), and most tokens of each.
 _TURNS = {"cpu": 2, "other": None}
+_TURN_LENGTH = {"cpu": 512, "other": LONGEST}
 _FINALISTS = 4
 # An error at an answer against one in text, as long as it is not known what either is worth.
 _GUESS = 0.3
@@ -58,6 +60,8 @@ _WHOLE = 4
 _VALUED = 2
 _WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
 _PARTS = {"cpu": 12, "other": 48}
+# Proposals that are run as whole models.
+_PROPOSALS = {"cpu": 5, "other": MOST}
 # Shorter documents are not halved.
 _HALVED = 2048
 # Keys of the last part have too few later queries for their largest attention to mean much.
@@ -112,6 +116,7 @@ def search(
         seed=plan.seed,
         # A state goes through all tokens: it cannot continue from the context several times.
         turns=1 if has_states(plan.types) else _TURNS[kind],
+        longest=_TURN_LENGTH[kind],
     )
     run = _Run(plan, *sequences, device, dtype, fit)
     depth = len(plan.sparse_layers)
@@ -123,8 +128,9 @@ def search(
                     layers.append(run.layer(layer, bar.advance))
                 else:
                     run.base.pass_layer(layer)
-        with reporter.progress("comparing whole models", PASSES) as bar:
-            choices, report = settle(plan, layers, run.whole, bar.advance)
+        most = _PROPOSALS[kind]
+        with reporter.progress("comparing whole models", most + 1) as bar:
+            choices, report = settle(plan, layers, run.whole, most, bar.advance)
     return Found(layers, choices, report)
 
 

@@ -32,7 +32,7 @@ def paired_error(
     if all(_is_number(score) for pair in pairs for score in pair):
         return _error([b - a for a, b in pairs])
     if all(_is_passage(score) for pair in pairs for score in pair):
-        # By the delta method, as for one perplexity (tasks/ppl.py).
+        # By the delta method, as for one perplexity (ppl.py).
         ppl = [_perplexity([pair[side] for pair in pairs]) for side in (0, 1)]
         return _error([ppl[1] * _loss(b) - ppl[0] * _loss(a) for a, b in pairs])
     return None

@@ -23,26 +23,32 @@ from sparsek_cli.conversion.plan import Plan
 
 # What an error at an answer counts against one in text when slots are shared out by errors: losses
 # of single layers do not quite add up to the whole model's, so several are tried, and means of two.
-_ANSWER_WEIGHTS = (0.1, 1.0, 3.0, 10.0, 30.0)
+_ANSWER_WEIGHTS = (3.0, 0.1, 30.0, 1.0, 10.0)
 _MEANS = ((0.1, 10.0), (0.1, 30.0))
 # The weight that goes with the threshold: for maps and slopes, and in the mean of both.
 _WITH_THRESHOLD = 3.0
-# Passes that `settle` makes at most: these, two with the threshold, even slots, and a window.
-PASSES = len(_ANSWER_WEIGHTS) + len(_MEANS) + 4
+# All proposals there are: these, two with the threshold, and even slots.
+MOST = len(_ANSWER_WEIGHTS) + len(_MEANS) + 3
 
 
 def settle(
-    plan: Plan, layers: list[HeldOut], whole: Whole, advance: Callable[[int], Any]
+    plan: Plan, layers: list[HeldOut], whole: Whole, most: int, advance: Callable[[int], Any]
 ) -> tuple[list[Choice], dict[str, Any]]:
     """The decision whose whole model loses least, recall and text weighed; and a report.
 
     One that loses more text than a plain window of the same slots is taken only if all do.
+
+    Args:
+        most: proposals that are run, the likeliest first.
+        advance: called with 1 after each pass; there are at most `most` + 1, a window's among them.
     """
     window = whole.divergence(dict.fromkeys(plan.sparse_layers, window_attention(plan)))
     advance(1)
     decisions, tried = [], []
     for name, answer_weight, shares in _proposals(plan, layers):
         choices = decide(plan, layers, shares, answer_weight)
+        if len(tried) == most or choices in decisions:  # several weights may lead to one decision
+            continue
         attend = {
             number: chosen_attention(plan, layer.maps, choice)
             for number, layer, choice in zip(plan.sparse_layers, layers, choices, strict=True)
@@ -83,22 +89,26 @@ def settle(
 
 
 def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.ndarray]]:
-    """Shares to compare: their name, the weight of answers for maps and slopes, and [layers, G]."""
+    """Shares to compare, those that win most often first.
+
+    Their name, the weight of answers for maps and slopes, and selected pairs [layers, G].
+    """
     even = np.full((len(layers), plan.geometry.kv_heads), plan.topk)
-    proposals = [("even", _WITH_THRESHOLD, even)]
+    last = [("even", _WITH_THRESHOLD, even)]
     if not plan.calibration.per_head:
-        return proposals
+        return last
     shares = {weight: shares_by_errors(plan, layers, weight) for weight in _ANSWER_WEIGHTS}
-    proposals += [("errors", weight, share) for weight, share in shares.items()]
+    errors = [("errors", weight, share) for weight, share in shares.items()]
+    means = []
     for low, high in _MEANS:
         mean = (shares[low] + shares[high]) // 2
-        proposals.append((f"mean of errors {low:g} and {high:g}", high, mean))
+        means.append((f"mean of errors {low:g} and {high:g}", high, mean))
     if all(layer.attention for layer in layers):
         found = threshold_shares([layer.attention for layer in layers], plan.topk)
         mean = (found + shares[_WITH_THRESHOLD]) // 2
-        proposals.append(("threshold", _WITH_THRESHOLD, found))
-        proposals.append(("mean of threshold and errors", _WITH_THRESHOLD, mean))
-    return proposals
+        means.append(("mean of threshold and errors", _WITH_THRESHOLD, mean))
+        last.insert(0, ("threshold", _WITH_THRESHOLD, found))
+    return [*errors[:1], *means[:1], *errors[1:3], *means[2:], *errors[3:], *means[1:2], *last]
 
 
 def _best(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int:

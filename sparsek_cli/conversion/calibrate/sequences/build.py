@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli.conversion.calibrate.sequences.reconstruction import retold
+from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST, retold
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence, plain_text
 from sparsek_cli.conversion.calibrate.sequences.texts import GENERATED_SENTENCES, calibration_texts
 from sparsek_cli.data.chat_format import ChatFormat
@@ -51,6 +51,7 @@ def calibration_sequences(
     documents: str,
     seed: int,
     turns: int | None = None,
+    longest: int = LONGEST,
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to fit on, text and documents in turn, and documents to compare on.
 
@@ -63,7 +64,8 @@ def calibration_sequences(
         documents: what they ask for: retold, statements, questions, told_and_asked, mixed or none
             (they are text then).
         seed: everything random comes from it.
-        turns: parts of a retold document that are told again; None: all.
+        turns, longest: parts of a retold document that are told again (None: all), and most
+            tokens of each.
 
     Raises:
         UsageError: the text named by `spec` is missing, empty or not UTF-8.
@@ -81,7 +83,7 @@ def calibration_sequences(
         if documents == "retold":
             # With the chat template and without one in turn, where there is one.
             own = chat if number % 2 == 0 and tokenizer.chat_template else None
-            return retold(rng, source, own, tokens, tokenizer, turns)
+            return retold(rng, source, own, tokens, tokenizer, turns, longest)
         return _recall(rng, source, chat, tokens, tokenizer, documents, early=early)
 
     made = []

@@ -17,7 +17,7 @@ from sparsek_cli.errors import SparsekError
 
 # A context is told again in at least this many turns, each of at most so many tokens.
 _PARTS = 8
-_LONGEST = 1024
+LONGEST = 1024
 # The first tokens of a turn could be any of the text; they are not counted.
 _LEAD = 8
 _REQUEST = "\n\nRepeat the previous context exactly."
@@ -30,6 +30,7 @@ def retold(
     length: int,
     tokenizer: Any,
     turns: int | None = None,
+    longest: int = LONGEST,
 ) -> Sequence:
     """A context and turns that tell it again; context and one turn are `length` tokens together.
 
@@ -37,11 +38,12 @@ def retold(
         chat: in this chat format, as the assistant's reply to the request to repeat, where that
             leaves room; None: as text that simply comes again.
         turns: how many parts are told again, the first one and others drawn; None: all.
+        longest: most tokens of a turn.
 
     Raises:
         SparsekError: no room to tell anything again.
     """
-    size = min(_LONGEST, length // _PARTS)
+    size = min(longest, length // _PARTS)
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     asking, request = encode(tokenizer, ["\n\n", _REQUEST])
     if chat is not None and len(request) + len(chat.reply) < size // 2:
