@@ -171,7 +171,7 @@ def verbs(root: Path) -> dict[str, Verb]:
     convert = [str(base), "--calibrate", "none", "--topk", "12", "--window", "8", "-q"]
     finetune = [
         str(sparse), "--data", str(text), "--steps", "6", "train=all", "sequence_length=64",
-        "batch_size=2", "save_steps=1", "keep_checkpoints=2", "evaluation.sequences=2",
+        "batch_size=2", "save_steps=1", "evaluation.sequences=2",
         "data_workers=0", "--device", "cpu",
     ]  # fmt: skip
     evaluate = [

@@ -31,7 +31,7 @@ RENAMED = {
 SETTLED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "budget_stages": (([],), "leave it out: it gained nothing over training at the budget itself"),
     "scorers_shape_base": ((None,), "leave it out: true from random weights, else false"),
-    "keep_checkpoints": (None, "leave it out: the newest checkpoint is kept"),
+    "keep_checkpoints": ((1,), "leave it out: the newest checkpoint is kept"),
     "loss_chunk": (None, "leave it out: it follows from the vocabulary"),
     "betas": (([0.9, 0.95], (0.9, 0.95)), "leave it out: it is [0.9, 0.95]"),
     "architecture.scaled_init": ((True,), "leave it out: it is true"),

@@ -72,7 +72,7 @@ def test_recipes_of_earlier_versions_run_where_they_ask_for_what_is_done(tmp_pat
 @pytest.mark.parametrize(
     "word",
     [
-        "budget_stages=[4,2]", "betas=[0.9,0.99]", "objective.temperature=2",
+        "budget_stages=[4,2]", "keep_checkpoints=2", "betas=[0.9,0.99]", "objective.temperature=2",
         "scorers_shape_base=true",
     ],
 )  # fmt: skip
