@@ -24,15 +24,28 @@ WORDS = ["steps=4", "save_steps=2", "batch_size=4", "micro_batch_size=1", "learn
 SPARSE = "sparsek={topk: 8, window: 8}"
 
 
-def launch(*program: str) -> str:
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+            "--master-port={port}")  # fmt: skip
+# Without a GPU too: its own launcher of CPU processes asks for MPI.
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2",
+              "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no",
+              "--main_process_port={port}")  # fmt: skip
+
+SCRIPT = """
+import os, pathlib, sys
+from sparsek_cli.app import run
+name = "rank-{RANK}-of-{WORLD_SIZE}".format(**os.environ)
+pathlib.Path(__file__).with_name(name).touch()
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+def launch(*program: str, by: tuple[str, ...] = TORCHRUN) -> str:
     """What the program prints when two processes run it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
-        "--master-addr=127.0.0.1", f"--master-port={port}", *program,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", *(word.format(port=port) for word in by), *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert ran.returncode == 0, ran.stderr[-12_000:]
@@ -75,7 +88,10 @@ def test_two_processes_continue_the_run_of_one(recipe, scratch, tmp_path, monkey
     until(3, made, monkeypatch)
     assert (part_folder(tmp_path / "out") / "checkpoint-2").is_dir()
     words = words_for(made, tmp_path / "launch.yaml", "--resume", "--json")
-    two = json.loads(launch("-m", "sparsek_cli", *words))
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    two = json.loads(launch(str(script), *words, by=ACCELERATE))
+    assert {file.name for file in tmp_path.glob("rank-*")} == {"rank-0-of-2", "rank-1-of-2"}
     assert two["loss"] == pytest.approx(one.loss, abs=1e-4)
     assert two["held_out_loss"] == pytest.approx(one.held_out_loss, abs=1e-4)
     names = (tmp_path / n / "model.safetensors" for n in ("out", "one"))
