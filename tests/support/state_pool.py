@@ -6,13 +6,13 @@ import torch
 from sparsek_kernels import SparseKState
 
 
-def strided_pool(rows: int, heads: int, dim: int, *, dtype=torch.float32, **settings):
+def strided_pool(rows: int, heads: int, dim: int, *, dtype=torch.float32, device="cpu", **settings):
     """A pool whose rows are wider than what they hold, full of what an earlier owner left."""
-    like = SparseKState.empty(rows, heads, dim, dtype=dtype, **settings)
+    like = SparseKState.empty(rows, heads, dim, dtype=dtype, device=device, **settings)
     names = sorted(like.slots, key=lambda name: -like.slots[name].itemsize)
     sizes = [getattr(like, name)[0].nbytes for name in names]
     sizes[-1] += -sum(sizes) % 8 + 24
-    blocks = torch.zeros(rows, sum(sizes), dtype=torch.uint8)
+    blocks = torch.zeros(rows, sum(sizes), dtype=torch.uint8, device=device)
     start = 0
     for name, size in zip(names, sizes, strict=True):
         tensor = getattr(like, name)

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsek_cli.models.config import LayerBudget
 from sparsek_vllm import engine
-from sparsek_vllm.blocks import block_bytes, pool_of
+from sparsek_vllm.blocks import pool_of
 
 OPERATOR = "sparsek::serve"
 
@@ -179,11 +179,6 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             )
             out[tokens] = part[0].transpose(0, 1)
         out[decodes + reads :] = 0
-
-    @property
-    def bytes_of_state(self) -> int:
-        """Bytes of one request's block on this rank."""
-        return block_bytes(self.layout, self.head_dim, self.dtype)
 
 
 @torch.library.custom_op(OPERATOR, mutates_args=("output",))

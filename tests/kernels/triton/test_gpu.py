@@ -3,7 +3,8 @@
 import pytest
 import torch
 from sparsek_kernels.attention import sparsek_attention
-from sparsek_kernels.state import SparseKState
+from sparsek_kernels.state import SparseKState, StateRows
+from state_pool import strided_pool
 
 pytestmark = pytest.mark.gpu
 
@@ -155,3 +156,36 @@ def test_compiled_models_keep_one_graph():
     out = step(q, k, v, scores)
     out.sum().backward()
     assert torch.isfinite(scores.grad).all()
+
+
+def test_rows_of_a_pool_step_as_rows_of_their_own():
+    """In place, in blocks that lie apart, and as one CUDA graph."""
+    shape = dict(topk=(40, 90), window=32, sinks=4)
+    sizes = dict(dtype=torch.bfloat16, device="cuda")
+    pool = strided_pool(9, 2, 64, **sizes, **shape)
+    alone = SparseKState.empty(3, 2, 64, **sizes, **shape)
+    rows = torch.tensor([7, 2, 5], device="cuda")
+    new = torch.Generator("cuda").manual_seed(0)
+
+    def draw(n):
+        parts = [torch.randn(3, h, n, 64, generator=new, **sizes) for h in (8, 2, 2)]
+        return [*parts, torch.randn(3, 2, n, generator=new, device="cuda")]
+
+    prompt = draw(200)
+    fresh = StateRows(pool, rows, torch.ones(3, dtype=torch.bool, device="cuda"))
+    sparsek_attention(*prompt, state=fresh, backend="triton", **shape)
+    _, alone = sparsek_attention(*prompt, state=alone, backend="triton", **shape)
+    held, token = StateRows(pool, rows), draw(1)
+    sparsek_attention(*token, state=held, backend="triton", **shape)  # compiled before the capture
+    sparsek_attention(*token, state=alone, backend="triton", **shape)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, _ = sparsek_attention(*token, state=held, backend="triton", **shape)
+    for _ in range(50):
+        for tensor, fresh_values in zip(token, draw(1), strict=True):
+            tensor.copy_(fresh_values)
+        graph.replay()
+        expected, alone = sparsek_attention(*token, state=alone, backend="triton", **shape)
+        assert torch.equal(out, expected)
+    for name, tensor in held.take().slots.items():
+        assert torch.equal(tensor, alone.slots[name]), name
