@@ -3,20 +3,17 @@
 Reads config.json and safetensors headers only.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible, dense_config
 from sparsek_cli.conversion.checks import check_room, check_rows, check_tensors
 from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
-from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots
+from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots, with_settings_of
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.converted import is_converted
 from sparsek_cli.disk import existing_parent
@@ -273,7 +270,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
     config = base.config()
     again = recipe.again and is_converted(config)
     if again:
-        recipe = _with_settings_of(recipe, config["sparsek"])
+        recipe = with_settings_of(recipe, config["sparsek"])
         config = dense_config(config)
     row = convertible(config)
     sizes = geometry(config, row)
@@ -394,18 +391,3 @@ def _method(method: CalibrationMethod, slots: int, length: int) -> CalibrationMe
         return method
     documents = "retold" if slots >= 2 * length else "told_and_asked"
     return method.model_copy(update={"documents": documents})
-
-
-def _with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRecipe:
-    """The request with the slots and the gate that the model has, where it names none."""
-    given = recipe.model_fields_set
-    settings = {key: block[key] for key in ("window", "sinks", "gate") if key not in given}
-    if not given & {"topk", "budget"}:
-        topk = block["topk"]
-        layers = [x for x in topk if x is not None] if isinstance(topk, list) else [topk]
-        settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
-    if "scorer" not in recipe.method.model_fields_set and block["scorer"]["type"] == "mlp":
-        settings["method"] = recipe.method.model_copy(
-            update={"scorer": "mlp", "width": block["scorer"]["width"]}
-        )
-    return recipe.model_copy(update=settings)

@@ -1,9 +1,14 @@
 """How many slots and how much calibration text: what the request leaves open, and its limits."""
 
+import math
 from fractions import Fraction
+from typing import Any
+
+import numpy as np
 
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 # A sixteenth of the context is where selection still keeps recall while a window does not.
 _SHARE_OF_CONTEXT = Fraction(1, 16)
@@ -90,3 +95,18 @@ def calibration_size(
 def fit_length(length: int) -> int:
     """Tokens of a sequence that maps are fitted on, for documents of `length`."""
     return min(length, max(length // 4, _FIT_LENGTH[0]), _FIT_LENGTH[1])
+
+
+def with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRecipe:
+    """The request with the slots and the gate that the model has, where it names none."""
+    given = recipe.model_fields_set
+    settings = {key: block[key] for key in ("window", "sinks", "gate") if key not in given}
+    if not given & {"topk", "budget"}:
+        topk = block["topk"]
+        layers = [x for x in topk if x is not None] if isinstance(topk, list) else [topk]
+        settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
+    if "scorer" not in recipe.method.model_fields_set and block["scorer"]["type"] == "mlp":
+        settings["method"] = recipe.method.model_copy(
+            update={"scorer": "mlp", "width": block["scorer"]["width"]}
+        )
+    return recipe.model_copy(update=settings)
