@@ -98,7 +98,7 @@ def test_unreadable_documents(repl, tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(UsageError, match="UTF-8|empty"):
         load_file(repl.session, str(file), progress=no_progress)
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="no plain file"):
         load_file(repl.session, str(tmp_path), progress=no_progress)
     (tmp_path / "only").mkdir()
     with pytest.raises(UsageError, match="no text files"):
