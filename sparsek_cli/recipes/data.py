@@ -24,7 +24,7 @@ def set_text(draft: Draft, data: Sequence[str], origin: str) -> None:
         # Words like data.text.column=story may say only something of it.
         if isinstance(block, dict) and block.get("kind", "text") == "text"
     ]
-    if not named:
+    if not named and all(isinstance(block, dict) for block in sources.values()):
         draft.set("data.text", place, origin)
     for name in named:
         for key, value in place.items():
