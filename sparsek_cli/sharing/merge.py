@@ -125,7 +125,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Merged:
     """
     reporter, conversion = reporter or Silent(), plan.conversion
     leftovers.clear(conversion.out, reporter.say)
-    overwrite, base = conversion.recipe.overwrite, conversion.base
+    overwrite, base = conversion.overwrite, conversion.base
     check_folder(conversion.out, MODEL, overwrite=overwrite, model=base.path)
     _check_weights(plan.scorers, base, conversion.row, conversion.base_bytes, reporter)
     scorers = _by_layer(plan)

@@ -46,7 +46,10 @@ def damage(base: Path, how: str) -> None:
     elif how == "family":
         config.update(architectures=["FalconForCausalLM"], model_type="mamba")
     elif how == "converted":
-        config.update(architectures=["SparseKLlamaForCausalLM"], model_type="sparsek_llama")
+        settings = {"topk": 3, "window": 4, "sinks": 1}
+        config.update(
+            architectures=["SparseKLlamaForCausalLM"], model_type="sparsek_llama", sparsek=settings
+        )
     elif how == "sliding":
         config["sliding_window"] = 64
     elif how == "quantised":

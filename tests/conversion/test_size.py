@@ -84,9 +84,9 @@ def test_linked_read_lazily_and_within_seconds(tmp_path):
     stdout, seconds, size = measured("-m", "sparsek_cli", *words, "--json", **state)
     report = json.loads(stdout)
     # Weights are matched with those of the model's class. Importing it is the most of all that is
-    # done; where that alone takes more than six seconds, it is the unit.
+    # done, and so the unit: processors differ.
     _, imports, _ = measured("-c", "import torch; from transformers import LlamaForCausalLM")
-    assert seconds < max(10, 1.6 * imports)
+    assert seconds < 2.5 * imports
     assert report["base_bytes_copied"] == 0
     assert size / (1024 if sys.platform == "darwin" else 1) < 700 * 1024
     for number, base in enumerate(sorted((tmp_path / "base").glob("model-*.safetensors")), 1):

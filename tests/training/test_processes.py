@@ -164,6 +164,8 @@ def test_sharded_processes_train_the_model_of_one(
     ],
 )
 def test_what_cannot_run_is_refused(recipe, scratch, monkeypatch, words, world, message):
-    monkeypatch.setenv("WORLD_SIZE", world)
+    launched = {"WORLD_SIZE": world, "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in {**launched, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         plan(recipe(*scratch, *words))

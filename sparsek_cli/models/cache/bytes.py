@@ -51,10 +51,10 @@ def dense_cache_bytes(config: Any, tokens: int, dtype: torch.dtype, batch: int =
 
 def pair_bytes(layer: Any) -> int:
     """Bytes of the keys and values, scales of codes included, that a layer of any cache holds."""
+    held = [getattr(layer, name, None) for name in ("keys", "values")]
     state = getattr(layer, "state", None)
     if state is not None:
-        return state.pair_nbytes
-    held = [getattr(layer, name, None) for name in ("keys", "values")]
+        held += [state.key_scale, state.value_scale]
     return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
