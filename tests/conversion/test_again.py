@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -59,6 +60,7 @@ def test_what_is_named_changes_and_the_rest_stays(dense_checkpoint, tmp_path):
     assert (again / "base-00001.safetensors").samefile(first / "base-00001.safetensors")
 
 
+@pytest.mark.slow
 def test_unchanged_weights_give_the_same_scorers(tmp_path):
     settings = dict(calibrate_tokens=2048, calibrate_length=256, calibrate="auto", device="cpu")
     first = converted("tiny", tmp_path / "first", topk=20, window=10, **settings)

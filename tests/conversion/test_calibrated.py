@@ -113,6 +113,7 @@ def test_neighbouring_layers_of_a_deep_model_are_valued_together(
         assert (worths[0] == worths[-1]) == together
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k checkpoint is not here")
 def test_calibrated_scores_beat_random_and_window(tmp_path):
     from transformers import AutoModelForCausalLM

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SHARDS, LAYERS, HIDDEN, INNER, VOCABULARY = 4, 14, 2048, 5632, 32000
 KV = HIDDEN // 4
 
@@ -77,6 +79,7 @@ def measured(*words: str, **environment: str) -> tuple[str, float, float]:
     return done.stdout, seconds, size
 
 
+@pytest.mark.slow
 def test_linked_read_lazily_and_within_seconds(tmp_path):
     assert write_checkpoint(tmp_path / "base") > 1.5e9
     words = ["convert", str(tmp_path / "base"), str(tmp_path / "out"), "--calibrate", "none"]

@@ -58,6 +58,7 @@ def results(folder: Path) -> dict:
     return report
 
 
+@pytest.mark.slow
 def test_kill_and_resume_gives_the_same_results(start, tmp_path):
     assert start("whole").wait(timeout=240) == 0
     killed = start("killed")

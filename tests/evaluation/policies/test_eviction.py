@@ -151,6 +151,7 @@ def report(checkpoints, data, tmp_path_factory):
     return evaluate(recipe, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_unlimited_rivals_are_dense_in_every_metric(report):
     dense = {u["task"]: u["metrics"] for u in report["units"] if u["policy"] == "dense"}
     rivals = [u for u in report["units"] if u["policy"] in ("snapkv-2048", "h2o-2048")]

@@ -92,6 +92,7 @@ def runs(checkpoints, data, tmp_path_factory):
     }
 
 
+@pytest.mark.slow
 def test_columns(plain, runs):
     """One test, so that its two evaluations run once however many workers share the suite."""
     for column in ("dense", "dense, prompts read whole"):

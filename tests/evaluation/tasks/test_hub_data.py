@@ -26,6 +26,7 @@ def place(folder, repository, config, splits, rows):
     (target / "README.md").write_text(f"---\n{block}\n---\n", encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_local_copy_is_read(run, recipe, console, tmp_path):
     rows = [
         {
