@@ -109,7 +109,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return RAN_AND_FAILED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else RAN_AND_FAILED if stop.code else 0
-    except Exception as error:
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # but what tokenizers raises where its own code fails is like any other
         if debug:
             import traceback
 
@@ -130,7 +132,7 @@ def _forget_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _describe(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
+def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int]:
     """Message, hint and exit code of whatever a verb may raise."""
     if isinstance(error, SparsekError):
         return error.message, error.hint, error.exit_code
@@ -153,6 +155,9 @@ def _describe(error: Exception, words: Sequence[str]) -> tuple[str, str, int]:
     if isinstance(error, OSError) and error.strerror and error.filename:
         hint = "check the path; --debug shows where it happened"
         return f"{error.strerror}: {error.filename}", hint, RAN_AND_FAILED
+    if "Onig" in text:
+        hint = "mend the pattern of its pre-tokenizer (tokenizer.json), or take other text"
+        return f"the tokenizer gives up on a text: {text.splitlines()[0]}", hint, RAN_AND_FAILED
     first = f"{type(error).__name__}: {text}".splitlines()[0].rstrip(": ")
     return first, "run again with --debug to see where it happened", RAN_AND_FAILED
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.converted import is_converted
+from sparsek_cli.data.chat_template import check_template
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.silence import quiet_transformers
 
@@ -147,7 +148,7 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
     """The tokenizer of a checkpoint, in a folder, or of a hub id.
 
     Raises:
-        SparsekError: there is none, or it cannot be used.
+        SparsekError: there is none, it cannot be used, or its chat template does not end.
     """
     from transformers import AutoTokenizer
 
@@ -158,7 +159,9 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
         place, name = source.path, source.name
     hint = "copy tokenizer.json and tokenizer_config.json of the base model into its folder"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        # Silenced: a class that is no tokenizer's may load a model, and report on it.
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         probe = tokenizer("a word and 1").input_ids
     except Exception as error:
         # Every tokenizer library fails in its own way; all of them mean the same to the user.
@@ -169,6 +172,7 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
         raise SparsekError(
             f"'{name}' has no usable tokenizer: it makes no tokens of any text", hint=hint
         )
+    check_template(tokenizer, name)
     return tokenizer
 
 

@@ -20,6 +20,14 @@ _MERGE = (
     "the tokenizer too, then name OUT"
 )
 _UNQUANTISED = "name the checkpoint it was made from; quantise the converted model, if you must"
+_TOKENIZER_AGAIN = "copy the tokenizer's files of the base model into the folder again"
+# Beside config.json, and what to do about each that is no JSON object.
+_SIDE_FILES = {
+    "generation_config.json": "fetch it again, or remove it: it only says how to generate",
+    "tokenizer_config.json": _TOKENIZER_AGAIN,
+    "special_tokens_map.json": _TOKENIZER_AGAIN,
+    "added_tokens.json": _TOKENIZER_AGAIN,
+}
 # Beside tensors of these names lie weights that are packed or scaled.
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB",
            "._weight_qdata", "._weight_scale", "._data",
@@ -65,7 +73,7 @@ def check(path: Path, name: str) -> dict[str, Any]:
     config = read_config(path)
     _check_class(config, name)
     _check_converted(config, name)
-    _check_generation_config(path)
+    _check_side_files(path)
     if (path / "adapter_config.json").is_file():
         raise UsageError(
             f"'{name}' holds a PEFT adapter beside a base model; only one of them would count",
@@ -207,20 +215,22 @@ def _check_converted(config: dict[str, Any], name: str) -> None:
         )
 
 
-def _check_generation_config(path: Path) -> None:
-    """transformers would go on without one that is no JSON, and without its end tokens."""
-    file = path / "generation_config.json"
-    if not file.is_file():
-        return
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UsageError(
-            f"{file} holds no JSON object",
-            hint="fetch it again, or remove it: it only says how to generate",
-        )
+def _check_side_files(path: Path) -> None:
+    """Files beside config.json that hold one JSON object each.
+
+    transformers would go on without a generation_config.json that is none, and without its end
+    tokens; of the tokenizer's files, verbs that read no text would see nothing.
+    """
+    for name, remedy in _SIDE_FILES.items():
+        file = path / name
+        if not file.is_file():
+            continue
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise UsageError(f"{file} holds no JSON object", hint=remedy)
 
 
 def _check_not_quantised(path: Path, config: dict[str, Any], name: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.data.chat_template import check_template
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.silence import quiet_transformers
 
@@ -52,7 +53,7 @@ def settle(plan: Plan, folder: Path) -> str:
         What was found, in words.
 
     Raises:
-        SparsekError: the two still differ.
+        SparsekError: the base's does not load, or the two still differ.
     """
     if not files_in(folder):
         return "none beside the weights"
@@ -63,7 +64,12 @@ def settle(plan: Plan, folder: Path) -> str:
         except Exception as error:
             # Every tokenizer library fails in its own way; code of its own is not run either.
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            return f"not compared, the base's does not load: {first}"
+            raise SparsekError(
+                f"the tokenizer of {plan.base.name} does not load: {first}",
+                hint="mend its files, or take them all out of the folder: without any, "
+                "--calibrate none converts the weights alone",
+            ) from error
+        check_template(base, plan.base.name)
         if not _make_load_as(base, facts, folder):
             raise SparsekError(
                 f"the tokenizer of {plan.base.name} would give other ids after converting",

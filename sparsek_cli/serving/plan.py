@@ -12,6 +12,7 @@ from typing import Any
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.hub import Checkpoint
+from sparsek_cli.loading import check_tokenizer, load_tokenizer
 from sparsek_cli.serving.engines import TRANSFORMERS, choose
 
 # Flags of the servers that say what flags of ours say.
@@ -83,6 +84,7 @@ def plan(
 
     Raises:
         UsageError: a dense model, no server, or a flag that says what one of ours says.
+        SparsekError: no tokenizer that loads and fits.
     """
     config = checkpoint.config()
     if not is_converted(config):
@@ -97,6 +99,8 @@ def plan(
                 f"{flag.partition('=')[0]} is handed on to the server",
                 hint=f"give {ours} before the --",
             )
+    # What the server would say later, and not in one line.
+    check_tokenizer(load_tokenizer(checkpoint), config["vocab_size"], checkpoint.name)
     name, why = choose(config, engine)
     path = str(checkpoint.path)
     if name == TRANSFORMERS:

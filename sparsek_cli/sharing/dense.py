@@ -236,10 +236,7 @@ def _bring_side_files(plan: Plan, folder: Path) -> str:
 
     for file in files:
         shutil.copyfile(file.resolve(), folder / file.name)
-    try:
-        tokenizer = load_tokenizer(plan.source)
-    except SparsekError as error:
-        return f"copied, not compared: {error.message}"
+    tokenizer = load_tokenizer(plan.source)
     if not bring(tokenizer, folder):
         raise SparsekError(
             f"the tokenizer of {plan.source.name} would give other ids after exporting",

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import hub, model_folder
+from sparsek_cli.conversion.tokenizer import files_in
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.loading import load_tokenizer
 from sparsek_cli.output.contents import (
     ADAPTERS,
     CONVERT_RECIPE,
@@ -90,6 +92,7 @@ def plan(
 
     Raises:
         UsageError: no folder of ours, files in it that are of nobody, or no valid name.
+        SparsekError: a tokenizer that does not load.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -116,6 +119,8 @@ def _check(place: Path) -> None:
     kind = _kind(place)
     if kind is MODEL:
         model_folder.check(place, place.name)
+        if files_in(place):
+            load_tokenizer(place)
     foreign = kind.foreign(place)
     if foreign is not None:
         raise UsageError(

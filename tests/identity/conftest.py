@@ -29,10 +29,12 @@ def saved(tmp_path: Path, sparse_model, tokenizer) -> Callable[..., Path]:
 def pair(tmp_path_factory, build_dense_model) -> Callable[[str, str], SimpleNamespace]:
     """`pair(family, shape)` -> `.base` and `.out`, a dense folder and its conversion.
 
-    The weights of a family are the same for every tokenizer; 12 of 48 tokens are kept.
+    The weights of a family are the same for every tokenizer; 12 of 48 tokens are kept. `.out` is
+    None where the base was refused; `.said` then is why.
     """
     from verbs import convert
 
+    from sparsek_cli.errors import SparsekError
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
     root = tmp_path_factory.mktemp("pairs")
@@ -56,8 +58,10 @@ def pair(tmp_path_factory, build_dense_model) -> Callable[[str, str], SimpleName
         recipe = ConvertRecipe(
             model=str(base), out=str(out), calibrate="none", topk=6, window=4, sinks=2
         )
-        done = convert(recipe)
-        return SimpleNamespace(base=base, out=out, said=done.tokenizer)
+        try:
+            return SimpleNamespace(base=base, out=out, said=convert(recipe).tokenizer)
+        except SparsekError as refusal:
+            return SimpleNamespace(base=base, out=None, said=refusal.message)
 
     return make
 

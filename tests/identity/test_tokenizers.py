@@ -35,12 +35,11 @@ def test_ids_logits_and_attention_are_as_they_should_be(family, shape, pair):
     made = pair(family, shape)
     tokenizer = base_tokenizer(made.base)
     if tokenizer is None:
-        assert made.said.startswith("not compared, the base's does not load")
-        ids = torch.arange(48)[None]
-    else:
-        assert described(AutoTokenizer.from_pretrained(made.out)) == described(tokenizer)
-        text = "The harbour master counted 1234 crates and wrote them down."
-        ids = tokenizer(text, return_tensors="pt").input_ids[:, :48]
+        assert made.out is None and "does not load" in made.said
+        return
+    assert described(AutoTokenizer.from_pretrained(made.out)) == described(tokenizer)
+    text = "The harbour master counted 1234 crates and wrote them down."
+    ids = tokenizer(text, return_tensors="pt").input_ids[:, :48]
     dense = AutoModelForCausalLM.from_pretrained(made.base)
     sparse = AutoModelForCausalLM.from_pretrained(made.out)
     with torch.no_grad(), models.budget(sparse, topk=64), counted_attention() as layers:

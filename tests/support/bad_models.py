@@ -168,6 +168,37 @@ def _tokenizer(change: Callable[[dict[str, Any]], Any]) -> Maker:
     return make
 
 
+def tokenizer_config(**changes: Any) -> Maker:
+    """tokenizer_config.json with other keys."""
+
+    def make(good: Path, folder: Path) -> None:
+        found = json.loads((good / "tokenizer_config.json").read_text())
+        file("tokenizer_config.json", json.dumps(found | changes))(good, folder)
+
+    return make
+
+
+def template(text: str) -> Maker:
+    return file("chat_template.jinja", text)
+
+
+WRONG_TYPES: dict[str, dict[str, Any]] = {
+    "class-number": {"tokenizer_class": 3},
+    "class-of-models": {"tokenizer_class": "LlamaForCausalLM"},
+    "class-other": {"tokenizer_class": "T5Tokenizer"},
+    "end-number": {"eos_token": 3},
+    "side": {"padding_side": "up"},
+    "length-word": {"model_max_length": "many"},
+    "added-list": {"added_tokens_decoder": [1]},
+}
+ENDLESS = {
+    "nested": "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    "macro": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}"
+    "{{ f(60) }}",
+    "doubling": "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+    "{% endfor %}",
+    "power": "{{ 9 ** 9 ** 9 ** 9 }}",
+}
 LAYER = "model.layers.0.mlp.up_proj.weight"
 ESCAPE = "\x1b]0;title\x07"
 ADAPTER = json.dumps({"base_model_name_or_path": f"someone/base{ESCAPE}", "peft_type": "LORA"})
@@ -224,6 +255,11 @@ MODELS: dict[str, Maker] = {
     "pad-beyond": config(pad_token_id=10**6),
     "sizes-other": config(intermediate_size=49),
     "sparsek-block-alone": config(sparsek={"topk": 3}),
+    # files of the tokenizer that are no JSON objects
+    "tokenizer-config-cut": file("tokenizer_config.json", '{"model_max_length": '),
+    "tokenizer-config-list": file("tokenizer_config.json", "[]"),
+    "special-tokens-cut": file("special_tokens_map.json", "{"),
+    "added-tokens-list": file("added_tokens.json", "[1]"),
     # weights
     "head-gone": both(
         config(tie_word_embeddings=False), tensors(lambda t: t.pop("lm_head.weight"))
@@ -254,6 +290,9 @@ TOKENIZERS: dict[str, Maker] = {
     "tokenizer-gone": both(file("tokenizer.json", None), file("tokenizer_config.json", None)),
     "tokenizer-cut": file("tokenizer.json", '{"version": '),
     "tokenizer-list": file("tokenizer.json", "[]"),
+    **{f"tokenizer-{name}": tokenizer_config(**changes) for name, changes in WRONG_TYPES.items()},
+    "template-doubling": template(ENDLESS["doubling"]),
+    "template-power": template(ENDLESS["power"]),
     "tokenizer-beyond": _tokenizer(lambda t: t["model"]["vocab"].update({"<far>": 10**6})),
 }
 # What is no name of any model.

@@ -1,0 +1,111 @@
+"""Chat templates are programs of strangers: one that does not end is found before it is used."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from sparsek_cli.errors import SparsekError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Steps of a template for a conversation of three short turns; the longest in use take hundreds.
+MOST_STEPS = 50_000
+MOST_CHARACTERS = 10_000_000  # of one of its variables: text that doubles fills any memory
+# What jinja2 calls the code that it makes of a template, and its one function that loops at will.
+_CODE, _LOREM_IPSUM = "<template>", "generate_lorem_ipsum"
+_SYSTEM = {"role": "system", "content": "s"}
+_TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+]
+_TRIALS = (_TURNS[:1], _TURNS, [_SYSTEM, *_TURNS])
+
+
+class _TooMuch(BaseException):
+    """No Exception, which a template's own functions might catch."""
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Renders short conversations and counts the template's steps.
+
+    A template may refuse any of them: whoever renders a conversation is told then.
+
+    Args:
+        name: what to call the model.
+
+    Raises:
+        SparsekError: the template takes more steps or room than any in use, or raises to a power.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        return
+    texts = template.values() if isinstance(template, dict) else [template]
+    if any(_has_power(text) for text in texts if isinstance(text, str)):
+        raise _refusal(name, "raises numbers to powers")
+    for messages in _TRIALS:
+        before = sys.gettrace()
+        sys.settrace(_counting())
+        try:
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except _TooMuch as found:
+            raise _refusal(name, f"takes over {found} for three turns") from None
+        except Exception:
+            continue
+        finally:
+            sys.settrace(before)
+
+
+def _counting() -> Any:
+    """A trace function that raises `_TooMuch` where lines of templates or their texts are many."""
+    steps = 0
+
+    def step(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        if steps > MOST_STEPS:
+            raise _TooMuch(f"{MOST_STEPS:,} steps")
+        if any(_size(value) > MOST_CHARACTERS for value in frame.f_locals.values()):
+            raise _TooMuch(f"{MOST_CHARACTERS:,} characters")
+        return step
+
+    def enter(frame: FrameType, event: str, argument: Any) -> Any:
+        code = frame.f_code
+        counted = code.co_filename == _CODE or code.co_name == _LOREM_IPSUM
+        return step(frame, event, argument) if counted else None
+
+    return enter
+
+
+def _size(value: Any) -> int:
+    """Characters of a text, items of a list; of a namespace, those of its largest."""
+    if isinstance(value, str | list | tuple):
+        return len(value)
+    inner = getattr(value, "_Namespace__attrs", None)
+    return max(map(_size, inner.values()), default=0) if isinstance(inner, dict) else 0
+
+
+def _has_power(template: str) -> bool:
+    """Whether an expression has the operator **, which jinja2 works out while it compiles."""
+    import jinja2
+
+    try:
+        tokens = list(jinja2.Environment().lex(template))
+    except jinja2.TemplateError:
+        return False  # whoever renders it is told
+    last = ""
+    for _, kind, value in tokens:
+        if kind == "operator" and value == "**" and last not in ("(", ","):
+            return True  # elsewhere it hands keywords on
+        last = last if kind == "whitespace" else value
+    return False
+
+
+def _refusal(name: str, why: str) -> SparsekError:
+    return SparsekError(
+        f"the chat template of '{name}' {why}",
+        hint="mend or remove it: chat_template.jinja, or chat_template in tokenizer_config.json",
+    )
