@@ -7,7 +7,7 @@ another model class the total is the same and those two are absent.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from sparsek_cli.evaluation.tasks.local_text import WrongLength, documents, leng
 
 BINS = 32  # positions are averaged over this many equal spans
 CHARACTERS_PER_TOKEN = 8  # more than any text needs; one slice is then nearly always enough
+SPARE = 1.1  # a passage may take so many times the characters of a document's first
+GOLDEN_RATIO = (5**0.5 - 1) / 2
 MAX_PASSAGES = 4  # from one document, so that a single long one does not speak for all text
 
 
@@ -55,7 +57,7 @@ def dataset(**settings: Any) -> dict:
 
 
 def _passages(settings: dict[str, Any], length: int, count: int) -> Iterator[dict[str, Any]]:
-    """At most `count` passages, first one of each document, then a second one of each, ..."""
+    """At most `count` different passages, first one of each document, then a second one, ..."""
     tokenizer = tokenizer_of(settings)
     texts = []
     for text in documents(settings):
@@ -64,32 +66,53 @@ def _passages(settings: dict[str, Any], length: int, count: int) -> Iterator[dic
         if len(texts) >= count:
             break
     rng = np.random.default_rng([settings.get("seed") or 0, length])
-    found = 0
-    for _ in range(MAX_PASSAGES):
-        for text in texts:
-            if found == count:
+    first = rng.random(len(texts))
+    cut = set()
+    for turn in range(MAX_PASSAGES):
+        for number, text in enumerate(texts):
+            if len(cut) == count:
                 return
-            passage = _cut(tokenizer, text, length, float(rng.random()))
-            if passage is not None:
-                found += 1
-                yield {"text": passage[0], "tokens": passage[1], "length": length}
+            # Far from the earlier ones, however many follow: passages should share little.
+            where = (first[number] + turn * GOLDEN_RATIO) % 1
+            passage = _cut(tokenizer, text, length, float(where))
+            if passage is not None and (number, passage.start) not in cut:
+                cut.add((number, passage.start))
+                yield {"text": passage.text, "tokens": passage.tokens, "length": length}
 
 
-def _cut(tokenizer: Any, text: str, length: int, where: float) -> tuple[str, int] | None:
-    """A passage of at most `length` tokens (nearly always exactly) and its token count, or None.
+class _Passage(NamedTuple):
+    start: int
+    text: str
+    tokens: int
+
+
+def _cut(tokenizer: Any, text: str, length: int, where: float) -> _Passage | None:
+    """A passage of at most `length` tokens (nearly always exactly), or None where it is too short.
+
+    Args:
+        where: 0 for the start of the text, 1 for the last passage it has room for.
+    """
+    first = _passage(tokenizer, text, length, 0)
+    if first is None:
+        return None
+    # Tokens are longer in some places than in others; where the end has too few, take the start.
+    last = len(text) - int(len(first.text) * SPARE)
+    start = text.find(" ", int(where * last)) + 1 if last > 0 else 0
+    return (_passage(tokenizer, text, length, start) if start else None) or first
+
+
+def _passage(tokenizer: Any, text: str, length: int, start: int) -> _Passage | None:
+    """The passage from character `start` on.
 
     Cut at token bounds; the first tokens may merge differently without what stood before them, so
     the count is taken again and what is too much is cut off.
     """
-    span = length * CHARACTERS_PER_TOKEN
-    start = int(where * max(0, len(text) - span))
-    start = text.find(" ", start) + 1 if start else 0
-    piece = text[start : start + span]
+    piece = text[start : start + length * CHARACTERS_PER_TOKEN]
     for _ in range(8):
         encoded = tokenizer(piece, return_offsets_mapping=True, verbose=False)
         tokens = len(encoded["input_ids"])
         if tokens <= length:
-            return (piece, tokens) if tokens >= length - 16 else None
+            return _Passage(start, piece, tokens) if tokens >= length - 16 else None
         piece = piece[: encoded["offset_mapping"][length - 1][1]]
     return None
 

@@ -1,5 +1,7 @@
 """The recall variants and the ppl passages say what their names promise."""
 
+import json
+
 import pytest
 
 from sparsek_cli.evaluation.tasks.catalogue import catalogue
@@ -116,3 +118,36 @@ def test_transformers_is_left_as_it_was():
     import sparsek_cli.evaluation.tasks.scrolls  # noqa: F401
 
     assert "transformers.data.metrics.squad_metrics" not in sys.modules
+
+
+@pytest.mark.parametrize("words", [1600, 4000])
+def test_passages_of_a_short_document_differ(words, tokenizer, checkpoints, tmp_path):
+    """A document of one and a half passages was once cut at its start every time."""
+    from sparsek_cli.evaluation.tasks import ppl
+
+    text = " ".join(f"{'word' if n % 3 else 'other'} {n}" for n in range(words))
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"text": text}) + "\n", encoding="utf-8")
+    tokens = len(tokenizer(text)["input_ids"])
+    length = int(tokens / 1.5)
+    name = str(checkpoints[0])
+    rows = ppl.dataset(
+        tokenizer=name, max_seq_lengths=[length], text=[str(file)], limit=3,
+        sparsek={"documents": 3},
+    )["test"]  # fmt: skip
+    assert len(rows) == 3
+    assert len(set(rows["text"])) == 3
+    assert all(length - 16 <= count <= length for count in rows["tokens"])
+
+
+def test_a_passage_as_long_as_its_document_counts_once(tokenizer, checkpoints, tmp_path):
+    from sparsek_cli.evaluation.tasks import ppl
+
+    text = " ".join(f"word {n}" for n in range(900))
+    (tmp_path / "one.txt").write_text(text, encoding="utf-8")
+    length = len(tokenizer(text)["input_ids"])
+    rows = ppl.dataset(
+        tokenizer=str(checkpoints[0]), max_seq_lengths=[length], limit=4,
+        text=[str(tmp_path / "one.txt")], sparsek={"documents": 4},
+    )["test"]  # fmt: skip
+    assert rows["text"] == [text]
