@@ -26,6 +26,7 @@ TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
+SHOWN = ("GATE", "WINDOW", "KIND", "DOT", "K")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -64,7 +65,7 @@ class Recorder:
             "shared": made.metadata.shared,
             **_resources(made.asm["cubin"]),
             "carried": [_carried(made.asm[stage]) for stage in ("source", "ttgir")],
-            "constants": {n: v for n, v in flags.items() if n in ("GATE", "WINDOW")},
+            "constants": {n: v for n, v in flags.items() if n in SHOWN},
             **options,
         }
 
@@ -127,7 +128,27 @@ def report(capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype)
     token = torch.zeros(2, groups, 1, dim, dtype=dtype)
     query = torch.zeros(2, heads, 1, dim, dtype=dtype)
     decode.step(query, token, token, torch.zeros(2, groups, 1), torch.zeros(groups), state, scale=1)
+    _linear_maps(dim, dtype)
     return list(recorder.rows.values())
+
+
+def _linear_maps(dim: int, dtype: torch.dtype) -> None:
+    """The maps of a decoding step of one row and of several, at the shape of a 1B model."""
+    from sparsek_kernels.triton import linears
+
+    wide = torch.zeros(8192, 2048, dtype=dtype)
+    norm = linears.Norm(torch.zeros(2048, dtype=dtype), 1e-5)
+    scorer = linears.Scorer(torch.zeros(8, 2048), torch.zeros(8))
+    maps = [(wide[:2048], None), (wide[:512], None), (wide[:512], None)]
+    for rows in (1, 4):
+        x = torch.zeros(rows, 2048, dtype=dtype)
+        turn = (torch.zeros(rows, dim, dtype=dtype),) * 2
+        q, k, *_ = linears.project(x, maps, dim, norm=norm, turn=turn, scorer=scorer)
+        inner = linears.gated(x, maps[0], maps[0], norm=norm)
+        linears.linear(inner, maps[0][0], residual=x)
+        linears.linear(torch.zeros(rows, 8192, dtype=dtype), wide.view(2048, 8192), residual=x)
+        linears.norm_rotate(q, k, norm.weight[:dim], norm.weight[:dim], 1e-5, turn)
+        linears.rms_norm(x, norm)
 
 
 def main() -> None:

@@ -1,0 +1,30 @@
+"""Linear maps of a few rows: the weights of a decoding step, read once at the memory's speed.
+
+kernel   what runs on the device
+launch   its callers: plain, gated and projecting maps, and norms
+shapes   how a launch is cut into programs
+"""
+
+from sparsek_kernels.triton.linears.launch import (
+    MOST_ROWS,
+    Norm,
+    Scorer,
+    gated,
+    linear,
+    norm_rotate,
+    project,
+    rms_norm,
+)
+from sparsek_kernels.triton.linears.shapes import Shape
+
+__all__ = [
+    "MOST_ROWS",
+    "Norm",
+    "Scorer",
+    "Shape",
+    "gated",
+    "linear",
+    "norm_rotate",
+    "project",
+    "rms_norm",
+]

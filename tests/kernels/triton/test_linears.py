@@ -1,0 +1,136 @@
+"""Linear maps of a few rows against torch's own modules, which round where they round."""
+
+import pytest
+import torch
+from sparsek_kernels.triton import linears
+from sparsek_kernels.triton.linears import Norm, Scorer, Shape
+from torch import nn
+from torch.nn import functional as F
+
+pytestmark = pytest.mark.interpret
+# Sums in another order. The interpreter multiplies tiles in float16 but not in bfloat16, and cuts
+# bfloat16 off where a GPU rounds.
+NEAR = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 5e-2}
+SHAPES = {
+    "one row": Shape(pairs=4, columns=32, warps=4),
+    "at once": Shape(pairs=3 + 1, columns=128, warps=4),
+    "few rows": Shape(pairs=16, columns=16, warps=4, stages=2, dot=True),
+}
+CASES = [
+    (1, "one row", torch.float32),
+    (1, "one row", torch.bfloat16),
+    (1, "at once", torch.float32),
+    (1, "few rows", torch.float32),
+    (3, "few rows", torch.float32),
+    (8, "few rows", torch.float16),
+]
+cases = pytest.mark.parametrize("rows, name, dtype", CASES, ids=lambda value: str(value))
+
+
+def new(*shape, dtype, seed=0):
+    made = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return (made / shape[-1] ** 0.5 if len(shape) > 1 else made).to(dtype)
+
+
+def rms_norm(x, norm):
+    """As transformers' Llama: rounded before the weight and after it."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    return norm.weight * wide.to(x.dtype)
+
+
+def turned(x, cos, sin):
+    """Rotary positions of [M, heads, D]."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-high, low), dim=-1) * sin[:, None]
+
+
+def near(found, expected, dtype):
+    assert found.dtype == expected.dtype and not found.isnan().any()
+    scale = expected.float().abs().max()
+    assert float((found.float() - expected.float()).abs().max() / scale) < NEAR[dtype]
+
+
+@cases
+@pytest.mark.parametrize("outputs, inputs", [(19, 70), (16, 128)])
+def test_a_linear_map(rows, name, dtype, outputs, inputs):
+    x, weight = new(rows, inputs, dtype=dtype), new(outputs, inputs, dtype=dtype, seed=1)
+    bias, residual = new(outputs, dtype=dtype, seed=2), new(rows, outputs, dtype=dtype, seed=3)
+    norm = Norm(1 + new(inputs, dtype=dtype, seed=4), 1e-5)
+    shape = SHAPES[name]
+    near(linears.linear(x, weight, shape=shape), F.linear(x, weight), dtype)
+    found = linears.linear(x, weight, bias, norm=norm, residual=residual, shape=shape)
+    near(found, residual + F.linear(rms_norm(x, norm), weight, bias), dtype)
+
+
+@cases
+def test_a_gated_map(rows, name, dtype):
+    x, norm = 3 * new(rows, 70, dtype=dtype), Norm(1 + new(70, dtype=dtype, seed=4), 1e-6)
+    gate, up = (
+        (new(13, 70, dtype=dtype, seed=i), new(13, dtype=dtype, seed=i + 2)) for i in (1, 2)
+    )
+    found = linears.gated(x, gate, up, norm=norm, shape=SHAPES[name])
+    inner = rms_norm(x, norm)
+    near(found, F.silu(F.linear(inner, *gate)) * F.linear(inner, *up), dtype)
+    found = linears.gated(x, (gate[0], None), (up[0], None), shape=SHAPES[name])
+    near(found, F.silu(F.linear(x, gate[0])) * F.linear(x, up[0]), dtype)
+
+
+@cases
+@pytest.mark.parametrize("dim, biased, together", [(8, True, True), (6, False, False)])
+def test_projections_with_positions_and_scores(rows, name, dtype, dim, biased, together):
+    heads, groups, inputs = 2, 1, 70
+    x, norm = new(rows, inputs, dtype=dtype), Norm(1 + new(inputs, dtype=dtype, seed=4), 1e-6)
+    maps = tuple(
+        (new(count * dim, inputs, dtype=dtype, seed=count + i),
+         new(count * dim, dtype=dtype, seed=i) if biased else None)
+        for i, count in enumerate((heads, groups, groups))
+    )  # fmt: skip
+    angle = new(rows if together else 1, dim // 2, dtype=torch.float32, seed=9).repeat(1, 2) * 9
+    turn = angle.cos().to(dtype), angle.sin().to(dtype)
+    scorer = Scorer(*(new(*s, dtype=torch.float32, seed=7) for s in ((groups, inputs), (groups,))))
+    options = {"norm": norm, "scorer": scorer, "shape": SHAPES[name]}
+    q, k, v, scores = linears.project(x, maps, dim, turn=turn, **options)
+    inner = rms_norm(x, norm)
+    plain = [F.linear(inner, *one).unflatten(1, (-1, dim)) for one in maps]
+    near(q, turned(plain[0], *turn), dtype)
+    near(k, turned(plain[1], *turn), dtype)
+    near(v, plain[2], dtype)
+    expected = F.linear(inner.float(), *scorer)
+    near(scores, expected, torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    unturned = linears.project(x, maps, dim, norm=norm, shape=SHAPES[name])
+    for found, expected in zip(unturned[:3], plain, strict=True):
+        near(found, expected, dtype)
+    assert unturned[3] is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows, dim", [(1, 16), (5, 10)])
+def test_norms_alone_and_over_heads(dtype, rows, dim):
+    x, norm = new(rows, 70, dtype=dtype), Norm(1 + new(70, dtype=dtype, seed=4), 1e-6)
+    near(linears.rms_norm(x, norm), rms_norm(x, norm), dtype)
+    q, k = new(rows, 3, dim, dtype=dtype), new(rows, 2, dim, dtype=dtype, seed=1)
+    weights = [1 + new(dim, dtype=dtype, seed=i) for i in (2, 3)]
+    angle = new(rows, dim // 2, dtype=torch.float32, seed=9).repeat(1, 2) * 9
+    turn = angle.cos().to(dtype), angle.sin().to(dtype)
+    pairs = zip((q, k), weights, strict=True)
+    expected = [turned(rms_norm(part, Norm(weight, 1e-6)), *turn) for part, weight in pairs]
+    linears.norm_rotate(q, k, *weights, 1e-6, turn)
+    near(q, expected[0], dtype)
+    near(k, expected[1], dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("inputs, outputs", [(70, 11), (2500, 3)])
+def test_the_usual_shapes(rows, inputs, outputs):
+    """No shape named: whole rows of narrow inputs, several steps of wide ones."""
+    layer = nn.Linear(inputs, outputs)
+    x = new(rows, inputs, dtype=torch.float32)
+    with torch.no_grad():
+        near(linears.linear(x, layer.weight, layer.bias), layer(x), torch.float32)
+
+
+def test_more_rows_than_a_shape_takes_are_refused():
+    x = new(2, 16, dtype=torch.float32)
+    with pytest.raises(ValueError, match="2 rows, and this shape takes 1"):
+        linears.linear(x, x, shape=SHAPES["one row"])
