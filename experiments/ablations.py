@@ -10,6 +10,9 @@ window of the same slots and dense attention that is closed (on the last quarter
 and recall of 1, 4 and 16 facts in phrasings that calibration knows and in others that only the base
 knows. Dense and window are measured once. Rows `seed` say how much of a difference is chance.
 
+Rows `ceiling` show what selection can reach: scores are the attention that later queries give each
+key, measured in the pass that they then decide, with shares and slopes per head found from them.
+
 The words of a row that wins become the default in recipes/schema_convert.py; `--set` gives words
 to every row, to see what another default changes.
 
@@ -18,6 +21,7 @@ OUT/results.json holds everything; the same command goes on where an earlier one
 """
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +68,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "scorer-linear": {"method.scorer": "linear"},
     "scorer-linear-seed": {"method.scorer": "linear", "seed": 1},
     "scorer-keys-values": {"scorer": "keys-values"},
+    "ceiling": {"scorer": "future"},
+    "ceiling-slope-0": {"scorer": "future", "method.slopes": [0]},
     "target-mean": {"method.target": "mean"},
     "target-p99": {"method.target": "p99"},
     "budgets-uniform": {"budgets": "uniform"},
@@ -193,8 +199,10 @@ class Experiment:
         plan = make_plan(recipe)
         found = search(plan, Silent(), fit)
         model = load(self.model, self.device, self.dtype)
+        # One sequence at a time: to scores of what comes later, padding would be a query.
+        suite = replace(self.suite, batch_tokens=1)
         with in_place_of_linear(model, [layer.maps for layer in found.layers], found.choices):
-            return found.report["text_loss"], self.suite.measure(model, OWN)
+            return found.report["text_loss"], suite.measure(model, OWN)
 
     def add(
         self, name: str, changes: dict[str, Any] | None, measured: dict[str, Any], **more: Any

@@ -1,7 +1,8 @@
-"""Scorers that are compared with others and not adopted: of keys and values.
+"""Scorers that are compared with others and not adopted: of keys and values, of what comes later.
 
 They are fitted and chosen by calibration as the linear ones are (`conversion/calibrate`), and stand
-in for them in a loaded model.
+in for them in a loaded model. `FutureFit` is no scorer but a ceiling: its scores are the attention
+that later queries do give each key, measured in the pass that they then decide.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from torch import nn
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
 from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Map, Targets
-from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap
+from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
+from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.models import replaced_scorers, set_budget
 from sparsek_cli.models.attention import replaced_attention, sparsek_attention_forward
@@ -28,7 +30,8 @@ class KeyValueFit:
     def __init__(self, plan: Plan, device: torch.device):
         size = plan.geometry
         width = 2 * size.head_dim + 2
-        self._heads = [LinearFit(plan, device, width=width, groups=1) for _ in range(size.kv_heads)]
+        maps = plan.calibration.method.maps
+        self._heads = [LinearFit(width, 1, maps, device) for _ in range(size.kv_heads)]
 
     def add(self, recorded: Recorded, targets: Targets) -> None:
         features = _key_value_features(recorded)
@@ -58,7 +61,60 @@ def _key_value_features(recorded: Recorded) -> torch.Tensor:
     return torch.cat([key, value, *norms], -1)
 
 
-FITS: dict[str, Callable[[Plan, torch.device], Any]] = {"keys-values": KeyValueFit}
+class FutureFit:
+    """The measured future attention as scores: by its largest value, and by its mean.
+
+    Nothing is fitted but the scale of the scores, which slopes are relative to.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device):
+        self._window = plan.window
+        self._seen: dict[str, list[torch.Tensor]] = {name: [] for name in ("max", "mean")}
+
+    def add(self, recorded: Recorded, targets: Targets) -> None:
+        for name, seen in self._seen.items():
+            seen.append(FutureMap(name, self._window).of(recorded)[:, targets.pairs])
+
+    def maps(self) -> dict[str, "FutureMap"]:
+        made = {}
+        for name, seen in self._seen.items():
+            rows = torch.cat(seen, 1)
+            scale = SPREAD / rows.std(1, keepdim=True).clamp_min(1e-6)
+            made[name] = FutureMap(name, self._window, rows.mean(1, keepdim=True), scale)
+        return made
+
+
+@dataclass(frozen=True)
+class FutureMap:
+    """log of the attention that all later queries outside the window give a key, standardised.
+
+    Attributes:
+        target: max or mean over these queries and the group's heads. window: newest keys.
+        mean, scale: [G, 1] over the calibration text.
+    """
+
+    target: str
+    window: int
+    mean: torch.Tensor | float = 0.0
+    scale: torch.Tensor | float = 1.0
+
+    def of(self, recorded: Recorded) -> torch.Tensor:
+        tokens = recorded.key.shape[1]
+        nothing = torch.zeros(tokens, dtype=torch.bool)
+        seen, _ = future_attention(
+            recorded, torch.arange(tokens), nothing, self.window, self.target
+        )
+        # Of the keys of turns nothing is known: they are read once.
+        seen = nn.functional.pad(seen, (0, tokens - seen.shape[1]), value=FLOOR)
+        return (seen - self.mean) * self.scale
+
+
+FITS: dict[str, Callable[[Plan, torch.device], Any]] = {
+    "keys-values": KeyValueFit,
+    "future": FutureFit,
+}
+# Maps of what attention sees, not of the block's input.
+_OF_ATTENTION = (KeyValueMap, FutureMap)
 
 
 class _Chosen(nn.Module):
@@ -74,22 +130,21 @@ class _Chosen(nn.Module):
         return torch.stack([scores[name][head] for head, name in enumerate(self.choice.maps)])
 
     def forward(self, hidden_states: torch.Tensor, position_ids: Any = None) -> tuple:
-        """Scores [B, G, N] of the block's input; of keys and values see `in_place_of_linear`."""
+        """Scores [B, G, N] of the block's input; maps of attention see `in_place_of_linear`."""
         batch, tokens, _ = hidden_states.shape
-        if any(isinstance(map_, KeyValueMap) for map_ in self.maps.values()):
+        if any(isinstance(map_, _OF_ATTENTION) for map_ in self.maps.values()):
             return hidden_states.new_zeros(batch, len(self.slopes), tokens), self.slopes
         nothing = torch.empty(0)
         flat = Recorded(hidden_states.flatten(0, 1), nothing, nothing, nothing, 1.0)
         return self.of(flat).unflatten(1, (batch, tokens)).transpose(0, 1), self.slopes
 
 
-def _key_value_attention(module: nn.Module, query, key, value, mask, **kwargs: Any):
-    """`sparsek_attention_forward` with scores from keys [B, G, N, D] and values."""
-    batch, _, tokens, _ = key.shape
-    flat = [x.transpose(0, 1).flatten(1, 2) for x in (key, value)]
-    recorded = Recorded(torch.empty(0), torch.empty(0), *flat, 1.0)
-    scores = module.scorer.of(recorded).unflatten(1, (batch, tokens)).transpose(0, 1)
-    kwargs["sparsek_scores"] = scores.contiguous()
+def _recorded_attention(module: nn.Module, query, key, value, mask, **kwargs: Any):
+    """`sparsek_attention_forward` with scores of query [B, H, N, D], keys [B, G, N, D], values."""
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    rows = zip(query, key, value, strict=True)
+    scores = [module.scorer.of(Recorded(torch.empty(0), *row, scaling)) for row in rows]
+    kwargs["sparsek_scores"] = torch.stack(scores)
     return sparsek_attention_forward(module, query, key, value, mask, **kwargs)
 
 
@@ -107,6 +162,6 @@ def in_place_of_linear(
     with ExitStack() as stack:
         stack.callback(set_budget, model, topk=before)
         stack.enter_context(replaced_scorers(model, lambda a: scorers[a.layer_idx]))
-        if any(isinstance(map_, KeyValueMap) for map_ in maps[0].values()):
-            stack.enter_context(replaced_attention(ATTENTION, lambda _: _key_value_attention))
+        if any(isinstance(map_, _OF_ATTENTION) for map_ in maps[0].values()):
+            stack.enter_context(replaced_attention(ATTENTION, lambda _: _recorded_attention))
         yield

@@ -35,6 +35,7 @@ SETTLED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "loss_chunk": (None, "leave it out: it follows from the vocabulary"),
     "betas": (([0.9, 0.95], (0.9, 0.95)), "leave it out: it is [0.9, 0.95]"),
     "architecture.scaled_init": ((True,), "leave it out: it is true"),
+    "objective.future": ((0, 0.0), "leave it out, or set scorer_training=concurrent in its place"),
     "objective.temperature": ((1, 1.0), "leave it out: it is 1"),
 }
 

@@ -93,11 +93,6 @@ class Objective(Strict):
         description="weight of the KL divergence to the weights a run starts from, with dense "
         "attention",
     )
-    future: NonNegativeFloat = Field(
-        0.0,
-        description="weight of 1 - the correlation of scores and the attention that later queries "
-        "of the dense model give each key; dropped keys have a gradient here only",
-    )
     answer_weight: NonNegativeFloat = Field(
         1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
     )
@@ -236,6 +231,18 @@ class FinetuneRecipe(Strict):
     train: Literal["scorers", "lora", "all"] = Field(
         "scorers", description="scorers (frozen base), lora (adapters and scorers), or all"
     )
+    scorer_training: Literal["gates", "concurrent", "refit", "frozen"] = Field(
+        "gates",
+        description="how scorers learn: through the gates, by the gradient of the objective; "
+        "concurrent: at each step from the attention that later queries of the same pass give each "
+        "key, at the border of what is kept; refit: fitted anew in closed form every 50 steps; or "
+        "frozen. But for gates, attention sees scores as constants",
+    )
+    budgets: list[PositiveInt] = Field(
+        default_factory=list,
+        description="each step keeps 1/n of sequence_length, n drawn from these, shared out among "
+        "heads as the model's own budget is; []: always the model's own",
+    )
     lora: Lora = Field(default_factory=Lora, description="adapter settings for train: lora")
     objective: Objective = Field(default_factory=Objective, description="what is minimised")
     data: dict[str, Source] = Field(
@@ -336,8 +343,7 @@ class FinetuneRecipe(Strict):
             raise ValueError("with init: random needs an 'architecture'")
         if self.init == "random" and self.train != "all":
             raise ValueError("with init: random needs train: all (nothing is worth freezing)")
-        if not (self.objective.lm or self.objective.distill or self.objective.future):
-            raise ValueError("has nothing to minimise: objective.lm, distill and future are 0")
+        self._check_scorer_training()
         if (
             self.evaluation.questions
             and self.evaluation.held_out == 0
@@ -349,3 +355,14 @@ class FinetuneRecipe(Strict):
             if filler is not None and getattr(self.data.get(filler), "kind", None) != "text":
                 raise ValueError(f"data.{name}.filler must name a text source, not '{filler}'")
         return self
+
+    def _check_scorer_training(self) -> None:
+        how, own = self.scorer_training, self.scorer_training == "concurrent"
+        if not (self.objective.lm or self.objective.distill or own):
+            raise ValueError("has nothing to minimise: objective.lm and objective.distill are 0")
+        if self.train == "scorers" and how in ("refit", "frozen"):
+            raise ValueError(f"with train: scorers and scorer_training: {how} has nothing to train")
+        if self.train == "lora" and not self.lora.scorers and how in ("refit", "concurrent"):
+            raise ValueError(f"with scorer_training: {how} needs lora.scorers: true")
+        if own and self.compile:
+            raise ValueError("with scorer_training: concurrent needs compile: false")

@@ -15,10 +15,9 @@ from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.errors import UsageError
 from sparsek_cli.loading import check_tokenizer, embedding_rows
-from sparsek_cli.models import DENSE_ATTENTION
 from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
-from sparsek_cli.training.losses.future import ATTENTION as OBSERVED
+from sparsek_cli.training.budgets import DrawnBudgets
 from sparsek_cli.training.losses.future import FutureAttention
 from sparsek_cli.training.losses.objectives import (
     Objective,
@@ -30,6 +29,7 @@ from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.model import build_random, load_pretrained, random_config
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.progress import ProgressReport, TimeLimit
+from sparsek_cli.training.refit import Refit
 from sparsek_cli.training.settings import Execution, Rates, Rhythm, Start
 from sparsek_cli.training.sharding import sharding_arguments
 from sparsek_cli.training.sizes import Sizes, logits_chunk
@@ -58,7 +58,9 @@ def load(
     if start.save_dtype != "auto":
         stored = getattr(torch, start.save_dtype)
     torch.manual_seed(start.seed)  # adapters are drawn here
-    tuner = choose_parameters(model, start.train, start.lora, shape_base=start.shapes_base)
+    tuner = choose_parameters(
+        model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
+    )
     return model, tuner, stored
 
 
@@ -74,6 +76,8 @@ def make_trainer(
     rhythm: Rhythm,
     execution: Execution,
     seed: int,
+    scorers: str = "gates",
+    budgets: Sequence[int] = (),
     minutes: float | None = None,
     data: Mixture,
     held_out: HeldOut | None,
@@ -88,6 +92,7 @@ def make_trainer(
     Args:
         model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
         sizes: of the run. part: where checkpoints go.
+        scorers: how they learn, the recipe's `scorer_training`. budgets: see budgets.py.
         data: what is trained on. held_out: sequences for the held-out loss, or None.
         questions: for recall, see `held_out_questions`.
         measures_start: whether the held-out loss is measured before the first step, too.
@@ -110,23 +115,28 @@ def make_trainer(
         (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     if execution.compile:
         decoder_of(model).compile()
-    attach(
-        model,
-        losses,
-        *_teacher(objective, model, tuner, frozen=sizes.train == "all", bf16=bf16),
-    )
-    limits = [] if minutes is None else [TimeLimit(60 * minutes)]
+    future = FutureAttention() if scorers == "concurrent" else None
+    teacher = _teacher(objective, model, tuner, frozen=sizes.train == "all", bf16=bf16)
+    attach(model, losses, teacher, future)
+    callbacks = [ProgressReport(reporter, bar, sizes.tokens_per_step)]
+    if budgets:
+        callbacks.append(DrawnBudgets(model, tuple(budgets), sizes.batch.length, seed))
+    if scorers == "refit":
+        callbacks.append(Refit(model, data, sizes.batch.sequences, sizes.batch.micro))
+    if minutes is not None:
+        callbacks.append(TimeLimit(60 * minutes))
     return SparsekTrainer(
         rates=(rates.learning_rate, rates.scorer_learning_rate, rates.weight_decay),
         batch_size=sizes.batch.sequences,
         objective=losses,
+        future=future,
         start=start,
         questions=questions,
         model=model,
         args=args,
         train_dataset=data,
         eval_dataset=held_out,
-        callbacks=[ProgressReport(reporter, bar, sizes.tokens_per_step), *limits],
+        callbacks=callbacks,
     )
 
 
@@ -154,20 +164,14 @@ def held_out_questions(
 
 def _teacher(
     wanted: "ObjectiveSettings", model: Any, tuner: Any | None, *, frozen: bool, bf16: bool
-) -> tuple[Teacher | None, FutureAttention | None]:
-    """The model whose outputs are distilled, and what observes its attention, if asked for.
-
-    Made before `forward` is replaced.
+) -> Teacher | None:
+    """The model whose outputs are distilled, if any. Made before `forward` is replaced.
 
     Args:
         frozen: the teacher is a copy; else the model itself, its adapters off.
     """
-    if wanted.distill == 0 and wanted.future == 0:
-        return None, None
-    attention = OBSERVED if wanted.future else DENSE_ATTENTION
+    if wanted.distill == 0:
+        return None
     if frozen:
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        teacher = FrozenTeacher(model, dtype, attention)
-    else:
-        teacher = OwnTeacher(model, tuner, attention)
-    return teacher, FutureAttention(model) if wanted.future else None
+        return FrozenTeacher(model, torch.bfloat16 if bf16 else torch.float32)
+    return OwnTeacher(model, tuner)

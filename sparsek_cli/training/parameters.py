@@ -19,7 +19,12 @@ def is_scorer(name: str) -> bool:
 
 
 def choose_parameters(
-    model: Any, train: str, lora: "Lora | None" = None, *, shape_base: bool = False
+    model: Any,
+    train: str,
+    lora: "Lora | None" = None,
+    *,
+    shape_base: bool = False,
+    scorers: str = "gates",
 ) -> Any | None:
     """Sets requires_grad everywhere; what learns becomes float32.
 
@@ -27,6 +32,7 @@ def choose_parameters(
         train: "scorers", "lora" or "all".
         lora: adapter settings, needed for "lora".
         shape_base: whether the gradient of scores goes on into the layers below.
+        scorers: how they learn, the recipe's `scorer_training`.
 
     Returns:
         PEFT's LoraModel for `train: lora` (it has put adapters into `model`), else None.
@@ -43,13 +49,13 @@ def choose_parameters(
     if train == "lora":
         tuner = _add_adapters(model, lora)
     for name, parameter in model.named_parameters():
-        if train == "all":
-            learns = True
-        elif train == "scorers":
-            learns = is_scorer(name)
+        if is_scorer(name):
+            learns = _scorer_learns(name, scorers) and (train != "lora" or lora.scorers)
         else:
-            learns = "lora_" in name or (lora.scorers and is_scorer(name))
+            learns = train == "all" or (train == "lora" and "lora_" in name)
         parameter.requires_grad_(learns)
+        # Changed between steps and by no gradient: a part of what a checkpoint has to keep.
+        parameter.refitted = scorers == "refit" and is_scorer(name)
     if train != "scorers":
         _set_shaping(model, shape_base)
     for name in _idle_scorers(model):
@@ -58,6 +64,22 @@ def choose_parameters(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return tuner
+
+
+def _scorer_learns(name: str, scorers: str) -> bool:
+    """Whether a parameter of a scorer has a gradient; slopes feel the gates' alone."""
+    if scorers == "concurrent":
+        return not name.endswith(".slopes")
+    return scorers == "gates"
+
+
+def changing_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
+    """Those that a run changes, by name: those that learn, and scorers that are fitted anew."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or getattr(parameter, "refitted", False)
+    }
 
 
 def _set_shaping(model: Any, shape: bool) -> None:
@@ -146,9 +168,8 @@ def optimizer_groups(
 
 
 def trained_state(model: Any) -> dict[str, torch.Tensor]:
-    """The parameters that learn, by name, on the CPU."""
+    """The parameters that a run changes, by name, on the CPU."""
     return {
         name: parameter.detach().cpu().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in changing_parameters(model).items()
     }

@@ -88,10 +88,7 @@ def plan(
     check_output(out, resume=resume, overwrite=recipe.overwrite, model=where, contents=contents)
     _check_reporters(recipe.report_to)
     device = choose_device(recipe.device)
-    check_launch(recipe.launch, cpu=device.type == "cpu", looks_inside={
-        "objective.future": recipe.objective.future,
-        "evaluation.questions": recipe.evaluation.questions,
-    })  # fmt: skip
+    check_launch(recipe.launch, cpu=device.type == "cpu", looks_inside=_looks_inside(recipe))
     bf16 = choose_dtype(recipe.dtype, device) == torch.bfloat16
     tokenizer = _tokenizer(recipe.tokenizer, source)
     texts, held_out = load_texts(
@@ -107,7 +104,9 @@ def plan(
             "which would carry one document of a sequence into the next",
             hint="set documents=joined: a document then sees those before it in its sequence",
         )
-    choose_parameters(model, start.train, start.lora, shape_base=start.shapes_base)
+    choose_parameters(
+        model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
+    )
     request = recipe.model_dump(mode="json")
     return Plan(
         request=request,
@@ -122,6 +121,16 @@ def plan(
         bf16=bf16,
         checkpoint=checkpoint_to_resume(request, part_folder(out)) if resume else None,
     )
+
+
+def _looks_inside(recipe: "FinetuneRecipe") -> dict[str, str]:
+    """What of a recipe needs whole layers, and what to set in its place."""
+    found = {}
+    if recipe.scorer_training == "refit":
+        found["scorer_training=refit"] = "scorer_training=concurrent"
+    if recipe.evaluation.questions:
+        found["evaluation.questions"] = "evaluation.questions=0"
+    return found
 
 
 def _base_name(recipe: "FinetuneRecipe") -> str:

@@ -26,7 +26,7 @@ from sparsek_cli.training.storage.resume import begun, check_output, leave, part
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import Objective
+    from sparsek_cli.training.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
         out, resume=resumed, overwrite=settings.overwrite, model=where, contents=contents
     )
     model, tuner, dtype = load(start, plan.tokenizer, plan.source, plan.bf16)
-    _check_dense(model, settings.objective)
+    _check_dense(model, settings)
     length, seed = start.length, start.seed
     questions = held_out_questions(
         settings.held_out, plan.held_out, plan.tokenizer, length=length, seed=seed
@@ -114,6 +114,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
                 model, tuner, sizes, plan.device, part,
                 objective=settings.objective, rates=settings.rates, rhythm=rhythm,
                 execution=settings.execution, seed=seed,
+                scorers=start.scorers, budgets=settings.budgets,
                 minutes=settings.duration.minutes,
                 data=build_mixture(
                     settings.sources, plan.texts, plan.tokenizer,
@@ -205,14 +206,20 @@ def _train(
     )
 
 
-def _check_dense(model: Any, wanted: "Objective") -> None:
+def _check_dense(model: Any, wanted: "Settings") -> None:
     """Raises UsageError where a dense model is asked for what only SparseK models have."""
     if is_converted(model.config):
         return
-    if wanted.distill or wanted.future:
+    if wanted.objective.distill:
         raise UsageError(
             "a dense model is its own teacher: nothing to distill",
-            hint="set objective.distill=0 and objective.future=0, or train a converted model",
+            hint="set objective.distill=0, or train a converted model",
+        )
+    if wanted.budgets or wanted.start.scorers != "gates":
+        key, value = ("budgets", "[]") if wanted.budgets else ("scorer_training", "gates")
+        raise UsageError(
+            f"a dense model has no scorers and no budget: {key} says nothing to it",
+            hint=f"set {key}={value}, or train a converted model",
         )
 
 

@@ -26,6 +26,7 @@ class Start:
         architecture: with random weights, the shape; None: pretrained ones.
         attention: SparseK settings, a model's `sparsek` block; None: as the model has them.
         train: scorers, lora or all. shapes_base: whether scores' gradient goes on below.
+        scorers: how they learn: gates, concurrent, refit or frozen.
         length: tokens per sequence, a random model's positions.
         save_dtype: of the weights on disk; auto: as the base has them.
     """
@@ -35,6 +36,7 @@ class Start:
     train: str
     lora: "Lora"
     shapes_base: bool
+    scorers: str
     length: int
     save_dtype: str
     seed: int
@@ -90,6 +92,7 @@ class Settings:
     Attributes:
         objective: what is minimised. sources: what is trained on, by name.
         held_out: what the held-out loss is measured on.
+        budgets: what steps keep: 1/n of the sequence, n drawn from these; empty: the model's own.
         joined: whether documents of a sequence see each other.
         keep_better: whether scorers that training made worse are put back.
         overwrite: the folder to write may be there.
@@ -104,6 +107,7 @@ class Settings:
     objective: "Objective"
     sources: "Mapping[str, Source]"
     held_out: "Evaluation"
+    budgets: tuple[int, ...]
     joined: bool
     keep_better: bool
     overwrite: bool
@@ -121,6 +125,7 @@ def settings_of(recipe: "FinetuneRecipe") -> Settings:
         objective=recipe.objective,
         sources=recipe.data,
         held_out=recipe.evaluation,
+        budgets=tuple(recipe.budgets),
         joined=recipe.documents == "joined",
         keep_better=recipe.keep_better,
         overwrite=recipe.overwrite,
@@ -135,6 +140,7 @@ def start_of(recipe: "FinetuneRecipe") -> Start:
         train=recipe.train,
         lora=recipe.lora,
         shapes_base=recipe.shapes_base,
+        scorers=recipe.scorer_training,
         length=recipe.sequence_length,
         save_dtype=recipe.save_dtype,
         seed=recipe.seed,

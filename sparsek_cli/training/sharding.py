@@ -10,12 +10,12 @@ if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import Launch
 
 
-def check_launch(launch: "Launch", *, cpu: bool, looks_inside: dict[str, float]) -> None:
+def check_launch(launch: "Launch", *, cpu: bool, looks_inside: dict[str, str]) -> None:
     """Raises UsageError where a strategy cannot run as it was started.
 
     Args:
         cpu: whether there is no GPU.
-        looks_inside: values of the recipe's keys that need whole layers; 0 is off.
+        looks_inside: what of the recipe needs whole layers, and what to set in its place.
     """
     strategy, processes = launch.strategy, world_size()
     if strategy == "ddp":
@@ -39,12 +39,11 @@ def check_launch(launch: "Launch", *, cpu: bool, looks_inside: dict[str, float])
             f"launch.strategy={strategy}: DeepSpeed is not installed",
             hint="`pip install deepspeed`, or set launch.strategy=fsdp",
         )
-    for key, given in looks_inside.items():
-        if given:
-            raise UsageError(
-                f"{key} looks into layers whose parameters are sharded",
-                hint=f"set {key}=0, or launch.strategy=ddp",
-            )
+    for what, instead in looks_inside.items():
+        raise UsageError(
+            f"{what} looks into layers whose parameters are sharded",
+            hint=f"set {instead}, or launch.strategy=ddp",
+        )
 
 
 def sharding_arguments(

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
 from sparsek_cli.data.questions import Question
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.training.losses.future import FutureAttention
 from sparsek_cli.training.losses.objectives import Objective, count_targets
 from sparsek_cli.training.measure import recalled
 from sparsek_cli.training.parameters import optimizer_groups
@@ -29,6 +31,7 @@ class SparsekTrainer(Trainer):
         rates: peak rate of the base, of scorers, and AdamW's decay, for `optimizer_groups`.
         batch_size: sequences per step.
         objective: how loss sums become one number.
+        future: what gives the scores a loss of their own, or None.
         start: the parameters that learn, as they were before the run; None: not kept.
         questions: what recall is measured with; empty: it is not.
         kwargs: what Trainer takes.
@@ -40,6 +43,7 @@ class SparsekTrainer(Trainer):
         rates: tuple[float, float, float],
         batch_size: int,
         objective: Objective,
+        future: FutureAttention | None = None,
         start: dict[str, torch.Tensor] | None = None,
         questions: Sequence[Question] = (),
         **kwargs: Any,
@@ -48,7 +52,7 @@ class SparsekTrainer(Trainer):
         # The loss is divided by the counts of the whole global batch, in `compute_loss`.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
-        self.objective, self.start = objective, start
+        self.objective, self.future, self.start = objective, future, start
         self.rates, self.batch_size = rates, batch_size
         self.questions = questions
         self.last_loss: torch.Tensor | None = None
@@ -63,6 +67,11 @@ class SparsekTrainer(Trainer):
         if self.is_fsdp_enabled:
             # Its own policy would round the scorers' weights to bf16 before every pass.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        with nullcontext() if self.future is None else self.future.attached():
+            return super().train(*args, **kwargs)
 
     # Data: item i of the mixture is the i-th sequence of the run, whoever asks for it.
 

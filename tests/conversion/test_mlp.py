@@ -69,7 +69,7 @@ def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path):
     targets = torch.stack([inputs[:, 0].abs() * 3 - 5, inputs[:, 1] - 5])
     recorded = Recorded(inputs, EMPTY, EMPTY, EMPTY, 1.0)
     quality = {}
-    for name, fit in (("mlp", MlpFit), ("linear", LinearFit)):
+    for name, fit in (("mlp", MlpFit), ("linear", LinearFit.of)):
         made = fit(plan, torch.device("cpu"))
         with torch.inference_mode():
             made.add(recorded, Targets(torch.arange(2000), targets[:, :2000], None))

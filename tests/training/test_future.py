@@ -1,16 +1,16 @@
-"""Scores against future attention: the definition, by hand, and where its gradient goes."""
+"""Scores at the border of what is kept: the definition, by hand, and where its gradient goes."""
 
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
+from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.data.packing import collate
-from sparsek_cli.models import dense_attention, sparsek_attentions, sparsek_config_from
-from sparsek_cli.models.attention import dense_attention_forward, dense_mask
-from sparsek_cli.training.losses.future import ATTENTION, FutureAttention
-from sparsek_cli.training.losses.objectives import Objective, attach
-from sparsek_cli.training.losses.teacher import OwnTeacher
+from sparsek_cli.models import sparsek_attentions, sparsek_config_from
+from sparsek_cli.models.config import LayerBudget
+from sparsek_cli.training.losses.future import FutureAttention, aims, border_loss
+from sparsek_cli.training.losses.objectives import Objective, attach, count_targets
 
 WINDOW = 4
 
@@ -35,101 +35,112 @@ def batch(starts=((0,), (0, 20)), length=48):
     return made
 
 
-def by_hand(model, ids, roles):
-    """Mean over layers and heads of 1 - correlation for one document, from dense attention maps."""
-    tokens = len(ids)
-    maps = []
-
-    def spy(module, query, key, value, mask, scaling=None, **kwargs):
-        key_of_each = key[0].repeat_interleave(2, 0)
-        logits = query[0] @ key_of_each.transpose(1, 2) * scaling
-        hidden = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
-        maps.append(logits.masked_fill(hidden, -torch.inf).softmax(-1))
-        return dense_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-
-    AttentionInterface.register("sparsek_spy", spy)
-    AttentionMaskInterface.register("sparsek_spy", dense_mask)
-    inputs = {}
-    handles = [
-        a.scorer.register_forward_hook(lambda m, x, y, i=a.layer_idx: inputs.update({i: y[0][0]}))
-        for a in sparsek_attentions(model)
-    ]
-    model.model(input_ids=ids[None], use_cache=False)
-    for handle in handles:
-        handle.remove()
-    with dense_attention(model), torch.no_grad():
-        model.config._attn_implementation = "sparsek_spy"
-        model.model(input_ids=ids[None], use_cache=False)
-    age = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    answers = torch.zeros(tokens, dtype=torch.bool)
-    answers[:-1] = roles[1:] == 2
-    last = tokens - WINDOW - tokens // 8
-    losses = []
-    for layer, weights in enumerate(maps):
-        logs = weights.log().masked_fill(age < WINDOW, -16).clamp_min(-16)
-        for head, scores in enumerate(inputs[layer]):
-            group = logs[2 * head : 2 * head + 2]
-            alike = []
-            for rows in (torch.ones_like(answers), answers):
-                target = group[:, rows].amax((0, 1))
-                pair = torch.stack([scores[1:last], target[1:last]])
-                alike.append(torch.corrcoef(pair.detach())[0, 1])
-            losses.append(1 - max(alike))
-    return torch.stack(losses).mean()
+def losses_of(model, made, objective=None):
+    """Sums of one batch, and the gradients after them all."""
+    future, objective = FutureAttention(), objective or Objective(lm=0.0)
+    attach(model, objective, None, future)
+    with future.attached():
+        sums = model(**made)["sums"]
+        objective.combine(sums, count_targets(made["roles"])).backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return sums.detach(), grads
 
 
-def test_it_is_the_correlation_with_the_largest_later_attention(dense_config):
-    model = sparse_model(dense_config)
-    made = batch(starts=((0,),))
-    objective = Objective(lm=0.0, future=1.0)
-    attach(model, objective, OwnTeacher(model, attention=ATTENTION), FutureAttention(model))
-    got = model(**made)["sums"][4]
-    expected = by_hand(model, made["input_ids"][0], made["roles"][0])
-    assert got.item() == pytest.approx(expected.item(), abs=1e-4)
+@pytest.fixture
+def recorded():
+    torch.manual_seed(0)
+    query, key = 3 * torch.randn(4, 40, 8), torch.randn(2, 40, 8)
+    return Recorded(None, query, key, None, 8**-0.5)
+
+
+def test_a_head_should_hold_what_later_queries_look_at_most(recorded):
+    budget = LayerBudget((5, 3), window=4, sinks=2, gate="straight_through")
+    wanted = aims(recorded, torch.zeros(40, dtype=torch.bool), budget)
+    logits = recorded.query @ recorded.key.repeat_interleave(2, 0).transpose(1, 2) * 8**-0.5
+    maps = logits.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).log_softmax(-1)
+    age = torch.arange(40)[:, None] - torch.arange(40)
+    maps = maps.masked_fill(age < 4, -16).clamp_min(-16)
+    # The first query at which the smaller head must let go is the 2 + 4 + 3rd.
+    moments = torch.linspace(9, 40, 9).long()[:-1].tolist()
+    assert wanted.weights.shape == (len(moments), 2, 40)
+    for number, query in enumerate(moments):
+        for head, topk in enumerate((5, 3)):
+            worth = maps[2 * head : 2 * head + 2, query:].amax((0, 1))[2 : query - 3]
+            weights = wanted.weights[number, head]
+            if len(worth) <= topk:
+                assert not weights.any()
+                continue
+            best = worth.topk(topk).indices + 2
+            assert set(weights.clamp_min(0).nonzero()[:, 0].tolist()) <= set(best.tolist())
+            dropped = weights.clamp_max(0).nonzero()[:, 0]
+            assert not set(dropped.tolist()) & set(best.tolist())
+            assert (weights[:2] == 0).all() and (weights[query - 3 :] == 0).all()
+            assert -weights.clamp_max(0).sum() == pytest.approx(0.5)
+
+
+def test_nothing_is_asked_where_all_fits(recorded):
+    nowhere = torch.zeros(40, dtype=torch.bool)
+    assert aims(recorded, nowhere, LayerBudget(40, 4, 2, "straight_through")) is None
+    assert aims(recorded, nowhere, LayerBudget(0, 4, 2, "straight_through")) is None
+
+
+def test_the_loss_pulls_keys_across_the_border_and_vanishes_beyond_it(recorded):
+    wanted = aims(recorded, torch.zeros(40, dtype=torch.bool), LayerBudget(5, 4, 2, "log"))
+    scores = torch.zeros(2, 40, requires_grad=True)
+    border_loss(scores, torch.zeros(2), wanted).backward()
+    pull = wanted.weights.sum(0)
+    clear = pull.abs() > 1e-3
+    assert (scores.grad[clear].sign() == -pull[clear].sign()).all()
+    # One moment's keys on their sides by far: nothing is left to learn of them.
+    one = type(wanted)(wanted.weights[-1:], wanted.candidates[-1:], wanted.last)
+    assert border_loss(100 * one.weights[0].sign(), torch.zeros(2), one) < 1e-3
+    assert border_loss(-100 * one.weights[0].sign(), torch.zeros(2), one) > 10
 
 
 def test_packed_documents_are_weighed_by_their_length(dense_config):
     model = sparse_model(dense_config)
-    future = FutureAttention(model)
-    attach(model, Objective(future=1.0), OwnTeacher(model, attention=ATTENTION), future)
-    made = batch(starts=((0, 24), (0, 24)))
-    together = model(**made)["sums"][4]
-    apart = []
+    together, _ = losses_of(model, batch(starts=((0, 24), (0, 24))))
+    made, apart = batch(starts=((0, 24), (0, 24))), []
     for row in (0, 1):
         for part in (slice(0, 24), slice(24, 48)):
-            one = {"input_ids": made["input_ids"][row : row + 1, part]}
-            one["roles"] = made["roles"][row : row + 1, part].clone()
-            apart.append(model(**one)["sums"][4])
-    assert together.item() == pytest.approx(sum(apart).item() / 2, abs=1e-4)
+            one = {name: made[name][row : row + 1, part] for name in ("input_ids", "roles")}
+            apart.append(losses_of(model, one)[0][4])
+    assert together[4].item() == pytest.approx(sum(apart).item() / 2, abs=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_only_scorers_feel_it_and_slopes_do_not(dense_config, checkpointing):
+def test_only_scorers_feel_it_and_they_feel_nothing_else(dense_config):
     model = sparse_model(dense_config)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    future = FutureAttention(model)
-    attach(model, Objective(lm=0.0, future=1.0), OwnTeacher(model, attention=ATTENTION), future)
-    sums = model(**batch())["sums"]
-    (sums[4] + 0 * sums[0]).backward()
-    for name, parameter in model.named_parameters():
-        felt = parameter.grad is not None and parameter.grad.abs().sum() > 1e-5
-        assert felt == name.endswith("scorer.weight"), name
+    for attention in sparsek_attentions(model):
+        attention.scorer.shapes_input = False
+    _, alone = losses_of(model, batch())
+    _, both = losses_of(model, batch(), Objective(lm=1.0))
+    felt = {name for name, grad in alone.items() if grad.abs().sum() > 1e-6}
+    scorers = {n for n, _ in model.named_parameters() if ".scorer." in n}
+    assert {n for n in scorers if n.endswith("weight")} <= felt <= scorers
+    assert not any(n.endswith("slopes") for n in felt)
+    assert all(torch.allclose(both[name], alone[name], atol=1e-6) for name in felt)
+    newer = getattr(model, "activation_checkpointing_enable", None)
+    (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    _, again = losses_of(model, batch(), Objective(lm=1.0))
+    assert again.keys() == both.keys()
+    assert all(torch.allclose(again[name], both[name], atol=1e-5) for name in both)
 
 
-def test_training_brings_scores_closer(dense_config):
-    model = sparse_model(dense_config)
-    future = FutureAttention(model)
-    attach(model, Objective(lm=0.0, future=1.0), OwnTeacher(model, attention=ATTENTION), future)
+def test_scores_learn_to_hold_what_is_looked_at(dense_config):
+    """And a pass without training neither asks nor changes anything."""
+    model = sparse_model(dense_config, topk=6)
+    future = FutureAttention()
+    attach(model, Objective(lm=0.0), None, future)
     weights = [p for n, p in model.named_parameters() if n.endswith("scorer.weight")]
     optimizer = torch.optim.Adam(weights, lr=0.02)
     losses = []
-    for _ in range(30):
-        loss = model(**batch())["sums"][4]
-        losses.append(loss.item())
-        loss.backward()
-        optimizer.step()
-        model.zero_grad()
-    assert losses[-1] < 0.5 * losses[0]
-    future.close()
-    assert not any(a.scorer._forward_hooks for a in sparsek_attentions(model))
+    with future.attached():
+        for _ in range(40):
+            loss = model(**batch())["sums"][4]
+            losses.append(loss.item())
+            loss.backward()
+            optimizer.step()
+            model.zero_grad()
+        assert losses[-1] < 0.7 * losses[0]
+        assert model.eval()(**batch())["sums"][4] == 0

@@ -73,9 +73,9 @@ def test_sparse_packed_loss_equals_separate_documents(dense_config):
 
 
 def test_the_loss_is_two_means():
-    objective = Objective(lm=2.0, distill=0.5, answer_weight=3.0, future=4.0)
+    objective = Objective(lm=2.0, distill=0.5, answer_weight=3.0)
     loss = objective.combine(torch.tensor([10.0, 4.0, 5.0, 1.0, 6.0]), torch.tensor([5, 2, 3]))
-    assert loss.item() == pytest.approx(2 * (2 + 3 * 2) + 0.5 * (1 + 3 * 0.5) + 4 * 2)
+    assert loss.item() == pytest.approx(2 * (2 + 3 * 2) + 0.5 * (1 + 3 * 0.5) + 2)
     assert Objective().combine(torch.zeros(5), torch.tensor([0, 0, 0])).item() == 0.0
     assert count_targets(torch.tensor([[2, 1, 2, 2, 0]])).tolist() == [1, 2, 1]
 

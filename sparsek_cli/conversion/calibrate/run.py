@@ -38,7 +38,7 @@ from sparsek_cli.families.layers import has_states
 from sparsek_cli.loading import check_tokenizer, load_tokenizer
 
 # By the kind of scorer, what fits its candidate maps.
-FITS: dict[str, Callable[[Plan, torch.device], Fit]] = {"linear": LinearFit, "mlp": MlpFit}
+FITS: dict[str, Callable[[Plan, torch.device], Fit]] = {"linear": LinearFit.of, "mlp": MlpFit}
 # So steep that nothing but age counts: a plain window, with which candidates are compared.
 WINDOW_SLOPE = 30.0
 # Queries whose attention forms a target, and queries at which candidates are compared, per
@@ -94,7 +94,7 @@ class Found:
 
 
 def search(
-    plan: Plan, reporter: Any, fit: Callable[[Plan, torch.device], Fit] = LinearFit
+    plan: Plan, reporter: Any, fit: Callable[[Plan, torch.device], Fit] = LinearFit.of
 ) -> Found:
     """The choice among the candidate maps that `fit` makes; see `calibrate`."""
     wanted = plan.calibration

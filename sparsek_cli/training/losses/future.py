@@ -1,151 +1,228 @@
-"""Scores follow future attention: the objective in which dropped keys have a gradient.
+"""Scores learn what to keep from the future attention of the pass that they decide about.
 
 Selection hides what a dropped key would have been worth, so losses on the model's output never
-bring it back. The dense teacher sees every key: while it runs, the largest attention that later
-queries outside the window give each key is recorded (as calibration does, see
-conversion/calibrate/scorers/targets.py), and the scores are pulled towards its order, one layer
-at a time: loss = 1 - correlation over the keys of a sequence. A correlation leaves the scale of the
-scores, and with it their relation to the slopes, to calibration and the other losses.
+bring it back. But every query and key of the model's own pass is there: at some queries of each
+document, the largest attention that later queries would give each key (as calibration measures it,
+see conversion/calibrate/scorers/targets.py) says which keys a head should still hold. Scores are
+pulled to the right side of the threshold that its budget sets among them: keys near it decide, and
+those on the wrong side. Nothing of it reaches hidden states, and attention sees scores as
+constants.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn import functional as F
 
 from sparsek_cli.conversion.calibrate.layerwise import Recorded
-from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
+from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention
 from sparsek_cli.data import ANSWER
-from sparsek_cli.models import sparsek_attentions
-from sparsek_cli.models.attention import dense_attention_forward, dense_mask
+from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.config import ATTENTION, LayerBudget, layer_budget
 
-ATTENTION = "sparsek_observed"
 # Queries looked at, per document, beside those that predict an answer.
-ROWS = 128
-# Keys of the last part have too few later queries for their largest attention to mean much.
-_LAST_PART = 8
+ROWS = 256
+# Queries of a document at which it is asked what a head should hold.
+_MOMENTS = 8
+# From so many nats beside the threshold on, a mistake weighs no more.
+_CLEAR = 2.0
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What the heads of one layer should hold of one document, at T of its queries.
+
+    Attributes:
+        weights: [T, G, N] float32: above 0 for keys to hold, below for those to drop, 0 for those
+            that do not count; both kinds add up to 1/2 where there are any.
+        candidates: [T, 1, N] bool, keys that compete at each query.
+        last: [G, 1] int64, rank of the last key that is held.
+    """
+
+    weights: torch.Tensor
+    candidates: torch.Tensor
+    last: torch.Tensor
 
 
 class FutureAttention:
-    """Targets from the teacher's attention, and the loss of the model's scores against them.
+    """The loss of a model's scores at the border of what is kept; see the top of the file."""
 
-    Args:
-        model: the SparseK model that is trained.
-    """
-
-    def __init__(self, model: Any):
-        self._window = model.config.sparsek["window"]
-        self._sinks = model.config.sparsek["sinks"]
-        self._scorers = {a.layer_idx: a.scorer for a in sparsek_attentions(model)}
-        self._inputs: dict[int, torch.Tensor] = {}
-        self._active = False
-        self._targets: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+    def __init__(self) -> None:
+        self._aims: dict[int, list[Aims | None]] = {}
+        self._losses: dict[int, torch.Tensor] = {}
         self._documents: list[tuple[int, int]] = []
         self._answers = torch.empty(0)
         self._batch = 0
-        AttentionInterface.register(ATTENTION, self._attend)
-        AttentionMaskInterface.register(ATTENTION, dense_mask)
-        self._handles = [
-            scorer.register_forward_hook(self._keeper(layer))
-            for layer, scorer in self._scorers.items()
-        ]
-
-    def close(self) -> None:
-        """Leaves the model as it was."""
-        for handle in self._handles:
-            handle.remove()
 
     @contextmanager
-    def watching(self, roles: torch.Tensor, bounds: torch.Tensor | None) -> Iterator[None]:
-        """Around the teacher's and the model's pass over one batch.
+    def attached(self) -> Iterator[None]:
+        """Around everything that trains, backward passes too: checkpointing attends again there."""
+        with replaced_attention(ATTENTION, self._watched):
+            yield
+
+    def begin(self, roles: torch.Tensor, bounds: torch.Tensor | None) -> None:
+        """Before the model's pass over one batch.
 
         Args:
             roles: [B, N]. bounds: int32 [documents + 1] over all B * N tokens; None: one per row.
         """
-        batch, length = roles.shape
-        ends = range(0, batch * length + 1, length) if bounds is None else bounds.tolist()
-        self._documents = list(zip(ends, ends[1:], strict=False))
-        # Row t predicts token t + 1.
-        answers = torch.zeros_like(roles, dtype=torch.bool)
-        answers[:, :-1] = roles[:, 1:] == ANSWER
-        self._answers, self._batch = answers.flatten().cpu(), batch
-        self._inputs, self._targets = {}, {}
-        self._active = True
-        try:
-            yield
-        finally:
-            self._inputs, self._targets = {}, {}
-            self._active = False
-
-    def _keeper(self, layer: int) -> Callable:
-        def keep(scorer: Any, args: tuple, output: Any) -> None:
-            # Inactive while checkpointing runs the layer again for its gradients.
-            if self._active:
-                self._inputs[layer] = args[0].detach()
-
-        return keep
-
-    def _attend(self, module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any):
-        output = dense_attention_forward(module, query, key, value, mask, **kwargs)
-        if module.layer_idx not in self._targets:
-            scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            self._targets[module.layer_idx] = self._observe(query, key, scaling)
-        return output
-
-    @torch.no_grad()
-    def _observe(
-        self, query: torch.Tensor, key: torch.Tensor, scaling: float
-    ) -> list[tuple[torch.Tensor, ...]]:
-        """Per document [G, keys] twice: wanted by any query, and by those that answer."""
-        length = query.shape[2]
-        found = []
-        for start, end in self._documents:
-            row, first, last = start // length, start % length, start % length + end - start
-            part = slice(first, last)
-            answer = self._answers[start:end]
-            recorded = Recorded(None, query[row, :, part], key[row, :, part], None, scaling)
-            found.append(future_attention(recorded, _rows(answer), answer, self._window))
-        return found
+        self._batch = len(roles)
+        self._documents = documents_of(roles, bounds)
+        self._answers = asking_rows(roles)
+        self._aims, self._losses = {}, {}
 
     def loss(self) -> torch.Tensor:
-        """Sum over sequences of the mean over layers and heads of 1 - correlation, float32."""
-        parts = []
-        for layer, inputs in self._inputs.items():
-            # Anew from a constant input: the loss is this layer's own. No hook runs.
-            scores, _ = self._scorers[layer].forward(inputs)
-            scores = scores.transpose(0, 1).flatten(1)
-            for (start, end), targets in zip(self._documents, self._targets[layer], strict=True):
-                share = (end - start) / scores.shape[1] * self._batch
-                parts.append(share * self._document(scores[:, start:end], targets))
-        return torch.stack(parts).sum() / len(self._inputs)
+        """Sum over sequences of the mean over layers, float32; after the pass."""
+        return torch.stack([*self._losses.values()]).mean()
 
-    def _document(
-        self, scores: torch.Tensor, targets: tuple[torch.Tensor, torch.Tensor]
+    def _watched(self, attend: Callable) -> Callable:
+        def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
+            scores = kwargs.get("sparsek_scores")
+            if scores is not None and module.training and self._documents:
+                slopes, layer = kwargs["sparsek_slopes"].detach(), module.layer_idx
+                if layer not in self._aims:
+                    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+                    self._aims[layer] = self._look(module, query, key, scaling)
+                with torch.autocast(scores.device.type, enabled=False):
+                    loss = self._layer(scores, slopes, self._aims[layer])
+                self._losses.setdefault(layer, loss)
+                kwargs["sparsek_scores"], kwargs["sparsek_slopes"] = scores.detach(), slopes
+            return attend(module, query, key, value, mask, **kwargs)
+
+        return watched
+
+    @torch.no_grad()
+    def _look(
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, scaling: float
+    ) -> list[Aims | None]:
+        budget = layer_budget(module.config, module.layer_idx)
+        with torch.autocast(query.device.type, enabled=False):
+            return [
+                aims(recorded, self._answers[start:end], budget)
+                for (start, end), recorded in zip(
+                    self._documents, recordings(query, key, scaling, self._documents), strict=True
+                )
+            ]
+
+    def _layer(
+        self, scores: torch.Tensor, slopes: torch.Tensor, wanted: list[Aims | None]
     ) -> torch.Tensor:
-        tokens = scores.shape[1]
-        last = tokens - self._window - tokens // _LAST_PART
-        if last - self._sinks < 2:
-            return scores.sum() * 0
-        keys = slice(self._sinks, last)
-        # A head follows what it is nearer to: text and answers want different keys.
-        alike = [_correlation(scores[:, keys], target[:, keys]) for target in targets]
-        return 1 - torch.maximum(*alike).mean()
+        """Sum over sequences of scores [B, G, N] against what is wanted of each document."""
+        length = scores.shape[2]
+        # Of a layer that has nothing to drop the gradient is 0, and there: DDP waits for it.
+        total = scores.float().sum() * 0
+        for (start, end), aim in zip(self._documents, wanted, strict=True):
+            if aim is not None:
+                row, first = start // length, start % length
+                own = scores[row, :, first : first + end - start]
+                total = total + (end - start) / length * border_loss(own, slopes, aim)
+        return total
 
 
-def _rows(answer: torch.Tensor) -> torch.Tensor:
-    """Evenly spread queries and all that answer, [R] int64 ascending."""
+def documents_of(roles: torch.Tensor, bounds: torch.Tensor | None) -> list[tuple[int, int]]:
+    """First token and end of each document, over all tokens of roles [B, N]."""
+    batch, length = roles.shape
+    ends = range(0, batch * length + 1, length) if bounds is None else bounds.tolist()
+    return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
+
+
+def asking_rows(roles: torch.Tensor) -> torch.Tensor:
+    """[B * N] bool on the CPU: tokens after which an answer's token comes."""
+    asking = torch.zeros_like(roles, dtype=torch.bool)
+    asking[:, :-1] = roles[:, 1:] == ANSWER
+    return asking.flatten().cpu()
+
+
+def recordings(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    scaling: float,
+    documents: list[tuple[int, int]],
+    inputs: torch.Tensor | None = None,
+) -> Iterator[Recorded]:
+    """Each document, of query [B, H, N, D], key [B, G, N, D] and inputs [B, N, C]."""
+    length = query.shape[2]
+    for start, end in documents:
+        row, part = start // length, slice(start % length, start % length + end - start)
+        own = None if inputs is None else inputs[row, part]
+        yield Recorded(own, query[row, :, part], key[row, :, part], None, scaling)
+
+
+def looked_at(answer: torch.Tensor, first: int, count: int = ROWS) -> torch.Tensor:
+    """Evenly spread queries from `first` on and all that answer, [R] int64 ascending.
+
+    Args:
+        answer: [N] bool on the CPU.
+    """
     tokens = len(answer)
-    spread = torch.linspace(0, tokens - 1, min(ROWS, tokens)).round().long()
-    return torch.cat([spread, answer.nonzero().squeeze(1)]).unique()
+    spread = torch.linspace(first, tokens - 1, min(count, tokens - first)).round().long()
+    return torch.cat([spread, first + answer[first:].nonzero().squeeze(1)]).unique()
 
 
-def _correlation(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Pearson's, over the last dimension; 0 where one of them is constant."""
-    one = one - one.mean(-1, keepdim=True)
-    other = other - other.mean(-1, keepdim=True)
-    scale = one.square().sum(-1) * other.square().sum(-1)
-    return (one * other).sum(-1) * scale.clamp_min(1e-12).rsqrt() * (scale > 1e-12)
+def aims(recorded: Recorded, answer: torch.Tensor, budget: LayerBudget) -> Aims | None:
+    """What a document's later queries say its heads should hold; None where all of it fits.
+
+    Args:
+        recorded: one document in one layer. answer: [N] bool, queries always looked at.
+    """
+    groups, tokens, _ = recorded.key.shape
+    device, window, sinks = recorded.key.device, budget.window, budget.sinks
+    topk = budget.topk if isinstance(budget.topk, tuple) else (budget.topk,) * groups
+    # The first query at which some head has one candidate more than it can hold.
+    first = sinks + window + min((k for k in topk if k), default=tokens)
+    if first >= tokens:
+        return None
+    moments = torch.linspace(first, tokens, _MOMENTS + 1).long()[:-1].unique()
+    rows = looked_at(answer, first)
+    nothing = torch.zeros(tokens, dtype=torch.bool)
+    worth = torch.full((len(moments), groups, tokens), FLOOR, device=device)
+    for number, begin in enumerate(moments):
+        end = moments[number + 1] if number + 1 < len(moments) else tokens
+        here = rows[(rows >= begin) & (rows < end)]
+        if len(here):
+            worth[number] = future_attention(recorded, here, nothing, window)[0]
+    # Of all later queries: those of later parts too.
+    worth = worth.flip(0).cummax(0).values.flip(0)
+
+    keys, moments = torch.arange(tokens, device=device), moments.to(device)[:, None, None]
+    candidates = (keys >= sinks) & (keys <= moments - window)
+    held = torch.tensor(topk, device=device)[:, None]
+    counts = (held > 0) & (held < candidates.sum(-1, keepdim=True))
+    last = (held - 1).clamp_min(0)
+    worth = worth.masked_fill(~candidates, -torch.inf)
+    border = _ranked(worth, last)
+    weight = (worth - border).clamp(-_CLEAR, _CLEAR)
+    weight = torch.where(candidates & counts, weight, 0)
+    sides = (weight.clamp_min(0), weight.clamp_max(0))
+    more, less = (side / (2 * side.abs().sum(-1, keepdim=True)).clamp_min(1e-9) for side in sides)
+    return Aims(more + less, candidates, last)
+
+
+def border_loss(scores: torch.Tensor, slopes: torch.Tensor, wanted: Aims) -> torch.Tensor:
+    """Mean over heads and queries of the weighted logistic loss at the threshold.
+
+    Args:
+        scores: [G, N] of one document. slopes: [G].
+    """
+    places = torch.arange(scores.shape[1], device=scores.device)
+    effective = scores.float() + slopes.float()[:, None] * places
+    known = effective.detach().masked_fill(~wanted.candidates, -torch.inf)
+    after = (wanted.last + 1).clamp_max(scores.shape[1] - 1)
+    inside, outside = _ranked(known, wanted.last), _ranked(known, after)
+    # Between the last that is held and the first that is not, where there are both.
+    border = torch.where(outside > -torch.inf, (inside + outside) / 2, inside)
+    border = border.masked_fill(border == -torch.inf, 0)
+    losses = F.softplus(-wanted.weights.sign() * (effective - border)) * wanted.weights.abs()
+    counts = (wanted.weights != 0).any(-1).sum().clamp_min(1)
+    return losses.sum() / counts
+
+
+def _ranked(values: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+    """[T, G, 1]: of values [T, G, N] the one at each head's rank [G, 1], the largest having 0."""
+    order = values.sort(-1, descending=True).values
+    return order.gather(-1, rank.expand(len(values), -1, -1))

@@ -5,7 +5,6 @@ computed inside `forward`, so DDP, FSDP and DeepSpeed see one ordinary forward p
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,10 +27,10 @@ OutputLayer = Callable[[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Objective:
     """What is minimised: lm x (text + a x answers) + distill x the same two means of the KL
-    + future x mean of 1 - correlation of scores and future attention (future.py).
+    + the scores' own loss (future.py), which nothing else feels.
 
     Attributes:
-        lm, distill, future: weights of the parts.
+        lm, distill: weights of the parts.
         answer_weight: the factor a of the mean over ANSWER tokens.
         loss_chunk: tokens whose logits exist at one time.
     """
@@ -40,14 +39,13 @@ class Objective:
     distill: float = 0.0
     answer_weight: float = 1.0
     loss_chunk: int = 2048
-    future: float = 0.0
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """The loss from sums [5] and counts [3] (see `attach` and `count_targets`)."""
         text, answers, sequences = counts.clamp(min=1).to(sums.dtype).unbind()
         lm = sums[0] / text + self.answer_weight * sums[1] / answers
         kl = sums[2] / text + self.answer_weight * sums[3] / answers
-        return self.lm * lm + self.distill * kl + self.future * sums[4] / sequences
+        return self.lm * lm + self.distill * kl + sums[4] / sequences
 
 
 class Teacher(Protocol):
@@ -67,13 +65,13 @@ def attach(
 ) -> None:
     """Replaces `model.forward` by one that returns {"sums": [5] float32}; `detach` undoes it.
 
-    The sums are those of `loss_sums`, then the scores' against future attention.
+    The sums are those of `loss_sums`, then the scores' own, 0 without `future`.
 
     Args:
         model: a transformers causal LM.
         objective: which sums are needed.
-        teacher: the model that is distilled where `objective.distill` or `objective.future` > 0.
-        future: what compares scores with the teacher's attention where `objective.future` > 0.
+        teacher: the model that is distilled where `objective.distill` > 0.
+        future: what compares scores with the attention of the pass, attached (see future.py).
     """
     decoder = decoder_of(model)
     sparse = getattr(model.config, "sparsek", None) is not None
@@ -90,17 +88,13 @@ def attach(
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if sparse and cu_seq_lens is not None:
             inputs["cu_seq_lens_q"] = cu_seq_lens
-        learning = self.training and teacher is not None
-        with (
-            future.watching(roles, cu_seq_lens)
-            if learning and future is not None
-            else nullcontext()
-        ):
-            known = (teacher.states(**inputs), teacher.head) if learning else None
-            hidden = decoder(**inputs, use_cache=False).last_hidden_state
-            wanted = future.loss() if learning and future is not None else hidden.new_zeros(())
-        if objective.distill == 0:
-            known = None
+        known, aims = None, future if self.training else None
+        if self.training and teacher is not None:
+            known = (teacher.states(**inputs), teacher.head)
+        if aims is not None:
+            aims.begin(roles, cu_seq_lens)
+        hidden = decoder(**inputs, use_cache=False).last_hidden_state
+        wanted = hidden.new_zeros(()) if aims is None else aims.loss()
         head = output_layer(self)
         sums = loss_sums(hidden, known, head, input_ids, roles, objective)
         return {"sums": torch.cat([sums, wanted.float()[None]])}

@@ -17,11 +17,10 @@ class OwnTeacher:
     Args:
         model: the causal LM that is trained.
         tuner: PEFT's LoraModel around it, or None.
-        attention: name of the dense attention function.
     """
 
-    def __init__(self, model: Any, tuner: Any | None = None, attention: str = DENSE_ATTENTION):
-        self._model, self._tuner, self._attention = model, tuner, attention
+    def __init__(self, model: Any, tuner: Any | None = None):
+        self._model, self._tuner = model, tuner
 
     @property
     def head(self) -> OutputLayer:
@@ -33,7 +32,6 @@ class OwnTeacher:
         """States below the output layer, [B, N, C]; the arguments are the decoder's."""
         was = [module for module in self._model.modules() if module.training]
         with dense_attention(self._model), self._without_adapters():
-            self._model.config._attn_implementation = self._attention
             self._model.eval()
             states = decoder_of(self._model)(**inputs, use_cache=False).last_hidden_state
         for module in was:
@@ -64,12 +62,11 @@ class FrozenTeacher:
     Args:
         model: the causal LM, before training and before its `forward` is replaced.
         dtype: of the copy.
-        attention: name of the dense attention function.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, attention: str = DENSE_ATTENTION):
+    def __init__(self, model: Any, dtype: torch.dtype):
         self._model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        self._model.config._attn_implementation = attention
+        self._model.config._attn_implementation = DENSE_ATTENTION
 
     @property
     def head(self) -> OutputLayer:

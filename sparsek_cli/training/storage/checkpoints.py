@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.training.parameters import changing_parameters
 from sparsek_cli.training.storage.state import sharded_like
 
 WEIGHTS = "trained.safetensors"
@@ -29,12 +30,12 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def save_trained(model: torch.nn.Module, folder: Path, state: dict[str, Any] | None) -> None:
-    """Writes the parameters that learn.
+    """Writes the parameters that the run changes.
 
     Args:
         state: full state dict gathered by FSDP or DeepSpeed; None: read from `model`.
     """
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = [*changing_parameters(model)]
     own = dict(model.named_parameters()) if state is None else state
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: own[name].detach().cpu().contiguous() for name in names}
@@ -48,7 +49,7 @@ def load_trained(model: torch.nn.Module, folder: Path) -> None:
         SparsekError: the checkpoint belongs to other parameters.
     """
     tensors = load_file(folder / WEIGHTS)
-    own = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = changing_parameters(model)
     if tensors.keys() != own.keys():
         odd = sorted(tensors.keys() ^ own.keys())[0]
         raise SparsekError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -56,20 +57,17 @@ class LinearFit:
     sum of text and answers.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        device: torch.device,
-        *,
-        width: int | None = None,
-        groups: int | None = None,
-    ):
-        """Of inputs as wide as the model, or `width`; for all KV heads, or `groups`."""
-        width = width or plan.geometry.hidden
-        self._groups = groups or plan.geometry.kv_heads
-        self._wanted = plan.calibration.method.maps
-        self._text = Moments(width, self._groups, device)
-        self._recall = Moments(width, 2 * self._groups, device)
+    def __init__(self, width: int, groups: int, wanted: Sequence[str], device: torch.device):
+        """Of inputs so wide, for so many KV heads; `wanted` names maps."""
+        self._groups, self._wanted = groups, wanted
+        self._text = Moments(width, groups, device)
+        self._recall = Moments(width, 2 * groups, device)
+
+    @classmethod
+    def of(cls, plan: Plan, device: torch.device) -> LinearFit:
+        """For the layers of a conversion."""
+        size = plan.geometry
+        return cls(size.hidden, size.kv_heads, plan.calibration.method.maps, device)
 
     def add(self, recorded: Recorded, targets: Targets) -> None:
         inputs = recorded.inputs[targets.pairs]
@@ -85,7 +83,22 @@ class LinearFit:
             return {"text": ridge(self._text).normalised(self._text)}
         everywhere, answered = self._recall.split(self._groups)
         both = self._text + everywhere
-        made = {"text": ridge(self._text), "all": ridge(both), "answers": ridge(answered)}
+        text = self._text if self._text.rows else both
+        made = {"text": ridge(text), "all": ridge(both), "answers": ridge(answered)}
         made = {name: map_.normalised(both) for name, map_ in made.items()}
         made["blend"] = (made["text"] + made["answers"]).normalised(both)
         return {name: made[name] for name in self._wanted}
+
+    def nearest(self, present: LinearMap) -> LinearMap:
+        """Each KV head's map, of `maps`, whose scores correlate most with those it has at present.
+
+        Raises FloatingPointError if rows were not finite.
+        """
+        maps = [*self.maps().values()]
+        covariance = self._text.covariance(self._recall)
+        # Maps have one deviation: the covariance with the present scores orders them.
+        likeness = [((m.weight @ covariance) * present.weight).sum(1) for m in maps]
+        best = torch.stack(likeness).argmax(0).tolist()
+        weight = torch.stack([maps[b].weight[head] for head, b in enumerate(best)])
+        bias = torch.stack([maps[b].bias[head] for head, b in enumerate(best)])
+        return LinearMap(weight, bias)

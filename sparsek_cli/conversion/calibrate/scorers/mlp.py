@@ -57,7 +57,7 @@ class MlpFit:
     """Collects the rows of one layer; see `linear.Fit`."""
 
     def __init__(self, plan: Plan, device: torch.device):
-        self._linear = LinearFit(plan, device)
+        self._linear = LinearFit.of(plan, device)
         self._width = plan.calibration.method.width
         self._steps = _STEPS["cpu" if device.type == "cpu" else "other"]
         self._every = max(1, -(-plan.calibrate_tokens // _ROWS))

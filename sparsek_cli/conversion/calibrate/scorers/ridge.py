@@ -39,6 +39,12 @@ class Moments:
         total.xy = self.xy + other.xy
         return total
 
+    def covariance(self, other: Moments) -> torch.Tensor:
+        """Of the inputs [hidden, hidden], over the rows of both."""
+        xx = self.xx + other.xx
+        mean = xx[-1, :-1] / xx[-1, -1]
+        return xx[:-1, :-1] / xx[-1, -1] - torch.outer(mean, mean)
+
     def split(self, targets: int) -> tuple[Moments, ...]:
         """The same rows with `targets` of the target columns each, in order."""
         parts = []

@@ -1,0 +1,124 @@
+"""Scorers that learn beside the base: budgets drawn by step, fits in closed form, and resuming."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from verbs import finetune
+
+from sparsek_cli.data.packing import collate
+from sparsek_cli.errors import UsageError
+from sparsek_cli.models import layer_budget, sparsek_attentions, sparsek_config_from
+from sparsek_cli.training import refit
+from sparsek_cli.training.budgets import DrawnBudgets, scaled
+from sparsek_cli.training.trainer import SparsekTrainer
+
+ADAPT = ["train=all", "objective={lm: 0.1, distill: 1}", "budgets=[8, 4]", "steps=4",
+         "save_steps=2", "min_learning_rate=0.2"]  # fmt: skip
+
+
+def sparse_model(dense_config, **settings):
+    block = {"topk": [[8, 24], [0, 4]], "window": 4, "sinks": 2, **settings}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(sparsek_config_from(dense_config("llama"), block))
+
+
+def test_budgets_grow_and_shrink_alike_and_a_step_decides(dense_config):
+    model = sparse_model(dense_config)
+    twice = scaled(model, 2 * (9 + 4) + 2)  # the mean of topk is 9
+    assert twice == {"topk": [[16, 48], [0, 8]], "window": 8}
+    assert scaled(model, 4) == {"topk": [[1, 4], [0, 1]], "window": 1}
+    assert scaled(sparse_model(dense_config, topk=8), 26)["topk"] == [16, 16]
+    drawn = DrawnBudgets(model, (4, 2), 64, seed=0)
+    seen = []
+    for step in [*range(12), 3]:
+        state = type("State", (), {"global_step": step})
+        drawn.on_step_begin(None, state, None)
+        seen.append(layer_budget(model.config, 0))
+        drawn.on_step_end(None, state, None)
+        assert model.config.sparsek["topk"] == [[8, 24], [0, 4]]
+        assert model.config.sparsek["window"] == 4
+    assert len(set(seen)) == 2 and seen[-1] == seen[3]
+
+
+@pytest.mark.parametrize("scorer", ["linear", "mlp"])
+def test_a_fit_follows_later_attention_and_keeps_slopes(dense_config, scorer):
+    """Of one spread, and the same again while the base stays."""
+    model = sparse_model(dense_config, topk=6, scorer={"type": scorer})
+    for attention in sparsek_attentions(model):
+        for parameter in attention.scorer.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+    rng = np.random.default_rng(0)
+    items = []
+    for row in range(8):
+        roles = rng.choice([1, 1, 1, 2], 96).astype(np.int8)
+        roles[[0, 40]] = 0
+        ids = rng.integers(3, 128, 96)
+        items.append({"input_ids": ids, "roles": roles, "starts": (0, 40), "index": row})
+    batches = [collate(items[:4]), collate(items[4:])]
+    slopes = [a.scorer.slopes.detach().clone() for a in sparsek_attentions(model)]
+    refit.refit(model, batches, torch.device("cpu"))
+    first = [a.scorer.weight.detach().clone() for a in sparsek_attentions(model)]
+    for attention, before in zip(sparsek_attentions(model), slopes, strict=True):
+        assert torch.equal(attention.scorer.slopes, before)
+    spread = []
+    handle = sparsek_attentions(model)[0].scorer.register_forward_hook(
+        lambda module, args, output: spread.append(output[0].std(-1))
+    )
+    model.eval()(batches[0]["input_ids"])
+    handle.remove()
+    assert 1 < spread[0].mean() < 4
+    # The base did not move: fitted again, each head takes the same map (the first layer, whose
+    # inputs do not depend on what is kept).
+    refit.refit(model, batches, torch.device("cpu"))
+    assert torch.allclose(sparsek_attentions(model)[0].scorer.weight, first[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["concurrent", "refit", "frozen"])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    recipe, sparse_checkpoint, tmp_path, monkeypatch, how
+):
+    monkeypatch.setattr(refit, "EVERY", 2)
+    model, words = sparse_checkpoint(), [*ADAPT, f"scorer_training={how}"]
+    whole = finetune(recipe(*words, model=model, out="whole"))
+    real = SparsekTrainer.training_step
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparsekTrainer, "training_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(recipe(*words, model=model))
+    done = finetune(recipe(*words, model=model), resume=True)
+    assert done.loss == whole.loss and done.held_out_loss == whole.held_out_loss
+    ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    before = load_file(model / "sparsek.safetensors")
+    moved = [n for n in before if not torch.equal(before[n], theirs[n])]
+    assert bool(moved) == (how != "frozen")
+    assert not any(name.endswith("slopes") for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train=scorers", "scorer_training=refit"], "nothing to train"),
+        (["train=lora", "lora.scorers=false", "scorer_training=concurrent"], "lora.scorers"),
+        (["scorer_training=concurrent", "compile=true"], "compile: false"),
+    ],
+)
+def test_what_says_nothing_is_refused(recipe, words, message):
+    with pytest.raises(UsageError, match=message):
+        recipe(*words)
+
+
+@pytest.mark.parametrize("word", ["scorer_training=frozen", "budgets=[4]"])
+def test_a_dense_model_has_no_scorers_to_train(recipe, dense_checkpoint, word):
+    with pytest.raises(UsageError, match="dense model") as refused:
+        finetune(recipe("train=all", word, model=dense_checkpoint("llama")))
+    instead = refused.value.hint.split(",")[0].removeprefix("set ")
+    assert finetune(recipe("train=all", word, instead, model=dense_checkpoint("llama"))).steps == 3
