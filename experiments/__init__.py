@@ -2,12 +2,14 @@
 
 conversion  teach a base to recall, convert it, compare what is kept, train it back
 scratch     dense, window, random and SparseK from random weights, then at longer lengths
+adapt       ceilings, training that closes the gap, its controls and the bars
 tuning      what trains a conversion back, beside controls trained alike
 budgets     loss and recall by budget, position, depth and length
 ruler       RULER's needle tasks under all policies, after learning their wording
 ablations   calibration with one thing changed at a time
 plots       figures of the results of all of these
-scorers     keys and values in place of the hidden state
+scorers     keys and values in place of the hidden state; the attention that does come, a ceiling
+patches     outputs of attention brought nearer to dense ones in closed form
 steps       sparsek's own commands as phases of an experiment
 suite       perplexity and recall of one checkpoint under every policy
 """

@@ -4,11 +4,12 @@
         [--train books/train-00.jsonl.zst] [--model DIR] [--rows NAME ...] [--seconds 290]
 
 A base is converted once per row, calibration only, at `--share` of `--length`, `--window` of that
-being the newest keys, with one thing changed in the request (the words shown) or with another kind
-of scorer. Measured are perplexity of windows of unseen novels, the share of the loss between a
-window of the same slots and dense attention that is closed (on the last quarter of the windows),
-and recall of 1, 4 and 16 facts in phrasings that calibration knows and in others that only the base
-knows. Dense and window are measured once. Rows `seed` say how much of a difference is chance.
+being the newest keys, with one thing changed in the request (the words shown), with another kind of
+scorer, or with outputs patched (experiments/patches.py). Measured are perplexity of windows of
+unseen novels, the share of the loss between a window of the same slots and dense attention that is
+closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in phrasings that
+calibration knows and in others that only the base knows. Dense and window are measured once. Rows
+`seed` say how much of a difference is chance.
 
 Rows `ceiling` show what selection can reach: scores are the attention that later queries give each
 key, measured in the pass that they then decide, with shares and slopes per head found from them.
@@ -21,11 +22,15 @@ OUT/results.json holds everything; the same command goes on where an earlier one
 """
 
 import argparse
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from experiments import patches
 from experiments.scorers import FITS, in_place_of_linear
 from experiments.steps import Steps
 from experiments.suite import (
@@ -43,11 +48,14 @@ from experiments.suite import (
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.plan import plan as make_plan
+from sparsek_cli.data.corpus import load_corpus
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies.registry import DENSE, OWN
+from sparsek_cli.loading import load_tokenizer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 from sparsek_cli.reporter import Silent
+from sparsek_cli.training.measure import windows
 
 SPLITS = ("calibration", "held_out")
 COLUMNS = ("row", "changed", "closed", "over_default", "ppl_last", *SPLITS, "text_loss", "seconds")
@@ -68,6 +76,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "scorer-linear": {"method.scorer": "linear"},
     "scorer-linear-seed": {"method.scorer": "linear", "seed": 1},
     "scorer-keys-values": {"scorer": "keys-values"},
+    "scorer-leaving": {"scorer": "leaving"},
+    "patch-layer": {"patch": "layer"},
+    "patch-head": {"patch": "head"},
     "ceiling": {"scorer": "future"},
     "ceiling-slope-0": {"scorer": "future", "method.slopes": [0]},
     "target-mean": {"method.target": "mean"},
@@ -137,8 +148,8 @@ class Experiment:
         self.session.say(f"{len(self.suite.rows)} windows, {self.given.questions} of each question")
         self.session.run("dense and window", self.references)
         for name in self.given.rows:
-            if name == "text-prose" and not self.given.train:
-                continue  # the default then
+            if not self.given.train and (name == "text-prose" or "patch" in ROWS[name]):
+                continue  # the default then; or text that a patch is fitted to
             needs = 1.5 * (self.named("default") or {}).get("seconds", 0)
             self.session.run(name, partial(self.row, name), needs=needs)
         print(self.session.table(COLUMNS), flush=True)
@@ -160,7 +171,8 @@ class Experiment:
     def request(self, name: str) -> dict[str, Any]:
         """The words of `sparsek convert` for a row."""
         changes = dict(ROWS[name])
-        changes.pop("scorer", None)
+        for key in ("scorer", "patch"):
+            changes.pop(key, None)
         words = conversion_words(
             self.given.length // self.given.share,
             window=changes.pop("slots.window", self.given.window),
@@ -181,12 +193,24 @@ class Experiment:
         scorer = ROWS[name].get("scorer")
         if scorer is None:
             done = self.steps.convert(self.base, self.model, self.request(name))
-            measured = self.suite.measure(load(self.model, self.device, self.dtype), OWN)
+            model = load(self.model, self.device, self.dtype)
+            with self.patch(model, ROWS[name].get("patch")):
+                measured = self.suite.measure(model, OWN)
             text_loss = done.calibration["text_loss"]
         else:
             text_loss, measured = self.with_scorer(name, FITS[scorer])
         seconds = begun - self.session.left
         self.add(name, ROWS[name], measured, text_loss=text_loss, seconds=seconds)
+
+    def patch(self, model: Any, kind: str | None) -> AbstractContextManager:
+        """`kind` of patch from an eighth of the text that calibration reads, or none."""
+        if kind is None:
+            return nullcontext()
+        corpus = load_corpus(self.given.train or self.given.held_out, load_tokenizer(self.base))
+        rows = windows(
+            corpus, self.given.length, max(4, self.given.tokens // self.given.length // 8)
+        )
+        return patches.patched(patches.fit(model, torch.from_numpy(rows), kind))
 
     def with_scorer(self, name: str, fit: Any) -> tuple[float, dict[str, Any]]:
         """Loss in calibration's text and what is measured, with scorers of another kind."""

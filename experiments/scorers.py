@@ -1,10 +1,13 @@
-"""Scorers that are compared with others and not adopted: of keys and values, of what comes later.
+"""Scorers that are compared with others and not adopted.
+
+Of keys and values; of what queries in the window made of a key; of what comes later.
 
 They are fitted and chosen by calibration as the linear ones are (`conversion/calibrate`), and stand
 in for them in a loaded model. `FutureFit` is no scorer but a ceiling: its scores are the attention
 that later queries do give each key, measured in the pass that they then decide.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -109,12 +112,67 @@ class FutureMap:
         return (seen - self.mean) * self.scale
 
 
+class LeavingFit:
+    """Ridge on the block's input and on what queries made of a key until it left the window.
+
+    A key is kept until then anyway, so that its score may wait.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device):
+        size, maps, self._window = plan.geometry, plan.calibration.method.maps, plan.window
+        width = size.hidden + size.heads // size.kv_heads + 2
+        self._heads = [LinearFit(width, 1, maps, device) for _ in range(size.kv_heads)]
+
+    def add(self, recorded: Recorded, targets: Targets) -> None:
+        features = _leaving_features(recorded, self._window)
+        for head, (fit, inputs) in enumerate(zip(self._heads, features, strict=True)):
+            fit.add(replace(recorded, inputs=inputs), targets.of_head(head))
+
+    def maps(self) -> dict[str, "LeavingMap"]:
+        heads = [fit.maps() for fit in self._heads]
+        return {name: LeavingMap(tuple(m[name] for m in heads), self._window) for name in heads[0]}
+
+
+@dataclass(frozen=True)
+class LeavingMap:
+    """One linear map per KV head; see `LeavingFit`."""
+
+    heads: tuple[LinearMap, ...]
+    window: int
+
+    def of(self, recorded: Recorded) -> torch.Tensor:
+        features = _leaving_features(recorded, self.window)
+        return torch.cat([m.scores(x) for m, x in zip(self.heads, features, strict=True)])
+
+
+def _leaving_features(recorded: Recorded, window: int) -> torch.Tensor:
+    """[G, N, hidden + heads of the group + 2] float32.
+
+    Beside the input: the key times the mean of the next window - 1 queries, of each head; and log
+    of the largest and the mean attention that these give it, over the group's heads.
+    """
+    (groups, tokens, size), heads = recorded.key.shape, recorded.query.shape[0]
+    key, query = recorded.key.float(), recorded.query.float() * recorded.scaling
+    logits = torch.matmul(query.view(groups, -1, size), key.transpose(1, 2))
+    logits = logits.view(groups, heads // groups, tokens, tokens)
+    age = torch.arange(tokens, device=key.device)[:, None] - torch.arange(tokens, device=key.device)
+    near = (age > 0) & (age < window)
+    counts = near.sum(0).clamp_min(1)
+    dot = logits.masked_fill(~near, 0).sum(2) / counts
+    weights = logits.masked_fill(age < 0, -torch.inf).softmax(-1).masked_fill(~near, 0)
+    made = torch.stack([weights.amax((1, 2)), weights.mean(1).sum(1) / counts])
+    made = made.clamp_min(math.exp(FLOOR)).log()
+    inputs = recorded.inputs.float().expand(groups, -1, -1)
+    return torch.cat([inputs, dot.transpose(1, 2), made.permute(1, 2, 0)], -1)
+
+
 FITS: dict[str, Callable[[Plan, torch.device], Any]] = {
     "keys-values": KeyValueFit,
+    "leaving": LeavingFit,
     "future": FutureFit,
 }
 # Maps of what attention sees, not of the block's input.
-_OF_ATTENTION = (KeyValueMap, FutureMap)
+_OF_ATTENTION = (KeyValueMap, FutureMap, LeavingMap)
 
 
 class _Chosen(nn.Module):
@@ -124,6 +182,7 @@ class _Chosen(nn.Module):
         super().__init__()
         self.maps, self.choice = maps, choice
         self.register_buffer("slopes", torch.tensor(choice.slopes, dtype=torch.float32))
+        self.inputs: torch.Tensor | None = None
 
     def of(self, recorded: Recorded) -> torch.Tensor:
         scores = {name: self.maps[name].of(recorded) for name in set(self.choice.maps)}
@@ -133,6 +192,7 @@ class _Chosen(nn.Module):
         """Scores [B, G, N] of the block's input; maps of attention see `in_place_of_linear`."""
         batch, tokens, _ = hidden_states.shape
         if any(isinstance(map_, _OF_ATTENTION) for map_ in self.maps.values()):
+            self.inputs = hidden_states
             return hidden_states.new_zeros(batch, len(self.slopes), tokens), self.slopes
         nothing = torch.empty(0)
         flat = Recorded(hidden_states.flatten(0, 1), nothing, nothing, nothing, 1.0)
@@ -140,10 +200,10 @@ class _Chosen(nn.Module):
 
 
 def _recorded_attention(module: nn.Module, query, key, value, mask, **kwargs: Any):
-    """`sparsek_attention_forward` with scores of query [B, H, N, D], keys [B, G, N, D], values."""
+    """`sparsek_attention_forward` with scores of what attention sees, one sequence at a time."""
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    rows = zip(query, key, value, strict=True)
-    scores = [module.scorer.of(Recorded(torch.empty(0), *row, scaling)) for row in rows]
+    rows = zip(module.scorer.inputs, query, key, value, strict=True)
+    scores = [module.scorer.of(Recorded(*row, scaling)) for row in rows]
     kwargs["sparsek_scores"] = torch.stack(scores)
     return sparsek_attention_forward(module, query, key, value, mask, **kwargs)
 

@@ -11,7 +11,10 @@ facts in phrasings that training asks and in others. "closed" is the share of th
 window of the same slots and dense attention, both as they were before training, that is gone on
 the last quarter of the windows. Some rows train dense attention and a plain window the same way:
 "alike" is the share between those two, for the row that has their words. Others are calibrated
-again after training (`sparsek convert --again`) and measured once more, as "NAME, again".
+again after training (`sparsek convert --again`) and measured once more, as "NAME, again"; `--again`
+names which, by default all. "NAME, dense self" is what was trained, attending densely. Rows `adapt`
+are that recipe's words with one thing changed: what is minimised, or how scorers learn. With
+`--also 8` what is calibrated again is so at an eighth of the length, too ("NAME, again at 1/8").
 
 `--set` gives words to every row. OUT/results.json holds everything; the same command goes on where
 an earlier one stopped. `--smoke`: toy sizes. Time on one H100: about 60 s a row.
@@ -35,12 +38,13 @@ from experiments.suite import (
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies.registry import DENSE, OWN
+from sparsek_cli.models import budget
 
 SINKS = 4
 SPLITS = ("calibration", "held_out")
 COLUMNS = ("row", "closed", "alike", "ppl_last", "ppl", *SPLITS)
 # What may differ between a run and its continuation.
-FREE = ("rows", "seconds", "out")
+FREE = ("rows", "again", "seconds", "out")
 CONTROLS = DENSE_CONTROL, WINDOW_CONTROL = " dense", " window"
 _TEXT = ("objective.lm=1", "objective.distill=0")
 _MORE_TEXT = ("data.needles.weight=0.15", "data.copies.weight=0.05", "data.novels.weight=0.8")
@@ -60,6 +64,25 @@ ROWS: dict[str, tuple[str, ...]] = {
     "text 3e-4, more novels": (*_TEXT, *_MORE_TEXT, "learning_rate=3e-4"),
     "distill 3e-4": ("objective.lm=0", "objective.distill=1", "learning_rate=3e-4"),
     "both 3e-4": ("objective.lm=1", "objective.distill=1", "learning_rate=3e-4"),
+}
+_ADAPT = (
+    "objective.lm=0.1", "objective.distill=1", "scorer_training=concurrent",
+    "budgets=[32,16,8,4]", "learning_rate=1e-4", "min_learning_rate=0.2",
+    "scorer_learning_rate=1e-4",
+)  # fmt: skip
+ROWS |= {
+    "adapt": _ADAPT,
+    "adapt dense": _ADAPT,
+    "adapt window": _ADAPT,
+    "adapt, text": (*_ADAPT, *_TEXT),
+    "adapt, text dense": (*_ADAPT, *_TEXT),
+    "adapt, text window": (*_ADAPT, *_TEXT),
+    "adapt, KL": (*_ADAPT, "objective.lm=0"),
+    "adapt, frozen": (*_ADAPT, "scorer_training=frozen"),
+    "adapt, refit": (*_ADAPT, "scorer_training=refit"),
+    "adapt, gates": (*_ADAPT, "scorer_training=gates"),
+    "adapt, log gates": (*_ADAPT, "scorer_training=gates", "sparsek.gate=log"),
+    "adapt, one budget": (*_ADAPT, "budgets=[]"),
 }
 _SMOKE = (
     "data_workers=0", "batch_size=2", "micro_batch_size=2", "sequence_length=512",
@@ -87,6 +110,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=262_144, help="text to calibrate on")
     parser.add_argument("--windows", type=int, default=128, help="windows measured")
     parser.add_argument("--questions", type=int, default=96, help="of each kind and number")
+    parser.add_argument("--again", nargs="*", metavar="NAME", help="rows to calibrate again")
+    parser.add_argument("--also", type=int, metavar="N", help="calibrate again at 1/N, too")
     parser.add_argument("--convert", nargs="+", default=[], metavar="WORD", help="for converting")
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for every row")
     given = parser.parse_args()
@@ -120,8 +145,11 @@ class Experiment:
             return
         for name in self.given.rows:
             self.session.run(name, partial(self.row, name), needs=20)
-            if not name.endswith(CONTROLS):
-                self.session.run(f"{name}, again", partial(self.again, name), needs=20)
+            again = self.given.again is None or name in self.given.again
+            if again and not name.endswith(CONTROLS):
+                for share in filter(None, (self.given.share, self.given.also)):
+                    label = f"{name}, again{self.at(share)}"
+                    self.session.run(label, partial(self.again, name, share), needs=20)
         self.compare_alike()
         print(self.session.table(COLUMNS), flush=True)
         self.session.say(f"wrote {self.session.folder / 'results.json'}")
@@ -132,9 +160,18 @@ class Experiment:
 
     def convert(self) -> None:
         """Calibrated scorers, the same for every row."""
-        window = int(self.slots * WINDOW_SHARE)
-        slots = {"topk": self.slots - window - SINKS, "window": window, "sinks": SINKS}
-        self.steps.convert(self.base, self.sparse, slots | self.calibration())
+        settings = self.budget(self.given.share) | self.calibration()
+        self.steps.convert(self.base, self.sparse, settings)
+
+    def budget(self, share: int) -> dict[str, int]:
+        """Keys of a conversion to 1/share of the length."""
+        slots = self.given.length // share
+        window = int(slots * WINDOW_SHARE)
+        return {"topk": slots - window - SINKS, "window": window, "sinks": SINKS}
+
+    def at(self, share: int) -> str:
+        """What names of rows at another share end in."""
+        return "" if share == self.given.share else f" at 1/{share}"
 
     def calibration(self) -> dict[str, Any]:
         """Words for `sparsek convert`."""
@@ -151,6 +188,10 @@ class Experiment:
         model = load(self.sparse, self.device, self.dtype)
         for policy in (DENSE, "window", OWN):
             self.add(policy, (), self.suite.measure(model, policy))
+        if self.given.also:
+            with budget(model, **self.budget(self.given.also)):
+                measured = self.suite.measure(model, "window")
+            self.add(f"window{self.at(self.given.also)}", (), measured)
         return True
 
     def row(self, name: str) -> None:
@@ -160,15 +201,19 @@ class Experiment:
             f"steps={self.given.steps}", *words, *self.given.set, *self.attention(name),
             model=self.sparse,
         )  # fmt: skip
-        measured = self.suite.measure(load(out, self.device, self.dtype), OWN)
+        model = load(out, self.device, self.dtype)
+        measured = self.suite.measure(model, OWN)
         self.add(name, words, measured, tokens_per_second=result.tokens_per_second)
+        if not name.endswith(CONTROLS):
+            self.add(f"{name}, dense self", words, self.suite.measure(model, DENSE))
 
-    def again(self, name: str) -> None:
-        """What a row trained, with scorers fitted to the weights it has now."""
-        out = self.session.folder / "again"
-        self.steps.convert(self.folder(name), out, self.calibration() | {"again": True})
+    def again(self, name: str, share: int) -> None:
+        """What a row trained, with scorers fitted to the weights it has now, at 1/share."""
+        out, at = self.session.folder / "again", self.at(share)
+        settings = self.calibration() | {"again": True} | (self.budget(share) if at else {})
+        self.steps.convert(self.folder(name), out, settings)
         measured = self.suite.measure(load(out, self.device, self.dtype), OWN)
-        self.add(f"{name}, again", ROWS[name], measured)
+        self.add(f"{name}, again{at}", ROWS[name], measured, window=f"window{at}")
 
     def folder(self, name: str) -> Path:
         return self.session.folder / name.replace(" ", "-").replace(",", "")
@@ -176,13 +221,23 @@ class Experiment:
     def attention(self, name: str) -> list[str]:
         """Words for the attention that a row trains: its own, dense, or a window."""
         if name.endswith(DENSE_CONTROL):
-            return [f"sparsek.topk={self.given.length}"]
+            return [f"sparsek.topk={self.given.length}", "scorer_training=frozen", "budgets=[]"]
         if name.endswith(WINDOW_CONTROL):
-            return ["sparsek.topk=0", f"sparsek.window={self.slots - SINKS}"]
+            window = f"sparsek.window={self.slots - SINKS}"
+            return ["sparsek.topk=0", window, "scorer_training=frozen"]
         return []
 
-    def add(self, name: str, words: tuple[str, ...], measured: dict[str, Any], **more: Any) -> None:
-        dense, window = self.named(DENSE), self.named("window")
+    def add(
+        self,
+        name: str,
+        words: tuple[str, ...],
+        measured: dict[str, Any],
+        *,
+        window: str = "window",
+        **more: Any,
+    ) -> None:
+        """A row; `window` names the one that "closed" refers to."""
+        dense, window = self.named(DENSE), self.named(window)
         self.session.row(
             row=name,
             words=" ".join(words),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from experiments import ablations
-from experiments.scorers import FutureFit, KeyValueFit, in_place_of_linear
+from experiments.scorers import FutureFit, KeyValueFit, LeavingFit, in_place_of_linear
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.run import search
@@ -56,7 +56,7 @@ def test_a_run_goes_on_and_measures_dense_once(novels, tmp_path, monkeypatch, ca
         ablations.main()
 
 
-@pytest.mark.parametrize("fit", [LinearFit.of, KeyValueFit, FutureFit])
+@pytest.mark.parametrize("fit", [LinearFit.of, KeyValueFit, LeavingFit, FutureFit])
 def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkeypatch):
     """Whatever the scorer, and in batches."""
     from transformers import AutoModelForCausalLM

@@ -37,7 +37,8 @@ def test_a_control_keeps_every_key_and_a_row_is_calibrated_again(novels, tmp_pat
     monkeypatch.setattr(sys, "argv", [*words, "--rows", "text 3e-4 dense", "text 1e-4"])
     tuning.main()
     record = json.loads((tmp_path / "out" / "results.json").read_text())
-    dense, window, own, control, trained, again = record["rows"]
+    dense, window, own, control, trained, itself, again = record["rows"]
+    assert itself["row"] == "text 1e-4, dense self" and itself["loss"] < trained["loss"]
     assert [row["row"] for row in record["rows"][:3]] == ["dense", "window", "sparsek"]
     closed = (window["loss_last"] - own["loss_last"]) / (window["loss_last"] - dense["loss_last"])
     assert own["closed"] == pytest.approx(100 * closed)
