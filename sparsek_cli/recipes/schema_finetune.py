@@ -93,6 +93,11 @@ class Objective(Strict):
         description="weight of the KL divergence to the weights a run starts from, with dense "
         "attention",
     )
+    outputs: NonNegativeFloat = Field(
+        0.0,
+        description="weight of the error of attention's outputs, beside those of the same dense "
+        "attention; it falls to 0 over the first quarter of the run",
+    )
     answer_weight: NonNegativeFloat = Field(
         1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
     )

@@ -25,6 +25,7 @@ from sparsek_cli.training.losses.objectives import (
     attach,
     decoder_of,
 )
+from sparsek_cli.training.losses.outputs import OutputErrors
 from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.model import build_random, load_pretrained, random_config
 from sparsek_cli.training.parameters import choose_parameters, trained_state
@@ -98,7 +99,10 @@ def make_trainer(
         measures_start: whether the held-out loss is measured before the first step, too.
         keeps_better: whether the parameters of the start are kept to go back to.
     """
-    losses = Objective(**objective.model_dump(), loss_chunk=logits_chunk(model.config.vocab_size))
+    losses = Objective(
+        **objective.model_dump(exclude={"outputs"}),
+        loss_chunk=logits_chunk(model.config.vocab_size),
+    )
     bf16 = sizes.dtype == "bfloat16"
     args = training_arguments(
         part, sizes, rates, rhythm, seed=seed, cpu=device.type == "cpu",
@@ -117,8 +121,11 @@ def make_trainer(
         decoder_of(model).compile()
     future = FutureAttention() if scorers == "concurrent" else None
     teacher = _teacher(objective, model, tuner, frozen=sizes.train == "all", bf16=bf16)
-    attach(model, losses, teacher, future)
+    outputs = OutputErrors(model, teacher, objective.outputs) if objective.outputs else None
+    attach(model, losses, teacher, future, outputs)
     callbacks = [ProgressReport(reporter, bar, sizes.tokens_per_step)]
+    if outputs is not None:
+        callbacks.append(outputs)
     if budgets:
         callbacks.append(DrawnBudgets(model, tuple(budgets), sizes.batch.length, seed))
     if scorers == "refit":
@@ -170,7 +177,7 @@ def _teacher(
     Args:
         frozen: the teacher is a copy; else the model itself, its adapters off.
     """
-    if wanted.distill == 0:
+    if wanted.distill == 0 and wanted.outputs == 0:
         return None
     if frozen:
         return FrozenTeacher(model, torch.bfloat16 if bf16 else torch.float32)

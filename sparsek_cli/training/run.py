@@ -210,10 +210,10 @@ def _check_dense(model: Any, wanted: "Settings") -> None:
     """Raises UsageError where a dense model is asked for what only SparseK models have."""
     if is_converted(model.config):
         return
-    if wanted.objective.distill:
+    if wanted.objective.distill or wanted.objective.outputs:
         raise UsageError(
             "a dense model is its own teacher: nothing to distill",
-            hint="set objective.distill=0, or train a converted model",
+            hint="set objective.distill=0 objective.outputs=0, or train a converted model",
         )
     if wanted.budgets or wanted.start.scorers != "gates":
         key, value = ("budgets", "[]") if wanted.budgets else ("scorer_training", "gates")

@@ -155,6 +155,35 @@ def test_sharded_processes_train_the_model_of_one(
     same_tensors(*files, within=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_base_and_its_scorers_adapt_together_on_two(
+    recipe, sparse_checkpoint, tmp_path, strategy
+):
+    """The scores' own loss, drawn budgets and the teacher's copy, whole and sharded."""
+    model = sparse_checkpoint()
+    words = ["train=all", "objective={lm: 0.1, distill: 1}", "scorer_training=concurrent",
+             "budgets=[8, 4]", "batch_size=4", "micro_batch_size=1"]  # fmt: skip
+    one = finetune(recipe(*words, model=model, out="one"))
+    made = recipe(*words, f"launch.strategy={strategy}", model=model, out="two")
+    line = words_for(made, tmp_path / "two.yaml", "--json")
+    if strategy == "ddp":
+        two = json.loads(launch("sparsek_cli", *line, by=(*TORCHRUN, "-m")))
+    else:
+        result = tmp_path / "two.json"
+        jobs = [{"words": line, "stop_at": None, "result": str(result)}]
+        (tmp_path / "jobs.json").write_text(json.dumps(jobs))
+        launch(str(Path(__file__).with_name("fsdp_on_cpu.py")), str(tmp_path / "jobs.json"))
+        two = json.loads(result.read_text())
+    assert two["loss"] == pytest.approx(one.loss, abs=1e-4)
+    assert two["held_out_loss"] == pytest.approx(one.held_out_loss, abs=1e-4)
+    # Adam makes steps of the last bits of a small gradient, as above.
+    same_tensors(*(tmp_path / n / "model.safetensors" for n in ("two", "one")), within=2e-3)
+    before = load_file(model / "sparsek.safetensors")
+    after = load_file(tmp_path / "two" / "model.safetensors")
+    assert any(not torch.equal(before[n], after[n]) for n in before if n.endswith("weight"))
+
+
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [

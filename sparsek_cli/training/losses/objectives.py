@@ -18,6 +18,7 @@ from sparsek_cli.models.output import output_layer
 
 if TYPE_CHECKING:
     from sparsek_cli.training.losses.future import FutureAttention
+    from sparsek_cli.training.losses.outputs import OutputErrors
 
 
 # From final states [..., C] to logits; see models/output.py.
@@ -27,7 +28,7 @@ OutputLayer = Callable[[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Objective:
     """What is minimised: lm x (text + a x answers) + distill x the same two means of the KL
-    + the scores' own loss (future.py), which nothing else feels.
+    + the losses that layers have of their own (future.py, outputs.py), weighed already.
 
     Attributes:
         lm, distill: weights of the parts.
@@ -62,16 +63,18 @@ def attach(
     objective: Objective,
     teacher: Teacher | None = None,
     future: "FutureAttention | None" = None,
+    outputs: "OutputErrors | None" = None,
 ) -> None:
     """Replaces `model.forward` by one that returns {"sums": [5] float32}; `detach` undoes it.
 
-    The sums are those of `loss_sums`, then the scores' own, 0 without `future`.
+    The sums are those of `loss_sums`, then what layers have of their own.
 
     Args:
         model: a transformers causal LM.
         objective: which sums are needed.
-        teacher: the model that is distilled where `objective.distill` > 0.
+        teacher: the model that is distilled where `objective.distill` > 0, or compared with.
         future: what compares scores with the attention of the pass, attached (see future.py).
+        outputs: what compares attention's outputs with the teacher's (see outputs.py).
     """
     decoder = decoder_of(model)
     sparse = getattr(model.config, "sparsek", None) is not None
@@ -89,15 +92,21 @@ def attach(
         if sparse and cu_seq_lens is not None:
             inputs["cu_seq_lens_q"] = cu_seq_lens
         known, aims = None, future if self.training else None
-        if self.training and teacher is not None:
-            known = (teacher.states(**inputs), teacher.head)
+        errors = outputs if self.training else None
+        if errors is not None:
+            errors.begin(len(roles))
+        compared = objective.distill or (errors is not None and errors.weight)
+        if self.training and teacher is not None and compared:
+            states = teacher.states(**inputs)
+            known = (states, teacher.head) if objective.distill else None
         if aims is not None:
             aims.begin(roles, cu_seq_lens)
         hidden = decoder(**inputs, use_cache=False).last_hidden_state
-        wanted = hidden.new_zeros(()) if aims is None else aims.loss()
+        own = hidden.new_zeros((), dtype=torch.float32)
+        own = own + sum(part.loss() for part in (aims, errors) if part is not None)
         head = output_layer(self)
         sums = loss_sums(hidden, known, head, input_ids, roles, objective)
-        return {"sums": torch.cat([sums, wanted.float()[None]])}
+        return {"sums": torch.cat([sums, own[None]])}
 
     model.forward = MethodType(forward, model)
 

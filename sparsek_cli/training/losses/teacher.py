@@ -20,20 +20,20 @@ class OwnTeacher:
     """
 
     def __init__(self, model: Any, tuner: Any | None = None):
-        self._model, self._tuner = model, tuner
+        self.model, self._tuner = model, tuner
 
     @property
     def head(self) -> OutputLayer:
         """The output layer."""
-        return output_layer(self._model)
+        return output_layer(self.model)
 
     @torch.no_grad()
     def states(self, **inputs: Any) -> torch.Tensor:
         """States below the output layer, [B, N, C]; the arguments are the decoder's."""
-        was = [module for module in self._model.modules() if module.training]
-        with dense_attention(self._model), self._without_adapters():
-            self._model.eval()
-            states = decoder_of(self._model)(**inputs, use_cache=False).last_hidden_state
+        was = [module for module in self.model.modules() if module.training]
+        with dense_attention(self.model), self._without_adapters():
+            self.model.eval()
+            states = decoder_of(self.model)(**inputs, use_cache=False).last_hidden_state
         for module in was:
             module.training = True
         return states
@@ -43,7 +43,7 @@ class OwnTeacher:
         if self._tuner is None:
             yield
             return
-        learns = [p for p in self._model.parameters() if p.requires_grad]
+        learns = [p for p in self.model.parameters() if p.requires_grad]
         self._tuner.disable_adapter_layers()
         try:
             yield
@@ -65,16 +65,16 @@ class FrozenTeacher:
     """
 
     def __init__(self, model: Any, dtype: torch.dtype):
-        self._model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        self._model.config._attn_implementation = DENSE_ATTENTION
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        self.model.config._attn_implementation = DENSE_ATTENTION
 
     @property
     def head(self) -> OutputLayer:
         """The output layer."""
-        return output_layer(self._model)
+        return output_layer(self.model)
 
     @torch.no_grad()
     def states(self, **inputs: Any) -> torch.Tensor:
         """As `OwnTeacher.states`."""
-        self._model.to(inputs["input_ids"].device)
-        return decoder_of(self._model)(**inputs, use_cache=False).last_hidden_state
+        self.model.to(inputs["input_ids"].device)
+        return decoder_of(self.model)(**inputs, use_cache=False).last_hidden_state
