@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
-from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention
+from sparsek_cli.conversion.calibrate.layerwise import Reading, Recorded
+from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, look
 from sparsek_cli.data import ANSWER
 from sparsek_cli.models.attention import replaced_attention
 from sparsek_cli.models.config import ATTENTION, LayerBudget, layer_budget
@@ -179,15 +179,11 @@ def aims(recorded: Recorded, answer: torch.Tensor, budget: LayerBudget) -> Aims 
         return None
     moments = torch.linspace(first, tokens, _MOMENTS + 1).long()[:-1].unique()
     rows = looked_at(answer, first)
-    nothing = torch.zeros(tokens, dtype=torch.bool)
-    worth = torch.full((len(moments), groups, tokens), FLOOR, device=device)
-    for number, begin in enumerate(moments):
-        end = moments[number + 1] if number + 1 < len(moments) else tokens
-        here = rows[(rows >= begin) & (rows < end)]
-        if len(here):
-            worth[number] = future_attention(recorded, here, nothing, window)[0]
+    seen = _ByMoment(torch.searchsorted(moments, rows, right=True) - 1, groups, tokens, device)
+    nothing = torch.zeros(tokens, dtype=torch.bool, device=device)
+    look(Reading(recorded, rows.to(device), None), nothing, tokens, window, seen, seen)
     # Of all later queries: those of later parts too.
-    worth = worth.flip(0).cummax(0).values.flip(0)
+    worth = seen.result().flip(0).cummax(0).values.flip(0)
 
     keys, moments = torch.arange(tokens, device=device), moments.to(device)[:, None, None]
     candidates = (keys >= sinks) & (keys <= moments - window)
@@ -201,6 +197,30 @@ def aims(recorded: Recorded, answer: torch.Tensor, budget: LayerBudget) -> Aims 
     sides = (weight.clamp_min(0), weight.clamp_max(0))
     more, less = (side / (2 * side.abs().sum(-1, keepdim=True)).clamp_min(1e-9) for side in sides)
     return Aims(more + less, candidates, last)
+
+
+class _ByMoment:
+    """The largest probability that the queries of each of T parts of a document give a key."""
+
+    def __init__(self, parts: torch.Tensor, groups: int, tokens: int, device: torch.device):
+        """`parts` [R] int64 on the CPU, ascending: the part of each query that is looked at."""
+        self._parts = parts
+        self._seen = 0
+        self._best = torch.full((int(parts[-1]) + 1, groups, tokens), FLOOR, device=device)
+
+    def add(self, logits: torch.Tensor) -> None:
+        here = self._parts[self._seen : self._seen + logits.shape[2]]
+        self._seen += len(here)
+        largest = logits.amax(1)
+        parts, counts = here.unique_consecutive(return_counts=True)
+        pieces = largest.split(counts.tolist(), 1)
+        for part, piece in zip(parts.tolist(), pieces, strict=True):
+            best = self._best[part, :, : logits.shape[-1]]
+            torch.maximum(best, piece.amax(1), out=best)
+
+    def result(self) -> torch.Tensor:
+        """[T, G, N] float32."""
+        return self._best
 
 
 def border_loss(scores: torch.Tensor, slopes: torch.Tensor, wanted: Aims) -> torch.Tensor:

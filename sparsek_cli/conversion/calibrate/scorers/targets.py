@@ -40,11 +40,11 @@ def future_attention(
     best, best_answer = (REDUCTIONS[target](groups, recorded.context, device) for _ in range(2))
     for reading in recorded.readings(rows.to(device)):
         asked = reading.of(answer.to(device))
-        _look(reading, asked, recorded.context, window, best, best_answer)
+        look(reading, asked, recorded.context, window, best, best_answer)
     return best.result(), best_answer.result()
 
 
-def _look(
+def look(
     reading: Reading,
     answer: torch.Tensor,
     context: int,
