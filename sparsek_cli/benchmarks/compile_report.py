@@ -138,14 +138,15 @@ def _linear_maps(dim: int, dtype: torch.dtype) -> None:
 
     wide = torch.zeros(8192, 2048, dtype=dtype)
     norm = linears.Norm(torch.zeros(2048, dtype=dtype), 1e-5)
-    scorer = linears.Scorer(torch.zeros(8, 2048), torch.zeros(8))
+    inner = torch.zeros(128, 2048)
+    scorer = linears.Scorer(inner[:8], inner[0, :8], inner, inner[0, :128], inner[:8, :128])
     maps = [(wide[:2048], None), (wide[:512], None), (wide[:512], None)]
     for rows in (1, 4):
         x = torch.zeros(rows, 2048, dtype=dtype)
         turn = (torch.zeros(rows, dim, dtype=dtype),) * 2
         q, k, *_ = linears.project(x, maps, dim, norm=norm, turn=turn, scorer=scorer)
-        inner = linears.gated(x, maps[0], maps[0], norm=norm)
-        linears.linear(inner, maps[0][0], residual=x)
+        gated = linears.gated(x, maps[0], maps[0], norm=norm)
+        linears.linear(gated, maps[0][0], residual=x)
         linears.linear(torch.zeros(rows, 8192, dtype=dtype), wide.view(2048, 8192), residual=x)
         linears.norm_rotate(q, k, norm.weight[:dim], norm.weight[:dim], 1e-5, turn)
         linears.rms_norm(x, norm)

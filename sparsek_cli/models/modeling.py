@@ -204,9 +204,12 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
     Attributes:
         read_chunk: how many tokens, of all rows together, are read at once (see
             generation/prefill.py); None for all.
+        fused_steps: whether decoding steps that are CUDA graphs take our own kernels for linear
+            maps and norms (see generation/fused.py); off until measured on a GPU.
     """
 
     read_chunk: int | None = READ_CHUNK
+    fused_steps: bool = False
     reads_once = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -11,8 +11,8 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sparsek_kernels import dispatch
@@ -21,6 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+
+if TYPE_CHECKING:
+    from sparsek_cli.models.generation.fused import FusedModules
 
 _LOG = logging.getLogger("sparsek_cli")
 _logged: set[str] = set()
@@ -45,6 +48,7 @@ class Decoder:
         words: [B] int64, the tokens that the next `step` reads.
         logits: [B, V] float32 after the last `step`; the next one may overwrite them.
         eager: why steps are not a graph, None while they are or will be.
+        fused: the modules that own kernels replace in a graph, see `fused`; None: none.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Decoder:
         self.logits: torch.Tensor | None = None
         self.eager: str | None = None
         self.signature: tuple[Any, ...] | None = None
+        self.fused: FusedModules | None = None
         self._failed: str | None = None
         self._positions = torch.zeros_like(self.words)
         self._advance = torch.ones_like(self.words)
@@ -128,9 +133,17 @@ class Decoder:
         self._positions.copy_(positions)
         if self.eager is None:
             self._adopt(cache)
+            self._fuse()
         self._cache, self._steps = cache, 0
         for layer in cache.layers:
             layer.stepping = True
+
+    def _fuse(self) -> None:
+        model = self._model()
+        if self.fused is None and self.compiled is None and getattr(model, "fused_steps", False):
+            from sparsek_cli.models.generation.fused import FusedModules
+
+            self.fused = FusedModules(model, self.batch)
 
     def _adopt(self, cache: SparseKCache) -> None:
         """Moves the cache's slots to where the graph expects them."""
@@ -156,6 +169,10 @@ class Decoder:
 
     @torch.no_grad()
     def _run(self) -> None:
+        with nullcontext() if self.fused is None else self.fused.installed():
+            self._forward()
+
+    def _forward(self) -> None:
         model = self._model()
         kind = type(model)
         forward = kind.__call__ if self.compiled is None else _compiled(kind, self.compiled)

@@ -12,7 +12,7 @@ KERNELS = {
     "_invert", "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept", "_compact",
     "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "_breakpoints", "_arrange",
     "_totals", "_running", "_descend", "_finish", "_insert", "_attend_slots",
-    "linears", "normalise", "turn_heads",
+    "linears", "add_hidden", "normalise", "turn_heads",
 }  # fmt: skip
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}
 

@@ -96,12 +96,25 @@ def test_projections_with_positions_and_scores(rows, name, dtype, dim, biased, t
     near(q, turned(plain[0], *turn), dtype)
     near(k, turned(plain[1], *turn), dtype)
     near(v, plain[2], dtype)
-    expected = F.linear(inner.float(), *scorer)
+    expected = F.linear(inner.float(), scorer.weight, scorer.bias)
     near(scores, expected, torch.float32 if dtype == torch.float32 else torch.bfloat16)
     unturned = linears.project(x, maps, dim, norm=norm, shape=SHAPES[name])
     for found, expected in zip(unturned[:3], plain, strict=True):
         near(found, expected, dtype)
     assert unturned[3] is None
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_scores_of_an_mlp(rows):
+    inputs, heads, width = 33, 3, 5
+    shapes = ((heads, inputs), (heads,), (width, inputs), (width,), (heads, width))
+    scorer = Scorer(*(new(*s, dtype=torch.float32, seed=i) for i, s in enumerate(shapes)))
+    x = 3 * new(rows, inputs, dtype=torch.float32)
+    maps = ((new(heads * 2, inputs, dtype=torch.float32), None),) * 3
+    scores = linears.project(x, maps, 2, scorer=scorer)[3]
+    hidden = F.gelu(F.linear(x, scorer.hidden_weight, scorer.hidden_bias))
+    expected = F.linear(x, scorer.weight, scorer.bias) + F.linear(hidden, scorer.out_weight)
+    near(scores, expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

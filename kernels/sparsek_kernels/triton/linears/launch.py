@@ -21,10 +21,19 @@ class Norm(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """A linear scorer: weight [G, K] and bias [G], both float32."""
+    """A linear scorer, and what an MLP adds to it: weight [G, K], bias [G], hidden_weight
+    [width, K], hidden_bias [width] and out_weight [G, width], all float32."""
 
     weight: torch.Tensor
     bias: torch.Tensor
+    hidden_weight: torch.Tensor | None = None
+    hidden_bias: torch.Tensor | None = None
+    out_weight: torch.Tensor | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers inside of the MLP."""
+        return 0 if self.hidden_weight is None else self.hidden_weight.shape[0]
 
 
 Map = tuple[torch.Tensor, torch.Tensor | None]  # weight [N, K], bias [N] or None
@@ -82,7 +91,7 @@ def project(
     scorer: Scorer | None = None,
     shape: Shape | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Queries, keys, values and scores of norm(x) in one launch.
+    """Queries, keys, values and scores of norm(x) in one launch; scores by an MLP need another.
 
     Args:
         x: [M, K]. maps: to queries, keys and values.
@@ -95,14 +104,19 @@ def project(
     rows = x.shape[0]
     sizes = [weight.shape[0] for weight, _ in maps]
     outs = [_like(x, size // head_dim, head_dim) for size in sizes]
-    scores = None
+    scores = hidden = None
     if scorer is not None:
-        scores = torch.empty(rows, scorer.weight.shape[0], dtype=torch.float32, device=x.device)
+        wide = {"dtype": torch.float32, "device": x.device}
+        scores = torch.empty(rows, scorer.weight.shape[0], **wide)
+        hidden = torch.empty(rows, scorer.width, **wide) if scorer.width else None
     _launch(
         x, norm, maps, outs, sizes, [(size + 1) // 2 for size in sizes],
         kernel.PLAIN.value if turn is None else kernel.ROTARY.value,
-        turn=turn, half=head_dim // 2, scorer=scorer, scores=scores, shape=shape,
+        turn=turn, half=head_dim // 2, scorer=scorer, scores=(scores, hidden), shape=shape,
     )  # fmt: skip
+    if hidden is not None:
+        overlap = (shape or shape_of(rows, x.shape[1], sum(sizes))).overlap
+        _add_hidden(scores, hidden, scorer, overlap)
     return *outs, scores
 
 
@@ -110,12 +124,26 @@ def _like(x: torch.Tensor, *shape: int) -> torch.Tensor:
     return torch.empty(x.shape[0], *shape, dtype=x.dtype, device=x.device)
 
 
+def _add_hidden(scores, hidden, scorer: Scorer, overlap: bool) -> None:
+    heads = scores.shape[1]
+    kernel.add_hidden[(scores.shape[0],)](
+        scores, hidden, scorer.out_weight, heads, scorer.width,
+        G=triton.next_power_of_2(heads), W=triton.next_power_of_2(scorer.width), WAITS=overlap,
+        num_warps=4, **_pdl(overlap),
+    )  # fmt: skip
+
+
+def _pdl(overlap: bool) -> dict[str, bool]:
+    """Option of a launch that may begin before the one before it ends."""
+    return {"launch_pdl": True} if overlap else {}
+
+
 def _launch(
     x, norm, maps, outs, sizes, pairs, kind, *, residual=None, turn=None, half=1, scorer=None,
-    scores=None, shape=None,
+    scores=(None, None), shape=None,
 ) -> None:  # fmt: skip
     rows, columns = x.shape
-    shape = shape or shape_of(rows, columns)
+    shape = shape or shape_of(rows, columns, sum(weight.shape[0] for weight, _ in maps))
     padded = 16 if shape.dot else 1
     if rows > padded:
         raise ValueError(f"{rows} rows, and this shape takes {padded}")
@@ -127,19 +155,20 @@ def _launch(
     heads = 0 if scorer is None else scorer.weight.shape[0]
     cos, sin = (x, x) if turn is None else turn
     biased = biases[0] is not None
-    options = {"launch_pdl": True} if shape.overlap else {}
-    kernel.linears[(sum(tiles) + heads,)](
+    width = 0 if scorer is None else scorer.width
+    kernel.linears[(sum(tiles) + heads + width,)](
         x, x if norm is None else norm.weight, *weights,
         *(x if bias is None else bias for bias in biases), *outs,
         x if residual is None else residual, cos, sin,
-        *((x, x, x) if scorer is None else (scorer.weight, scorer.bias, scores)),
-        x.stride(0), cos.stride(0) if cos.shape[0] > 1 else 0, *sizes, *tiles, heads,
+        *((x, x, x) if scorer is None else (scorer.weight, scorer.bias, scores[0])),
+        *((scorer.hidden_weight, scorer.hidden_bias, scores[1]) if width else (x, x, x)),
+        x.stride(0), cos.stride(0) if cos.shape[0] > 1 else 0, *sizes, *tiles, heads, width,
         0.0 if norm is None else norm.eps,
         K=columns, M=rows, BM=padded, BN=shape.pairs, BK=shape.columns,
         BS=min(_SCORE_COLUMNS, triton.next_power_of_2(columns)), KIND=kind, HALF=half,
         SEGMENTS=3 if len(maps) == 3 else 1, NORM=norm is not None, BIASED=biased,
         RESIDUAL=residual is not None, DOT=shape.dot, STAGES=shape.stages, WAITS=shape.overlap,
-        num_warps=shape.warps, num_stages=shape.stages, **options,
+        DEEP=width > 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(shape.overlap),
     )  # fmt: skip
 
 
@@ -147,11 +176,10 @@ def rms_norm(x: torch.Tensor, norm: Norm, *, overlap: bool = False) -> torch.Ten
     """The norm of x [M, K], in x's dtype."""
     out = _like(x, x.shape[1])
     columns = x.shape[1]
-    options = {"launch_pdl": True} if overlap else {}
     kernel.normalise[(x.shape[0],)](
         x, norm.weight, out, x.stride(0), norm.eps, K=columns,
         BK=min(_MOST_COLUMNS, triton.next_power_of_2(columns)), WAITS=overlap,
-        num_warps=4, **options,
+        num_warps=4, **_pdl(overlap),
     )  # fmt: skip
     return out
 
@@ -173,9 +201,8 @@ def norm_rotate(
     """
     rows, q_heads, dim = q.shape
     cos, sin = turn
-    options = {"launch_pdl": True} if overlap else {}
     kernel.turn_heads[(rows, q_heads + k.shape[1])](
         q, k, q_norm, k_norm, cos, sin, q_heads, k.shape[1],
         cos.stride(0) if cos.shape[0] > 1 else 0, eps, D=dim,
-        HALF=triton.next_power_of_2(dim // 2), WAITS=overlap, num_warps=1, **options,
+        HALF=triton.next_power_of_2(dim // 2), WAITS=overlap, num_warps=1, **_pdl(overlap),
     )  # fmt: skip
