@@ -17,6 +17,10 @@ _SENTENCE_END = re.compile(
     r"(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)[.!?][\"”’')\]]*(?=\s+[\"“‘'(\[]?[A-Z])"
 )
 _ENCODE_BATCH = 20_000
+# Lists, tables and scripts that end sentences otherwise are cut all the same: a "sentence" of a
+# whole document would make a sample of any size.
+_MOST_CHARACTERS, _MOST_TOKENS = 2000, 500
+_PIECE = re.compile(rf"(?s).{{1,{_MOST_CHARACTERS - 1}}}(?=\s|$)|.{{{_MOST_CHARACTERS}}}|.+")
 
 
 @dataclass
@@ -79,6 +83,7 @@ class Filler:
             if tokens[-1] == tokenizer.eos_token_id:
                 tokens = tokens[:-1]
             cuts = np.flatnonzero(closes[tokens[:-1]] & opens[tokens[1:]]) + 1
+            cuts = _no_longer(cuts, len(tokens))
             starts.append(begin + np.concatenate([[0], cuts]))
             ends.append(begin + np.concatenate([cuts, [len(tokens)]]))
             documents.append(documents[-1] + len(cuts) + 1)
@@ -121,10 +126,26 @@ class Filler:
 
 
 def split_sentences(text: str) -> list[str]:
-    """`text` cut before the white space that follows a sentence; joined again it is `text`."""
+    """`text` cut before the white space that follows a sentence; joined again it is `text`.
+
+    What is longer than any sentence is cut where it has white space, else anywhere.
+    """
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     cuts = [0, *ends, len(text)]
-    return [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    pieces = [text[a:b] for a, b in zip(cuts, cuts[1:], strict=False) if b > a]
+    return [
+        part
+        for piece in pieces
+        for part in (_PIECE.findall(piece) if len(piece) > _MOST_CHARACTERS else [piece])
+    ]
+
+
+def _no_longer(cuts: np.ndarray, total: int) -> np.ndarray:
+    """Cuts of `total` tokens with further ones where they are too far apart."""
+    bounds = np.concatenate([[0], cuts, [total]])
+    wide = np.flatnonzero(np.diff(bounds) > _MOST_TOKENS)
+    more = [np.arange(bounds[i] + _MOST_TOKENS, bounds[i + 1], _MOST_TOKENS) for i in wide]
+    return np.sort(np.concatenate([cuts, *more])).astype(np.int64)
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

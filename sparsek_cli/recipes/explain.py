@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from sparsek_cli.errors import UsageError
 
@@ -19,7 +19,7 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
     problem = problems[0]
     # Mistakes in one value of several types come as one entry per type: they are one mistake.
     more = len({_written(p["loc"], origins) for p in problems}) - 1
-    loc = _written(problem["loc"], origins)
+    loc = _without_kind(model_cls, _written(problem["loc"], origins))
     key = ".".join(str(part) for part in loc) or "recipe"
     place = next((origins[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origins), "")
     where = f"{place}: " if place else ""
@@ -29,12 +29,21 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
         hint = settled or _nearest_key(model_cls, loc)
         return UsageError(f"{where}unknown key '{key}'{tail}", hint=hint)
     if problem["type"] == "missing":
-        name = key.split(".")[-1].replace("_", "-")
         return UsageError(
             f"{where}'{key}' is missing{tail}",
-            hint=f"give --{name}, the word {key}=..., or a recipe",
+            hint=f"give the word {key}=..., or set it in a recipe",
         )
+    if problem["type"].startswith("union_tag"):
+        wrong = problem.get("ctx", {}).get("tag")
+        kinds = ", ".join(sorted(_kinds(model_cls, loc)))
+        said = (
+            "has no kind"
+            if wrong in (None, "None")
+            else f"has kind {wrong!r}, which does not exist"
+        )
+        return UsageError(f"{where}'{key}' {said}{tail}", hint=f"set {key}.kind to one of {kinds}")
     messages = [p["msg"] for p in problems if _written(p["loc"], origins) == loc]
+    messages = messages or [problem["msg"]]
     message = " or ".join(dict.fromkeys(_plain(m) for m in messages))
     value = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
     described = _field(model_cls, loc)
@@ -44,7 +53,7 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
 
 def _plain(message: str) -> str:
     message = message.removeprefix("Value error, ").split(", unable to parse")[0]
-    message = re.sub(r"a valid dictionary( or instance of \w+)?$", "a mapping", message)
+    message = re.sub(r"a valid dictionary( or .*)?$", "a mapping", message)
     return re.sub(r"^Input should be", "should be", message)
 
 
@@ -74,34 +83,52 @@ def _models_in(annotation: Any) -> Iterator["type[BaseModel]"]:
 
 def _field(model_cls: "type[BaseModel]", loc: Loc) -> Any:
     """The pydantic field at `loc`, or None."""
-    models, field = [model_cls], None
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = next((m.model_fields[part] for m in models if part in m.model_fields), None)
-        if field is None:
-            return None
-        models = list(_models_in(field.annotation))
-    return field
+    named = [part for part in loc if isinstance(part, str)]
+    if not named:
+        return None
+    above = _models_at(model_cls, tuple(named[:-1]))
+    return next((m.model_fields[named[-1]] for m in above if named[-1] in m.model_fields), None)
 
 
 def _all_keys(model_cls: "type[BaseModel]", prefix: str = "") -> Iterator[str]:
+    """Keys that stand in every recipe: not those below names that users give."""
     for name, field in model_cls.model_fields.items():
         yield prefix + name
-        for model in _models_in(field.annotation):
+        for model in () if get_origin(field.annotation) is dict else _models_in(field.annotation):
             yield from _all_keys(model, f"{prefix}{name}.")
 
 
 def _nearest_key(model_cls: "type[BaseModel]", loc: Loc) -> str:
-    keys = list(_all_keys(model_cls))
     prefix = "".join(f"{part}." for part in loc[:-1] if isinstance(part, str))
-    beside = [key for key in keys if key.startswith(prefix) and "." not in key[len(prefix) :]]
+    above = _models_at(model_cls, loc[:-1])
+    beside = list(dict.fromkeys(name for model in above for name in model.model_fields))
     wrong = str(loc[-1])
-    near = get_close_matches(wrong, [key[len(prefix) :] for key in beside], n=1)
+    near = get_close_matches(wrong, beside, n=1)
     if near:
         return f"did you mean '{prefix}{near[0]}'?"
-    elsewhere = {key.split(".")[-1]: key for key in keys}
-    near = get_close_matches(wrong, elsewhere, n=1)
+    elsewhere = {key.split(".")[-1]: key for key in _all_keys(model_cls)}
+    near = [wrong] if wrong in elsewhere else get_close_matches(wrong, elsewhere, n=1)
     if near:
         return f"did you mean '{elsewhere[near[0]]}'?"
-    return "known here: " + ", ".join(key[len(prefix) :] for key in beside)
+    return "known here: " + ", ".join(beside)
+
+
+def _models_at(model_cls: "type[BaseModel]", loc: Loc) -> list["type[BaseModel]"]:
+    """The models that may stand at `loc`, whose parts may also be names that users gave."""
+    models = [model_cls]
+    for part in loc:
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        if fields:
+            models = [model for field in fields for model in _models_in(field.annotation)]
+    return models
+
+
+def _without_kind(model_cls: "type[BaseModel]", loc: Loc) -> Loc:
+    """`loc` without the kind that pydantic writes behind a source's name."""
+    return loc[:2] + loc[3:] if len(loc) > 2 and loc[2] in _kinds(model_cls, loc[:2]) else loc
+
+
+def _kinds(model_cls: "type[BaseModel]", loc: Loc) -> set[str]:
+    """What `kind` may be at `loc`."""
+    fields = [model.model_fields.get("kind") for model in _models_at(model_cls, loc)]
+    return {kind for field in fields if field is not None for kind in get_args(field.annotation)}

@@ -197,14 +197,16 @@ def _tokenizer_place(name: str | None, source: hub.Checkpoint | None) -> str | P
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         return folder
-    if os.path.lexists(folder) or name.startswith((".", "/", "~")):
+    if name in BUNDLED:
+        return hub.bundled(name).path
+    if name in SHORT_NAMES:
+        return SHORT_NAMES[name].hub_id
+    if os.path.lexists(folder) or not hub.is_hub_id(name):
         raise UsageError(
             f"tokenizer: '{name}' is no folder",
             hint="name a folder with tokenizer.json, a short name or a hub id",
         )
-    if name in BUNDLED:
-        return hub.bundled(name).path
-    return SHORT_NAMES[name].hub_id if name in SHORT_NAMES else name
+    return name
 
 
 def _check_reporters(names: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """What hints and messages name is there: verbs, flags, keys of recipes, files of the docs.
 
-That following a hint works is shown where the refusal is tested.
+That following a hint works is shown in test_hints_followed.py, or where the refusal is tested.
 """
 
 from __future__ import annotations

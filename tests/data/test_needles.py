@@ -1,5 +1,7 @@
 """Needle documents: facts where they should be, ids that match the text, roles on the answers."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -60,6 +62,24 @@ def test_sentences_join_to_the_text_and_keep_titles_together():
     assert "".join(pieces) == text
     assert pieces[0] == "Mr. Hale came."
     assert pieces[3].startswith("\n\nDr. Gray")
+
+
+@pytest.mark.parametrize(
+    "long", ["words and words, " * 900, "東京に行きました。" * 900, "x" * 9000]
+)
+def test_text_without_sentences_is_cut_all_the_same(long, tokenizer):
+    pieces = split_sentences(long)
+    assert "".join(pieces) == long and max(map(len, pieces)) <= 2000
+    assert all(piece[0] == " " for piece in pieces[1:]) or " " not in long
+    if long.isascii():
+        filler = Filler.from_documents([long], tokenizer)
+        rng = np.random.default_rng(0)
+        assert len(make_document(rng, filler, tokens=3000, needles=1).ids) <= 3000
+        ids = np.asarray(tokenizer(long).input_ids, dtype=np.int32)
+        whole = SimpleNamespace(tokens=ids, starts=np.array([0]), ends=np.array([len(ids)]))
+        known = Filler.from_corpus(whole, tokenizer)
+        assert (known.ends - known.starts).max() <= 500
+        assert known.starts[1:].tolist() == known.ends[:-1].tolist() and known.ends[-1] == len(ids)
 
 
 @pytest.mark.parametrize("needles", [1, 4, 16])

@@ -170,7 +170,8 @@ def _uses_chat(entry: Entry, wanted: str, tokenizer: Any) -> bool:
     has = bool(getattr(tokenizer, "chat_template", None))
     if wanted == "on" and not has:
         raise UsageError(
-            "--chat-template on, but the tokenizer has no chat template", hint="drop the flag"
+            "chat_template=on, but the tokenizer has no chat template",
+            hint="leave chat_template out",
         )
     return has and (wanted == "on" or (wanted == "auto" and entry.chat))
 

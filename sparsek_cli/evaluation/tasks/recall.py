@@ -90,6 +90,11 @@ def _questions(
             f"{length:,} tokens are too short for the hidden facts ({needles}) and a question",
             hint="name larger --lengths",
         ) from error
+    if len(document.ids) > length - room:
+        raise WrongLength(
+            f"{length:,} tokens are too short for the hidden facts and one sentence of the text",
+            hint="name larger --lengths",
+        )
     order = [int(i) for i in rng.permutation(len(document.facts))]
     name = f"{length}-{needles}-{number}"
     return [
