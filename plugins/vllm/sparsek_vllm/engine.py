@@ -27,6 +27,7 @@ from vllm.model_executor.models.interfaces import (
     SupportsMambaPrefixCaching,
 )
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.transformers import TransformersForCausalLM
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.backends.mamba_attn import (
     BaseMambaAttentionMetadata,
@@ -51,6 +52,7 @@ __all__ = [
     "STATE_INTERFACES",
     "VerifyAndUpdateConfig",
     "attention_scale",
+    "by_transformers",
     "dense_class",
     "get_forward_context",
     "get_temporal_copy_spec",
@@ -75,6 +77,11 @@ def is_known(architecture: str) -> bool:
 def dense_class(architecture: str) -> type[nn.Module]:
     """vLLM's own class for `architectures: [...]` of a config.json; imports its module."""
     return ModelRegistry.models[architecture].load_model_cls()
+
+
+def by_transformers(dense: type[nn.Module]) -> bool:
+    """Whether a class runs transformers' code of a family, with vLLM's layers put in."""
+    return issubclass(dense, TransformersForCausalLM)
 
 
 def attention_scale(attention: Attention) -> float:

@@ -11,7 +11,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 
-from sparsek_cli.families.row import SPLIT
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.families.row import SPLIT, Row
+
+_SPANNING = ("olmo2", "olmoe", "minimax_m2", "cohere", "stablelm")
 
 
 def dealt_heads(sizes: Sequence[int], ranks: int) -> list[list[int]]:
@@ -38,19 +41,27 @@ def plain_heads(heads: int, ranks: int) -> list[list[int]]:
     return [list(range(rank * room, (rank + 1) * room)) for rank in range(ranks)]
 
 
-def can_deal(projections: Sequence[str]) -> bool:
-    """Whether a family's projections are single matrices whose rows belong to one head each."""
-    return tuple(projections) == SPLIT
+def can_deal(row: Row) -> bool:
+    """Whether all that a family's attention learned belongs to one head each, so that heads move.
+
+    Its projections must be single matrices, and no norm may span the heads.
+    """
+    return row.projections == SPLIT and row.model_type not in _SPANNING
 
 
 def reordered(
-    weights: Iterable[tuple[str, torch.Tensor]], orders: Mapping[str, Sequence[int]]
+    weights: Iterable[tuple[str, torch.Tensor]],
+    orders: Mapping[str, Sequence[int]],
+    head_dim: int,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Weights with the heads of some attention modules in another order.
 
     Args:
         weights: names and tensors of a checkpoint.
         orders: by attention module, e.g. `model.layers.0.self_attn`: its KV heads in the new order.
+
+    Raises:
+        SparsekError: weights of several heads that are in no projection, whose order is unknown.
     """
     *inputs, output = SPLIT
     for name, tensor in weights:
@@ -61,4 +72,14 @@ def reordered(
             tensor = tensor.unflatten(0, (len(order), -1))[list(order)].flatten(0, 1)
         elif order is not None and projection == output and rest == "weight":
             tensor = tensor.unflatten(1, (len(order), -1))[:, list(order)].flatten(1, 2)
+        elif order is not None and _spans(projection, tensor, head_dim):
+            raise SparsekError(
+                f"{name} spans heads, which ranks would have in another order",
+                hint="leave --tensor-parallel-size out, or give every head of a layer one topk",
+            )
         yield name, tensor
+
+
+def _spans(projection: str, tensor: torch.Tensor, head_dim: int) -> bool:
+    """Whether a tensor of an attention module belongs to several heads and to no projection."""
+    return projection not in (*SPLIT, "scorer") and tensor.numel() > head_dim

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from sparsek_kernels.state import SlotLayout, topk_per_head
 from torch import nn
+from transformers import AutoConfig
 from vllm import ModelRegistry
 
+from sparsek_cli.conversion.base_config import dense_config
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE, Row
 from sparsek_cli.models.cache.bytes import slot_dtype
@@ -24,28 +26,42 @@ from sparsek_vllm.layer import SparseKLayer, register_layer
 from sparsek_vllm.limits import check
 
 
+class _Attention:
+    """A block's layer, to be called as vLLM's `Attention`: it knows the block's input already."""
+
+    def __init__(self, layer: nn.Module, hidden_states: torch.Tensor):
+        self.layer, self.hidden_states = layer, hidden_states
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        return self.layer(query, key, value, self.hidden_states)
+
+    __call__ = forward
+
+
 class _Block:
     """A family's attention block as its own forward sees it: `attn` also gets hidden states."""
 
     def __init__(self, block: nn.Module, hidden_states: torch.Tensor):
-        self.block, self.hidden_states = block, hidden_states
-
-    def attn(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return self.block.attn(query, key, value, self.hidden_states)
+        self.block = block
+        self.attn = _Attention(block.attn, hidden_states.flatten(0, -2))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)
 
 
 @cache
-def sparsek_block(dense: type[nn.Module]) -> type[nn.Module]:
-    """An attention block that hands its input on to its SparseK layer, where it is scored."""
-    place = list(inspect.signature(dense.forward).parameters).index("hidden_states") - 1
+def sparsek_block(dense: type[nn.Module], forward: Callable) -> type[nn.Module]:
+    """An attention block that hands its input on to its SparseK layer, where it is scored.
+
+    Args:
+        forward: what computes the block: its class's own, or what vLLM made of it.
+    """
+    place = list(inspect.signature(forward).parameters).index("hidden_states") - 1
 
     class SparseKBlock(dense):
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[place]
-            return dense.forward(_Block(self, hidden), *args, **kwargs)
+            return forward(_Block(self, hidden), *args, **kwargs)
 
     SparseKBlock.__name__ = SparseKBlock.__qualname__ = f"SparseK{dense.__name__}"
     return SparseKBlock
@@ -61,9 +77,10 @@ class SparseKServed:
         check(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._orders = _replace_attention(self, vllm_config)
+        self._head_dim = head_dim(vllm_config.model_config.hf_config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        return super().load_weights(reordered(weights, self._orders))
+        return super().load_weights(reordered(weights, self._orders, self._head_dim))
 
     @classmethod
     def get_mamba_state_copy_func(cls) -> tuple:
@@ -71,9 +88,19 @@ class SparseKServed:
         return (engine.get_temporal_copy_spec,)
 
 
+class SparseKByTransformers(SparseKServed):
+    """Put in front of the class by which vLLM runs a family's own code of transformers."""
+
+    def _patch_config(self) -> None:
+        # vLLM builds the dense model from it, whose attention it then calls.
+        fields = dense_config(self.config.to_dict())
+        self.config = self.text_config = AutoConfig.for_model(**fields)
+        super()._patch_config()
+
+
 def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
     """Change every attention block; returns the order of KV heads where it is not the file's."""
-    config = model.config
+    config = vllm_config.model_config.hf_config
     row = TABLE[config.model_type.removeprefix("sparsek_")]
     ranks = engine.get_tensor_model_parallel_world_size()
     rank = engine.get_tensor_model_parallel_rank()
@@ -132,12 +159,15 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
         )
         known[attention.layer_name] = block.attn
         block.scorer = scorer
-        block.__class__ = sparsek_block(type(block))
+        # Where vLLM fused the projections of a block, it hung another forward on the block itself.
+        fused = vars(block).pop("forward", None)
+        forward = type(block).forward if fused is None else fused.__func__
+        block.__class__ = sparsek_block(type(block), forward)
     return orders
 
 
 def _deal(row: Row, heads: int, budget, ranks: int) -> list[list[int]]:
-    if can_deal(row.projections):
+    if can_deal(row):
         return dealt_heads(topk_per_head(budget.topk, heads), ranks)
     return plain_heads(heads, ranks)
 
@@ -173,7 +203,8 @@ def register_models() -> None:
 def served_class(name: str) -> type[nn.Module]:
     """The class for one of `architectures()`, derived when it is first asked for."""
     dense = engine.dense_class(architectures()[name])
-    return type(name, (SparseKServed, dense, *engine.STATE_INTERFACES), {"__module__": __name__})
+    served = SparseKByTransformers if engine.by_transformers(dense) else SparseKServed
+    return type(name, (served, dense, *engine.STATE_INTERFACES), {"__module__": __name__})
 
 
 def __getattr__(name: str) -> type[nn.Module]:

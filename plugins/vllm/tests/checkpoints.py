@@ -15,6 +15,41 @@ LONG = WINDOW + SINKS + 30  # tokens that no layer holds all of, in all of its h
 NEW = 12  # tokens to write
 VOCABULARY = 256
 LENGTH = 512
+_ROUTED = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_SHARED_HIDDEN = {"head_dim": None}  # vLLM knows none there: heads share the hidden size
+# What a family names otherwise, or must not leave to its own default; None: not named at all.
+OWN: dict[str, dict[str, Any]] = {
+    "qwen2": _SHARED_HIDDEN,
+    "granite": {**_SHARED_HIDDEN, "attention_multiplier": 0.3, "logits_scaling": 4.0},
+    "phi3": _SHARED_HIDDEN,
+    "gpt_neox": {**_SHARED_HIDDEN, "num_key_value_heads": None},
+    "phi": _SHARED_HIDDEN,
+    "olmo": _SHARED_HIDDEN,
+    "olmo2": _SHARED_HIDDEN,
+    "starcoder2": _SHARED_HIDDEN,
+    "smollm3": _SHARED_HIDDEN,
+    "stablelm": _SHARED_HIDDEN,
+    "cohere": {**_SHARED_HIDDEN, "logit_scale": 0.5},
+    "apertus": _SHARED_HIDDEN,
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {**_SHARED_HIDDEN, **_ROUTED, "shared_expert_intermediate_size": 32},
+    "qwen3_moe": _ROUTED,
+    "olmoe": {**_SHARED_HIDDEN, **_ROUTED, "moe_intermediate_size": None},
+    "granitemoe": {**_SHARED_HIDDEN, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoeshared": {
+        **_SHARED_HIDDEN, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1,
+    },
+    "ernie4_5_moe": {
+        **_SHARED_HIDDEN, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32,
+        "moe_layer_start_index": 1,
+    },
+    "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "rotary_dim": 16},
+}  # fmt: skip
 
 
 def save_checkpoint(
@@ -37,18 +72,18 @@ def save_checkpoint(
         "num_hidden_layers": len(TOPK),
         "num_attention_heads": 2 * kv_heads,
         "num_key_value_heads": kv_heads,
-        "head_dim": head_dim or 32,
+        "head_dim": 32,
         "max_position_embeddings": LENGTH,
         "tie_word_embeddings": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    if family == "mistral":
-        sizes["sliding_window"] = None
-    if family not in ("llama", "mistral", "qwen3") and head_dim is None:
-        sizes.pop("head_dim")  # vLLM knows none there: heads share the hidden size
-    dense = AutoConfig.for_model(family, **sizes)
+    sizes |= OWN.get(family, {}) | ({"head_dim": head_dim} if head_dim else {})
+    named = {
+        name: size for name, size in sizes.items() if size is not None or name == "sliding_window"
+    }
+    dense = AutoConfig.for_model(family, **named)
     topk = TOPK if kv_heads == 2 else TOPK_OF_FOUR
     block = {"topk": topk, "window": WINDOW, "sinks": SINKS, **(settings or {})}
     torch.manual_seed(0)

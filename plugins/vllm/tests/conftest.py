@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +26,9 @@ try:
     MISSING = ""
 except ImportError as error:
     MISSING = f"vLLM is not installed here ({error}): run `make vllm-test`"
-    collect_ignore_glob = ["test_parity.py", "test_layer.py", "test_limits.py", "test_server.py"]
+    collect_ignore_glob = [
+        "test_parity.py", "test_layer.py", "test_limits.py", "test_server.py"
+    ]  # fmt: skip
 
 
 def pytest_report_header() -> str:
@@ -102,9 +105,15 @@ def expected() -> Callable[[Path, list[list[int]]], list[Expected]]:
 @contextmanager
 def engine(folder: Path, **options: Any) -> Iterator[Any]:
     """vLLM's `LLM`, small and in float32; ended afterwards."""
-    from vllm import LLM
+    from sparsek_vllm.models import served_class
+    from vllm import LLM, ModelRegistry
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.plugins import load_general_plugins
 
+    load_general_plugins()
+    [name] = json.loads((folder / "config.json").read_text())["architectures"]
+    # By name, as in test_server.py, vLLM imports itself in one process more to look at the class.
+    ModelRegistry.register_model(name, served_class(name))
     settings = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -125,7 +134,7 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run_engine() -> Callable[..., Any]:
     """`with run_engine(folder, **options of LLM) as llm`."""
     return engine

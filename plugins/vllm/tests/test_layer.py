@@ -8,7 +8,10 @@ from checkpoints import SINKS, TOPK, WINDOW
 from sparsek_kernels import cache_bytes
 from sparsek_kernels.state import SlotLayout
 from sparsek_vllm.blocks import BLOCK, PART, block_bytes, pool_of
-from sparsek_vllm.heads import dealt_heads, plain_heads, reordered
+from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.families import TABLE
 
 PARTS = 7  # tensors of a state, each of which may be padded
 
@@ -63,7 +66,7 @@ def test_reordered_heads_compute_the_same():
     weights["a.k_proj.bias"] = torch.arange(8.0)
     weights["b.k_proj.bias"] = torch.arange(8.0)
     order = [2, 0, 3, 1]  # four KV heads of size 2, a group of two query heads each
-    moved = dict(reordered(weights.items(), {"a": order}))
+    moved = dict(reordered(weights.items(), {"a": order}, 2))
     x = torch.randn(5, 12, generator=new)
 
     def heads(w, part):
@@ -76,3 +79,12 @@ def test_reordered_heads_compute_the_same():
     assert torch.allclose(out, same, atol=1e-5)
     assert moved["a.k_proj.bias"].tolist() == [4, 5, 0, 1, 6, 7, 2, 3]
     assert torch.equal(moved["b.k_proj.bias"], weights["b.k_proj.bias"])
+    norms = {"a.q_norm.weight": torch.ones(2), "a.scorer.weight": torch.ones(4, 12)}
+    assert dict(reordered(norms.items(), {"a": order}, 2)).keys() == norms.keys()
+    with pytest.raises(SparsekError, match="spans heads"):
+        list(reordered([("a.q_norm.weight", torch.ones(16))], {"a": order}, 2))
+
+
+def test_heads_stay_where_a_norm_spans_them():
+    assert can_deal(TABLE["qwen3"]) and can_deal(TABLE["gemma"])
+    assert not can_deal(TABLE["olmo2"]) and not can_deal(TABLE["phi3"])
