@@ -28,6 +28,8 @@ def sparsek_attention(
     cu_seqlens: Tensor | None = None,
     state: SparseKState | StateRows | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, SparseKState | StateRows]:
     """Causal attention to sinks, a window and the k best-scored earlier keys (arXiv 2406.16747).
@@ -36,9 +38,9 @@ def sparsek_attention(
     included) and, of the candidates s <= j <= t - w, the `topk` best by (u_j + slope * j, then
     the earlier token). Time O(N (k + w)), memory O(N). topk >= N is dense causal attention.
 
-    Differentiable once in q, k, v, scores and slopes. Keys carried in by `state` are constants;
-    under `straight_through` a state that has seen tokens keeps no tau, so scores and slopes
-    then get no gradient.
+    Differentiable once in q, k, v, scores, slopes and sink_logits. Keys carried in by `state` are
+    constants; under `straight_through` a state that has seen tokens keeps no tau, so scores and
+    slopes then get no gradient.
 
     Args:
         q: [B, H, N, D], fp64, fp32, bf16 or fp16. Computed in fp32, or fp64 for fp64.
@@ -59,6 +61,10 @@ def sparsek_attention(
             returned one, clone() to keep it. Rows of a pool (`StateRows`) change in place, and
             come back as they are.
         scale: default 1 / sqrt(D).
+        softcap: each logit x = scale * q.k becomes softcap * tanh(x / softcap), as in Gemma 2,
+            before gates act on it. None: as it is.
+        sink_logits: [H], any floating dtype: one further logit per query head in the softmax,
+            which has no value, as in gpt-oss: attention to nothing. None: there is none.
         backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
 
     Returns:
@@ -68,14 +74,19 @@ def sparsek_attention(
         ValueError, TypeError: the arguments do not fit together; nothing was computed.
     """
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
+    _check_logits(q, softcap, sink_logits)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    run = dispatch.backend(backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state)
+    run = dispatch.backend(
+        backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state,
+        plain=softcap is None and sink_logits is None,
+    )  # fmt: skip
     held = state
     if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
         held = state.take()  # reading makes new tensors in any case; one token is put in place
     out, new = run(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=held, scale=scale,
+        softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     if isinstance(state, StateRows) and held is not state:
         state.put(new)
@@ -125,6 +136,17 @@ def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state
         if state.keys.shape[-1] != dim or (not state.quantized and state.keys.dtype != q.dtype):
             raise ValueError("the state's head size or dtype is not that of q, k and v")
     return layout
+
+
+def _check_logits(q: Tensor, softcap: float | None, sink_logits: Tensor | None) -> None:
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be positive, got {softcap!r}")
+    if sink_logits is None:
+        return
+    if not torch.is_tensor(sink_logits) or not sink_logits.is_floating_point():
+        raise TypeError("sink_logits must be a floating-point tensor")
+    if sink_logits.shape != (q.shape[1],):
+        raise ValueError(f"sink_logits must be [{q.shape[1]}], got {tuple(sink_logits.shape)}")
 
 
 def _check_rows(state: StateRows, q: Tensor, gate: str, cu_seqlens: Tensor | None) -> None:

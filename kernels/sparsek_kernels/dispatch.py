@@ -37,25 +37,29 @@ def backend(
     gate: str,
     cu_seqlens: torch.Tensor | None,
     state: SparseKState | None,
+    plain: bool = True,
 ) -> Callable[..., tuple[torch.Tensor, SparseKState | None]]:
     """The `run` function of the backend for this call.
 
     Args:
         name: one of `BACKENDS` to insist on it, or None to choose.
+        plain: logits are neither capped, nor is there a further one in the softmax.
 
     Raises:
         ValueError: the backend named does not exist or cannot take the call.
     """
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}")
-    chosen, why = _choose(q, layout, gate, cu_seqlens, state) if name is None else (name, "asked")
+    chosen, why = (
+        _choose(q, layout, gate, cu_seqlens, state, plain) if name is None else (name, "asked")
+    )
     if name == "triton":
         obstacle = _no_triton(q.device) or _unsupported(q, gate, state)
         if obstacle:
             raise ValueError(f"backend 'triton' cannot take this call: {obstacle}")
-    if name == "sdpa" and not _is_dense(q, layout, cu_seqlens, state):
-        raise ValueError("backend 'sdpa' needs a call in which no key can be evicted, no state "
-                         "and no packed documents")  # fmt: skip
+    if name == "sdpa" and not (plain and _is_dense(q, layout, cu_seqlens, state)):
+        raise ValueError("backend 'sdpa' needs a call in which no key can be evicted, no state, "
+                         "no packed documents, no softcap and no sink_logits")  # fmt: skip
     if not torch.compiler.is_compiling() and (chosen, why) not in _logged:
         _logged.add((chosen, why))
         _LOG.info("attention runs on the %s backend: %s", chosen, why)
@@ -70,8 +74,8 @@ def backend(
     return module.run
 
 
-def _choose(q, layout, gate, cu_seqlens, state) -> tuple[str, str]:
-    if q.device.type == "cuda" and _is_dense(q, layout, cu_seqlens, state):
+def _choose(q, layout, gate, cu_seqlens, state, plain) -> tuple[str, str]:
+    if plain and q.device.type == "cuda" and _is_dense(q, layout, cu_seqlens, state):
         return "sdpa", "no key can be evicted at this length"
     obstacle = _not_by_itself(q.device) or _unsupported(q, gate, state)
     return ("pytorch", obstacle) if obstacle else ("triton", TAKES)
@@ -116,7 +120,9 @@ def _unsupported(q, gate, state) -> str | None:
     return unsupported(q, gate=gate, state=state)
 
 
-def _run_dense(q, k, v, scores, *, layout, slopes, gate, cu_seqlens, state, scale):
+def _run_dense(
+    q, k, v, scores, *, layout, slopes, gate, cu_seqlens, state, scale, softcap, sink_logits
+):  # fmt: skip
     """Dense causal attention; every gate is 1, so scores and slopes get a zero gradient."""
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]

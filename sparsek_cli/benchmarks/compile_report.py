@@ -1,10 +1,12 @@
 """Compiles every Triton kernel for a GPU that need not be there, and reports what it takes.
 
-python -m sparsek_cli.benchmarks.compile_report [--capability 9.0] [--dim 128] [--gate log] [--json]
+python -m sparsek_cli.benchmarks.compile_report [--capability 9.0] [--dim 128] [--gate log]
+    [--softcap 30] [--json]
 
 A call of the backend on CPU tensors is recorded instead of launched: each distinct launch is
 compiled with the argument types and divisibilities it was made with. Prints registers, stack bytes
-(spills) and shared memory per kernel; `--json` adds what loops carry, as written and as compiled.
+(spills) and shared memory per kernel; `--softcap` compiles them for capped logits and, in decoding,
+sink logits; `--json` adds what loops carry, as written and as compiled.
 Never set TRITON_INTERPRET with it.
 """
 
@@ -26,7 +28,7 @@ TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
-SHOWN = ("GATE", "WINDOW", "KIND", "DOT", "K")
+SHOWN = ("GATE", "WINDOW", "KIND", "DOT", "K", "CAPPED")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -100,7 +102,9 @@ def _resources(cubin: bytes) -> dict[str, int]:
     return {"registers": int(found.group(1)), "stack": int(found.group(2))}
 
 
-def report(capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype) -> list[dict]:
+def report(
+    capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype, softcap: float | None
+) -> list[dict]:
     """One row per distinct kernel of a prefill, its backward pass and a decoding step."""
     from sparsek_kernels.state import SparseKState
     from sparsek_kernels.triton import decode, pipeline
@@ -112,7 +116,7 @@ def report(capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype)
     q = torch.zeros(1, heads, length, dim, dtype=dtype)
     k = torch.zeros(1, groups, length, dim, dtype=dtype)
     scores = torch.zeros(1, groups, length, dtype=torch.float64)
-    settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5)
+    settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5, softcap)
     shape = pipeline.prepare(q, k, settings, None)
     sinks = pipeline.sink_mask(shape, 4)
     own = pipeline.hopper_kernels
@@ -127,7 +131,12 @@ def report(capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype)
     state = SparseKState.empty(2, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
     token = torch.zeros(2, groups, 1, dim, dtype=dtype)
     query = torch.zeros(2, heads, 1, dim, dtype=dtype)
-    decode.step(query, token, token, torch.zeros(2, groups, 1), torch.zeros(groups), state, scale=1)
+    score, slopes = torch.zeros(2, groups, 1), torch.zeros(groups)
+    own_logits = None if softcap is None else torch.zeros(heads)
+    decode.step(
+        query, token, token, score, slopes, state,
+        scale=1.0, softcap=softcap, sink_logits=own_logits,
+    )  # fmt: skip
     _linear_maps(dim, dtype)
     return list(recorder.rows.values())
 
@@ -157,11 +166,12 @@ def main() -> None:
     parser.add_argument("--capability", default="9.0")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--gate", default="straight_through")
+    parser.add_argument("--softcap", type=float)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     major, minor = map(int, args.capability.split("."))
-    rows = report((major, minor), args.dim, args.gate, getattr(torch, args.dtype))
+    rows = report((major, minor), args.dim, args.gate, getattr(torch, args.dtype), args.softcap)
     if args.json:
         json.dump(rows, sys.stdout)
         return

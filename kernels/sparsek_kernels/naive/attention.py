@@ -37,6 +37,8 @@ def naive_attention(
     slopes: Tensor | None = None,
     gate: str = "straight_through",
     scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Twin of sparsek_attention without documents or state; float64, [B, H, N, D]."""
     batch, heads, n, dim = q.shape
@@ -59,6 +61,8 @@ def naive_attention(
             gates = torch.where(chosen, _gates(e, topk[g], window, sinks), 1.0)
             for h in range(g * heads // groups, (g + 1) * heads // groups):
                 logits, m = q[b, h] @ k[b, g].T * scale, gates
+                if softcap is not None:
+                    logits = softcap * (logits / softcap).tanh()
                 if gate == "straight_through":
                     logits = logits + (m - m.detach())
                 elif gate == "log":
@@ -66,7 +70,11 @@ def naive_attention(
                     logits = logits + torch.where(visible, m, 1.0).log()
                 else:
                     logits = logits * m
-                weights = logits.masked_fill(~visible, -torch.inf).softmax(-1)
+                logits = logits.masked_fill(~visible, -torch.inf)
+                if sink_logits is not None:
+                    nothing = sink_logits[h].to(torch.float64).expand(n, 1)
+                    logits = torch.cat([logits, nothing], 1)
+                weights = logits.softmax(-1)[:, :n]
                 out.append((weights * m if gate == "kv" else weights) @ v[b, g])
     return torch.stack(out).view(batch, heads, n, dim)
 

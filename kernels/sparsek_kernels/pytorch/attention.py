@@ -76,6 +76,13 @@ class _Plan:
         x = x.reshape(self.batch, self.heads, self.blocks * self.block, *tail)
         return x[:, :, : self.n].contiguous() if self.pad else x
 
+    def per_tile(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """[H] -> [tiles, rep, 1, 1]; None stays."""
+        if x is None:
+            return None
+        x = x.to(dtype).view(1, self.groups, 1, self.rep)
+        return x.expand(self.batch, -1, self.blocks, -1).reshape(-1, self.rep, 1, 1)
+
     def pad_rows(self, x: Tensor, value: float) -> Tensor:
         """[R, N] -> [tiles, Bq]."""
         x = torch.nn.functional.pad(x, (0, self.pad), value=value)
@@ -151,7 +158,10 @@ def _own_precision(function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     @_own_precision
-    def forward(ctx, q, keys, values, effective, end, tau, counts, base, window, gate, scale):
+    def forward(
+        ctx, q, keys, values, effective, sink_logits, end, tau, counts,
+        base, window, gate, scale, softcap,
+    ):  # fmt: skip
         plan = _Plan(q, keys, end, base, window)
         dtype = compute_dtype(q.dtype)
         tiles = plan.to_tiles(q)
@@ -159,32 +169,39 @@ class _Attend(torch.autograd.Function):
         out = torch.empty_like(tiles)
         logsum = torch.empty(tiles.shape[:3], dtype=dtype, device=q.device)
         soft = gate != "straight_through"
+        nothing = plan.per_tile(sink_logits, dtype)
         for step in plan.steps(effective if soft else None, tau if soft else None):
-            logits, m = _logits(step, tiles, flat_k, scale, dtype), None
+            logits, m = _capped(_logits(step, tiles, flat_k, scale, dtype), softcap), None
             if soft:
                 m = step.gate(dtype)
                 logits = logits + m.log() if gate == "log" else logits * m
             logits.masked_fill_(~step.visible, -torch.inf)
             # A query beyond the end of the sequence may see nothing at all.
             top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
+            if nothing is not None:
+                top = top.maximum(nothing[step.span])
             weights = logits.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
+            if nothing is not None:
+                total += nothing[step.span].sub(top).exp_()
             if gate == "kv":
                 weights *= m
             part = _rows(weights).bmm(_take(flat_v, step, dtype)).view_as(out[step.span])
             out[step.span] = (part / total).to(q.dtype)
             logsum[step.span] = (top + total.log()).squeeze(-1)
         out = plan.from_tiles(out)
-        ctx.save_for_backward(q, keys, values, effective, end, tau, counts, out, logsum)
-        ctx.settings = (base, window, gate, scale)
+        ctx.save_for_backward(
+            q, keys, values, effective, sink_logits, end, tau, counts, out, logsum
+        )  # fmt: skip
+        ctx.settings = (base, window, gate, scale, softcap)
         return out
 
     @staticmethod
     @once_differentiable
     @_own_precision
     def backward(ctx, grad_out):
-        q, keys, values, effective, end, tau, counts, out, logsum = ctx.saved_tensors
-        base, window, gate, scale = ctx.settings
+        q, keys, values, effective, sink_logits, end, tau, counts, out, logsum = ctx.saved_tensors
+        base, window, gate, scale, softcap = ctx.settings
         plan = _Plan(q, keys, end, base, window)
         dtype = compute_dtype(q.dtype)
         wants_scores = ctx.needs_input_grad[3] and tau is not None
@@ -203,17 +220,24 @@ class _Attend(torch.autograd.Function):
             d = delta[step.span, ..., None]
             go = _rows(grads[step.span].to(dtype))
             v = _take(flat_v, step, dtype)
+            raw = None
+            if softcap is not None or gate != "straight_through":
+                raw = _capped(_logits(step, tiles, flat_k, scale, dtype), softcap)
             if gate == "straight_through":
-                weights = _logits(step, tiles, flat_k, scale, dtype, minus=log_total)
+                if raw is None:
+                    weights = _logits(step, tiles, flat_k, scale, dtype, minus=log_total)
+                else:
+                    weights = raw - log_total
                 weights.exp_().masked_fill_(~step.visible, 0)
                 ds = torch.baddbmm(_rows(-d), go, v.transpose(1, 2)).view_as(weights)
                 dm = ds = ds.mul_(weights)
                 carried = weights
             else:
-                raw = _logits(step, tiles, flat_k, scale, dtype)
                 p = go.bmm(v.transpose(1, 2)).view_as(raw)
                 m = step.gate(dtype)
                 ds, carried, dm = _gated(step, gate, raw, m, p, d, log_total)
+            if softcap is not None:
+                ds = ds * (1 - (raw / softcap).square_())
             k = _take(flat_k, step, dtype)
             qs = _rows(tiles[step.span].to(dtype))
             ds3 = _rows(ds)
@@ -227,12 +251,19 @@ class _Attend(torch.autograd.Function):
         grad_e = None
         if wants_scores:
             grad_e = _score_gradient(plan, de, dm_sum, effective, tau, counts)
+        grad_sinks = None
+        if sink_logits is not None:
+            # Its weight carries no value: P = 0 in ds = weight (P - D).
+            share = (plan.per_tile(sink_logits, dtype) - logsum[..., None]).exp_().squeeze(-1)
+            grad_sinks = plan.from_tiles(share.mul_(delta)).sum((0, 2)).neg_()
+            grad_sinks = grad_sinks.to(sink_logits.dtype)
         return (
             plan.from_tiles(dq),
             dk.view(keys.shape).to(keys.dtype),
             dv.view(values.shape).to(values.dtype),
             grad_e,
-            *(None,) * 7,
+            grad_sinks,
+            *(None,) * 8,
         )
 
 
@@ -272,6 +303,11 @@ def _logits(
     return logits.view(*tiles[step.span].shape[:3], -1)
 
 
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(x / softcap), in place."""
+    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
 def _score_gradient(plan: _Plan, de, dm_sum, effective, tau, counts) -> Tensor:
     """du = selected interior dm, minus the mean over I_t at every query where j is interior.
 
@@ -301,6 +337,8 @@ def attend(
     scale: float,
     tau: Tensor | None = None,
     counts: Tensor | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention over an interval of queries per key; differentiable in q, keys, values, effective.
 
@@ -314,11 +352,14 @@ def attend(
         tau: [B * G, N] float64 and counts [B * G, N] int64 = |I_t|; needed by gates log and kv
             and for the gradient of `effective`, else None.
 
+        softcap, sink_logits [H]: as in sparsek_attention.
+
     Returns:
         [B, H, N, D] in q's dtype.
     """
-    args = (q, keys, values, effective, end, tau)
+    inputs = (q, keys, values, effective)
     settings = (base, window, gate, scale)
-    if gate == "kv" or torch.is_grad_enabled() and any(x.requires_grad for x in args[:4]):
-        return _Attend.apply(*args, counts, *settings)
-    return _inference(*args, *settings)
+    plain = gate != "kv" and softcap is None and sink_logits is None
+    if plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
+        return _inference(*inputs, end, tau, *settings)
+    return _Attend.apply(*inputs, sink_logits, end, tau, counts, *settings, softcap)

@@ -76,11 +76,18 @@ def _asks(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def decode(q: Tensor, state: SparseKState | StateRows, *, scale: float) -> Tensor:
+def decode(
+    q: Tensor,
+    state: SparseKState | StateRows,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
     """Attention of one query per row to every slot that holds a token (gate straight_through).
 
     Args:
-        q: [B, H, 1, D].
+        q: [B, H, 1, D]. softcap, sink_logits [H]: as in sparsek_attention.
 
     Returns:
         [B, H, 1, D] in q's dtype.
@@ -94,10 +101,26 @@ def decode(q: Tensor, state: SparseKState | StateRows, *, scale: float) -> Tenso
         held[:, :, layout.sinks : layout.width - layout.window] &= layout.real(q.device)
     # The group's heads are the queries of one small attention per KV head.
     grouped = q.reshape(batch, layout.heads, heads // layout.heads, dim).to(keys.dtype)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        grouped, keys, values, attn_mask=held[:, :, None], scale=scale
-    )
+    if softcap is None and sink_logits is None:
+        out = torch.nn.functional.scaled_dot_product_attention(
+            grouped, keys, values, attn_mask=held[:, :, None], scale=scale
+        )
+    else:
+        out = _attend(grouped, keys, values, held, scale, softcap, sink_logits)
     return out.reshape(batch, heads, 1, dim).to(q.dtype)
+
+
+def _attend(q, keys, values, held, scale: float, softcap, sink_logits) -> Tensor:
+    """Of q [B, G, rep, D] over the slots `held` [B, G, width]: [B, G, rep, D] in fp32 or fp64."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    logits = (q.to(dtype) * scale) @ keys.to(dtype).transpose(2, 3)
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    logits = logits.masked_fill_(~held[:, :, None], -torch.inf)
+    if sink_logits is not None:
+        nothing = sink_logits.to(dtype).view(1, *q.shape[1:3], 1).expand(q.shape[0], -1, -1, -1)
+        logits = torch.cat([logits, nothing], 3)
+    return logits.softmax(3)[..., : keys.shape[2]] @ values.to(dtype)
 
 
 def _padded(

@@ -13,12 +13,14 @@ from torch import Tensor
 from sparsek_kernels.state import SlotLayout
 
 
-def _run(q, k, v, scores, slopes, cu_seqlens, topk, window, sinks, gate, scale) -> Tensor:
+def _run(
+    q, k, v, scores, slopes, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap
+) -> Tensor:  # fmt: skip
     from sparsek_kernels.pytorch.run import run_eagerly
 
     out, _ = run_eagerly(
         q, k, v, scores, layout=SlotLayout(tuple(topk), window, sinks), slopes=slopes, gate=gate,
-        cu_seqlens=cu_seqlens, state=None, scale=scale,
+        cu_seqlens=cu_seqlens, state=None, scale=scale, softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     return out
 
@@ -30,24 +32,29 @@ def attention_op(
     v: Tensor,
     scores: Tensor,
     slopes: Tensor | None,
+    sink_logits: Tensor | None,
     cu_seqlens: Tensor | None,
     topk: Sequence[int],
     window: int,
     sinks: int,
     gate: str,
     scale: float,
+    softcap: float | None,
 ) -> Tensor:
     """out [B, H, N, D] for q [B, H, N, D], k and v [B, G, N, D], scores [B, G, N]; no state.
 
     Args:
-        slopes: [G] or None. cu_seqlens: int [docs + 1] or None. topk: one budget per KV head.
+        slopes: [G] or None. sink_logits: [H] or None. cu_seqlens: int [docs + 1] or None.
+        topk: one budget per KV head. softcap: of the logits, or None.
     """
     with torch.no_grad():
-        return _run(q, k, v, scores, slopes, cu_seqlens, topk, window, sinks, gate, scale).clone()
+        tensors = q, k, v, scores, slopes, sink_logits, cu_seqlens
+        out = _run(*tensors, topk, window, sinks, gate, scale, softcap)
+        return out.clone()
 
 
 @attention_op.register_fake
-def _(q, k, v, scores, slopes, cu_seqlens, topk, window, sinks, gate, scale):
+def _(q, *_):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -68,40 +75,48 @@ def attention_backward(
     v: Tensor,
     scores: Tensor,
     slopes: Tensor | None,
+    sink_logits: Tensor | None,
     cu_seqlens: Tensor | None,
     topk: Sequence[int],
     window: int,
     sinks: int,
     gate: str,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, scores and slopes, each of its tensor's shape (slopes: maybe empty)."""
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, scores, slopes and sink_logits, of their shapes (the last maybe empty).
+
+    Empty where there is no such tensor.
+    """
     given = [x.detach().requires_grad_() for x in (q, k, v, scores)]
-    own = None if slopes is None else slopes.detach().requires_grad_()
+    extra = [None if x is None else x.detach().requires_grad_() for x in (slopes, sink_logits)]
     with torch.enable_grad(), _recording():
-        out = _run(*given, own, cu_seqlens, topk, window, sinks, gate, scale)
-        wanted = [*given, *([] if own is None else [own])]
+        out = _run(*given, *extra, cu_seqlens, topk, window, sinks, gate, scale, softcap)
+        wanted = [*given, *(x for x in extra if x is not None)]
         found = torch.autograd.grad(out, wanted, grad, allow_unused=True, materialize_grads=True)
     found = [x.contiguous().clone() for x in found]
-    return (*found[:4], found[4] if own is not None else scores.new_empty(0))
+    rest = iter(found[4:])
+    return (*found[:4], *(scores.new_empty(0) if x is None else next(rest) for x in extra))
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, scores, slopes, cu_seqlens, topk, window, sinks, gate, scale):
+def _(grad, q, k, v, scores, slopes, sink_logits, *_):
     like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, scores)]
-    return (*like, scores.new_empty(0) if slopes is None else torch.empty_like(slopes))
+    extra = (slopes, sink_logits)
+    return (*like, *(scores.new_empty(0) if x is None else torch.empty_like(x) for x in extra))
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, topk, window, sinks, gate, scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.settings = (topk, window, sinks, gate, scale)
+    ctx.save_for_backward(*inputs[:7])
+    ctx.settings = inputs[7:]
 
 
 def _backward(ctx, grad):
     found = attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
-    slopes = None if ctx.saved_tensors[4] is None else found[4]
-    return (*found[:4], slopes, None, None, None, None, None, None)
+    extra = [
+        None if x is None else g for x, g in zip(ctx.saved_tensors[4:6], found[4:], strict=True)
+    ]
+    return (*found[:4], *extra, *(None,) * 7)
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

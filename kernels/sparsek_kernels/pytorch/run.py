@@ -27,14 +27,18 @@ def run(
     cu_seqlens: Tensor | None,
     state: SparseKState | StateRows | None,
     scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
     """A backend's entry: sparsek_attention with checked arguments; returns (out, new state)."""
     if state is None and torch.compiler.is_compiling():
-        settings = layout.topk, layout.window, layout.sinks, gate, scale
-        return attention_op(q, k, v, scores, slopes, cu_seqlens, *settings), None
+        tensors = q, k, v, scores, slopes, sink_logits, cu_seqlens
+        settings = layout.topk, layout.window, layout.sinks, gate, scale, softcap
+        return attention_op(*tensors, *settings), None
     return run_eagerly(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
+        softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
 
 
@@ -50,9 +54,12 @@ def run_eagerly(
     cu_seqlens: Tensor | None,
     state: SparseKState | StateRows | None,
     scale: float,
+    softcap: float | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
     """`run`, step by step."""
-    options = dict(layout=layout, slopes=slopes, gate=gate, scale=scale)
+    options = dict(layout=layout, slopes=slopes, gate=gate)
+    options |= dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
     if cu_seqlens is None:
         return _run_rows(q, k, v, scores, None, state, **options)
     groups = row_groups(cu_seqlens, q.shape[2])
@@ -69,7 +76,10 @@ def run_eagerly(
     return out, join_states(state, states, [group.documents for group in groups])
 
 
-def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, gate, scale):
+def _run_rows(
+    q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, gate, scale, softcap,
+    sink_logits,
+):  # fmt: skip
     """One call on rows [B, ..., N]; `lengths` [B] int64 or None where all N tokens are real."""
     batch, _, n, _ = q.shape
     with torch.no_grad():
@@ -80,12 +90,14 @@ def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, ga
             if state is not None:
                 positions = positions + state.seen[:, None]
     effective = effective_scores(scores, slopes, positions)
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, effective))
+    grad = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (q, k, v, effective, sink_logits)
+    )
     if n == 0:
         return torch.zeros_like(q), state
     if state is not None and n == 1 and lengths is None and not grad and gate == "straight_through":
         insert(state, k[:, :, 0], v[:, :, 0], effective[:, :, 0])
-        return decode(q, state, scale=scale), state
+        return decode(q, state, scale=scale, softcap=softcap, sink_logits=sink_logits), state
 
     keys = key_lists.list_keys(k, v, effective, positions, layout, state)
     soft = _needs_tau(gate, effective, state)
@@ -97,6 +109,7 @@ def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, ga
     out = attend(
         q, keys.keys, keys.values, keys.effective, end,
         base=keys.base, window=layout.window, gate=gate, scale=scale, tau=tau, counts=counts,
+        softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     if state is None:
         return out, None

@@ -22,6 +22,8 @@ from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import (
     GATES,
     LOG2_E,
+    cap_of,
+    capped,
     dot_precision,
     load_rows,
     needs_wide_index,
@@ -57,9 +59,9 @@ def _delta(out, do, delta, o_b, o_h, o_n, do_b, do_h, do_n, heads, queries,
 def _key_gradient_step(
     block, head_in_group, k, v, dk, dv, column_sum,
     q_base, do_base, lse_base, delta_base, tau_base,
-    q_h, q_n, do_h, do_n, stat_h, d, t0, t1, scale,
+    q_h, q_n, do_h, do_n, stat_h, d, t0, t1, scale, cap,
     begin, stop, run_low, run_high, gate_score, centre,
-    BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr,
+    BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr, CAPPED: tl.constexpr,
     MASKED: tl.constexpr, SCORES: tl.constexpr, WINDOW: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds the queries of one block and head to dK and dV of a tile of keys (rows = keys)."""
@@ -76,6 +78,8 @@ def _key_gradient_step(
         lse = tl.load(lse_base + stat)
         delta = tl.load(delta_base + stat)
     raw = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    if CAPPED:
+        raw = capped(raw, cap)
     logits = raw
     if GATE != 0 and not WINDOW:
         tau = tl.load(tau_base + at, mask=inside, other=-float("inf"))
@@ -106,6 +110,8 @@ def _key_gradient_step(
         if MASKED:
             counted = counted & visible
         column_sum += tl.sum(tl.where(counted, dm, 0.0), 1)
+    if CAPPED:
+        ds *= 1.0 - (raw / cap) * (raw / cap)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv, column_sum
 
@@ -199,10 +205,11 @@ def _key_gradient(
     gate_scores, tau, run_start, run_stop,
     end, sequences, tiles, offsets, counts, listed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, do_b, do_h, do_n,
-    heads, group, queries, row_keys, window, scale, first_tile, tile_step,
+    heads, group, queries, row_keys, window, scale, cap, first_tile, tile_step,
     SIZE: tl.constexpr, BN: tl.constexpr, BQ: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     GATE: tl.constexpr, WINDOW: tl.constexpr, SCORES: tl.constexpr, ATOMIC: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """dK, dV (float32 [B, G, M, D], added or stored) and the key sums of dm of a tile of keys."""
     if WINDOW:
@@ -271,9 +278,9 @@ def _key_gradient(
         dk, dv, column_sum = _key_gradient_step(
             step // group, step % group, k, v, dk, dv, column_sum,
             q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
-            wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale,
+            wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale, cap,
             begin, stop, run_low, run_high, gate_score, centre,
-            BQ, D, DP, GATE, False, SCORES, WINDOW, PRECISION,
+            BQ, D, DP, GATE, CAPPED, False, SCORES, WINDOW, PRECISION,
         )  # fmt: skip
     ramp = blocks.clear_low - blocks.low
     hidden = ramp + blocks.high - blocks.clear_high
@@ -283,9 +290,9 @@ def _key_gradient(
         dk, dv, column_sum = _key_gradient_step(
             block, step % group, k, v, dk, dv, column_sum,
             q_base, do_base, lse_ptr + stat, delta_ptr + stat, tau_base,
-            wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale,
+            wide_q_h, q_n, wide_do_h, do_n, stat_h, d, t0, t1, scale, cap,
             begin, stop, run_low, run_high, gate_score, centre,
-            BQ, D, DP, GATE, True, SCORES, WINDOW, PRECISION,
+            BQ, D, DP, GATE, CAPPED, True, SCORES, WINDOW, PRECISION,
         )  # fmt: skip
     grad_at = ((row_at + key) * D)[:, None] + d[None, :]
     mask = present[:, None] & (d < D)[None, :]
@@ -310,7 +317,7 @@ def row_products(out: torch.Tensor, do: torch.Tensor) -> torch.Tensor:
 def key_gradient(
     q, k, v, do, lse, delta, end, lists: KeyLists, geometry: Geometry, *,
     window: int, scale: float, gate: str, config: Config, gate_scores, tau, runs,
-    deterministic: bool,
+    deterministic: bool, softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """dk, dv float32 [B, G, M, D] and, if `runs` is given, the key sums of dm, float32 [B, G, M].
 
@@ -338,11 +345,12 @@ def key_gradient(
             end, geometry.sequences, tiles, lists.offsets, lists.counts, lists.keys,
             *strides(q), *strides(k), *strides(v), *strides(do),
             geometry.heads, geometry.group, geometry.queries, geometry.keys, window,
-            scale * LOG2_E, first_tile, tile_step,
+            scale * LOG2_E, cap_of(softcap), first_tile, tile_step,
             SIZE=size, BN=config.keys, BQ=config.rows, D=dim,
             DP=max(16, triton.next_power_of_2(dim)), GATE=GATES[gate], WINDOW=is_window,
             SCORES=runs is not None, ATOMIC=not deterministic, WIDE=needs_wide_index(k, v),
             PRECISION=dot_precision(q.dtype), MASKED_STAGES=config.masked_stages,
+            CAPPED=softcap is not None,
             **config.options(),
         )  # fmt: skip
 

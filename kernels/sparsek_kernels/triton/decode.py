@@ -16,12 +16,13 @@ import triton.language as tl
 
 from sparsek_kernels.quantization import LARGEST, LEAST_SCALE
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
-from sparsek_kernels.triton.tiles import LOG2_E, dot_precision, load_rows
+from sparsek_kernels.triton.tiles import LOG2_E, cap_of, capped, dot_precision, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
 _LOW = tl.constexpr(-1.0e30)
 _WIDE = tl.constexpr(1 << 32)
 _LARGEST = tl.constexpr(LARGEST)
+_LOG2_E = tl.constexpr(LOG2_E)
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 LEAST_SLOTS = 64  # attended by one program
 MOST_PROGRAMS = 1024  # of one launch, where fewer slots for each would only mean more of them
@@ -124,8 +125,8 @@ def _insert(
 
 @triton.jit
 def _join_splits(
-    part_out, part_lse, out, row_head, group, splits, d,
-    D: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
+    part_out, part_lse, out, nothing, row_head, head, group, splits, d,
+    D: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """The queries of one row and KV head from what all programs made of their slots."""
     part = tl.arange(0, SPLITS)[:, None]
@@ -136,12 +137,17 @@ def _join_splits(
     # Written by other multiprocessors: not from this one's own cache.
     top = tl.load(part_lse + 2 * at, mask=inside, other=_LOW, cache_modifier=".cg")
     total = tl.load(part_lse + 2 * at + 1, mask=inside, other=0.0, cache_modifier=".cg")
-    share = tl.exp2(top - tl.max(top, 0)[None, :])
+    highest = tl.max(top, 0)
+    share = tl.exp2(top - highest[None, :])
+    whole = tl.sum(total * share, 0)
     where = part_out + (at * D)[:, :, None] + d[None, None, :]
     real = inside[:, :, None] & (d < D)[None, None, :]
     acc = tl.load(where, mask=real, other=0.0, cache_modifier=".cg")
-    joined = tl.sum(acc * share[:, :, None], 0) / tl.sum(total * share, 0)[:, None]
     lane = tl.arange(0, GROUP)
+    if SINK_LOGITS:
+        logit = tl.load(nothing + head * group + lane, mask=lane < group, other=0.0).to(tl.float32)
+        whole += tl.exp2(logit * _LOG2_E - highest)
+    joined = tl.sum(acc * share[:, :, None], 0) / whole[:, None]
     where = out + ((row_head * group + lane) * D)[:, None] + d[None, :]
     mask = (lane < group)[:, None] & (d < D)[None, :]
     tl.store(where, joined.to(out.dtype.element_ty), mask=mask)
@@ -150,12 +156,12 @@ def _join_splits(
 @triton.jit
 def _attend_slots(
     q, keys, values, key_scale, value_scale, positions, seen, pool_rows, heads_table,
-    part_out, part_lse, arrived, out,
+    part_out, part_lse, arrived, out, nothing,
     q_b, q_h, keys_b, values_b, key_scale_b, value_scale_b, positions_b, seen_b,
-    group, extra, scale, splits, split_slots,
+    group, extra, scale, cap, splits, split_slots,
     ROWS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, QUANTIZED: tl.constexpr,
-    POOLED: tl.constexpr,
+    POOLED: tl.constexpr, CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one group's queries (the rows) over `split_slots` slots of a row and KV head.
 
@@ -197,6 +203,8 @@ def _attend_slots(
         logits = tl.dot(rows, tl.trans(k), input_precision=PRECISION) * scale
         if QUANTIZED:
             logits *= tl.load(key_scale + at, mask=inside, other=0.0)[None, :]
+        if CAPPED:
+            logits = capped(logits, cap)
         logits = tl.where(held[None, :], logits, -float("inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         weights = tl.exp2(logits - new_top[:, None])
@@ -218,8 +226,9 @@ def _attend_slots(
     before = tl.atomic_add(arrived + batch * heads + head, 1, sem="acq_rel")
     if before == splits - 1:
         _join_splits(
-            part_out, part_lse, out, batch * heads + head, group, splits, d, D, SPLITS, GROUP
-        )
+            part_out, part_lse, out, nothing, batch * heads + head, head, group, splits, d,
+            D, SPLITS, GROUP, SINK_LOGITS,
+        )  # fmt: skip
 
 
 def _splits(layout: SlotLayout, batch: int, group: int, padded: int) -> tuple[int, int]:
@@ -250,12 +259,14 @@ def step(
     state: SparseKState | StateRows,
     *,
     scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Puts one token per row into its slots, in place, counts it, and attends to all slots.
 
     Args:
         q: [B, H, 1, D]. key, value: [B, G, 1, D]. score: [B, G, 1], any floating dtype.
-        slopes: [G] or None.
+        slopes: [G] or None. softcap, sink_logits [H]: as in sparsek_attention.
 
     Returns:
         [B, H, 1, D] in q's dtype.
@@ -265,17 +276,16 @@ def step(
     pool.support = pool.tau = None
     tensors = (
         pool.keys, pool.values, pool.key_scale, pool.value_scale,
-        pool.positions, pool.scores, pool.seen, rows,
+        pool.positions, pool.scores, pool.seen, rows, sink_logits,
     )  # fmt: skip
     run = _step_op if torch.compiler.is_compiling() else _step
-    return run(
-        q, key, value, score, slopes, *tensors, layout.topk, layout.window, layout.sinks, scale
-    )
+    settings = layout.topk, layout.window, layout.sinks, scale, softcap
+    return run(q, key, value, score, slopes, *tensors, *settings)
 
 
 def _step(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    rows, topk, window, sinks, scale,
+    rows, sink_logits, topk, window, sinks, scale, softcap,
 ) -> torch.Tensor:  # fmt: skip
     layout, device = SlotLayout(tuple(topk), window, sinks), q.device
     batch, q_heads, _, dim = q.shape
@@ -305,12 +315,14 @@ def _step(
     out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
     _attend_slots[(splits, groups, batch)](
         q, keys, values, *scales, positions, seen, pool_rows, table,
-        part_out, part_lse, arrived, out, q.stride(0), q.stride(1), *strides[:5], strides[6],
-        group, sinks + window, scale * LOG2_E, splits, split_slots,
+        part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
+        q.stride(0), q.stride(1), *strides[:5], strides[6],
+        group, sinks + window, scale * LOG2_E, cap_of(softcap), splits, split_slots,
         ROWS=max(16, triton.next_power_of_2(group)), BN=32 if padded > 128 else 64,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
         D=dim, DP=padded, PRECISION=dot_precision(q.dtype), QUANTIZED=quantized,
-        POOLED=pooled, num_warps=4, num_stages=3,
+        POOLED=pooled, CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -333,21 +345,20 @@ def _step_op(
     scores: torch.Tensor,
     seen: torch.Tensor,
     rows: torch.Tensor | None,
+    sink_logits: torch.Tensor | None,
     topk: Sequence[int],
     window: int,
     sinks: int,
     scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """`step` as torch.compile sees it: one opaque node that changes the state in place."""
     return _step(
         q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-        rows, topk, window, sinks, scale,
+        rows, sink_logits, topk, window, sinks, scale, softcap,
     )  # fmt: skip
 
 
 @_step_op.register_fake
-def _(
-    q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    rows, topk, window, sinks, scale,
-):  # fmt: skip
+def _(q, *_):
     return q.new_empty(q.shape)

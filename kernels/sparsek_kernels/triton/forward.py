@@ -17,6 +17,8 @@ from sparsek_kernels.triton.tiles import (
     KV,
     LOG,
     LOG2_E,
+    cap_of,
+    capped,
     clear_key,
     dot_precision,
     gate_of,
@@ -41,16 +43,17 @@ _KV = tl.constexpr(KV)
 
 @triton.jit
 def _softmax_step(
-    raw, v, acc, top, total, scale, gate, visible,
-    GATE: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    raw, v, acc, top, total, scale, cap, gate, visible,
+    GATE: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of keys, raw = q k^T; logits are kept in base 2 (`scale` carries log2 e)."""
+    logits = raw * scale
+    if CAPPED:
+        logits = capped(logits, cap)
     if GATE == _LOG:
-        logits = raw * scale + tl.log2(gate)
+        logits += tl.log2(gate)
     elif GATE == _KV:
-        logits = raw * (scale * gate)
-    else:
-        logits = raw * scale
+        logits *= gate
     if MASKED:
         logits = tl.where(visible, logits, -float("inf"))
     new_top = tl.maximum(top, tl.max(logits, 1))
@@ -69,10 +72,10 @@ def _attend(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, gate_scores, tau,
     end, sequences, tiles, offsets, counts, listed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n,
-    heads, group, queries, row_keys, window, scale,
+    heads, group, queries, row_keys, window, scale, cap,
     SIZE: tl.constexpr, BQ: tl.constexpr, HG: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, MASKED_STAGES: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """out and lse of a tile of rows."""
     tile = tl.program_id(0) // (SIZE // BQ)
@@ -115,7 +118,7 @@ def _attend(
         v = load_rows(v_base, index * v_n, d, True, D, DP, False)
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         acc, top, total = _softmax_step(
-            raw, v, acc, top, total, scale, gate, True, GATE, False, PRECISION
+            raw, v, acc, top, total, scale, cap, gate, True, GATE, CAPPED, False, PRECISION
         )
     for start in tl.range(0, masked_count(walk, at.t1), BN, num_stages=MASKED_STAGES):
         key, is_selected, inside, visible = masked_key(
@@ -129,7 +132,7 @@ def _attend(
         v = load_rows(v_base, index * v_n, d, inside, D, DP, True)
         raw = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         acc, top, total = _softmax_step(
-            raw, v, acc, top, total, scale, gate, visible, GATE, True, PRECISION
+            raw, v, acc, top, total, scale, cap, gate, visible, GATE, CAPPED, True, PRECISION
         )
 
     total = tl.where(at.inside, total, 1.0)
@@ -153,6 +156,7 @@ def attend_forward(
     config: Config,
     gate_scores: torch.Tensor | None = None,
     tau: torch.Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, H, N, D] and lse float32 [B, H, N] in base 2.
 
@@ -170,10 +174,11 @@ def attend_forward(
         end, geometry.sequences, lists.tiles, lists.offsets, lists.counts, lists.keys,
         *strides(q), *strides(k), *strides(v), *strides(out),
         geometry.heads, geometry.group, geometry.queries, geometry.keys, window, scale * LOG2_E,
+        cap_of(softcap),
         SIZE=lists.size, BQ=per_tile, HG=per_group, BN=config.keys,
         D=dim, DP=max(16, triton.next_power_of_2(dim)), GATE=GATES[gate],
         WIDE=needs_wide_index(k, v), PRECISION=dot_precision(q.dtype),
-        MASKED_STAGES=config.masked_stages,
+        MASKED_STAGES=config.masked_stages, CAPPED=softcap is not None,
         **config.options(),
     )  # fmt: skip
     return out, lse

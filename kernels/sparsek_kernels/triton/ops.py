@@ -12,26 +12,29 @@ from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.geometry import geometry
 
 
-def _forward(q, k, v, scores, cu_seqlens, topk, window, sinks, gate, scale):
-    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
+def _forward(
+    q, k, v, scores, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap
+):  # fmt: skip
+    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale, softcap)
     shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
     out, lse, end, tau = pipeline.forward(
-        q, k, v, scores, settings, shape, always=pipeline.sink_mask(shape, sinks)
-    )
+        q, k, v, scores, settings, shape, always=pipeline.sink_mask(shape, sinks),
+        sink_logits=sink_logits,
+    )  # fmt: skip
     return out, lse, end, scores.new_empty(0) if tau is None else tau
 
 
 def _gradients(
-    grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, topk, window, sinks, gate, scale,
-    score_grad, deterministic,
+    grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens,
+    topk, window, sinks, gate, scale, softcap, score_grad, deterministic,
 ):  # fmt: skip
-    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale)
+    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale, softcap)
     shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
-    dq, dk, dv, de = pipeline.backward(
+    dq, dk, dv, de, own = pipeline.backward(
         grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, settings, shape,
-        score_grad=score_grad, deterministic=deterministic,
+        score_grad=score_grad, deterministic=deterministic, sink_logits=sink_logits,
     )  # fmt: skip
-    return dq, dk, dv, scores.new_empty(0) if de is None else de
+    return dq, dk, dv, *(scores.new_empty(0) if x is None else x for x in (de, own))
 
 
 @torch.library.custom_op("sparsek::attention", mutates_args=())
@@ -40,24 +43,29 @@ def attention_op(
     k: torch.Tensor,
     v: torch.Tensor,
     scores: torch.Tensor,
+    sink_logits: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     topk: Sequence[int],
     window: int,
     sinks: int,
     gate: str,
     scale: float,
+    softcap: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """out [B, H, N, D]; for the backward pass lse [B, H, N], end [B, G, N] and tau (may be empty).
 
     Args:
         q [B, H, N, D], k and v [B, G, N, D], scores float64 [B, G, N] (effective scores).
+        sink_logits: [H] or None.
         cu_seqlens: int32 [docs + 1] or None. topk: one budget per KV head.
     """
-    return _forward(q, k, v, scores, cu_seqlens, topk, window, sinks, gate, scale)
+    return _forward(
+        q, k, v, scores, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap
+    )  # fmt: skip
 
 
 @attention_op.register_fake
-def _(q, k, v, scores, cu_seqlens, topk, window, sinks, gate, scale):
+def _(q, k, v, scores, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap):
     return (
         q.new_empty(q.shape),
         q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -77,51 +85,55 @@ def attention_backward(
     lse: torch.Tensor,
     end: torch.Tensor,
     tau: torch.Tensor,
+    sink_logits: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     topk: Sequence[int],
     window: int,
     sinks: int,
     gate: str,
     scale: float,
+    softcap: float | None,
     score_grad: bool,
     deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv and d(scores) (empty unless `score_grad`)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk, dv, d(scores) (empty unless `score_grad`) and d(sink_logits) (perhaps empty)."""
     return _gradients(
-        grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, topk, window, sinks, gate, scale,
-        score_grad, deterministic,
+        grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens,
+        topk, window, sinks, gate, scale, softcap, score_grad, deterministic,
     )  # fmt: skip
 
 
 @attention_backward.register_fake
 def _(
-    grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, topk, window, sinks, gate, scale,
-    score_grad, deterministic,
+    grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens,
+    topk, window, sinks, gate, scale, softcap, score_grad, deterministic,
 ):  # fmt: skip
     return (
         q.new_empty(q.shape),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
         scores.new_empty(scores.shape if score_grad else 0),
+        scores.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits),
     )
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, scores, cu_seqlens, *ctx.settings = inputs
+    q, k, v, scores, sink_logits, cu_seqlens, *ctx.settings = inputs
     out, lse, end, tau = output
     ctx.mark_non_differentiable(lse, end, tau)
-    ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, cu_seqlens)
+    ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens)
 
 
 def _backward_by(gradients):
     def backward(ctx, grad, *_):
-        q, k, v, scores, out, lse, end, tau, cu_seqlens = ctx.saved_tensors
+        q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens = ctx.saved_tensors
         wanted = ctx.needs_input_grad[3]
-        dq, dk, dv, de = gradients(
-            grad, q, k, v, scores, out, lse, end, tau, cu_seqlens, *ctx.settings,
+        dq, dk, dv, de, own = gradients(
+            grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens, *ctx.settings,
             wanted, torch.are_deterministic_algorithms_enabled(),
         )  # fmt: skip
-        return dq, dk, dv, de if wanted else None, *(None,) * 6
+        own = None if sink_logits is None else own
+        return dq, dk, dv, de if wanted else None, own, *(None,) * 7
 
     return backward
 

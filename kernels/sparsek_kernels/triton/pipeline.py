@@ -15,7 +15,7 @@ from sparsek_kernels.triton.query_gradient import query_gradient
 from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.thresholds import prefix_thresholds
-from sparsek_kernels.triton.tiles import rows_of
+from sparsek_kernels.triton.tiles import LOG2_E, rows_of
 from sparsek_kernels.triton.tuning import device_capability, launch_config
 
 GLUON_VERSIONS = ("3.6.", "3.7.")  # of Triton; Gluon is experimental and changes between them
@@ -29,6 +29,7 @@ class Settings:
     sinks: int
     gate: str
     scale: float
+    softcap: float | None = None
 
 
 def sink_mask(geometry: Geometry, sinks: int) -> torch.Tensor | None:
@@ -67,12 +68,14 @@ def forward(
     *,
     always: torch.Tensor | None = None,
     never: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """out, lse, end and (gates log and kv) tau.
 
     Args:
         q [B, H, N, D], k and v [B, G, M, D], scores float64 [B, G, M].
         always, never: bool, broadcastable to scores, see `selection_ends`.
+        sink_logits: [H] or None.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     end = selection_ends(scores, settings.topk, settings.window, shape, always=always, never=never)
@@ -91,8 +94,11 @@ def forward(
     else:
         out, lse = attend_forward(
             q, k, v, end, lists, shape, gate=settings.gate,
-            config=_config("forward", q, shape.group), gate_scores=gate_scores, tau=tau, **common,
+            config=_config("forward", q, shape.group), gate_scores=gate_scores, tau=tau,
+            softcap=settings.softcap, **common,
         )  # fmt: skip
+    if sink_logits is not None:
+        out, lse = add_sinks(out, lse, sink_logits)
     return out, lse, end, tau
 
 
@@ -102,7 +108,31 @@ def hopper_kernels(q: torch.Tensor, settings: Settings) -> ModuleType | None:
         return None
     from sparsek_kernels.triton import hopper
 
-    return hopper if hopper.takes(q, settings.gate, settings.scale) else None
+    return hopper if hopper.takes(q, settings.gate, settings.scale, settings.softcap) else None
+
+
+def add_sinks(
+    out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out [B, H, N, D], changed in place, and lse [B, H, N] with one more logit [H] in the softmax.
+
+    It has no value, so that it only shrinks what the kernels found. With this lse their backward
+    passes need to know nothing of it.
+    """
+    joined = torch.logaddexp2(lse, _base_2(sink_logits))
+    return out.mul_((lse - joined).exp2_()[..., None]), joined
+
+
+def sink_gradient(
+    lse: torch.Tensor, delta: torch.Tensor, sink_logits: torch.Tensor
+) -> torch.Tensor:
+    """d(sink_logits): its weight carries no value, P = 0 in ds = weight (P - D)."""
+    weight = (_base_2(sink_logits) - lse).exp2_()
+    return weight.mul_(delta).sum((0, 2)).neg_().to(sink_logits.dtype)
+
+
+def _base_2(sink_logits: torch.Tensor) -> torch.Tensor:
+    return sink_logits.float()[:, None] * LOG2_E  # [H, 1]
 
 
 def gate_values(scores: torch.Tensor, always: torch.Tensor | None) -> torch.Tensor:
@@ -126,8 +156,12 @@ def backward(
     *,
     score_grad: bool,
     deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """dq, dk, dv in the inputs' dtypes and, if asked for, d(scores) float64."""
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """dq, dk, dv in the inputs' dtypes, d(scores) float64 and d(sink_logits), where asked for.
+
+    None in their places where not.
+    """
     if shape.keys != shape.queries:
         raise ValueError("no gradient through a carried state: detach it or start without one")
     q, k, v, do = rows_of(q), rows_of(k), rows_of(v), rows_of(do)
@@ -152,7 +186,9 @@ def backward(
             *rows, lists[-1], shape, deterministic=deterministic, **common
         )
     else:
-        common |= dict(gate=settings.gate, gate_scores=gate_scores, tau=tau)
+        common |= dict(
+            gate=settings.gate, gate_scores=gate_scores, tau=tau, softcap=settings.softcap
+        )
         dq, row_sum = query_gradient(
             *rows, lists[0], shape, config=_config("dq", q, shape.group), **common
         )
@@ -163,7 +199,8 @@ def backward(
     de = None
     if score_grad:
         de = score_gradient(column_sum, row_sum, runs, shape.group)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), de
+    own = None if sink_logits is None else sink_gradient(lse, delta, sink_logits)
+    return dq, dk.to(k.dtype), dv.to(v.dtype), de, own
 
 
 def prepare(

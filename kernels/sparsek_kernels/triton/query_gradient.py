@@ -15,6 +15,8 @@ from sparsek_kernels.triton.tiles import (
     KV,
     LOG,
     LOG2_E,
+    cap_of,
+    capped,
     clear_key,
     dot_precision,
     gate_of,
@@ -39,10 +41,13 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _step(
-    q, k, v, do, lse, delta, dq, row_sum, scale, gate, interior, visible,
-    GATE: tl.constexpr, MASKED: tl.constexpr, SCORES: tl.constexpr, PRECISION: tl.constexpr,
+    q, k, v, do, lse, delta, dq, row_sum, scale, cap, gate, interior, visible,
+    GATE: tl.constexpr, CAPPED: tl.constexpr, MASKED: tl.constexpr, SCORES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     raw = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if CAPPED:
+        raw = capped(raw, cap)
     weighted = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     logits = raw
     if GATE == _LOG:
@@ -64,6 +69,8 @@ def _step(
             dm = bare * (weighted - delta[:, None])
     if SCORES:
         row_sum += tl.sum(tl.where(interior, dm, 0.0), 1)
+    if CAPPED:
+        ds *= 1.0 - (raw / cap) * (raw / cap)
     dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq, row_sum
 
@@ -74,10 +81,11 @@ def _query_gradient(
     gate_scores, tau, run_start, run_stop,
     end, sequences, tiles, offsets, counts, listed,
     q_b, q_h, q_n, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_n, do_b, do_h, do_n,
-    heads, group, queries, row_keys, window, scale,
+    heads, group, queries, row_keys, window, scale, cap,
     SIZE: tl.constexpr, BQ: tl.constexpr, HG: tl.constexpr, BN: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, GATE: tl.constexpr, SCORES: tl.constexpr,
     WIDE: tl.constexpr, PRECISION: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    CAPPED: tl.constexpr,
 ):  # fmt: skip
     """dq and, with SCORES, the row sums of dm over interior keys, of a tile of rows."""
     tile = tl.program_id(0) // (SIZE // BQ)
@@ -128,8 +136,8 @@ def _query_gradient(
         k = load_rows(k_base, index * k_n, d, True, D, DP, False)
         v = load_rows(v_base, index * v_n, d, True, D, DP, False)
         acc, row_sum = _step(
-            q, k, v, do, lse, delta, acc, row_sum, scale, gate, interior, True,
-            GATE, False, SCORES, PRECISION,
+            q, k, v, do, lse, delta, acc, row_sum, scale, cap, gate, interior, True,
+            GATE, CAPPED, False, SCORES, PRECISION,
         )  # fmt: skip
     for start in tl.range(0, masked_count(walk, at.t1), BN, num_stages=MASKED_STAGES):
         key, is_selected, inside, visible = masked_key(
@@ -148,8 +156,8 @@ def _query_gradient(
         k = load_rows(k_base, index * k_n, d, inside, D, DP, True)
         v = load_rows(v_base, index * v_n, d, inside, D, DP, True)
         acc, row_sum = _step(
-            q, k, v, do, lse, delta, acc, row_sum, scale, gate, interior, visible,
-            GATE, True, SCORES, PRECISION,
+            q, k, v, do, lse, delta, acc, row_sum, scale, cap, gate, interior, visible,
+            GATE, CAPPED, True, SCORES, PRECISION,
         )  # fmt: skip
 
     acc = acc * (scale * _LN_2)
@@ -162,6 +170,7 @@ def _query_gradient(
 def query_gradient(
     q, k, v, do, lse, delta, end, lists: KeyLists, geometry: Geometry, *,
     window: int, scale: float, gate: str, config: Config, gate_scores, tau, runs,
+    softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """dq [B, H, N, D] and, if `runs` is given, float32 [B, H, N]: dm summed over interior keys.
 
@@ -180,10 +189,11 @@ def query_gradient(
         end, geometry.sequences, lists.tiles, lists.offsets, lists.counts, lists.keys,
         *strides(q), *strides(k), *strides(v), *strides(dq), *strides(do),
         geometry.heads, geometry.group, geometry.queries, geometry.keys, window, scale * LOG2_E,
+        cap_of(softcap),
         SIZE=lists.size, BQ=per_tile, HG=per_group, BN=config.keys,
         D=dim, DP=max(16, triton.next_power_of_2(dim)), GATE=GATES[gate],
         SCORES=runs is not None, WIDE=needs_wide_index(k, v), PRECISION=dot_precision(q.dtype),
-        MASKED_STAGES=config.masked_stages,
+        MASKED_STAGES=config.masked_stages, CAPPED=softcap is not None,
         **config.options(),
     )  # fmt: skip
     return dq, row_sum

@@ -40,6 +40,8 @@ def run(
     cu_seqlens: torch.Tensor | None,
     state: SparseKState | StateRows | None,
     scale: float,
+    softcap: float | None,
+    sink_logits: torch.Tensor | None,
 ) -> tuple[torch.Tensor, SparseKState | StateRows | None]:
     """(out, new state); arguments as in sparsek_attention, already checked."""
     batch, _, n, _ = q.shape
@@ -48,17 +50,20 @@ def run(
     if state is None:
         effective = effective_scores(scores, slopes, _positions(slopes, cu_seqlens, n, q.device))
         out, *_ = attention(
-            q, k, v, effective, cu_seqlens, layout.topk, layout.window, layout.sinks, gate, scale
-        )
+            q, k, v, effective, sink_logits, cu_seqlens,
+            layout.topk, layout.window, layout.sinks, gate, scale, softcap,
+        )  # fmt: skip
         return out, None
+    options = dict(layout=layout, slopes=slopes)
+    options |= dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
     if cu_seqlens is None:
-        return _run_rows(q, k, v, scores, None, state, layout=layout, slopes=slopes, scale=scale)
+        return _run_rows(q, k, v, scores, None, state, **options)
     groups = row_groups(cu_seqlens, n)
     outputs, states = [], []
     for group in groups:
         rows = [group.gather(x) for x in (q, k, v, scores)]
         part = state.index_select(group.documents)
-        out, part = _run_rows(*rows, group.lengths, part, layout=layout, slopes=slopes, scale=scale)
+        out, part = _run_rows(*rows, group.lengths, part, **options)
         outputs.append(out)
         states.append(part)
     out = pack(groups, outputs) if groups else torch.zeros_like(q)
@@ -77,11 +82,14 @@ def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor
 
 
 @torch.no_grad()
-def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, scale):
+def _run_rows(
+    q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, scale, softcap, sink_logits
+):  # fmt: skip
     """Rows [B, ..., N] that continue a state; `lengths` [B] or None where all tokens are real."""
     batch, _, n, _ = q.shape
     if n == 1 and lengths is None:
-        return step(q, k, v, scores, slopes, state, scale=scale), state
+        logits = dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
+        return step(q, k, v, scores, slopes, state, **logits), state
     state.support = state.tau = None
     positions = torch.arange(n, device=q.device) + state.seen[:, None]
     effective = effective_scores(scores, slopes, positions)
@@ -91,11 +99,12 @@ def _run_rows(q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, sc
     window_start = total - n - (state.seen - layout.sinks).clamp(0, layout.window)
     shape = geometry(q.shape, keys.keys.shape, q.device, window_start=window_start)
     settings = pipeline.Settings(
-        layout.topk, layout.window, layout.sinks, "straight_through", scale
+        layout.topk, layout.window, layout.sinks, "straight_through", scale, softcap
     )
     out, _, end, _ = pipeline.forward(
         q, keys.keys, keys.values, keys.effective, settings, shape,
         always=keys.effective == torch.inf, never=keys.positions == EMPTY,
+        sink_logits=sink_logits,
     )  # fmt: skip
     if lengths is None:
         lengths = torch.full((batch,), n, device=q.device)

@@ -176,6 +176,13 @@ def gate_of(row_gate, key, centre, tau_row, selected):
 
 
 @triton.jit
+def capped(logits, cap):
+    """cap * tanh(x / cap); both in base 2, which does not matter to the quotient."""
+    # tanh(x) = 1 - 2 / (e^(2 x) + 1): exact at both ends, where e^(2 x) is 0 or infinite.
+    return cap - 2.0 * cap / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0)
+
+
+@triton.jit
 def load_rows(
     base, offset, d, inside, D: tl.constexpr, DP: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
@@ -194,6 +201,11 @@ def load_rows(
 def index_of(key, WIDE: tl.constexpr):
     """The key as a number that, times a stride, does not overflow."""
     return key.to(tl.int64) if WIDE else key
+
+
+def cap_of(softcap: float | None) -> float:
+    """The cap as kernels take it, in base 2; 0 where CAPPED is off."""
+    return 0.0 if softcap is None else softcap * LOG2_E
 
 
 def strides(tensor: torch.Tensor) -> tuple[int, int, int]:

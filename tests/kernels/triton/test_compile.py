@@ -19,14 +19,15 @@ HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "capability, dim, gate, shared, kernels",
+    "capability, dim, gate, softcap, shared, kernels",
     [
-        ("9.0", 128, "straight_through", 227, KERNELS | HOPPER),
-        ("8.0", 64, "log", 163, KERNELS),
+        ("9.0", 128, "straight_through", [], 227, KERNELS | HOPPER),
+        ("9.0", 256, "straight_through", ["--softcap", "50"], 227, KERNELS),
+        ("8.0", 64, "log", [], 163, KERNELS),
     ],
 )
-def test_every_kernel_compiles(capability, dim, gate, shared, kernels):
-    words = ["--capability", capability, "--dim", str(dim), "--gate", gate, "--json"]
+def test_every_kernel_compiles(capability, dim, gate, softcap, shared, kernels):
+    words = ["--capability", capability, "--dim", str(dim), "--gate", gate, *softcap, "--json"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "sparsek_cli.benchmarks.compile_report", *words],

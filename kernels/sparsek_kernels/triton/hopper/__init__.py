@@ -10,10 +10,11 @@ from sparsek_kernels.triton.hopper.tiles import ROWS, heads_of_tile
 __all__ = ["attend_forward", "key_gradient", "query_gradient", "takes", "tile_queries"]
 
 
-def takes(q: torch.Tensor, gate: str, scale: float) -> bool:
+def takes(q: torch.Tensor, gate: str, scale: float, softcap: float | None = None) -> bool:
     """Whether the kernels compute this call (on a device of capability 9.0)."""
     is_half = q.dtype in (torch.bfloat16, torch.float16)
-    return is_half and q.shape[3] in (64, 128) and gate == "straight_through" and scale > 0
+    plain = gate == "straight_through" and softcap is None
+    return is_half and q.shape[3] in (64, 128) and plain and scale > 0
 
 
 def tile_queries(group: int) -> int:
