@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap, Moments, ridge
 from sparsek_cli.models.attention import replaced_attention
 from sparsek_cli.models.config import ATTENTION, layer_budget
+from sparsek_cli.models.logits import Logits
+from sparsek_cli.models.sliding import causal_attention
 
 # By name, how many heads share a matrix: all of a layer, or one.
 KINDS = ("layer", "head")
@@ -37,10 +38,7 @@ def fit(model: Any, rows: torch.Tensor, kind: str) -> dict[int, list[LinearMap]]
     def watched(attend: Callable) -> Callable:
         def look(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
             out, weights = attend(module, query, key, value, mask, **kwargs)
-            dense = F.scaled_dot_product_attention(
-                query, key, value, is_causal=True, scale=kwargs.get("scaling"),
-                enable_gqa=query.shape[1] != key.shape[1],
-            ).transpose(1, 2)  # fmt: skip
+            dense = causal_attention(query, key, value, Logits.given(query, kwargs)).transpose(1, 2)
             heads, size = out.shape[2:]
             some = evicted(module, out.shape[1], heads)
             wide = heads * size if kind == "layer" else size

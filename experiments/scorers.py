@@ -25,6 +25,7 @@ from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.models import replaced_scorers, set_budget
 from sparsek_cli.models.attention import replaced_attention, sparsek_attention_forward
 from sparsek_cli.models.config import ATTENTION
+from sparsek_cli.models.logits import Logits
 
 
 class KeyValueFit:
@@ -152,14 +153,15 @@ def _leaving_features(recorded: Recorded, window: int) -> torch.Tensor:
     of the largest and the mean attention that these give it, over the group's heads.
     """
     (groups, tokens, size), heads = recorded.key.shape, recorded.query.shape[0]
-    key, query = recorded.key.float(), recorded.query.float() * recorded.scaling
+    key, query = recorded.key.float(), recorded.query.float() * recorded.logits.scale
     logits = torch.matmul(query.view(groups, -1, size), key.transpose(1, 2))
-    logits = logits.view(groups, heads // groups, tokens, tokens)
+    logits = recorded.logits.capped(logits.view(groups, heads // groups, tokens, tokens))
     age = torch.arange(tokens, device=key.device)[:, None] - torch.arange(tokens, device=key.device)
     near = (age > 0) & (age < window)
     counts = near.sum(0).clamp_min(1)
     dot = logits.masked_fill(~near, 0).sum(2) / counts
-    weights = logits.masked_fill(age < 0, -torch.inf).softmax(-1).masked_fill(~near, 0)
+    weights = recorded.logits.weights(logits.masked_fill(age < 0, -torch.inf))
+    weights = weights.masked_fill(~near, 0)
     made = torch.stack([weights.amax((1, 2)), weights.mean(1).sum(1) / counts])
     made = made.clamp_min(math.exp(FLOOR)).log()
     inputs = recorded.inputs.float().expand(groups, -1, -1)
@@ -195,15 +197,15 @@ class _Chosen(nn.Module):
             self.inputs = hidden_states
             return hidden_states.new_zeros(batch, len(self.slopes), tokens), self.slopes
         nothing = torch.empty(0)
-        flat = Recorded(hidden_states.flatten(0, 1), nothing, nothing, nothing, 1.0)
+        flat = Recorded(hidden_states.flatten(0, 1), nothing, nothing, nothing, Logits(1.0))
         return self.of(flat).unflatten(1, (batch, tokens)).transpose(0, 1), self.slopes
 
 
 def _recorded_attention(module: nn.Module, query, key, value, mask, **kwargs: Any):
     """`sparsek_attention_forward` with scores of what attention sees, one sequence at a time."""
-    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    logits = Logits.given(query, kwargs)
     rows = zip(module.scorer.inputs, query, key, value, strict=True)
-    scores = [module.scorer.of(Recorded(*row, scaling)) for row in rows]
+    scores = [module.scorer.of(Recorded(*row, logits)) for row in rows]
     kwargs["sparsek_scores"] = torch.stack(scores)
     return sparsek_attention_forward(module, query, key, value, mask, **kwargs)
 

@@ -28,6 +28,11 @@ _SIDE_FILES = {
     "special_tokens_map.json": _TOKENIZER_AGAIN,
     "added_tokens.json": _TOKENIZER_AGAIN,
 }
+# What has no other original: gpt-oss was published so.
+_DEQUANTISED = (
+    "unpack it first: AutoModelForCausalLM.from_pretrained(FOLDER, quantization_config="
+    "Mxfp4Config(dequantize=True)).save_pretrained(PLAIN), with Mxfp4Config from transformers"
+)
 # Beside tensors of these names lie weights that are packed or scaled.
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB",
            "._weight_qdata", "._weight_scale", "._data",
@@ -251,7 +256,7 @@ def _quantised(name: str, method: str | None) -> UsageError:
     by = f" ({method.upper()})" if method else ""
     return UsageError(
         f"'{name}' is quantised{by}: quantised checkpoints cannot be converted or run here",
-        hint=_UNQUANTISED,
+        hint=_DEQUANTISED if method == "mxfp4" else _UNQUANTISED,
     )
 
 

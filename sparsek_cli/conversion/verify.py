@@ -209,8 +209,8 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
     vocabulary = plan.config.get("vocab_size", 256)
     ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), quiet_transformers():
-        # A base that is converted already attends densely only by that name.
-        name = DENSE_ATTENTION if is_converted(plan.base.config()) else "sdpa"
+        # The family's own code; a base that is converted attends densely only by that name.
+        name = DENSE_ATTENTION if is_converted(plan.base.config()) else "eager"
         dense = load(plan.base.path, attn_implementation=name)(ids, use_cache=False).logits
         sparse = load(folder)
         with proven(sparse, "verification"):

@@ -14,10 +14,6 @@ _SHARED = (
     "some of its layers reuse the keys and values of others, which would need them after a layer "
     "has dropped them"
 )
-_SINK_LOGITS = "its softmax has a learned sink logit per head, which the kernels do not compute yet"
-
-_SOFT_CAP = "its attention caps logits softly, which the kernels do not compute yet"
-
 _LLAMA = (
     "transformers runs it by Llama's classes under a type of its own; as "
     '"model_type": "llama" with "architectures": ["LlamaForCausalLM"] in its config.json it is the '
@@ -31,7 +27,5 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(("falcon", "gptj", "bloom", "mpt", "codegen", "gpt_neo", "xglm"), _OWN_BLOCK),
     **dict.fromkeys(("gemma3n_text", "gemma4_text"), _SHARED),
-    **dict.fromkeys(("gemma2", "vaultgemma"), _SOFT_CAP),
-    "gpt_oss": _SINK_LOGITS,
     "internlm3": _LLAMA,
 }

@@ -111,6 +111,9 @@ TABLE: dict[str, Row] = {
         Row("dots1", "Dots1"),
         # Layers differ: those that attend to everything are converted, the others stay.
         Row("gemma3_text", "Gemma3", module="gemma3", text="Text", mixed=True),
+        Row("gemma2", "Gemma2", mixed=True),
+        Row("vaultgemma", "VaultGemma", mixed=True),
+        Row("gpt_oss", "GptOss", mixed=True),
         Row("olmo3", "Olmo3", mixed=True),
         Row("cohere2", "Cohere2", mixed=True),
         Row("exaone4", "Exaone4", mixed=True),

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, layer_budget
+from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.sliding import sliding_attention, sliding_mask
 
 # What models hand on to attention functions and what does not change attention.
@@ -66,6 +67,8 @@ def sparsek_attention_forward(
     sparsek_cache: SparseKCacheLayer | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The one function that calls sparsek_kernels.
@@ -79,6 +82,7 @@ def sparsek_attention_forward(
         sparsek_scores: [B, G, N] float32. sparsek_slopes: [G].
         sparsek_cache: the layer's cache, whose state is advanced; None without a cache.
         cu_seq_lens_q: int32 [documents + 1], bounds of packed documents over all B * N tokens.
+        softcap, s_aux: soft cap of the logits and sink logits [H], see `Logits`.
 
     Returns:
         Output [B, N, H, D] and None (there are no attention weights to return).
@@ -88,9 +92,10 @@ def sparsek_attention_forward(
             packed batch, a 4D mask, or an argument that would change attention and is not known.
     """
     check_arguments(module, kwargs)
+    logits = Logits.of(query, scaling, softcap, s_aux)
     if sparsek_scores is None and getattr(module.config, "sparsek", None) is not None:
         return _other_layer(
-            module, query, key, value, attention_mask, scaling, sliding_window, cu_seq_lens_q
+            module, query, key, value, attention_mask, logits, sliding_window, cu_seq_lens_q
         )
     if sparsek_scores is None:
         raise SparsekError(
@@ -131,7 +136,7 @@ def sparsek_attention_forward(
             "slopes": sparsek_slopes,
             "gate": budget.gate,
             "cu_seqlens": cu_seqlens,
-            "scale": scaling,
+            **logits.settings,
         }
         # Inside, some sums are float32 on purpose: autocast must not turn them into bf16.
         with torch.autocast(q.device.type, enabled=False):
@@ -162,7 +167,7 @@ def check_arguments(module: nn.Module, arguments: dict[str, Any]) -> None:
             )
 
 
-def _other_layer(module, query, key, value, mask, scaling, window, cu_seqlens):
+def _other_layer(module, query, key, value, mask, logits: Logits, window, cu_seqlens):
     """A layer of a converted model that slides: it attends as in the dense model."""
     if window is None:
         raise SparsekError(
@@ -171,7 +176,7 @@ def _other_layer(module, query, key, value, mask, scaling, window, cu_seqlens):
             hint="load it with AutoModelForCausalLM, after `import sparsek_cli.models`",
         )
     out = sliding_attention(
-        query, key, value, window=window, scale=scaling, mask=mask, cu_seqlens=cu_seqlens
+        query, key, value, window=window, logits=logits, mask=mask, cu_seqlens=cu_seqlens
     )
     return out.transpose(1, 2).contiguous(), None
 
@@ -252,6 +257,8 @@ def dense_attention_forward(
     attention_mask: torch.Tensor | None,
     cu_seq_lens_q: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Ordinary causal attention (torch's sdpa), document by document where they are packed.
@@ -261,10 +268,11 @@ def dense_attention_forward(
     """
     known = ("scaling", "dropout")
     check_arguments(module, {name: kwargs[name] for name in kwargs if name not in known})
-    if sliding_window is not None:
-        scaling = kwargs.get("scaling")
+    logits = Logits.of(query, kwargs.get("scaling"), softcap, s_aux)
+    if sliding_window is not None or not logits.plain:
+        window = key.shape[2] if sliding_window is None else sliding_window
         return _other_layer(
-            module, query, key, value, attention_mask, scaling, sliding_window, cu_seq_lens_q
+            module, query, key, value, attention_mask, logits, window, cu_seq_lens_q
         )
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

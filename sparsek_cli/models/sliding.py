@@ -12,6 +12,8 @@ import torch
 from torch.nn import functional as F
 from transformers.masking_utils import sdpa_mask
 
+from sparsek_cli.models.logits import Logits, masked_attention
+
 # Queries of a sliding layer that attend at once: with windows up to this length a mask has at
 # most twice as many columns as rows.
 _QUERIES = 1024
@@ -33,7 +35,7 @@ def sliding_attention(
     value: torch.Tensor,
     *,
     window: int,
-    scale: float | None,
+    logits: Logits,
     mask: torch.Tensor | None = None,
     cu_seqlens: torch.Tensor | None = None,
 ) -> torch.Tensor:
@@ -46,23 +48,34 @@ def sliding_attention(
     Returns:
         [B, H, N, D].
     """
-    options = {"scale": scale, "enable_gqa": True}
     if mask is not None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+        return masked_attention(query, key, value, mask, logits)
     if cu_seqlens is None:
-        return _by_blocks(query, key, value, window, options)
+        return _by_blocks(query, key, value, window, logits)
     batch = query.shape[0]
     packed = [x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value)]
     bounds = cu_seqlens.tolist()
     parts = [
-        _by_blocks(*(x[:, :, start:end] for x in packed), window, options)
+        _by_blocks(*(x[:, :, start:end] for x in packed), window, logits)
         for start, end in zip(bounds, bounds[1:], strict=False)
         if end > start
     ]
     return torch.cat(parts, dim=2)[0].unflatten(1, (batch, -1)).transpose(0, 1)
 
 
-def _by_blocks(query, key, value, window: int, options: dict[str, Any]) -> torch.Tensor:
+def causal_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, logits: Logits
+) -> torch.Tensor:
+    """Each query attends to all keys up to its own; shapes as in `sliding_attention`, N = M."""
+    if not logits.plain:
+        return _by_blocks(query, key, value, key.shape[2], logits)
+    shared = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=logits.scale, enable_gqa=shared
+    )
+
+
+def _by_blocks(query, key, value, window: int, logits: Logits) -> torch.Tensor:
     queries, before = query.shape[2], key.shape[2] - query.shape[2]
     parts = []
     for start in range(0, queries, _QUERIES):
@@ -73,5 +86,5 @@ def _by_blocks(query, key, value, window: int, options: dict[str, Any]) -> torch
         seen = (columns <= rows[:, None]) & (columns > rows[:, None] - window)
         keys, values = (x[:, :, first:last] for x in (key, value))
         block = query[:, :, start : start + _QUERIES]
-        parts.append(F.scaled_dot_product_attention(block, keys, values, attn_mask=seen, **options))
+        parts.append(masked_attention(block, keys, values, seen, logits))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

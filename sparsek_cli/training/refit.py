@@ -27,6 +27,7 @@ from sparsek_cli.data.packing import collate
 from sparsek_cli.models import sparsek_attentions
 from sparsek_cli.models.attention import replaced_attention
 from sparsek_cli.models.config import ATTENTION, layer_budget
+from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
 from sparsek_cli.training.losses.future import (
     asking_rows,
@@ -101,21 +102,21 @@ def _use(
     inputs: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
-    scaling: float,
+    logits: Logits,
 ) -> None:
     """Adds what one layer sees of a batch to its fit."""
     layer, features = module.layer_idx, _features(module.scorer, inputs)
     if layer not in fits:
         fits[layer] = LinearFit(features.shape[-1], key.shape[1], _MAPS, key.device)
     budget = layer_budget(module.config, layer)
-    every = recordings(query, key, scaling, documents, features)
+    every = recordings(query, key, logits, documents, features)
     for (start, end), recorded in zip(documents, every, strict=True):
         _add(fits[layer], recorded, asking[start:end], budget)
 
 
 @contextmanager
 def _seen(attentions: dict[int, Any], use: Callable) -> Iterator[None]:
-    """Within the block `use` gets each layer's module, scorer inputs, query, key and scaling."""
+    """Within the block `use` gets each layer's module, scorer inputs, query, key and `Logits`."""
     inputs: dict[int, torch.Tensor] = {}
 
     def keeper(layer: int) -> Callable:
@@ -127,9 +128,9 @@ def _seen(attentions: dict[int, Any], use: Callable) -> Iterator[None]:
     def watched(attend: Callable) -> Callable:
         def look(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
             if kwargs.get("sparsek_scores") is not None:
-                scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+                logits = Logits.given(query, kwargs)
                 with torch.autocast(query.device.type, enabled=False):
-                    use(module, inputs.pop(module.layer_idx), query, key, scaling)
+                    use(module, inputs.pop(module.layer_idx), query, key, logits)
             return attend(module, query, key, value, mask, **kwargs)
 
         return look

@@ -16,28 +16,37 @@ from sparsek_cli.conversion.calibrate.sensitivity.output_error import (
     output_errors,
     prefix_ranks,
 )
+from sparsek_cli.models.logits import Logits
 
 HEADS, GROUPS, TOKENS, SIZE, WINDOW = 4, 2, 37, 8, 5
 
 
-@pytest.fixture
-def recorded() -> Recorded:
+@pytest.fixture(params=["plain", "capped, with sinks"])
+def recorded(request) -> Recorded:
     torch.manual_seed(0)
+    own = {} if request.param == "plain" else {"softcap": 2.0, "sinks": torch.arange(HEADS) - 1.0}
     return Recorded(
         inputs=torch.randn(TOKENS, 16),
         query=3 * torch.randn(HEADS, TOKENS, SIZE),
         key=torch.randn(GROUPS, TOKENS, SIZE),
         value=torch.randn(GROUPS, TOKENS, SIZE),
-        scaling=SIZE**-0.5,
+        logits=Logits(SIZE**-0.5, **own),
     )
 
 
 def dense_weights(recorded: Recorded) -> torch.Tensor:
     """[G, heads of the group, N, N] attention probabilities."""
     key = recorded.key.repeat_interleave(HEADS // GROUPS, 0)
-    logits = recorded.query @ key.transpose(1, 2) * recorded.scaling
+    logits = recorded.query @ key.transpose(1, 2) * recorded.logits.scale
+    own = recorded.logits
+    if own.softcap is not None:
+        logits = own.softcap * (logits / own.softcap).tanh()
     later = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
-    return logits.masked_fill(later, -torch.inf).softmax(-1).view(GROUPS, -1, TOKENS, TOKENS)
+    weights = logits.masked_fill(later, -torch.inf).exp()
+    total = weights.sum(-1, keepdim=True)
+    if own.sinks is not None:
+        total = total + own.sinks[:, None, None].exp()
+    return (weights / total).view(GROUPS, -1, TOKENS, TOKENS)
 
 
 def largest(probabilities: torch.Tensor) -> torch.Tensor:
@@ -117,7 +126,8 @@ def test_output_error_equals_attention_over_the_kept_keys(recorded):
     for candidate, level in ((0, 0), (0, 1), (1, 1), (1, 2)):
         seen = visible(effective[candidate], torch.arange(TOKENS), slots, slots.sizes[level])
         sparse = weights * seen[:, None]
-        sparse = sparse / sparse.sum(-1, keepdim=True)
+        # What attends to nothing does so whatever is kept.
+        sparse = sparse / (sparse.sum(-1, keepdim=True) + 1 - weights.sum(-1, keepdim=True))
         for group in range(GROUPS):
             part = out_weight.view(GROUPS, -1, 16)[group]
 

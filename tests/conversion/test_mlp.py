@@ -17,6 +17,7 @@ from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.conversion.run import run as convert
 from sparsek_cli.errors import UsageError
+from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
@@ -67,7 +68,7 @@ def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path):
     torch.manual_seed(0)
     inputs = torch.randn(4000, plan.geometry.hidden)
     targets = torch.stack([inputs[:, 0].abs() * 3 - 5, inputs[:, 1] - 5])
-    recorded = Recorded(inputs, EMPTY, EMPTY, EMPTY, 1.0)
+    recorded = Recorded(inputs, EMPTY, EMPTY, EMPTY, Logits(1.0))
     quality = {}
     for name, fit in (("mlp", MlpFit), ("linear", LinearFit.of)):
         made = fit(plan, torch.device("cpu"))
@@ -93,7 +94,7 @@ def test_the_written_scorer_scores_as_calibration_did(family, dense_checkpoint, 
     ):
         scorer = SparseKMlpScorer(plan.geometry.hidden, plan.geometry.kv_heads, 128)
         scorer.load_state_dict({k: torch.from_numpy(v) for k, v in made.tensors().items()})
-        each = {name: layer.maps[name].of(Recorded(x, EMPTY, EMPTY, EMPTY, 1.0))
+        each = {name: layer.maps[name].of(Recorded(x, EMPTY, EMPTY, EMPTY, Logits(1.0)))
                 for name in choice.maps}  # fmt: skip
         expected = torch.stack([each[name][head] for head, name in enumerate(choice.maps)])
         torch.testing.assert_close(scorer(x[None])[0][0], expected, atol=1e-3, rtol=1e-3)

@@ -18,8 +18,6 @@ from sparsek_cli.families.refusals import REFUSED
         ("falcon", "written out in its own block"),
         ("gptj", "written out in its own block"),
         ("bloom", "written out in its own block"),
-        ("gpt_oss", "a learned sink logit per head"),
-        ("gemma2", "caps logits softly"),
         ("gemma3n_text", "reuse the keys and values of others"),
         ("gemma4_text", "reuse the keys and values of others"),
         ("internlm3", "transformers runs it by Llama's classes"),

@@ -13,6 +13,7 @@ _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512,
          "resid_pdrop": 0.0, "embd_pdrop": 0.0}  # fmt: skip
 _ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 _SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+_CAPPED = {"query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0}
 _LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8,
            "linear_value_head_dim": 8}  # fmt: skip
 
@@ -59,6 +60,9 @@ TINY: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
                    "rotary_dim": 4},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, **_SLIDING},
+    "gemma2": {"head_dim": 8, **_CAPPED, **_SLIDING},
+    "vaultgemma": {"head_dim": 8, **_CAPPED, **_SLIDING},
+    "gpt_oss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2, **_SLIDING},
     "olmo3": _SLIDING,
     "cohere2": {"head_dim": 8, "logit_scale": 0.5, **_SLIDING},
     "exaone4": _SLIDING,

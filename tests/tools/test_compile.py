@@ -45,27 +45,28 @@ def test_a_forward_pass_exports(model, ids):
     assert nodes.count(torch.ops.sparsek.attention_pytorch.default) == 2  # one per layer
 
 
-@pytest.mark.parametrize("gate", ["straight_through", "log", "kv"])
-def test_the_op_says_what_it_does(gate):
+@pytest.mark.parametrize("gate, softcap", [("straight_through", None), ("log", 2.0), ("kv", None)])
+def test_the_op_says_what_it_does(gate, softcap):
     """Its fake kernel has the real one's shapes, and its gradients are those of plain autograd."""
     torch.manual_seed(0)
     q = torch.randn(1, 4, 14, 8, dtype=torch.float64, requires_grad=True)
     k, v = (torch.randn(1, 2, 14, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     scores = torch.randn(1, 2, 14, dtype=torch.float64, requires_grad=True)
     slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
+    own = torch.randn(4, dtype=torch.float64, requires_grad=True)
     bounds = torch.tensor([0, 5, 14])
     for cu_seqlens in (None, bounds):
-        arguments = (q, k, v, scores, slopes, cu_seqlens, [2, 3], 3, 1, gate, 0.3)
+        arguments = (q, k, v, scores, slopes, own, cu_seqlens, [2, 3], 3, 1, gate, 0.3, softcap)
         torch.library.opcheck(attention_op, arguments)
         expected = sparsek_attention(
             q, k, v, scores, topk=(2, 3), window=3, sinks=1, slopes=slopes, gate=gate, scale=0.3,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=cu_seqlens, softcap=softcap, sink_logits=own,
         )  # fmt: skip
         found = attention_op(*arguments)
         torch.testing.assert_close(found, expected)
         weight = torch.randn_like(expected)
         for ours, theirs in zip(
-            *(torch.autograd.grad((x * weight).sum(), (q, k, v, scores, slopes))
+            *(torch.autograd.grad((x * weight).sum(), (q, k, v, scores, slopes, own))
               for x in (found, expected)),
             strict=True,
         ):  # fmt: skip

@@ -9,6 +9,7 @@ from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.data.packing import collate
 from sparsek_cli.models import sparsek_attentions, sparsek_config_from
 from sparsek_cli.models.config import LayerBudget
+from sparsek_cli.models.logits import Logits
 from sparsek_cli.training.losses.future import FutureAttention, aims, border_loss
 from sparsek_cli.training.losses.objectives import Objective, attach, count_targets
 
@@ -51,7 +52,7 @@ def losses_of(model, made, objective=None):
 def recorded():
     torch.manual_seed(0)
     query, key = 3 * torch.randn(4, 40, 8), torch.randn(2, 40, 8)
-    return Recorded(None, query, key, None, 8**-0.5)
+    return Recorded(None, query, key, None, Logits(8**-0.5))
 
 
 def test_a_head_should_hold_what_later_queries_look_at_most(recorded):

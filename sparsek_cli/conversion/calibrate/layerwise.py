@@ -17,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention import check_arguments
+from sparsek_cli.models.logits import Logits, masked_attention
 from sparsek_cli.models.output import output_layer
-from sparsek_cli.models.sliding import sliding_attention
+from sparsek_cli.models.sliding import causal_attention, sliding_attention
 
 _RECORDING = "sparsek_recording"
 # Elements of the largest block of logits: 256 MB in float32.
@@ -32,7 +33,7 @@ class Recorded:
     Attributes:
         inputs: [N, hidden], what the attention block (and so the scorer) reads.
         query: [H, N, D]; key, value: [G, N, D], positions already encoded.
-        scaling: factor of the logits.
+        logits: how weights are made of query and key.
         turns, turn_length: the last turns * turn_length tokens are that many turns, each of which
             sees the context and itself, and not the others.
     """
@@ -41,7 +42,7 @@ class Recorded:
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    scaling: float
+    logits: Logits
     turns: int = 0
     turn_length: int = 0
 
@@ -66,7 +67,7 @@ class Recorded:
                 index, local = torch.cat([index, own]), local - turn * self.turn_length
             plain = Recorded(
                 self.inputs[index], self.query[:, index], self.key[:, index],
-                self.value[:, index], self.scaling,
+                self.value[:, index], self.logits,
             )  # fmt: skip
             yield Reading(plain, local, index)
 
@@ -104,23 +105,20 @@ Attend = Callable[[Recorded], torch.Tensor]
 
 def dense_attention(recorded: Recorded) -> torch.Tensor:
     """[H, N, D]: causal, each turn seeing the context and itself."""
-    shared = recorded.query.shape[0] != recorded.key.shape[0]
-    options = {"scale": recorded.scaling, "enable_gqa": shared}
-    attend = F.scaled_dot_product_attention
     if not recorded.turns:
         parts = (x[None] for x in (recorded.query, recorded.key, recorded.value))
-        return attend(*parts, is_causal=True, **options)[0]
+        return causal_attention(*parts, recorded.logits)[0]
     (query, queries), (key, keys), (value, values) = (
         recorded.split(x) for x in (recorded.query, recorded.key, recorded.value)
     )
-    out = attend(query, key, value, is_causal=True, **options)
+    out = causal_attention(query, key, value, recorded.logits)
     keys, values = (
         torch.cat([context.expand(len(turns), -1, -1, -1), turns], 2)
         for context, turns in ((key, keys), (value, values))
     )
     length, context = recorded.turn_length, recorded.context
     seen = torch.ones(length, context + length, dtype=torch.bool, device=out.device).tril(context)
-    return recorded.join(out, attend(queries, keys, values, attn_mask=seen, **options))
+    return recorded.join(out, masked_attention(queries, keys, values, seen, recorded.logits))
 
 
 class _Stop(Exception):
@@ -172,35 +170,36 @@ class LayerwiseBase:
         self._embed(sequences, device)
 
     def _attend(
-        self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
-    ):
+        self, module, query, key, value, attention_mask, scaling=None, sliding_window=None,
+        softcap=None, s_aux=None, **kwargs,
+    ):  # fmt: skip
         check_arguments(module, {n: kwargs[n] for n in kwargs if n != "dropout"})
+        logits = Logits.of(query, scaling, softcap, s_aux)
         if sliding_window is not None:
-            return self._slide(query, key, value, sliding_window, scaling).transpose(1, 2), None
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        self._last = Recorded(self._inputs, query[0], key[0], value[0], scale, *self._turns_now)
+            return self._slide(query, key, value, sliding_window, logits).transpose(1, 2), None
+        self._last = Recorded(self._inputs, query[0], key[0], value[0], logits, *self._turns_now)
         if self._attend_with is not None:
             return self._attend_with(self._last).transpose(0, 1)[None], None
         if not self._to_the_end:
             raise _Stop
         return dense_attention(self._last).transpose(0, 1)[None], None
 
-    def _slide(self, query, key, value, window: int, scale: float | None) -> torch.Tensor:
+    def _slide(self, query, key, value, window: int, logits: Logits) -> torch.Tensor:
         """Attention of a layer that slides, [1, H, N, D]; arguments [1, heads, N, D]."""
         turns, length = self._turns_now
         if not turns:
-            return sliding_attention(query, key, value, window=window, scale=scale)
+            return sliding_attention(query, key, value, window=window, logits=logits)
         end = query.shape[2] - turns * length
         parts = [(x[:, :, :end], x[0, :, end:].unflatten(1, (turns, length)).transpose(0, 1))
                  for x in (query, key, value)]  # fmt: skip
-        context = sliding_attention(*(part[0] for part in parts), window=window, scale=scale)
+        context = sliding_attention(*(part[0] for part in parts), window=window, logits=logits)
         # A turn sees the end of the context and itself.
         tails = [part[0][:, :, max(0, end - window + 1) :].expand(turns, -1, -1, -1)
                  for part in parts[1:]]  # fmt: skip
         keys, values = (
             torch.cat([tail, part[1]], 2) for tail, part in zip(tails, parts[1:], strict=True)
         )
-        told = sliding_attention(parts[0][1], keys, values, window=window, scale=scale)
+        told = sliding_attention(parts[0][1], keys, values, window=window, logits=logits)
         return torch.cat([context, told.transpose(0, 1).flatten(1, 2)[None]], 2)
 
     def _embed(self, sequences: list[torch.Tensor], device: torch.device) -> None:

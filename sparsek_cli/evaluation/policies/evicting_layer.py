@@ -10,36 +10,38 @@ import torch
 from torch.nn import functional
 from transformers.cache_utils import DynamicLayer
 
+from sparsek_cli.models.logits import Logits
+
 BLOCK_BYTES = 1 << 28  # attention weights formed at once
 GROWTH = 64  # slots added at once while a prompt that fits goes on
 
 
-def attention_mass(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+def attention_mass(query: torch.Tensor, keys: torch.Tensor, logits: Logits) -> torch.Tensor:
     """How much causal attention each key receives from all queries and heads of its group.
 
     Args:
         query: [B, H, Q, D], the last Q of the tokens that `keys` [B, G, N, D] are of.
-        scaling: factor of the logits.
+        logits: how weights are made of queries and keys.
 
     Returns:
         Sums of attention weights, float32 [B, G, N].
     """
     mass = torch.zeros(*keys.shape[:3], device=keys.device)
-    for weights in causal_weights(query, keys, scaling):
+    for weights in causal_weights(query, keys, logits):
         mass[:, :, : weights.shape[-1]] += weights.sum(dim=(2, 3))
     return mass
 
 
-def largest_attention(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> torch.Tensor:
+def largest_attention(query: torch.Tensor, keys: torch.Tensor, logits: Logits) -> torch.Tensor:
     """The largest causal attention each key receives; shapes as in `attention_mass`."""
     largest = torch.zeros(*keys.shape[:3], device=keys.device)
-    for weights in causal_weights(query, keys, scaling):
+    for weights in causal_weights(query, keys, logits):
         seen = largest[:, :, : weights.shape[-1]]
         torch.maximum(seen, weights.amax(dim=(2, 3)), out=seen)
     return largest
 
 
-def causal_weights(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> Any:
+def causal_weights(query: torch.Tensor, keys: torch.Tensor, logits: Logits) -> Any:
     """Attention weights of blocks of queries, so that no [queries, keys] matrix is held.
 
     Yields:
@@ -49,14 +51,14 @@ def causal_weights(query: torch.Tensor, keys: torch.Tensor, scaling: float) -> A
     groups, total = keys.shape[1], keys.shape[2]
     step = max(1, BLOCK_BYTES // (4 * batch * heads * total))
     for start in range(0, count, step):
-        rows = query[:, :, start : start + step] * scaling
+        rows = query[:, :, start : start + step] * logits.scale
         rows = rows.unflatten(1, (groups, -1))  # [B, G, h, r, D]
         first = total - count + start  # position of the block's first query
         stop = first + rows.shape[3]
-        logits = rows @ keys[:, :, None, :stop].transpose(-1, -2)
+        found = logits.capped(rows @ keys[:, :, None, :stop].transpose(-1, -2))
         own = torch.ones(rows.shape[3], rows.shape[3], dtype=torch.bool, device=keys.device)
-        logits[..., first:].masked_fill_(own.triu(1), -torch.inf)
-        yield logits.softmax(dim=-1, dtype=torch.float32)
+        found[..., first:].masked_fill_(own.triu(1), -torch.inf)
+        yield logits.weights(found)
 
 
 class EvictingLayer(DynamicLayer):
@@ -107,7 +109,7 @@ class EvictingLayer(DynamicLayer):
             self.mass = functional.pad(self.mass, (0, new), value=self.fresh)
         return held
 
-    def see(self, query: torch.Tensor, scaling: float) -> None:
+    def see(self, query: torch.Tensor, logits: Logits) -> None:
         """Notes the queries [B, H, n, D] of the newest pairs."""
 
     def rank(self) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, largest_attention
 from sparsek_cli.evaluation.policies.snapkv_h2o import Evicting
+from sparsek_cli.models.logits import Logits
 
 REPEAT = "\n\nRepeat the previous context exactly."
 PART = 1024  # tokens told again at once
@@ -45,10 +46,10 @@ class TellingLayer(EvictingLayer):
             self.keys, self.values = pairs
             self.seen, self.context = self.context, None
 
-    def see(self, query: torch.Tensor, scaling: float) -> None:
+    def see(self, query: torch.Tensor, logits: Logits) -> None:
         """Notes what queries that tell the context again see of it."""
         if self.context is not None:
-            seen = largest_attention(query, self.keys, scaling)[:, :, : self.context]
+            seen = largest_attention(query, self.keys, logits)[:, :, : self.context]
             told = self.mass[:, :, : self.context]
             torch.maximum(told, seen.amax(dim=0, keepdim=True), out=told)
 

@@ -29,6 +29,7 @@ from sparsek_cli.evaluation.policies.head_budgets import slots_per_head
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.models.attention import replaced_attention
 from sparsek_cli.models.cache.slots import cache_layers
+from sparsek_cli.models.logits import Logits, masked_attention
 
 OBSERVED = 32  # last queries of a prompt that choose for snapkv
 POOLED = 5  # neighbours that a pair shares its attention with
@@ -43,19 +44,19 @@ class SnapLayer(EvictingLayer):
     def __init__(self, slots: int, recent: int, sinks: int = 0):
         super().__init__(slots, recent, sinks)
         self.queries: torch.Tensor | None = None
-        self.scaling = 1.0
+        self.logits: Logits | None = None
 
-    def see(self, query: torch.Tensor, scaling: float) -> None:
+    def see(self, query: torch.Tensor, logits: Logits) -> None:
         """Remembers the last `OBSERVED` queries of the prompt."""
         if not self.bounded:
             last = query[:, :, -OBSERVED:]
             earlier = last[:, :, :0] if self.queries is None else self.queries
             self.queries = torch.cat([earlier, last], dim=2)[:, :, -OBSERVED:]
-            self.scaling = scaling
+            self.logits = logits
 
     def rank(self) -> None:
         """Ranks all pairs by what the last queries saw in them and around them."""
-        seen = attention_mass(self.queries, self.keys, self.scaling)
+        seen = attention_mass(self.queries, self.keys, self.logits)
         self.mass = functional.avg_pool1d(seen, POOLED, stride=1, padding=POOLED // 2)
         self.mass[:, :, -self.recent :] = DROPPED
         self.queries = None
@@ -70,15 +71,16 @@ class SnapLayer(EvictingLayer):
 class HeavyHitterLayer(EvictingLayer):
     """Keeps what has received the most attention so far."""
 
-    def see(self, query: torch.Tensor, scaling: float) -> None:
+    def see(self, query: torch.Tensor, logits: Logits) -> None:
         """Adds the queries' attention to the mass of what they saw."""
         if not self.bounded:
-            self.mass = self.mass + attention_mass(query, self.keys, scaling)
+            self.mass = self.mass + attention_mass(query, self.keys, logits)
             return
         grouped = query.unflatten(1, (self.keys.shape[1], -1))  # [B, G, h, n, D]
-        logits = (grouped @ self.keys[:, :, None].transpose(-1, -2)).float() * scaling
+        found = (grouped @ self.keys[:, :, None].transpose(-1, -2)).float() * logits.scale
         hidden = ~self.visible(query.shape[2])[:, :, None]
-        self.mass += logits.masked_fill(hidden, -torch.inf).softmax(dim=-1).sum(dim=(2, 3))
+        found = logits.capped(found).masked_fill(hidden, -torch.inf)
+        self.mass += logits.weights(found).sum(dim=(2, 3))
 
 
 def attend_once(
@@ -86,16 +88,19 @@ def attend_once(
     keys: torch.Tensor,
     values: torch.Tensor,
     visible: torch.Tensor,
-    scaling: float | None,
+    logits: Logits,
 ) -> torch.Tensor:
     """Attention of one token per row, [B, 1, H, D], without copies of the keys for every head.
 
     Args:
         query: [B, H, 1, D]. keys, values: [B, G, W, D]. visible: bool [B, G, 1, W].
     """
+    if not logits.plain:
+        seen = visible.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+        return masked_attention(query, keys, values, seen, logits).transpose(1, 2)
     grouped = query[:, :, 0].unflatten(1, (keys.shape[1], -1))  # heads of a group as queries
     mask = visible.expand(-1, -1, grouped.shape[2], -1)
-    out = functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=scaling)
+    out = functional.scaled_dot_product_attention(grouped, keys, values, mask, scale=logits.scale)
     return out.flatten(1, 2)[:, None]
 
 
@@ -117,12 +122,12 @@ def observed_attention(model: Any) -> Iterator[None]:
         ) -> Any:
             layer = None if current is None else current.layers[module.layer_idx]
             if isinstance(layer, EvictingLayer):
-                scaling = kwargs.get("scaling")
-                layer.see(query, query.shape[-1] ** -0.5 if scaling is None else scaling)
+                logits = Logits.given(query, kwargs)
+                layer.see(query, logits)
                 if layer.bounded:
                     mask = layer.visible(query.shape[2])
                     if query.shape[2] == 1:
-                        return attend_once(query, key, value, mask, scaling), None
+                        return attend_once(query, key, value, mask, logits), None
                     mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
             return attend(module, query, key, value, mask, **kwargs)
 

@@ -243,6 +243,8 @@ class _Layer:
             return None
         if len({part.bias is None for part in maps[:3]}) > 1:
             return None
+        if getattr(attention, "attn_logit_softcapping", None) or hasattr(attention, "sinks"):
+            return None  # too small a difference to show in what is compared
         dim = getattr(attention, "head_dim", None)
         if not isinstance(dim, int) or dim % 2 or any(part.out_features % dim for part in maps[:3]):
             return None

@@ -24,6 +24,7 @@ from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, look
 from sparsek_cli.data import ANSWER
 from sparsek_cli.models.attention import replaced_attention
 from sparsek_cli.models.config import ATTENTION, LayerBudget, layer_budget
+from sparsek_cli.models.logits import Logits
 
 # Queries looked at, per document, beside those that predict an answer.
 ROWS = 256
@@ -86,8 +87,8 @@ class FutureAttention:
             if scores is not None and module.training and self._documents:
                 slopes, layer = kwargs["sparsek_slopes"].detach(), module.layer_idx
                 if layer not in self._aims:
-                    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-                    self._aims[layer] = self._look(module, query, key, scaling)
+                    logits = Logits.given(query, kwargs)
+                    self._aims[layer] = self._look(module, query, key, logits)
                 with torch.autocast(scores.device.type, enabled=False):
                     loss = self._layer(scores, slopes, self._aims[layer])
                 self._losses.setdefault(layer, loss)
@@ -98,14 +99,14 @@ class FutureAttention:
 
     @torch.no_grad()
     def _look(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, scaling: float
+        self, module: Any, query: torch.Tensor, key: torch.Tensor, logits: Logits
     ) -> list[Aims | None]:
         budget = layer_budget(module.config, module.layer_idx)
         with torch.autocast(query.device.type, enabled=False):
             return [
                 aims(recorded, self._answers[start:end], budget)
                 for (start, end), recorded in zip(
-                    self._documents, recordings(query, key, scaling, self._documents), strict=True
+                    self._documents, recordings(query, key, logits, self._documents), strict=True
                 )
             ]
 
@@ -141,7 +142,7 @@ def asking_rows(roles: torch.Tensor) -> torch.Tensor:
 def recordings(
     query: torch.Tensor,
     key: torch.Tensor,
-    scaling: float,
+    logits: Logits,
     documents: list[tuple[int, int]],
     inputs: torch.Tensor | None = None,
 ) -> Iterator[Recorded]:
@@ -150,7 +151,7 @@ def recordings(
     for start, end in documents:
         row, part = start // length, slice(start % length, start % length + end - start)
         own = None if inputs is None else inputs[row, part]
-        yield Recorded(own, query[row, :, part], key[row, :, part], None, scaling)
+        yield Recorded(own, query[row, :, part], key[row, :, part], None, logits)
 
 
 def looked_at(answer: torch.Tensor, first: int, count: int = ROWS) -> torch.Tensor:

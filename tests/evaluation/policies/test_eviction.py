@@ -5,6 +5,7 @@ import torch
 
 from sparsek_cli.evaluation.policies import evicting_layer, snapkv_h2o
 from sparsek_cli.evaluation.policies.registry import make_policy, plan_policies
+from sparsek_cli.models.logits import Logits
 
 SLOTS, RECENT = 20, 8
 
@@ -34,7 +35,7 @@ def test_mass_is_the_sum_of_attention_weights(monkeypatch, block):
     later = torch.ones(11, 30, dtype=torch.bool).triu(20)
     weights = logits.masked_fill(later, -torch.inf).softmax(-1)
     naive = weights.sum(2).unflatten(1, (2, 2)).sum(2)
-    torch.testing.assert_close(evicting_layer.attention_mass(query, keys, 0.3), naive)
+    torch.testing.assert_close(evicting_layer.attention_mass(query, keys, Logits(0.3)), naive)
 
 
 def fed(name, chunks, seed=0):

@@ -7,6 +7,7 @@ from sparsek_cli.evaluation.policies import kvzip
 from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, largest_attention
 from sparsek_cli.evaluation.policies.registry import make_policy
 from sparsek_cli.evaluation.policies.snapkv_h2o import evict
+from sparsek_cli.models.logits import Logits
 
 TOKENS, OPENING = 200, [5, 6, 7]
 SINKS, SLOTS, WINDOW = 4, 68, 24
@@ -142,7 +143,7 @@ def test_largest_attention_is_that_of_the_matrix():
     hidden = torch.ones(7, 20, dtype=torch.bool).triu(14)
     naive = logits.masked_fill(hidden, -torch.inf).softmax(-1).amax(2)
     naive = naive.unflatten(1, (2, 2)).amax(2)
-    torch.testing.assert_close(largest_attention(query, keys, 0.5), naive)
+    torch.testing.assert_close(largest_attention(query, keys, Logits(0.5)), naive)
 
 
 def test_rows_are_cut_apart():

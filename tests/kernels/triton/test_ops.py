@@ -7,12 +7,16 @@ from sparsek_kernels.attention import sparsek_attention
 pytestmark = pytest.mark.interpret
 
 
-@pytest.mark.parametrize("gate", ["straight_through", "kv"])
-def test_fake_versions_describe_the_real_ones(make_inputs, gate):
+@pytest.mark.parametrize(
+    "gate, softcap, own", [("straight_through", 2.0, torch.zeros(4)), ("kv", None, None)]
+)
+def test_fake_versions_describe_the_real_ones(make_inputs, gate, softcap, own):
+    from sparsek_kernels.triton.ops import attention_op
+
     q, k, v, scores = make_inputs(20, heads=4, groups=2, dim=16, dtype=torch.float32, grad=False)
     torch.library.opcheck(
-        torch.ops.sparsek.attention.default,
-        (q, k, v, scores.double(), None, [5, 4], 4, 1, gate, 0.25),
+        attention_op,
+        (q, k, v, scores.double(), own, None, [5, 4], 4, 1, gate, 0.25, softcap),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -59,15 +59,15 @@ def look(
     key = recorded.key.float()
     for block in reading.rows.split(max(1, min(_BLOCK, _LOGITS // (heads * tokens)))):
         last = int(block[-1]) + 1
-        query = (recorded.query[:, block].float() * recorded.scaling).reshape(groups, -1, size)
+        query = (recorded.query[:, block].float() * recorded.logits.scale).reshape(groups, -1, size)
         logits = torch.matmul(query, key[:, :last].transpose(1, 2))
-        logits = logits.view(groups, heads // groups, len(block), last)
+        logits = recorded.logits.capped(logits.view(groups, heads // groups, len(block), last))
         columns = torch.arange(last, device=block.device)
         first = int(block[0]) + 1
         # Only columns after the first query can lie in some query's future.
         late = columns[first:] > block[:, None]
         logits[..., first:].masked_fill_(late, -torch.inf)
-        logits -= logits.logsumexp(-1, keepdim=True)
+        logits -= recorded.logits.log_total(logits)
         near = max(0, int(block[0]) - window + 1)
         logits[..., near:].masked_fill_(columns[near:] > block[:, None] - window, -torch.inf)
         logits = logits[..., :context]

@@ -94,7 +94,7 @@ def window_attention(plan: Plan) -> Attend:
 
 def _attention(recorded: Recorded, scores: torch.Tensor, **settings) -> torch.Tensor:
     """What the converted model computes: turns go on from the state that the context leaves."""
-    settings["scale"] = recorded.scaling
+    settings |= recorded.logits.settings
     tensors = (recorded.query, recorded.key, recorded.value, scores)
     if not recorded.turns:
         return sparsek_attention(*(x[None] for x in tensors), **settings)[0]

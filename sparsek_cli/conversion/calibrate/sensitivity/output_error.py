@@ -94,20 +94,24 @@ def _block_errors(
     """`output_errors` of a few rows; out_weight [G, heads of the group * D, hidden]."""
     heads, _, size = recorded.query.shape
     groups, tokens, _ = recorded.key.shape
-    query = recorded.query[:, rows].float() * recorded.scaling
+    query = recorded.query[:, rows].float() * recorded.logits.scale
     query = query.reshape(groups, heads // groups * len(rows), size)
     logits = torch.matmul(query, recorded.key.float().transpose(1, 2))
-    logits = logits.view(groups, heads // groups, len(rows), tokens)
+    logits = recorded.logits.capped(logits.view(groups, heads // groups, len(rows), tokens))
     positions = torch.arange(tokens, device=rows.device)
     logits.masked_fill_(positions > rows[:, None], -torch.inf)
-    weights = logits.softmax(-1)
+    weights = recorded.logits.weights(logits)
+    # What a sink logit takes of a query's attention is there whatever is kept.
+    nothing = 0.0
+    if recorded.logits.sinks is not None:
+        nothing = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
     # A column of ones: its weighted sum is what the kept weights must be divided by.
     value = torch.nn.functional.pad(recorded.value.float(), (0, 1), value=1.0)
 
     def attend(weights: torch.Tensor) -> torch.Tensor:
         """[G, Q, R, N] -> [G, Q, R, D]."""
         output = torch.matmul(weights.flatten(1, 2), value).view(*weights.shape[:3], size + 1)
-        return output[..., :size] / output[..., size:].clamp_min(1e-20)
+        return output[..., :size] / (output[..., size:] + nothing).clamp_min(1e-20)
 
     def project(output: torch.Tensor) -> torch.Tensor:
         """[G, Q, R, D] -> squared length after W_o, [G, R]."""
