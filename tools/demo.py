@@ -30,7 +30,7 @@ SEED = 7  # of the document, unless --seed says otherwise
 ALLOWANCE = 2  # facts that SparseK may find less than dense attention
 BUDGET = "1/16"  # of tiny's context: 512 slots instead of 8192
 TOKENS = 65536  # of calibration, half of what convert takes by itself: enough for these facts
-LENGTHS = (4096, 8192)
+LENGTH = 8192  # tokens of the document, and of what is measured
 TEXTS = ("train.jsonl", "validation.jsonl", "document.txt")
 
 
@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] = ()) -> int:
          "finetune", converted, tuned, "--recipe", "demo", f"data.text.files={texts['train']}",
          "--overwrite")  # fmt: skip
     _run("3/5  evaluate: sparse, dense, window and random at equal bytes",
-         "evaluate", tuned, "--recipe", "demo", "--text", texts["validation"], "--lengths",
-         ",".join(map(str, LENGTHS)), "--output", results, "--overwrite")  # fmt: skip
+         "evaluate", tuned, "--recipe", "demo", "--text", texts["validation"],
+         "--lengths", LENGTH, "--output", results, "--overwrite")  # fmt: skip
     _run("4/5  chat: read a long document, ask about the first of its facts",
          "chat", tuned, "--load", texts["document"], "--prompt", document.facts[0].question,
          "--temperature", "0")  # fmt: skip
@@ -109,7 +109,7 @@ def _write_texts(folder: Path, seed: int) -> tuple[dict[str, str], "NeedleDocume
     # One long document, so that perplexity can be measured far from its start.
     _write_documents(paths["validation"], [measured_text()])
     filler = Filler.from_documents([measured_text()], _tokenizer())
-    document = document_of(filler, LENGTHS[-1] - 128, seed)
+    document = document_of(filler, LENGTH - 128, seed)
     Path(paths["document"]).write_text(document.text, encoding="utf-8")
     return paths, document
 

@@ -92,7 +92,7 @@ def _answer(model: Any, tokenizer: Any, question: Sequence[int], cache: Any) -> 
 def main() -> None:
     """Counts over many documents and prints one JSON line for each model and policy."""
     import sparsek_cli as sparsek
-    from demo import LENGTHS, measured_text
+    from demo import LENGTH, measured_text
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="+")
@@ -104,7 +104,7 @@ def main() -> None:
         filler = Filler.from_documents([measured_text()], tokenizer)
         counts = dict.fromkeys(POLICIES, 0)
         for number in range(given.documents):
-            document = document_of(filler, LENGTHS[-1] - 128, given.seed + number)
+            document = document_of(filler, LENGTH - 128, given.seed + number)
             for policy in POLICIES:
                 counts[policy] += sum(found(document, answers(model, tokenizer, document, policy)))
             asked = FACTS * (number + 1)

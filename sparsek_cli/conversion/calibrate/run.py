@@ -57,7 +57,8 @@ _GUESS = 0.3
 # their many rows), those of them on which single parts of it are valued, and how many parts of
 # neighbouring layers there are.
 _WHOLE = 4
-_VALUED = 2
+# On a CPU that is the second alone, which is the shorter.
+_VALUED = {"cpu": slice(1, 2), "other": slice(0, 2)}
 _WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
 _PARTS = {"cpu": 12, "other": 48}
 # Proposals that are run as whole models.
@@ -214,7 +215,7 @@ class _Run:
         sparse = self.plan.sparse_layers
         size, place = -(-len(sparse) // _PARTS[self.kind]), sparse.index(layer)
         if place % size == 0:
-            self.part, self.part_inputs = {}, self.whole.inputs(_VALUED)
+            self.part, self.part_inputs = {}, self.whole.inputs(_VALUED[self.kind])
         self.part[layer] = self._narrowed(layer, maps, advance)
         if place % size == size - 1 or layer == sparse[-1]:
             self._value(self.part)

@@ -39,12 +39,9 @@ class Whole:
         self._embedded = self.inputs()
         self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
 
-    def inputs(self, most: int | None = None) -> dict[int, torch.Tensor]:
-        """The documents' states [1, N, hidden] before the layer that is to be run next.
-
-        At `most` so many documents, the first ones.
-        """
-        return {number: self._base.hidden[number] for number in [*self._rows][:most]}
+    def inputs(self, which: slice = slice(None)) -> dict[int, torch.Tensor]:
+        """The states [1, N, hidden] of those documents before the layer that is to be run next."""
+        return {number: self._base.hidden[number] for number in [*self._rows][which]}
 
     def divergence(
         self,
