@@ -8,7 +8,8 @@ budgets     loss and recall by budget, position, depth and length
 ruler       RULER's needle tasks under all policies, after learning their wording
 ablations   calibration with one thing changed at a time
 plots       figures of the results of all of these
-scorers     keys and values in place of the hidden state; the attention that does come, a ceiling
+ceiling     what selection alone could reach, seeing what comes
+scorers     keys and values in place of the hidden state, and others
 patches     outputs of attention brought nearer to dense ones in closed form
 steps       sparsek's own commands as phases of an experiment
 suite       perplexity and recall of one checkpoint under every policy

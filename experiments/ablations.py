@@ -11,8 +11,9 @@ closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in 
 calibration knows and in others that only the base knows. Dense and window are measured once. Rows
 `seed` say how much of a difference is chance.
 
-Rows `ceiling` show what selection can reach: scores are the attention that later queries give each
-key, measured in the pass that they then decide, with shares and slopes per head found from them.
+Row `ceiling` shows what selection alone could reach with the default's shares: each query sees the
+keys that are looked at most from then on (experiments/ceiling.py). Rows `future` keep the measured
+future attention as one score for the whole text, with shares and slopes per head found from it.
 
 The words of a row that wins become the default in recipes/schema_convert.py; `--set` gives words
 to every row, to see what another default changes.
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-from experiments import patches
+from experiments import ceiling, patches
 from experiments.scorers import FITS, in_place_of_linear
 from experiments.steps import Steps
 from experiments.suite import (
@@ -79,8 +80,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "scorer-leaving": {"scorer": "leaving"},
     "patch-layer": {"patch": "layer"},
     "patch-head": {"patch": "head"},
-    "ceiling": {"scorer": "future"},
-    "ceiling-slope-0": {"scorer": "future", "method.slopes": [0]},
+    "ceiling": {"ceiling": True},
+    "future": {"scorer": "future"},
+    "future-slope-0": {"scorer": "future", "method.slopes": [0]},
     "target-mean": {"method.target": "mean"},
     "target-p99": {"method.target": "p99"},
     "budgets-uniform": {"budgets": "uniform"},
@@ -171,7 +173,7 @@ class Experiment:
     def request(self, name: str) -> dict[str, Any]:
         """The words of `sparsek convert` for a row."""
         changes = dict(ROWS[name])
-        for key in ("scorer", "patch"):
+        for key in ("scorer", "patch", "ceiling"):
             changes.pop(key, None)
         words = conversion_words(
             self.given.length // self.given.share,
@@ -194,23 +196,29 @@ class Experiment:
         if scorer is None:
             done = self.steps.convert(self.base, self.model, self.request(name))
             model = load(self.model, self.device, self.dtype)
-            with self.patch(model, ROWS[name].get("patch")):
-                measured = self.suite.measure(model, OWN)
+            with self.altered(model, ROWS[name]):
+                measured = self.alone(name).measure(model, OWN)
             text_loss = done.calibration["text_loss"]
         else:
             text_loss, measured = self.with_scorer(name, FITS[scorer])
         seconds = begun - self.session.left
         self.add(name, ROWS[name], measured, text_loss=text_loss, seconds=seconds)
 
-    def patch(self, model: Any, kind: str | None) -> AbstractContextManager:
-        """`kind` of patch from an eighth of the text that calibration reads, or none."""
-        if kind is None:
+    def alone(self, name: str) -> Suite:
+        """The suite, one sequence at a time where padding would be a query like others."""
+        sees_later = "ceiling" in ROWS[name] or ROWS[name].get("scorer") == "future"
+        return replace(self.suite, batch_tokens=1) if sees_later else self.suite
+
+    def altered(self, model: Any, row: dict[str, Any]) -> AbstractContextManager:
+        """Attention as a row wants it; patches are fitted to an eighth of calibration's text."""
+        if "ceiling" in row:
+            return ceiling.applied()
+        if "patch" not in row:
             return nullcontext()
-        corpus = load_corpus(self.given.train or self.given.held_out, load_tokenizer(self.base))
-        rows = windows(
-            corpus, self.given.length, max(4, self.given.tokens // self.given.length // 8)
-        )
-        return patches.patched(patches.fit(model, torch.from_numpy(rows), kind))
+        corpus = load_corpus(self.given.train, load_tokenizer(self.base))
+        count = max(4, self.given.tokens // self.given.length // 8)
+        rows = windows(corpus, self.given.length, count)
+        return patches.patched(patches.fit(model, torch.from_numpy(rows), row["patch"]))
 
     def with_scorer(self, name: str, fit: Any) -> tuple[float, dict[str, Any]]:
         """Loss in calibration's text and what is measured, with scorers of another kind."""
@@ -223,10 +231,8 @@ class Experiment:
         plan = make_plan(recipe)
         found = search(plan, Silent(), fit)
         model = load(self.model, self.device, self.dtype)
-        # One sequence at a time: to scores of what comes later, padding would be a query.
-        suite = replace(self.suite, batch_tokens=1)
         with in_place_of_linear(model, [layer.maps for layer in found.layers], found.choices):
-            return found.report["text_loss"], suite.measure(model, OWN)
+            return found.report["text_loss"], self.alone(name).measure(model, OWN)
 
     def add(
         self, name: str, changes: dict[str, Any] | None, measured: dict[str, Any], **more: Any

@@ -5,7 +5,7 @@
         --held-out books/validation.jsonl.zst [--steps 300] [--seeds 1] [--seconds 1700]
 
 In this order, each in the time that is left: what selection alone can reach at a sixteenth and an
-eighth (experiments.ablations, rows default and ceiling); `adapt` at a sixteenth, calibrated once
+eighth (experiments.ablations: default, future and ceiling); `adapt` at a sixteenth, calibrated once
 more at both shares, and dense attention and a window trained alike (experiments.tuning); then the
 other objectives and ways of training scorers, of `--others`; then more seeds of `adapt`. BASE may
 be a public model: where it does not know the phrasings its recall says nothing, its loss does.
@@ -69,7 +69,7 @@ class Experiment:
     def run(self) -> None:
         """All parts that time is left for, then the table and the bars."""
         for share in SHARES:
-            rows = ["--rows", "default", "ceiling"]
+            rows = ["--rows", "default", "ceiling", "future"]
             self.part(f"ceiling-{share}", "ablations", "--train", self.given.train,
                       "--share", share, *rows)  # fmt: skip
         again = ["--again", MAIN, "--also", SHARES[1]]

@@ -3,8 +3,8 @@
 Of keys and values; of what queries in the window made of a key; of what comes later.
 
 They are fitted and chosen by calibration as the linear ones are (`conversion/calibrate`), and stand
-in for them in a loaded model. `FutureFit` is no scorer but a ceiling: its scores are the attention
-that later queries do give each key, measured in the pass that they then decide.
+in for them in a loaded model. `FutureFit` is no scorer that anyone could have: its scores are the
+attention that later queries do give each key, measured in the pass that they then decide.
 """
 
 import math

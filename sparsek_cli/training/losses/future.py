@@ -4,9 +4,8 @@ Selection hides what a dropped key would have been worth, so losses on the model
 bring it back. But every query and key of the model's own pass is there: at some queries of each
 document, the largest attention that later queries would give each key (as calibration measures it,
 see conversion/calibrate/scorers/targets.py) says which keys a head should still hold. Scores are
-pulled to the right side of the threshold that its budget sets among them: keys near it decide, and
-those on the wrong side. Nothing of it reaches hidden states, and attention sees scores as
-constants.
+pulled to the right side of the threshold that its budget sets among them, keys near it most.
+Nothing of it reaches hidden states, and attention sees scores as constants.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from sparsek_cli.conversion.calibrate.layerwise import Reading, Recorded
+from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, look
 from sparsek_cli.data import ANSWER
 from sparsek_cli.models.attention import replaced_attention
@@ -32,6 +31,8 @@ ROWS = 256
 _MOMENTS = 8
 # From so many nats beside the threshold on, a mistake weighs no more.
 _CLEAR = 2.0
+# Keys whose score is so far from the threshold still pull; further away hardly.
+_NEAR = 2 * SPREAD
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,9 @@ class _ByMoment:
 
 
 def border_loss(scores: torch.Tensor, slopes: torch.Tensor, wanted: Aims) -> torch.Tensor:
-    """Mean over heads and queries of the weighted logistic loss at the threshold.
+    """Mean over heads and queries of the weighted share of keys on the wrong side of the threshold.
+
+    The share is a smooth one: a sigmoid as wide as some spreads of the scores.
 
     Args:
         scores: [G, N] of one document. slopes: [G].
@@ -238,7 +241,9 @@ def border_loss(scores: torch.Tensor, slopes: torch.Tensor, wanted: Aims) -> tor
     # Between the last that is held and the first that is not, where there are both.
     border = torch.where(outside > -torch.inf, (inside + outside) / 2, inside)
     border = border.masked_fill(border == -torch.inf, 0)
-    losses = F.softplus(-wanted.weights.sign() * (effective - border)) * wanted.weights.abs()
+    # Beyond reach on the wrong side, as old keys are where a slope is steep, a key pulls no more.
+    beside = wanted.weights.sign() * (effective - border) / _NEAR
+    losses = _NEAR * (-beside).sigmoid() * wanted.weights.abs()
     counts = (wanted.weights != 0).any(-1).sum().clamp_min(1)
     return losses.sum() / counts
 
