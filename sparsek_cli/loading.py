@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.converted import is_converted
-from sparsek_cli.data.chat_template import check_template
+from sparsek_cli.dialogue.template_steps import check_template
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.silence import quiet_transformers
 
@@ -237,15 +237,20 @@ def readable_errors(name: str) -> Iterator[None]:
                 f"'{name}' needs code of its own (auto_map in config.json), which is not run",
                 hint="name a model of a family that transformers knows by itself",
             ) from error
-        raise SparsekError(
-            f"'{name}' cannot be loaded: {type(error).__name__}: {_first_line(error)}",
-            hint=_DAMAGED,
-        ) from error
+        raise SparsekError(f"'{name}' cannot be loaded: {_reason(error)}", hint=_DAMAGED) from error
 
 
 def _count(names: list[str]) -> str:
     """One name, or how many there are and the first."""
     return f"{len(names)} weights, the first is {names[0]}" if names[1:] else f"weight {names[0]}"
+
+
+def _reason(error: BaseException) -> str:
+    """Class and first line; of what huggingface_hub finds wrong with a field, what it is."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if type(error).__name__.startswith("StrictDataclass"):
+        return " ".join(lines[:2])
+    return f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _first_line(error: BaseException) -> str:

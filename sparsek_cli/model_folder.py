@@ -37,6 +37,7 @@ _DEQUANTISED = (
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB",
            "._weight_qdata", "._weight_scale", "._data",
            ".absmax", ".quant_map")  # fmt: skip
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double", "auto")
 _PLAIN = ("F64", "F32", "F16", "BF16")
 
 
@@ -88,6 +89,7 @@ def check(path: Path, name: str) -> dict[str, Any]:
     _check_weights(path, name)
     _check_shards(read_shards(path), name)
     _check_sizes(config, name)
+    _check_dtype(config, name)
     return config
 
 
@@ -236,6 +238,14 @@ def _check_side_files(path: Path) -> None:
             found = None
         if not isinstance(found, dict):
             raise UsageError(f"{file} holds no JSON object", hint=remedy)
+        ends = found.get("eos_token_id") if name == "generation_config.json" else None
+        if not all(
+            isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])
+        ):
+            raise UsageError(
+                f"{file}: eos_token_id is {json.dumps(ends)[:40]}, no token's number",
+                hint="write the number of the token there, or a list of numbers",
+            )
 
 
 def _check_not_quantised(path: Path, config: dict[str, Any], name: str) -> None:
@@ -262,6 +272,11 @@ def _quantised(name: str, method: str | None) -> UsageError:
 
 def _check_weights(path: Path, name: str) -> None:
     """Exactly one set of weights, where transformers looks for it."""
+    for file in sorted(path.glob("*.safetensors")):
+        if file.is_symlink() and not file.exists():
+            raise UsageError(
+                f"'{file}' is a link to a file that is gone", hint="fetch the model again"
+            )
     single, index = (path / SINGLE).is_file(), (path / INDEX).is_file()
     if single and index and set(_json(path / INDEX).get("weight_map", {}).values()) != {SINGLE}:
         raise UsageError(
@@ -270,7 +285,7 @@ def _check_weights(path: Path, name: str) -> None:
         )
     if single or index:
         return
-    others = sorted(p.name for p in path.glob("*.safetensors"))
+    others = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
     pickled = any(p.suffix in PICKLES for p in path.iterdir())
     if others:
         raise UsageError(
@@ -298,6 +313,18 @@ def _check_shards(shards: Iterable[Shard], name: str) -> None:
                 raise UsageError(
                     f"'{name}' holds adapter weights ({tensor}) among its own", hint=_MERGE
                 )
+
+
+def _check_dtype(config: dict[str, Any], name: str) -> None:
+    """Weights are loaded in the format that config.json names, whatever they are stored in."""
+    for key in ("dtype", "torch_dtype"):
+        found = config.get(key)
+        if found is not None and str(found).removeprefix("torch.") not in _DTYPES:
+            raise UsageError(
+                f"'{name}': {key} in config.json is {json.dumps(found)[:40]}, no number format of "
+                "weights",
+                hint=f"set it to that of the weights: {', '.join(_DTYPES[:3])}",
+            )
 
 
 def _check_sizes(config: dict[str, Any], name: str) -> None:

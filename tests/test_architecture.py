@@ -135,3 +135,17 @@ def test_an_import_from_backend_to_backend_is_seen(tmp_path):
     file = tmp_path / "file.py"
     file.write_text("from sparsek_kernels.triton import decode")
     assert imports(file) == {"sparsek_kernels.triton.decode"}
+
+
+def test_recipes_end_at_the_door():
+    """Below plans a verb knows small settings; nobody hands the whole recipe on."""
+    doors = {"plan", "settings", "sizes", "api"}
+    for module, file in MODULES.items():
+        if module.split(".")[1:2] in (["recipes"], ["commands"]) or file.stem in doors:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.arg) and node.annotation is not None:
+                said = ast.unparse(node.annotation)
+                assert not any(
+                    name in said for name in ("ConvertRecipe", "FinetuneRecipe", "EvaluateRecipe")
+                ), f"{module}: {node.arg}"

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.data.chat_template import check_template
+from sparsek_cli.dialogue.template_steps import check_template
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.loading import check_tokenizer
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def settle(plan: Plan, folder: Path) -> str:
         What was found, in words.
 
     Raises:
-        SparsekError: the base's does not load, or the two still differ.
+        SparsekError: the base's does not load or fit its embedding, or the two still differ.
     """
     if not files_in(folder):
         return "none beside the weights"
@@ -76,6 +77,8 @@ def settle(plan: Plan, folder: Path) -> str:
                 hint="load it with transformers, save it with save_pretrained into the base's "
                 "folder, and convert that",
             )
+    if rows := plan.config.get("vocab_size"):
+        check_tokenizer(base, rows, plan.base.name)  # last: it may change the padding token
     return f"{type(base).__name__}, as of the base"
 
 

@@ -215,6 +215,12 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
         sparse = load(folder)
         with proven(sparse, "verification"):
             converted = sparse(ids, use_cache=False).logits
+    if not dense.isfinite().all():
+        raise SparsekError(
+            f"the logits of {plan.base.name} itself are not finite",
+            hint="its weights or numbers in its config.json (rope_parameters, rms_norm_eps) are "
+            "damaged: fetch the model again",
+        )
     return float((dense - converted).abs().max() / dense.abs().max())
 
 

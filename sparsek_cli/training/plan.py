@@ -16,7 +16,7 @@ from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import has_states
-from sparsek_cli.loading import load_config, load_tokenizer
+from sparsek_cli.loading import load_config, load_tokenizer, readable_errors
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training.model import random_config
@@ -175,7 +175,8 @@ def _model_without_weights(start: Start, tokenizer: Any, source: hub.Checkpoint 
         config = random_config(start.architecture, start.attention, start.length, tokenizer)
     else:
         config = load_config(source.path, source.name)
-    with torch.device("meta"):
+    name = "architecture" if source is None else source.name
+    with torch.device("meta"), readable_errors(name):
         return AutoModelForCausalLM.from_config(config)
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 from bad_models import ENDLESS
 
-from sparsek_cli.data.chat_template import MOST_STEPS, check_template
+from sparsek_cli.dialogue.template_steps import MOST_STEPS, check_template
 from sparsek_cli.errors import SparsekError
 
 LOREM = "{{ lipsum(n=100000, min=1000, max=2000) }}"

@@ -217,3 +217,26 @@ def test_adapters_keep_it_sparse_and_one_of_another_base_fails(made, tmp_path, d
     get_peft_model(wide, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "wide")
     with pytest.raises(RuntimeError, match="size mismatch"):
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(made.out), tmp_path / "wide")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        {"rms_norm_eps": float("nan")},
+    ],
+)
+def test_numbers_of_a_config_that_make_none(made, tmp_path, changes):
+    """The base itself is at fault, and nobody is asked to report it."""
+    config(**changes)(made.base, tmp_path / "base")
+    with pytest.raises(SparsekError, match="the logits of base itself are not finite") as refusal:
+        convert(recipe(tmp_path / "base", tmp_path / "out"))
+    assert "fetch the model again" in refusal.value.hint
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_library_says_of_a_field_is_told_whole(made, tmp_path):
+    config(eos_token_id="</s>")(made.base, tmp_path / "base")
+    with pytest.raises(SparsekError, match="field 'eos_token_id': .*expected") as refusal:
+        convert(recipe(tmp_path / "base", tmp_path / "out"))
+    assert "Strict" not in refusal.value.message

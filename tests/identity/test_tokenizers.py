@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,7 +199,8 @@ def test_files_that_would_load_otherwise_are_written_anew(pair, tmp_path, monkey
     folder.mkdir()
     for file in made.out.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    assert settling.settle(None, folder).endswith("as of the base")
+    plan = SimpleNamespace(base=SimpleNamespace(name="base"), config={"vocab_size": len(base)})
+    assert settling.settle(plan, folder).endswith("as of the base")
     found = AutoTokenizer.from_pretrained(folder)
     assert found("HELLO").input_ids == base("HELLO").input_ids
     assert found("HELLO").input_ids != base_tokenizer(made.base)("HELLO").input_ids

@@ -154,6 +154,11 @@ def _loop(good: Path, folder: Path) -> None:
     folder.symlink_to(folder)
 
 
+def _dangling(good: Path, folder: Path) -> None:
+    linked(good, folder, SINGLE)
+    (folder / SINGLE).symlink_to(folder / "blobs" / "gone")
+
+
 def _fifo(good: Path, folder: Path) -> None:
     os.mkfifo(folder)
 
@@ -254,13 +259,19 @@ MODELS: dict[str, Maker] = {
     "vocabulary-smaller": config(vocab_size=100),
     "pad-beyond": config(pad_token_id=10**6),
     "sizes-other": config(intermediate_size=49),
+    "dtype-of-integers": config(dtype="int8"),
+    "dtype-unknown": config(dtype=None, torch_dtype="float7"),
+    "end-a-word": config(eos_token_id="</s>"),
+    "rope-unknown": config(rope_parameters={"rope_type": "who", "rope_theta": 1e4}),
     "sparsek-block-alone": config(sparsek={"topk": 3}),
     # files of the tokenizer that are no JSON objects
     "tokenizer-config-cut": file("tokenizer_config.json", '{"model_max_length": '),
     "tokenizer-config-list": file("tokenizer_config.json", "[]"),
     "special-tokens-cut": file("special_tokens_map.json", "{"),
     "added-tokens-list": file("added_tokens.json", "[1]"),
+    "ends-are-words": file("generation_config.json", '{"eos_token_id": ["</s>"]}'),
     # weights
+    "weights-linked-nowhere": _dangling,
     "head-gone": both(
         config(tie_word_embeddings=False), tensors(lambda t: t.pop("lm_head.weight"))
     ),
