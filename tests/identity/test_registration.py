@@ -125,3 +125,17 @@ def test_servers_read_tool_calls_as_of_the_base(family, sparse_model, dense_mode
         for kind in (family, f"sparsek_{family}")
     ]
     assert of[0] is not None and of[0] is of[1]
+
+
+def test_a_server_reads_replies_by_a_template_that_fits_the_chat_template():
+    """Any other would hand the prompt back as the reply: `tiny` is no Qwen in how it chats."""
+    utils = pytest.importorskip("transformers.cli.serving.utils")
+    model = types.SimpleNamespace(config=types.SimpleNamespace(model_type="sparsek_qwen3"))
+    qwen = types.SimpleNamespace(chat_template="{{ '<|im_start|>assistant\\n' }}")
+    assert utils.get_response_template(qwen, model)["start_anchor"] == "<|im_start|>assistant\n"
+    tiny = types.SimpleNamespace(chat_template="{{ '<|assistant|>' }}")
+    assert utils.get_response_template(tiny, model) is None
+    own = {"defaults": {"role": "assistant"}, "fields": {}}
+    assert utils.get_response_template(types.SimpleNamespace(response_template=own), model) is own
+    dense = types.SimpleNamespace(config=types.SimpleNamespace(model_type="qwen3"))
+    assert utils.get_response_template(tiny, dense) is not None, "dense models are not ours"

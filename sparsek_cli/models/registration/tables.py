@@ -133,3 +133,21 @@ def _register_serving(utils: ModuleType) -> None:
     for types in list(table):
         ours = [row.sparsek_type for row in TABLE.values() if row.model_type in types]
         table[(*types, *ours)] = table.pop(types)
+    of_type = utils.get_response_template
+
+    def fitting(processor: Any, model: Any) -> Any:
+        """None where a type's template does not fit the chat template: the prompt would be a reply.
+
+        A reader that does not find what a reply begins with takes the whole prompt for one.
+        """
+        template = of_type(processor, model)
+        tokenizer = getattr(processor, "tokenizer", processor)
+        own = getattr(tokenizer, "response_template", None) is not None
+        if template is None or own or not model.config.model_type.startswith("sparsek_"):
+            return template
+        begins = template.get("start_anchor") or ()
+        begins = (begins,) if isinstance(begins, str) else begins
+        written = str(getattr(tokenizer, "chat_template", None))
+        return template if any(begin.strip() in written for begin in begins) else None
+
+    utils.get_response_template = fitting
