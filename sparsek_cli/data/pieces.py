@@ -1,6 +1,7 @@
 """Between text and tokens, a piece at a time: as if all of it had been tokenized together."""
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -88,6 +89,27 @@ class Reply:
         return self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A text, `BLOCK` characters at a time."""
+    return (text[start : start + BLOCK] for start in range(0, len(text), BLOCK))
+
+
+def stripped(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Parts of a text without the newlines around all of it, each with whether it is the last."""
+    held, newlines = "", ""
+    for part in parts:
+        whole = newlines + part if held else part.lstrip("\n")
+        body = whole.rstrip("\n")
+        if not body:
+            newlines = whole
+            continue
+        if held:
+            yield held, False
+        held, newlines = body, whole[len(body) :]
+    if held:
+        yield held, True
 
 
 def safe_cut(text: str, hold_back: int) -> int:

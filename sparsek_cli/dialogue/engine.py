@@ -74,7 +74,7 @@ class Engine:
         self._settle()
         self.cache = self._new_cache()
         self.fed = 0
-        self.heard = array("q")
+        self.heard = array("i")
         self._logits: torch.Tensor | None = None
         self._unfed: list[int] = []  # drawn and shown, but not yet read by the model
 
@@ -232,7 +232,7 @@ class Engine:
         self.cache, self._logits = cache, None
         engine = notes.pop("engine")
         self.fed, self._unfed = engine["fed"], engine["unfed"]
-        self.heard = array("q", engine["heard"])
+        self.heard = array("i", engine["heard"])
         return notes
 
     def budget(self) -> str:

@@ -1,11 +1,15 @@
 """Documents that a conversation reads, and files that it is written to."""
 
-from collections.abc import Callable
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from difflib import get_close_matches
+from io import IncrementalNewlineDecoder
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.data.pieces import BLOCK
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.errors import SparsekError, UsageError
 
@@ -32,12 +36,14 @@ def load_path(session: Session, name: str, *, progress: ProgressMaker) -> bool:
         raise UsageError(
             f"no text files below '{name}'", hint="they end in " + ", ".join(TEXT_SUFFIXES)
         )
-    texts = [(str(path.relative_to(folder)), _text(path)) for path in files]
-    texts = [(file, text) for file, text in texts if text.strip()]
-    with progress(f"reading {len(texts)} files", sum(len(text) for _, text in texts)) as bar:
-        return all(
-            session.load(f"{file}:\n{text}", file, on_progress=bar.advance) for file, text in texts
-        )
+    sizes = {path: _characters(path) for path in files}
+    with progress(f"reading {len(files)} files", sum(sizes.values())) as bar:
+        for path in files:
+            file = str(path.relative_to(folder))
+            parts = chain([f"{file}:\n"], _parts(path))
+            if sizes[path] and not session.load(parts, file, on_progress=bar.advance):
+                return False
+    return True
 
 
 def _is_text(path: Path, folder: Path) -> bool:
@@ -52,25 +58,43 @@ def load_file(session: Session, file: str, *, progress: ProgressMaker) -> bool:
         UsageError: no such file, not UTF-8, or empty.
     """
     path = Path(file).expanduser()
-    text = _text(path, file)
-    with progress(f"reading {path.name}", len(text)) as bar:
-        return session.load(text, path.name, on_progress=bar.advance)
+    length = _characters(path, file)
+    parts = _parts(path, file) if length else ()
+    with progress(f"reading {path.name}", length) as bar:
+        return session.load(parts, path.name, on_progress=bar.advance)
 
 
-def _text(path: Path, name: str | None = None) -> str:
+def _characters(path: Path, name: str | None = None) -> int:
+    """How many characters a file has; 0 where all are blank. Refuses what `_parts` would."""
+    length, blank = 0, True
+    for part in _parts(path, name):
+        length += len(part)
+        blank = blank and not part.strip()
+    return 0 if blank else length
+
+
+def _parts(path: Path, name: str | None = None) -> Iterator[str]:
+    """The text of a file, a block at a time: a long one is never held as a whole."""
     name = name or str(path)
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UsageError(f"'{name}' is no plain file", hint="name a text file or a folder of some")
+    read = 0  # bytes that were text
+    decoder = IncrementalNewlineDecoder(getincrementaldecoder("utf-8")(), translate=True)
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            while block := file.read(BLOCK):
+                yield decoder.decode(block)
+                read += len(block)
+            yield decoder.decode(b"", final=True)
     except FileNotFoundError as error:
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = get_close_matches(path.name, beside, n=1)
         hint = f"did you mean '{path.parent / near[0]}'?" if near else "check the path"
         raise UsageError(f"no such file: '{name}'", hint=hint) from error
     except UnicodeDecodeError as error:
+        kept = len(error.object) - len(block)  # of an earlier block, a character's first bytes
         raise UsageError(
-            f"'{name}' is not UTF-8 text (byte {error.start})",
+            f"'{name}' is not UTF-8 text (byte {read - kept + error.start})",
             hint="convert it (iconv -t utf-8); of a PDF or Word file, extract the text first",
         ) from error
     except OSError as error:

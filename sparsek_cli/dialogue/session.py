@@ -6,12 +6,13 @@ the question.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.data.pieces import BLOCK, Encoder, Reply, safe_cut
+from sparsek_cli.data.pieces import Encoder, Reply, pieces_of, safe_cut, stripped
 from sparsek_cli.dialogue.engine import Clock, Engine, Sampling, Snapshot, interruptible
 from sparsek_cli.dialogue.template import TurnPieces, render, template_error, turn_pieces
 from sparsek_cli.errors import SparsekError, UsageError
@@ -113,32 +114,43 @@ class Session:
         self.clear()
 
     def load(
-        self, text: str, name: str = "", *, on_progress: Callable[[int], None] | None = None
+        self,
+        text: str | Iterable[str],
+        name: str = "",
+        *,
+        on_progress: Callable[[int], None] | None = None,
     ) -> bool:
         """Reads a document into the turn that the next question will end.
 
         Args:
+            text: all of it, or its parts one after the other, which are then not kept.
             name: what `/save` calls it.
             on_progress: called with the number of characters read since the last call.
 
         Returns:
             False when Ctrl-C stopped it; what was read stays.
+
+        Raises:
+            UsageError: it is empty.
         """
-        text = text.strip("\n")
-        if not text.strip():
-            raise UsageError(f"the document {name or 'given'} is empty", hint="name another file")
+        name = name or "document"
+        if isinstance(text, str):
+            text = pieces_of(text if text.strip() else "")
+        parts = stripped(text)
+        first = next(parts, None)
+        if first is None:
+            raise UsageError(f"the document {name} is empty", hint="name another file")
         if self._whole_renders:
-            self._documents.append((name or "document", text))
+            self._documents.append((name, "".join(part for part, _ in chain([first], parts))))
             return True
         self._open_turn()
         if self._documents:
             self._pending += "\n\n"
-        self._documents.append((name or "document", ""))  # read now, so not needed again
+        self._documents.append((name, ""))  # read now, so not needed again
         with interruptible() as stop:
-            for start in range(0, len(text), BLOCK):
-                block = text[start : start + BLOCK]
+            for block, last in chain([first], parts):
                 self._pending += block
-                cut = safe_cut(self._pending, HELD_BACK if start + BLOCK >= len(text) else 0)
+                cut = safe_cut(self._pending, HELD_BACK if last else 0)
                 ready, self._pending = self._pending[:cut], self._pending[cut:]
                 self._feed_text(ready)
                 self._before = ""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparsek_cli.data.pieces import BLOCK
 from sparsek_cli.dialogue.engine import Sampling
 from sparsek_cli.dialogue.figures import size, status_line
 from sparsek_cli.dialogue.files import load_file, load_path, save_conversation
@@ -103,6 +104,38 @@ def test_unreadable_documents(repl, tmp_path, content):
     (tmp_path / "only").mkdir()
     with pytest.raises(UsageError, match="no text files"):
         load_path(repl.session, str(tmp_path / "only"), progress=no_progress)
+
+
+def test_a_long_file_is_read_in_parts_like_its_text(engine, tokenizer, tmp_path):
+    """Characters and line ends that fall between two blocks are whole; nothing holds all of it."""
+    text = "\n\n" + "a naïve é\r\n" * 3000 + "the end\n\n"
+    file = tmp_path / "long.txt"
+    file.write_bytes(text.encode())
+    seen, longest = [], []
+    for load in (
+        lambda session: session.load(text.replace("\r\n", "\n")),
+        lambda session: load_file(session, str(file), progress=no_progress),
+    ):
+        session = Session(engine(chunk=512), tokenizer, Sampling(max_new_tokens=1))
+        feed = session._feed_text
+        session._feed_text = lambda text, *rest, feed=feed: (
+            longest.append(len(text)) or feed(text, *rest)
+        )
+        assert load(session)
+        "".join(session.ask("What?"))
+        seen.append(session.engine.seen)
+    assert seen[0] == seen[1] and max(longest) < 2 * BLOCK < len(text)
+
+
+def test_where_a_file_stops_being_text_is_named(repl, tmp_path):
+    file = tmp_path / "bad.txt"
+    for before in (b"a" * (BLOCK - 1), b"a" * 7, b"a" * 3 * BLOCK):
+        file.write_bytes(before + "é".encode()[:1] + b"b")
+        with pytest.raises(UsageError, match=rf"UTF-8 text \(byte {len(before)}\)"):
+            load_file(repl.session, str(file), progress=no_progress)
+        file.write_bytes(before + "é".encode()[:1])
+        with pytest.raises(UsageError, match=rf"UTF-8 text \(byte {len(before)}\)"):
+            load_file(repl.session, str(file), progress=no_progress)
 
 
 def test_save_to_nowhere(repl, tmp_path):
