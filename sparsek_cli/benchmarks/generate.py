@@ -1,9 +1,10 @@
 """What generating costs with a real model, sparse and dense, after prompts of several lengths.
 
 Sparse is `model.generate` itself. Dense means the same weights under full attention; its step is a
-CUDA graph too, over a cache frozen at its length, the least that dense attention can do. On a CPU
-both run eagerly. Beside each figure stands what the bytes allow: a step reads the weights and the
-cache once.
+CUDA graph too, over a cache frozen at its length, the least that dense attention can do: once with
+torch's sdpa, once with an attention that splits the keys among programs (FlexAttention's kernel for
+decoding). On a CPU all run eagerly. Beside each figure stands what the bytes allow: a step reads
+the weights and the cache once.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 
 from sparsek_cli.benchmarks.timing import copy_bandwidth
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.attention import check_cache
+from sparsek_cli.models.attention import check_cache, replaced_attention
+from sparsek_cli.models.config import DENSE_ATTENTION
 
 
 def measure(
@@ -33,8 +35,9 @@ def measure(
     Yields:
         For `sparsek` and `dense`: `_first_s` (seconds to the first token), `_peak_bytes` (beyond
         the weights, while reading; None on a CPU), `_cache_bytes`, `_tokens_per_s` (of all rows
-        together) and `_allowed_per_s` (the same, as the bytes allow); `missing` says why one has
-        none. `ratio` of the two rates.
+        together) and `_allowed_per_s` (the same, as the bytes allow); `split_tokens_per_s` of
+        dense with split keys; `missing` says why one has none. `ratio` and `split_ratio` of the
+        rates.
 
     Raises:
         SparsekError: a dense graph's token is not the model's.
@@ -60,6 +63,8 @@ def measure(
                 sparse = name == "sparsek"
                 with context(), torch.no_grad(), proven(model, f"bench: {name}", sparse=sparse):
                     runs = [_run(model, prompt, tokens, rate) for _ in range(repeats + 1)][1:]
+                if not sparse:
+                    _take_split(row, runs, say)
             except torch.OutOfMemoryError:
                 row["missing"][name] = "out of memory"
                 say(f"{name} at {length}: out of memory")
@@ -69,9 +74,20 @@ def measure(
             read = weight_bytes(model) + row[f"{name}_cache_bytes"]
             row[f"{name}_allowed_per_s"] = batch * bandwidth / read
             row[f"{name}_peak_bytes"] = row[f"{name}_peak_bytes"] if on_gpu else None
-        if not row["missing"]:
-            row["ratio"] = row["sparsek_tokens_per_s"] / row["dense_tokens_per_s"]
+        for name, key in (("dense", "ratio"), ("split", "split_ratio")):
+            if not {"sparsek", name} & row["missing"].keys():
+                row[key] = row["sparsek_tokens_per_s"] / row[f"{name}_tokens_per_s"]
         yield row
+
+
+def _take_split(row: dict[str, Any], runs: list[dict[str, Any]], say: Callable) -> None:
+    """Puts the rate with split keys, or why there is none, from the runs into the row."""
+    rates = [run.pop("split_tokens_per_s") for run in runs]
+    if isinstance(rates[-1], str):
+        row["missing"]["split"] = rates[-1]
+        say(f"dense with split keys at {row['length']}: {rates[-1]}")
+    else:
+        row["split_tokens_per_s"] = sorted(rates)[len(rates) // 2]
 
 
 def weight_bytes(model) -> int:
@@ -100,7 +116,7 @@ def _run(model, prompt: torch.Tensor, tokens: int, rate: Callable) -> dict[str, 
         size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     return {
         "first_s": seconds, "peak_bytes": peak, "cache_bytes": size,
-        "tokens_per_s": rate(model, prompt, word, cache, tokens),
+        **rate(model, prompt, word, cache, tokens),
     }  # fmt: skip
 
 
@@ -118,22 +134,71 @@ def _now(where: torch.Tensor) -> float:
     return time.perf_counter()
 
 
-def _sparse_rate(model, prompt, word, cache, tokens: int) -> float:
+def _sparse_rate(model, prompt, word, cache, tokens: int) -> dict[str, Any]:
     """Tokens per second of `generate`, which goes on after the prompt and its first token."""
     text = torch.cat([prompt, word], dim=1)
     options = {"do_sample": False, "eos_token_id": None, "past_key_values": cache}
     start = _now(prompt)
     model.generate(text, max_new_tokens=tokens, **options)
-    return prompt.shape[0] * tokens / (_now(prompt) - start)
+    return {"tokens_per_s": prompt.shape[0] * tokens / (_now(prompt) - start)}
 
 
-def _dense_rate(model, prompt, word, cache, tokens: int) -> float:
+def _dense_rate(model, prompt, word, cache, tokens: int) -> dict[str, Any]:
+    """Tokens per second with sdpa, and with split keys (a reason where that does not run)."""
     step = Step(model, word, prompt.shape[1], cache)
+    kept = cache if prompt.is_cuda else copy.deepcopy(cache)
     decode = _graphed(step) if prompt.is_cuda else step
+    expected = _first_word(model, word, prompt.shape[1], kept)
+    rates: dict[str, Any] = {"tokens_per_s": _rate(decode, prompt, tokens)}
+    # Frozen, the cache holds the same prompt still, and has the same place for the next token.
+    other = Step(model, word, prompt.shape[1], kept)
+    try:
+        with replaced_attention(DENSE_ATTENTION, lambda _: split_keys(prompt.is_cuda)):
+            decode = _captured(other) if prompt.is_cuda else other
+            decode()
+            if other.word.tolist() != expected:
+                raise SparsekError("another token than sdpa's", hint="please report this")
+            rates["split_tokens_per_s"] = _rate(decode, prompt, tokens)
+    except Exception as error:  # whatever its compiler says: the rest of the table stands
+        lines = str(error).splitlines() or [""]
+        rates["split_tokens_per_s"] = f"{type(error).__name__}: {lines[0]}"
+    return rates
+
+
+def _first_word(model, word: torch.Tensor, position: int, cache: Any) -> list[list[int]]:
+    """What follows `word`, from a copy of the cache unless that is frozen."""
+    frozen = all(type(layer).__name__ == "Frozen" for layer in cache.layers)
+    step = Step(model, word, position, cache if frozen else copy.deepcopy(cache))
+    step()
+    return step.word.tolist()
+
+
+def _rate(decode: Callable[[], None], prompt: torch.Tensor, tokens: int) -> float:
     start = _now(prompt)
     for _ in range(tokens):
         decode()
     return prompt.shape[0] * tokens / (_now(prompt) - start)
+
+
+def split_keys(compiled: bool) -> Callable:
+    """An attention function for one query per row over all keys: FlexAttention, whose kernel for
+    few queries shares the keys out among programs."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = flex_attention
+    if compiled:
+        torch.compiler.reset()  # for this length alone: Dynamo gives up after eight compilations
+        attend = torch.compile(flex_attention, dynamic=False)
+
+    def forward(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        more = kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+        if query.shape[2] != 1 or attention_mask is not None or more:
+            raise SparsekError("not a plain step of whole rows", hint="leave this rival out")
+        grouped = query.shape[1] != key.shape[1]
+        out = attend(query, key, value, scale=scaling, enable_gqa=grouped)
+        return out.transpose(1, 2).contiguous(), None
+
+    return forward
 
 
 class Step:
@@ -166,16 +231,26 @@ def _graphed(step: Step) -> Callable[[], None]:
     expected = eager.word.tolist()
     del eager
     freeze(step.cache)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    graph.replay()
+    graph = _captured(step)
+    graph()
     if step.word.tolist() != expected:
         raise SparsekError(
             f"a CUDA graph writes {step.word.tolist()}, the model {expected}",
             hint="please report this with the model's name",
         )
+    return graph
+
+
+def _captured(step: Step) -> Callable[[], None]:
+    """The step as a CUDA graph; run once before, so that everything is compiled, and taken back."""
+    word, position = step.word.clone(), step.position.clone()
+    step()
+    step.word.copy_(word)
+    step.position.copy_(position)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
     return graph.replay
 
 

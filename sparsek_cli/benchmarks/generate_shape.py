@@ -211,8 +211,11 @@ def time_dense(model, batch: int, length: int, tokens: int, bandwidth: float) ->
         for _ in range(2 if length <= 16384 else 1):
             run = generate._run(model, prompt, tokens, generate._dense_rate)
     read = generate.weight_bytes(model) + run["cache_bytes"]
+    split = run["split_tokens_per_s"]
+    split = split if isinstance(split, str) else f"{split:.0f}"
     print(
-        f"  dense: {run['tokens_per_s']:.0f} tokens/s, bytes allow {batch * bandwidth / read:.0f}, "
+        f"  dense: {run['tokens_per_s']:.0f} tokens/s, with split keys {split}, "
+        f"bytes allow {batch * bandwidth / read:.0f}, "
         f"first token {run['first_s']:.3f} s, peak {run['peak_bytes'] / 2**20:.0f} MiB",
         flush=True,
     )

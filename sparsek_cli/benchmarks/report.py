@@ -50,7 +50,7 @@ def generate_header() -> str:
 
 
 def generate_line(row: dict[str, Any]) -> str:
-    """Two lines: sparse, then dense."""
+    """Three lines: sparse, dense, and dense with split keys, which differs in its rate alone."""
     lines = []
     for name, place in (("sparsek", f"{row['length']:>8}"), ("dense", " " * 8)):
         of = {key: row.get(f"{name}_{key}") for key in _GENERATE}
@@ -62,7 +62,11 @@ def generate_line(row: dict[str, Any]) -> str:
             f"{_number(cache, 11, 1)}{_number(of['tokens_per_s'], 10, 1)}"
             f"{_number(of['allowed_per_s'], 13, 0)}"
         )
-        lines.append(line + (_number(row.get("ratio"), 8) if name == "sparsek" else ""))
+        lines.append(line + (_number(row.get("ratio"), 8) if name == "dense" else ""))
+    lines.append(
+        f"{'':8}  {'  split':<8}{'':35}{_number(row.get('split_tokens_per_s'), 10, 1)}"
+        f"{_number(row.get('dense_allowed_per_s'), 13, 0)}{_number(row.get('split_ratio'), 8)}"
+    )
     return "\n".join(lines)
 
 

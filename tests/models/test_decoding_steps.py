@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import sparsek_cli.models as models
-from sparsek_cli.benchmarks.generate import Step, freeze, measure, weight_bytes
+from sparsek_cli.benchmarks import generate
+from sparsek_cli.benchmarks.generate import Step, freeze, measure, split_keys, weight_bytes
 from sparsek_cli.benchmarks.report import generate_header, generate_line
+from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.config import DENSE_ATTENTION
 
 
 @torch.no_grad()
@@ -69,7 +72,31 @@ def test_rows_of_both(sparse_model, batch):
     share = row["dense_allowed_per_s"] / row["sparsek_allowed_per_s"]
     bytes_of = {name: weight_bytes(model) + row[f"{name}_cache_bytes"] for name in models_of(row)}
     assert share == pytest.approx(bytes_of["sparsek"] / bytes_of["dense"])
-    assert len(generate_line(row).splitlines()) == 2 and "bytes allow" in generate_header()
+    assert row["split_ratio"] == row["sparsek_tokens_per_s"] / row["split_tokens_per_s"]
+    assert len(generate_line(row).splitlines()) == 3 and "bytes allow" in generate_header()
+
+
+@torch.no_grad()
+def test_split_keys_are_dense_attention(family, sparse_model):
+    model = sparse_model(family, topk=4, window=4, sinks=1)
+    ids = torch.randint(4, 128, (2, 20))
+    with models.dense_attention(model):
+        cache = model(ids[:, :-1], use_cache=True).past_key_values
+        expected = written(model, ids, copy.deepcopy(cache), 3)
+        with replaced_attention(DENSE_ATTENTION, lambda _: split_keys(False)):
+            assert torch.equal(written(model, ids, cache, 3), expected)
+
+
+def test_a_rival_that_fails_is_named_and_the_row_stands(sparse_model, monkeypatch):
+    def broken(compiled):
+        raise RuntimeError("no kernel\nfor this")
+
+    monkeypatch.setattr(generate, "split_keys", broken)
+    model, said = sparse_model("llama", topk=4, window=4, sinks=1), []
+    (row,) = measure(model, [24], batch=1, tokens=2, repeats=1, seed=0, say=said.append)
+    assert row["missing"] == {"split": "RuntimeError: no kernel"} and row["ratio"] > 0
+    assert "no kernel" in said[0] and "split_ratio" not in row
+    assert len(generate_line(row).splitlines()) == 3
 
 
 def models_of(row):
