@@ -36,6 +36,19 @@ def test_a_fault_is_found(monkeypatch):
     assert outcome == "fault: not dense where nothing is dropped"
 
 
+def test_states_are_held_to_what_their_dense_self_does():
+    """A Nemotron-H whose single steps differ from reading, in float64 as well."""
+    rng = random.Random("0-2191")
+    settings = random_configs.draw(rng, "nemotron_h")
+    before = rng.getstate()
+    assert random_configs.check("nemotron_h", settings, rng) == "converted"
+    rng.setstate(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random_configs, "LIKE_DENSE", 0)
+        outcome = random_configs.check("nemotron_h", settings, rng)
+    assert outcome == "fault: decoding is not prefill"
+
+
 def test_what_transformers_refuses_is_no_fault():
     outcome = random_configs.check("llama", {"hidden_act": "no such"}, random.Random(0))
     assert outcome.startswith("transformers: ")
