@@ -109,6 +109,8 @@ TABLE: dict[str, Row] = {
         Row("ernie4_5_moe", "Ernie4_5_Moe", dropout=None),
         Row("minimax_m2", "MiniMaxM2"),
         Row("dots1", "Dots1"),
+        Row("flex_olmo", "FlexOlmo"),
+        Row("solar_open", "SolarOpen"),
         # Layers differ: those that attend to everything are converted, the others stay.
         Row("gemma3_text", "Gemma3", module="gemma3", text="Text", mixed=True),
         Row("gemma2", "Gemma2", mixed=True),
@@ -118,6 +120,7 @@ TABLE: dict[str, Row] = {
         Row("cohere2", "Cohere2", mixed=True),
         Row("exaone4", "Exaone4", mixed=True),
         Row("ministral", "Ministral", mixed=True),
+        Row("cwm", "Cwm", mixed=True),
         Row("qwen3_next", "Qwen3Next", mixed=True),
         Row("qwen3_5_text", "Qwen3_5", module="qwen3_5", text="Text", mixed=True),
         Row(

@@ -66,6 +66,7 @@ TINY: dict[str, dict[str, Any]] = {
     "olmo3": _SLIDING,
     "cohere2": {"head_dim": 8, "logit_scale": 0.5, **_SLIDING},
     "exaone4": _SLIDING,
+    "cwm": {"head_dim": 8, **_SLIDING},
     "ministral": {"head_dim": 8, **_SLIDING},
     "qwen3_next": {"head_dim": 8, "layer_types": ["linear_attention", "full_attention"],
                    "num_experts": 4, "shared_expert_intermediate_size": 16, **_ROUTED, **_LINEAR},
@@ -83,6 +84,8 @@ TINY: dict[str, dict[str, Any]] = {
                    "mamba_head_dim": 8, "ssm_state_size": 4, "n_groups": 1, "head_dim": 8},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4,
                   "mamba_n_groups": 1, "lm_head_multiplier": 0.5},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "solar_open": {"n_routed_experts": 4, "head_dim": 8, **_ROUTED},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_ROUTED},
 }  # fmt: skip
 
