@@ -97,6 +97,7 @@ TABLE: dict[str, Row] = {
         Row("apertus", "Apertus"),
         Row("arcee", "Arcee"),
         Row("helium", "Helium"),
+        Row("jais2", "Jais2"),
         # Mixtures of experts: only the feed-forward blocks differ.
         Row("mixtral", "Mixtral"),
         Row("qwen2_moe", "Qwen2Moe"),

@@ -47,6 +47,7 @@ TINY: dict[str, dict[str, Any]] = {
     "apertus": {},
     "arcee": {"head_dim": 8},
     "helium": {"head_dim": 8},
+    "jais2": {},
     "mixtral": {"num_local_experts": 4},
     "qwen2_moe": {"num_experts": 4, "shared_expert_intermediate_size": 16, **_ROUTED},
     "qwen3_moe": {"num_experts": 4, **_ROUTED},
