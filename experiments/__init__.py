@@ -9,6 +9,7 @@ ruler       RULER's needle tasks under all policies, after learning their wordin
 ablations   calibration with one thing changed at a time
 plots       figures of the results of all of these
 ceiling     what selection alone could reach, seeing what comes
+cached      8-bit slots; YaRN and positions by slot order beyond the trained length
 long_reading  memory and time of a million tokens, a long conversation
 scorers     keys and values in place of the hidden state, and others
 patches     outputs of attention brought nearer to dense ones in closed form
