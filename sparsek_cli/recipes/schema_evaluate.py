@@ -82,3 +82,9 @@ class EvaluateRecipe(BaseModel):
         if isinstance(value, str):
             return [part.strip() for part in value.split(",") if part.strip()]
         return [value] if isinstance(value, int) else value
+
+    @field_validator("tasks", "baselines", "budgets", "lengths", "text", mode="after")
+    @classmethod
+    def _once(cls, value: list) -> list:
+        """What is named twice is measured once."""
+        return list(dict.fromkeys(value))

@@ -267,3 +267,12 @@ def test_text_of_a_flag_keeps_what_words_say_of_it():
     set_text(draft, ["a.jsonl"], "--data")
     source = draft.validated(FinetuneRecipe).data["text"]
     assert (source.kind, source.files, source.column) == ("text", ["a.jsonl"], "story")
+
+
+def test_what_is_named_twice_is_measured_once():
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    words = ["lengths=64,32,032", "budgets=[14, 14]", "tasks=ppl,recall,ppl"]
+    recipe = load_recipe(EvaluateRecipe, None, words, verb="evaluate")
+    assert (recipe.lengths, recipe.budgets) == ([64, 32], [14])
+    assert recipe.tasks == ["ppl", "recall"]
