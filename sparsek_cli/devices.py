@@ -58,6 +58,11 @@ def choose_dtype(name: str | None, device: "torch.device") -> "torch.dtype":
     return getattr(torch, name)
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks and writes; RANK means nothing to one alone."""
+    return world_size() == 1 or os.environ["RANK"] == "0"
+
+
 def world_size() -> int:
     """Processes started by torchrun or accelerate launch; 1 without them.
 

@@ -1,12 +1,12 @@
 """`sparsek finetune`: train scorers, adapters or everything, from a recipe."""
 
-import os
 from typing import Annotated
 
 import typer
 
 from sparsek_cli.commands import options
 from sparsek_cli.console import Console
+from sparsek_cli.devices import is_first
 
 
 def finetune(
@@ -41,7 +41,7 @@ def finetune(
     Several GPUs: `torchrun --nproc-per-node 8 -m sparsek_cli finetune ...` or `accelerate launch
     -m sparsek_cli finetune ...`; the recipe stays the same.
     """
-    first = os.environ.get("RANK", "0") == "0"
+    first = is_first()
     console = Console(as_json=as_json, quiet=quiet or not first, verbose=verbose)
     flags = {
         "steps": steps,

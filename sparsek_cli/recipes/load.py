@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 LARGEST = 1 << 20  # bytes of a recipe
 MOST_VALUES = 100_000  # of a recipe
+# YAML 1.1 also knows 010, which is eight, and 1:30, which is ninety.
+_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 WORD = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
 
@@ -256,9 +258,16 @@ def _lines(
 ) -> Iterator[tuple[Loc, int]]:
     import yaml
 
-    if node is None or isinstance(node, yaml.ScalarNode):
+    if node is None:
         return
     line = node.start_mark.line + 1
+    if isinstance(node, yaml.ScalarNode):
+        if node.tag.endswith(":int") and not _NUMBER.fullmatch(node.value):
+            raise UsageError(
+                f"{where}:{line}: {node.value} would be read as a number to another base than ten",
+                hint="write it in decimal, or in quotes if it is a word",
+            )
+        return
     if node in around:
         raise UsageError(
             f"{where}:{line}: an alias stands within what it stands for",

@@ -158,4 +158,4 @@ class ConvertRecipe(BaseModel):
     dtype: str = Field(
         "auto", description="number format while calibrating: auto, bfloat16, float16, float32"
     )
-    seed: int = Field(0, description="seed of the calibration text")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of the calibration text")

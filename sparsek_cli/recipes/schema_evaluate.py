@@ -63,7 +63,9 @@ class EvaluateRecipe(BaseModel):
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, bfloat16, float16 or float32")
-    seed: int = Field(0, description="of generated samples and of the random baseline")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="of generated samples and of the random baseline"
+    )
     out: str | None = Field(
         None, description="result folder; default: runs/evaluate/<model>/<settings>"
     )

@@ -315,7 +315,7 @@ class FinetuneRecipe(Strict):
     data_workers: int = Field(
         0, ge=0, description="processes that prepare sequences; 0: in the training process"
     )
-    seed: int = Field(0, description="seed of data, initialisation and dropout")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of data, initialisation and dropout")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
     @property

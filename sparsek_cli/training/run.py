@@ -1,6 +1,5 @@
 """A planned training run, carried out: the model is loaded, trained, and written in one rename."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 
 from sparsek_cli.converted import is_converted
 from sparsek_cli.data.mixture import build_mixture, held_out_sequences
+from sparsek_cli.devices import is_first
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.proof import check_calls, counted_calls
@@ -89,7 +89,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     """
     reporter, settings, out = reporter or Silent(), plan.settings, plan.out
     start = settings.start
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         leftovers.clear(out, reporter.say)
     resumed, where = plan.checkpoint is not None, plan.source.path if plan.source else None
     contents = contents_of(start)
@@ -157,7 +157,7 @@ def _kept_on_failure(part: Path, reporter: Reporter) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        kept = leave(part) if os.environ.get("RANK", "0") == "0" else None
+        kept = leave(part) if is_first() else None
         if kept is not None:
             reporter.say(f"stopped; {kept} is kept, --resume continues from it")
         raise

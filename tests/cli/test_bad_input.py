@@ -115,3 +115,15 @@ def test_a_process_that_nobody_launched_waits_for_no_other(sparsek, monkeypatch,
     assert shown.failed(2), shown
     assert "WORLD_SIZE" in shown.err and "unset WORLD_SIZE" in shown.err
     # As hinted: another test of this folder runs the verbs without it.
+
+
+@pytest.mark.parametrize("rank", ["5", "x"])
+def test_a_rank_alone_means_nothing(sparsek, monkeypatch, tmp_path, rank):
+    """One process speaks and writes, whatever a scheduler left in its environment."""
+    from sparsek_cli.devices import is_first
+
+    monkeypatch.setenv("RANK", rank)
+    assert is_first()
+    monkeypatch.chdir(tmp_path)
+    shown = sparsek("finetune", "tiny", "out", "--recipe", "nobody")
+    assert shown.failed(2), "it is heard"

@@ -54,6 +54,10 @@ RECIPES: dict[str, bytes] = {
     "big.yaml": b"#" * (1 << 20) + b"\nseed: 1\n",
     "date.yaml": b"seed: 2020-13-45\n",
     "key.yaml": b"? [1, 2]\n: 3\n",
+    "octal.yaml": b"seed: 010\n",
+    "sixties.yaml": b"seed: 1:30\n",
+    "seed-below.yaml": b"seed: -1\n",
+    "seed-far.yaml": b"seed: 99999999999999999999\n",
 }
 
 CONVERT = ["convert", "{good}", "{out}", "--calibrate", "none"]

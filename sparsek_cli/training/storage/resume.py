@@ -1,6 +1,5 @@
 """Resuming: runs in progress live in `OUT.part` until the finished model takes the name OUT."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sparsek_cli.devices import is_first
 from sparsek_cli.errors import UsageError
 from sparsek_cli.output.contents import MODEL, RUN, Contents
 from sparsek_cli.output.contents import RUN_RECIPE as RECIPE
@@ -100,7 +100,7 @@ def begun(recipe: dict[str, Any], part: Path, *, resume: bool) -> Iterator[None]
     Raises:
         UsageError: another run that is alive writes there.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not is_first():
         yield
         return
     part.mkdir(parents=True, exist_ok=True)
