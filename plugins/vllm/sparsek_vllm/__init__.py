@@ -18,9 +18,11 @@ VERSIONS = ("0.32.0", "0.32.0")  # lowest and highest vLLM that the tests ran on
 # Rows of sparsek's table whose blocks of vLLM end in its plain attention layer, as tests have seen.
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gemma", "glm4",
-    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe",
+    "ernie4_5", "nemotron",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe",
     # Those that vLLM runs by transformers' own code.
-    "glm", "hunyuan_v1_dense", "olmo", "olmo2", "phi", "seed_oss", "smollm3", "starcoder2",
+    "arcee", "glm", "hunyuan_v1_dense", "olmo", "olmo2", "phi", "seed_oss", "smollm3",
+    "starcoder2",
 )  # fmt: skip
 
 
