@@ -102,25 +102,7 @@ def sparsek_attention_forward(
             f"attention {ATTENTION!r} was set on a {type(module).__name__}, which has no scorer",
             hint="convert the model first (sparsek convert)",
         )
-    if dropout:
-        raise SparsekError(
-            f"attention dropout is {dropout}",
-            hint="SparseK trains without attention dropout: set it to 0 in the config",
-        )
-    if sliding_window is not None:
-        raise SparsekError(
-            f"layer {module.layer_idx} asks for a sliding window of {sliding_window}",
-            hint="SparseK's own window takes its place: convert from a config without one",
-        )
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise SparsekError(
-            f"the attention mask has {attention_mask.ndim} dimensions",
-            hint="SparseK attention is causal: pass a 2D padding mask",
-        )
-    if attention_mask is not None and cu_seq_lens_q is not None:
-        raise SparsekError(
-            "a packed batch came with a padding mask", hint="pass cu_seq_lens_q or a mask, not both"
-        )
+    _check_call(module, attention_mask, dropout, sliding_window, cu_seq_lens_q)
     budget = layer_budget(module.config, module.layer_idx)
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -165,6 +147,29 @@ def check_arguments(module: nn.Module, arguments: dict[str, Any]) -> None:
                 f"{type(module).__name__} calls attention with {name}, which SparseK does not know",
                 hint="the model's attention is of another kind and would be computed wrongly",
             )
+
+
+def _check_call(module, attention_mask, dropout, sliding_window, cu_seq_lens_q) -> None:
+    """Raises SparsekError where a call asks for what SparseK attention does not do."""
+    if dropout:
+        raise SparsekError(
+            f"attention dropout is {dropout}",
+            hint="SparseK trains without attention dropout: set it to 0 in the config",
+        )
+    if sliding_window is not None:
+        raise SparsekError(
+            f"layer {module.layer_idx} asks for a sliding window of {sliding_window}",
+            hint="SparseK's own window takes its place: convert from a config without one",
+        )
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise SparsekError(
+            f"the attention mask has {attention_mask.ndim} dimensions",
+            hint="SparseK attention is causal: pass a 2D padding mask",
+        )
+    if attention_mask is not None and cu_seq_lens_q is not None:
+        raise SparsekError(
+            "a packed batch came with a padding mask", hint="pass cu_seq_lens_q or a mask, not both"
+        )
 
 
 def _other_layer(module, query, key, value, mask, logits: Logits, window, cu_seqlens):
