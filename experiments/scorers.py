@@ -154,7 +154,7 @@ def _leaving_features(recorded: Recorded, window: int) -> torch.Tensor:
     """
     (groups, tokens, size), heads = recorded.key.shape, recorded.query.shape[0]
     key, query = recorded.key.float(), recorded.query.float() * recorded.logits.scale
-    logits = torch.matmul(query.view(groups, -1, size), key.transpose(1, 2))
+    logits = torch.matmul(query.reshape(groups, -1, size), key.transpose(1, 2))
     logits = recorded.logits.capped(logits.view(groups, heads // groups, tokens, tokens))
     age = torch.arange(tokens, device=key.device)[:, None] - torch.arange(tokens, device=key.device)
     near = (age > 0) & (age < window)

@@ -6,7 +6,6 @@ import typer
 
 from sparsek_cli.commands import options
 from sparsek_cli.console import Console
-from sparsek_cli.devices import is_first
 
 
 def finetune(
@@ -41,6 +40,8 @@ def finetune(
     Several GPUs: `torchrun --nproc-per-node 8 -m sparsek_cli finetune ...` or `accelerate launch
     -m sparsek_cli finetune ...`; the recipe stays the same.
     """
+    from sparsek_cli.devices import is_first
+
     first = is_first()
     console = Console(as_json=as_json, quiet=quiet or not first, verbose=verbose)
     flags = {

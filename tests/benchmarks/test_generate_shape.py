@@ -1,8 +1,11 @@
 """The 1B check at its toy shape: everything it does on a GPU runs, and finds nothing wrong."""
 
+import pytest
+
 from sparsek_cli.benchmarks import generate_shape
 
 
+@pytest.mark.slow
 def test_the_toy_shape_passes_its_checks(capsys, monkeypatch):
     arguments = ["generate_shape", "--toy", "--lengths", "40", "--batches", "2", "--tokens", "4"]
     monkeypatch.setattr("sys.argv", arguments)

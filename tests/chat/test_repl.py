@@ -106,6 +106,7 @@ def test_unreadable_documents(repl, tmp_path, content):
         load_path(repl.session, str(tmp_path / "only"), progress=no_progress)
 
 
+@pytest.mark.slow
 def test_a_long_file_is_read_in_parts_like_its_text(engine, tokenizer, tmp_path):
     """Characters and line ends that fall between two blocks are whole; nothing holds all of it."""
     text = "\n\n" + "a naïve é\r\n" * 3000 + "the end\n\n"

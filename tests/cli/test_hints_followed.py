@@ -146,7 +146,7 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "distill": (
         [*DENSE, "train=all", "objective.distill=1"],
-        "set (objective.distill=0) and (objective.future=0)", ["+", r"\1", r"\2"],
+        "set (objective.distill=0) (objective.outputs=0)", ["+", r"\1", r"\2"],
     ),
     "lora-targets": (
         [*DENSE, DRY, "train=lora", "lora.targets=[none]"], "layers of this model: (.*)",
@@ -277,7 +277,11 @@ def world(tmp_path_factory, make_checkpoint) -> SimpleNamespace:
     return SimpleNamespace(root=root, places=places)
 
 
-@pytest.mark.parametrize("name", CASES)
+# Slow: all of lm-eval's tasks are listed.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "task-list" else n for n in CASES],
+)
 def test_it_works(name, world, sparsek, monkeypatch):
     line, says, typed = CASES[name]
     monkeypatch.chdir(world.root)

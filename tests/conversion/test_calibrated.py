@@ -21,16 +21,23 @@ STORIES = Path(
 )
 
 
+SLOW_FAMILIES = ("llama", "mistral", "qwen2", "gpt_neox")
+
+
 def calibrated(base: Path, out: Path, **settings):
     recipe = ConvertRecipe(model=str(base), out=str(out), device="cpu", **settings)
     return convert(recipe)
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_FAMILIES)],
+)
 def test_every_family_calibrates(family, dense_checkpoint, tmp_path):
     from safetensors.numpy import load_file
 
     base = dense_checkpoint(family)
-    options = {"topk": 24, "window": 16, "calibrate_tokens": 4096, "calibrate_length": 512}
+    options = {"topk": 24, "window": 16, "calibrate_tokens": 2048, "calibrate_length": 256}
     reports = [calibrated(base, tmp_path / name, **options).calibration for name in ("a", "b")]
     one, two = (load_file(tmp_path / name / "sparsek.safetensors") for name in ("a", "b"))
     assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)

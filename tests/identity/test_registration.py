@@ -64,6 +64,7 @@ def test_peft_adapts_what_it_adapts_in_the_base(family, sparse_model, dense_mode
     assert_sparse(get_peft_model(sparse_model(family), LoraConfig()))
 
 
+@pytest.mark.slow
 def test_peft_may_be_imported_later():
     code = """
 import sys

@@ -80,7 +80,7 @@ def check(lengths: list[int], topk: int, window: int, train: bool) -> None:
 pytestmark = pytest.mark.skipif(not STATUS.exists(), reason="reads the peak from /proc")
 
 
-@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("train", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_linear_at_small_size(train):
     check([8192, 16384, 32768], 32, 32, train)
 

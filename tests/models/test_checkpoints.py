@@ -93,6 +93,7 @@ def test_missing_scorers_are_initialised(dense_checkpoint, tmp_path):
         assert torch.allclose(attention.scorer.slopes, torch.tensor(1e-3))
 
 
+@pytest.mark.slow
 def test_fresh_process_with_import(sparse_model, tokenizer, tmp_path):
     sparse_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

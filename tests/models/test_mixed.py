@@ -138,14 +138,26 @@ def test_where_all_layers_slide_there_is_nothing_to_convert(dense_config):
         models.family_of(base).sparsek_causal_lm(config)
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "a_new_one"])
 @pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
-def test_no_argument_of_attention_is_dropped(name, dense, sparse_model, ids):
+def test_no_argument_of_attention_is_dropped(dense, sparse_model, ids):
     model = sparse_model("llama")
-    with pytest.raises(SparsekError, match=f"with {name}, which SparseK does not know"):
+    with pytest.raises(SparsekError, match="with a_new_one, which SparseK does not know"):
         if dense:
             with models.dense_attention(model):
-                model(ids, **{name: 30.0})
+                model(ids, a_new_one=30.0)
         else:
-            model(ids, **{name: 30.0})
-    model(ids, **{name: None})
+            model(ids, a_new_one=30.0)
+    model(ids, a_new_one=None)
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux"])
+def test_what_attention_knows_counts_in_both_of_its_forms(argument, sparse_model, ids):
+    model = sparse_model("llama", topk=ids.shape[1])
+    value = 0.01 if argument == "softcap" else torch.full((model.config.num_attention_heads,), 3.0)
+    plain = logits(model, ids)
+    with torch.no_grad():
+        sparse = model(ids, **{argument: value}).logits
+        with models.dense_attention(model):
+            dense = model(ids, **{argument: value}).logits
+    torch.testing.assert_close(sparse, dense, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(sparse, plain, atol=1e-4)

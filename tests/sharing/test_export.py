@@ -45,6 +45,7 @@ def run_plain(pairs: list[tuple[Path, Path]]) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_program_without_this_package_finds_the_base(llama, convert, make_checkpoint, tmp_path):
     pairs = [llama]
     for family in KINDS:

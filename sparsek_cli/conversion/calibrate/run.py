@@ -57,8 +57,7 @@ _GUESS = 0.3
 # their many rows), those of them on which single parts of it are valued, and how many parts of
 # neighbouring layers there are.
 _WHOLE = 4
-# On a CPU that is the second alone, which is the shorter.
-_VALUED = {"cpu": slice(1, 2), "other": slice(0, 2)}
+_VALUED = {"cpu": 1, "other": 2}
 _WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
 _PARTS = {"cpu": 12, "other": 48}
 # Proposals that are run as whole models.
@@ -189,12 +188,21 @@ class _Run:
             self.base = LayerwiseBase(plan, ids, turns, device, dtype)
             affordable = _WHOLE_TOKENS[self.kind] // plan.calibrate_length
             few = self.held_out[: max(2, min(_WHOLE, affordable))]
+            self._valued = self._to_value(few)
             self.whole = Whole(
                 self.base,
                 {n: torch.from_numpy(self._text_rows(sequences[n])).to(device) for n in few},
                 {n: self.answers[n].nonzero()[:, 0].to(device) for n in few},
             )
         self.part: dict[int, HeldOut] = {}
+
+    def _to_value(self, numbers: range) -> list[int]:
+        """Where only one of these documents is affordable: the shortest that has answers."""
+        most = _VALUED[self.kind]
+        if most > 1:
+            return [*numbers[:most]]
+        answering = [n for n in numbers if bool(self.answers[n].any())] or [*numbers]
+        return sorted(answering, key=lambda n: len(self.sequences[n].ids))[:most]
 
     def layer(self, layer: int, advance: Any) -> HeldOut:
         """Fits the candidate maps of a layer, then compares them on the held-out sequences."""
@@ -215,7 +223,7 @@ class _Run:
         sparse = self.plan.sparse_layers
         size, place = -(-len(sparse) // _PARTS[self.kind]), sparse.index(layer)
         if place % size == 0:
-            self.part, self.part_inputs = {}, self.whole.inputs(_VALUED[self.kind])
+            self.part, self.part_inputs = {}, self.whole.inputs(self._valued)
         self.part[layer] = self._narrowed(layer, maps, advance)
         if place % size == size - 1 or layer == sparse[-1]:
             self._value(self.part)

@@ -3,7 +3,7 @@
 import pytest
 
 
-@pytest.mark.parametrize("limit", [None, 2048])
+@pytest.mark.parametrize("limit", [None, pytest.param(2048, marks=pytest.mark.slow)])
 def test_answers_do_not_depend_on_their_neighbours(recipe, console, tmp_path, limit):
     import json
 

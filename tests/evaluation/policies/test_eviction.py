@@ -50,10 +50,10 @@ def fed(name, chunks, seed=0):
             snapkv_h2o.evict([layer], shared=False)
             for at in range(start, total):
                 layer.update(keys[:, :, at : at + 1], keys[:, :, at : at + 1])
-                layer.see(query[:, :, at : at + 1], 0.3)
+                layer.see(query[:, :, at : at + 1], Logits(0.3))
             return layer, query, keys
         layer.update(keys[:, :, start : start + size], keys[:, :, start : start + size])
-        layer.see(query[:, :, start : start + size], 0.3)
+        layer.see(query[:, :, start : start + size], Logits(0.3))
         start += size
 
 

@@ -8,7 +8,7 @@ and what is lost there gives its errors their worth, in nats; text and answers a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -39,9 +39,9 @@ class Whole:
         self._embedded = self.inputs()
         self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
 
-    def inputs(self, which: slice = slice(None)) -> dict[int, torch.Tensor]:
-        """The states [1, N, hidden] of those documents before the layer that is to be run next."""
-        return {number: self._base.hidden[number] for number in [*self._rows][which]}
+    def inputs(self, numbers: Iterable[int] | None = None) -> dict[int, torch.Tensor]:
+        """The states [1, N, hidden] of these documents (None: all) before the layer run next."""
+        return {number: self._base.hidden[number] for number in numbers or self._rows}
 
     def divergence(
         self,
