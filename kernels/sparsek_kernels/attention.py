@@ -79,6 +79,7 @@ def sparsek_attention(
     run = dispatch.backend(
         backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state,
         plain=softcap is None and sink_logits is None,
+        gradient=_wants_gradient(q, k, v, scores, slopes, sink_logits),
     )  # fmt: skip
     held = state
     if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
@@ -126,7 +127,7 @@ def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state
     if cu_seqlens is not None and batch != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, got batch {batch}")
     if isinstance(state, StateRows):
-        _check_rows(state, q, gate, cu_seqlens)
+        _check_rows(state, q, gate, cu_seqlens, _wants_gradient(q, k, v, scores, slopes))
     if state is not None:
         rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         if state.batch != rows:
@@ -149,10 +150,17 @@ def _check_logits(q: Tensor, softcap: float | None, sink_logits: Tensor | None) 
         raise ValueError(f"sink_logits must be [{q.shape[1]}], got {tuple(sink_logits.shape)}")
 
 
-def _check_rows(state: StateRows, q: Tensor, gate: str, cu_seqlens: Tensor | None) -> None:
+def _wants_gradient(*arguments: Tensor | None) -> bool:
+    """Whether a gradient is wanted of any of them: a backend without one would lose it unseen."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
+
+
+def _check_rows(
+    state: StateRows, q: Tensor, gate: str, cu_seqlens: Tensor | None, gradient: bool
+) -> None:
     if gate != "straight_through":
         raise ValueError(f"gate {gate!r} keeps a support of no fixed size: no pool has room for it")
-    if torch.is_grad_enabled() and q.requires_grad:
+    if gradient:
         raise ValueError("rows of a pool change in place: call under torch.no_grad()")
     if state.fresh is not None and q.shape[2] == 1 and cu_seqlens is None:
         raise ValueError("fresh rows are read as a prompt: pass cu_seqlens")

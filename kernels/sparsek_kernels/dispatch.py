@@ -38,12 +38,14 @@ def backend(
     cu_seqlens: torch.Tensor | None,
     state: SparseKState | None,
     plain: bool = True,
+    gradient: bool = False,
 ) -> Callable[..., tuple[torch.Tensor, SparseKState | None]]:
     """The `run` function of the backend for this call.
 
     Args:
         name: one of `BACKENDS` to insist on it, or None to choose.
         plain: logits are neither capped, nor is there a further one in the softmax.
+        gradient: one is wanted of any argument.
 
     Raises:
         ValueError: the backend named does not exist or cannot take the call.
@@ -51,10 +53,10 @@ def backend(
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be None or one of {', '.join(BACKENDS)}, got {name!r}")
     chosen, why = (
-        _choose(q, layout, gate, cu_seqlens, state, plain) if name is None else (name, "asked")
+        (name, "asked") if name else _choose(q, layout, gate, cu_seqlens, state, plain, gradient)
     )
     if name == "triton":
-        obstacle = _no_triton(q.device) or _unsupported(q, gate, state)
+        obstacle = _no_triton(q.device) or _unsupported(q, gate, state, gradient)
         if obstacle:
             raise ValueError(f"backend 'triton' cannot take this call: {obstacle}")
     if name == "sdpa" and not (plain and _is_dense(q, layout, cu_seqlens, state)):
@@ -74,10 +76,10 @@ def backend(
     return module.run
 
 
-def _choose(q, layout, gate, cu_seqlens, state, plain) -> tuple[str, str]:
+def _choose(q, layout, gate, cu_seqlens, state, plain, gradient) -> tuple[str, str]:
     if plain and q.device.type == "cuda" and _is_dense(q, layout, cu_seqlens, state):
         return "sdpa", "no key can be evicted at this length"
-    obstacle = _not_by_itself(q.device) or _unsupported(q, gate, state)
+    obstacle = _not_by_itself(q.device) or _unsupported(q, gate, state, gradient)
     return ("pytorch", obstacle) if obstacle else ("triton", TAKES)
 
 
@@ -114,10 +116,10 @@ def _obstacle(device: torch.device) -> str | None:
     return None
 
 
-def _unsupported(q, gate, state) -> str | None:
+def _unsupported(q, gate, state, gradient) -> str | None:
     from sparsek_kernels.triton import unsupported
 
-    return unsupported(q, gate=gate, state=state)
+    return unsupported(q, gate=gate, state=state, gradient=gradient)
 
 
 def _run_dense(

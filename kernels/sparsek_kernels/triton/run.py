@@ -15,7 +15,9 @@ from sparsek_kernels.triton.selection import FOREVER
 MAX_HEAD_DIM = 256
 
 
-def unsupported(q: torch.Tensor, *, gate: str, state: SparseKState | None) -> str | None:
+def unsupported(
+    q: torch.Tensor, *, gate: str, state: SparseKState | None, gradient: bool
+) -> str | None:
     """Why this backend cannot take the call, or None."""
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"dtype {q.dtype}"
@@ -23,7 +25,7 @@ def unsupported(q: torch.Tensor, *, gate: str, state: SparseKState | None) -> st
         return f"head size {q.shape[-1]} > {MAX_HEAD_DIM}"
     if state is not None and gate != "straight_through":
         return f"gate {gate!r} with a carried state"
-    if state is not None and torch.is_grad_enabled() and q.requires_grad:
+    if state is not None and gradient:
         return "a gradient through a carried state"
     return None
 

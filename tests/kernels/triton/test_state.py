@@ -111,3 +111,25 @@ def test_rows_of_a_pool_step_in_place(monkeypatch, kept):
     for name, tensor in held.take().slots.items():
         assert torch.equal(tensor, alone.slots[name]), name
     assert pool.seen[[0, 2, 4]].tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "scores", "slopes", "sink_logits"])
+def test_a_gradient_that_the_kernels_have_not_is_refused(name):
+    """Of any argument alone: asked for q's only, those of the others were lost without a word."""
+    new = torch.Generator().manual_seed(0)
+    given = {
+        "q": torch.randn(1, 2, 5, 16, generator=new),
+        "k": torch.randn(1, 1, 5, 16, generator=new),
+        "v": torch.randn(1, 1, 5, 16, generator=new),
+        "scores": torch.randn(1, 1, 5, generator=new),
+        "slopes": torch.zeros(1),
+        "sink_logits": torch.zeros(2),
+    }
+    shape = dict(topk=2, window=2, sinks=0)
+    given[name].requires_grad_()
+    with pytest.raises(ValueError, match="a gradient through a carried state"):
+        state = SparseKState.empty(1, 1, 16, **shape)
+        sparsek_attention(**given, **shape, state=state, backend="triton")
+    with torch.no_grad():
+        state = SparseKState.empty(1, 1, 16, **shape)
+        sparsek_attention(**given, **shape, state=state, backend="triton")
