@@ -10,9 +10,9 @@ from types import FrameType
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.output.contents import MODEL, Contents
-from sparsek_cli.output.exchange import exchange
 from sparsek_cli.output.leftovers import held, make_beside
 from sparsek_cli.output.place import absolute
+from sparsek_cli.output.swap_folders import exchange
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.recipes.earlier import RENAMED
+from sparsek_cli.recipes.earlier_versions import RENAMED
 from sparsek_cli.recipes.explain import Loc, explain
 
 if TYPE_CHECKING:

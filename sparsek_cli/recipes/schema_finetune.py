@@ -12,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from sparsek_cli.recipes.earlier import SETTLED, without_settled
+from sparsek_cli.recipes.earlier_versions import SETTLED, without_settled
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]

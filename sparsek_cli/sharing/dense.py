@@ -12,7 +12,7 @@ from typing import Any
 
 from sparsek_cli import disk, hub
 from sparsek_cli.conversion.base_config import dense_config
-from sparsek_cli.conversion.link import link_or_copy
+from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.conversion.shards import (
     INDEX,
     SINGLE,

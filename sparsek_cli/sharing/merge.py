@@ -25,7 +25,7 @@ from sparsek_cli.output.staging import staged
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.sharing import scorers_file
-from sparsek_cli.sharing.base_mark import check_config, check_weights, weights_digest
+from sparsek_cli.sharing.base_identity import check_config, check_weights, weights_digest
 from sparsek_cli.sharing.scorers_file import Scorers
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from sparsek_cli.output.contents import (
 )
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.sharing.hub_card import card
-from sparsek_cli.sharing.places import without_places
+from sparsek_cli.sharing.portable_recipe import without_places
 
 _LOGIN = "run `hf auth login` (or set HF_TOKEN) with a token that may write"
 

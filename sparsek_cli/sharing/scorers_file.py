@@ -1,7 +1,7 @@
 """Scorers alone: one safetensors file of megabytes that says which base it belongs to.
 
 Tensors are named `layers.3.weight`, whatever the family calls its modules. The file's metadata
-holds the `sparsek` block, what is known of the base (`base_mark`), and the small texts that lay
+holds the `sparsek` block, what is known of the base (`base_identity`), and the small texts that lay
 beside the scorers (recipe, calibration report), so that the file is enough by itself.
 """
 

@@ -19,8 +19,8 @@ from sparsek_cli.output.place import absolute, check_file, check_folder
 from sparsek_cli.output.staging import staged
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.sharing import scorers_file
-from sparsek_cli.sharing.base_mark import comparable, weights_digest
-from sparsek_cli.sharing.places import without_places
+from sparsek_cli.sharing.base_identity import comparable, weights_digest
+from sparsek_cli.sharing.portable_recipe import without_places
 
 
 @dataclass(frozen=True)

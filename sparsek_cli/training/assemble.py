@@ -18,7 +18,7 @@ from sparsek_cli.loading import check_tokenizer, embedding_rows
 from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
 from sparsek_cli.training.budgets import DrawnBudgets
-from sparsek_cli.training.losses.future import FutureAttention
+from sparsek_cli.training.losses.future_attention import FutureAttention
 from sparsek_cli.training.losses.objectives import (
     Objective,
     Teacher,
@@ -30,7 +30,7 @@ from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.model import build_random, load_pretrained, random_config
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.progress import ProgressReport, TimeLimit
-from sparsek_cli.training.refit import Refit
+from sparsek_cli.training.refit_scorers import Refit
 from sparsek_cli.training.settings import Execution, Rates, Rhythm, Start
 from sparsek_cli.training.sharding import sharding_arguments
 from sparsek_cli.training.sizes import Sizes, logits_chunk

@@ -16,7 +16,7 @@ from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
 from sparsek_cli.data.questions import Question
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.training.losses.future import FutureAttention
+from sparsek_cli.training.losses.future_attention import FutureAttention
 from sparsek_cli.training.losses.objectives import Objective, count_targets
 from sparsek_cli.training.measure import recalled
 from sparsek_cli.training.parameters import optimizer_groups

@@ -11,8 +11,8 @@ import pytest
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.output import leftovers, staging
-from sparsek_cli.output.exchange import exchange
 from sparsek_cli.output.staging import staged
+from sparsek_cli.output.swap_folders import exchange
 
 
 def fill(folder: Path, text: str) -> None:

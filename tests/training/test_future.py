@@ -10,7 +10,7 @@ from sparsek_cli.data.packing import collate
 from sparsek_cli.models import sparsek_attentions, sparsek_config_from
 from sparsek_cli.models.config import LayerBudget
 from sparsek_cli.models.logits import Logits
-from sparsek_cli.training.losses.future import FutureAttention, aims, border_loss
+from sparsek_cli.training.losses.future_attention import FutureAttention, aims, border_loss
 from sparsek_cli.training.losses.objectives import Objective, attach, count_targets
 
 WINDOW = 4

@@ -7,7 +7,7 @@ import yaml
 from verbs import finetune
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.recipes.earlier import RENAMED
+from sparsek_cli.recipes.earlier_versions import RENAMED
 from sparsek_cli.recipes.load import load_recipe, recipe_folder, recipe_names
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 

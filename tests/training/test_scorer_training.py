@@ -10,7 +10,7 @@ from verbs import finetune
 from sparsek_cli.data.packing import collate
 from sparsek_cli.errors import UsageError
 from sparsek_cli.models import layer_budget, sparsek_attentions, sparsek_config_from
-from sparsek_cli.training import refit
+from sparsek_cli.training import refit_scorers as refit
 from sparsek_cli.training.budgets import DrawnBudgets, scaled
 from sparsek_cli.training.trainer import SparsekTrainer
 

@@ -17,7 +17,7 @@ from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.models.output import output_layer
 
 if TYPE_CHECKING:
-    from sparsek_cli.training.losses.future import FutureAttention
+    from sparsek_cli.training.losses.future_attention import FutureAttention
     from sparsek_cli.training.losses.outputs import OutputErrors
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from sparsek_cli import disk
-from sparsek_cli.conversion.link import link_or_copy
+from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import row_of

@@ -29,7 +29,7 @@ from sparsek_cli.models.attention import replaced_attention
 from sparsek_cli.models.config import ATTENTION, layer_budget
 from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
-from sparsek_cli.training.losses.future import (
+from sparsek_cli.training.losses.future_attention import (
     asking_rows,
     documents_of,
     looked_at,

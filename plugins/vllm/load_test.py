@@ -1,7 +1,7 @@
 """Loads a server with clients, each of which has a secret, and counts what goes wrong.
 
     sparsek serve OUT -- --max-num-seqs 64          # in another terminal
-    python plugins/vllm/load.py --clients 64 --seconds 120 --pid PID-OF-THE-SERVER
+    python plugins/vllm/load_test.py --clients 64 --seconds 120 --pid PID-OF-THE-SERVER
 
 Every client first asks alone, one after the other: that is its reply. Then all ask at once, again
 and again; some leave in the middle of a stream. A reply that is not the client's own is mixed.
