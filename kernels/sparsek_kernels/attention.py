@@ -75,11 +75,15 @@ def sparsek_attention(
     """
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
     _check_logits(q, softcap, sink_logits)
+    wanted = (q, k, v, scores, slopes, sink_logits)
+    gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in wanted)
+    if isinstance(state, StateRows):
+        _check_rows(state, q, gate, cu_seqlens, gradient)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     run = dispatch.backend(
         backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state,
         plain=softcap is None and sink_logits is None,
-        gradient=_wants_gradient(q, k, v, scores, slopes, sink_logits),
+        gradient=gradient,
     )  # fmt: skip
     held = state
     if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
@@ -126,8 +130,6 @@ def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state
     layout = SlotLayout(topk_per_head(topk, groups), window, sinks)
     if cu_seqlens is not None and batch != 1:
         raise ValueError(f"cu_seqlens packs documents into one row, got batch {batch}")
-    if isinstance(state, StateRows):
-        _check_rows(state, q, gate, cu_seqlens, _wants_gradient(q, k, v, scores, slopes))
     if state is not None:
         rows = batch if cu_seqlens is None else cu_seqlens.numel() - 1
         if state.batch != rows:
@@ -148,11 +150,6 @@ def _check_logits(q: Tensor, softcap: float | None, sink_logits: Tensor | None) 
         raise TypeError("sink_logits must be a floating-point tensor")
     if sink_logits.shape != (q.shape[1],):
         raise ValueError(f"sink_logits must be [{q.shape[1]}], got {tuple(sink_logits.shape)}")
-
-
-def _wants_gradient(*arguments: Tensor | None) -> bool:
-    """Whether a gradient is wanted of any of them: a backend without one would lose it unseen."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in arguments)
 
 
 def _check_rows(

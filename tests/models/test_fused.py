@@ -86,13 +86,28 @@ def test_a_module_that_computes_something_else_is_left(sparse_model):
         def forward(self, hidden_states, **kwargs):
             return 0.5 * super().forward(hidden_states, **kwargs)
 
-    layer.__class__ = Halved
-    layer.mlp.act_fn = nn.GELU()
+    class Doubled(type(layer.mlp)):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer.__class__, layer.mlp.__class__ = Halved, Doubled
     fused, plain, found = both(model, 1)
-    assert {"LlamaMLP", "Halved"} == set(fused.left)
+    assert {"Doubled", "Halved"} == set(fused.left)
     # All maps one by one, and the norms: the layer's two and the last.
     assert fused.taken == {"Linear": 8, "LlamaRMSNorm": 3}
     torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_another_activation_is_seen_however_small_its_inputs(sparse_model, size):
+    """Near 0 GELU is SiLU to rounding: outputs of rows would not tell them apart."""
+    model = sparse_model("llama", **SMALL)
+    mlp = model.model.layers[0].mlp
+    mlp.act_fn = nn.GELU()
+    with torch.no_grad():
+        mlp.gate_proj.weight.mul_(size)
+    fused = fused_of(model, 1)
+    assert fused.taken == {"Linear": 8, "LlamaRMSNorm": 3}
 
 
 def test_hooks_and_wrapped_forwards_are_not_passed_by(sparse_model):

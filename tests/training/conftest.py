@@ -101,3 +101,27 @@ def scratch(tmp_path, tokenizer) -> list[str]:
         "architecture={type: llama, settings: {hidden_size: 32, intermediate_size: 48, "
         "num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2}}",
     ]
+
+
+@pytest.fixture
+def interrupted(monkeypatch) -> Callable[..., None]:
+    """`interrupted(made, step)` trains in this process until Ctrl-C in the step after `step`."""
+
+    def call(made: Any, step: int, **options: Any) -> None:
+        from verbs import finetune
+
+        from sparsek_cli.training.trainer import SparsekTrainer
+
+        real = SparsekTrainer.training_step
+
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == step:
+                raise KeyboardInterrupt
+            return real(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SparsekTrainer, "training_step", training_step)
+            with pytest.raises(KeyboardInterrupt):
+                finetune(made, **options)
+
+    return call

@@ -16,7 +16,6 @@ from verbs import finetune
 from sparsek_cli.errors import UsageError
 from sparsek_cli.training.plan import plan
 from sparsek_cli.training.storage.resume import part_folder
-from sparsek_cli.training.trainer import SparsekTrainer
 
 WORDS = ["steps=4", "save_steps=2", "batch_size=4", "micro_batch_size=1", "learning_rate=1e-2",
          "data.copies={kind: copies, filler: text, passage: [8, 16], document_length: 32}",
@@ -58,21 +57,6 @@ def words_for(made, file: Path, *flags: str) -> list[str]:
     return ["finetune", "--recipe", str(file), "-q", *flags]
 
 
-def until(step: int, made, monkeypatch, **options) -> None:
-    """Trains in this process and interrupts it in the step after `step`."""
-    real = SparsekTrainer.training_step
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == step:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SparsekTrainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(made, **options)
-
-
 def same_tensors(file, other, *, within: float):
     ours, theirs = load_file(file), load_file(other)
     assert ours.keys() == theirs.keys()
@@ -82,10 +66,10 @@ def same_tensors(file, other, *, within: float):
 
 
 @pytest.mark.slow
-def test_two_processes_continue_the_run_of_one(recipe, scratch, tmp_path, monkeypatch):
+def test_two_processes_continue_the_run_of_one(recipe, scratch, tmp_path, interrupted):
     one = finetune(recipe(*scratch, *WORDS, SPARSE, out="one"))
     made = recipe(*scratch, *WORDS, SPARSE)
-    until(3, made, monkeypatch)
+    interrupted(made, 3)
     assert (part_folder(tmp_path / "out") / "checkpoint-2").is_dir()
     words = words_for(made, tmp_path / "launch.yaml", "--resume", "--json")
     script = tmp_path / "script.py"
@@ -100,7 +84,7 @@ def test_two_processes_continue_the_run_of_one(recipe, scratch, tmp_path, monkey
 
 @pytest.mark.slow
 def test_sharded_processes_train_the_model_of_one(
-    recipe, scratch, sparse_checkpoint, tmp_path, monkeypatch
+    recipe, scratch, sparse_checkpoint, tmp_path, interrupted
 ):
     """All weights, in bf16, scorers alone; and a run that is whole, sharded twice, whole again."""
     sharded = "launch.strategy=fsdp"
@@ -127,7 +111,7 @@ def test_sharded_processes_train_the_model_of_one(
         if name != "long":
             job(name, None)
     whole = recipe(*cases["long"], out="long-two")
-    until(2, whole, monkeypatch)
+    interrupted(whole, 2)
     job("long", 3, "--resume")
     job("long", 4, "--resume")
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))

@@ -98,23 +98,11 @@ def test_half_written_checkpoints_are_not_taken(recipe, scratch, tmp_path):
     assert finetune(recipe(*scratch)).steps == 3
 
 
-def test_scorers_resume_without_copying_the_base(recipe, sparse_checkpoint, tmp_path, monkeypatch):
-    from sparsek_cli.training.trainer import SparsekTrainer
-
+def test_scorers_resume_without_copying_the_base(recipe, sparse_checkpoint, tmp_path, interrupted):
     model = sparse_checkpoint()
     words = ["objective={lm: 0, distill: 1}", "steps=4", "save_steps=2", "keep_better=false"]
     whole = finetune(recipe(*words, model=model, out="whole"))
-    real = SparsekTrainer.training_step
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(SparsekTrainer, "training_step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(recipe(*words, model=model))
-    monkeypatch.undo()
+    interrupted(recipe(*words, model=model), 3)
     saved = part_folder(tmp_path / "out") / "checkpoint-2"
     assert all(".scorer." in name for name in load_file(saved / "trained.safetensors"))
     done = finetune(recipe(*words, model=model), resume=True)

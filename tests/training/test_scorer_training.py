@@ -12,7 +12,6 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.models import layer_budget, sparsek_attentions, sparsek_config_from
 from sparsek_cli.training import refit_scorers as refit
 from sparsek_cli.training.budgets import DrawnBudgets, scaled
-from sparsek_cli.training.trainer import SparsekTrainer
 
 ADAPT = ["train=all", "objective={lm: 0.1, distill: 1}", "budgets=[8, 4]", "steps=4",
          "save_steps=2", "min_learning_rate=0.2"]  # fmt: skip
@@ -77,22 +76,12 @@ def test_a_fit_follows_later_attention_and_keeps_slopes(dense_config, scorer):
 
 @pytest.mark.parametrize("how", ["concurrent", "refit", "frozen"])
 def test_interrupted_and_resumed_equals_uninterrupted(
-    recipe, sparse_checkpoint, tmp_path, monkeypatch, how
+    recipe, sparse_checkpoint, tmp_path, monkeypatch, interrupted, how
 ):
     monkeypatch.setattr(refit, "EVERY", 2)
     model, words = sparse_checkpoint(), [*ADAPT, f"scorer_training={how}"]
     whole = finetune(recipe(*words, model=model, out="whole"))
-    real = SparsekTrainer.training_step
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == 3:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SparsekTrainer, "training_step", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(recipe(*words, model=model))
+    interrupted(recipe(*words, model=model), 3)
     done = finetune(recipe(*words, model=model), resume=True)
     assert done.loss == whole.loss and done.held_out_loss == whole.held_out_loss
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))

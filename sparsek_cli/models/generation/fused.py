@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli.models.attention import SparseKAttentionMixin
@@ -164,7 +165,15 @@ def _gated_parts(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(map(_is_map, parts)) or not _plain(module, below=True):
         return None
+    if not _is_silu(getattr(module, "act_fn", None)):
+        return None
     return tuple(parts) if (parts[0].bias is None) == (parts[1].bias is None) else None
+
+
+def _is_silu(activation: Any) -> bool:
+    """By its values: near 0, where rows that are compared may lie, all such functions agree."""
+    at = torch.linspace(-4, 4, 33)
+    return callable(activation) and torch.allclose(activation(at), F.silu(at), atol=1e-6)
 
 
 def _mlp(module: nn.Module, rows: int) -> Forward | None:
