@@ -126,7 +126,7 @@ def test_a_prompt_that_fills_the_context_is_read_and_a_longer_one_is_refused(ser
 
 
 def test_clients_get_their_own_replies_and_interrupt_ends_it(server):
-    import load
+    import load_test as load
 
     options = {"url": server.url, "model": None, "clients": 16, "seconds": 10, "words": 40}
     found = load.run(argparse.Namespace(**options, tokens=6, pid=server.process.pid))
