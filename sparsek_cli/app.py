@@ -23,8 +23,21 @@ from sparsek_cli.commands import (
     recipes,
     serve,
 )
-from sparsek_cli.console import escaped, report_error, set_up_logging
+from sparsek_cli.console import (
+    escaped,
+    forget,
+    open_closed_streams,
+    report_error,
+    set_up_logging,
+)
 from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError
+
+# What a process may have too little of, and the shell's word for it.
+_LIMITS = {
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f), or write less",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.ENFILE: "this machine has too many files open: close other programs",
+}
 
 app = typer.Typer(
     name="sparsek",
@@ -79,14 +92,18 @@ def main() -> None:
     # Read when torch loads. By default threads spin while they wait for each other, which takes
     # several times as long as soon as another process wants a core.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    open_closed_streams()
     set_up_logging(sys.argv[1:])
     # A terminal that has no such letter, or bytes of a file's name: shown, never an error.
     sys.stdout.reconfigure(errors="backslashreplace")
     code = run()
     try:
         sys.stdout.flush()
-    except BrokenPipeError:
-        _forget_stdout()
+    except OSError as error:
+        if code == 0 and not isinstance(error, BrokenPipeError):
+            message, hint, code = _describe(error, sys.argv[1:])
+            report_error(message, hint)
+        forget(sys.stdout)
     sys.exit(code)
 
 
@@ -105,7 +122,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except BrokenPipeError:
-        _forget_stdout()
+        forget(sys.stdout)
         return RAN_AND_FAILED
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else RAN_AND_FAILED if stop.code else 0
@@ -127,11 +144,6 @@ def _interrupted() -> int:
     return INTERRUPTED
 
 
-def _forget_stdout() -> None:
-    """The reader is gone: point stdout at nothing, or Python complains again when it exits."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int]:
     """Message, hint and exit code of whatever a verb may raise."""
     if isinstance(error, SparsekError):
@@ -139,10 +151,11 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int
     if hasattr(error, "format_message"):
         return *_usage(error, words), USAGE
     text = str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in text:
+    number = getattr(error, "errno", None)
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
         where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
         return f"the disk is full{where}", "free some space, or write elsewhere", RAN_AND_FAILED
-    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+    if isinstance(error, PermissionError) or number == errno.EROFS:
         where = getattr(error, "filename", None) or text
         return (
             f"no permission for {where}",
@@ -152,14 +165,27 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         hint = "take a smaller batch, context or chunk, --dtype bfloat16, or --device cpu"
         return "out of memory", hint, RAN_AND_FAILED
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        hint = "check the path; --debug shows where it happened"
-        return f"{error.strerror}: {error.filename}", hint, RAN_AND_FAILED
+    if isinstance(error, FileNotFoundError) and not error.filename and _nowhere():
+        hint = "change to a folder that exists, and run the command again"
+        return "the folder you are in is gone", hint, RAN_AND_FAILED
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        hint = _LIMITS.get(number, "check the path; --debug shows where it happened")
+        return f"{error.strerror}{where}", hint, RAN_AND_FAILED
     if "Onig" in text:
         hint = "mend the pattern of its pre-tokenizer (tokenizer.json), or take other text"
         return f"the tokenizer gives up on a text: {text.splitlines()[0]}", hint, RAN_AND_FAILED
     first = f"{type(error).__name__}: {text}".splitlines()[0].rstrip(": ")
     return first, "run again with --debug to see where it happened", RAN_AND_FAILED
+
+
+def _nowhere() -> bool:
+    """Whether the current folder is no more."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def _usage(error: Exception, words: Sequence[str]) -> tuple[str, str]:

@@ -25,12 +25,35 @@ def colourful(stream: TextIO) -> bool:
     return wanted and stream.isatty()
 
 
+def open_closed_streams() -> None:
+    """Streams that the caller closed (`>&-`) lead to the null device.
+
+    Left closed, their numbers would go to the next files that are opened, and whatever a library
+    prints would be written into those.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
+def forget(stream: TextIO) -> None:
+    """The reader is gone: the stream leads nowhere, or Python complains again when it exits."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def report_error(message: str, hint: str = "") -> None:
-    """One `error:` line and at most one `hint:` line on stderr."""
+    """One `error:` line and at most one `hint:` line on stderr, where it can be written at all."""
     red, blue, end = ("\x1b[1;31m", "\x1b[1;36m", "\x1b[0m") if colourful(sys.stderr) else [""] * 3
-    print(f"{red}error:{end} {_one_line(message)}", file=sys.stderr)
-    if hint:
-        print(f"{blue}hint:{end} {_one_line(hint)}", file=sys.stderr, flush=True)
+    try:
+        print(f"{red}error:{end} {_one_line(message)}", file=sys.stderr)
+        if hint:
+            print(f"{blue}hint:{end} {_one_line(hint)}", file=sys.stderr, flush=True)
+    except OSError:
+        forget(sys.stderr)
 
 
 def _one_line(text: str) -> str:

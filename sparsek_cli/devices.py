@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 # What launchers set beside WORLD_SIZE.
 _LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MANY = 1_000_000_000
 _HOW_TO_LAUNCH = "unset WORLD_SIZE, or start with `torchrun --nproc-per-node N -m sparsek_cli ...`"
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -70,16 +71,40 @@ def world_size() -> int:
         UsageError: the environment names several, and no launcher started this one: it would wait
             for the others for ever.
     """
-    text = os.environ.get("WORLD_SIZE", "1")
-    if not (text.isascii() and text.isdigit() and int(text) >= 1):
-        raise UsageError(
-            f"WORLD_SIZE in the environment is {text!r}, no number", hint=_HOW_TO_LAUNCH
-        )
+    count = _number("WORLD_SIZE", "1", range(1, _MANY))
     missing = [name for name in _LAUNCHED if not os.environ.get(name)]
-    if int(text) > 1 and missing:
+    if count > 1 and missing:
         raise UsageError(
-            f"WORLD_SIZE is {text} in the environment, but {missing[0]} is not set: nobody started "
-            "the other processes",
+            f"WORLD_SIZE is {count} in the environment, but {missing[0]} is not set: nobody "
+            "started the other processes",
             hint=_HOW_TO_LAUNCH,
+        )
+    if count > 1:
+        for name, numbers in (
+            ("RANK", range(count)), ("LOCAL_RANK", range(count)), ("MASTER_PORT", range(1, 65536))
+        ):  # fmt: skip
+            _number(name, "", numbers)
+    return count
+
+
+def forget_stray_ranks() -> None:
+    """Takes out of the environment what libraries would wait for others by, in a process alone.
+
+    A launch of a single process stays as it is.
+    """
+    if world_size() == 1 and not (
+        os.environ.get("RANK") == os.environ.get("LOCAL_RANK") == "0"
+        and all(os.environ.get(name) for name in ("WORLD_SIZE", *_LAUNCHED))
+    ):
+        for name in _LAUNCHED:
+            os.environ.pop(name, None)
+
+
+def _number(name: str, default: str, numbers: range) -> int:
+    text = os.environ.get(name, default)
+    if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) in numbers):
+        which = "no number" if numbers.stop == _MANY else f"not 0 to {numbers.stop - 1}"
+        raise UsageError(
+            f"{name} in the environment is {text[:40]!r}, {which}", hint=_HOW_TO_LAUNCH
         )
     return int(text)

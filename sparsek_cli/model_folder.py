@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli import json_text
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import SCORERS
@@ -20,6 +21,7 @@ _MERGE = (
     "the tokenizer too, then name OUT"
 )
 _UNQUANTISED = "name the checkpoint it was made from; quantise the converted model, if you must"
+_ONE_OF_THEM = "keep the one that is meant, or fetch the file again"
 _TOKENIZER_AGAIN = "copy the tokenizer's files of the base model into the folder again"
 # Beside config.json, and what to do about each that is no JSON object.
 _SIDE_FILES = {
@@ -102,9 +104,11 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     again = "fetch or save the model again"
     try:
-        config = json.loads(file.read_text(encoding="utf-8-sig"))
+        config = json_text.parse(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise _no_config(path) from error
+    except json_text.GivenTwice as error:
+        raise UsageError(f"{file}: {error}", hint=_ONE_OF_THEM) from error
     except (ValueError, RecursionError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0]
         raise UsageError(f"{file} is not valid JSON: {why}", hint=again) from error
@@ -233,7 +237,9 @@ def _check_side_files(path: Path) -> None:
         if not file.is_file():
             continue
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = json_text.parse(file.read_text(encoding="utf-8"))
+        except json_text.GivenTwice as error:
+            raise UsageError(f"{file}: {error}", hint=_ONE_OF_THEM) from error
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):

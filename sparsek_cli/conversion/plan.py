@@ -131,6 +131,14 @@ class Plan:
         return self.sinks + self.topk + self.window
 
     @property
+    def evicts(self) -> bool:
+        """Whether a text of the model's own context loses anything."""
+        return self.budget < self.geometry.context
+
+    def _never(self) -> str:
+        return f"nothing is evicted within the model's context of {self.geometry.context:,} tokens"
+
+    @property
     def fit_length(self) -> int:
         """Tokens of a sequence that maps are fitted on."""
         return fit_length(self.calibrate_length)
@@ -203,6 +211,7 @@ class Plan:
             "gate": self.gate,
             "scorer": self.calibration.method.scorer,
             "slots_per_kv_head": self.budget,
+            "evicts": self.evicts,
             "kv_bytes": self.cache_bytes(size.context, dense=False),
             "dense_kv_bytes_at_context": self.cache_bytes(size.context, dense=True),
             "base_files": len(self.shards),
@@ -247,6 +256,7 @@ class Plan:
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
                 f"{self.budget} slots per KV head, gate {self.gate}",
+                *([] if self.evicts else [f"            {self._never()}"]),
                 f"cache       {kept:.1f} MiB always; dense at {size.context:,}: {dense:.1f} MiB",
                 f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
                 f"calibration {calibration}",

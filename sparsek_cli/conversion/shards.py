@@ -12,6 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sparsek_cli import json_text
 from sparsek_cli.errors import SparsekError
 
 INDEX = "model.safetensors.index.json"
@@ -76,7 +77,7 @@ def read_shard(path: Path) -> Shard:
     try:
         tensors = _tensors(raw, 8 + length)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        why = f": {error}" if isinstance(error, _Lie) else ""
+        why = f": {error}" if isinstance(error, _Lie | json_text.GivenTwice) else ""
         raise SparsekError(f"corrupt safetensors file: {path}{why}", hint=_AGAIN) from error
     expected = max((entry.end for entry in tensors.values()), default=8 + length)
     if size < expected:
@@ -100,7 +101,7 @@ def _tensors(raw: bytes, start: int) -> dict[str, TensorEntry]:
     Args:
         raw: the header's JSON. start: where in the file the tensors begin.
     """
-    header = json.loads(raw, object_pairs_hook=_without_duplicates)
+    header = json_text.parse(raw)
     if not isinstance(header, dict):
         raise _Lie("its header is no JSON object")
     header.pop("__metadata__", None)
@@ -123,13 +124,6 @@ def _tensors(raw: bytes, start: int) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise _Lie("its header names something twice")
-    return found
-
-
 def read_shards(folder: Path) -> list[Shard]:
     """The shards of a checkpoint folder in the order of their names.
 
@@ -144,12 +138,13 @@ def read_shards(folder: Path) -> list[Shard]:
             return [read_shard(single)]
         raise SparsekError(_no_weights(folder), hint=_weights_hint(folder))
     try:
-        weight_map: dict[str, str] = json.loads(
-            index.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates
-        )["weight_map"]
+        weight_map: dict[str, str] = json_text.parse(index.read_text(encoding="utf-8"))[
+            "weight_map"
+        ]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SparsekError(f"corrupt index: {index}", hint=_AGAIN) from error
+        why = f": {error}" if isinstance(error, json_text.GivenTwice) else ""
+        raise SparsekError(f"corrupt index: {index}{why}", hint=_AGAIN) from error
     if not names:
         raise SparsekError(f"corrupt index: {index} names no weights", hint=_AGAIN)
     for name in names:

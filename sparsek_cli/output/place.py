@@ -5,7 +5,7 @@ import stat
 from pathlib import Path
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.output.contents import Contents
+from sparsek_cli.output.contents import RESULTS, Contents
 
 _ANOTHER = "name a folder that does not exist yet"
 _KINDS = (
@@ -26,13 +26,16 @@ def check_folder(
         out: the folder to write.
         contents: what this tool writes there.
         overwrite: whether the user gave the folder up.
-        model: the folder of the model that is read, which must survive.
+        model: the folder of the model that is read, which must survive, and into which only
+            results may be written.
 
     Raises:
         UsageError: anything else; the message names what stands in the way.
     """
     out = absolute(out)
     kind = _kind_of(out)
+    if model is not None and contents is not RESULTS:
+        check_not_inside(out, model)
     if kind is None:
         _check_parents(out)
         return
@@ -80,6 +83,19 @@ def check_file(file: Path, *, overwrite: bool, suffixes: tuple[str, ...]) -> Non
         raise UsageError(
             f"'{file}' exists and is not replaced: it does not end in {' or '.join(suffixes)}",
             hint="name a file that does not exist yet",
+        )
+
+
+def check_not_inside(out: Path, model: Path) -> None:
+    """Raises UsageError where `out` would be added to the model's own folder.
+
+    Other programs read or keep that, and a model of ours could not be replaced any more.
+    """
+    real, kept = out.resolve(), model.resolve()
+    if kept.is_dir() and kept in real.parents:
+        raise UsageError(
+            f"OUT '{out}' lies inside the model's own folder",
+            hint=f"name a folder beside it: {kept.with_name(out.name)}",
         )
 
 

@@ -15,7 +15,7 @@ from sparsek_cli.families import Row, row_of
 from sparsek_cli.families.layers import full_layers, layer_types
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import SCORERS, SCORERS_ALONE
-from sparsek_cli.output.place import absolute, check_file, check_folder
+from sparsek_cli.output.place import absolute, check_file, check_folder, check_not_inside
 from sparsek_cli.output.staging import staged
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.sharing import scorers_file
@@ -110,6 +110,7 @@ def plan(
         )
     place = absolute(out or f"{source.name}-scorers")
     if place.suffix.lower() == ".safetensors":
+        check_not_inside(place, source.path)
         check_file(place, overwrite=overwrite, suffixes=(".safetensors",))
         if place.exists() and scorers_file.header(place) is None:
             raise UsageError(

@@ -61,6 +61,9 @@ def test_usage_errors(sparsek, words, error, hint):
         (PermissionError(errno.EACCES, "Permission denied", "x.bin"), 1, "no permission for x.bin"),
         (OSError(errno.EROFS, "Read-only file system", "x.bin"), 1, "no permission for x.bin"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x.bin"), 1, "No such file: x.bin"),
+        (OSError(errno.EFBIG, "File too large"), 1, "hint: raise the limit on a file's size"),
+        (OSError(errno.EMFILE, "Too many open files"), 1, "error: Too many open files"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "the disk is full"),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("first\nsecond"), 1, "error: RuntimeError: first"),
         (ValueError(), 1, "error: ValueError"),
@@ -136,6 +139,46 @@ def test_broken_pipe_is_quiet():
     command = f"{' '.join(PYTHON)} chat --help | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "streams", "code", "says"),
+    [
+        ("recipes list", "<&- >&- 2>&-", 0, []),
+        ("recipes list", "> /dev/full", 1, ["error: the disk is full", "hint: free some"]),
+        ("nope", "2> /dev/full", 2, []),
+        ("nope", "<&- >&-", 2, ["error: no such verb: 'nope'", "hint: the verbs"]),
+    ],
+)
+def test_streams_that_are_closed_or_full(words, streams, code, says):
+    command = f"{' '.join(PYTHON)} {words} {streams}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    lines = done.stderr.splitlines()
+    assert done.returncode == code and len(lines) == len(says), done
+    assert all(line.startswith(start) for line, start in zip(lines, says, strict=True)), done
+
+
+def test_closed_streams_keep_their_numbers(tmp_path):
+    """A file that is opened next does not get stdout's number, and with it all that is printed."""
+    code = (
+        "import os, sys; from sparsek_cli.console import open_closed_streams\n"
+        "open_closed_streams()\n"
+        "number = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT)\n"
+        "print('a result'); print('a note', file=sys.stderr); sys.exit(number)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "file")]
+    done = subprocess.run(["bash", "-c", '"$@" <&- >&- 2>&-', "bash", *command])
+    assert done.returncode > 2 and (tmp_path / "file").read_bytes() == b""
+
+
+@pytest.mark.parametrize("words", [["export", "x", "out"], ["convert", "tiny"]])
+def test_a_current_folder_that_is_gone(sparsek, monkeypatch, tmp_path, words):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    (tmp_path / "here").rmdir()
+    shown = sparsek(*words, "--dry-run")
+    assert shown.failed(shown.code) and shown.code in (1, 2), shown
+    assert words[0] == "export" or "the folder you are in is gone" in shown.err
 
 
 def test_no_colour_in_a_pipe_and_errors_on_stderr():

@@ -117,6 +117,48 @@ def test_a_process_that_nobody_launched_waits_for_no_other(sparsek, monkeypatch,
     # As hinted: another test of this folder runs the verbs without it.
 
 
+LAUNCHED = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize("world", ["1", None])
+@pytest.mark.parametrize("wrong", [{"LOCAL_RANK": "3"}, {"RANK": "x"}, {"LOCAL_RANK": "y"}])
+def test_ranks_that_nobody_gave_are_forgotten(monkeypatch, world, wrong):
+    """accelerate would wait for the others by them, or fail to read them."""
+    from sparsek_cli.devices import forget_stray_ranks
+
+    for name, value in {**LAUNCHED, **wrong}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    forget_stray_ranks()
+    assert not set(LAUNCHED) & set(os.environ)
+
+
+def test_a_launch_of_one_process_stays(monkeypatch):
+    from sparsek_cli.devices import forget_stray_ranks
+
+    for name, value in {**LAUNCHED, "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    forget_stray_ranks()
+    assert {name: os.environ[name] for name in LAUNCHED} == LAUNCHED
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"RANK": "2"}, {"RANK": "x"}, {"LOCAL_RANK": "-1"}, {"MASTER_PORT": "0"},
+              {"WORLD_SIZE": "0"}, {"WORLD_SIZE": "2.0"}, {"WORLD_SIZE": "9" * 5000}],
+)  # fmt: skip
+def test_launches_that_cannot_be(monkeypatch, wrong):
+    from sparsek_cli.devices import world_size
+    from sparsek_cli.errors import UsageError
+
+    for name, value in {**LAUNCHED, "WORLD_SIZE": "2", **wrong}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=next(iter(wrong))) as caught:
+        world_size()
+    assert "torchrun" in caught.value.hint
+
+
 @pytest.mark.parametrize("rank", ["5", "x"])
 def test_a_rank_alone_means_nothing(sparsek, monkeypatch, tmp_path, rank):
     """One process speaks and writes, whatever a scheduler left in its environment."""

@@ -179,6 +179,17 @@ def test_names_without_the_base_prefix(dense_model, tokenizer, tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
+@pytest.mark.parametrize(("budget", "evicts"), [(127, True), (128, False), (10**6, False)])
+def test_slots_for_the_whole_context_are_told(dense_checkpoint, tmp_path, budget, evicts):
+    base = dense_checkpoint(max_position_embeddings=128)
+    recipe = ConvertRecipe(
+        model=str(base), out=str(tmp_path / "o"), calibrate="none", budget=budget
+    )
+    made = make_plan(recipe)
+    said = "nothing is evicted within the model's context of 128 tokens" in made.text()
+    assert made.data()["evicts"] is evicts and said is not evicts
+
+
 def test_dry_run_writes_nothing(dense_checkpoint, tmp_path, capsys, monkeypatch):
     from sparsek_cli.app import run
 

@@ -93,6 +93,19 @@ def test_folders_in_use(tmp_path, monkeypatch):
     assert "a mount point" in refused(tmp_path / "mounted")
 
 
+def test_the_model_s_own_folder(tmp_path):
+    """Results may lie in it; no other model."""
+    base = a_model(tmp_path / "base")
+    (tmp_path / "link").symlink_to(base)
+    for inside in (base / "out", base / "no" / "such", tmp_path / "link" / "out"):
+        assert "inside the model's own folder" in refused(inside, model=base)
+        check_folder(inside, RESULTS, overwrite=False, model=base)
+    check_folder(tmp_path / "base-sparsek", MODEL, overwrite=False, model=base)
+    file = tmp_path / "x.gguf"  # such a model has no folder of its own
+    file.write_bytes(b"GGUF")
+    check_folder(tmp_path / "out", MODEL, overwrite=False, model=file)
+
+
 def test_only_runs_of_ours_are_unfinished_runs(tmp_path):
     part = tmp_path / "out.part"
     (part / "checkpoint-2").mkdir(parents=True)

@@ -86,6 +86,10 @@ LINES: dict[str, list[list[str]]] = {
         ["recipes", "copy", "tiny.finetune", "nowhere/deep/r.yaml"], ["recipes", "show", "{fifo}"],
         ["export"], ["export", "{good}", "{out}"], ["merge"], ["merge", "{good}"],
         ["convert", "{sparse}", "{out}"],
+        [*("{good}/out" if word == "{out}" else word for word in CONVERT)],
+        ["export", "{sparse}", "{sparse}/out"], ["export", "{sparse}", "{sparse}/s", "--scorers"],
+        ["export", "{sparse}", "{sparse}/s.safetensors", "--scorers"],
+        ["finetune", "{sparse}", "{sparse}/out", *FINETUNE[3:]],
     ],
     "sharing": [
         ["serve", "{sparse}", "--engine", "nobody", "--dry-run"],

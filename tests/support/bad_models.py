@@ -243,6 +243,11 @@ MODELS: dict[str, Maker] = {
     "config-cut": file("config.json", '{"model_type": "llama", '),
     "config-list": file("config.json", "[]"),
     "config-bytes": file("config.json", b"\xff\xfe\x00{"),
+    "config-twice": lambda good, path: file(
+        "config.json", (good / "config.json").read_text().replace("{", '{"vocab_size": 9,', 1)
+    )(good, path),
+    "generation-twice": file("generation_config.json", '{"top_k": 1, "top_k": 2}'),
+    "index-twice": _index('{"weight_map": {"a": "b", "a": "c"}}'),
     "config-deep": file("config.json", '{"a":' * 100_000),
     "type-number": config(model_type=3),
     "type-unknown": config(model_type=f"nobody{ESCAPE}"),

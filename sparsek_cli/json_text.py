@@ -1,0 +1,27 @@
+"""JSON that says one thing: a key given twice is refused, where Python would take the last."""
+
+import json
+from typing import Any
+
+
+class GivenTwice(ValueError):
+    """A key stands twice in one object; which of its values counts is anybody's guess."""
+
+
+def parse(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: it is no JSON; as `GivenTwice`, it names a key twice.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise GivenTwice(f"key '{twice}' is given twice")
+    return found
