@@ -168,6 +168,9 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int
     if isinstance(error, FileNotFoundError) and not error.filename and _nowhere():
         hint = "change to a folder that exists, and run the command again"
         return "the folder you are in is gone", hint, RAN_AND_FAILED
+    if "usable temporary directory" in text:
+        hint = "set TMPDIR to a folder that can be written"
+        return "no temporary folder can be written", hint, RAN_AND_FAILED
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         hint = _LIMITS.get(number, "check the path; --debug shows where it happened")

@@ -30,6 +30,20 @@ def os_errors() -> Iterator[None]:
         raise OSError(number, os.strerror(number)) from error
 
 
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Puts `content` at `file` by one rename; a crash leaves the old file or none."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        if isinstance(content, bytes):
+            part.write_bytes(content)
+        else:
+            part.write_text(content, encoding="utf-8")
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def is_full(error: OSError) -> bool:
     """Whether space was what lacked: of the disk, or of the user's share of it."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT)

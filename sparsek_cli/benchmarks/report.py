@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
+from pathlib import Path
 from typing import Any
+
+from sparsek_cli.disk import write_atomically
 
 
 def _number(value: float | None, width: int, digits: int = 2) -> str:
@@ -94,5 +98,7 @@ def plot(what: str, rows: list[dict[str, Any]], names: list[str], path: str) -> 
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    drawn = BytesIO()
+    figure.savefig(drawn, format=Path(path).suffix[1:].lower(), dpi=150)
     plt.close(figure)
+    write_atomically(Path(path), drawn.getvalue())

@@ -59,6 +59,7 @@ def copy(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace FILE.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
+    from sparsek_cli.disk import write_atomically
     from sparsek_cli.output.place import check_file
     from sparsek_cli.recipes.load import find_recipe, read_text
 
@@ -67,7 +68,7 @@ def copy(
     if target.is_dir():
         target = target / source.name
     check_file(target, overwrite=overwrite, suffixes=(".yaml", ".yml"))
-    target.write_text(read_text(source), encoding="utf-8")
+    write_atomically(target, read_text(source))
     Console().result(str(target), {})
 
 

@@ -3,18 +3,20 @@
 import hashlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sparsek_cli.data.pieces import Encoder, safe_cut
 from sparsek_cli.data.text import find_files, is_hub_id, iterate_texts
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
 
 BATCH = 64  # documents per tokenizer call; it works on them in parallel
 # Characters of a document that is tokenised at once. The call cannot be interrupted, nor seen.
@@ -185,12 +187,9 @@ def load_corpus(
     """
     where = {"name": name, "split": split, "column": column}
     key = _key(spec, tokenizer, {**where, "max_tokens": max_tokens})
-    folder = cache_folder()
-    file = folder / f"{key}"
+    file = cache_folder() / key
     if not (file / "ends.npy").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        # The system lets go of it when its holder dies, however it dies.
-        with FileLock(folder / f"{key}.lock", timeout=LOCK_PATIENCE):
+        with _locked(file):
             if not (file / "ends.npy").is_file():
                 say(f"tokenising {spec if isinstance(spec, str) else ', '.join(spec)}")
                 if tokenizer.eos_token_id is None:
@@ -207,6 +206,33 @@ def cache_folder() -> Path:
     own = os.environ.get("SPARSEK_CACHE_DIR")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return (Path(own) if own else Path(base) / "sparsek") / "tokens"
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """One process at a time makes `file`, in a cache that is made first.
+
+    Raises:
+        SparsekError: the cache cannot be written, or the other process takes too long.
+    """
+    # The system lets go of it when its holder dies, however it dies.
+    lock = FileLock(file.with_suffix(".lock"), timeout=LOCK_PATIENCE)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire()
+    except Timeout as error:
+        raise SparsekError(
+            f"another process has been tokenising the same text for {LOCK_PATIENCE / 60:.0f} "
+            f"minutes ({lock.lock_file})",
+            hint="wait until it is done, or end it",
+        ) from error
+    except OSError as error:
+        raise SparsekError(
+            f"tokenised text cannot be kept in {file.parent}: {error.strerror or error}",
+            hint="set SPARSEK_CACHE_DIR to a folder that can be written and has room",
+        ) from error
+    with held:
+        yield
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -228,8 +254,14 @@ def _key(spec: str | list[str], tokenizer: Any, settings: dict) -> str:
 
 
 def _store(file: Path, tokens: np.ndarray, ends: np.ndarray) -> None:
+    for left in file.parent.glob(f"{file.name}.*.part"):
+        shutil.rmtree(left)  # of a killed run: this one holds the lock
     part = file.with_suffix(f".{os.getpid()}.part")
-    part.mkdir(parents=True, exist_ok=True)
-    np.save(part / "tokens.npy", tokens)
-    np.save(part / "ends.npy", ends)
-    part.replace(file)
+    try:
+        part.mkdir()
+        np.save(part / "tokens.npy", tokens)
+        np.save(part / "ends.npy", ends)
+        part.replace(file)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.disk import write_atomically as write
 from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens, ways_beyond
 from sparsek_cli.evaluation.measure import run_unit
 from sparsek_cli.evaluation.plan import Plan
@@ -21,7 +22,6 @@ from sparsek_cli.evaluation.report.store import (
     load_unit,
     to_json,
 )
-from sparsek_cli.evaluation.report.store import write_atomically as write
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.reporter import Reporter, Silent

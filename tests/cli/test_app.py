@@ -64,6 +64,11 @@ def test_usage_errors(sparsek, words, error, hint):
         (OSError(errno.EFBIG, "File too large"), 1, "hint: raise the limit on a file's size"),
         (OSError(errno.EMFILE, "Too many open files"), 1, "error: Too many open files"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 1, "the disk is full"),
+        (
+            FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"),
+            1,
+            "hint: set TMPDIR",
+        ),
         (MemoryError(), 1, "out of memory"),
         (RuntimeError("first\nsecond"), 1, "error: RuntimeError: first"),
         (ValueError(), 1, "error: ValueError"),

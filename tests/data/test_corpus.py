@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock, Timeout
 
 from sparsek_cli.data import corpus
+from sparsek_cli.errors import SparsekError
 
 # Holds the lock until it is killed.
 HOLDER = """
@@ -58,7 +59,7 @@ def test_an_empty_lock_that_a_full_disk_left_blocks_nobody(place, tokenizer):
 
 def test_half_an_entry_is_made_again(place, tokenizer, monkeypatch):
     """As after a disk that became full while it was written, or a kill."""
-    file, _ = place
+    file, entry = place
     save = np.save
 
     def full(path, array):
@@ -69,9 +70,29 @@ def test_half_an_entry_is_made_again(place, tokenizer, monkeypatch):
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(OSError, match="No space"):
         corpus.load_corpus(str(file), tokenizer)
+    assert not list(corpus.cache_folder().glob("*.part"))
     monkeypatch.setattr(np, "save", save)
+    (entry.parent / f"{entry.name}.7.part").mkdir()  # of a run that was killed
     made = corpus.load_corpus(str(file), tokenizer)
     assert made.total == len(tokenizer("a few words").input_ids) + 1
     monkeypatch.setattr(corpus, "build_corpus", None)  # read from the cache from now on
     assert corpus.load_corpus(str(file), tokenizer).total == made.total
     assert not list(corpus.cache_folder().glob("*.part"))
+
+
+def test_a_cache_that_cannot_be_written_names_the_setting(place, tokenizer, monkeypatch):
+    file, entry = place
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(file))  # as a home that is read-only
+    with pytest.raises(SparsekError, match="cannot be kept") as caught:
+        corpus.load_corpus(str(file), tokenizer)
+    assert "SPARSEK_CACHE_DIR" in caught.value.hint
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(file.parent / "another"))  # as hinted
+    assert len(corpus.load_corpus(str(file), tokenizer)) == 1
+
+
+def test_another_process_that_takes_too_long_is_named(place, tokenizer, monkeypatch):
+    file, entry = place
+    monkeypatch.setattr(corpus, "LOCK_PATIENCE", 0.1)
+    with FileLock(f"{entry}.lock"), pytest.raises(SparsekError, match="another process") as caught:
+        corpus.load_corpus(str(file), tokenizer)
+    assert "wait" in caught.value.hint

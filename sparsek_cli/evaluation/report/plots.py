@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.disk import write_atomically
 from sparsek_cli.evaluation.policies.registry import DENSE
-from sparsek_cli.evaluation.report.store import write_atomically
 
 COLOURS = {"dense": "#222222", "sparsek": "#d1495b", "window": "#2e86ab", "random": "#8d99ae"}
 OTHERS = ("#edae49", "#66a182", "#6a4c93", "#00798c", "#b56576")

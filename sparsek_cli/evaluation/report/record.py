@@ -9,9 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.disk import write_atomically
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
-from sparsek_cli.evaluation.report.store import digest, folder_name, write_atomically
+from sparsek_cli.evaluation.report.store import digest, folder_name
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint

@@ -8,13 +8,13 @@ loss_by_position.png .svg, report.md, report.html
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.place import check_folder
@@ -26,20 +26,6 @@ def digest(value: Any) -> str:
     """Twelve hex digits that change with any part of a JSON-like value."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def write_atomically(file: Path, content: str | bytes) -> None:
-    """Puts `content` at `file` by one rename; a crash leaves the old file or none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        if isinstance(content, bytes):
-            part.write_bytes(content)
-        else:
-            part.write_text(content, encoding="utf-8")
-        part.replace(file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def to_json(value: Any) -> str:
