@@ -1,4 +1,4 @@
-"""Room on disks, and what a full one looks like in whichever library was writing."""
+"""Disks: names, whole files, room, and what a full one looks like in whichever library wrote."""
 
 import errno
 import os
@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from sparsek_cli.errors import UsageError
 
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -42,6 +44,17 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_name(path: str) -> None:
+    """Raises UsageError where a path holds bytes that are no UTF-8."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"the name '{path}' is not valid UTF-8",
+            hint="rename it; in a shell whose locale is C, set LANG=C.UTF-8 first",
+        ) from error
 
 
 def is_full(error: OSError) -> bool:

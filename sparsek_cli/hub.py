@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from sparsek_cli import model_folder
+from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 
@@ -73,6 +74,7 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
         raise UsageError("the model's name is empty", hint="name a folder, a hub id or a name")
     if "\0" in name:
         raise UsageError("the model's name holds a null byte", hint="name a folder or a hub id")
+    check_name(name)
     folder = Path(os.path.expanduser(name))
     short = SHORT_NAMES.get(name.lower())
     known = short is not None or name.lower() in BUNDLED
@@ -192,7 +194,11 @@ def _download(hub_id: str, revision: str | None) -> Path:
         if isinstance(error, OSError) and not isinstance(
             error, errors.LocalEntryNotFoundError | ConnectionError | TimeoutError
         ):
-            raise
+            raise SparsekError(
+                f"the hub's cache cannot be used: {error.strerror or error}"
+                + (f" ({error.filename})" if error.filename else ""),
+                hint="set HF_HOME to a folder that can be written and has room",
+            ) from error
         raise _unreachable(hub_id) from error
 
 

@@ -232,6 +232,14 @@ def readable_errors(name: str) -> Iterator[None]:
         if type(error).__name__ == "OutOfMemoryError":
             raise
         text = str(error)
+        if "can't allocate memory" in text:
+            raise SparsekError(
+                f"'{name}' needs more memory than there is: {text[text.index('you tried') :]}"
+                if "you tried" in text
+                else f"'{name}' needs more memory than there is",
+                hint="check the sizes in its config.json; else take --dtype bfloat16, or a machine "
+                "with more memory",
+            ) from error
         if "trust_remote_code" in text or "custom code" in text:
             raise SparsekError(
                 f"'{name}' needs code of its own (auto_map in config.json), which is not run",

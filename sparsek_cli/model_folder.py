@@ -5,11 +5,13 @@ one line that says what it is and what to do. Tensors are not loaded.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli import json_text
+from sparsek_cli.conversion import json_text
+from sparsek_cli.conversion.checks import check_rows
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import SCORERS
@@ -39,6 +41,9 @@ _DEQUANTISED = (
 _PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB",
            "._weight_qdata", "._weight_scale", "._data",
            ".absmax", ".quant_map")  # fmt: skip
+_LONGEST_CONFIG = 4 << 20  # bytes
+_FEW_LAYERS = 1000
+_LAYER = re.compile(r"(?<![^.])(\d{1,9})(?![^.])")  # the first number in a tensor's name
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double", "auto")
 _PLAIN = ("F64", "F32", "F16", "BF16")
 
@@ -89,7 +94,10 @@ def check(path: Path, name: str) -> dict[str, Any]:
         )
     _check_not_quantised(path, config, name)
     _check_weights(path, name)
-    _check_shards(read_shards(path), name)
+    shards = read_shards(path)
+    _check_shards(shards, name)
+    _check_layers(config, shards, name)
+    check_rows(shards, config)
     _check_sizes(config, name)
     _check_dtype(config, name)
     return config
@@ -103,6 +111,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json"
     again = "fetch or save the model again"
+    _check_length(file)
     try:
         config = json_text.parse(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
@@ -121,6 +130,15 @@ def read_config(path: Path) -> dict[str, Any]:
                 hint=again,
             )
     return config
+
+
+def _check_length(file: Path) -> None:
+    """Libraries copy configs again and again: a million keys are minutes."""
+    if file.is_file() and file.stat().st_size > _LONGEST_CONFIG:
+        raise UsageError(
+            f"{file} is larger than any model's ({_LONGEST_CONFIG >> 20} MiB)",
+            hint="fetch or save the model again",
+        )
 
 
 def _no_config(path: Path) -> UsageError:
@@ -236,6 +254,8 @@ def _check_side_files(path: Path) -> None:
         file = path / name
         if not file.is_file():
             continue
+        if name == "generation_config.json":
+            _check_length(file)
         try:
             found = json_text.parse(file.read_text(encoding="utf-8"))
         except json_text.GivenTwice as error:
@@ -330,6 +350,21 @@ def _check_dtype(config: dict[str, Any], name: str) -> None:
                 f"'{name}': {key} in config.json is {json.dumps(found)[:40]}, no number format of "
                 "weights",
                 hint=f"set it to that of the weights: {', '.join(_DTYPES[:3])}",
+            )
+
+
+def _check_layers(config: dict[str, Any], shards: Iterable[Shard], name: str) -> None:
+    """Thousands of layers are there: building them to find out takes minutes, or all memory."""
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        promised = config.get(key)
+        if not isinstance(promised, int) or promised <= _FEW_LAYERS:
+            continue
+        numbers = (_LAYER.search(tensor) for shard in shards for tensor in shard.tensors)
+        held = 1 + max((int(found[1]) for found in numbers if found), default=-1)
+        if promised > held:
+            raise SparsekError(
+                f"'{name}': config.json has {key} {promised}, the weights are of {held} layers",
+                hint="correct config.json, or fetch the model again",
             )
 
 

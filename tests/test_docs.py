@@ -30,6 +30,40 @@ def test_the_cli_reference_is_current():
     assert cli_reference.PAGE.read_text(encoding="utf-8") == cli_reference.reference(), wanted
 
 
+def command_lines(page: Path) -> list[str]:
+    """What stands on a page as a command of ours, in blocks and in lines."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    inline = re.findall(r"(?<!`)`(sparsek [a-z][^`]*)`(?!`)", text)
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    starts = r"(?:\S+=\S+ )*(?:sparsek|(?:python|torchrun|accelerate launch)\b.* -m sparsek_cli)"
+    lines = [line for block in blocks for line in block.splitlines()]
+    lines += [" ".join(line.split()) for line in inline]
+    return [line for line in lines if re.match(rf"{starts} [a-z]", line)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_have_the_verbs_and_options_that_pages_say(page):
+    import click
+    import typer
+
+    from sparsek_cli.app import app
+    from sparsek_cli.recipes.load import find_recipe
+
+    verbs = typer.main.get_command(app)
+    for line in command_lines(page):
+        words = shlex.split(re.split(r"[|;>]|&&", line)[0], comments=True)
+        words = words[words.index("sparsek" if "sparsek" in words else "sparsek_cli") + 1 :]
+        verb, context = verbs.commands.get(words[0]), click.Context(verbs)
+        assert verb is not None, line
+        parser = verb.make_parser(click.Context(verb, parent=context))
+        try:
+            given, _, _ = parser.parse_args(words[1:])
+        except click.UsageError as error:
+            pytest.fail(f"{line}: {error.format_message()}")
+        if given.get("recipe") and not given["recipe"].endswith(".yaml"):
+            find_recipe(given["recipe"], verb={"eval": "evaluate"}.get(words[0], words[0]))
+
+
 @pytest.mark.slow
 def test_commands_of_the_guides_run(tmp_path, monkeypatch, capsys):
     from sparsek_cli.app import run

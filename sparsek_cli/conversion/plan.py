@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible, dense_config
-from sparsek_cli.conversion.checks import check_room, check_rows, check_tensors
+from sparsek_cli.conversion.checks import check_room, check_tensors
 from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
 from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots, with_settings_of
@@ -135,9 +135,6 @@ class Plan:
         """Whether a text of the model's own context loses anything."""
         return self.budget < self.geometry.context
 
-    def _never(self) -> str:
-        return f"nothing is evicted within the model's context of {self.geometry.context:,} tokens"
-
     @property
     def fit_length(self) -> int:
         """Tokens of a sequence that maps are fitted on."""
@@ -239,6 +236,7 @@ class Plan:
             how = self.base.header.text()
         if self.scorers_only:
             how = "read and hashed; OUT holds the scorers alone"
+        never = "" if self.evicts else f"; nothing is evicted within {size.context:,} tokens"
         kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
         if self.calibrate_tokens:
             count = self.calibrate_tokens // self.fit_length
@@ -255,8 +253,7 @@ class Plan:
                 f"{size.kv_heads} KV heads, context {size.context:,})",
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
-                f"{self.budget} slots per KV head, gate {self.gate}",
-                *([] if self.evicts else [f"            {self._never()}"]),
+                f"{self.budget} slots per KV head, gate {self.gate}{never}",
                 f"cache       {kept:.1f} MiB always; dense at {size.context:,}: {dense:.1f} MiB",
                 f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
                 f"calibration {calibration}",
@@ -308,7 +305,6 @@ def plan(recipe: ConvertRecipe) -> Plan:
     if not (config.get("dtype") or config.get("torch_dtype")):
         sizes = replace(sizes, dtype=stored_dtype(shards))
     prefixed = check_tensors(shards, row, full_layers(types))
-    check_rows(shards, config)
     parent = existing_parent(out)
     # Scorers alone need the base's files for as long as they are checked: any kind of link will do.
     linkable = (

@@ -240,17 +240,21 @@ def _jsonl(stream: BinaryIO, path: Path, column: str | None) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            why = getattr(error, "msg", "nested too deeply")
-            raise UsageError(
-                f"{path}:{number}: not valid JSON: {why}",
-                hint="a .jsonl file has one JSON object per line",
-            ) from error
+        except RecursionError as error:
+            raise _bad_row(path, number, "nested too deeply") from error
+        except ValueError as error:  # of JSON, or of a number too long
+            raise _bad_row(path, number, getattr(error, "msg", str(error))) from error
         if not isinstance(row, dict):
             raise UsageError(
                 f"{path}:{number}: not a JSON object", hint='write {"text": ...} on each line'
             )
         yield _pick(row, column, f"{path}:{number}")
+
+
+def _bad_row(path: Path, number: int, why: str) -> UsageError:
+    return UsageError(
+        f"{path}:{number}: not valid JSON: {why}", hint="a .jsonl file has one JSON object per line"
+    )
 
 
 def _parquet(path: Path, column: str | None) -> Iterator[str]:

@@ -4,6 +4,7 @@ import os
 import stat
 from pathlib import Path
 
+from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 from sparsek_cli.output.contents import RESULTS, Contents
 
@@ -100,8 +101,14 @@ def check_not_inside(out: Path, model: Path) -> None:
 
 
 def absolute(path: str | os.PathLike) -> Path:
-    """From the root on, `~` followed, links not."""
-    return Path(os.path.abspath(os.path.expanduser(path)))
+    """From the root on, `~` followed, links not.
+
+    Raises:
+        UsageError: the name is no text, so that no recipe or card could record it.
+    """
+    found = os.path.abspath(os.path.expanduser(path))
+    check_name(found)
+    return Path(found)
 
 
 def _kind_of(path: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Names become checkpoints, or an error that says which name would have worked."""
 
+import errno
 import json
 import re
 
@@ -158,14 +159,19 @@ def test_what_the_hub_may_answer(monkeypatch, case):
     assert hint in caught.value.hint
 
 
-def test_full_disk_while_fetching_is_not_called_a_network_error(monkeypatch):
-    import errno
-
+@pytest.mark.parametrize(
+    "raised",
+    [OSError(errno.ENOSPC, "No space left on device"),
+     NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/file/token"),
+     PermissionError(errno.EACCES, "Permission denied", "/locked/hub")],
+)  # fmt: skip
+def test_a_cache_that_cannot_be_written_is_not_called_a_network_error(monkeypatch, raised):
     import huggingface_hub
 
     def fetch(*args, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise raised
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SparsekError, match=raised.strerror) as caught:
         hub.resolve("owner/model")
+    assert "cache" in caught.value.message and "HF_HOME" in caught.value.hint

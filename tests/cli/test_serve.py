@@ -1,10 +1,12 @@
 """`sparsek serve` chooses a server, says what a request costs, and becomes that server."""
 
 import json
+import re
 import shlex
 import socket
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -138,3 +140,26 @@ def test_doctor_says_which_server_would_run(installed):
     installed()
     [row] = diagnosis.server(None)
     assert row.ok is None and row.detail.startswith("none: no server can run")
+
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_the_readme_s_block_serves(sparsek, converted, installed, monkeypatch):
+    """The version that it installs, the command, and the request that it sends."""
+    (block,) = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    install, serve, request = block.replace("\\\n", " ").strip().splitlines()
+    (version,) = re.findall(r"vllm==(\S+)", install)
+    plugin = (README.parent / "plugins/vllm/README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"vllm(?:-cpu)?==(\S+?)[`\s]", plugin)) == {version}
+    for place in re.findall(r"-e (\S+)", install):
+        assert (README.parent / place / "pyproject.toml").is_file()
+    installed(*ALL)
+    words = shlex.split(serve)
+    converted = converted.rename(converted.with_name(words[2]))
+    monkeypatch.chdir(converted.parent)
+    plan = json.loads(sparsek(*words[1:], "--dry-run", "--json").out)
+    words = shlex.split(request)
+    assert words[:2] == ["curl", f"{plan['url']}/completions"]
+    sent = json.loads(words[words.index("-d") + 1])
+    assert sent["model"] == plan["model"] and {"prompt", "max_tokens"} < set(sent)

@@ -19,6 +19,7 @@ DATA: dict[str, bytes] = {
     "empty.jsonl": b"",
     "numbers.jsonl": b'{"text": 3}\n',
     "lists.jsonl": b"[1, 2]\n",
+    "digits.jsonl": b'{"text": ' + b"9" * 5000 + b"}\n",
     "cut.jsonl": TEXT + b'{"text": "a\n',
     "deep.jsonl": b'{"text": ' + b"[" * 100_000,
     "columns.jsonl": b'{"prompt": "a", "\\u001b]0;title\\u0007": "b"}\n',
@@ -160,4 +161,4 @@ LINES: dict[str, list[list[str]]] = {
 # Places that nothing may be written on: what --overwrite changes for none of them.
 OUTS = ("{foreign}", "{text}", "{fifo}", "{socket}", "{link}", "{dangling}", "{good}", "{world}",
         "~", "/", ".", "{text}/below", "{long}", "a\0b", "{fifo}/below",
-        "/proc/nothing")  # fmt: skip
+        "/proc/nothing", "caf\udce9", "caf\udce9/out")  # fmt: skip

@@ -248,6 +248,7 @@ MODELS: dict[str, Maker] = {
     )(good, path),
     "generation-twice": file("generation_config.json", '{"top_k": 1, "top_k": 2}'),
     "index-twice": _index('{"weight_map": {"a": "b", "a": "c"}}'),
+    "config-long": lambda good, path: config(**{f"k{i}": i for i in range(400_000)})(good, path),
     "config-deep": file("config.json", '{"a":' * 100_000),
     "type-number": config(model_type=3),
     "type-unknown": config(model_type=f"nobody{ESCAPE}"),
@@ -259,10 +260,13 @@ MODELS: dict[str, Maker] = {
     "remote-code": config(model_type="evil", auto_map=AUTO_MAP),
     "layers-negative": config(num_hidden_layers=-2),
     "layers-many": config(num_hidden_layers=3),
+    "layers-thousands": config(num_hidden_layers=200_000),  # minutes, if they were built
     "heads-odd": config(num_attention_heads=5),
     "hidden-a-word": config(hidden_size="wide"),
     "vocabulary-smaller": config(vocab_size=100),
     "pad-beyond": config(pad_token_id=10**6),
+    "vocabulary-absurd": config(vocab_size=10**9),
+    "sizes-absurd": config(intermediate_size=10**13),
     "sizes-other": config(intermediate_size=49),
     "dtype-of-integers": config(dtype="int8"),
     "dtype-unknown": config(dtype=None, torch_dtype="float7"),
@@ -315,4 +319,5 @@ TOKENIZERS: dict[str, Maker] = {
 NAMES = (
     "", " ", "no/such/folder", "./nowhere", "tinny", "nobody/nothing", "a\0b", "x" * 5000,
     "https://huggingface.co/a/b", "a\\b", "../..", f"named{ESCAPE}", "/dev/null", "~nobody/model",
+    "caf\udce9", "./caf\udce9/model",
 )  # fmt: skip
