@@ -35,6 +35,8 @@ class Row:
         plain_sizes: sizes that a config.json leaves out follow from those it has: a KV head for
             each head, hidden_size / heads features in each.
         reads_once: its state-space layers continue a state by one token at a time only.
+        joint_norm: norms of queries and keys have weights of several heads, each head its own or
+            all of them one norm, so that heads cannot be put in another order.
         window: the sliding window that the config class assumes if config.json names none.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
@@ -57,6 +59,7 @@ class Row:
     keys: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
     plain_sizes: bool = False
     reads_once: bool = False
+    joint_norm: bool = False
     window: int | None = None
     mixed: bool = False
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
+import torch
 from tiny_families import TINY, tiny_config
 
 import sparsek_cli.models as models
@@ -45,3 +48,19 @@ def test_names_are_those_of_the_classes(family, make_dense):
     assert row.dropout is None or hasattr(dense.config, row.dropout)
     assert tuple(cls.__name__ for cls in own.derived) == row.sparsek_names
     assert all(getattr(models, name).__name__ == name for name in row.sparsek_names)
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_norms_that_have_weights_of_several_heads_are_known(family):
+    row, config = TABLE[family], tiny_config(family)
+    asked = [name for name in ("use_qk_norm", "qk_layernorm") if hasattr(config, name)]
+    config = tiny_config(family, **dict.fromkeys(asked, True))
+    with torch.device("meta"):
+        base = models.FAMILIES[family].model(config)
+    layer = base.get_submodule(row.layers)[models.sparse_layers(config)[0]]
+    sizes: Counter[tuple[str, str]] = Counter()
+    for name, parameter in layer.get_submodule(row.attention).named_parameters():
+        parts = name.split(".")
+        if parts[0] not in row.projections:
+            sizes[parts[0], parts[-1]] += parameter.numel()
+    assert row.joint_norm == (max(sizes.values(), default=0) > models.head_dim(config)), sizes

@@ -14,8 +14,6 @@ import torch
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.row import SPLIT, Row
 
-_SPANNING = ("olmo2", "olmoe", "minimax_m2", "cohere", "stablelm")
-
 
 def dealt_heads(sizes: Sequence[int], ranks: int) -> list[list[int]]:
     """Heads of each rank, equally many, so that the ranks' sums of `sizes` are close.
@@ -46,7 +44,7 @@ def can_deal(row: Row) -> bool:
 
     Its projections must be single matrices, and no norm may span the heads.
     """
-    return row.projections == SPLIT and row.model_type not in _SPANNING
+    return row.projections == SPLIT and not row.joint_norm
 
 
 def reordered(
