@@ -6,72 +6,17 @@ import argparse
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 openai = pytest.importorskip("openai")
+from servers import LONGEST, complete, started  # noqa: E402  needs openai
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-LONGEST = 512
 COLOURS = ["red", "green"]
-# A grammar would else allow any number of blanks, of which a random model is fond.
-RULES = {"backend": "xgrammar", "disable_any_whitespace": True}
-
-
-@dataclass(frozen=True)
-class Server:
-    """A server that runs: its process, what clients take as base URL, and the file of its words."""
-
-    process: subprocess.Popen
-    url: str
-    log: Path
-
-    @property
-    def api(self):
-        return openai.OpenAI(base_url=self.url, api_key="none", timeout=120, max_retries=0)
-
-
-@contextmanager
-def started(folder: Path, log: Path) -> Iterator[Server]:
-    """A server that answers; killed afterwards where it still runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    flags = ["--enforce-eager", "--max-num-seqs", "8", "--max-model-len", str(LONGEST)]
-    with log.open("w") as words:
-        process = subprocess.Popen(
-            [
-                sys.executable, "-m", "sparsek_cli", "serve", str(folder),
-                "--engine", "vllm", "--port", str(port), "--dtype", "float32", "--",
-                *flags, "--structured-outputs-config", json.dumps(RULES),
-                "--gpu-memory-utilization", "0.2", "--num-gpu-blocks-override", "64",
-            ],
-            env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-            start_new_session=True, stdout=words, stderr=words,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}/v1"
-    try:
-        while True:
-            assert process.poll() is None, f"it ended before it answered: {log.read_text()[-3000:]}"
-            try:
-                urllib.request.urlopen(f"{url}/models", timeout=5).read()
-                break
-            except OSError:
-                time.sleep(1)
-        yield Server(process, url, log)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +24,6 @@ def server(checkpoint, tmp_path_factory):
     """One for all tests of this module; the last one ends it."""
     with started(checkpoint("qwen3"), tmp_path_factory.mktemp("server") / "log") as made:
         yield made
-
-
-def complete(server, **asked):
-    [model] = server.api.models.list().data
-    told = [{"role": "user", "content": "What colour is the door? " * 3}]
-    return server.api.chat.completions.create(
-        **{"model": model.id, "messages": told, "max_tokens": 16, "temperature": 0, **asked}
-    )
 
 
 def test_what_a_request_may_ask(server):

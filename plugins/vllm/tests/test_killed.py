@@ -1,0 +1,89 @@
+"""A killed client, a killed engine: others get answers, or an error and an end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+openai = pytest.importorskip("openai")
+from servers import complete, members, started  # noqa: E402  needs openai
+
+pytestmark = pytest.mark.slow
+
+LIMIT = 120  # seconds; by hand 15 were enough, on two cores
+LONG = 400  # tokens, which take a while
+STREAM = """
+import sys, openai
+api = openai.OpenAI(base_url=sys.argv[1], api_key="none", timeout=120, max_retries=0)
+ask = {"model": sys.argv[2], "max_tokens": int(sys.argv[3]), "temperature": 0, "stream": True}
+for piece in api.completions.create(prompt=[7] * 20, extra_body={"ignore_eos": True}, **ask):
+    print("piece", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint, tmp_path_factory):
+    """One for both tests; the last one ends it."""
+    with started(checkpoint("qwen3"), tmp_path_factory.mktemp("killed") / "log") as made:
+        yield made
+
+
+def streaming(server) -> subprocess.Popen:
+    """A client of its own process, in the middle of a stream."""
+    [model] = server.api.models.list().data
+    command = [sys.executable, "-c", STREAM, server.url, model.id, str(LONG)]
+    client = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert client.stdout.readline() == "piece\n"
+    return client
+
+
+def soon(holds: Callable[[], bool]) -> bool:
+    end = time.monotonic() + LIMIT
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+def metric(server, name: str) -> float:
+    """The sum of what the server counts under a name, whatever the labels."""
+    page = urllib.request.urlopen(server.url.removesuffix("/v1") + "/metrics", timeout=30)
+    lines = page.read().decode().splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+def test_a_killed_client_s_request_is_given_up(server):
+    alone = complete(server).choices[0].message.content
+    before = metric(server, "vllm:generation_tokens_total")
+    client = streaming(server)
+    client.kill()
+    client.communicate()
+    assert soon(lambda: metric(server, "vllm:num_requests_running") == 0)
+    written = metric(server, "vllm:generation_tokens_total") - before
+    assert 0 < written < LONG, "it was written to its end, for nobody"
+    assert complete(server).choices[0].message.content == alone
+
+
+def test_a_killed_engine_ends_the_server_and_all_clients_hear_of_it(server):
+    [engine] = [pid for pid, name in members(server).items() if "Engine" in name]
+    client = streaming(server)
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(complete, server, max_tokens=LONG)
+        assert soon(lambda: metric(server, "vllm:num_requests_running") == 2)
+        subprocess.run(["kill", "-9", str(engine)], check=True)
+        with pytest.raises(openai.APIError):
+            waiting.result(timeout=LIMIT)
+    _, words = client.communicate(timeout=LIMIT)
+    assert client.returncode == 1 and "openai." in words.splitlines()[-1], words
+    server.process.wait(timeout=LIMIT)
+    assert "engine core exited unexpectedly" in server.log.read_text()
+    assert soon(lambda: not members(server)), f"still there: {members(server)}"
+    with pytest.raises(openai.APIConnectionError):
+        server.api.models.list()
