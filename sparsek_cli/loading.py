@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli import quantised
 from sparsek_cli.converted import is_converted
 from sparsek_cli.dialogue.template_steps import check_template
 from sparsek_cli.errors import SparsekError, UsageError
@@ -42,7 +43,7 @@ def load_model(
         SparsekError: see `load_weights`.
         UsageError: a cache_dtype that does not exist, or for a model that is not converted.
     """
-    model = load_weights(checkpoint.path, checkpoint.name, dtype=dtype, **options)
+    model = load_weights(checkpoint.path, checkpoint.name, dtype=dtype, device=device, **options)
     if cache_dtype is not None:
         if not is_converted(model.config):
             raise UsageError(
@@ -52,7 +53,7 @@ def load_model(
         from sparsek_cli.models import set_budget
 
         set_budget(model, cache_dtype=cache_dtype)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def load_config(path: Path, name: str) -> "PreTrainedConfig":
@@ -74,7 +75,9 @@ def load_weights(
     name: str,
     *,
     dtype: "torch.dtype",
+    device: "torch.device | str" = "cpu",
     kind: Any = None,
+    config: "PreTrainedConfig | None" = None,
     scorers_later: bool = False,
     **options: Any,
 ) -> "PreTrainedModel":
@@ -82,7 +85,10 @@ def load_weights(
 
     Args:
         name: what to call it.
+        dtype: of the weights; packed ones stay as they are, see quantised.py.
+        device: where the model goes; "meta": nowhere, its weights are only looked for.
         kind: class to load with; default AutoModelForCausalLM.
+        config: what to load it with; default: the folder's own.
         scorers_later: a dense checkpoint is loaded with a sparse class, which draws scorers.
         options: passed on to `from_pretrained`, `attn_implementation` for instance.
 
@@ -95,16 +101,14 @@ def load_weights(
 
     if kind is None:
         kind, options["trust_remote_code"] = AutoModelForCausalLM, False
+    config = config or load_config(path, name)
     with quiet_transformers(), readable_errors(name):
-        model, report = kind.from_pretrained(
-            path,
-            dtype=dtype,
-            output_loading_info=True,
-            use_safetensors=True,
+        model, report = quantised.load(
+            kind, path, config, dtype, device,
             # So that mis-shaped ones are named here, not in a report that is not shown.
             ignore_mismatched_sizes=True,
             **options,
-        )
+        )  # fmt: skip
     check_loaded(report, name, scorers_later=scorers_later)
     if not scorers_later:
         _check_scorers(model, name)
@@ -135,7 +139,8 @@ def check_loaded(report: dict[str, Any], name: str, *, scorers_later: bool = Fal
             f"'{name}': {key} has shape {there}, config.json asks for {wanted}",
             hint="correct config.json if the weights are right, else fetch the model again",
         )
-    others = sorted(k for k in report["unexpected_keys"] if not k.endswith(_BUFFERS))
+    idle = (*_BUFFERS, *quantised.ACTIVATION_SCALES)
+    others = sorted(k for k in report["unexpected_keys"] if not k.endswith(idle))
     if others:
         raise SparsekError(
             f"'{name}' holds {_count(others)}, which its config.json has no place for",

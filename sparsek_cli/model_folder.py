@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli import quantised
 from sparsek_cli.conversion import json_text
 from sparsek_cli.conversion.checks import check_rows
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
@@ -22,7 +23,6 @@ _MERGE = (
     "merge it: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT), "
     "the tokenizer too, then name OUT"
 )
-_UNQUANTISED = "name the checkpoint it was made from; quantise the converted model, if you must"
 _ONE_OF_THEM = "keep the one that is meant, or fetch the file again"
 _TOKENIZER_AGAIN = "copy the tokenizer's files of the base model into the folder again"
 # Beside config.json, and what to do about each that is no JSON object.
@@ -32,20 +32,10 @@ _SIDE_FILES = {
     "special_tokens_map.json": _TOKENIZER_AGAIN,
     "added_tokens.json": _TOKENIZER_AGAIN,
 }
-# What has no other original: gpt-oss was published so.
-_DEQUANTISED = (
-    "unpack it first: AutoModelForCausalLM.from_pretrained(FOLDER, quantization_config="
-    "Mxfp4Config(dequantize=True)).save_pretrained(PLAIN), with Mxfp4Config from transformers"
-)
-# Beside tensors of these names lie weights that are packed or scaled.
-_PACKED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB",
-           "._weight_qdata", "._weight_scale", "._data",
-           ".absmax", ".quant_map")  # fmt: skip
 _LONGEST_CONFIG = 4 << 20  # bytes
 _FEW_LAYERS = 1000
 _LAYER = re.compile(r"(?<![^.])(\d{1,9})(?![^.])")  # the first number in a tensor's name
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double", "auto")
-_PLAIN = ("F64", "F32", "F16", "BF16")
 
 
 def file_error(file: Path) -> UsageError:
@@ -92,9 +82,9 @@ def check(path: Path, name: str) -> dict[str, Any]:
             f"'{name}' holds a PEFT adapter beside a base model; only one of them would count",
             hint=f"{_MERGE}; or move adapter_config.json and adapter_model.* away",
         )
-    _check_not_quantised(path, config, name)
     _check_weights(path, name)
     shards = read_shards(path)
+    quantised.check(config, shards, name, _method_apart(path))
     _check_shards(shards, name)
     _check_layers(config, shards, name)
     check_rows(shards, config)
@@ -274,26 +264,12 @@ def _check_side_files(path: Path) -> None:
             )
 
 
-def _check_not_quantised(path: Path, config: dict[str, Any], name: str) -> None:
-    block = config.get("quantization_config") or config.get("compression_config")
-    if not block:
-        for file in ("quantize_config.json", "quant_config.json"):
-            if (path / file).is_file():
-                block = {"quant_method": None, **_json(path / file)}
-                block["quant_method"] = block["quant_method"] or (
-                    "gptq" if file.startswith("quantize") else "awq"
-                )
-    if block:
-        method = block.get("quant_method") if isinstance(block, dict) else None
-        raise _quantised(name, method if isinstance(method, str) else None)
-
-
-def _quantised(name: str, method: str | None) -> UsageError:
-    by = f" ({method.upper()})" if method else ""
-    return UsageError(
-        f"'{name}' is quantised{by}: quantised checkpoints cannot be converted or run here",
-        hint=_DEQUANTISED if method == "mxfp4" else _UNQUANTISED,
-    )
+def _method_apart(path: Path) -> str | None:
+    """The method of quantisation that an older file beside config.json stands for."""
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (path / file).is_file():
+            return method
+    return None
 
 
 def _check_weights(path: Path, name: str) -> None:
@@ -328,13 +304,9 @@ def _check_weights(path: Path, name: str) -> None:
 
 
 def _check_shards(shards: Iterable[Shard], name: str) -> None:
-    """No tensor is packed, scaled or an adapter's."""
+    """No tensor is an adapter's."""
     for shard in shards:
-        for tensor, entry in shard.tensors.items():
-            if tensor.endswith(_PACKED) or "quant_state" in tensor:
-                raise _quantised(name, None)
-            if tensor.endswith(".weight") and entry.dtype not in _PLAIN:
-                raise _quantised(name, entry.dtype)
+        for tensor in shard.tensors:
             if ".lora_A." in tensor or ".lora_B." in tensor:
                 raise UsageError(
                     f"'{name}' holds adapter weights ({tensor}) among its own", hint=_MERGE

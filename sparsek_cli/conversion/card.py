@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sparsek_cli import quantised
 from sparsek_cli.conversion.plan import Plan
 
 
@@ -78,10 +79,12 @@ def _files(plan: Plan) -> str:
             "`base-*.safetensors` are the weights of a GGUF file, unpacked to "
             f"{plan.geometry.dtype}."
         )
+    how = quantised.described(plan.config)
+    how = f", quantised ({how})" if how else ""
     return (
-        "`base-*.safetensors` are the base model's weights, byte for byte; they may share disk "
-        "space with\nthe base (reflink or hard link), so replace them rather than editing them in "
-        "place."
+        f"`base-*.safetensors` are the base model's weights{how}, byte for byte; they may share "
+        "disk space with\nthe base (reflink or hard link), so replace them rather than editing "
+        "them in place."
     )
 
 

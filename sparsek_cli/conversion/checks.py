@@ -28,7 +28,8 @@ def check_rows(shards: list[Shard], config: dict[str, Any]) -> None:
     embeddings = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "lm_head.weight")
     for shard in shards:
         for name, entry in shard.tensors.items():
-            if name.endswith(embeddings) and isinstance(rows, int) and entry.shape[0] != rows:
+            whole = name.endswith(embeddings) and entry.dtype not in ("U8", "I32")
+            if whole and isinstance(rows, int) and entry.shape[0] != rows:
                 raise SparsekError(
                     f"{name} in {shard.path.name} has shape {list(entry.shape)}, config.json says "
                     f"vocab_size {rows}",
@@ -37,18 +38,26 @@ def check_rows(shards: list[Shard], config: dict[str, Any]) -> None:
                 )
 
 
-def check_tensors(shards: list[Shard], row: Row, layers: tuple[int, ...]) -> bool:
-    """Whether names carry the prefix; attention tensors of these layers must be there."""
+def check_tensors(
+    shards: list[Shard], row: Row, layers: tuple[int, ...], *, packed: bool = False
+) -> bool:
+    """Whether names carry the prefix; attention tensors of these layers must be there.
+
+    Args:
+        packed: whether weights are quantised.
+    """
     names = {name for shard in shards for name in shard.tensors}
+    holders = {name.rpartition(".")[0] for name in names} if packed else set()
     prefixed = any(name.startswith(f"{row.stored}.") for name in names)
     for layer in layers:
         for projection in row.projections:
-            name = f"{row.attention_path(layer)}.{projection}.weight"
+            path = f"{row.attention_path(layer)}.{projection}"
             if not prefixed:
-                name = name.removeprefix(f"{row.stored}.")
-            if name not in names:
+                path = path.removeprefix(f"{row.stored}.")
+            # Packed weights are several tensors, of which none need be named weight.
+            if path not in holders and f"{path}.weight" not in names:
                 raise SparsekError(
-                    f"the checkpoint lacks {name}, which its config.json promises",
+                    f"the checkpoint lacks {path}.weight, which its config.json promises",
                     hint="download or save the checkpoint again",
                 )
     return prefixed

@@ -8,12 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli import hub
+from sparsek_cli import hub, quantised
 from sparsek_cli.conversion.base_config import convertible, dense_config
 from sparsek_cli.conversion.checks import check_room, check_tensors
 from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
-from sparsek_cli.conversion.sizes import calibration_size, fit_length, slots, with_settings_of
+from sparsek_cli.conversion.sizes import (
+    calibration_size,
+    fit_length,
+    slots,
+    with_documents,
+    with_settings_of,
+)
 from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.converted import is_converted
 from sparsek_cli.disk import existing_parent
@@ -195,6 +201,7 @@ class Plan:
         return {
             "model": str(self.base.path),
             "family": self.row.model_type,
+            "quantised": quantised.described(self.config) or None,
             "out": str(self.out),
             "layers": size.layers,
             "layer_types": dict(Counter(self.types)),
@@ -227,6 +234,10 @@ class Plan:
         others = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kept.items())
         return f"{len(self.sparse_layers)} of {self.geometry.layers} layers; as they are: {others}"
 
+    def _quantised(self) -> str:
+        how = quantised.described(self.config)
+        return f", quantised: {how}" if how else ""
+
     def text(self) -> str:
         """For a person."""
         size = self.geometry
@@ -250,7 +261,7 @@ class Plan:
         return "\n".join(
             [
                 f"base        {self.base.path} ({self.row.model_type}, {self._layers()}, "
-                f"{size.kv_heads} KV heads, context {size.context:,})",
+                f"{size.kv_heads} KV heads, context {size.context:,}{self._quantised()})",
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
                 f"{self.budget} slots per KV head, gate {self.gate}{never}",
@@ -304,7 +315,8 @@ def plan(recipe: ConvertRecipe) -> Plan:
         shards = without_scorers(shards)
     if not (config.get("dtype") or config.get("torch_dtype")):
         sizes = replace(sizes, dtype=stored_dtype(shards))
-    prefixed = check_tensors(shards, row, full_layers(types))
+    packed_weights = bool(quantised.described(config))
+    prefixed = check_tensors(shards, row, full_layers(types), packed=packed_weights)
     parent = existing_parent(out)
     # Scorers alone need the base's files for as long as they are checked: any kind of link will do.
     linkable = (
@@ -324,6 +336,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
             tokens=recipe.calibrate_tokens,
             length=recipe.calibrate_length,
         )
+    selected = topk * sizes.kv_heads * len(full_layers(types))
     side = {path for pattern in _SIDE_FILES for path in base.path.glob(pattern) if path.is_file()}
     return Plan(
         base=base,
@@ -344,7 +357,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
         calibrate_length=length,
         calibration=Calibration(
             text=recipe.calibrate,
-            method=_method(recipe.method, topk * sizes.kv_heads * len(full_layers(types)), length),
+            method=with_documents(recipe.method, selected, length),
             per_head=recipe.budgets == "per_head",
             device=recipe.device,
             dtype=recipe.dtype,
@@ -385,15 +398,3 @@ def _sliding_window(row: Row, config: dict[str, Any], types: list[str]) -> int:
     if "sliding_attention" not in types:
         return 0
     return config.get("sliding_window") or own_config(row, config).sliding_window
-
-
-def _method(method: CalibrationMethod, slots: int, length: int) -> CalibrationMethod:
-    """`method` with documents that calibration can learn from.
-
-    Whoever is to tell a text again needs heads that hold all of it. Where all `slots` together are
-    fewer than two documents of `length` tokens, heads cannot, and learn what matters from facts.
-    """
-    if method.documents != "auto":
-        return method
-    documents = "retold" if slots >= 2 * length else "told_and_asked"
-    return method.model_copy(update={"documents": documents})

@@ -197,7 +197,11 @@ def without_scorers(shards: list[Shard]) -> list[Shard]:
 
 def write_part(shard: Shard, target: Path) -> None:
     """A safetensors file with the tensors of `shard` alone, their bytes unchanged."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    with shard.path.open("rb") as source:
+        raw = source.read(int.from_bytes(source.read(8), "little"))
+    # torchao's metadata says what its tensors are parts of.
+    metadata = json.loads(raw).get("__metadata__") or {"format": "pt"}
+    header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for name, entry in shard.tensors.items():
         size = entry.end - entry.start

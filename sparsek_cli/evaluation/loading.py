@@ -51,11 +51,11 @@ def load_model(checkpoint: "Checkpoint", how: "Loading", *, sparse: bool) -> tup
             kind = family_of(config).sparsek_causal_lm
             config = sparsek_config_from(config, {})
     model = load_weights(
-        checkpoint.path, checkpoint.name, dtype=dtype, kind=kind, scorers_later=not own,
-        config=config,
+        checkpoint.path, checkpoint.name, dtype=dtype, device=where, kind=kind,
+        scorers_later=not own, config=config,
     )  # fmt: skip
     check_tokenizer(tokenizer, embedding_rows(model), checkpoint.name)
-    return model.to(where).eval(), tokenizer, own
+    return model.eval(), tokenizer, own
 
 
 def stretch(config: Any, factor: float) -> None:

@@ -39,6 +39,8 @@ def vllm_obstacle(config: Mapping[str, Any] | None = None) -> str | None:
         return f"vLLM's blocks have no room for gate {block['gate']}"
     if block.get("scorer", {}).get("type") == "random":
         return "the plugin serves no random scores"
+    if config.get("quantization_config"):
+        return "the plugin serves no quantised weights"
     if not set(config.get("layer_types") or ()) <= {FULL[0]}:
         return "the plugin serves no models that mix layers"
     return None

@@ -257,7 +257,7 @@ def _verify(plan: Plan, folder: Path) -> None:
         # Another name of the same bytes needs no reading.
         if not (file.samefile(shard.path) or same_tensors(shard, file)):
             raise SparsekError(f"verification failed: {file.name} differs", hint=_BUG)
-    load_weights(folder, plan.source.name, dtype=torch.float32, device_map="meta")
+    load_weights(folder, plan.source.name, dtype=torch.float32, device="meta")
 
 
 def _note(plan: Plan) -> dict[str, Any]:

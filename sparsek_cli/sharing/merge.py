@@ -173,8 +173,9 @@ def load_onto(
     config = sparsek_config_from(load_config(base.path, base.name), scorers.block)
     kind = family_of(config).sparsek_causal_lm
     model = load_weights(
-        base.path, base.name, dtype=dtype, kind=kind, scorers_later=True, config=config
-    )
+        base.path, base.name, dtype=dtype, device=device, kind=kind, scorers_later=True,
+        config=config,
+    )  # fmt: skip
     import torch
 
     tensors = scorers.tensors()
@@ -187,7 +188,7 @@ def load_onto(
             raise _damaged(scorers, f"those of layer {attention.layer_idx}") from error
     if cache_dtype is not None:
         set_budget(model, cache_dtype=cache_dtype)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _resolved(base: str, revision: str | None, scorers: Scorers) -> tuple[hub.Checkpoint, Row]:

@@ -15,6 +15,7 @@ from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.errors import UsageError
 from sparsek_cli.loading import check_tokenizer, embedding_rows
+from sparsek_cli.quantised.gradients import check_gradients
 from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
 from sparsek_cli.training.budgets import DrawnBudgets
@@ -42,7 +43,11 @@ if TYPE_CHECKING:
 
 
 def load(
-    start: Start, tokenizer: Any, source: hub.Checkpoint | None, bf16: bool
+    start: Start,
+    tokenizer: Any,
+    source: hub.Checkpoint | None,
+    bf16: bool,
+    device: torch.device,
 ) -> tuple[Any, Any, torch.dtype]:
     """Model with its learning parameters chosen, LoRA's tuner if any, and the dtype to save in."""
     shape = start.architecture
@@ -54,7 +59,8 @@ def load(
         stored = getattr(torch, stored_dtype(read_shards(source.path)))
         # What is frozen stays as it is stored; what learns all over needs float32 masters.
         loaded = torch.float32 if start.train == "all" or not bf16 else torch.bfloat16
-        model = load_pretrained(source, start.attention or {}, loaded)
+        model = load_pretrained(source, start.attention or {}, loaded, device)
+        check_gradients(model)
         check_tokenizer(tokenizer, embedding_rows(model), source.name)
     if start.save_dtype != "auto":
         stored = getattr(torch, start.save_dtype)

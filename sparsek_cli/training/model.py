@@ -4,9 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparsek_cli import quantised
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
-from sparsek_cli.loading import load_weights
+from sparsek_cli.loading import load_config, load_weights
 from sparsek_cli.training.parameters import is_scorer
 
 if TYPE_CHECKING:
@@ -81,18 +82,23 @@ def build_random(config: Any, *, seed: int) -> Any:
     return model
 
 
-def load_pretrained(source: "Checkpoint", sparsek: dict[str, Any], dtype: torch.dtype) -> Any:
+def load_pretrained(
+    source: "Checkpoint", sparsek: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> Any:
     """The checkpoint's model.
 
     Args:
         sparsek: attention settings that replace its own.
         dtype: of the weights in memory; what learns becomes float32 later.
+        device: where packed weights go, see quantised.py; others wait for the trainer.
 
     Raises:
         UsageError: attention settings are given for a dense model, or do not fit.
         SparsekError: see loading.load_weights.
     """
-    model = load_weights(source.path, source.name, dtype=dtype)
+    config = load_config(source.path, source.name)
+    where = device if quantised.stays_packed(config) else "cpu"
+    model = load_weights(source.path, source.name, dtype=dtype, device=where, config=config)
     if sparsek and not is_converted(model.config):
         raise UsageError(
             "the recipe sets 'sparsek', but the model is dense",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparsek_cli import hub
+from sparsek_cli import hub, quantised
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.mixture import load_texts
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
@@ -17,6 +17,7 @@ from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.loading import load_config, load_tokenizer, readable_errors
+from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training.model import random_config
@@ -104,6 +105,9 @@ def plan(
             "which would carry one document of a sequence into the next",
             hint="set documents=joined: a document then sees those before it in its sequence",
         )
+    quantised.check_training(model.config, start.train, merges=start.lora.merge)
+    if start.train == "scorers" and quantised.stays_packed(model.config):
+        _check_apart(source)
     choose_parameters(
         model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
     )
@@ -121,6 +125,20 @@ def plan(
         bf16=bf16,
         checkpoint=checkpoint_to_resume(request, part_folder(out)) if resume else None,
     )
+
+
+def _check_apart(source: hub.Checkpoint) -> None:
+    """Quantised weights are linked into OUT, never written again: scorers need a file of their own.
+
+    Raises:
+        UsageError: they have none.
+    """
+    if not (source.path / SCORERS).is_file():
+        raise UsageError(
+            f"'{source.name}' is quantised, and its scorers are not in a file of their own",
+            hint="convert its base again, or take them out and merge them: `sparsek export "
+            f"{source.path} SCORERS --scorers`, `sparsek merge BASE SCORERS OUT`",
+        )
 
 
 def _looks_inside(recipe: "FinetuneRecipe") -> dict[str, str]:

@@ -97,7 +97,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     check_output(  # it may be back
         out, resume=resumed, overwrite=settings.overwrite, model=where, contents=contents
     )
-    model, tuner, dtype = load(start, plan.tokenizer, plan.source, plan.bf16)
+    model, tuner, dtype = load(start, plan.tokenizer, plan.source, plan.bf16, plan.device)
     _check_dense(model, settings)
     length, seed = start.length, start.seed
     questions = held_out_questions(

@@ -2,8 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,22 @@ from sparsek_cli.training.measure import recalled
 from sparsek_cli.training.parameters import optimizer_groups
 from sparsek_cli.training.sharding import reshard
 from sparsek_cli.training.storage import checkpoints, state
+
+
+@contextmanager
+def _accepted(model: torch.nn.Module) -> Iterator[None]:
+    """Within the block Trainer takes a quantised model whose packed weights do not learn.
+
+    It asks for adapters that transformers loaded; scorers, and adapters put in by PEFT, do as well.
+    """
+    if not getattr(model, "is_quantized", False):
+        yield
+        return
+    model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
 
 
 class SparsekTrainer(Trainer):
@@ -48,7 +64,8 @@ class SparsekTrainer(Trainer):
         questions: Sequence[Question] = (),
         **kwargs: Any,
     ):
-        super().__init__(data_collator=collate, **kwargs)
+        with _accepted(kwargs["model"]):
+            super().__init__(data_collator=collate, **kwargs)
         # The loss is divided by the counts of the whole global batch, in `compute_loss`.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True

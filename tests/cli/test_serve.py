@@ -95,6 +95,7 @@ def test_what_stands_after_the_dashes_goes_to_the_server(sparsek, converted, ins
         ({"model_type": "sparsek_gpt2"}, "not gpt2"),
         ({"sparsek": {"gate": "log"}}, "gate log"),
         ({"sparsek": {"scorer": {"type": "random"}}}, "random scores"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised weights"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "mix layers"),
     ],
 )

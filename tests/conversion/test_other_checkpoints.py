@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -12,11 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsek_cli as sparsek
 from sparsek_cli.errors import UsageError
-
-METHODS = (
-    "bitsandbytes", "torchao", "quanto", "gptq", "awq", "fp8", "fbgemm_fp8", "mxfp4",
-    "compressed-tensors", "hqq", "eetq", "aqlm",
-)  # fmt: skip
 
 
 def refusal(base: Path, out: Path) -> UsageError:
@@ -29,48 +23,6 @@ def refusal(base: Path, out: Path) -> UsageError:
 
 def converts(base: Path, out: Path) -> None:
     sparsek.convert(base, out, topk=8, window=8, calibrate="none")
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_quantised_bases_are_refused_by_name(method, llama, tmp_path):
-    base = shutil.copytree(llama, tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": method}
-    (base / "config.json").write_text(json.dumps(config))
-    error = refusal(base, tmp_path / "out")
-    assert f"quantised ({method.upper()})" in error.message
-    wanted = (
-        "Mxfp4Config(dequantize=True)" if method == "mxfp4" else "the checkpoint it was made from"
-    )
-    assert wanted in error.hint
-
-
-@pytest.mark.parametrize("library", ["bitsandbytes", "torchao", "optimum.quanto"])
-def test_what_libraries_save_is_known_again(library, llama, tmp_path):
-    pytest.importorskip(library)
-    from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
-
-    def torchao():
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig())
-
-    how = {
-        "bitsandbytes": lambda: BitsAndBytesConfig(load_in_4bit=True),
-        "torchao": torchao,
-        "optimum.quanto": lambda: QuantoConfig(weights="int8"),
-    }[library]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=how())
-        model.save_pretrained(tmp_path / "base")
-    except Exception as error:  # not every one of them can be saved by this transformers
-        pytest.skip(f"{library} cannot save: {error}")
-    assert "quantised" in refusal(tmp_path / "base", tmp_path / "out").message
-    # Nor with the block that says so taken out.
-    config = json.loads((tmp_path / "base/config.json").read_text())
-    del config["quantization_config"]
-    (tmp_path / "base/config.json").write_text(json.dumps(config))
-    refusal(tmp_path / "base", tmp_path / "out")
 
 
 def test_pickled_weights(llama, tmp_path):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from sparsek_cli import quantised
 from sparsek_cli.conversion.plan import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention import check_arguments
@@ -154,12 +155,14 @@ class LayerwiseBase:
         self._to_the_end = True
         self._attention_name = plan.row.attention
         self._output_name = plan.row.projections[-1]
+        self._packed = quantised.stays_packed(plan.config)
+        self._output_width = plan.geometry.heads * plan.geometry.head_dim
         model = load_weights(
-            plan.base.path, plan.base.name, dtype=dtype, attn_implementation=_RECORDING
-        )
-        model = model.eval().to(device)
+            plan.base.path, plan.base.name,
+            dtype=dtype, device=device, attn_implementation=_RECORDING,
+        ).eval()  # fmt: skip
         self._base, self._head = model.base_model, output_layer(model)
-        self._vocabulary = model.get_output_embeddings().weight.shape[0]
+        self._vocabulary = model.config.vocab_size
         self._norm = self._base.get_submodule(plan.row.norm)
         self._layers = self._base.get_submodule(plan.row.layers)
         self._sparse = plan.sparse_layers
@@ -255,9 +258,14 @@ class LayerwiseBase:
         """W_o of a layer as [H * D, hidden], float32."""
         attention = self._layers[layer].get_submodule(self._attention_name)
         projection = getattr(attention, self._output_name)
-        weight = projection.weight.detach().float()
-        # GPT-2's Conv1D keeps its weight transposed.
-        return weight.T if isinstance(projection, torch.nn.Linear) else weight
+        if not self._packed:
+            weight = projection.weight.detach().float()
+            # GPT-2's Conv1D keeps its weight transposed.
+            return weight.T if isinstance(projection, torch.nn.Linear) else weight
+        # What it makes of each unit vector.
+        like = self.hidden[0]
+        unit = torch.eye(self._output_width, dtype=like.dtype, device=like.device)
+        return (projection(unit) - projection(torch.zeros_like(unit[:1]))).float()
 
     def run_layer(
         self, layer: int, numbers: range, use: Callable[[int, Recorded], None], *, advance: bool

@@ -165,4 +165,4 @@ class PromptReader(HFLM):
         self.proof.saw_cache(cache, tokens, self.model.config, row, padding)
 
     def vocab_width(self) -> int:
-        return self.model.get_output_embeddings().weight.shape[0]
+        return self.model.config.vocab_size

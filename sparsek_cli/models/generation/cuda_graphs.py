@@ -19,6 +19,7 @@ from sparsek_kernels import dispatch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from sparsek_cli import quantised
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
 
@@ -225,6 +226,8 @@ def _obstacle(model: nn.Module, cache: SparseKCache) -> str | None:
     backend, why = dispatch.explain(model.device, model.dtype)
     if backend != "triton":
         return f"attention runs on the {backend} backend: {why}"
+    if quantised.stays_packed(model.config):
+        return "packed weights are computed with by another library"
     if model.training:
         return "the model is in training mode"
     if torch.is_autocast_enabled("cuda"):

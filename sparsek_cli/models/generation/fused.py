@@ -107,7 +107,9 @@ def _plain(module: Any, *, below: bool = False) -> bool:
 
 
 def _is_map(module: Any) -> bool:
-    return type(module) is nn.Linear and _plain(module) and module.weight.is_contiguous()
+    # torchao's layers are plain, and their weights are not.
+    plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
+    return plain and _plain(module) and module.weight.is_contiguous()
 
 
 def _rows_of(x: torch.Tensor, weight: torch.Tensor, rows: int) -> torch.Tensor | None:

@@ -1,0 +1,119 @@
+"""Quantised checkpoints that are not read: refused by name before anything is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import sparsek_cli as sparsek
+from sparsek_cli import quantised
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.quantised import checks
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, make_checkpoint) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("plain") / "base", "llama")
+
+
+def changed(plain: Path, folder: Path, block: object, **tensors: object) -> Path:
+    """A copy whose config.json has this block, and whose weights include these."""
+    shutil.copytree(plain, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": block}
+    (folder / "config.json").write_text(json.dumps(config))
+    if tensors:
+        file = folder / "model.safetensors"
+        save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+def refusal(base: Path, out: Path) -> SparsekError:
+    with pytest.raises(SparsekError) as refused:
+        sparsek.convert(base, out, topk=8, window=8, calibrate="none")
+    assert not out.exists()
+    return refused.value
+
+
+@pytest.mark.parametrize("method", [*quantised.REFUSED, "of_tomorrow"])
+def test_methods_that_are_not_read_say_why(method, plain, tmp_path):
+    base = changed(plain, tmp_path / "base", {"quant_method": method})
+    error = refusal(base, tmp_path / "out")
+    why = quantised.REFUSED.get(method, "transformers knows no such method")
+    assert error.message == f"'base' is quantised ({method}), and is not read: {why}"
+    assert "the checkpoint it was made from" in error.hint
+
+
+@pytest.mark.parametrize("method", quantised.METHODS)
+def test_plain_weights_that_claim_to_be_quantised(method, plain, tmp_path):
+    base = changed(plain, tmp_path / "base", {"quant_method": method})
+    error = refusal(base, tmp_path / "out")
+    assert "config.json says that weights are quantised" in error.message
+    # The hint, followed.
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]
+    (base / "config.json").write_text(json.dumps(config))
+    sparsek.convert(base, tmp_path / "out", topk=8, window=8, calibrate="none")
+
+
+@pytest.mark.parametrize("method", [m for m, found in quantised.METHODS.items() if found.needs])
+def test_a_missing_or_old_package_is_named(method, plain, tmp_path, monkeypatch):
+    import torch
+
+    mark = f"model.layers.0.mlp.up_proj{quantised.METHODS[method].marks[0]}"
+    block = {"quant_method": method}
+    if method == "compressed-tensors":
+        block["config_groups"] = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4}}}
+    base = changed(plain, tmp_path / "base", block, **{mark: torch.zeros(4)})
+    package, least = next(iter(quantised.METHODS[method].needs.items()))
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    error = refusal(base, tmp_path / "out")
+    assert f"{package} is not installed" in error.message
+    assert f'pip install "{package}>={least}"' in error.hint
+    monkeypatch.setattr(checks, "find_spec", lambda name: object())
+    monkeypatch.setattr(checks.metadata, "version", lambda name: "0.0.1")
+    assert f"{package} is 0.0.1, older than {least}" in refusal(base, tmp_path / "out").message
+
+
+_WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+_GROUP = {"targets": ["Linear"], "weights": _WEIGHTS}
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        ({"config_groups": {"a": _GROUP, "b": _GROUP}}, "of more than one kind"),
+        ({"config_groups": {}}, "of more than one kind, or of none"),
+        ({"config_groups": {"a": _GROUP}, "transform_config": {"r": {}}}, "are rotated"),
+        ({"config_groups": {"a": _GROUP}, "sparsity_config": {"format": "x"}}, "are sparse, too"),
+    ],
+)
+def test_what_would_be_unpacked_wrongly(more, why, plain, tmp_path):
+    import torch
+
+    block = {"quant_method": "compressed-tensors", **more}
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.zeros(4)}
+    base = changed(plain, tmp_path / "base", block, **scale)
+    assert why in refusal(base, tmp_path / "out").message
+
+
+def test_eight_bits_without_their_scale(plain, tmp_path):
+    import torch
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight = load_file(plain / "model.safetensors")[name].to(torch.float8_e4m3fn)
+    other = {"model.layers.0.mlp.down_proj.weight_scale_inv": torch.ones(1, 1), name: weight}
+    base = changed(plain, tmp_path / "base", {"quant_method": "fp8"}, **other)
+    assert f"{name} has no scale beside it" in refusal(base, tmp_path / "out").message
+
+
+def test_families_whose_activations_are_scaled_too(make_checkpoint, tmp_path):
+    import torch
+
+    plain = make_checkpoint(tmp_path / "plain", "starcoder2")
+    packed = {"model.layers.0.mlp.c_fc.qweight": torch.zeros(4, 4, dtype=torch.int32)}
+    base = changed(plain, tmp_path / "base", {"quant_method": "awq"}, **packed)
+    assert "activations are scaled" in refusal(base, tmp_path / "out").message
