@@ -5,14 +5,13 @@ one line that says what it is and what to do. Tensors are not loaded.
 """
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from sparsek_cli import quantised
 from sparsek_cli.conversion import json_text
-from sparsek_cli.conversion.checks import check_rows
+from sparsek_cli.conversion.checks import check_layers, check_rows
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import SCORERS
@@ -33,8 +32,6 @@ _SIDE_FILES = {
     "added_tokens.json": _TOKENIZER_AGAIN,
 }
 _LONGEST_CONFIG = 4 << 20  # bytes
-_FEW_LAYERS = 1000
-_LAYER = re.compile(r"(?<![^.])(\d{1,9})(?![^.])")  # the first number in a tensor's name
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double", "auto")
 
 
@@ -76,7 +73,7 @@ def check(path: Path, name: str) -> dict[str, Any]:
     config = read_config(path)
     _check_class(config, name)
     _check_converted(config, name)
-    _check_side_files(path)
+    _check_side_files(path, config)
     if (path / "adapter_config.json").is_file():
         raise UsageError(
             f"'{name}' holds a PEFT adapter beside a base model; only one of them would count",
@@ -86,7 +83,7 @@ def check(path: Path, name: str) -> dict[str, Any]:
     shards = read_shards(path)
     quantised.check(config, shards, name, _method_apart(path))
     _check_shards(shards, name)
-    _check_layers(config, shards, name)
+    check_layers(shards, config, name)
     check_rows(shards, config)
     _check_sizes(config, name)
     _check_dtype(config, name)
@@ -234,7 +231,7 @@ def _check_converted(config: dict[str, Any], name: str) -> None:
         )
 
 
-def _check_side_files(path: Path) -> None:
+def _check_side_files(path: Path, config: dict[str, Any]) -> None:
     """Files beside config.json that hold one JSON object each.
 
     transformers would go on without a generation_config.json that is none, and without its end
@@ -254,14 +251,24 @@ def _check_side_files(path: Path) -> None:
             found = None
         if not isinstance(found, dict):
             raise UsageError(f"{file} holds no JSON object", hint=remedy)
-        ends = found.get("eos_token_id") if name == "generation_config.json" else None
-        if not all(
-            isinstance(end, int | None) for end in (ends if isinstance(ends, list) else [ends])
-        ):
-            raise UsageError(
-                f"{file}: eos_token_id is {json.dumps(ends)[:40]}, no token's number",
-                hint="write the number of the token there, or a list of numbers",
-            )
+        if name == "generation_config.json":
+            _check_ends(file, found, config.get("vocab_size"))
+
+
+def _check_ends(file: Path, found: dict[str, Any], rows: Any) -> None:
+    """A text whose end is no token of the model's never ends, and nobody is told."""
+    ends = found.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int | None) for end in ends):
+        why = "no token's number"
+    elif isinstance(rows, int) and not all(end is None or 0 <= end < rows for end in ends):
+        why = f"and the model has tokens 0 to {rows - 1}"
+    else:
+        return
+    raise UsageError(
+        f"{file}: eos_token_id is {json.dumps(found['eos_token_id'])[:40]}, {why}",
+        hint="write the number of the token there, or a list of numbers",
+    )
 
 
 def _method_apart(path: Path) -> str | None:
@@ -325,22 +332,12 @@ def _check_dtype(config: dict[str, Any], name: str) -> None:
             )
 
 
-def _check_layers(config: dict[str, Any], shards: Iterable[Shard], name: str) -> None:
-    """Thousands of layers are there: building them to find out takes minutes, or all memory."""
-    for key in ("num_hidden_layers", "n_layer", "num_layers"):
-        promised = config.get(key)
-        if not isinstance(promised, int) or promised <= _FEW_LAYERS:
-            continue
-        numbers = (_LAYER.search(tensor) for shard in shards for tensor in shard.tensors)
-        held = 1 + max((int(found[1]) for found in numbers if found), default=-1)
-        if promised > held:
-            raise SparsekError(
-                f"'{name}': config.json has {key} {promised}, the weights are of {held} layers",
-                hint="correct config.json, or fetch the model again",
-            )
-
-
 def _check_sizes(config: dict[str, Any], name: str) -> None:
+    if config.get("return_dict") is False:
+        raise UsageError(
+            f"'{name}': config.json has return_dict false, and outputs are read by their names",
+            hint="take return_dict out of config.json: it changes nothing in the weights",
+        )
     pad, rows = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise SparsekError(

@@ -1,5 +1,6 @@
-"""What must hold before a conversion begins: room on the disk, and tensors as config.json says."""
+"""What must hold before work begins: room on the disk, and tensors as config.json says."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 from sparsek_cli.conversion.shards import Shard
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import Row
+
+_FEW_LAYERS = 1000
+_LAYER = re.compile(r"(?<![^.])(\d{1,9})(?![^.])")  # the first number in a tensor's name
 
 
 def check_room(parent: Path, needed: int, *, packed: bool) -> None:
@@ -20,6 +24,21 @@ def check_room(parent: Path, needed: int, *, packed: bool) -> None:
             if packed
             else "free some space, or choose OUT on the base's filesystem so that it can be linked",
         )
+
+
+def check_layers(shards: list[Shard], config: dict[str, Any], name: str) -> None:
+    """Thousands of layers are there: building them to find out takes minutes, or all memory."""
+    for key in ("num_hidden_layers", "n_layer", "num_layers"):
+        promised = config.get(key)
+        if not isinstance(promised, int) or promised <= _FEW_LAYERS:
+            continue
+        numbers = (_LAYER.search(tensor) for shard in shards for tensor in shard.tensors)
+        held = 1 + max((int(found[1]) for found in numbers if found), default=-1)
+        if promised > held:
+            raise SparsekError(
+                f"'{name}': config.json has {key} {promised}, the weights are of {held} layers",
+                hint="correct config.json, or fetch the model again",
+            )
 
 
 def check_rows(shards: list[Shard], config: dict[str, Any]) -> None:

@@ -278,6 +278,9 @@ MODELS: dict[str, Maker] = {
     "tokenizer-config-list": file("tokenizer_config.json", "[]"),
     "special-tokens-cut": file("special_tokens_map.json", "{"),
     "added-tokens-list": file("added_tokens.json", "[1]"),
+    "ends-beyond": file("generation_config.json", '{"eos_token_id": [2, 1000000]}'),
+    "ends-below": file("generation_config.json", '{"eos_token_id": -1}'),
+    "outputs-as-tuples": config(return_dict=False),
     "ends-are-words": file("generation_config.json", '{"eos_token_id": ["</s>"]}'),
     # weights
     "weights-linked-nowhere": _dangling,
