@@ -300,17 +300,22 @@ def dense_mask(
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
+    q_offset: int | torch.Tensor = 0,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """As sdpa's mask, but none for whole unpadded (perhaps packed) sequences.
+    """As sdpa's mask, but none for whole unpadded (perhaps packed) sequences, nor for one query
+    after everything, where transformers gives one while a CUDA graph is captured.
 
     Layers that slide (`local_size`) have a mask of their own.
     """
+    kwargs["q_offset"] = q_offset
     if local_size is not None:
         return sparsek_padding_mask(
             batch_size, q_length, kv_length, attention_mask, local_size, **kwargs
         )
-    if attention_mask is None and q_length == kv_length:
+    # A tensor is the place in a cache of fixed length, whose end may be empty.
+    last = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_length
+    if attention_mask is None and (q_length == kv_length or last):
         return None
     return sdpa_mask(
         batch_size=batch_size,

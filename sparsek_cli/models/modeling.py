@@ -205,11 +205,11 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
         read_chunk: how many tokens, of all rows together, are read at once (see
             generation/prefill.py); None for all.
         fused_steps: whether decoding steps that are CUDA graphs take our own kernels for linear
-            maps and norms (see generation/fused.py); off until measured on a GPU.
+            maps and norms (see generation/fused.py).
     """
 
     read_chunk: int | None = READ_CHUNK
-    fused_steps: bool = False
+    fused_steps: bool = True
     reads_once = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -7,6 +7,7 @@ import torch
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.models.attention import dense_mask
 
 TOKENS = 24
 
@@ -277,3 +278,14 @@ def test_soft_gates_decode_as_they_prefill(gate, sparse_model, ids):
     cache = models.SparseKCache(model.config)
     parts = [model(part, past_key_values=cache).logits for part in ids.split([5, 1, 1, 17], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_one_query_after_everything_needs_no_mask(monkeypatch):
+    """Where transformers cannot look, as while a graph is captured, it would give one."""
+    monkeypatch.setattr("sparsek_cli.models.attention.sdpa_mask", lambda **given: given)
+    assert dense_mask(2, 1, 41, q_offset=40) is None
+    padded = torch.ones(2, 41, dtype=torch.bool)
+    assert dense_mask(2, 1, 41, padded, q_offset=40)["attention_mask"] is padded
+    place = torch.tensor(40)  # in a cache of fixed length
+    for offset in (39, place):
+        assert dense_mask(2, 1, 64, q_offset=offset)["q_offset"] is offset

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from sparsek_kernels.triton import linears
 from torch import nn
 
 import sparsek_cli.models as models
@@ -98,6 +99,18 @@ def test_a_module_that_computes_something_else_is_left(sparse_model):
     torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
 
 
+def test_what_does_not_compile_is_left(sparse_model, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of resources: shared memory")
+
+    monkeypatch.setattr(linears, "gated", fail)
+    with caplog.at_level(logging.INFO, logger="sparsek_cli"):
+        fused, plain, found = both(sparse_model("llama", **SMALL), 1)
+    assert set(fused.left) == {"LlamaDecoderLayer", "LlamaMLP"} and fused.taken["Linear"]
+    assert "out of resources" in caplog.text
+    torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e-3])
 def test_another_activation_is_seen_however_small_its_inputs(sparse_model, size):
     """Near 0 GELU is SiLU to rounding: outputs of rows would not tell them apart."""
@@ -178,6 +191,7 @@ def test_generate_takes_them_where_a_step_is_a_graph(sparse_model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(graphs.Decoder, "_run", noted)
+    model.fused_steps = False
     assert torch.equal(model.generate(ids, **options), expected)
     assert used and not any(used)
     used.clear()

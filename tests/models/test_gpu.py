@@ -106,6 +106,7 @@ def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
     from sparsek_cli.models.generation import cuda_graphs as graphs
 
     model = larger(sparse_model, "llama", dtype="bfloat16")
+    model.fused_steps = False  # these round differently
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     options = {"attention_mask": mask, "max_new_tokens": 30, "do_sample": False}
@@ -117,3 +118,21 @@ def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
         for _ in range(2):
             assert torch.equal(model.generate(ids, **options, **more), expected)
     assert any(decoder._graph is not None for decoder in graphs._graphs[model])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fused_steps_write_what_others_write(sparse_model, ids, rows):
+    """In float32, where rounding decides no token."""
+    from sparsek_cli.models.generation import cuda_graphs as graphs
+
+    model = larger(sparse_model, "llama")
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    model.fused_steps = False
+    expected = model.generate(ids[:rows], **options)
+    graphs._graphs.clear()
+    model.fused_steps = True
+    assert torch.equal(model.generate(ids[:rows], **options), expected)
+    (decoder,) = graphs._graphs[model]
+    assert sum(decoder.fused.taken.values()) >= model.config.num_hidden_layers
+    assert not decoder.fused.left

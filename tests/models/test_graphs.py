@@ -11,6 +11,7 @@ from transformers import GenerationMixin, LogitsProcessor
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.generation import cuda_graphs as graphs
+from sparsek_cli.models.modeling import SparseKCausalLMMixin
 
 OPTIONS = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
 
@@ -30,6 +31,7 @@ def acted(monkeypatch):
             super().__init__()
             made.append(self)
 
+    monkeypatch.setattr(SparseKCausalLMMixin, "fused_steps", False)  # kernels do not run here
     monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
     monkeypatch.setattr(graphs.dispatch, "explain", lambda *_: ("triton", "acted"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)

@@ -55,6 +55,19 @@ def recorded():
     return Recorded(None, query, key, None, Logits(8**-0.5))
 
 
+def test_a_head_with_slots_for_more_than_the_document_drops_nothing(recorded):
+    answer = torch.zeros(40, dtype=torch.bool)
+    wanted = aims(
+        recorded, answer, LayerBudget((5, 400), window=4, sinks=2, gate="straight_through")
+    )
+    alone = aims(recorded, answer, LayerBudget((5, 5), window=4, sinks=2, gate="straight_through"))
+    assert torch.equal(wanted.weights[:, 0], alone.weights[:, 0]) and not wanted.weights[:, 1].any()
+    slopes = torch.zeros(2)
+    scores = torch.randn(2, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (grad,) = torch.autograd.grad(border_loss(scores, slopes, wanted), scores)
+    assert grad[0].any() and not grad[1].any()
+
+
 def test_a_head_should_hold_what_later_queries_look_at_most(recorded):
     budget = LayerBudget((5, 3), window=4, sinks=2, gate="straight_through")
     wanted = aims(recorded, torch.zeros(40, dtype=torch.bool), budget)

@@ -72,7 +72,7 @@ class FusedModules:
             forward = make(module, rows)
             if forward is None:
                 continue
-            if equal(model, module, forward, rows):
+            if _runs(equal, model, module, forward, rows):
                 self._forwards.append((module, forward))
                 self.taken[type(module).__name__] += 1
                 return
@@ -90,6 +90,15 @@ class FusedModules:
         finally:
             for module, _ in self._forwards:
                 module.__dict__.pop("forward", None)
+
+
+def _runs(equal: Callable[..., bool], *given: Any) -> bool:
+    """What a comparison says; False where the kernels do not compile or fit on this device."""
+    try:
+        return equal(*given)
+    except Exception as error:  # Triton's, ptxas's or the driver's own: the module stays as it is
+        _LOG.info("not fused: %s: %s", type(error).__name__, (str(error).splitlines() or [""])[0])
+        return False
 
 
 def _own(module: nn.Module) -> Forward:

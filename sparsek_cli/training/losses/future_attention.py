@@ -191,7 +191,7 @@ def aims(recorded: Recorded, answer: torch.Tensor, budget: LayerBudget) -> Aims 
     candidates = (keys >= sinks) & (keys <= moments - window)
     held = torch.tensor(topk, device=device)[:, None]
     counts = (held > 0) & (held < candidates.sum(-1, keepdim=True))
-    last = (held - 1).clamp_min(0)
+    last = (held - 1).clamp(0, tokens - 1)  # a head may have slots for more than the document
     worth = worth.masked_fill(~candidates, -torch.inf)
     border = _ranked(worth, last)
     weight = (worth - border).clamp(-_CLEAR, _CLEAR)

@@ -55,6 +55,38 @@ def test_forward_and_gradients(
         assert relative_error(a, b) < 2 * TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("dim, dtype", [(64, torch.bfloat16), (128, torch.float32)])
+@pytest.mark.parametrize("gate", ["straight_through", "log", "kv"])
+def test_capped_and_sink_logits(relative_error, dim, dtype, gate):
+    inputs = random_inputs(1, 8, 2, 2100, dim, dtype)
+    sinks = torch.linspace(-3, 9, 8, device="cuda").requires_grad_()
+    options = dict(topk=[300, 60], window=100, sinks=4, gate=gate, softcap=1.5)
+    out = sparsek_attention(*inputs, sink_logits=sinks, backend="triton", **options)
+    grad = torch.randn_like(out)
+    mine = torch.autograd.grad(out, [*inputs, sinks], grad)
+    wide = [x.detach().float().requires_grad_() for x in (*inputs, sinks)]
+    wanted = sparsek_attention(*wide[:4], sink_logits=wide[4], backend="pytorch", **options)
+    theirs = torch.autograd.grad(wanted, wide, grad.float())
+    assert relative_error(out, wanted) < TOLERANCE[dtype]
+    for name, a, b in zip(("dq", "dk", "dv", "dscores", "dsinks"), mine, theirs, strict=True):
+        assert relative_error(a, b) < 2 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.int8])
+def test_steps_with_capped_and_sink_logits(relative_error, held):
+    q, k, v, scores = (x.detach() for x in random_inputs(2, 8, 2, 400, 64, torch.bfloat16))
+    shape = dict(topk=[100, 40], window=64, sinks=4)
+    options = shape | dict(softcap=1.5, sink_logits=torch.linspace(-3, 9, 8, device="cuda"))
+    state = SparseKState.empty(2, 2, 64, dtype=held, device="cuda", **shape)
+    other = state.clone()
+    for first, last in ((0, 300), *((t, t + 1) for t in range(300, 400))):
+        cut = [x[:, :, first:last] for x in (q, k, v, scores)]
+        out, state = sparsek_attention(*cut, state=state, backend="triton", **options)
+        same, other = sparsek_attention(*cut, state=other, backend="pytorch", **options)
+        assert relative_error(out, same) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(state.positions, other.positions)
+
+
 def test_same_bits_twice_in_deterministic_mode():
     inputs = random_inputs(1, 8, 2, 8192, 128, torch.bfloat16)
     torch.use_deterministic_algorithms(True)

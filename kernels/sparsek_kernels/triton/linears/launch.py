@@ -1,5 +1,6 @@
 """Callers of the kernel: arguments checked by whoever recognises a model's modules."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -116,7 +117,7 @@ def project(
     )  # fmt: skip
     if hidden is not None:
         overlap = (shape or shape_of(rows, x.shape[1], sum(sizes))).overlap
-        _add_hidden(scores, hidden, scorer, overlap)
+        _add_hidden(scores, hidden, scorer, overlap and _may_overlap(x.device))
     return *outs, scores
 
 
@@ -133,6 +134,12 @@ def _add_hidden(scores, hidden, scorer: Scorer, overlap: bool) -> None:
     )  # fmt: skip
 
 
+@functools.cache
+def _may_overlap(device: torch.device) -> bool:
+    """Whether launches may begin early there: from sm_90 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _pdl(overlap: bool) -> dict[str, bool]:
     """Option of a launch that may begin before the one before it ends."""
     return {"launch_pdl": True} if overlap else {}
@@ -144,6 +151,7 @@ def _launch(
 ) -> None:  # fmt: skip
     rows, columns = x.shape
     shape = shape or shape_of(rows, columns, sum(weight.shape[0] for weight, _ in maps))
+    overlap = shape.overlap and _may_overlap(x.device)
     padded = 16 if shape.dot else 1
     if rows > padded:
         raise ValueError(f"{rows} rows, and this shape takes {padded}")
@@ -167,8 +175,8 @@ def _launch(
         K=columns, M=rows, BM=padded, BN=shape.pairs, BK=shape.columns,
         BS=min(_SCORE_COLUMNS, triton.next_power_of_2(columns)), KIND=kind, HALF=half,
         SEGMENTS=3 if len(maps) == 3 else 1, NORM=norm is not None, BIASED=biased,
-        RESIDUAL=residual is not None, DOT=shape.dot, STAGES=shape.stages, WAITS=shape.overlap,
-        DEEP=width > 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(shape.overlap),
+        RESIDUAL=residual is not None, DOT=shape.dot, STAGES=shape.stages, WAITS=overlap,
+        DEEP=width > 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(overlap),
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ class Shape:
 
     dot: whether the tensor cores multiply (sixteen rows at the price of one), or one row is
         multiplied without them. overlap: whether a launch may begin, and ask for its weights,
-        before the one before it has ended (sm_90 and later).
+        before the one before it has ended (sm_90 and later, elsewhere it is left out).
     """
 
     pairs: int
@@ -21,14 +21,21 @@ class Shape:
 
 
 # By what reads most: 16 KiB of weights for each step of a program of 128 threads, so that several
-# programs fit on a multiprocessor and it has some 64 KiB under way. Not tuned on a GPU yet:
+# programs fit on a multiprocessor and it has some 64 KiB under way.
 # `python -m sparsek_cli.benchmarks.linear_shapes` measures these and others.
-ONE_ROW = Shape(pairs=2, columns=2048, warps=4)
+ONE_ROW = Shape(pairs=2, columns=2048, warps=4, overlap=True)
 FEW_ROWS = Shape(pairs=16, columns=256, warps=4, stages=4, dot=True)
 
 
-# What was measured to be faster, by (whether rows are several, inputs, outputs).
-TUNED: dict[tuple[bool, int, int], Shape] = {}
+# What was measured to be faster, by (whether rows are several, inputs, outputs): maps of a 1B Llama
+# on an H200 (docs/results).
+TUNED: dict[tuple[bool, int, int], Shape] = {
+    (False, 2048, 16384): Shape(pairs=1, columns=2048, warps=4, overlap=True),
+    (False, 8192, 2048): Shape(pairs=1, columns=2048, warps=4, overlap=True),
+    (True, 2048, 16384): Shape(pairs=32, columns=256, warps=4, stages=3, dot=True),
+    (True, 8192, 2048): Shape(pairs=8, columns=256, warps=4, stages=5, dot=True),
+    (True, 2048, 3072): Shape(pairs=16, columns=256, warps=4, stages=3, dot=True),
+}
 
 
 def shape_of(rows: int, columns: int, outputs: int) -> Shape:
