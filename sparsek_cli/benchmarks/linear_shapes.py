@@ -208,20 +208,19 @@ def time_steps(toy: bool, device, rows: int, best: dict[tuple, Shape], count: in
     model(prompt, past_key_values=cache, logits_to_keep=1)
     few = rows > 1
     base = shapes.FEW_ROWS if few else shapes.ONE_ROW
+    shipped = dict(shapes.TUNED)
     overlapping = {key: replace(shape, overlap=True) for key, shape in best.items()}
     ways: dict[str, tuple[bool, Any, dict, Shape]] = {
         "as it is": (False, None, {}, base),
-        "ours": (True, None, {}, base),
+        "ours": (True, None, shipped, base),
         "ours, best shapes": (True, None, best, base),
     }
     if device.type == "cuda":
-        tuned = (("options", {"coordinate_descent_tuning": True}),)
         # Launches of what has no shape of its own overlap too, by the usual shape.
         late = replace(base, overlap=True)
         ways |= {
             "ours, best shapes, overlapping": (True, None, overlapping, late),
             "compile": (False, (), {}, base),
-            "compile, coordinate descent": (False, tuned, {}, base),
         }
     for label, (fused, compiled, table, usual) in ways.items():
         model.fused_steps = fused
@@ -234,6 +233,7 @@ def time_steps(toy: bool, device, rows: int, best: dict[tuple, Shape], count: in
             print(f"  {label}: FAILED, {type(error).__name__}: {error}", flush=True)
         finally:
             shapes.TUNED.clear()
+            shapes.TUNED.update(shipped)
             setattr(shapes, "FEW_ROWS" if few else "ONE_ROW", base)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sparsek_kernels.triton import linears
-from sparsek_kernels.triton.linears import Norm, Scorer, Shape
+from sparsek_kernels.triton.linears import Norm, Scorer, Shape, launch
 from torch import nn
 from torch.nn import functional as F
 
@@ -61,6 +61,18 @@ def test_a_linear_map(rows, name, dtype, outputs, inputs):
     near(linears.linear(x, weight, shape=shape), F.linear(x, weight), dtype)
     found = linears.linear(x, weight, bias, norm=norm, residual=residual, shape=shape)
     near(found, residual + F.linear(rms_norm(x, norm), weight, bias), dtype)
+
+
+def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch):
+    x, weight = new(3, 64, dtype=torch.float32), new(16, 64, dtype=torch.float32, seed=1)
+    bias, residual = new(16, dtype=torch.float32, seed=2), new(3, 16, dtype=torch.float32, seed=3)
+    monkeypatch.setattr(launch, "TORCH", {(True, 64, 16)})
+    monkeypatch.setattr(launch, "_launch", None)  # not called
+    expected = F.linear(x, weight, bias)
+    assert torch.equal(linears.linear(x, weight, bias), expected)
+    assert torch.equal(linears.linear(x, weight, bias, residual=residual), expected + residual)
+    with pytest.raises(TypeError):  # one row, or a named shape, is launched
+        linears.linear(x[:1], weight, bias)
 
 
 @cases

@@ -33,9 +33,12 @@ TUNED: dict[tuple[bool, int, int], Shape] = {
     (False, 2048, 16384): Shape(pairs=1, columns=2048, warps=4, overlap=True),
     (False, 8192, 2048): Shape(pairs=1, columns=2048, warps=4, overlap=True),
     (True, 2048, 16384): Shape(pairs=32, columns=256, warps=4, stages=3, dot=True),
-    (True, 8192, 2048): Shape(pairs=8, columns=256, warps=4, stages=5, dot=True),
     (True, 2048, 3072): Shape(pairs=16, columns=256, warps=4, stages=3, dot=True),
 }
+
+# Where torch's own product, with what is added to it in a second launch, was faster than any shape:
+# few outputs of many inputs leave too few programs.
+TORCH: set[tuple[bool, int, int]] = {(True, 8192, 2048)}
 
 
 def shape_of(rows: int, columns: int, outputs: int) -> Shape:
