@@ -36,7 +36,7 @@ lint: $(STAMP)
 
 # Needs a CUDA device; not part of `make test`.
 gpu-test: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -n 8 -m gpu  # mostly compiling, which processes share
 
 # The plugin's tests. Text models need neither images nor sound, whose packages must fit torch's build.
 $(VLLM_STAMP): plugins/vllm/pyproject.toml
