@@ -1,6 +1,7 @@
 """JSON that says one thing: a key given twice is refused, where Python would take the last."""
 
 import json
+from collections import Counter
 from typing import Any
 
 
@@ -21,7 +22,6 @@ def parse(text: str | bytes) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise GivenTwice(f"key '{twice}' is given twice")
     return found
