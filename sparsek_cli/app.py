@@ -162,7 +162,8 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int
             "choose another folder, or change its rights",
             RAN_AND_FAILED,
         )
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if full or "can't allocate memory" in text:
         hint = "take a smaller batch, context or chunk, --dtype bfloat16, or --device cpu"
         return "out of memory", hint, RAN_AND_FAILED
     if isinstance(error, FileNotFoundError) and not error.filename and _nowhere():

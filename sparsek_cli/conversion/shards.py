@@ -20,6 +20,7 @@ SINGLE = "model.safetensors"
 
 # The safetensors format allows headers up to 100 MB; a larger number means garbage.
 _LONGEST_HEADER = 100_000_000
+_MOST_TENSORS = 300_000  # in one file; a model of 400 experts in 60 layers has 75,000
 _AGAIN = "download or save the checkpoint again"
 _BITS = {
     **dict.fromkeys(("F4",), 4),
@@ -105,6 +106,8 @@ def _tensors(raw: bytes, start: int) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise _Lie("its header is no JSON object")
     header.pop("__metadata__", None)
+    if len(header) > _MOST_TENSORS:
+        raise _Lie(f"it names {len(header):,} tensors, more than any model has")
     tensors = {}
     for name, entry in header.items():
         kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

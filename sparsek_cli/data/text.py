@@ -6,6 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,6 +20,7 @@ SUFFIXES = (".jsonl", *PLAIN, ".parquet")
 READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
 # A file that unpacks to more, or a line without an end, is no document.
 LARGEST = 1 << 32  # bytes
+MOST_NAMES = 12  # of columns, in a message
 # What columns of conversations are called.
 CHATS = ("messages", "conversations", "conversation", "dialogue")
 # UTF-32's first, whose mark begins with UTF-16's.
@@ -292,8 +294,10 @@ def _pick(row: dict, column: str | None, where: str) -> str:
             "[{'role': 'user', 'content': ...}, ...], tokenize=False)",
         )
     if wanted not in row:
+        names = [str(name) for name in islice(row, MOST_NAMES)]
+        names += ["..."] * (len(row) > MOST_NAMES)
         raise UsageError(
-            f"{where}: no column '{wanted}'; it has: {', '.join(map(str, row))}",
+            f"{where}: no column '{wanted}'; it has: {', '.join(names)}",
             hint="name the column that holds the text (key 'column' in a recipe)",
         )
     text = row[wanted]

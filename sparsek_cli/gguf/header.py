@@ -112,8 +112,16 @@ def read_header(file: Path) -> Header:
 def _open(file: Path) -> GGUFReader:
     from gguf import GGUFReader
 
+    class Bounded(GGUFReader):
+        """Ends where the file does: a list said to be of 2^60 values is not looked for."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, **order: Any) -> Any:
+            if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise ValueError("it ends within its header")
+            return super()._get(offset, dtype, count, **order)
+
     try:
-        return GGUFReader(file)
+        return Bounded(file)
     except Exception as error:
         # A header cut short or overwritten fails in as many ways as there are fields.
         why = (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,17 +8,17 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    PositiveInt,
     StrictInt,
     model_validator,
 )
 
+MOST = (1 << 31) - 1  # slots, tokens: more than any text has, and sizes still fit into numbers
 # A number in quotes or with a fraction is a mistake here, not something to round.
-Count = Annotated[StrictInt, Field(ge=1)]
+Count = Annotated[StrictInt, Field(ge=1, le=MOST)]
 
 
 def _tokens_or_share(value: object) -> object:
-    if value is None or (type(value) is int and value >= 1):
+    if value is None or (type(value) is int and 1 <= value <= MOST):
         return value
     if isinstance(value, str):
         part, _, whole = value.partition("/")
@@ -107,7 +107,7 @@ class ConvertRecipe(BaseModel):
         description="newest tokens always seen, itself included, a whole number >= 1; default "
         "a quarter of the budget, at most 128",
     )
-    sinks: Annotated[StrictInt, Field(ge=0)] = Field(
+    sinks: Annotated[StrictInt, Field(ge=0, le=MOST)] = Field(
         4, description="first tokens always seen, a whole number >= 0"
     )
     gate: Literal["straight_through", "log", "kv"] = Field(
@@ -129,7 +129,7 @@ class ConvertRecipe(BaseModel):
         description="text that scorers are fitted on: auto (generated, offline), none (neutral "
         "scorers: a plain window until fine-tuned), a file or folder, or a hub dataset",
     )
-    calibrate_tokens: PositiveInt | None = Field(
+    calibrate_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
         None, description="tokens of text to fit scorers on; default: by the model's width"
     )
     calibrate_length: Annotated[int, Field(ge=64)] | None = Field(

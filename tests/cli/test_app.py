@@ -70,6 +70,7 @@ def test_usage_errors(sparsek, words, error, hint):
             "hint: set TMPDIR",
         ),
         (MemoryError(), 1, "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 1, "out of memory"),
         (RuntimeError("first\nsecond"), 1, "error: RuntimeError: first"),
         (ValueError(), 1, "error: ValueError"),
     ],

@@ -91,3 +91,10 @@ def test_nothing_there(tmp_path):
         find_files(str(tmp_path / "*.txt"))
     with pytest.raises(SparsekError, match="cannot be read from the hub"):
         next(iterate_texts("nobody/nothing-here"))
+
+
+def test_a_message_names_some_columns_of_many(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({f"k{i}": i for i in range(10_000)}) + "\n")
+    with pytest.raises(UsageError, match="no column 'text'; it has: k0, k1, .*, k11, [.]{3}"):
+        list(iterate_texts(file))

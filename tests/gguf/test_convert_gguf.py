@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,22 @@ def test_what_cannot_be_read_is_refused_by_name(write_gguf, convert, made, error
     assert code in (1, 2) and error in lines[-2] and hint in lines[-1]
     assert not out.exists() and "Traceback" not in said
     assert not list(out.parent.glob(".*.part"))
+
+
+def test_counts_that_no_file_can_hold(convert, tmp_path):
+    """Of pairs, of a name's letters, of a list's values: nobody counts to 2^60."""
+    key = struct.pack("<Q", 1) + b"a"
+    tails = {
+        "pairs": struct.pack("<QQ", 2**60, 2**60),
+        "letters": struct.pack("<QQQ", 1, 1, 2**62),
+        "values": struct.pack("<QQ", 0, 1) + key + struct.pack("<IIQ", 9, 0, 10**9),
+        "texts": struct.pack("<QQ", 0, 1) + key + struct.pack("<IIQ", 9, 8, 10**9),
+    }
+    for name, tail in tails.items():
+        file = tmp_path / f"{name}.gguf"
+        file.write_bytes(b"GGUF" + struct.pack("<I", 3) + tail + bytes(64))
+        code, _, said, _ = convert(file)
+        assert code == 1 and "damaged or cut short" in said
 
 
 def test_files_that_are_damaged_or_no_gguf(write_gguf, convert, tmp_path):

@@ -59,6 +59,18 @@ def test_headers(lie, tmp_path):
     assert "again" in refusal.value.hint and "\n" not in refusal.value.message
 
 
+def test_headers_of_more_tensors_than_any_model_has(tmp_path, monkeypatch):
+    from sparsek_cli.conversion import shards
+
+    monkeypatch.setattr(shards, "_MOST_TENSORS", 1)
+    file = tmp_path / "model.safetensors"
+    write(file, {"a": PLAIN, "__metadata__": {"format": "pt"}}, bytes(24))
+    assert set(read_shard(file).tensors) == {"a"}
+    write(file, second())
+    with pytest.raises(SparsekError, match="it names 2 tensors"):
+        read_shard(file)
+
+
 @pytest.mark.parametrize("length", [0, 1, 2**40, 2**63])
 def test_headers_of_another_length(length, tmp_path):
     file = tmp_path / "model.safetensors"

@@ -110,6 +110,8 @@ LINES: dict[str, list[list[str]]] = {
     "numbers": [
         [*CONVERT, "--topk", "-1"], [*CONVERT, "--topk", "many"], [*CONVERT, "--window", "0"],
         [*CONVERT, "--sinks", "-1"], [*CONVERT, "--budget", "0"], [*CONVERT, "--budget", "3"],
+        [*CONVERT, "--topk", "9" * 18], [*CONVERT, "--budget", "9" * 18],
+        [*CONVERT, "--sinks", "9" * 18], [*CONVERT[:3], "--calibrate-tokens", "9" * 18],
         [*CONVERT, "--budget", "64", "--topk", "8"], [*CONVERT, "--gate", "soft"],
         [*CONVERT, "topk=1e400"], [*CONVERT, "topk=" + "9" * 5000], [*CONVERT, "topk=.nan"],
         [*CONVERT[:3], "--calibrate-tokens", "-5"],
