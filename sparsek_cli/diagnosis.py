@@ -227,9 +227,9 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
     if getattr(lm.config, "sparsek", None) is None:
         yield Check("model", None, f"{checkpoint.name} is dense: nothing of ours to check in it")
         return
-    if quantised.stays_packed(lm.config):
-        how = quantised.described(lm.config)
-        yield Check("weights", None, f"quantised: {how}; computed in {lm.dtype}")
+    if how := quantised.described(checkpoint.config()):
+        kept = "packed" if quantised.stays_packed(lm.config) else "unpacked"
+        yield Check("weights", None, f"quantised ({how}), {kept} in memory, computed in {lm.dtype}")
     block = {key: lm.config.sparsek[key] for key in ("topk", "window", "sinks", "gate")}
     yield Check(
         "model", None, f"{checkpoint.name}: " + ", ".join(f"{k} {v}" for k, v in block.items())

@@ -15,6 +15,7 @@ from sparsek_cli.quantised.methods import (
     described,
     groups_of,
     method_of,
+    stays_packed,
 )
 
 _ORIGINAL = "name the checkpoint it was made from; quantise the converted model, if you must"
@@ -64,7 +65,7 @@ def check(
     _check_packages(found, name, method)
 
 
-def check_training(config: Any, train: str, *, merges: bool) -> None:
+def check_training(config: Any, train: str, *, merges: bool, processes: int = 1) -> None:
     """Raises UsageError where quantised weights were to be trained, or merged into.
 
     Unpacked ones could be, but transformers packs them again as it saves, and rounds what was
@@ -72,6 +73,7 @@ def check_training(config: Any, train: str, *, merges: bool) -> None:
 
     Args:
         train: the recipe's. merges: whether LoRA adapters are merged into the weights.
+        processes: of the run.
     """
     if not described(config):
         return
@@ -80,6 +82,11 @@ def check_training(config: Any, train: str, *, merges: bool) -> None:
         raise UsageError(
             f"{what}: its weights cannot be trained",
             hint="set train=scorers, or train=lora with lora.merge=false",
+        )
+    if processes > 1 and stays_packed(config):
+        raise UsageError(
+            f"{what}: packed weights were never tried in {processes} processes",
+            hint="start it in one process, on one GPU",
         )
     if train == "lora" and merges:
         raise UsageError(

@@ -13,7 +13,7 @@ from sparsek_cli import hub, quantised
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.mixture import load_texts
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
-from sparsek_cli.devices import choose_device, choose_dtype
+from sparsek_cli.devices import choose_device, choose_dtype, world_size
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.loading import load_config, load_tokenizer, readable_errors
@@ -105,7 +105,9 @@ def plan(
             "which would carry one document of a sequence into the next",
             hint="set documents=joined: a document then sees those before it in its sequence",
         )
-    quantised.check_training(model.config, start.train, merges=start.lora.merge)
+    quantised.check_training(
+        model.config, start.train, merges=start.lora.merge, processes=world_size()
+    )
     if start.train == "scorers" and quantised.stays_packed(model.config):
         _check_apart(source)
     choose_parameters(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from verbs import convert
@@ -87,7 +88,7 @@ def test_a_file_of_some_tensors_holds_their_bytes(tmp_path):
         "b": torch.randn(7, generator=generator),
         "c": torch.arange(4),
     }
-    save_file(held, tmp_path / "model.safetensors")
+    save_file(held, tmp_path / "model.safetensors", metadata={"tensor_names": '["a", "c"]'})
     (shard,) = read_shards(tmp_path)
     kept = {name: entry for name, entry in shard.tensors.items() if name != "b"}
     part = replace(shard, tensors=kept, part=True)
@@ -95,6 +96,8 @@ def test_a_file_of_some_tensors_holds_their_bytes(tmp_path):
     read = load_file(tmp_path / "part.safetensors")
     assert read.keys() == kept.keys()
     assert all(torch.equal(read[name], held[name]) for name in read)
+    with safe_open(tmp_path / "part.safetensors", "pt") as opened:  # torchao needs it to load them
+        assert opened.metadata() == {"tensor_names": '["a", "c"]'}
     assert same_tensors(part, tmp_path / "part.safetensors")
     assert not same_tensors(shard, tmp_path / "part.safetensors")
     raw = bytearray((tmp_path / "part.safetensors").read_bytes())

@@ -158,7 +158,8 @@ def test_it_is_evaluated_and_examined(way, converted_of, text, tmp_path):
     assert found.score("ppl", "sparsek") > 1 and found.score("ppl", "dense") > 1
     checks = {c.name: c for c in examined(hub.resolve(str(out)), torch.device("cpu"))}
     assert all(check.ok is not False for check in checks.values()), checks
-    assert ("weights" in checks) == (way in PACKED)
+    kept = "unpacked in memory" if way in UNPACKED else ", packed in memory"
+    assert kept in checks["weights"].detail
 
 
 @pytest.mark.parametrize("way", ["fp8", "bitsandbytes_4"])
@@ -171,3 +172,25 @@ def test_scorers_alone_go_onto_it(way, base_of, converted_of, tmp_path):
         expected = load(out)(IDS, use_cache=False).logits
         for other in (load(merged), model):
             assert torch.equal(other(IDS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("way", ["fp8", "bitsandbytes_4"])
+def test_it_is_converted_again_and_to_scorers_alone(way, base_of, converted_of, tmp_path):
+    base, out = base_of(way), converted_of(way)
+    again = sparsek.convert(out, tmp_path / "again", again=True, calibrate="none", device="cpu")
+    for file in out.glob("base-*.safetensors"):
+        assert (tmp_path / "again" / file.name).samefile(file)
+    config = json.loads((base / "config.json").read_text())
+    assert again.data()["quantised"] == quantised.described(config)
+    sparsek.convert(
+        base, tmp_path / "scorers", scorers_only=True, topk=8, window=8, calibrate="none",
+        device="cpu",
+    )  # fmt: skip
+    sparsek.merge(base, tmp_path / "scorers", tmp_path / "merged")
+    assert load(tmp_path / "merged")(IDS).logits.isfinite().all()
+
+
+def test_packed_weights_train_in_one_process(converted_of):
+    config = json.loads((converted_of("bitsandbytes_4") / "config.json").read_text())
+    with pytest.raises(UsageError, match="in 2 processes"):
+        quantised.check_training(config, "scorers", merges=False, processes=2)
