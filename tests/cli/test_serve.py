@@ -52,9 +52,7 @@ def test_vllm_where_its_plugin_is_and_transformers_elsewhere(sparsek, converted,
     plan = json.loads(sparsek("serve", converted, "--dry-run", "--json").out)
     assert plan["engine"] == "vllm" and plan["model"] == "converted"
     assert plan["url"] == "http://127.0.0.1:8000/v1"
-    assert plan["command"][1:5] == [
-        "-m", "vllm.entrypoints.openai.api_server", "--model", str(converted),
-    ]  # fmt: skip
+    assert plan["command"][1:5] == ["-m", "sparsek_vllm", "--model", str(converted)]
     installed("vllm", *engines._SERVER_PARTS)
     shown = sparsek("serve", converted, "--dry-run")
     assert "plugin sparsek-vllm is not installed" in shown.out, "it says why it is not vLLM"

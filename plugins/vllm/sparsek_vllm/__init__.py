@@ -12,9 +12,10 @@ it with `sparsek_kernels`, as transformers does.
 | models.py | a family's class of vLLM with such layers |
 | heads.py | which rank of tensor parallelism has which heads |
 | limits.py | what is refused, and what to do instead |
+| __main__.py | vLLM's server, which ends with one line where this package refuses |
 """
 
-VERSIONS = ("0.32.0", "0.32.0")  # lowest and highest vLLM that the tests ran on
+VERSIONS = ("0.31.0", "0.32.0")  # lowest and highest vLLM that the tests ran on
 # Rows of sparsek's table whose blocks of vLLM end in its plain attention layer, as tests have seen.
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gemma", "glm4",

@@ -3,6 +3,9 @@
 from importlib.metadata import entry_points
 
 import pytest
+from sparsek_vllm import __main__ as server
+
+from sparsek_cli.errors import SparsekError
 
 
 def test_vllm_finds_the_plugin():
@@ -13,3 +16,26 @@ def test_vllm_finds_the_plugin():
     from vllm import ModelRegistry
 
     assert "SparseKQwen3ForCausalLM" in ModelRegistry.get_supported_archs()
+
+
+@pytest.mark.parametrize("kind", ["refused", "refused on the way", "interrupted", "broken"])
+def test_a_server_that_does_not_start_says_why(kind, monkeypatch, capsys):
+    """In one line where this package or the user ended it; vLLM's own errors stay as they are."""
+    error = SparsekError("no such cache", hint="leave it out")
+    ends = {"refused": error, "interrupted": KeyboardInterrupt()}
+
+    def run(*asked, **options):
+        if kind in ends:
+            raise ends[kind]
+        raise RuntimeError("engine failed") from (error if kind != "broken" else None)
+
+    monkeypatch.setattr(server.runpy, "run_module", run)
+    if kind == "broken":
+        with pytest.raises(RuntimeError, match="engine failed"):
+            server.main()
+        return
+    assert server.main() == (130 if kind == "interrupted" else 1)
+    lines = capsys.readouterr().err.splitlines()
+    told = ["error: no such cache", "hint: leave it out"]
+    stopped = ["error: interrupted before it served", "hint: run the same command again"]
+    assert lines == (stopped if kind == "interrupted" else told)
