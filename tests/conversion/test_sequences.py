@@ -110,6 +110,15 @@ def test_text_is_taken_from_many_documents(tmp_path):
     assert shares(300, 50) == [100, 50, 50, 50, 50]
 
 
+def test_of_one_endless_document_enough_is_taken(tmp_path):
+    """All that is yielded is tokenised, and a file may be one line of any length."""
+    from sparsek_cli.conversion.calibrate.sequences.texts import PLENTY
+
+    (tmp_path / "a.txt").write_text("word " * 100_000)
+    read = [len(text) for text in calibration_texts(str(tmp_path / "a.txt"), 1000, 100)]
+    assert read == [100, PLENTY * 900]
+
+
 def test_models_without_a_chat_template_get_plain_questions(tokenizer):
     tokenizer.chat_template = None
     sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "lengths": (1024,)}

@@ -13,6 +13,7 @@ from sparsek_cli.data.text import iterate_texts
 from sparsek_cli.errors import UsageError
 
 GENERATED_SENTENCES = 2000
+PLENTY = 8  # times the characters that still lack, of one document's rest
 
 
 def calibration_texts(spec: str, characters: int, most: int) -> Iterator[str]:
@@ -33,6 +34,8 @@ def calibration_texts(spec: str, characters: int, most: int) -> Iterator[str]:
             return
         remains.append(text[most:])
     for text in filter(None, remains):
+        # All of it is tokenised: of a hundred million characters in one line that takes minutes.
+        text = text[: PLENTY * (characters - taken)]
         yield text
         taken += len(text)
         if taken >= characters:
