@@ -22,7 +22,7 @@ def dense_reply(session: Session) -> Iterator[str]:
     if not session.engine.sparse:
         raise UsageError("this model is dense already", hint="convert it first: sparsek convert")
     session.last_reply()
-    text = session.engine.heard[: session.reply_start].tolist()
+    text = session.engine.heard.tolist()[: session.reply_start]
     with dense_attention(session.engine.model):
         engine = Engine(session.engine.model, chunk=session.engine.chunk, dense=True)
         if not engine.feed(text):

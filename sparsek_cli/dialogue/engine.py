@@ -4,12 +4,12 @@ import copy
 import signal
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.positions import context_length
 
@@ -39,7 +39,7 @@ class Snapshot:
     cache: "Cache"
     fed: int
     unfed: list[int]
-    heard: "array[int]"
+    heard: Heard
     logits: "torch.Tensor | None"
 
 
@@ -74,7 +74,7 @@ class Engine:
         self._settle()
         self.cache = self._new_cache()
         self.fed = 0
-        self.heard = array("i")
+        self.heard = Heard()
         self._logits: torch.Tensor | None = None
         self._unfed: list[int] = []  # drawn and shown, but not yet read by the model
 
@@ -194,14 +194,14 @@ class Engine:
         self._settle()
         logits = None if self._logits is None else self._logits.clone()
         cache = copy.deepcopy(self.cache)
-        return Snapshot(cache, self.fed, list(self._unfed), self.heard[:], logits)
+        return Snapshot(cache, self.fed, list(self._unfed), self.heard.copy(), logits)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot, which stays usable."""
         self._settle()
         self.cache = copy.deepcopy(snapshot.cache)
         self.fed, self._unfed = snapshot.fed, list(snapshot.unfed)
-        self.heard, self._logits = snapshot.heard[:], snapshot.logits
+        self.heard, self._logits = snapshot.heard.copy(), snapshot.logits
 
     def save(self, path: str, notes: dict[str, Any]) -> None:
         """Writes what was read, and `notes`, as a state file (see models/cache/state_file.py).
@@ -232,7 +232,7 @@ class Engine:
         self.cache, self._logits = cache, None
         engine = notes.pop("engine")
         self.fed, self._unfed = engine["fed"], engine["unfed"]
-        self.heard = array("i", engine["heard"])
+        self.heard = Heard(engine["heard"])
         return notes
 
     def budget(self) -> str:

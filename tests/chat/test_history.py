@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from sparsek_cli.dialogue.engine import Engine, Sampling
+from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.repl import Repl
 from sparsek_cli.dialogue.session import MOMENTS, Session
 from sparsek_cli.errors import UsageError
@@ -97,7 +98,8 @@ def test_a_saved_conversation_goes_on_elsewhere(repl, said, sparse_model, tokeni
         f"/load-state {file}"
     )
     assert ask(other, "And now?") == expected
-    assert other.messages == session.messages and other.engine.heard == session.engine.heard
+    assert other.messages == session.messages
+    assert other.engine.heard.tolist() == session.engine.heard.tolist()
     stranger = sparse_model("llama", topk=12, window=8, sinks=2, seed=5)
     with pytest.raises(UsageError, match="another model"):
         Session(Engine(stranger), tokenizer).load_state(file)
@@ -167,3 +169,15 @@ def test_a_dense_model_has_no_state_and_no_budget(dense_model, tokenizer):
         with pytest.raises(UsageError):
             repl.handle(line)
     session.undo()
+
+
+def test_copies_share_what_was_heard_and_go_their_own_ways():
+    heard = Heard(range(1000))
+    first = heard.copy()
+    heard.extend([1, 2])
+    second = heard.copy()
+    first.extend([7])
+    heard.extend([3])
+    assert heard.tolist() == [*range(1000), 1, 2, 3] and len(heard) == 1003
+    assert first.tolist() == [*range(1000), 7] and second.tolist() == [*range(1000), 1, 2]
+    assert first._pieces[0] is heard._pieces[0] is second._pieces[0]  # a million tokens once
