@@ -4,8 +4,11 @@ import codecs
 import glob
 import io
 import json
+import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -15,6 +18,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 if TYPE_CHECKING:
     from datasets import IterableDataset
 
+_LOG = logging.getLogger("sparsek_cli")
 PLAIN = (".txt", ".md", ".py")
 SUFFIXES = (".jsonl", *PLAIN, ".parquet")
 READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
@@ -107,9 +111,11 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
                 raise UsageError(f"cannot read '{path}': unknown file type", hint=_kinds())
             matches = [path]
         elif path.is_dir():
-            matches = [p for p in sorted(path.rglob("*")) if _wanted(p)]
+            held = sorted(p for p in path.rglob("*") if _is_visible(p))
+            matches = [p for p in held if _wanted(p)]
             if not matches:
                 raise UsageError(f"folder '{path}' holds no text files", hint=_kinds())
+            _say_what_is_left_out(path, held)
         elif glob.has_magic(str(path)):
             named = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
             matches = [p for p in named if _wanted(p)]
@@ -126,8 +132,26 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
+def _is_visible(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".")
+
+
 def _wanted(path: Path) -> bool:
-    return path.is_file() and path.name.endswith(READABLE) and not path.name.startswith(".")
+    return _is_visible(path) and path.name.endswith(READABLE)
+
+
+def _say_what_is_left_out(folder: Path, held: list[Path]) -> None:
+    """A folder may hold a licence or a picture; that its .csv is not read must be known."""
+    others = Counter(path.suffix or path.name for path in held if not _wanted(path))
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
+        more = ", ..." if len(others) > 4 else ""
+        _warn_once(f"'{folder}': files of types that are not read: {kinds}{more}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _LOG.warning("%s", message)
 
 
 def _kinds() -> str:

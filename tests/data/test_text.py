@@ -42,6 +42,16 @@ def test_every_type_gives_its_documents(tmp_path):
     assert [row["text"] for row in read_documents(str(files[0]))] == ["one", "zwei ü"]
 
 
+def test_what_a_folder_holds_beside_text_is_said(tmp_path, caplog):
+    for name in ("a.txt", "b.csv", "c.csv", "d.json", ".hidden.csv", "LICENSE"):
+        (tmp_path / name).write_text("text")
+    assert [path.name for path in find_files(tmp_path)] == ["a.txt"]
+    (line,) = caplog.messages
+    assert line.endswith("2 .csv, 1 LICENSE, 1 .json")
+    caplog.clear()
+    assert find_files(tmp_path / "a.txt") and not caplog.messages
+
+
 def test_folders_and_globs_are_sorted_and_counted_once(tmp_path):
     (tmp_path / "sub").mkdir()
     for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden.txt", "picture.png"):
