@@ -15,7 +15,7 @@ it with `sparsek_kernels`, as transformers does.
 | __main__.py | vLLM's server, which ends with one line where this package refuses |
 """
 
-VERSIONS = ("0.31.0", "0.32.0")  # lowest and highest vLLM that the tests ran on
+VERSIONS = ("0.31.0", "0.32.0")  # lowest (in part) and highest that tests ran on
 # Rows of sparsek's table whose blocks of vLLM end in its plain attention layer, as tests have seen.
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gemma", "glm4",
