@@ -168,9 +168,16 @@ def _conditions(what: str, shape) -> str:
 
 
 def _heads(text: str) -> tuple[int, int]:
+    from sparsek_cli.recipes.limits import MOST_HEADS
+
     parts = text.split("/")
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise UsageError(f"--heads {text} is not H/G", hint="for instance --heads 32/8")
+    if max(map(len, parts)) > 9 or max(map(int, parts)) > MOST_HEADS:
+        raise UsageError(
+            f"--heads {text[:40]}: no model has over {MOST_HEADS:,}",
+            hint="for instance --heads 32/8",
+        )
     query, kv = map(int, parts)
     if query % kv:
         raise UsageError(
@@ -189,4 +196,10 @@ def _numbers(text: str) -> list[int]:
         ) from error
     if not numbers or min(numbers) < 1:
         raise UsageError(f"--lengths {text}: a length is at least 1", hint="--lengths 4096,8192")
+    from sparsek_cli.recipes.limits import LONGEST
+
+    if max(numbers) > LONGEST:
+        raise UsageError(
+            f"--lengths {text[:40]}: a length is at most {LONGEST:,}", hint="--lengths 4096,8192"
+        )
     return numbers

@@ -4,6 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from sparsek_cli.recipes.limits import LONGEST, MOST_SEQUENCES
+
+Length = Annotated[int, Field(ge=1, le=LONGEST)]
 Names = Annotated[list[str], Field(min_length=1)]
 
 
@@ -31,7 +34,7 @@ class EvaluateRecipe(BaseModel):
     limits: dict[str, PositiveInt] = Field(
         {}, description="samples of single tasks, before `limit`: {ppl: 2, recall_16: 16}"
     )
-    lengths: list[PositiveInt] = Field(
+    lengths: list[Length] = Field(
         [], description="prompt lengths in tokens, for tasks that can be made at any length"
     )
     data: str | None = Field(
@@ -40,7 +43,7 @@ class EvaluateRecipe(BaseModel):
     text: list[str] = Field(
         [], description="files, folders or globs of text for ppl and as filler for needles"
     )
-    max_length: PositiveInt | None = Field(
+    max_length: Length | None = Field(
         None, description="most tokens of prompt and answer together; default: the model's own"
     )
     yarn: float | None = Field(
@@ -49,13 +52,13 @@ class EvaluateRecipe(BaseModel):
     truncate: Literal["refuse", "left", "middle"] = Field(
         "refuse", description="prompts over max_length: refuse, or cut at the left or in the middle"
     )
-    max_new_tokens: PositiveInt | None = Field(
+    max_new_tokens: Length | None = Field(
         None, description="upper bound on generated answers, below each task's own"
     )
     chat_template: Literal["auto", "on", "off"] = Field(
         "auto", description="auto: for our own tasks when the tokenizer has one; on, off: for all"
     )
-    batch_size: PositiveInt | Literal["auto"] = Field(
+    batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] = Field(
         "auto", description="prompts scored, answers written side by side; auto or a number"
     )
     share_prefix: bool = Field(

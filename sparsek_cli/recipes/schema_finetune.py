@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from sparsek_cli.recipes.earlier_versions import SETTLED, without_settled
+from sparsek_cli.recipes.limits import LONGEST, MOST_OF_A_STEP, MOST_SEQUENCES
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -253,16 +254,18 @@ class FinetuneRecipe(Strict):
     data: dict[str, Source] = Field(
         default_factory=dict, description="sources by name; each sequence comes from one of them"
     )
-    sequence_length: Annotated[int, Field(ge=8)] = Field(4096, description="tokens per sequence")
+    sequence_length: Annotated[int, Field(ge=8, le=LONGEST)] = Field(
+        4096, description="tokens per sequence"
+    )
     documents: Literal["separate", "joined"] = Field(
         "separate",
         description="separate: a document never sees its neighbours in the sequence; joined: it "
         "does (dense models train several times faster, they need no mask)",
     )
-    batch_size: PositiveInt = Field(
+    batch_size: Annotated[int, Field(ge=1, le=MOST_OF_A_STEP)] = Field(
         8, description="sequences per optimiser step, over all processes"
     )
-    micro_batch_size: PositiveInt = Field(
+    micro_batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] = Field(
         1, description="sequences per forward pass and process; the rest is accumulated"
     )
     steps: PositiveInt | None = Field(None, description="optimiser steps (or give tokens/epochs)")

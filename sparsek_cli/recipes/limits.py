@@ -1,0 +1,6 @@
+"""Where numbers stop meaning anything: beyond them, work would spin or ask for all memory."""
+
+LONGEST = 1 << 24  # tokens of a sequence, a prompt or a document
+MOST_SEQUENCES = 1 << 16  # side by side
+MOST_OF_A_STEP = 1 << 20  # sequences
+MOST_HEADS = 1 << 12
