@@ -1,5 +1,7 @@
 """Runs `sparsek` in this process, as the console entry point would."""
 
+import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +43,18 @@ def sparsek(capfd) -> Callable[..., Outcome]:
     def call(*words: object) -> Outcome:
         from sparsek_cli.app import run
 
+        _let_libraries_speak_here()
         capfd.readouterr()
         code = run([str(word) for word in words])
         return Outcome(code, *capfd.readouterr())
 
     return call
+
+
+def _let_libraries_speak_here() -> None:
+    """Their handlers hold the stderr of whichever test imported them first, closed since."""
+    for library in ("transformers", "datasets", "huggingface_hub"):
+        for handler in logging.getLogger(library).handlers:
+            if type(handler) is logging.StreamHandler:
+                # Not setStream, which flushes the closed one.
+                handler.stream, handler.flush = sys.stderr, sys.stderr.flush
