@@ -308,10 +308,9 @@ def dense_mask(
 
     Layers that slide (`local_size`) have a mask of their own.
     """
-    kwargs["q_offset"] = q_offset
     if local_size is not None:
         return sparsek_padding_mask(
-            batch_size, q_length, kv_length, attention_mask, local_size, **kwargs
+            batch_size, q_length, kv_length, attention_mask, local_size, q_offset=q_offset, **kwargs
         )
     # A tensor is the place in a cache of fixed length, whose end may be empty.
     last = q_length == 1 and isinstance(q_offset, int) and q_offset + 1 == kv_length
@@ -321,6 +320,7 @@ def dense_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
+        q_offset=q_offset,
         attention_mask=attention_mask,
         **kwargs,
     )

@@ -3,7 +3,7 @@
 The files stay as they are, whatever the method; conversion adds scorers beside them, which are no
 `nn.Linear` and therefore no method's business. In memory there are two kinds. Where transformers
 has a way, weights are unpacked while they load, and the model is then as any other. Else they stay
-packed, and whatever needs a weight asks its module (see `output_weight` in calibration).
+packed, and whatever needs a weight asks its module (see weights.py).
 """
 
 from sparsek_cli.quantised.checks import check, check_training

@@ -7,6 +7,7 @@ from torch import nn
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.quantised.methods import described, stays_packed
+from sparsek_cli.quantised.weights import weight_of
 
 # Of the largest entry: both sides are rounded to 16 bits, and weights to 8 bits or fewer.
 _TOLERANCE = 5e-2
@@ -54,7 +55,6 @@ def _has_gradient(linear: nn.Module, dtype: torch.dtype, device: torch.device) -
     if found is None:
         return False
     with torch.no_grad():
-        unit = torch.eye(linear.in_features, **made)
-        weight = linear(unit) - linear(torch.zeros_like(unit[:1]))  # [in, out]
-    expected = upstream.float() @ weight.float().T
+        weight = weight_of(linear, linear.in_features, upstream)
+    expected = upstream.float() @ weight.T
     return bool((found.float() - expected).abs().max() <= _TOLERANCE * expected.abs().max())

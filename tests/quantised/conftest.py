@@ -55,52 +55,48 @@ def torchao(plain: Path, folder: Path) -> None:
 
 
 def rewritten(
-    plain: Path, folder: Path, change: Callable[[dict], dict], block: dict, **more: Any
+    plain: Path,
+    folder: Path,
+    packed: Callable[[str, torch.Tensor], dict],
+    block: dict,
+    ends: str | tuple[str, ...] = "proj.weight",
+    dtype: str | None = None,
 ) -> None:
-    """The checkpoint with other tensors, and what config.json says of them."""
+    """The checkpoint with each tensor whose name `ends` so as what `packed` makes of it, others in
+    `dtype` (None: as they are), and what config.json says of them."""
     shutil.copytree(plain, folder)
-    found = change(load_file(folder / "model.safetensors"))
+    found = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        kept = weight if dtype is None else weight.to(getattr(torch, dtype))
+        found |= packed(name, weight) if name.endswith(ends) else {name: kept}
     tensors = {name: tensor.contiguous() for name, tensor in found.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config |= {"quantization_config": block, **more}
+    config |= {"quantization_config": block} | ({} if dtype is None else {"dtype": dtype})
     (folder / "config.json").write_text(json.dumps(config))
 
 
 def fp8(plain: Path, folder: Path) -> None:
     """Blocks of 32 x 32 with a scale each, as DeepSeek and Qwen publish theirs (of 128 x 128)."""
 
-    def change(tensors: dict) -> dict:
-        found = {}
-        for name, weight in tensors.items():
-            if not name.endswith("proj.weight"):
-                found[name] = weight
-                continue
-            blocks = weight.float().unflatten(1, (-1, 32)).unflatten(0, (-1, 32))
-            scale = blocks.abs().amax((1, 3)) / 448
-            packed = (blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)
-            found[name] = packed.to(torch.float8_e4m3fn)
-            found[f"{name}_scale_inv"] = scale
-        return found
+    def packed(name: str, weight: torch.Tensor) -> dict:
+        blocks = weight.float().unflatten(1, (-1, 32)).unflatten(0, (-1, 32))
+        scale = blocks.abs().amax((1, 3)) / 448
+        codes = (blocks / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)
+        return {name: codes.to(torch.float8_e4m3fn), f"{name}_scale_inv": scale}
 
     block = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 32]}
-    rewritten(plain, folder, change, block)
+    rewritten(plain, folder, packed, block)
 
 
 def compressed_tensors(plain: Path, folder: Path) -> None:
     """8-bit floats with a scale per row, as llm-compressor writes them."""
     pytest.importorskip("compressed_tensors", reason="transformers unpacks by compressed-tensors")
 
-    def change(tensors: dict) -> dict:
-        found = {}
-        for name, weight in tensors.items():
-            if not name.endswith("proj.weight"):
-                found[name] = weight
-                continue
-            scale = weight.float().abs().amax(1, keepdim=True) / 448
-            found[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
-            found[f"{name}_scale"] = scale.to(weight.dtype)
-        return found
+    def packed(name: str, weight: torch.Tensor) -> dict:
+        scale = weight.float().abs().amax(1, keepdim=True) / 448
+        codes = (weight.float() / scale).to(torch.float8_e4m3fn)
+        return {name: codes, f"{name}_scale": scale.to(weight.dtype)}
 
     weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
     group = {"targets": ["Linear"], "weights": weights}
@@ -109,27 +105,22 @@ def compressed_tensors(plain: Path, folder: Path) -> None:
         "quantization_status": "compressed", "ignore": ["lm_head"],
         "config_groups": {"group_0": group},
     }  # fmt: skip
-    rewritten(plain, folder, change, block)
+    rewritten(plain, folder, packed, block)
 
 
 def mxfp4(plain: Path, folder: Path) -> None:
     """Experts in blocks of 32 numbers of 4 bits with a power of two each, as gpt-oss's."""
+    generator = torch.Generator().manual_seed(0)
 
-    def change(tensors: dict) -> dict:
-        found, generator = {}, torch.Generator().manual_seed(0)
-        for name, weight in tensors.items():
-            if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
-                found[name] = weight
-                continue
-            experts, inner, outer = weight.shape
-            shape = (experts, outer, inner // 32, 16)
-            found[f"{name}_blocks"] = torch.randint(
-                256, shape, dtype=torch.uint8, generator=generator
-            )
-            found[f"{name}_scales"] = torch.full(shape[:3], 121, dtype=torch.uint8)
-        return found
+    def packed(name: str, weight: torch.Tensor) -> dict:
+        experts, inner, outer = weight.shape
+        shape = (experts, outer, inner // 32, 16)
+        codes = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+        scales = torch.full(shape[:3], 121, dtype=torch.uint8)
+        return {f"{name}_blocks": codes, f"{name}_scales": scales}
 
-    rewritten(plain, folder, change, {"quant_method": "mxfp4"})
+    experts = ("experts.gate_up_proj", "experts.down_proj")
+    rewritten(plain, folder, packed, {"quant_method": "mxfp4"}, experts)
 
 
 def in_fours(numbers: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
@@ -151,43 +142,35 @@ def gptq(plain: Path, folder: Path) -> None:
     pytest.importorskip("optimum", reason="transformers loads GPTQ by optimum")
     plain_order = tuple(range(8))
 
-    def change(tensors: dict) -> dict:
-        found = {}
-        for name, weight in tensors.items():
-            if not name.endswith("proj.weight"):
-                found[name] = weight.half()
-                continue
-            path, (codes, scale) = name.removesuffix(".weight"), in_groups(weight, 32)
-            found[f"{path}.qweight"] = in_fours(codes, plain_order).T
-            zeros = torch.full_like(scale.T, 7)  # one less, as the first format has it
-            found[f"{path}.qzeros"] = in_fours(zeros, plain_order)
-            found[f"{path}.scales"] = scale.T.half()
-            found[f"{path}.g_idx"] = (torch.arange(weight.shape[1]) // 32).int()
-        return found
+    def packed(name: str, weight: torch.Tensor) -> dict:
+        path, (codes, scale) = name.removesuffix(".weight"), in_groups(weight, 32)
+        zeros = torch.full_like(scale.T, 7)  # one less, as the first format has it
+        return {
+            f"{path}.qweight": in_fours(codes, plain_order).T,
+            f"{path}.qzeros": in_fours(zeros, plain_order),
+            f"{path}.scales": scale.T.half(),
+            f"{path}.g_idx": (torch.arange(weight.shape[1]) // 32).int(),
+        }
 
     block = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-    rewritten(plain, folder, change, block, dtype="float16")
+    rewritten(plain, folder, packed, block, dtype="float16")
 
 
 def awq(plain: Path, folder: Path) -> None:
     pytest.importorskip("gptqmodel", reason="transformers loads and computes with AWQ by gptqmodel")
     interleaved = (0, 2, 4, 6, 1, 3, 5, 7)
 
-    def change(tensors: dict) -> dict:
-        found = {}
-        for name, weight in tensors.items():
-            if not name.endswith("proj.weight"):
-                found[name] = weight.half()
-                continue
-            path, (codes, scale) = name.removesuffix(".weight"), in_groups(weight, 32)
-            found[f"{path}.qweight"] = in_fours(codes.T, interleaved)
-            found[f"{path}.qzeros"] = in_fours(torch.full_like(scale.T, 8), interleaved)
-            found[f"{path}.scales"] = scale.T.half()
-        return found
+    def packed(name: str, weight: torch.Tensor) -> dict:
+        path, (codes, scale) = name.removesuffix(".weight"), in_groups(weight, 32)
+        return {
+            f"{path}.qweight": in_fours(codes.T, interleaved),
+            f"{path}.qzeros": in_fours(torch.full_like(scale.T, 8), interleaved),
+            f"{path}.scales": scale.T.half(),
+        }
 
     block = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True,
              "version": "gemm"}  # fmt: skip
-    rewritten(plain, folder, change, block, dtype="float16")
+    rewritten(plain, folder, packed, block, dtype="float16")
 
 
 WAYS: dict[str, Callable[[Path, Path], None]] = {

@@ -21,6 +21,7 @@ from sparsek_cli.models.attention import check_arguments
 from sparsek_cli.models.logits import Logits, masked_attention
 from sparsek_cli.models.output import output_layer
 from sparsek_cli.models.sliding import causal_attention, sliding_attention
+from sparsek_cli.quantised.weights import weight_of
 
 _RECORDING = "sparsek_recording"
 # Elements of the largest block of logits: 256 MB in float32.
@@ -262,10 +263,7 @@ class LayerwiseBase:
             weight = projection.weight.detach().float()
             # GPT-2's Conv1D keeps its weight transposed.
             return weight.T if isinstance(projection, torch.nn.Linear) else weight
-        # What it makes of each unit vector.
-        like = self.hidden[0]
-        unit = torch.eye(self._output_width, dtype=like.dtype, device=like.device)
-        return (projection(unit) - projection(torch.zeros_like(unit[:1]))).float()
+        return weight_of(projection, self._output_width, self.hidden[0])
 
     def run_layer(
         self, layer: int, numbers: range, use: Callable[[int, Recorded], None], *, advance: bool

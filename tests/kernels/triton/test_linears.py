@@ -66,7 +66,7 @@ def test_a_linear_map(rows, name, dtype, outputs, inputs):
 def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch):
     x, weight = new(3, 64, dtype=torch.float32), new(16, 64, dtype=torch.float32, seed=1)
     bias, residual = new(16, dtype=torch.float32, seed=2), new(3, 16, dtype=torch.float32, seed=3)
-    monkeypatch.setattr(launch, "TORCH", {(True, 64, 16)})
+    monkeypatch.setattr(launch, "FASTER_IN_TORCH", {(True, 64, 16)})
     monkeypatch.setattr(launch, "_launch", None)  # not called
     expected = F.linear(x, weight, bias)
     assert torch.equal(linears.linear(x, weight, bias), expected)

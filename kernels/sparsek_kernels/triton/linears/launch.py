@@ -8,7 +8,7 @@ import triton
 from torch.nn import functional as F
 
 from sparsek_kernels.triton.linears import kernel
-from sparsek_kernels.triton.linears.shapes import TORCH, Shape, shape_of
+from sparsek_kernels.triton.linears.shapes import FASTER_IN_TORCH, Shape, shape_of
 
 MOST_ROWS = 16
 _SCORE_COLUMNS = 1024
@@ -59,7 +59,8 @@ def linear(
     Returns:
         [M, N] in x's dtype.
     """
-    if shape is None and norm is None and (x.shape[0] > 1, x.shape[1], weight.shape[0]) in TORCH:
+    key = (x.shape[0] > 1, x.shape[1], weight.shape[0])
+    if shape is None and norm is None and key in FASTER_IN_TORCH:
         made = F.linear(x, weight, bias)
         return made if residual is None else made + residual
     out = _like(x, weight.shape[0])
