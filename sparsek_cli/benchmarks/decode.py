@@ -15,7 +15,7 @@ from sparsek_cli.benchmarks.timing import copy_bandwidth, graphed, interleaved_m
 SETS = 4  # independent states, so that no step finds its slots in the L2 cache
 
 
-def _filled_state(shape: Shape, length: int, generator: torch.Generator) -> SparseKState:
+def filled_state(shape: Shape, length: int, generator: torch.Generator) -> SparseKState:
     """A state as it stands after `length` tokens: full slots, random contents."""
     state = SparseKState.empty(
         shape.batch, shape.kv_heads, shape.head_dim, topk=shape.topk, window=shape.window,
@@ -57,7 +57,7 @@ def measure(
         if length <= shape.sinks + shape.topk + shape.window:
             say(f"decode at {length}: the slots are not full yet, skipped")
             continue
-        states = [_filled_state(shape, length, generator) for _ in range(SETS if cuda else 1)]
+        states = [filled_state(shape, length, generator) for _ in range(SETS if cuda else 1)]
         q, k, v = new(shape.heads), new(shape.kv_heads), new(shape.kv_heads)
         scores = torch.randn(shape.batch, shape.kv_heads, 1, device=shape.device)
 
