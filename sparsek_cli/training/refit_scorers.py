@@ -33,7 +33,6 @@ from sparsek_cli.training.losses.future_attention import (
     asking_rows,
     documents_of,
     looked_at,
-    recordings,
 )
 from sparsek_cli.training.losses.objectives import decoder_of
 
@@ -109,7 +108,7 @@ def _use(
     if layer not in fits:
         fits[layer] = LinearFit(features.shape[-1], key.shape[1], _MAPS, key.device)
     budget = layer_budget(module.config, layer)
-    every = recordings(query, key, logits, documents, features)
+    every = _recordings(query, key, logits, documents, features)
     for (start, end), recorded in zip(documents, every, strict=True):
         _add(fits[layer], recorded, asking[start:end], budget)
 
@@ -145,6 +144,20 @@ def _seen(attentions: dict[int, Any], use: Callable) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _recordings(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    logits: Logits,
+    documents: list[tuple[int, int]],
+    inputs: torch.Tensor,
+) -> Iterator[Recorded]:
+    """Each document, of query [B, H, N, D], key [B, G, N, D] and inputs [B, N, C]."""
+    length = query.shape[2]
+    for start, end in documents:
+        row, part = start // length, slice(start % length, start % length + end - start)
+        yield Recorded(inputs[row, part], query[row, :, part], key[row, :, part], None, logits)
 
 
 def _add(fit: LinearFit, recorded: Recorded, asking: torch.Tensor, budget: Any) -> None:

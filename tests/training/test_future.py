@@ -56,7 +56,7 @@ def recorded():
 
 
 def test_a_head_with_slots_for_more_than_the_document_drops_nothing(recorded):
-    answer = torch.zeros(40, dtype=torch.bool)
+    answer = torch.zeros(1, 40, dtype=torch.bool)
     wanted = aims(
         recorded, answer, LayerBudget((5, 400), window=4, sinks=2, gate="straight_through")
     )
@@ -70,7 +70,7 @@ def test_a_head_with_slots_for_more_than_the_document_drops_nothing(recorded):
 
 def test_a_head_should_hold_what_later_queries_look_at_most(recorded):
     budget = LayerBudget((5, 3), window=4, sinks=2, gate="straight_through")
-    wanted = aims(recorded, torch.zeros(40, dtype=torch.bool), budget)
+    wanted = aims(recorded, torch.zeros(1, 40, dtype=torch.bool), budget)
     logits = recorded.query @ recorded.key.repeat_interleave(2, 0).transpose(1, 2) * 8**-0.5
     maps = logits.masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf).log_softmax(-1)
     age = torch.arange(40)[:, None] - torch.arange(40)
@@ -94,20 +94,20 @@ def test_a_head_should_hold_what_later_queries_look_at_most(recorded):
 
 
 def test_nothing_is_asked_where_all_fits(recorded):
-    nowhere = torch.zeros(40, dtype=torch.bool)
+    nowhere = torch.zeros(1, 40, dtype=torch.bool)
     assert aims(recorded, nowhere, LayerBudget(40, 4, 2, "straight_through")) is None
     assert aims(recorded, nowhere, LayerBudget(0, 4, 2, "straight_through")) is None
 
 
 def test_the_loss_pulls_keys_across_the_border_and_vanishes_beyond_it(recorded):
-    wanted = aims(recorded, torch.zeros(40, dtype=torch.bool), LayerBudget(5, 4, 2, "log"))
+    wanted = aims(recorded, torch.zeros(1, 40, dtype=torch.bool), LayerBudget(5, 4, 2, "log"))
     scores = torch.zeros(2, 40, requires_grad=True)
     border_loss(scores, torch.zeros(2), wanted).backward()
     pull = wanted.weights.sum(0)
     clear = pull.abs() > 1e-3
     assert (scores.grad[clear].sign() == -pull[clear].sign()).all()
     # One moment's keys on their sides by far: nothing is left to learn of them.
-    one = type(wanted)(wanted.weights[-1:], wanted.candidates[-1:], wanted.last)
+    one = type(wanted)(1, wanted.weights[-1:], wanted.candidates[-1:], wanted.last)
     assert border_loss(100 * one.weights[0].sign(), torch.zeros(2), one) < 1e-3
     # The other way round the threshold lies among those to drop: half of their 2, and all of the
     # others' 2, for none pulls more than it can.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,14 +37,17 @@ _NEAR = 2 * SPREAD
 
 @dataclass(frozen=True)
 class Aims:
-    """What the heads of one layer should hold of one document, at T of its queries.
+    """What the heads of one layer should hold of documents of one length, at T of their queries.
 
     Attributes:
-        weights: [T, G, N] float32: above 0 for keys to hold, below for those to drop, 0 for those
-            that do not count; both kinds add up to 1/2 where there are any.
+        documents: how many there are, D; the heads of the first come first.
+        weights: [T, D * G, N] float32: above 0 for keys to hold, below for those to drop, 0 for
+            those that do not count; both kinds add up to 1/2 where there are any.
         candidates: [T, 1, N] bool, keys that compete at each query.
-        last: [G, 1] int64, rank of the last key that is held.
+        last: [D * G, 1] int64, rank of the last key that is held.
     """
+
+    documents: int
 
     weights: torch.Tensor
     candidates: torch.Tensor
@@ -57,7 +60,7 @@ class FutureAttention:
     def __init__(self) -> None:
         self._aims: dict[int, list[Aims | None]] = {}
         self._losses: dict[int, torch.Tensor] = {}
-        self._documents: list[tuple[int, int]] = []
+        self._documents: list[list[tuple[int, int]]] = []
         self._answers = torch.empty(0)
         self._batch = 0
 
@@ -74,7 +77,7 @@ class FutureAttention:
             roles: [B, N]. bounds: int32 [documents + 1] over all B * N tokens; None: one per row.
         """
         self._batch = len(roles)
-        self._documents = documents_of(roles, bounds)
+        self._documents = alike(documents_of(roles, bounds))
         self._answers = asking_rows(roles)
         self._aims, self._losses = {}, {}
 
@@ -103,26 +106,27 @@ class FutureAttention:
         self, module: Any, query: torch.Tensor, key: torch.Tensor, logits: Logits
     ) -> list[Aims | None]:
         budget = layer_budget(module.config, module.layer_idx)
+        found = []
         with torch.autocast(query.device.type, enabled=False):
-            return [
-                aims(recorded, self._answers[start:end], budget)
-                for (start, end), recorded in zip(
-                    self._documents, recordings(query, key, logits, self._documents), strict=True
-                )
-            ]
+            for group in self._documents:
+                sinks = None if logits.sinks is None else logits.sinks.repeat(len(group))
+                queries, keys = _stacked(query, group), _stacked(key, group)
+                recorded = Recorded(None, queries, keys, None, replace(logits, sinks=sinks))
+                asking = torch.stack([self._answers[start:end] for start, end in group])
+                found.append(aims(recorded, asking, budget))
+        return found
 
     def _layer(
         self, scores: torch.Tensor, slopes: torch.Tensor, wanted: list[Aims | None]
     ) -> torch.Tensor:
         """Sum over sequences of scores [B, G, N] against what is wanted of each document."""
-        length = scores.shape[2]
         # Of a layer that has nothing to drop the gradient is 0, and there: DDP waits for it.
         total = scores.float().sum() * 0
-        for (start, end), aim in zip(self._documents, wanted, strict=True):
+        for group, aim in zip(self._documents, wanted, strict=True):
             if aim is not None:
-                row, first = start // length, start % length
-                own = scores[row, :, first : first + end - start]
-                total = total + (end - start) / length * border_loss(own, slopes, aim)
+                own = _stacked(scores, group)
+                share = own.shape[1] / scores.shape[2]
+                total = total + share * border_loss(own, slopes.repeat(len(group)), aim)
         return total
 
 
@@ -133,6 +137,14 @@ def documents_of(roles: torch.Tensor, bounds: torch.Tensor | None) -> list[tuple
     return [(a, b) for a, b in zip(ends, ends[1:], strict=False) if b > a]
 
 
+def alike(documents: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """The documents by their length: on a GPU many are looked at as fast as one."""
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for start, end in documents:
+        by_length.setdefault(end - start, []).append((start, end))
+    return list(by_length.values())
+
+
 def asking_rows(roles: torch.Tensor) -> torch.Tensor:
     """[B * N] bool on the CPU: tokens after which an answer's token comes."""
     asking = torch.zeros_like(roles, dtype=torch.bool)
@@ -140,19 +152,13 @@ def asking_rows(roles: torch.Tensor) -> torch.Tensor:
     return asking.flatten().cpu()
 
 
-def recordings(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    logits: Logits,
-    documents: list[tuple[int, int]],
-    inputs: torch.Tensor | None = None,
-) -> Iterator[Recorded]:
-    """Each document, of query [B, H, N, D], key [B, G, N, D] and inputs [B, N, C]."""
-    length = query.shape[2]
-    for start, end in documents:
-        row, part = start // length, slice(start % length, start % length + end - start)
-        own = None if inputs is None else inputs[row, part]
-        yield Recorded(own, query[row, :, part], key[row, :, part], None, logits)
+def _stacked(tensor: torch.Tensor, documents: list[tuple[int, int]]) -> torch.Tensor:
+    """[documents * heads, N, ...]: documents of N tokens, cut from [B, heads, length, ...]."""
+    length = tensor.shape[2]
+    return torch.cat([
+        tensor[start // length, :, start % length : start % length + end - start]
+        for start, end in documents
+    ])  # fmt: skip
 
 
 def looked_at(answer: torch.Tensor, first: int, count: int = ROWS) -> torch.Tensor:
@@ -166,54 +172,72 @@ def looked_at(answer: torch.Tensor, first: int, count: int = ROWS) -> torch.Tens
     return torch.cat([spread, first + answer[first:].nonzero().squeeze(1)]).unique()
 
 
-def aims(recorded: Recorded, answer: torch.Tensor, budget: LayerBudget) -> Aims | None:
-    """What a document's later queries say its heads should hold; None where all of it fits.
+def aims(recorded: Recorded, asking: torch.Tensor, budget: LayerBudget) -> Aims | None:
+    """What later queries of documents say that heads should hold; None where all of it fits.
 
     Args:
-        recorded: one document in one layer. answer: [N] bool, queries always looked at.
+        recorded: D documents of N tokens in one layer, as the heads of one: [D * H, N, size].
+        asking: [D, N] bool on the CPU, queries of each document that are always looked at.
     """
-    groups, tokens, _ = recorded.key.shape
+    documents, tokens = asking.shape
     device, window, sinks = recorded.key.device, budget.window, budget.sinks
+    groups = len(recorded.key) // documents
     topk = budget.topk if isinstance(budget.topk, tuple) else (budget.topk,) * groups
     # The first query at which some head has one candidate more than it can hold.
     first = sinks + window + min((k for k in topk if k), default=tokens)
     if first >= tokens:
         return None
     moments = torch.linspace(first, tokens, _MOMENTS + 1).long()[:-1].unique()
-    rows = looked_at(answer, first)
-    seen = _ByMoment(torch.searchsorted(moments, rows, right=True) - 1, groups, tokens, device)
-    nothing = torch.zeros(tokens, dtype=torch.bool, device=device)
-    look(Reading(recorded, rows.to(device), None), nothing, tokens, window, seen, seen)
+    rows = looked_at(asking.any(0), first)
+    everywhere = torch.isin(rows, looked_at(torch.zeros(tokens, dtype=torch.bool), first))
+    seen = _ByMoment(
+        torch.searchsorted(moments, rows, right=True) - 1, asking[:, rows] | everywhere,
+        recorded.key,
+    )  # fmt: skip
+    nothing = torch.zeros(tokens, dtype=torch.bool)
+    look(Reading(recorded, rows, None), nothing, tokens, window, seen, seen)
     # Of all later queries: those of later parts too.
     worth = seen.result().flip(0).cummax(0).values.flip(0)
 
     keys, moments = torch.arange(tokens, device=device), moments.to(device)[:, None, None]
     candidates = (keys >= sinks) & (keys <= moments - window)
-    held = torch.tensor(topk, device=device)[:, None]
+    held = torch.tensor(topk, device=device)[:, None].repeat(documents, 1)
     counts = (held > 0) & (held < candidates.sum(-1, keepdim=True))
     last = (held - 1).clamp(0, tokens - 1)  # a head may have slots for more than the document
     worth = worth.masked_fill(~candidates, -torch.inf)
-    border = _ranked(worth, last)
+    (border,) = _ranked(worth, last)
     weight = (worth - border).clamp(-_CLEAR, _CLEAR)
     weight = torch.where(candidates & counts, weight, 0)
     sides = (weight.clamp_min(0), weight.clamp_max(0))
     more, less = (side / (2 * side.abs().sum(-1, keepdim=True)).clamp_min(1e-9) for side in sides)
-    return Aims(more + less, candidates, last)
+    return Aims(documents, more + less, candidates, last)
 
 
 class _ByMoment:
     """The largest probability that the queries of each of T parts of a document give a key."""
 
-    def __init__(self, parts: torch.Tensor, groups: int, tokens: int, device: torch.device):
-        """`parts` [R] int64 on the CPU, ascending: the part of each query that is looked at."""
-        self._parts = parts
+    def __init__(self, parts: torch.Tensor, asked: torch.Tensor, key: torch.Tensor):
+        """Of R queries of D documents.
+
+        Args:
+            parts: [R] int64 on the CPU, ascending: the part of each query.
+            asked: [D, R] bool on the CPU: whose query counts.
+            key: [D * G, N, size].
+        """
+        self._parts, self._asked = parts, asked
+        self._groups = len(key) // len(asked)
         self._seen = 0
-        self._best = torch.full((int(parts[-1]) + 1, groups, tokens), FLOOR, device=device)
+        shape = int(parts[-1]) + 1, *key.shape[:2]
+        self._best = torch.full(shape, FLOOR, device=key.device)
 
     def add(self, logits: torch.Tensor) -> None:
-        here = self._parts[self._seen : self._seen + logits.shape[2]]
-        self._seen += len(here)
+        these = slice(self._seen, self._seen + logits.shape[2])
+        here, asked = self._parts[these], self._asked[:, these]
+        self._seen = these.stop
         largest = logits.amax(1)
+        if not bool(asked.all()):
+            silent = (~asked).repeat_interleave(self._groups, 0).to(largest.device)
+            largest = largest.masked_fill(silent[..., None], -torch.inf)
         parts, counts = here.unique_consecutive(return_counts=True)
         pieces = largest.split(counts.tolist(), 1)
         for part, piece in zip(parts.tolist(), pieces, strict=True):
@@ -221,34 +245,37 @@ class _ByMoment:
             torch.maximum(best, piece.amax(1), out=best)
 
     def result(self) -> torch.Tensor:
-        """[T, G, N] float32."""
+        """[T, D * G, N] float32."""
         return self._best
 
 
 def border_loss(scores: torch.Tensor, slopes: torch.Tensor, wanted: Aims) -> torch.Tensor:
-    """Mean over heads and queries of the weighted share of keys on the wrong side of the threshold.
+    """Sum over documents of the weighted share of keys on the wrong side of the threshold.
 
-    The share is a smooth one: a sigmoid as wide as some spreads of the scores.
+    Of a document it is the mean over heads and queries, and the share is a smooth one: a sigmoid
+    as wide as some spreads of the scores.
 
     Args:
-        scores: [G, N] of one document. slopes: [G].
+        scores: [D * G, N]. slopes: [D * G].
     """
     places = torch.arange(scores.shape[1], device=scores.device)
     effective = scores.float() + slopes.float()[:, None] * places
     known = effective.detach().masked_fill(~wanted.candidates, -torch.inf)
     after = (wanted.last + 1).clamp_max(scores.shape[1] - 1)
-    inside, outside = _ranked(known, wanted.last), _ranked(known, after)
+    inside, outside = _ranked(known, wanted.last, after)
     # Between the last that is held and the first that is not, where there are both.
     border = torch.where(outside > -torch.inf, (inside + outside) / 2, inside)
     border = border.masked_fill(border == -torch.inf, 0)
     # Beyond reach on the wrong side, as old keys are where a slope is steep, a key pulls no more.
     beside = wanted.weights.sign() * (effective - border) / _NEAR
     losses = _NEAR * (-beside).sigmoid() * wanted.weights.abs()
-    counts = (wanted.weights != 0).any(-1).sum().clamp_min(1)
-    return losses.sum() / counts
+    counts = (wanted.weights != 0).any(-1)
+    sums, numbers = (x.unflatten(1, (wanted.documents, -1)).flatten(2).sum((0, 2))
+                     for x in (losses, counts))  # fmt: skip
+    return (sums / numbers.clamp_min(1)).sum()
 
 
-def _ranked(values: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
-    """[T, G, 1]: of values [T, G, N] the one at each head's rank [G, 1], the largest having 0."""
+def _ranked(values: torch.Tensor, *ranks: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """[T, G, 1] each: of values [T, G, N] those at each head's ranks [G, 1]; 0 is the largest."""
     order = values.sort(-1, descending=True).values
-    return order.gather(-1, rank.expand(len(values), -1, -1))
+    return tuple(order.gather(-1, rank.expand(len(values), -1, -1)) for rank in ranks)

@@ -38,7 +38,7 @@ def future_attention(
     """
     groups, device = recorded.key.shape[0], recorded.key.device
     best, best_answer = (REDUCTIONS[target](groups, recorded.context, device) for _ in range(2))
-    for reading in recorded.readings(rows.to(device)):
+    for reading in recorded.readings(rows.cpu()):
         asked = reading.of(answer.to(device))
         look(reading, asked, recorded.context, window, best, best_answer)
     return best.result(), best_answer.result()
@@ -52,7 +52,10 @@ def look(
     best: Reduction,
     best_answer: Reduction,
 ) -> None:
-    """Adds what the queries of one reading see of the context; answer [tokens] bool."""
+    """Adds what the queries of one reading see of the context; answer [tokens] bool.
+
+    Where rows and `answer` are on the CPU, a GPU is never waited for.
+    """
     recorded = reading.recorded
     heads, _, size = recorded.query.shape
     groups, tokens, _ = recorded.key.shape
@@ -62,14 +65,14 @@ def look(
         query = (recorded.query[:, block].float() * recorded.logits.scale).reshape(groups, -1, size)
         logits = torch.matmul(query, key[:, :last].transpose(1, 2))
         logits = recorded.logits.capped(logits.view(groups, heads // groups, len(block), last))
-        columns = torch.arange(last, device=block.device)
-        first = int(block[0]) + 1
+        columns = torch.arange(last, device=key.device)
+        first, places = int(block[0]) + 1, block.to(key.device)[:, None]
         # Only columns after the first query can lie in some query's future.
-        late = columns[first:] > block[:, None]
+        late = columns[first:] > places
         logits[..., first:].masked_fill_(late, -torch.inf)
         logits -= recorded.logits.log_total(logits)
         near = max(0, int(block[0]) - window + 1)
-        logits[..., near:].masked_fill_(columns[near:] > block[:, None] - window, -torch.inf)
+        logits[..., near:].masked_fill_(columns[near:] > places - window, -torch.inf)
         logits = logits[..., :context]
         best.add(logits)
         asked = answer[block]
