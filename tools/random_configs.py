@@ -1,18 +1,23 @@
 """Draws random configs of all families, converts them in memory, and compares.
 
     python tools/random_configs.py --count 3000 --seed 0
+    python tools/random_configs.py --family gpt_oss --count 50
 
-Each config must do one of two things. It is converted, and then its logits are those of the dense
-model where nothing is dropped, decoding in pieces is prefill, and left padding has no influence.
-Or it is refused with a reason (`UsageError`, `SparsekError`), as are those that transformers itself
-refuses. Anything else is a fault, and shown with what reproduces it.
+Settings (`draw`) and shapes (`shape`: sizes, heads per KV head, kinds of layers, experts) are
+random. Each config must do one of two things. It is converted, and then its logits are those of the
+dense model where nothing is dropped, decoding in pieces is prefill, left padding has no influence,
+a saved model loads as it was, and what config.json alone says of it (as `sparsek convert` reads it)
+is what the classes say. Or it is refused with a reason (`UsageError`, `SparsekError`), as are those
+that transformers itself refuses. Anything else is a fault, and shown with what reproduces it.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,97 +25,13 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support")]
 
+from random_settings import draw, shape, sparsek_block  # noqa: E402
+
 TOKENS = 24
 # Differences of summation order, relative to the largest logit; recurrent forms differ more.
 CLOSE, CLOSE_STATES = 2e-5, 3e-4
 # Times the dense model's own distance of decoding from prefill, where states make one.
 LIKE_DENSE = 3
-# Fields that many families have, and what they may be.
-CHOICES: dict[str, list[Any]] = {
-    "attention_bias": [True, False],
-    "attention_dropout": [0.0, 0.1],
-    "attention_multiplier": [0.1, 0.5],
-    "bias": [True, False],
-    "hidden_act": ["silu", "gelu", "relu"],
-    "hidden_dropout": [0.0, 0.1],
-    "layer_norm_eps": [1e-5, 1e-3],
-    "logit_scale": [0.1, 2.0],
-    "multi_query": [True, False],
-    "logits_scaling": [0.5, 4.0],
-    "mlp_bias": [True, False],
-    "num_key_value_heads": [1, 2, 4],
-    "parallel_attn": [True, False],
-    "partial_rotary_factor": [0.25, 0.5, 1.0],
-    "qk_layernorm": [True, False],
-    "residual_multiplier": [0.3, 1.0],
-    "rms_norm_eps": [1e-6, 1e-3],
-    "rotary_pct": [0.25, 0.5, 1.0],
-    "scale_attn_by_inverse_layer_idx": [True, False],
-    "scale_attn_weights": [True, False],
-    "sliding_window": [None, 5, 4096],
-    "tie_word_embeddings": [True, False],
-    "use_bias": [True, False],
-    "use_cache": [True, False],
-    "use_parallel_residual": [True, False],
-    "use_qk_norm": [True, False],
-    "use_qkv_bias": [True, False],
-    "attn_logit_softcapping": [None, 30.0],
-    "final_logit_softcapping": [None, 30.0],
-    "embedding_multiplier": [0.5, 1.0],
-    "use_sliding_window": [True, False],
-    "no_rope_layers": [[1, 0], [0, 1], [1, 1]],
-    "query_pre_attn_scalar": [4, 16],
-}
-ROPES: list[dict[str, Any]] = [
-    {"rope_type": "default", "rope_theta": 1e4},
-    {"rope_type": "default", "rope_theta": 5e5},
-    {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
-    {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
-    {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4,
-     "original_max_position_embeddings": 2048},
-    {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "low_freq_factor": 1.0,
-     "high_freq_factor": 4.0, "original_max_position_embeddings": 2048},
-]  # fmt: skip
-
-
-def draw(rng: random.Random, family: str) -> dict[str, Any]:
-    """Settings of one config: those of the tiny one, some of them otherwise."""
-    from tiny_families import TINY, tiny_config
-
-    plain = tiny_config(family).to_dict()
-    own = TINY[family]
-    settings: dict[str, Any] = {}
-    for key, values in CHOICES.items():
-        if key in plain and rng.random() < 0.4:
-            settings[key] = rng.choice(values)
-    if own.get("num_key_value_heads", 0) is None or "n_embd" in own:
-        settings.pop("num_key_value_heads", None)
-    if plain.get("rope_parameters") and "layer_types" not in own and rng.random() < 0.5:
-        rope = dict(rng.choice(ROPES))
-        kept = plain["rope_parameters"].get("partial_rotary_factor")
-        settings["rope_parameters"] = rope | (
-            {} if kept is None else {"partial_rotary_factor": kept}
-        )
-    if "layer_types" not in own and "layers_block_type" not in own and rng.random() < 0.3:
-        settings["n_layer" if "n_layer" in own else "num_hidden_layers"] = rng.choice([1, 3])
-        settings.pop("no_rope_layers", None)
-    return settings
-
-
-def sparsek_block(rng: random.Random, heads: int, layers: int, sparse: tuple[int, ...]) -> dict:
-    """Slots that drop most of the text: one size, or one for each layer and head."""
-    topk: Any = rng.randint(1, 6)
-    if rng.random() < 0.3:
-        rows = [[rng.randint(0, 6) for _ in range(heads)] for _ in range(layers)]
-        topk = [row if i in sparse else None for i, row in enumerate(rows)]
-    scorer = rng.choice([{"type": "linear"}, {"type": "mlp", "width": 4}])
-    return {
-        "topk": topk,
-        "window": rng.randint(1, 6),
-        "sinks": rng.randint(0, 2),
-        "gate": rng.choice(["straight_through", "straight_through", "log", "kv"]),
-        "scorer": scorer,
-    }
 
 
 def check(family: str, settings: dict[str, Any], rng: random.Random) -> str:
@@ -142,7 +63,10 @@ def check(family: str, settings: dict[str, Any], rng: random.Random) -> str:
         found = model.load_state_dict(dense.state_dict(), strict=False)
         if found.unexpected_keys or any(".scorer." not in key for key in found.missing_keys):
             return f"fault: weights {found}"
-        return compare(model, ids, expected, family, dense)
+        outcome = compare(model, ids, expected, family, dense)
+        if outcome == "converted":
+            outcome = read_from_files(family, dense.config, model, ids) or outcome
+        return outcome
     except SparsekError as error:
         return f"refused: {error.message}"
     except Exception as error:
@@ -201,6 +125,35 @@ def compare(model: Any, ids: Any, expected: Any, family: str, dense: Any) -> str
     return "converted"
 
 
+def read_from_files(family: str, dense: Any, model: Any, ids: Any) -> str:
+    """What is wrong with the saved model, or with what config.json says of its base; "": nothing.
+
+    Args:
+        dense: the base's config. model: the converted model. ids: int64 [2, TOKENS].
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models as models
+    from sparsek_cli.conversion.geometry import geometry
+    from sparsek_cli.families import TABLE
+    from sparsek_cli.families.layers import full_layers, idle_window_off, layer_types
+
+    row, config = TABLE[family], json.loads(dense.to_json_string())
+    sizes = geometry(config, row)
+    if (sizes.kv_heads, sizes.head_dim) != (models.kv_heads(dense), models.head_dim(dense)):
+        return f"fault: config.json says {sizes}"
+    types = layer_types(row, {**config, **idle_window_off(row, config, sizes.context)})
+    if full_layers(types) != models.sparse_layers(model.config):
+        return f"fault: config.json says layers {types}"
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        model.save_pretrained(folder)
+        again = AutoModelForCausalLM.from_pretrained(folder)
+        if not torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits):
+            return "fault: it does not load as it was saved"
+    return ""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=300)
@@ -214,6 +167,7 @@ def main() -> None:
     from sparsek_cli.families import TABLE
 
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     torch.set_num_threads(1)
     families = [options.family] if options.family else list(TABLE)
     outcomes: Counter[str] = Counter()
@@ -222,7 +176,9 @@ def main() -> None:
         for number in range(options.first, options.first + options.count):
             rng = random.Random(f"{options.seed}-{number}")
             family = families[number % len(families)]
-            settings = draw(rng, family)
+            # Shapes have numbers of their own, so that settings and weights of a number stay.
+            shapes = shape(random.Random(f"shape-{options.seed}-{number}"), family)
+            settings = draw(rng, family) | shapes
             outcome = check(family, settings, rng)
             outcomes[outcome.split(":")[0]] += 1
             if not outcome.startswith("converted"):

@@ -15,7 +15,7 @@ def test_configs_are_drawn_and_compared(family):
     outcomes = []
     for number in range(3):
         rng = random.Random(number)
-        settings = random_configs.draw(rng, family)
+        settings = random_configs.draw(rng, family) | random_configs.shape(rng, family)
         outcomes.append(random_configs.check(family, settings, rng))
     assert "converted" in outcomes and not [x for x in outcomes if x.startswith("fault")], outcomes
 
@@ -34,6 +34,13 @@ def test_a_fault_is_found(monkeypatch):
     )
     outcome = random_configs.check("llama", {}, random.Random(0))
     assert outcome == "fault: not dense where nothing is dropped"
+
+
+def test_a_file_that_says_something_else_is_found(monkeypatch):
+    """A config.json whose heads are not those of the classes."""
+    monkeypatch.setattr(models, "head_dim", lambda config: 5)
+    outcome = random_configs.check("llama", {}, random.Random(0))
+    assert outcome.startswith("fault: config.json says Geometry(")
 
 
 def test_states_are_held_to_what_their_dense_self_does():
