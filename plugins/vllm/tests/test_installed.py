@@ -3,7 +3,8 @@
 from importlib.metadata import entry_points
 
 import pytest
-from sparsek_vllm import __main__ as server
+from sparsek_vllm import __main__ as supervisor
+from sparsek_vllm import server
 
 from sparsek_cli.errors import SparsekError
 
@@ -39,3 +40,20 @@ def test_a_server_that_does_not_start_says_why(kind, monkeypatch, capsys):
     told = ["error: no such cache", "hint: leave it out"]
     stopped = ["error: interrupted before it served", "hint: run the same command again"]
     assert lines == (stopped if kind == "interrupted" else told)
+
+
+@pytest.mark.parametrize(
+    "code, asked, shown, said",
+    [
+        (server.SERVED, True, 0, ""),
+        (server.SERVED, False, 1, "error: vLLM's engine died"),
+        (-9, False, 137, "error: vLLM's server was killed (SIGKILL)"),
+        (-15, True, 143, ""),
+        (0, False, 0, ""),  # --help
+        (2, False, 2, ""),
+    ],
+)
+def test_an_end_that_nobody_asked_for_is_an_error(code, asked, shown, said, capsys):
+    assert supervisor.outcome(code, asked) == shown
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == (2 if said else 0) and (told or [""])[0].startswith(said)

