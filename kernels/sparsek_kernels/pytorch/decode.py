@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -92,8 +94,17 @@ def decode(
     Returns:
         [B, H, 1, D] in q's dtype.
     """
-    batch, heads, _, dim = q.shape
     layout = state.layout
+    if isinstance(state, StateRows) and q.device.type == "cpu":
+        # Views of the rows, one after the other: gathering them would copy all their slots.
+        parts = [
+            decode(
+                one, _row(state.pool, row), scale=scale, softcap=softcap, sink_logits=sink_logits
+            )
+            for one, row in zip(q.split(1), state.rows.tolist(), strict=True)
+        ]
+        return torch.cat(parts)
+    batch, heads, _, dim = q.shape
     slots = layout.expand(q.device)
     keys, values = _padded(state, "key", slots, q.dtype), _padded(state, "value", slots, q.dtype)
     held = _gather(_pool(state)[0].positions, state, slots) != EMPTY
@@ -121,6 +132,11 @@ def _attend(q, keys, values, held, scale: float, softcap, sink_logits) -> Tensor
         nothing = sink_logits.to(dtype).view(1, *q.shape[1:3], 1).expand(q.shape[0], -1, -1, -1)
         logits = torch.cat([logits, nothing], 3)
     return logits.softmax(3)[..., : keys.shape[2]] @ values.to(dtype)
+
+
+def _row(pool: SparseKState, row: int) -> SparseKState:
+    """One row of a pool as a state; its tensors are views."""
+    return dataclasses.replace(pool, **{n: t[row : row + 1] for n, t in pool.slots.items()})
 
 
 def _padded(
