@@ -27,6 +27,7 @@ def sparsek_attention(
     gate: str = "straight_through",
     cu_seqlens: Tensor | None = None,
     state: SparseKState | StateRows | None = None,
+    fresh: bool = False,
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
@@ -60,6 +61,7 @@ def sparsek_attention(
             other's keys as they are, and earlier ones as they were kept). It is consumed: use the
             returned one, clone() to keep it. Rows of a pool (`StateRows`) change in place, and
             come back as they are.
+        fresh: the caller knows that `state` has seen nothing: it is filled and not looked at.
         scale: default 1 / sqrt(D).
         softcap: each logit x = scale * q.k becomes softcap * tanh(x / softcap), as in Gemma 2,
             before gates act on it. None: as it is.
@@ -88,10 +90,11 @@ def sparsek_attention(
     held = state
     if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
         held = state.take()  # reading makes new tensors in any case; one token is put in place
+    more = {"fresh": True} if fresh and isinstance(state, SparseKState) else {}
     out, new = run(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=held, scale=scale,
-        softcap=softcap, sink_logits=sink_logits,
+        softcap=softcap, sink_logits=sink_logits, **more,
     )  # fmt: skip
     if isinstance(state, StateRows) and held is not state:
         state.put(new)

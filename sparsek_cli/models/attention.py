@@ -126,7 +126,7 @@ def sparsek_attention_forward(
                 return sparsek_attention(q, k, v, scores, **settings)
             _check_layer(sparsek_cache, budget, k.dtype)
             out, sparsek_cache.state = sparsek_attention(
-                q, k, v, scores, state=sparsek_cache.state, **settings
+                q, k, v, scores, state=sparsek_cache.state, fresh=sparsek_cache.fresh, **settings
             )
             return out
 

@@ -29,8 +29,12 @@ def run(
     scale: float,
     softcap: float | None,
     sink_logits: Tensor | None,
+    fresh: bool = False,
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
-    """A backend's entry: sparsek_attention with checked arguments; returns (out, new state)."""
+    """A backend's entry: sparsek_attention with checked arguments; returns (out, new state).
+
+    `fresh` changes nothing: empty slots are looked at, and not found.
+    """
     if state is None and torch.compiler.is_compiling():
         tensors = q, k, v, scores, slopes, sink_logits, cu_seqlens
         settings = layout.topk, layout.window, layout.sinks, gate, scale, softcap

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -37,11 +38,17 @@ def sink_mask(geometry: Geometry, sinks: int) -> torch.Tensor | None:
     if sinks == 0:
         return None
     device = geometry.sequences.device
+    if not geometry.packed:
+        return _first_keys(geometry.keys, sinks, device)
     place = torch.arange(geometry.keys, device=device)
-    if geometry.packed:
-        starts = geometry.sequences[:, 3].contiguous()
-        place = place - starts[torch.searchsorted(starts, place.int(), right=True) - 1]
+    starts = geometry.sequences[:, 3].contiguous()
+    place = place - starts[torch.searchsorted(starts, place.int(), right=True) - 1]
     return (place < sinks)[None, None]
+
+
+@lru_cache(maxsize=64)
+def _first_keys(keys: int, sinks: int, device: torch.device) -> torch.Tensor:
+    return (torch.arange(keys, device=device) < sinks)[None, None]
 
 
 def list_size(settings: Settings, q: torch.Tensor, k: torch.Tensor) -> int:

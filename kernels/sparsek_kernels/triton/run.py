@@ -11,6 +11,7 @@ from sparsek_kernels.triton.decode import step
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.ops import attention
 from sparsek_kernels.triton.selection import FOREVER
+from sparsek_kernels.triton.state import next_state
 
 MAX_HEAD_DIM = 256
 
@@ -44,6 +45,7 @@ def run(
     scale: float,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
+    fresh: bool = False,
 ) -> tuple[torch.Tensor, SparseKState | StateRows | None]:
     """(out, new state); arguments as in sparsek_attention, already checked."""
     batch, _, n, _ = q.shape
@@ -59,7 +61,7 @@ def run(
     options = dict(layout=layout, slopes=slopes)
     options |= dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
     if cu_seqlens is None:
-        return _run_rows(q, k, v, scores, None, state, **options)
+        return _run_rows(q, k, v, scores, None, state, fresh=fresh, **options)
     groups = row_groups(cu_seqlens, n)
     outputs, states = [], []
     for group in groups:
@@ -85,7 +87,8 @@ def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor
 
 @torch.no_grad()
 def _run_rows(
-    q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, scale, softcap, sink_logits
+    q, k, v, scores, lengths, state,
+    *, layout: SlotLayout, slopes, scale, softcap, sink_logits, fresh: bool = False,
 ):  # fmt: skip
     """Rows [B, ..., N] that continue a state; `lengths` [B] or None where all tokens are real."""
     batch, _, n, _ = q.shape
@@ -93,30 +96,40 @@ def _run_rows(
         logits = dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
         return step(q, k, v, scores, slopes, state, **logits), state
     state.support = state.tau = None
-    positions = torch.arange(n, device=q.device) + state.seen[:, None]
+    positions = torch.arange(n, device=q.device).expand(batch, n)
+    if not fresh:
+        positions = positions + state.seen[:, None]
     effective = effective_scores(scores, slopes, positions)
-    keys = key_lists.list_keys(k, v, effective, positions, layout, state)
-    total = keys.keys.shape[2]
-    # The state's window holds the tokens since max(sinks, seen - window).
-    window_start = total - n - (state.seen - layout.sinks).clamp(0, layout.window)
-    shape = geometry(q.shape, keys.keys.shape, q.device, window_start=window_start)
+    listed = key_lists.list_new_keys if fresh else key_lists.list_keys
+    keys = listed(k, v, effective, positions, layout, state)
+    if fresh:
+        shape = geometry(q.shape, k.shape, q.device)
+        outside = {"always": pipeline.sink_mask(shape, layout.sinks)}
+    else:
+        total = keys.keys.shape[2]
+        # The state's window holds the tokens since max(sinks, seen - window).
+        window_start = total - n - (state.seen - layout.sinks).clamp(0, layout.window)
+        shape = geometry(q.shape, keys.keys.shape, q.device, window_start=window_start)
+        outside = {"always": keys.effective == torch.inf, "never": keys.positions == EMPTY}
     settings = pipeline.Settings(
         layout.topk, layout.window, layout.sinks, "straight_through", scale, softcap
     )
     out, _, end, _ = pipeline.forward(
         q, keys.keys, keys.values, keys.effective, settings, shape,
-        always=keys.effective == torch.inf, never=keys.positions == EMPTY,
-        sink_logits=sink_logits,
+        sink_logits=sink_logits, **outside,
     )  # fmt: skip
+    if not state.quantized:
+        return out, next_state(keys, layout, end, lengths, state)
     if lengths is None:
         lengths = torch.full((batch,), n, device=q.device)
-    ends = _ends_in_queries(end, keys, total - n)
+    ends = _ends_in_queries(end, keys)
     return out, key_lists.next_state(keys, layout, ends, lengths, state, None)
 
 
-def _ends_in_queries(end: torch.Tensor, keys: key_lists.KeyList, first: int) -> torch.Tensor:
+def _ends_in_queries(end: torch.Tensor, keys: key_lists.KeyList) -> torch.Tensor:
     """`end` counted in queries of this call, where a key never selected ends when it joins."""
-    joins = torch.arange(end.shape[2], device=end.device, dtype=torch.int32) - keys.base
-    relative = torch.maximum(end - first, joins)
+    total = end.shape[2]
+    joins = torch.arange(total, device=end.device, dtype=torch.int32) - keys.base
+    relative = torch.maximum(end - (total - keys.n), joins)
     relative = torch.where(end == FOREVER, keys.n, relative)
     return relative.masked_fill(keys.positions == EMPTY, key_lists.NEVER)

@@ -111,10 +111,10 @@ FOREVER_ = tl.constexpr(FOREVER)
 
 @triton.jit
 def _ends(
-    order, rank, chunks, segments, bound, scratch, end, row_keys, window,
+    order, rank, flat, chunks, segments, bound, scratch, end, row_keys, window,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """end[key] for the keys of one chunk of ranks; 0 means never selected."""
+    """end[key] for the candidates of one chunk of ranks; 0 means never selected."""
     line = tl.program_id(0)
     segment = tl.load(chunks + 2 * line)
     if segment < 0:
@@ -155,7 +155,35 @@ def _ends(
         enough = (lane[None, :] >= later) & (lane < kept)[None, :]
         statistic = tl.min(tl.where(enough, listed[None, :], high), 1)
     leaves = tl.where(statistic > key, statistic - (key // row_keys) * row_keys + window, 0)
-    tl.store(end + key, leaves, mask=arriving < limit)
+    candidate = tl.load(flat + key, mask=arriving < limit, other=-float("inf")) > -float("inf")
+    tl.store(end + key, leaves, mask=candidate)
+
+
+@triton.jit
+def _sort_out(
+    scores, always, never, flat, end, heads, keys,
+    always_row, always_head, never_row, never_head,
+    ALWAYS: tl.constexpr, NEVER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The candidates' scores, -inf for other keys; and `end` as it is where nothing is evicted."""
+    line = tl.program_id(1)
+    row, head = (line // heads).to(tl.int64), (line % heads).to(tl.int64)
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = key < keys
+    at = line.to(tl.int64) * keys + key
+    # + 0.0: a radix sort would tell -0.0 from 0.0.
+    score = tl.load(scores + at, mask=inside, other=0.0) + 0.0
+    leaves = tl.where(score == -float("inf"), 0, FOREVER_)
+    if ALWAYS:
+        one = tl.load(always + row * always_row + head * always_head + key, mask=inside, other=0)
+        leaves = tl.where(one != 0, FOREVER_, leaves)
+        score = tl.where(one != 0, -float("inf"), score)
+    if NEVER:
+        one = tl.load(never + row * never_row + head * never_head + key, mask=inside, other=0)
+        leaves = tl.where(one != 0, 0, leaves)
+        score = tl.where(one != 0, -float("inf"), score)
+    tl.store(flat + at, score, mask=inside)
+    tl.store(end + at, leaves, mask=inside)
 
 
 @triton.jit
@@ -171,12 +199,12 @@ def rank_order(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, 
     """Keys of each sequence and head from best to worst, ties to the earlier key.
 
     Args:
-        scores: float64 [B, G, M]; -inf ranks last.
+        scores: float64 [B, G, M], no -0.0; -inf ranks last.
     Returns:
         order int32 [B*G*M], flat key indices (a sequence keeps its own range of places), and its
         inverse, rank int32 [B*G*M].
     """
-    flat = (scores + 0.0).reshape(-1)  # + 0.0: a radix sort would tell -0.0 from 0.0
+    flat = scores.reshape(-1)
     if flat.numel() >= FOREVER:
         raise ValueError(f"{flat.numel()} keys times heads: at most 2^31 - 2 fit one call")
     order = descending_order(flat, geometry)
@@ -205,25 +233,25 @@ def selection_ends(
         always, never: bool, broadcastable to [B, G, M]: sinks (end `FOREVER`) and empty slots of a
             state (end 0); neither is a candidate.
     """
-    scores = scores.detach().to(torch.float64)
-    end = torch.full(scores.shape, FOREVER, dtype=torch.int32, device=scores.device)
+    scores = scores.detach().to(torch.float64).contiguous()
+    batch, heads, keys = scores.shape
+    flat = torch.empty_like(scores)
+    end = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    masks = [None if mask is None else mask.expand(scores.shape) for mask in (always, never)]
+    # Views, so that a mask of all rows or heads is read where it stands.
+    strides = [(0, 0) if mask is None else mask.stride()[:2] for mask in masks]
+    _sort_out[(triton.cdiv(keys, 1024), batch * heads)](
+        scores, *(scores if mask is None else mask for mask in masks), flat, end, heads, keys,
+        *strides[0], *strides[1],
+        ALWAYS=always is not None, NEVER=never is not None, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
     if min(topk) < geometry.longest and max(topk) >= 0:
-        _resolve(scores, topk, window, geometry, always, never, end)
-    # Last in rank, these take no other key's place; but there may be room for them.
-    end = end.masked_fill_(scores == -torch.inf, 0)
-    if always is not None:
-        end = end.masked_fill_(always, FOREVER)
-    if never is not None:
-        end = end.masked_fill_(never, 0)
+        _resolve(flat, topk, window, geometry, end)
     return end
 
 
-def _resolve(scores, topk, window, geometry, always, never, end) -> None:
-    lowest = torch.finfo(torch.float64).min
-    scores = scores.clamp(min=lowest)
-    for outside in (always, never):
-        if outside is not None:
-            scores = scores.masked_fill(outside, float("-inf"))
+def _resolve(scores, topk, window, geometry, end) -> None:
+    """`end` of candidates that are evicted; scores [B, G, M], -inf for what is no candidate."""
     order, rank = rank_order(scores, geometry)
     segments, chunks, lines = _segment_tables(geometry, tuple(topk), scores.device)
     count = chunks.shape[0]
@@ -243,7 +271,7 @@ def _resolve(scores, topk, window, geometry, always, never, end) -> None:
     )  # fmt: skip
     scratch = torch.empty(count, CHUNK, dtype=torch.int32, device=device)
     _ends[(count,)](
-        order, rank, chunks, segments, bound, scratch, end, geometry.keys, window,
+        order, rank, scores, chunks, segments, bound, scratch, end, geometry.keys, window,
         CHUNK=CHUNK, BLOCK=1024, num_warps=4,
     )  # fmt: skip
 

@@ -36,6 +36,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     one in its place. A state is consumed when it is advanced: copy.deepcopy a cache to keep it.
 
     Attributes:
+        fresh: the tokens counted last are the first ones of all rows.
         stepping: while a `Decoder` writes into the slots it counts the tokens itself, as a replayed
             graph runs no Python, and every step must look like the one before.
     """
@@ -44,6 +45,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
     supports_early_init = True
+    fresh = False
     stepping = False
 
     def __init__(self, budget: LayerBudget):
@@ -101,6 +103,7 @@ class SparseKCacheLayer(CacheLayerMixin):
                 f"{key_states.shape[0]}",
                 hint="start a new cache, or call batch_repeat_interleave on this one",
             )
+        self.fresh = not self.stepping and self.tokens_seen == 0
         if not self.stepping:
             self.tokens_seen += key_states.shape[-2]
         return key_states, value_states

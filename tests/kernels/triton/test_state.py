@@ -133,3 +133,29 @@ def test_a_gradient_that_the_kernels_have_not_is_refused(name):
     with torch.no_grad():
         state = SparseKState.empty(1, 1, 16, **shape)
         sparsek_attention(**given, **shape, state=state, backend="triton")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("topk, window, sinks", [((5, 3), 4, 2), ((4, 0), 3, 1), ((40, 3), 1, 0)])
+def test_a_fresh_state_is_filled_as_one_that_is_looked_at(
+    relative_error, topk, window, sinks, quantized
+):
+    shape = dict(topk=topk, window=window, sinks=sinks)
+    dtype = torch.int8 if quantized else torch.float32
+    new = torch.Generator().manual_seed(3)
+    for n in (2, 5, 33):
+        q = torch.randn(2, 4, n, 16, generator=new)
+        k, v = (torch.randn(2, n, 2, 16, generator=new).transpose(1, 2) for _ in range(2))
+        scores = torch.randint(0, 4, (2, 2, n), generator=new).float()
+        scores[:, :, 1] = -torch.inf
+        slopes = torch.tensor([0.0, 0.02])
+        found = []
+        for more in ({"fresh": True}, {}, {"backend": "pytorch"}):
+            state = SparseKState.empty(2, 2, 16, dtype=dtype, **shape)
+            options = {"backend": "triton", "slopes": slopes, **shape, **more}
+            found.append(sparsek_attention(q, k, v, scores, state=state, **options))
+        out, state = found[0]
+        for other, held in found[1:]:
+            assert relative_error(out, other) < 1e-5
+            assert state.slots.keys() == held.slots.keys()
+            assert all(torch.equal(state.slots[name], held.slots[name]) for name in state.slots)
