@@ -106,8 +106,9 @@ def report(
     capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype, softcap: float | None
 ) -> list[dict]:
     """One row per distinct kernel of a prefill, its backward pass and a decoding step."""
-    from sparsek_kernels.state import SparseKState
+    from sparsek_kernels.state import SlotLayout, SparseKState
     from sparsek_kernels.triton import decode, pipeline
+    from sparsek_kernels.triton import run as read_prompt
 
     recorder = Recorder(10 * capability[0] + capability[1])
     JITFunction.run = lambda kernel, *args, **kwargs: recorder.launch(kernel, *args, **kwargs)
@@ -129,6 +130,13 @@ def report(
         )  # fmt: skip
     pipeline.hopper_kernels = own
     state = SparseKState.empty(2, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
+    if gate == "straight_through":  # a prompt with a state takes no other on Triton
+        layout = SlotLayout((topk,) * groups, window, 4)
+        read = SparseKState.empty(1, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
+        read_prompt(
+            q, k, k, scores, layout=layout, slopes=None, gate=gate, cu_seqlens=None, state=read,
+            scale=1.0, softcap=softcap, sink_logits=None,
+        )  # fmt: skip
     token = torch.zeros(2, groups, 1, dim, dtype=dtype)
     query = torch.zeros(2, heads, 1, dim, dtype=dtype)
     score, slopes = torch.zeros(2, groups, 1), torch.zeros(groups)

@@ -24,7 +24,7 @@ _FOREVER = tl.constexpr(FOREVER)
 
 
 @triton.jit
-def _choose(
+def _choose_slots(
     end, effective, lengths, seen, budgets, starts, take,
     heads, keys, queries, base, slots, sinks, window,
     RAGGED: tl.constexpr, BLOCK: tl.constexpr,
@@ -73,7 +73,7 @@ def _choose(
 
 
 @triton.jit
-def _copy(
+def _copy_slots(
     take, owner, keys, values, effective, positions,
     new_keys, new_values, new_scores, new_positions,
     heads, listed, slots, size,
@@ -135,7 +135,7 @@ def next_state(
     starts, owner = _places(layout, device)
     take = torch.empty(batch, slots, dtype=torch.int32, device=device)
     effective = keys.effective.contiguous()
-    _choose[(batch, heads)](
+    _choose_slots[(batch, heads)](
         end, effective, state.seen if lengths is None else lengths, state.seen,
         head_budgets(layout.topk, device), starts, take,
         heads, listed, keys.n, keys.base, slots, layout.sinks, layout.window,
@@ -153,7 +153,7 @@ def next_state(
     )
     k, v = rows_of(keys.keys), rows_of(keys.values)
     places = keys.positions.expand(-1, heads, -1)
-    _copy[(batch, triton.cdiv(slots, ROWS))](
+    _copy_slots[(batch, triton.cdiv(slots, ROWS))](
         take, owner, k, v, effective, places,
         new.keys, new.values, new.scores, new.positions,
         heads, listed, slots, size, *k.stride()[:3], *v.stride()[:3], *places.stride()[:2],

@@ -9,11 +9,12 @@ import pytest
 
 pytest.importorskip("triton")
 KERNELS = {
-    "_invert", "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept", "_compact",
-    "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "_breakpoints", "_arrange",
-    "_totals", "_running", "_descend", "_finish", "_insert", "_attend_slots",
+    "_sort_out", "_invert", "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept",
+    "_compact", "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "_breakpoints",
+    "_arrange", "_totals", "_running", "_descend", "_finish", "_insert", "_attend_slots",
     "linears", "add_hidden", "normalise", "turn_heads",
 }  # fmt: skip
+READING = {"_choose_slots", "_copy_slots"}  # with a carried state
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}
 
 
@@ -21,8 +22,8 @@ HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}
 @pytest.mark.parametrize(
     "capability, dim, gate, softcap, shared, kernels",
     [
-        ("9.0", 128, "straight_through", [], 227, KERNELS | HOPPER),
-        ("9.0", 256, "straight_through", ["--softcap", "50"], 227, KERNELS),
+        ("9.0", 128, "straight_through", [], 227, KERNELS | READING | HOPPER),
+        ("9.0", 256, "straight_through", ["--softcap", "50"], 227, KERNELS | READING),
         ("8.0", 64, "log", [], 163, KERNELS),
     ],
 )
