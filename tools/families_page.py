@@ -42,12 +42,16 @@ several into a row, as `sparsek finetune` makes them, are refused there (finetun
 """
 # Families whose other layers keep a state; the test's rows are one document each.
 _STATES = (
-    "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "nemotron_h", "qwen3_5_text", "qwen3_next",
+    "falcon_h1", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "lfm3", "nemotron_h",
+    "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
 )  # fmt: skip
 _TAIL = """
 ## Not converted
 
-| family | why |
+Each of them is refused with the sentence beside it. With the table above these are all types of
+causal language models in transformers; code that a checkpoint brings along is never run.
+
+| families | why |
 |---|---|
 {refused}
 
@@ -68,7 +72,10 @@ def page() -> str:
         layers = "those of full attention" if row.mixed else "all"
         ticks = ("rows" if c == "finetune" and name in _STATES else "✓" for c in COLUMNS)
         rows.append(f"| {name} | {layers} | {' | '.join(ticks)} |")
-    refused = "\n".join(f"| {name} | {why} |" for name, why in sorted(REFUSED.items()))
+    by_reason: dict[str, list[str]] = {}
+    for name, why in REFUSED.items():
+        by_reason.setdefault(why, []).append(name)
+    refused = "\n".join(f"| {', '.join(names)} | {why} |" for why, names in by_reason.items())
     return head + "\n" + "\n".join(rows) + "\n" + _TAIL.format(refused=refused)
 
 

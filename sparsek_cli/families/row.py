@@ -18,6 +18,7 @@ class Row:
         model_type: transformers' name of the dense family, e.g. "llama".
         stem: what its class names begin with, e.g. "Llama".
         module: below transformers.models, where it is not named like the type.
+        run_by: type of the family whose classes run the model, where a type has a config alone.
         text: what stands between stem and Config or Model in a family whose plain names are those
             of a larger model.
         head: what ends the name of the causal language model.
@@ -35,9 +36,10 @@ class Row:
         plain_sizes: sizes that a config.json leaves out follow from those it has: a KV head for
             each head, hidden_size / heads features in each.
         reads_once: its state-space layers continue a state by one token at a time only.
-        joint_norm: norms of queries and keys have weights of several heads, each head its own or
-            all of them one norm, so that heads cannot be put in another order.
+        joint_norm: norms or gates of an attention module have weights of several heads, each head
+            its own or all of them one norm, so that heads cannot be put in another order.
         window: the sliding window that the config class assumes if config.json names none.
+        logit_factors: config keys that multiply the logits; "logits_scaling" else divides them.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
     """
@@ -45,6 +47,7 @@ class Row:
     model_type: str
     stem: str
     module: str = ""
+    run_by: str = ""
     text: str = ""
     head: str = "ForCausalLM"
     base: str = "model"
@@ -61,6 +64,7 @@ class Row:
     reads_once: bool = False
     joint_norm: bool = False
     window: int | None = None
+    logit_factors: tuple[str, ...] = ("logit_scale", "lm_head_multiplier")
     mixed: bool = False
 
     def __post_init__(self) -> None:

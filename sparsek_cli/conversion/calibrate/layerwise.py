@@ -180,13 +180,14 @@ class LayerwiseBase:
         check_arguments(module, {n: kwargs[n] for n in kwargs if n != "dropout"})
         logits = Logits.of(query, scaling, softcap, s_aux)
         if sliding_window is not None:
-            return self._slide(query, key, value, sliding_window, logits).transpose(1, 2), None
+            out = self._slide(query, key, value, sliding_window, logits)
+            return out.transpose(1, 2).contiguous(), None
         self._last = Recorded(self._inputs, query[0], key[0], value[0], logits, *self._turns_now)
         if self._attend_with is not None:
-            return self._attend_with(self._last).transpose(0, 1)[None], None
+            return self._attend_with(self._last).transpose(0, 1)[None].contiguous(), None
         if not self._to_the_end:
             raise _Stop
-        return dense_attention(self._last).transpose(0, 1)[None], None
+        return dense_attention(self._last).transpose(0, 1)[None].contiguous(), None
 
     def _slide(self, query, key, value, window: int, logits: Logits) -> torch.Tensor:
         """Attention of a layer that slides, [1, H, N, D]; arguments [1, heads, N, D]."""
@@ -210,19 +211,21 @@ class LayerwiseBase:
         """What each layer is called with; none but the first of the first sequence computes."""
         calls: list[tuple[tuple, dict]] = []
 
-        in_tuple, first = None, self._layers[0].forward
+        beside: tuple | None = None  # what a layer returns with its states, where it does
+        known, first = False, self._layers[0].forward
 
         def keep(*args, **kwargs):
-            nonlocal in_tuple
+            nonlocal beside, known
             whole = dict(kwargs)
             states, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-            if in_tuple is None:
-                in_tuple = isinstance(first(*args, **whole), tuple)
+            if not known:
+                output = first(*args, **whole)
+                beside, known = output[1:] if isinstance(output, tuple) else None, True
             calls.append((rest, kwargs))
             if len(calls) == self.layers:
                 self.hidden.append(states)
                 raise _Stop
-            return (states,) if in_tuple else states
+            return states if beside is None else (states, *beside)
 
         for layer in self._layers:
             layer.forward = keep

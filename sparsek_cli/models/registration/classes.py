@@ -68,23 +68,24 @@ class Family:
 
     @cached_property
     def config(self) -> type[PreTrainedConfig]:
-        return getattr(self._module("configuration"), self.row.config)
+        return getattr(_module(self.row, "configuration"), self.row.config)
 
     @cached_property
     def model(self) -> type:
-        return getattr(self._module("modeling"), self.row.model)
+        return getattr(_module(self._runs, "modeling"), self._runs.model)
 
     @cached_property
     def causal_lm(self) -> type:
-        return getattr(self._module("modeling"), self.row.causal_lm)
+        return getattr(_module(self._runs, "modeling"), self._runs.causal_lm)
 
     @cached_property
     def attention(self) -> type:
-        return getattr(self._module("modeling"), self.row.attention_class)
+        return getattr(_module(self._runs, "modeling"), self._runs.attention_class)
 
-    def _module(self, kind: str) -> Any:
-        name = self.row.module
-        return importlib.import_module(f"transformers.models.{name}.{kind}_{name}")
+    @property
+    def _runs(self) -> Row:
+        """The row whose modelling classes these are."""
+        return TABLE[self.row.run_by] if self.row.run_by else self.row
 
     @cached_property
     def sparsek_config(self) -> type[PreTrainedConfig]:
@@ -120,16 +121,16 @@ class Family:
             self._convert(model)
             model.post_init()
 
-        return self._with_cache(self.model, {"__init__": build})
+        return self._with_cache(self.row.model, self.model, {"__init__": build})
 
-    def _with_cache(self, dense: type, members: dict[str, Any]) -> type:
+    def _with_cache(self, name: str, dense: type, members: dict[str, Any]) -> type:
         """A base model's class, or its decoder's, that brings its own cache."""
         return type(
-            f"SparseK{dense.__name__}",
+            f"SparseK{name}",
             (SparseKModelMixin, dense),
             {
                 **_MODULE,
-                "__doc__": f"{dense.__name__} with SparseK attention.",
+                "__doc__": f"{name} with SparseK attention.",
                 "__annotations__": {"config": self.sparsek_config},
                 "_forward_names": forward_names(dense),
                 "reads_once": self.row.reads_once,
@@ -141,7 +142,9 @@ class Family:
     def sparsek_decoder(self) -> type | None:
         """The derived class of `Row.decoder`, where there is one."""
         name = self.row.decoder
-        return self._with_cache(getattr(self._module("modeling"), name), {}) if name else None
+        if not name:
+            return None
+        return self._with_cache(name, getattr(_module(self._runs, "modeling"), name), {})
 
     def _convert(self, base: Any) -> None:
         """Give the attention modules of a base model their scorers."""
@@ -182,6 +185,10 @@ class Family:
             self.sparsek_attention,
             *((self.sparsek_decoder,) if self.sparsek_decoder else ()),
         )
+
+
+def _module(row: Row, kind: str) -> Any:
+    return importlib.import_module(f"transformers.models.{row.module}.{kind}_{row.module}")
 
 
 FAMILIES: dict[str, Family] = {name: Family(row) for name, row in TABLE.items()}
