@@ -98,6 +98,7 @@ TABLE: dict[str, Row] = {
         Row("arcee", "Arcee"),
         Row("helium", "Helium"),
         Row("jais2", "Jais2"),
+        Row("hyperclovax", "HyperCLOVAX", logit_factors=("logits_scaling",)),
         Row("internlm3", "InternLM3", run_by="llama"),
         Row("iquestcoder", "IQuestCoder", run_by="llama"),
         Row("nanochat", "NanoChat"),

@@ -48,6 +48,7 @@ TINY: dict[str, dict[str, Any]] = {
     "arcee": {"head_dim": 8},
     "helium": {"head_dim": 8},
     "jais2": {},
+    "hyperclovax": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
     "internlm3": {"head_dim": 8, "attention_bias": True, "mlp_bias": True},
     "iquestcoder": {"head_dim": 8},
     "nanochat": {},
