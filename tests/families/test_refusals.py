@@ -54,5 +54,9 @@ def test_code_of_a_checkpoint_is_not_run(tmp_path):
         convertible({**config, "auto_map": {"AutoConfig": "x.Y"}})
 
 
-def test_refused_families_are_in_no_row():
+def test_every_causal_model_of_transformers_converts_or_is_refused_with_a_reason():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    types = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith("sparsek_")}
     assert not set(REFUSED) & set(TABLE)
+    assert types == set(REFUSED) | set(TABLE)
