@@ -3,12 +3,15 @@
 No weight is ever random, no pickle is read, no code of a checkpoint runs, nothing is asked.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import quantised
+from sparsek_cli.conversion.checks import sizes_beyond
+from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.converted import is_converted
 from sparsek_cli.dialogue.template_steps import check_template
 from sparsek_cli.errors import SparsekError, UsageError
@@ -102,6 +105,13 @@ def load_weights(
     if kind is None:
         kind, options["trust_remote_code"] = AutoModelForCausalLM, False
     config = config or load_config(path, name)
+    looked_for = str(device) == "meta" or quantised.described(config)
+    if not looked_for and sizes_beyond(read_shards(path), config.to_dict()):
+        # Names and shapes alone first.
+        load_weights(
+            path, name, dtype=dtype, device="meta", kind=kind, config=copy.deepcopy(config),
+            scorers_later=scorers_later, **options,
+        )  # fmt: skip
     with quiet_transformers(), readable_errors(name):
         model, report = quantised.load(
             kind, path, config, dtype, device,

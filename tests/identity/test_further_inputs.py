@@ -17,7 +17,7 @@ from sparse_path import assert_sparse
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 from verbs import convert
 
-from sparsek_cli import hub, models
+from sparsek_cli import hub, models, quantised
 from sparsek_cli.data import corpus
 from sparsek_cli.data.text import iterate_texts
 from sparsek_cli.errors import SparsekError, UsageError
@@ -95,6 +95,28 @@ def test_settings_that_do_not_fit(made, tmp_path, block, says):
     config(sparsek=block)(made.out, tmp_path / "edited")
     with pytest.raises(SparsekError, match=says):
         loaded(tmp_path / "edited")
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"num_key_value_heads": 10**6}, {"head_dim": 10**6}, {"intermediate_size": 10**7},
+     {"hidden_size": 32 * 10**5}],
+)  # fmt: skip
+@pytest.mark.parametrize("which", ["base", "out"])
+def test_absurd_sizes_are_found_before_anything_is_drawn(
+    made, tmp_path, monkeypatch, sizes, which
+):
+    places, load = [], quantised.load
+
+    def watched(kind, path, config, dtype, device="cpu", **options):
+        places.append(str(device))
+        return load(kind, path, config, dtype, device, **options)
+
+    monkeypatch.setattr(quantised, "load", watched)
+    config(**sizes)(getattr(made, which), tmp_path / "model")
+    with pytest.raises(SparsekError, match=r"has shape .*, config.json asks for"):
+        loaded(tmp_path / "model")
+    assert places == ["meta"]
 
 
 @pytest.mark.parametrize("content", ['{"eos_token_id": ', "[]", "3", ""])

@@ -267,6 +267,8 @@ MODELS: dict[str, Maker] = {
     "pad-beyond": config(pad_token_id=10**6),
     "vocabulary-absurd": config(vocab_size=10**9),
     "sizes-absurd": config(intermediate_size=10**13),
+    "kv-heads-absurd": config(num_key_value_heads=10**6),  # minutes, if they were drawn
+    "width-absurd": config(hidden_size=32 * 10**5),
     "sizes-other": config(intermediate_size=49),
     "dtype-of-integers": config(dtype="int8"),
     "dtype-unknown": config(dtype=None, torch_dtype="float7"),
