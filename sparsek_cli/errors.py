@@ -28,3 +28,16 @@ class UsageError(SparsekError):
 
     def __init__(self, message: str, *, hint: str = ""):
         super().__init__(message, hint=hint, exit_code=USAGE)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what a library says, or the name of its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason(error: BaseException) -> str:
+    """Class and first line; of what huggingface_hub finds wrong with a field, what it is."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if type(error).__name__.startswith("StrictDataclass"):
+        return " ".join(lines[:2])
+    return f"{type(error).__name__}: {first_line(error)}"

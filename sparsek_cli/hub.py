@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sparsek_cli import model_folder
 from sparsek_cli.disk import check_name
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 
 # Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/)
@@ -186,7 +186,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
         raise UsageError(f"'{hub_id}' is no valid hub id", hint="a hub id is owner/name") from error
     except errors.HfHubHTTPError as error:
         raise SparsekError(
-            f"the hub refused '{hub_id}': {_first_line(error)}", hint="try again later"
+            f"the hub refused '{hub_id}': {first_line(error)}", hint="try again later"
         ) from error
     except Exception as error:
         # Besides LocalEntryNotFoundError this is the HTTP client's own family of connection errors,
@@ -217,7 +217,3 @@ def _unreachable(hub_id: str) -> SparsekError:
 def _checked(checkpoint: Checkpoint) -> Checkpoint:
     model_folder.check(checkpoint.path, checkpoint.name)
     return checkpoint
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

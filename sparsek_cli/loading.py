@@ -14,7 +14,7 @@ from sparsek_cli.conversion.checks import sizes_beyond
 from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.converted import is_converted
 from sparsek_cli.dialogue.template_steps import check_template
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import SparsekError, UsageError, first_line, reason
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
     """The tokenizer of a checkpoint, in a folder, or of a hub id.
 
     Raises:
-        SparsekError: there is none, it cannot be used, or its chat template does not end.
+        SparsekError: there is none, it cannot be used, or its chat template does not end; or the
+            config.json beside it is none.
     """
     from transformers import AutoTokenizer
 
@@ -172,6 +173,8 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
     place, name = source, str(source)
     if not isinstance(source, str | Path):
         place, name = source.path, source.name
+    if (Path(place) / "config.json").is_file():
+        load_config(Path(place), name)  # AutoTokenizer reads it, too, and would blame itself
     hint = "copy tokenizer.json and tokenizer_config.json of the base model into its folder"
     try:
         # Silenced: a class that is no tokenizer's may load a model, and report on it.
@@ -181,7 +184,7 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
     except Exception as error:
         # Every tokenizer library fails in its own way; all of them mean the same to the user.
         raise SparsekError(
-            f"'{name}' has no usable tokenizer: {_first_line(error)}", hint=hint
+            f"'{name}' has no usable tokenizer: {first_line(error)}", hint=hint
         ) from error
     if not probe:
         raise SparsekError(
@@ -239,7 +242,7 @@ def readable_errors(name: str) -> Iterator[None]:
         raise
     except SafetensorError as error:
         raise SparsekError(
-            f"the weights of '{name}' cannot be read: {_first_line(error)}", hint=_DAMAGED
+            f"the weights of '{name}' cannot be read: {first_line(error)}", hint=_DAMAGED
         ) from error
     except MemoryError:
         raise
@@ -260,21 +263,9 @@ def readable_errors(name: str) -> Iterator[None]:
                 f"'{name}' needs code of its own (auto_map in config.json), which is not run",
                 hint="name a model of a family that transformers knows by itself",
             ) from error
-        raise SparsekError(f"'{name}' cannot be loaded: {_reason(error)}", hint=_DAMAGED) from error
+        raise SparsekError(f"'{name}' cannot be loaded: {reason(error)}", hint=_DAMAGED) from error
 
 
 def _count(names: list[str]) -> str:
     """One name, or how many there are and the first."""
     return f"{len(names)} weights, the first is {names[0]}" if names[1:] else f"weight {names[0]}"
-
-
-def _reason(error: BaseException) -> str:
-    """Class and first line; of what huggingface_hub finds wrong with a field, what it is."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if type(error).__name__.startswith("StrictDataclass"):
-        return " ".join(lines[:2])
-    return f"{type(error).__name__}: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

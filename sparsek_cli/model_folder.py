@@ -13,7 +13,7 @@ from sparsek_cli import quantised
 from sparsek_cli.conversion import json_text
 from sparsek_cli.conversion.checks import check_layers, check_rows
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.output.contents import SCORERS
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
@@ -106,7 +106,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except json_text.GivenTwice as error:
         raise UsageError(f"{file}: {error}", hint=_ONE_OF_THEM) from error
     except (ValueError, RecursionError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         raise UsageError(f"{file} is not valid JSON: {why}", hint=again) from error
     if not isinstance(config, dict):
         raise UsageError(f"{file} holds no JSON object", hint=again)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.dialogue.template_steps import check_template
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, first_line
 from sparsek_cli.loading import check_tokenizer
 from sparsek_cli.silence import quiet_transformers
 
@@ -64,7 +64,7 @@ def settle(plan: Plan, folder: Path) -> str:
             facts = _facts(base)
         except Exception as error:
             # Every tokenizer library fails in its own way; code of its own is not run either.
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            first = first_line(error)
             raise SparsekError(
                 f"the tokenizer of {plan.base.name} does not load: {first}",
                 hint="mend its files, or take them all out of the folder: without any, "

@@ -8,6 +8,8 @@ what the model said stays in it word for word, whatever the template would make 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from sparsek_cli.errors import first_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -66,5 +68,5 @@ def template_error(
     try:
         render(tokenizer, messages)
     except Exception as error:
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli.conversion.shards import Shard, TensorEntry
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import UsageError, first_line
 from sparsek_cli.families import TABLE
 from sparsek_cli.gguf.header import FREQUENCIES, Header, is_gguf, read_header
 from sparsek_cli.hub import Checkpoint
@@ -55,7 +55,7 @@ class GgufCheckpoint(Checkpoint):
             with quiet_transformers():
                 config = AutoConfig.from_pretrained(self.path.parent, gguf_file=self.path.name)
         except Exception as error:  # ValueError, KeyError, NotImplementedError: by architecture
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+            why = first_line(error)
             raise UsageError(
                 f"transformers cannot read GGUF files of architecture '{header.architecture}': "
                 f"{why}",

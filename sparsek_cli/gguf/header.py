@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import SparsekError, UsageError, first_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -124,7 +124,7 @@ def _open(file: Path) -> GGUFReader:
         return Bounded(file)
     except Exception as error:
         # A header cut short or overwritten fails in as many ways as there are fields.
-        why = (str(error).splitlines() or [type(error).__name__])[0]
+        why = first_line(error)
         if "GGMLQuantizationType" in why:
             raise UsageError(
                 f"'{file.name}' holds tensors of a number format that is not known: {why}",

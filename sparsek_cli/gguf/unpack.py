@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli import disk
 from sparsek_cli.conversion import tokenizer as tokenizers
 from sparsek_cli.conversion.shards import read_shards
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, first_line
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.leftovers import held, make_beside
@@ -78,7 +78,7 @@ def _unpack(base: GgufCheckpoint, folder: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(**place)
         except Exception as error:  # the tokenizers library raises plain ones
             raise SparsekError(
-                f"the tokenizer in {base.path.name} cannot be read: {_first_line(error)}",
+                f"the tokenizer in {base.path.name} cannot be read: {first_line(error)}",
                 hint=_ANOTHER,
             ) from error
         model = _load(base, place)
@@ -124,7 +124,7 @@ def _load(base: GgufCheckpoint, place: dict[str, Any]) -> Any:
         )
     except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
         raise SparsekError(
-            f"transformers cannot load {header.path.name}: {_first_line(error)}", hint=_ANOTHER
+            f"transformers cannot load {header.path.name}: {first_line(error)}", hint=_ANOTHER
         ) from error
     absent = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
     if absent:
@@ -141,7 +141,3 @@ def _load(base: GgufCheckpoint, place: dict[str, Any]) -> Any:
             hint=_ANOTHER,
         )
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -241,6 +241,7 @@ class SparseKConfigMixin:
                 for auto, name in self.model_names.items()
             },
         }
+        self.validate()  # derived classes have the base's checks, and nobody calls them
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds; transformers leaves the attention's name out."""

@@ -12,7 +12,7 @@ from typing import Any
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.hub import Checkpoint
-from sparsek_cli.loading import check_tokenizer, load_tokenizer
+from sparsek_cli.loading import check_tokenizer, load_config, load_tokenizer
 from sparsek_cli.serving.engines import TRANSFORMERS, choose
 
 # Flags of the servers that say what flags of ours say.
@@ -129,11 +129,10 @@ def plan(
 
 def _request_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
     import torch
-    from transformers import AutoConfig
 
     from sparsek_cli.models import sparsek_cache_bytes
 
-    config = AutoConfig.from_pretrained(checkpoint.path)
+    config = load_config(checkpoint.path, checkpoint.name)
     kept = dtype or config.dtype or "float32"
     return sparsek_cache_bytes(config, getattr(torch, str(kept).removeprefix("torch.")))
 

@@ -171,7 +171,10 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Exported:
     Raises:
         SparsekError: disk full, or what was written is not what was to be; OUT is as before.
     """
+    from sparsek_cli.loading import load_config
+
     reporter = reporter or Silent()
+    load_config(plan.source.path, plan.source.name)  # else its tokenizer would be blamed
     leftovers.clear(plan.out, reporter.say)
     check_folder(plan.out, MODEL, overwrite=plan.overwrite, model=plan.source.path)
     with disk.os_errors(), staged(plan.out, overwrite=plan.overwrite) as folder:

@@ -6,8 +6,8 @@ from typing import Any
 
 from sparsek_cli import hub, model_folder
 from sparsek_cli.conversion.tokenizer import files_in
-from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.loading import load_tokenizer
+from sparsek_cli.errors import SparsekError, UsageError, first_line
+from sparsek_cli.loading import load_config, load_tokenizer
 from sparsek_cli.output.contents import (
     ADAPTERS,
     CONVERT_RECIPE,
@@ -119,6 +119,7 @@ def _check(place: Path) -> None:
     kind = _kind(place)
     if kind is MODEL:
         model_folder.check(place, place.name)
+        load_config(place, place.name)
         if files_in(place):
             load_tokenizer(place)
     foreign = kind.foreign(place)
@@ -178,7 +179,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Pushed:
         raise SparsekError(f"the hub does not let you write '{plan.repo}'", hint=_LOGIN) from error
     except errors.HfHubHTTPError as error:
         status = getattr(error.response, "status_code", None)
-        first = (str(error).splitlines() or [type(error).__name__])[0]
+        first = first_line(error)
         raise SparsekError(
             f"the hub refused '{plan.repo}': {first}",
             hint=_LOGIN if status in (401, 403) else "try again later: what was sent is kept there",

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from bad_lines import BENCH, CHAT, CONVERT, DATA, EVALUATE, FINETUNE, LINES, OUTS, RECIPES
-from bad_models import MODELS, NAMES, TOKENIZERS
+from bad_models import MODELS, NAMES, TOKENIZERS, config
 
 VERBS = {
     "convert": CONVERT,
@@ -164,6 +164,19 @@ def test_tokenizers_of_verbs_that_read_no_text(refused, world, verb):
             continue
         said = refused(on(name if verb == "convert" else converted(world, name), verb))
         assert "tokenizer" in said or "template" in said, said
+
+
+@pytest.mark.parametrize(
+    "words", [VERBS[verb] for verb in ("export", "push", "serve")] + [["export", "--scorers"]]
+)
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 5}, {"eos_token_id": "</s>"}])
+def test_a_converted_config_is_blamed_and_not_its_tokenizer(refused, world, words, changes):
+    name = f"sparse-{next(iter(changes))}"
+    if not (world.root / name).exists():
+        config(**changes)(world.places["sparse"], world.root / name)
+    words = [*words, "{good}", "{out}"] if "--scorers" in words else words
+    said = refused([name if word == "{good}" else word for word in words])
+    assert "tokenizer" not in said and re.search("num_attention_heads|attention heads|eos", said)
 
 
 @pytest.mark.parametrize("verb", VERBS)

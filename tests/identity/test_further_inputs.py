@@ -103,9 +103,7 @@ def test_settings_that_do_not_fit(made, tmp_path, block, says):
      {"hidden_size": 32 * 10**5}],
 )  # fmt: skip
 @pytest.mark.parametrize("which", ["base", "out"])
-def test_absurd_sizes_are_found_before_anything_is_drawn(
-    made, tmp_path, monkeypatch, sizes, which
-):
+def test_absurd_sizes_are_found_before_anything_is_drawn(made, tmp_path, monkeypatch, sizes, which):
     places, load = [], quantised.load
 
     def watched(kind, path, config, dtype, device="cpu", **options):

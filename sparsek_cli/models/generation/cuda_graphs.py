@@ -20,7 +20,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from sparsek_cli import quantised
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, first_line
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class Decoder:
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._run()
         except RuntimeError as error:
-            self._failed = self.eager = (str(error).splitlines() or [type(error).__name__])[0]
+            self._failed = self.eager = first_line(error)
             _say(f"decoding runs eagerly, the step cannot be captured: {self.eager}")
             self._run()
             return
