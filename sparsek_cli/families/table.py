@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families import installed
 from sparsek_cli.families.refusals import REFUSED
 from sparsek_cli.families.row import Row
 
@@ -20,7 +21,7 @@ _GPT2_KEYS = {
     "max_position_embeddings": "n_positions",
 }
 
-TABLE: dict[str, Row] = {
+_ROWS: dict[str, Row] = {
     row.model_type: row
     for row in (
         Row("llama", "Llama", plain_sizes=True),
@@ -189,6 +190,9 @@ TABLE: dict[str, Row] = {
     )
 }
 
+# Without those that the installed transformers is too old for.
+TABLE: dict[str, Row] = {name: row for name, row in _ROWS.items() if installed.has(row.module)}
+
 
 def check_supported(model_type: str) -> None:
     """Says why a family cannot be converted, where that is known.
@@ -200,6 +204,12 @@ def check_supported(model_type: str) -> None:
         raise UsageError(
             f"models of type {model_type!r} cannot be converted: {REFUSED[model_type]}",
             hint="docs/families.md lists those that can",
+        )
+    name = model_type.removeprefix("sparsek_")
+    if name in _ROWS and name not in TABLE:
+        raise UsageError(
+            f"transformers {installed.transformers_version()} has no models of type {name!r}",
+            hint="a newer one has: pip install --upgrade transformers",
         )
 
 

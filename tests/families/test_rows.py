@@ -10,7 +10,8 @@ from tiny_families import TINY, tiny_config
 
 import sparsek_cli.models as models
 from sparsek_cli.conversion.geometry import geometry
-from sparsek_cli.families import TABLE
+from sparsek_cli.errors import UsageError
+from sparsek_cli.families import TABLE, table
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -65,3 +66,13 @@ def test_norms_that_have_weights_of_several_heads_are_known(family):
         if parts[0] not in row.projections:
             sizes[parts[0], parts[-1]] += parameter.numel()
     assert row.joint_norm == (max(sizes.values(), default=0) > models.head_dim(config)), sizes
+
+
+def test_a_family_that_transformers_is_too_old_for_is_refused_by_its_version(monkeypatch):
+    kept = {name: row for name, row in table.TABLE.items() if name != "helium"}
+    monkeypatch.setattr(table, "TABLE", kept)
+    monkeypatch.setattr(table.installed, "transformers_version", lambda: "5.0.0")
+    for model_type in ("helium", "sparsek_helium"):
+        with pytest.raises(UsageError, match="transformers 5.0.0 has no models of type 'helium'"):
+            table.row_of(model_type)
+    assert not table.installed.has("no_such_family") and table.installed.has("helium")
