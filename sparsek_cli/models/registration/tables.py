@@ -18,6 +18,7 @@ are (`after_import.py`).
 | transformers | type | templates of replies with tool calls (`transformers serve`) |
 | PEFT | type | default target modules of every method, prefix tuning's cache layout |
 | Liger | type | the function that patches a model |
+| lm-eval | name of a kind of model | `sparsek`; its command line imports no other package |
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def register() -> None:
         _register_type(family.row)
     after_import("peft.utils.constants", _register_peft)
     after_import("liger_kernel.transformers.monkey_patch", _register_liger)
+    after_import("lm_eval.models", _register_lm_eval)
     after_import("transformers.cli.serving.utils", _register_serving)
 
 
@@ -125,6 +127,13 @@ def _register_peft(constants: ModuleType) -> None:
 
 def _register_liger(monkey_patch: ModuleType) -> None:
     _copy_entries(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN)
+
+
+def _register_lm_eval(lm_eval_models: ModuleType) -> None:
+    """`simple_evaluate(model="sparsek", ...)`; its own class for checkpoints runs sparsely."""
+    from lm_eval.api.registry import model_registry
+
+    model_registry.register("sparsek", target=lm_eval_models.MODEL_MAPPING["hf"])
 
 
 def _register_serving(utils: ModuleType) -> None:
