@@ -1,9 +1,10 @@
 """Where a model runs, in which number format and in how many processes, as the user says."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 _LAUNCHED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MANY = 1_000_000_000
 _HOW_TO_LAUNCH = "unset WORLD_SIZE, or start with `torchrun --nproc-per-node N -m sparsek_cli ...`"
+
+PATIENCE = 120.0  # seconds until all processes of a launch must be there
+_met: list[Any] = []  # the store at which they met: the others are connected to it
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
@@ -85,6 +89,39 @@ def world_size() -> int:
         ):  # fmt: skip
             _number(name, "", numbers)
     return count
+
+
+def meet_others(say: Callable[[str], None], patience: float = PATIENCE) -> None:
+    """Returns once all processes of a launch are there, at once in a process alone.
+
+    torch's own wait is of many minutes and says nothing; it follows, and finds them all.
+
+    Args:
+        say: hears what is waited for. patience: seconds.
+
+    Raises:
+        SparsekError: they did not come.
+    """
+    count = world_size()
+    if count == 1 or _met:
+        return
+    from datetime import timedelta
+
+    import torch.distributed as distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    if distributed.is_initialized():
+        return
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    say(f"waiting for {count} processes at {place}, {patience:g} seconds at most")
+    try:
+        _met.append(next(iter(rendezvous("env://", timeout=timedelta(seconds=patience)))))
+    except (distributed.DistError, RuntimeError, ValueError) as error:
+        raise SparsekError(
+            f"WORLD_SIZE is {count} in the environment, and the other processes did not come to "
+            f"{place} within {patience:g} seconds: {first_line(error)}",
+            hint=_HOW_TO_LAUNCH,
+        ) from error
 
 
 def forget_stray_ranks() -> None:

@@ -33,6 +33,8 @@ FILES = (
     "tekken.json",
     "*.model",
     "*.jinja",
+    "chat_template.json",  # and chat_templates/: not read by transformers, but by others
+    "chat_templates/*.jinja",
     "additional_chat_templates/*.jinja",
 )
 # Leading and double spaces, marks of chats, digits, contractions, line ends, other scripts.

@@ -4,22 +4,31 @@ lm-eval deals the samples of a task out to the processes and gathers them on the
 alone writes and speaks. What each process saw of its share is added up here.
 """
 
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from sparsek_cli.devices import world_size
+from sparsek_cli.devices import meet_others, world_size
 from sparsek_cli.evaluation.lm.proof import Proof
 
 SUMMED = ("sparse_calls", "sparse_queries", "prompts", "truncated_prompts", "truncated_tokens")
 
 
 class Ranks:
-    """This process among its kind; alone unless a launcher says otherwise."""
+    """This process among its kind; alone unless a launcher says otherwise.
 
-    def __init__(self) -> None:
+    Args:
+        say: hears that others are waited for.
+
+    Raises:
+        SparsekError: they do not come.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
         self.accelerator: Any = None
         self.rank, self.count = 0, 1
         if world_size() > 1:
+            meet_others(say)
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()

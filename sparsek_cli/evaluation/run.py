@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.disk import is_full
 from sparsek_cli.disk import write_atomically as write
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens, ways_beyond
 from sparsek_cli.evaluation.measure import run_unit
 from sparsek_cli.evaluation.plan import Plan
@@ -67,8 +69,9 @@ class Evaluated:
 
 def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     """Measures everything that is planned and writes the result folder."""
-    ranks = Ranks()
-    reporter = reporter if reporter and ranks.first else Silent()
+    reporter = reporter or Silent()
+    ranks = Ranks(reporter.say)
+    reporter = reporter if ranks.first else Silent()
     say = reporter.say
     checkpoint, rivals, samples, prompts = plan.checkpoint, plan.rivals, plan.samples, plan.prompts
     model, tokenizer, own = load_model(
@@ -128,6 +131,13 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
             _write(folder, record)
         say(f"stopped; what is finished is in {folder}: go on with --resume")
         raise
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise SparsekError(
+            f"the disk is full; what was finished before is in {folder}",
+            hint="free some space, then go on with --resume",
+        ) from error
     if ranks.first:
         _write(folder, record)
     return Evaluated(record.report() | {"folder": str(folder)})

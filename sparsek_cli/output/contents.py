@@ -84,7 +84,7 @@ MODEL = Contents(
         "NOTICE*",
         *TOKENIZER_FILES,
     ),
-    {"additional_chat_templates": ("*.jinja",)},
+    {"additional_chat_templates": ("*.jinja",), "chat_templates": ("*.jinja",)},
 )
 SCORERS_ALONE = Contents(
     "a folder of scorers",
@@ -102,7 +102,7 @@ ADAPTERS = Contents(
         "README.md",
         *TOKENIZER_FILES,
     ),
-    {"additional_chat_templates": ("*.jinja",)},
+    {"additional_chat_templates": ("*.jinja",), "chat_templates": ("*.jinja",)},
 )
 RUN = Contents(
     "an unfinished run of finetune",

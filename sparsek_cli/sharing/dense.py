@@ -22,7 +22,7 @@ from sparsek_cli.conversion.shards import (
     without_scorers,
     write_part,
 )
-from sparsek_cli.conversion.tokenizer import bring
+from sparsek_cli.conversion.tokenizer import bring, copy_missing
 from sparsek_cli.conversion.tokenizer import files_in as tokenizer_files
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError
@@ -34,7 +34,6 @@ from sparsek_cli.output.staging import staged
 from sparsek_cli.reporter import Reporter, Silent
 
 _SIDE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
-_TEMPLATES = "additional_chat_templates"
 _BUG = "please report this with the model's name; nothing was written"
 
 
@@ -230,15 +229,12 @@ def _bring_side_files(plan: Plan, folder: Path) -> str:
     for pattern in _SIDE_FILES:
         for file in source.glob(pattern):
             shutil.copyfile(file.resolve(), folder / file.name)
-    if (source / _TEMPLATES).is_dir():
-        shutil.copytree(source / _TEMPLATES, folder / _TEMPLATES)
     files = tokenizer_files(source)
     if not files:
         return "none beside the weights"
     from sparsek_cli.loading import load_tokenizer
 
-    for file in files:
-        shutil.copyfile(file.resolve(), folder / file.name)
+    copy_missing(files, source, folder)
     tokenizer = load_tokenizer(plan.source)
     if not bring(tokenizer, folder):
         raise SparsekError(

@@ -11,7 +11,7 @@ import torch
 
 from sparsek_cli.converted import is_converted
 from sparsek_cli.data.mixture import build_mixture, held_out_sequences
-from sparsek_cli.devices import forget_stray_ranks, is_first
+from sparsek_cli.devices import forget_stray_ranks, is_first, meet_others
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.proof import check_calls, counted_calls
@@ -90,6 +90,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     reporter, settings, out = reporter or Silent(), plan.settings, plan.out
     start = settings.start
     forget_stray_ranks()
+    meet_others(reporter.say)
     if is_first():
         leftovers.clear(out, reporter.say)
     resumed, where = plan.checkpoint is not None, plan.source.path if plan.source else None

@@ -4,8 +4,12 @@ What `convert` refuses is in tests/conversion/test_refusals.py.
 """
 
 import os
+import socket
 
 import pytest
+
+from sparsek_cli.devices import meet_others
+from sparsek_cli.errors import SparsekError
 
 FILES = {
     "latin.txt": b"caf\xe9 ",
@@ -169,3 +173,16 @@ def test_a_rank_alone_means_nothing(sparsek, monkeypatch, tmp_path, rank):
     monkeypatch.chdir(tmp_path)
     shown = sparsek("finetune", "tiny", "out", "--recipe", "nobody")
     assert shown.failed(2), "it is heard"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_processes_that_do_not_come_are_not_waited_for_long(monkeypatch, rank):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    for name, value in {**LAUNCHED, "MASTER_PORT": str(port), "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RANK", rank)
+    said = []
+    with pytest.raises(SparsekError, match="the other processes did not come") as refusal:
+        meet_others(said.append, patience=1)
+    assert "2 processes at" in said[0] and "unset WORLD_SIZE" in refusal.value.hint

@@ -1,5 +1,6 @@
 """A run's folder: proof in the results, resume, refusals, reports."""
 
+import errno
 import json
 
 import pytest
@@ -93,6 +94,38 @@ def test_resume_after_a_crash_gives_the_same_results(run, recipe, console, tmp_p
     resumed = without_times(out)
     whole["recipe"].pop("out"), resumed["recipe"].pop("out")
     assert resumed == whole
+
+
+@pytest.mark.parametrize("write", [3, 4, 7])
+def test_resume_after_a_full_disk(run, recipe, console, tmp_path, monkeypatch, write):
+    """While samples, a result, or the table of all is written; the folder's own mark is first."""
+    from sparsek_cli import disk
+    from sparsek_cli.evaluation import run as module
+    from sparsek_cli.evaluation.report import store
+
+    settings = {"tasks": ["ppl"], "limit": 1, "baselines": ["dense"], "out": str(tmp_path / "out")}
+    units, writes, real = [], [], module.run_unit
+
+    def counted(*args, **limits):
+        units.append(1)
+        return real(*args, **limits)
+
+    def full(file, content):
+        writes.append(file.name)
+        if len(writes) == write:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        disk.write_atomically(file, content)
+
+    monkeypatch.setattr(module, "run_unit", counted)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "write_atomically", full)
+        patch.setattr(module, "write", full)
+        with pytest.raises(SparsekError, match="the disk is full; what was finished") as refusal:
+            run(recipe(**settings), console)
+    assert "--resume" in refusal.value.hint
+    report = run(recipe(**settings), console, resume=True)  # as hinted
+    assert report["complete"] and len(report["units"]) == 2
+    assert len(units) == {3: 3, 4: 2, 7: 2}[write], writes
 
 
 def test_other_settings_in_the_same_folder_are_refused(run, recipe, console):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
-from bad_models import ENDLESS
+from bad_models import ENDLESS, both, file, tokenizer_config
+from transformers import AutoTokenizer
+from verbs import convert
 
 from sparsek_cli.dialogue.template_steps import MOST_STEPS, check_template
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+from sparsek_cli.sharing import dense
 
 LOREM = "{{ lipsum(n=100000, min=1000, max=2000) }}"
 
@@ -52,3 +57,40 @@ def test_the_limit_is_far_above_a_long_template(tokenizer):
     )
     check_template(tokenizer, "m")
     assert MOST_STEPS >= 100 * 30 * 4
+
+
+def says(word: str) -> str:
+    return f"{word} {{{{ messages[0]['content'] }}}}"
+
+
+@pytest.mark.parametrize("kind", ["files", "named in tokenizer_config.json"])
+def test_all_templates_come_along_there_and_back(tmp_path, dense_checkpoint, kind):
+    base, out, back = tmp_path / "templates", tmp_path / "out", tmp_path / "back"
+    named = [{"name": name, "template": says(name)} for name in ("default", "tool_use")]
+    files = {
+        "chat_template.jinja": says("default"),
+        "additional_chat_templates/tool_use.jinja": says("tool_use"),
+        "chat_templates/other.jinja": says("other"),
+        "chat_template.json": json.dumps({"chat_template": says("older")}),
+    }
+    good = dense_checkpoint()
+    if kind == "files":
+        base = good
+        for name, text in files.items():
+            (base / name).parent.mkdir(exist_ok=True)
+            (base / name).write_text(text)
+    else:
+        files = {}
+        maker = both(file("chat_template.jinja", None), tokenizer_config(chat_template=named))
+        maker(good, base)
+    convert(ConvertRecipe(model=str(base), out=str(out), calibrate="none", topk=6, window=4))
+    dense.run(dense.plan(str(out), back))
+    for folder in (base, out, back):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for name in ("default", "tool_use"):
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": "hi"}], tokenize=False, chat_template=name
+            )
+            assert text == f"{name} hi", folder
+        for name, text in files.items():
+            assert (folder / name).read_text() == text
