@@ -204,15 +204,17 @@ def quality_by_bytes(rows: Rows) -> Any:
     for ax, (key, label) in zip(axes, labels.items(), strict=True):
         for context, marker in zip(contexts, "os^v", strict=False):
             here = [row for row in rows if row["context"] == context and key in row]
-            dense = next((row for row in here if row["policy"] == DENSE), None)
-            for row in here:
-                point = (row["cache_bytes"] / 1e6, row[key])
-                colour = plots.colour(row["policy"], sorted({row["policy"] for row in rows}))
-                name = f"{row['policy']}, {context:,} tokens"
-                ax.plot(*point, marker=marker, markersize=7, color=colour, label=name, ls="none")
-                if dense and row is not dense:
-                    way = (dense["cache_bytes"] / 1e6, dense[key])
-                    ax.plot(*zip(point, way, strict=True), color=colour, alpha=0.3, zorder=0)
+            points: dict[str, list[tuple[float, float]]] = {}
+            for row in sorted(here, key=lambda row: row["cache_bytes"]):
+                place = row["cache_bytes"] / 1e6, row[key]
+                points.setdefault(row["policy"], []).append(place)
+            for policy, found in points.items():
+                colour = plots.colour(policy, sorted({row["policy"] for row in rows}))
+                name = f"{policy}, {context:,} tokens"
+                style = dict(marker=marker, markersize=7, color=colour, label=name, ls="none")
+                ax.plot(*zip(*found, strict=True), **style)
+                way = found if policy == DENSE else found + points.get(DENSE, [])
+                ax.plot(*zip(*way, strict=True), color=colour, alpha=0.3, zorder=0)
         ax.set(xscale="log", xlabel="KV cache, MB", ylabel=label)
         ticks = sorted({round(row["cache_bytes"] / 1e6) for row in rows})
         ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
