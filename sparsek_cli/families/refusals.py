@@ -16,8 +16,10 @@ _REASONS: dict[str, str] = {
         "bailing_hybrid dots3_note dots3_note_text glm_moe_dsa hy_v4 kimi_linear longcat_flash",
     "its last layers have no keys and values of their own: they attend to those of the last layer "
     "before them that has some, whole, so that a layer's slots would have to serve the queries of "
-    "many layers, which its scores know nothing of":
-        "gemma3n_text gemma4_text gemma4_unified_text",
+    "many layers, which its scores know nothing of": "gemma3n_text",
+    "its layers that attend to everything have KV heads in a number and width of their own, where "
+    "conversion reads one for the whole model, and in its small sizes the last layers attend to "
+    "the keys and values of an earlier one": "gemma4_text gemma4_unified_text",
     "it drafts for another model, whose keys and values it reads: it has none to drop":
         "gemma4_assistant gemma4_unified_assistant",
     "it is one part of a model that also sees or hears; only text models are converted, and its "

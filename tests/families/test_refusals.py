@@ -19,7 +19,7 @@ from sparsek_cli.families.refusals import REFUSED
         ("gptj", "written out in its own block"),
         ("bloom", "written out in its own block"),
         ("gemma3n_text", "its last layers have no keys and values of their own"),
-        ("gemma4_text", "its last layers have no keys and values of their own"),
+        ("gemma4_text", "KV heads in a number and width of their own"),
         ("gemma4", "one part of a model that also sees or hears"),
         ("bert", "only decoder-only models"),
         ("mamba2", "bounded already"),
