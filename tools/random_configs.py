@@ -6,10 +6,10 @@
 Settings (`draw`) and shapes (`shape`: sizes, heads per KV head, kinds of layers, experts) are
 random. Each config must do one of two things. It is converted, and then its logits, and those that
 losses are made of, are the dense model's where nothing is dropped, decoding in pieces is prefill,
-left padding has no influence, a saved model loads as it was, and what config.json alone says of it
-(as `sparsek convert` reads it) is what the classes say. Or it is refused with a reason
-(`UsageError`, `SparsekError`), as are those that transformers itself refuses. Anything else is a
-fault, and shown with what reproduces it.
+left padding and packed documents have no influence, a saved model loads as it was, and what
+config.json alone says of it (as `sparsek convert` reads it) is what the classes say. Or it is
+refused with a reason (`UsageError`, `SparsekError`), as are those that transformers itself refuses.
+Anything else is a fault, and shown with what reproduces it.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def apart(ours: Any, theirs: Any) -> float:
 
 
 def compare(model: Any, ids: Any, expected: Any, family: str, dense: Any) -> str:
-    """Dense where nothing is dropped, decoding as prefill, padding without influence.
+    """Dense where nothing is dropped, decoding as prefill, padding and packing without influence.
 
     Some of transformers' states go on from token to token otherwise than they are read (the single
     step of Mamba 2 leaves out the limits of the time step, so that float64 changes nothing). There
@@ -131,6 +131,11 @@ def compare(model: Any, ids: Any, expected: Any, family: str, dense: Any) -> str
         alone = model(ids[:1, 5:], use_cache=False).logits
         if not apart(padded[:1, 5:], alone) <= close:
             return "fault: padding has influence"
+        if not states:
+            places = torch.cat([torch.arange(5), torch.arange(TOKENS - 5)])[None]
+            packed = model(ids[:1], position_ids=places, use_cache=False).logits
+            if not apart(packed[:, 5:], alone) <= close:
+                return "fault: packed documents see each other"
     return "converted"
 
 

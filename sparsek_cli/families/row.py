@@ -40,6 +40,8 @@ class Row:
             its own or all of them one norm, so that heads cannot be put in another order.
         window: the sliding window that the config class assumes if config.json names none.
         logit_factors: config keys that multiply the logits; "logits_scaling" else divides them.
+        drops_arguments: decoder layers hand attention only the arguments that they name, so that
+            bounds of packed documents reach it another way.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
     """
@@ -65,6 +67,7 @@ class Row:
     joint_norm: bool = False
     window: int | None = None
     logit_factors: tuple[str, ...] = ("logit_scale", "lm_head_multiplier")
+    drops_arguments: bool = False
     mixed: bool = False
 
     def __post_init__(self) -> None:

@@ -38,10 +38,17 @@ class SparseKAttentionMixin:
 
     The module gains `scorer` (see scorer.py). No hook and no state between calls, so gradient
     checkpointing recomputes the scores with the rest and they get their gradients.
+
+    Attributes:
+        bounds: `cu_seq_lens_q` of the call, where layers drop it: see `hand_on_bounds`.
     """
+
+    bounds: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any):
         """As the family's attention; hidden_states [B, N, hidden_size]."""
+        if self.bounds is not None:
+            kwargs["cu_seq_lens_q"] = self.bounds
         if self.config._attn_implementation == ATTENTION:
             cache = kwargs.get("past_key_values")
             if cache is None:
@@ -51,6 +58,13 @@ class SparseKAttentionMixin:
                 hidden_states, position_ids=kwargs.get("position_ids")
             )
         return super().forward(hidden_states, *args, **kwargs)
+
+
+def hand_on_bounds(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Before a decoder layer that drops arguments runs, or is recomputed: `Row.drops_arguments`."""
+    for module in layer.children():
+        if isinstance(module, SparseKAttentionMixin):
+            module.bounds = kwargs.get("cu_seq_lens_q")
 
 
 def sparsek_attention_forward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -68,6 +69,23 @@ def test_left_padding_has_no_influence(made, ids):
             use_cache=use_cache,
         ).logits  # fmt: skip
         assert relative(padded[:1, 9:], alone) < 1e-5
+
+
+@torch.no_grad()
+def test_packed_documents_do_not_see_each_other(made, ids):
+    """As finetune packs them; models with states refuse such rows."""
+    from sparsek_cli.errors import SparsekError
+
+    places = torch.cat([torch.arange(9), torch.arange(ids.shape[1] - 9)])[None]
+    if has_states(getattr(made.sparse.config, "layer_types", None)):
+        with pytest.raises(SparsekError, match="states into the next"):
+            logits(made.sparse, ids[:1], position_ids=places)
+        return
+    for attend in (nullcontext(), models.dense_attention(made.sparse)):
+        with attend:
+            alone = logits(made.sparse, ids[:1, 9:])
+            packed = logits(made.sparse, ids[:1], position_ids=places)[:, 9:]
+            assert relative(packed, alone) < 1e-5
 
 
 def test_finetuning_reaches_every_scorer(made, ids):

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, row_of
 from sparsek_cli.families.layers import idle_window_off
-from sparsek_cli.models.attention import SparseKAttentionMixin
+from sparsek_cli.models.attention import SparseKAttentionMixin, hand_on_bounds
 from sparsek_cli.models.config import SparseKConfigMixin
 from sparsek_cli.models.modeling import (
     SparseKCausalLMMixin,
@@ -152,6 +152,9 @@ class Family:
             inner = base.get_submodule(self.row.layers.rpartition(".")[0])
             inner.__class__ = self.sparsek_decoder
         add_scorers(base, self.attention, self.sparsek_attention)
+        if self.row.drops_arguments:
+            for layer in base.get_submodule(self.row.layers):
+                layer.register_forward_pre_hook(hand_on_bounds, with_kwargs=True)
 
     @cached_property
     def sparsek_causal_lm(self) -> type:
