@@ -135,7 +135,9 @@ def evaluate(
     plan = make_plan(settings.model_copy(update={"model": named}), resume=resume)
     if options.shown_dry(console, plan, dry_run):
         return
+    from sparsek_cli.devices import is_first
     from sparsek_cli.evaluation.run import run
 
     done = run(plan, console)
-    console.result(done.text(), done.data())
+    if is_first():
+        console.result(done.text(), done.data())

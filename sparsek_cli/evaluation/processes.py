@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from sparsek_cli.devices import meet_others, world_size
+from sparsek_cli.devices import choose_device, meet_others, world_size
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.lm.proof import Proof
 
 SUMMED = ("sparse_calls", "sparse_queries", "prompts", "truncated_prompts", "truncated_tokens")
@@ -18,22 +19,29 @@ class Ranks:
     """This process among its kind; alone unless a launcher says otherwise.
 
     Args:
+        device: as users name it.
         say: hears that others are waited for.
 
     Raises:
-        SparsekError: they do not come.
+        SparsekError: they do not come, or do not find each other.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, device: str, say: Callable[[str], None]) -> None:
         self.accelerator: Any = None
         self.rank, self.count = 0, 1
         if world_size() > 1:
             meet_others(say)
             from accelerate import Accelerator
 
-            self.accelerator = Accelerator()
+            # Without a GPU it would be one process alone, unless told that this is meant.
+            self.accelerator = Accelerator(cpu=choose_device(device).type == "cpu")
             self.rank = self.accelerator.process_index
             self.count = self.accelerator.num_processes
+            if self.count != world_size():
+                raise SparsekError(
+                    f"{world_size()} processes were started, and accelerate sees {self.count}",
+                    hint="start it in one process",
+                )
 
     @property
     def first(self) -> bool:

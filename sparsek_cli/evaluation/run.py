@@ -70,7 +70,7 @@ class Evaluated:
 def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     """Measures everything that is planned and writes the result folder."""
     reporter = reporter or Silent()
-    ranks = Ranks(reporter.say)
+    ranks = Ranks(plan.loading.device, reporter.say)
     reporter = reporter if ranks.first else Silent()
     say = reporter.say
     checkpoint, rivals, samples, prompts = plan.checkpoint, plan.rivals, plan.samples, plan.prompts
