@@ -21,10 +21,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py $(if $(SEED),--seed $(SEED))
 
-# Triton's interpreter must be switched on before a kernel is defined, hence the second process.
+# Triton's interpreter must be switched on before a kernel is defined, hence the second process; it
+# collects only where its tests are.
+INTERPRETED = tests/kernels tests/models/test_fused.py tests/benchmarks
+
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not interpret and not slow'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret' $(INTERPRETED)
 
 # What takes longer, before a release: kills and resumes, several processes, sizes, whole sweeps.
 slow-test: $(STAMP)

@@ -1,6 +1,8 @@
 """The house as a whole: imports point one way and never in a circle; folders stay small."""
 
 import ast
+import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,14 @@ def name_of(file: Path) -> str:
 MODULES = {name_of(file): file for file in FILES}
 
 
+@functools.cache
+def parsed(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
 def imports(file: Path, *, anywhere: bool = True) -> set[str]:
     """Modules of ours that a file imports; not what only type checkers see."""
-    tree, found = ast.parse(file.read_text(encoding="utf-8")), set()
+    tree, found = parsed(file), set()
     hidden = {
         id(inner)
         for node in ast.walk(tree)
@@ -109,7 +116,7 @@ def test_functions_stay_short():
     for file in FILES:
         if "hopper" in file.parts:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = node.end_lineno - node.lineno + 1
                 if lines > 100:
@@ -143,9 +150,19 @@ def test_recipes_end_at_the_door():
     for module, file in MODULES.items():
         if module.split(".")[1:2] in (["recipes"], ["commands"]) or file.stem in doors:
             continue
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.arg) and node.annotation is not None:
                 said = ast.unparse(node.annotation)
                 assert not any(
                     name in said for name in ("ConvertRecipe", "FinetuneRecipe", "EvaluateRecipe")
                 ), f"{module}: {node.arg}"
+
+
+def test_interpreted_tests_are_where_make_looks():
+    """A marked test elsewhere would run nowhere."""
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    places = re.search("^INTERPRETED = (.*)$", make, re.M)[1].split()
+    for file in (ROOT / "tests").rglob("test_*.py"):
+        if "pytest.mark.interpret" in file.read_text(encoding="utf-8") and file != Path(__file__):
+            name = file.relative_to(ROOT).as_posix()
+            assert any(name == place or name.startswith(f"{place}/") for place in places), name

@@ -22,6 +22,7 @@ from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
+SLOW_FAMILIES = ("llama", "mistral", "qwen2", "gpt_neox")
 QUIET = Console(quiet=True)
 EMPTY = torch.empty(0)
 
@@ -85,6 +86,11 @@ def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path):
     assert quality["linear"][1] > 0.98 and quality["mlp"][1] > 0.95
 
 
+# One mechanism: two families that store their weights differently stand for all.
+@pytest.mark.parametrize(
+    "family",
+    ["gpt2", "qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW_FAMILIES)],
+)
 def test_the_written_scorer_scores_as_calibration_did(family, dense_checkpoint, tmp_path):
     plan = request(dense_checkpoint(family), tmp_path / "out")
     found = search(plan, QUIET, MlpFit)

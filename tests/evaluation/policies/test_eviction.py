@@ -135,25 +135,32 @@ def test_without_eviction_the_answer_is_the_dense_one(model, name):
     torch.testing.assert_close(logits[name], logits["dense"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def report(checkpoints, data, tmp_path_factory):
+def measured(checkpoints, data, out, tasks, budgets):
     from verbs import evaluate
 
     from sparsek_cli.console import Console
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
-    tasks = ["ppl", "recall_4", "recall_turns",
-             "scrolls_qasper", "scrolls_contractnli", "scrolls_quality"]  # fmt: skip
     recipe = EvaluateRecipe(
         model=str(checkpoints[1]), data=str(data), lengths=[640], limit=4, device="cpu",
-        tasks=tasks, baselines=["dense", "snapkv", "h2o"], budgets=[68, 2048],
-        max_new_tokens=6, out=str(tmp_path_factory.mktemp("rivals") / "out"),
+        tasks=tasks, baselines=["dense", "snapkv", "h2o"], budgets=budgets,
+        max_new_tokens=6, out=str(out),
     )  # fmt: skip
     return evaluate(recipe, Console(quiet=True))
 
 
+@pytest.fixture(scope="module")
+def report(checkpoints, data, tmp_path_factory):
+    return measured(
+        checkpoints, data, tmp_path_factory.mktemp("rivals") / "out", ["ppl", "recall_4"], [68]
+    )
+
+
 @pytest.mark.slow
-def test_unlimited_rivals_are_dense_in_every_metric(report):
+def test_unlimited_rivals_are_dense_in_every_metric(checkpoints, data, tmp_path):
+    tasks = ["recall_4", "recall_turns",
+             "scrolls_qasper", "scrolls_contractnli", "scrolls_quality"]  # fmt: skip
+    report = measured(checkpoints, data, tmp_path / "out", tasks, [68, 2048])
     dense = {u["task"]: u["metrics"] for u in report["units"] if u["policy"] == "dense"}
     rivals = [u for u in report["units"] if u["policy"] in ("snapkv-2048", "h2o-2048")]
     assert len(rivals) == 2 * 5
