@@ -2,8 +2,7 @@
 
 import torch
 
-from sparsek_kernels.triton.geometry import Geometry
-from sparsek_kernels.triton.segments import owners
+from sparsek_kernels.triton.geometry import Geometry, owners
 
 
 def running_sum(x: torch.Tensor) -> torch.Tensor:

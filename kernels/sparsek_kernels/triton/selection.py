@@ -22,8 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.geometry import Geometry, head_budgets, ragged_index
-from sparsek_kernels.triton.segments import descending_order
+from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets, ragged_index
 
 CHUNK = 64  # ranks resolved by one program
 BUCKETS = 256  # position buckets of the histogram

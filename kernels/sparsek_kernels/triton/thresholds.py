@@ -22,8 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.geometry import Geometry, head_budgets
-from sparsek_kernels.triton.segments import descending_order, owners
+from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets, owners
 
 BLOCK = 1024
 # Ranks of a leaf by the length from which it is so large: a shorter walk is worth the launches of
