@@ -33,8 +33,8 @@ What can be converted, by the `model_type` of a checkpoint's config.json. This p
 {columns}
 
 Beyond them every family is held to dense logits where nothing is dropped, decoding equal to
-reading, left padding, and saving and loading. The models are tiny and random: the tests show that a
-family is computed rightly, not how well a large model keeps its facts.
+reading, left padding, packed documents, and saving and loading. The models are tiny and random: the
+tests show that a family is computed rightly, not how well a large model keeps its facts.
 
 Layers: `all`, or where layers differ only those that attend to everything; the others stay as they
 are, with a cache of their own. A layer that keeps a state knows no documents: batches that pack
