@@ -178,10 +178,10 @@ def report(checkpoints, data, tmp_path_factory):
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
     recipe = EvaluateRecipe(
-        model=str(checkpoints[1]), data=str(data), lengths=[640], limit=2, device="cpu",
+        model=str(checkpoints[1]), data=str(data), lengths=[640], limit=3, device="cpu",
         tasks=["ppl", "recall_4", "recall_turns", "scrolls_qasper"], budgets=[68, 2048],
         baselines=["dense", "kvzip", "kvzip:shared", "snapkv:shared"], max_new_tokens=4,
-        batch_size=2, out=str(tmp_path_factory.mktemp("kvzip") / "out"),
+        batch_size=3, out=str(tmp_path_factory.mktemp("kvzip") / "out"),
     )  # fmt: skip
     return evaluate(recipe, Console(quiet=True))
 
