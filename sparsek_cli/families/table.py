@@ -209,7 +209,7 @@ def check_supported(model_type: str) -> None:
     if name in _ROWS and name not in TABLE:
         raise UsageError(
             f"transformers {installed.transformers_version()} has no models of type {name!r}",
-            hint="a newer one has: pip install --upgrade transformers",
+            hint="a newer one has: pip install -U transformers",
         )
 
 

@@ -44,7 +44,7 @@ def damage(base: Path, how: str) -> None:
     elif how == "not causal":
         config["architectures"] = ["LlamaForSequenceClassification"]
     elif how == "family":
-        config.update(architectures=["FalconForCausalLM"], model_type="mamba")
+        config.update(architectures=["NewForCausalLM"], model_type="of_tomorrow")
     elif how == "converted":
         settings = {"topk": 3, "window": 4, "sinks": 1}
         config.update(
@@ -90,7 +90,7 @@ def refused(tmp_path, capsys, monkeypatch):
         ("nan", 1, "NaN weights: "),
         ("lacks a layer", 1, "lacks model.layers.2."),
         ("not causal", 2, "not a causal language model"),
-        ("family", 2, "supported families: apertus, arcee, cohere"),
+        ("family", 2, "supported families: afmoe, apertus, arcee"),
         ("converted", 2, "already converted"),
         ("sliding", 2, "sliding window of 64"),
         ("quantised", 2, "quantised"),
