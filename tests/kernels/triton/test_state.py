@@ -135,15 +135,17 @@ def test_a_gradient_that_the_kernels_have_not_is_refused(name):
         sparsek_attention(**given, **shape, state=state, backend="triton")
 
 
-@pytest.mark.parametrize("quantized", [False, True])
-@pytest.mark.parametrize("topk, window, sinks", [((5, 3), 4, 2), ((4, 0), 3, 1), ((40, 3), 1, 0)])
+@pytest.mark.parametrize(
+    "topk, window, sinks, quantized",
+    [((5, 3), 4, 2, False), ((4, 0), 3, 1, True), ((40, 3), 1, 0, False)],
+)
 def test_a_fresh_state_is_filled_as_one_that_is_looked_at(
     relative_error, topk, window, sinks, quantized
 ):
     shape = dict(topk=topk, window=window, sinks=sinks)
     dtype = torch.int8 if quantized else torch.float32
     new = torch.Generator().manual_seed(3)
-    for n in (2, 5, 33):
+    for n in (3, 33):
         q = torch.randn(2, 4, n, 16, generator=new)
         k, v = (torch.randn(2, n, 2, 16, generator=new).transpose(1, 2) for _ in range(2))
         scores = torch.randint(0, 4, (2, 2, n), generator=new).float()
