@@ -21,6 +21,12 @@ _GPT2_KEYS = {
     "max_position_embeddings": "n_positions",
 }
 
+_LFM2: dict[str, Any] = {
+    "projections": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "norm": "embedding_norm",
+    "dropout": None,
+}
+
 _ROWS: dict[str, Row] = {
     row.model_type: row
     for row in (
@@ -157,22 +163,8 @@ _ROWS: dict[str, Row] = {
         Row("beam", "Beam", joint_norm=True, mixed=True),
         Row("qwen3_next", "Qwen3Next", mixed=True),
         Row("qwen3_5_text", "Qwen3_5", module="qwen3_5", text="Text", mixed=True),
-        Row(
-            "lfm2",
-            "Lfm2",
-            projections=("q_proj", "k_proj", "v_proj", "out_proj"),
-            norm="embedding_norm",
-            dropout=None,
-            mixed=True,
-        ),
-        Row(
-            "lfm2_moe",
-            "Lfm2Moe",
-            projections=("q_proj", "k_proj", "v_proj", "out_proj"),
-            norm="embedding_norm",
-            dropout=None,
-            mixed=True,
-        ),
+        Row("lfm2", "Lfm2", **_LFM2, mixed=True),
+        Row("lfm2_moe", "Lfm2Moe", **_LFM2, mixed=True),
         Row("lfm3", "Lfm3", norm="embedding_norm", joint_norm=True, mixed=True),
         Row("olmo_hybrid", "OlmoHybrid", joint_norm=True, mixed=True),
         Row("qwen3_5_moe_text", "Qwen3_5Moe", module="qwen3_5_moe", text="Text", mixed=True),

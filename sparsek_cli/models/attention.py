@@ -36,11 +36,11 @@ _HARMLESS = {
 class SparseKAttentionMixin:
     """Put in front of a family's attention class: scores in, the family's own forward after it.
 
-    The module gains `scorer` (see scorer.py). No hook and no state between calls, so gradient
-    checkpointing recomputes the scores with the rest and they get their gradients.
+    The module gains `scorer` (see scorer.py). Scores are made in `forward`, by no hook, so gradient
+    checkpointing recomputes them with the rest and they get their gradients.
 
     Attributes:
-        bounds: `cu_seq_lens_q` of the call, where layers drop it: see `hand_on_bounds`.
+        bounds: `cu_seq_lens_q` of the call at hand, where layers drop it: see `hand_on_bounds`.
     """
 
     bounds: torch.Tensor | None = None

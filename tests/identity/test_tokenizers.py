@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families import TABLE
 from sparsek_cli.hub import resolve
 
 
@@ -49,11 +50,16 @@ def test_ids_logits_and_attention_are_as_they_should_be(family, shape, pair):
     assert_sparse(sparse)
 
 
+# Families whose entries in transformers' tables are of other kinds than the six's.
+KINDS = ("gemma", "cohere", "phi3", "phi", "olmo", "smollm3")
+ALL = pytest.param(tuple(TABLE), marks=pytest.mark.slow, id="all")
+
+
+@pytest.mark.parametrize("families", [pytest.param(KINDS, id="kinds"), ALL])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_kind_of_family_is_known_to_auto_tokenizer(shape, tmp_path):
-    """Families whose entries in transformers' tables are of other kinds than the six's."""
+def test_families_are_known_to_auto_tokenizer(shape, families, tmp_path):
     worked = 0
-    for family in ("gemma", "cohere", "phi3", "phi", "olmo", "smollm3"):
+    for family in families:
         dense = tiny_config(family, vocab_size=VOCABULARY)
         configs = {"base": dense, "sparse": models.sparsek_config_from(dense, {})}
         found = []

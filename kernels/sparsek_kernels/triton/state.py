@@ -1,6 +1,6 @@
 """The state after a call in two launches: which key goes into which slot, and the copying.
 
-The twin of `keys.next_state`, which takes some forty launches of PyTorch: too many where a short
+The twin of `keys.next_state`, which takes some fifty launches of PyTorch: too many where a short
 prompt is read.
 """
 
