@@ -34,6 +34,19 @@ def test_only_full_layers_are_converted(sparse_model):
     assert [type(layer) for layer in cache.layers] == kinds and not cache.all_slots
 
 
+def test_options_of_layers_come_for_each_or_for_all(sparse_model, monkeypatch):
+    """transformers before 5.19 gives one dict for all layers."""
+    from sparsek_cli.models.cache import slots
+
+    model = sparse_model("gemma3_text", **SLIDES)
+    kinds, options = slots.get_layer_types_and_kwargs(model.config)
+    older = {"sliding_window": SLIDES["sliding_window"]}
+    for given in ([older] * len(kinds), older):
+        monkeypatch.setattr(slots, "get_layer_types_and_kwargs", lambda config, g=given: (kinds, g))
+        layers = models.SparseKCache(model.config).layers
+        assert [layer.sliding_window for layer in (layers[0], layers[2])] == [6, 6]
+
+
 @torch.no_grad()
 def test_each_kind_of_layer_is_counted(sparse_model, dense_model, ids):
     model = sparse_model("gemma3_text", **SLIDES)
