@@ -56,7 +56,14 @@ def test_a_run_goes_on_and_measures_dense_once(novels, tmp_path, monkeypatch, ca
         ablations.main()
 
 
-@pytest.mark.parametrize("fit", [LinearFit.of, KeyValueFit, LeavingFit, FutureFit])
+@pytest.mark.parametrize(
+    "fit",
+    [
+        LinearFit.of,
+        FutureFit,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (KeyValueFit, LeavingFit)),
+    ],
+)
 def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkeypatch):
     """Whatever the scorer, and in batches."""
     from transformers import AutoModelForCausalLM

@@ -21,6 +21,20 @@ _WHOLE = (
 )  # fmt: skip
 
 
+# What verbs do with a converted model depends on its kinds of layers, not on its row.
+_VERBS = ("test_families.py::test_evaluates[", "test_families.py::test_chats[")
+_OF_A_KIND = (*_WHOLE, "gpt2", "gpt_neox", "phi3", "mixtral", "cohere2", "olmo2")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    """Verbs run for one family of a kind here, and for all of them in `make slow-test`."""
+    for item in items:
+        verb = any(name in item.nodeid for name in _VERBS)
+        if verb and item.callspec.params["every_family"] not in _OF_A_KIND:
+            item.add_marker(pytest.mark.slow)
+
+
 @dataclass(frozen=True)
 class Made:
     """A family's tiny models: `dense`, and `sparse` with its weights and random scorers."""

@@ -74,7 +74,9 @@ def test_a_fit_follows_later_attention_and_keeps_slopes(dense_config, scorer):
     assert torch.allclose(sparsek_attentions(model)[0].scorer.weight, first[0], atol=1e-4)
 
 
-@pytest.mark.parametrize("how", ["concurrent", "refit", "frozen"])
+@pytest.mark.parametrize(
+    "how", ["concurrent", *(pytest.param(n, marks=pytest.mark.slow) for n in ("refit", "frozen"))]
+)
 def test_interrupted_and_resumed_equals_uninterrupted(
     recipe, sparse_checkpoint, tmp_path, monkeypatch, interrupted, how
 ):
