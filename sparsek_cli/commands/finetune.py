@@ -78,6 +78,7 @@ def finetune(
     console.say(f"\nnext: sparsek evaluate {done.out} --tasks ppl,recall")
     if (
         settings.train != "scorers"
+        and settings.scorer_training in ("gates", "frozen")  # others keep up with the base
         and settings.init == "pretrained"
         and is_converted(hub.resolve(done.out).config())
     ):

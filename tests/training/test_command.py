@@ -33,11 +33,15 @@ def test_a_run_with_flags_and_words(text_file, sparse_checkpoint, tmp_path):
     refused("exists", model, out, "--data", text_file, *words)
 
 
-@pytest.mark.parametrize(("train", "again"), [("scorers", False), ("all", True)])
-def test_what_moved_the_base_is_followed_by_fitting_scorers(
-    train, again, text_file, sparse_checkpoint, tmp_path
+@pytest.mark.parametrize(
+    ("train", "how", "again"),
+    [("scorers", "gates", False), ("all", "gates", True), ("all", "concurrent", False)],
+)
+def test_what_moved_the_base_alone_is_followed_by_fitting_scorers(
+    train, how, again, text_file, sparse_checkpoint, tmp_path
 ):
-    words = ["sequence_length=64", "batch_size=1", "evaluation.held_out=0", f"train={train}"]
+    words = ["sequence_length=64", "batch_size=1", "evaluation.held_out=0", f"train={train}",
+             f"scorer_training={how}"]  # fmt: skip
     done = run(sparse_checkpoint(), tmp_path / "out", "--data", text_file, "--steps", 1,
                "--device", "cpu", *words)  # fmt: skip
     assert done.exit_code == 0, done.exception
