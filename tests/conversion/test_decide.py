@@ -128,6 +128,8 @@ def test_nothing_far_back_is_given_away_for_a_hundredth_of_text():
     wide = [(0.0096, 0.0697), (0.0084, 0.1331), (0.0101, 0.0493), (0.0081, 0.1054)]
     assert taken((0.0523, 2.191), *wide) == (0.0101, 0.0493)
     tiny = [(0.156, 0.0478), (0.1366, 0.2593), (0.1447, 0.0572), (0.2083, 0.033)]
+    # Rounding below 0, where a window loses nothing either, is no loss and no error.
+    assert taken((1e-9, 0.0), (-2e-9, -1e-7), (2e-9, 1e-7)) == (-2e-9, -1e-7)
     assert taken((0.4, 6.0), *tiny) in [(0.1447, 0.0572), (0.156, 0.0478)]
 
 

@@ -124,7 +124,7 @@ def _best(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int
     def lost(n: int) -> float:
         text, answers = (tried[n][kind] for kind in ("text_loss", "answer_loss"))
         share = text / max(window[0], 1e-9), answers / max(window[1], 1e-9)
-        relative = np.log(np.add(share, _NEGLIGIBLE))
+        relative = np.log(np.maximum(share, 0) + _NEGLIGIBLE)  # rounding may go below 0
         return (1 - recall) * relative[0] + recall * relative[1]
 
     return min(numbers, key=lost)
