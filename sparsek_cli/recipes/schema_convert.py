@@ -72,10 +72,9 @@ class CalibrationMethod(BaseModel):
         "per_head; that of the whole document is added",
     )
     recall: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.4,
-        description="how much a per cent of what is lost far back counts, and not one of what is "
-        "lost in running text, when whole models are compared: 1 is recall alone, 0 text alone; "
-        "the report shows both ends",
+        0.65,
+        description="how much what stands far back counts, and not running text, when whole models "
+        "are compared: 1 is recall alone, 0 text alone; the report shows both ends",
     )
 
     @model_validator(mode="after")

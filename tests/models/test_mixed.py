@@ -35,7 +35,7 @@ def test_only_full_layers_are_converted(sparse_model):
 
 
 def test_options_of_layers_come_for_each_or_for_all(sparse_model, monkeypatch):
-    """transformers before 5.19 gives one dict for all layers."""
+    """transformers 5.17 gives one dict for all layers."""
     from sparsek_cli.models.cache import slots
 
     model = sparse_model("gemma3_text", **SLIDES)

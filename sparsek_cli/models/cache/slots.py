@@ -231,7 +231,7 @@ def cache_layers(config: Any, make: Callable[[int], Any] | None = None) -> list[
             hint="compare with dense, window and random, which SparseK's own cache can stand for",
         )
     kinds, options = get_layer_types_and_kwargs(config)
-    if isinstance(options, dict):  # transformers before 5.19: the same for all layers
+    if isinstance(options, dict):  # transformers 5.17: the same for all layers
         options = [options] * len(kinds)
     layers: list[Any] = []
     for layer, (kind, own) in enumerate(zip(kinds, options, strict=True)):

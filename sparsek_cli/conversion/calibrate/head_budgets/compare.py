@@ -27,7 +27,6 @@ _ANSWER_WEIGHTS = (3.0, 0.1, 30.0, 1.0, 10.0)
 _MEANS = ((0.1, 10.0), (0.1, 30.0))
 # The weight that goes with the threshold: for maps and slopes, and in the mean of both.
 _WITH_THRESHOLD = 3.0
-_NEGLIGIBLE = 0.01  # of what a window loses: less than this decides nothing
 # All proposals there are: these, two with the threshold, and even slots.
 MOST = len(_ANSWER_WEIGHTS) + len(_MEANS) + 3
 
@@ -113,18 +112,13 @@ def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.n
 
 
 def _best(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int:
-    """Which to take; `window` is what a plain window loses in text and at answers.
-
-    Losses count by their logarithms: half of what is lost far back weighs the same whether a window
-    loses little there or much, and nothing is given away for a hundredth of a nat of text.
-    """
+    """Which to take; `window` is what a plain window loses in text and at answers."""
     numbers = [n for n, row in enumerate(tried) if row["text_loss"] <= window[0]]
     numbers = numbers or list(range(len(tried)))
 
     def lost(n: int) -> float:
         text, answers = (tried[n][kind] for kind in ("text_loss", "answer_loss"))
         share = text / max(window[0], 1e-9), answers / max(window[1], 1e-9)
-        relative = np.log(np.maximum(share, 0) + _NEGLIGIBLE)  # rounding may go below 0
-        return (1 - recall) * relative[0] + recall * relative[1]
+        return (1 - recall) * share[0] + recall * share[1]
 
     return min(numbers, key=lost)
