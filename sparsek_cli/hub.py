@@ -1,5 +1,6 @@
 """A name becomes a folder: a local checkpoint, a short name, or a hub id fetched into its cache."""
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 
+_LOG = logging.getLogger("sparsek_cli")
 # Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/)
 # but additional_chat_templates/: such patterns know no "but", so folders in "add" pass.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "README.md")
@@ -76,9 +78,11 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
         raise UsageError("the model's name holds a null byte", hint="name a folder or a hub id")
     check_name(name)
     folder = Path(os.path.expanduser(name))
-    short = SHORT_NAMES.get(name.lower())
-    known = short is not None or name.lower() in BUNDLED
-    if folder.is_dir() and ((folder / "config.json").is_file() or not known):
+    short, known = SHORT_NAMES.get(name.lower()), is_short_name(name)
+    here = folder.is_dir() and ((folder / "config.json").is_file() or not known)
+    if known and folder.is_dir():
+        _LOG.warning("%s", _two_meanings(name, here=here))
+    if here:
         if revision is not None:
             raise UsageError(
                 f"--revision {revision} given, but '{name}' is a folder",
@@ -99,6 +103,11 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
         raise _no_such_name(name, folder)
     path = _download(name, revision)
     return _checked(Checkpoint(path, name.split("/")[1], name, revision))
+
+
+def is_short_name(name: str) -> bool:
+    """Whether a name is of a bundled model, or in the table of short names."""
+    return name.lower() in BUNDLED or name.lower() in SHORT_NAMES
 
 
 def is_hub_id(name: str) -> bool:
@@ -128,6 +137,13 @@ def bundled(name: str = "tiny") -> Checkpoint:
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
+
+
+def _two_meanings(name: str, *, here: bool) -> str:
+    """Which of two is taken, where a folder is called as a known model is."""
+    if here:
+        return f"'{name}' is the folder here; the model of that short name is not read"
+    return f"'{name}' is the model of that short name; the folder here has no config.json"
 
 
 def _no_such_name(name: str, folder: Path) -> UsageError:

@@ -5,6 +5,7 @@ one line that says what it is and what to do. Tensors are not loaded.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from sparsek_cli import quantised
 from sparsek_cli.conversion import json_text
 from sparsek_cli.conversion.checks import check_layers, check_rows
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
+from sparsek_cli.conversion.weights_beside import PICKLES, gguf_files, left_out
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.output.contents import SCORERS
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_LOG = logging.getLogger("sparsek_cli")
 _SAVE = "from_pretrained(...).save_pretrained(FOLDER)"
 _MERGE = (
     "merge it: PeftModel.from_pretrained(base, FOLDER).merge_and_unload().save_pretrained(OUT), "
@@ -41,7 +43,7 @@ def file_error(file: Path) -> UsageError:
     if suffix == ".gguf" or _is_gguf(file):
         return UsageError(
             f"'{file}' is a GGUF file, which only convert reads",
-            hint=f"`sparsek convert {file} OUT` unpacks it; then name OUT",
+            hint=_unpack(file),
         )
     if suffix in PICKLES:
         return UsageError(
@@ -59,6 +61,8 @@ def file_error(file: Path) -> UsageError:
 
 def check(path: Path, name: str) -> dict[str, Any]:
     """config.json of a folder that holds a causal language model in plain safetensors.
+
+    Weights beside those that are read are named in a warning.
 
     Args:
         path: the folder.
@@ -87,6 +91,8 @@ def check(path: Path, name: str) -> dict[str, Any]:
     check_rows(shards, config)
     _check_sizes(config, name)
     _check_dtype(config, name)
+    if others := left_out(path, (shard.path for shard in shards)):
+        _LOG.warning("%s", others)
     return config
 
 
@@ -141,10 +147,10 @@ def _no_config(path: Path) -> UsageError:
         return UsageError(f"'{path}' is a PEFT adapter{of}, not a whole model", hint=_MERGE)
     if error := _scorers_error(path / SCORERS, str(path)):
         return error
-    if holds("*.gguf"):
+    if packed := gguf_files(path):
         return UsageError(
             f"'{path}' holds GGUF files, of which convert reads one at a time",
-            hint=f"`sparsek convert {min(path.glob('*.gguf'))} OUT` unpacks it; then name OUT",
+            hint=_unpack(packed[0]),
         )
     if holds("recipe.yaml") and path.name.endswith(".part"):
         return UsageError(
@@ -176,6 +182,10 @@ def _no_config(path: Path) -> UsageError:
     if not any(path.iterdir()):
         return UsageError(f"{no}; it is empty", hint="name the folder that holds the model")
     return UsageError(no, hint=f"name a folder with config.json and *.safetensors ({_SAVE})")
+
+
+def _unpack(file: Path) -> str:
+    return f"`sparsek convert {file} OUT` unpacks it; then name OUT"
 
 
 def _scorers_error(file: Path, name: str) -> UsageError | None:
@@ -300,6 +310,12 @@ def _check_weights(path: Path, name: str) -> None:
         raise UsageError(
             f"'{name}' holds {others[0]}, but neither {SINGLE} nor {INDEX}",
             hint=f"name a whole file {SINGLE}, or fetch the missing {INDEX}",
+        )
+    if packed := gguf_files(path):
+        raise UsageError(
+            f"'{name}' holds no .safetensors weights, but {packed[0].name}, which only convert "
+            "reads",
+            hint=_unpack(packed[0]),
         )
     raise UsageError(
         f"'{name}' holds no .safetensors weights"

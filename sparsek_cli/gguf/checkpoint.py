@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli.conversion.shards import Shard, TensorEntry
+from sparsek_cli.conversion.weights_beside import gguf_files, listed, weight_files
 from sparsek_cli.errors import UsageError, first_line
 from sparsek_cli.families import TABLE
 from sparsek_cli.gguf.header import FREQUENCIES, Header, is_gguf, read_header
-from sparsek_cli.hub import Checkpoint
+from sparsek_cli.hub import Checkpoint, is_short_name
 from sparsek_cli.silence import quiet_transformers
 
 _WIDTHS = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}
@@ -90,18 +91,16 @@ class GgufCheckpoint(Checkpoint):
 def find(name: str, revision: str | None = None) -> GgufCheckpoint | None:
     """The GGUF file that `name` means, a file or a folder that holds one and no config.json.
 
+    As with every verb, a folder called as a known model is that model, unless it has a config.json.
+
     Raises:
-        UsageError: a folder holds several, `revision` is given, or see `read_header`.
+        UsageError: a folder holds several, or other weights, `revision` is given, or see
+            `read_header`.
         SparsekError: the file is damaged.
     """
     path = Path(name).expanduser()
-    if path.is_dir() and not (path / "config.json").is_file():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise UsageError(
-                f"'{name}' holds {len(files)} GGUF files", hint=f"name one of them: '{files[0]}'"
-            )
-        path = files[0] if files else path
+    if path.is_dir() and not (path / "config.json").is_file() and not is_short_name(name):
+        path = _only_file(path) or path
     if not path.is_file() or not (path.suffix.lower() == ".gguf" or is_gguf(path)):
         return None
     if revision is not None:
@@ -111,6 +110,28 @@ def find(name: str, revision: str | None = None) -> GgufCheckpoint | None:
         )
     header = read_header(path)
     return GgufCheckpoint(path=header.path, name=path.stem, source="gguf", header=header)
+
+
+def _only_file(folder: Path) -> Path | None:
+    """The GGUF file of a folder without config.json; None where there is none.
+
+    Raises:
+        UsageError: something else there could be meant as well.
+    """
+    files = gguf_files(folder)
+    if len(files) > 1:
+        raise UsageError(
+            f"'{folder}' holds {len(files)} GGUF files", hint=f"name one of them: '{files[0]}'"
+        )
+    others = [file.name for file in weight_files(folder) if file not in files]
+    if files and others:
+        raise UsageError(
+            f"'{folder}' holds {files[0].name}, and {listed(others)} without a config.json: it is "
+            "not clear which is meant",
+            hint=f"name the file: '{files[0]}'; or fetch config.json and the tokenizer of the "
+            "others",
+        )
+    return files[0] if files else None
 
 
 def _set_frequencies(config: Any, header: Header) -> None:

@@ -99,6 +99,15 @@ def test_a_folder_with_one_file_is_that_file(write_gguf, convert):
     assert code == 2 and "holds 2 GGUF files" in said and f"'{file}'" in said
 
 
+def test_beside_other_weights_the_file_must_be_named(write_gguf, convert):
+    file, _ = write_gguf()
+    (file.parent / "model.safetensors").write_bytes(b"")
+    code, _, said, _ = convert(file.parent, "--dry-run")
+    assert code == 2 and "it is not clear which is meant" in said
+    named = said.split("name the file: '")[1].split("'")[0]
+    assert convert(named, "--dry-run")[0] == 0
+
+
 def test_dry_run_tells_what_will_be_written_and_writes_nothing(write_gguf, convert):
     file, model = write_gguf(kind="Q8_0", intermediate_size=64)
     code, shown, said, out = convert(file, "--dry-run", "--json")
