@@ -16,6 +16,7 @@ from sparsek_cli.conversion.checks import check_layers, check_rows
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard, read_shards
 from sparsek_cli.conversion.weights_beside import PICKLES, gguf_files, left_out
 from sparsek_cli.errors import SparsekError, UsageError, first_line
+from sparsek_cli.families import TABLE
 from sparsek_cli.output.contents import SCORERS
 
 _LOG = logging.getLogger("sparsek_cli")
@@ -34,6 +35,8 @@ _SIDE_FILES = {
     "added_tokens.json": _TOKENIZER_AGAIN,
 }
 _LONGEST_CONFIG = 4 << 20  # bytes
+# Where transformers looks for the part of a model that writes text (`get_text_config`).
+_TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double", "auto")
 
 
@@ -76,6 +79,7 @@ def check(path: Path, name: str) -> dict[str, Any]:
         raise _no_config(path)
     config = read_config(path)
     _check_class(config, name)
+    _check_one_model(config, name)
     _check_converted(config, name)
     _check_side_files(path, config)
     if (path / "adapter_config.json").is_file():
@@ -228,6 +232,23 @@ def _check_class(config: dict[str, Any], name: str) -> None:
             what += f" (it also has a {seeing[0].removesuffix('_config')} tower)"
             hint = "save its language model on its own, or name the text-only version"
         raise UsageError(f"'{name}' is a {what}, not a causal language model", hint=hint)
+
+
+def _check_one_model(config: dict[str, Any], name: str) -> None:
+    """A family of plain text models has one set of sizes.
+
+    transformers would build the model by the outer ones and ask the block within for what else it
+    needs of its text part: its cache, and what generates.
+    """
+    family = str(config.get("model_type")).removeprefix("sparsek_")
+    for key in _TEXT_PARTS:
+        if family in TABLE and config.get(key) is not None:
+            raise UsageError(
+                f"'{name}': config.json holds a {key} within, as models of several parts do, and "
+                f"model_type {family} is one text model",
+                hint=f"take {key} out of config.json if the weights have the sizes around it, else "
+                "save the language model on its own",
+            )
 
 
 def _check_converted(config: dict[str, Any], name: str) -> None:

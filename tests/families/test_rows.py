@@ -34,6 +34,13 @@ def test_sizes_that_are_left_out_are_the_config_class_own(family):
         assert row.window == getattr(config, "sliding_window", None)
 
 
+def test_no_family_is_several_models_in_one():
+    """So that a config.json with such a block within is none of the table's (model_folder)."""
+    for family in TINY:
+        config = models.FAMILIES[family].config()
+        assert config.get_text_config() is config, family
+
+
 @pytest.mark.parametrize("family", TINY)
 def test_names_are_those_of_the_classes(family, make_dense):
     row, dense = TABLE[family], make_dense(family)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bad_models import config, file, linked, tensors
+from bad_models import TEXT_PARTS, config, file, linked, tensors
 from safetensors.torch import load_file, save_file
 from sparse_path import assert_sparse
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
@@ -77,6 +77,18 @@ def test_a_type_without_its_settings(made, tmp_path, changes):
     config(**changes)(made.base, tmp_path / "half")
     with pytest.raises(UsageError, match="is it converted or not"):
         hub.resolve(tmp_path / "half")
+
+
+@pytest.mark.parametrize("which", ["base", "out"])
+@pytest.mark.parametrize("key", TEXT_PARTS)
+def test_a_second_model_within_config_json(made, tmp_path, key, which):
+    """transformers asks the block within for sizes: that failed as damage, or nothing was said."""
+    config(**{key: {"num_hidden_layers": 9}})(getattr(made, which), tmp_path / "nested")
+    with pytest.raises(UsageError, match=f"config.json holds a {key} within") as refusal:
+        loaded(tmp_path / "nested")
+    assert f"take {key} out" in refusal.value.hint
+    config(**{key: None})(tmp_path / "nested", tmp_path / "mended")
+    assert loaded(tmp_path / "mended").config.num_hidden_layers == 2
 
 
 @pytest.mark.parametrize(

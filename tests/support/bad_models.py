@@ -204,6 +204,8 @@ ENDLESS = {
     "{% endfor %}",
     "power": "{{ 9 ** 9 ** 9 ** 9 }}",
 }
+# What transformers' `get_text_config` takes.
+TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
 LAYER = "model.layers.0.mlp.up_proj.weight"
 ESCAPE = "\x1b]0;title\x07"
 ADAPTER = json.dumps({"base_model_name_or_path": f"someone/base{ESCAPE}", "peft_type": "LORA"})
@@ -257,6 +259,7 @@ MODELS: dict[str, Maker] = {
     "classes-mixed": config(architectures=[1, None]),
     "classifier": config(architectures=["LlamaForSequenceClassification"]),
     "seeing": config(architectures=["LlavaForConditionalGeneration"], vision_config={}),
+    **{f"nested-{key}": config(**{key: {"num_hidden_layers": 2}}) for key in TEXT_PARTS},
     "remote-code": config(model_type="evil", auto_map=AUTO_MAP),
     "layers-negative": config(num_hidden_layers=-2),
     "layers-many": config(num_hidden_layers=3),
