@@ -51,6 +51,8 @@ EXPERTS = {
     "moe_k": 2,
     "moe_topk": 2,
 }
+# Of a head; a quarter or half of some is an odd number of features, which is refused.
+WIDTHS = [4, 6, 8, 10, 12, 16, 20, 24, 32]
 ROPES: list[dict[str, Any]] = [
     {"rope_type": "default", "rope_theta": 1e4},
     {"rope_type": "default", "rope_theta": 5e5},
@@ -123,10 +125,7 @@ def shape(rng: random.Random, family: str) -> dict[str, Any]:
 
 def _heads(rng: random.Random, plain: Any, own: dict[str, Any]) -> dict[str, Any]:
     """Heads, KV heads and their width; states need the tiny hidden size, whose parts fit."""
-    # A part of each head is rotated in some families, and an odd part is no rotation.
-    fields = {*plain.to_dict(), *(getattr(plain, "rope_parameters", None) or ())}
-    partial = fields & {"partial_rotary_factor", "rotary_pct"}
-    heads, width = rng.choice([2, 4, 6, 8]), rng.choice([8, 16] if partial else [4, 8, 16])
+    heads, width = rng.choice([2, 4, 6, 8]), rng.choice(WIDTHS)
     kv = {"num_key_value_heads": rng.choice([n for n in range(1, heads + 1) if heads % n == 0])}
     if own.get("num_key_value_heads", 0) is None or "n_embd" in own:
         kv = {}

@@ -11,7 +11,7 @@ from typing import Any
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.own_config import own_config
-from sparsek_cli.families.positions import context_length
+from sparsek_cli.families.positions import check_rotary, context_length
 
 _OPTIONAL = ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _CONTEXT = 2048
@@ -34,7 +34,8 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
     """Sizes from a config.json dictionary.
 
     Raises:
-        UsageError: a size is missing or is not a positive whole number.
+        UsageError: a size is missing or is not a positive whole number, or rotary positions turn
+            an odd number of features.
     """
 
     left_out = [name for name in _OPTIONAL if config.get(row.key(name)) is None]
@@ -57,15 +58,26 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
 
     heads = size("num_attention_heads")
     hidden = size("hidden_size")
+    width = size("head_dim", hidden // heads)
+    check_rotary(_with_rotary_part(config, row, width), width)
     return Geometry(
         layers=size("num_hidden_layers"),
         hidden=hidden,
         heads=heads,
         kv_heads=size("num_key_value_heads", heads),
-        head_dim=size("head_dim", hidden // heads),
+        head_dim=width,
         context=context_length(
             size("max_position_embeddings", _CONTEXT),
             config.get("rope_parameters") or config.get("rope_scaling"),
         ),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )
+
+
+def _with_rotary_part(config: dict[str, Any], row: Row, head_dim: int) -> dict[str, Any]:
+    """The config with the share of a head that is rotated, which files may leave to the class.
+
+    The classes' own shares are quarters, halves and wholes: of widths that eight divides all of
+    them are even, and nobody is asked.
+    """
+    return config if head_dim % 8 == 0 else {**own_config(row, config).to_dict(), **config}

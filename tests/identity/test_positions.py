@@ -10,7 +10,8 @@ from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.loading import most_tokens, stretch, ways_beyond
 from sparsek_cli.families import TABLE
-from sparsek_cli.families.positions import context_length
+from sparsek_cli.families.positions import check_rotary, context_length
+from sparsek_cli.models import sparsek_config_from
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 
@@ -31,6 +32,50 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_the_context_is_what_yarn_makes_of_it(own, rope, expected):
     assert context_length(own, rope) == expected
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("config", "width", "odd"),
+    [
+        ({"partial_rotary_factor": 0.25}, 4, 1),
+        ({"partial_rotary_factor": 0.25}, 8, None),
+        ({"rope_parameters": PLAIN | {"partial_rotary_factor": 0.25}}, 20, 5),
+        ({"rope_parameters": {"full_attention": PLAIN | {"partial_rotary_factor": 0.5}}}, 10, 5),
+        ({"rotary_pct": 0.4}, 80, None),  # as Phi 2: 32
+        ({"rotary_dim": 3}, 8, 3),
+        ({"rope_parameters": PLAIN}, 5, 5),
+        ({"rope_parameters": None}, 5, None),  # nothing is turned
+        ({"partial_rotary_factor": "half"}, 5, None),  # transformers says what is wrong with it
+    ],
+)
+def test_rotary_positions_turn_pairs(config, width, odd):
+    if odd is None:
+        return check_rotary(config, width)
+    with pytest.raises(UsageError, match=f"turn {odd} of the {width} features") as refusal:
+        check_rotary(config, width)
+    assert "partial_rotary_factor" in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "share"),
+    [("phi", 4, 0.25), ("phi", 12, 0.25), ("stablelm", 5, None), ("gpt_neox", 12, 0.25)],
+)
+def test_an_odd_part_is_refused_before_anything_is_written(dense_config, family, width, share):
+    """By `sparsek convert`, from config.json alone, and by the classes."""
+    config = dense_config(family, hidden_size=4 * width)
+    files = config.to_dict()
+    if share is None:
+        del files["rope_parameters"]  # the class's own share is a quarter
+    else:
+        files["rope_parameters"]["partial_rotary_factor"] = share
+    odd = int(width * (share or 0.25))
+    with pytest.raises(UsageError, match=f"turn {odd} of the {width} features"):
+        geometry(files, TABLE[family])
+    with pytest.raises(UsageError, match=f"turn {odd} of the {width} features"):
+        sparsek_config_from(type(config).from_dict(files), {})
 
 
 def test_every_verb_counts_with_it(dense_model, tokenizer):
