@@ -31,7 +31,11 @@ def serve(
     revision: options.Revision = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", metavar="TYPE", help="bfloat16, float16 or float32."),
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="bfloat16, float16 or float32; default: the checkpoint's.",
+        ),
     ] = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
@@ -41,7 +45,9 @@ def serve(
     """Serve a converted model over the OpenAI API, on vLLM where its plugin is installed."""
     from sparsek_cli import hub
     from sparsek_cli.commands.last_model import name_or_default
+    from sparsek_cli.serving import address
     from sparsek_cli.serving import plan as serving
+    from sparsek_cli.serving.cost import DTYPES
 
     console = Console(as_json=json, quiet=quiet, verbose=verbose)
     given = words or []
@@ -51,13 +57,14 @@ def serve(
         raise UsageError(
             f"'{flags[0]}' stands after the model", hint="flags of the server come after --"
         )
-    if dtype not in (None, "bfloat16", "float16", "float32"):
-        raise UsageError(f"--dtype is {dtype!r}", hint="bfloat16, float16 or float32")
+    if dtype not in (None, *DTYPES):
+        raise UsageError(f"--dtype is {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
     checkpoint = hub.resolve(name_or_default(model, say=console.say), revision)
     plan = serving.plan(checkpoint, engine=engine, host=host, port=port, dtype=dtype, flags=flags)
     if dry_run:
         console.result(f"{plan.text()}\ndry run: nothing was started", plan.data())
         return
+    address.check(host, port)  # before anything is printed: a result is not taken back
     console.result(plan.text(), plan.data())
     console.say("starting; Ctrl-C ends it")
-    serving.start(plan, host, port)
+    serving.start(plan)

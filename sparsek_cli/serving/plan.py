@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.loading import check_tokenizer, load_config, load_tokenizer
+from sparsek_cli.serving import address
+from sparsek_cli.serving.cost import Cost, cost, served_dtype
 from sparsek_cli.serving.engines import TRANSFORMERS, choose
-
-# Flags of the servers that say what flags of ours say.
-_OURS = {"--host": "--host", "--port": "--port", "--served-model-name": "MODEL", "--model": "MODEL"}
+from sparsek_cli.serving.flags import Flags
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class ServePlan:
     Attributes:
         engine: `vllm` or `transformers`. why: why it is this one.
         model: what clients write as `model`. url: what they take as base URL.
-        request_bytes: of one request's cache, whatever its length.
+        host, port: where it listens.
+        dtype: of weights and cache.
+        cost: a request's cache, whatever the request's length.
         command: to be run in place of this process.
     """
 
@@ -34,21 +36,20 @@ class ServePlan:
     why: str
     model: str
     url: str
-    request_bytes: int
+    host: str
+    port: int
+    dtype: str
+    cost: Cost
     command: tuple[str, ...]
 
-    @property
-    def requests_per_gib(self) -> int:
-        """Requests whose caches one GiB holds."""
-        return 2**30 // self.request_bytes
-
     def text(self) -> str:
-        rows = [
-            f"url      {self.url}",
+        rows = [f"url      {self.url}"]
+        if address.listens_everywhere(self.host):
+            rows.append("listens  on every address of this machine: others reach it too")
+        rows += [
             f"model    {self.model}",
             f"server   {self.engine} ({self.why})",
-            f"cache    {self.request_bytes:,} bytes for each request, whatever its length: "
-            f"{self.requests_per_gib:,} requests in 1 GiB",
+            f"cache    {self.cost.text()} ({self.dtype})",
         ]
         if self.engine == TRANSFORMERS:
             rows.append("limit    one request at a time: others wait")
@@ -60,8 +61,12 @@ class ServePlan:
             "why": self.why,
             "model": self.model,
             "url": self.url,
-            "request_bytes": self.request_bytes,
-            "requests_per_gib": self.requests_per_gib,
+            "host": self.host,
+            "dtype": self.dtype,
+            "ranks": self.cost.ranks,
+            "request_bytes": self.cost.request_bytes,
+            "requests_per_gib": self.cost.requests_per_gib,
+            "bytes_unknown": self.cost.unknown,
             "command": list(self.command),
         }
 
@@ -83,75 +88,49 @@ def plan(
         flags: handed on to the server as they are.
 
     Raises:
-        UsageError: a dense model, no server, or a flag that says what one of ours says.
+        UsageError: a dense model, no server, or a flag that says what one of ours says or that
+            the server would refuse.
         SparsekError: no tokenizer that loads and fits.
     """
-    config = checkpoint.config()
-    if not is_converted(config):
+    fields = checkpoint.config()
+    if not is_converted(fields):
         raise UsageError(
             f"{checkpoint.name} is dense: its cache grows with every token",
             hint=f"convert it first: sparsek convert {checkpoint.name}",
         )
-    for flag in flags:
-        ours = _OURS.get(flag.partition("=")[0])
-        if ours is not None:
-            raise UsageError(
-                f"{flag.partition('=')[0]} is handed on to the server",
-                hint=f"give {ours} before the --",
-            )
+    given = Flags(flags)
     # What the server would say later, and not in one line.
-    check_tokenizer(load_tokenizer(checkpoint), config["vocab_size"], checkpoint.name)
-    name, why = choose(config, engine)
-    path = str(checkpoint.path)
-    if name == TRANSFORMERS:
-        model = path
-        command = [
-            "-m", "transformers.cli.transformers", "serve", path, "--trust-remote-code",
-            "--host", host, "--port", str(port),
-        ]  # fmt: skip
-    else:
-        model = checkpoint.name
-        command = [
-            "-m", "sparsek_vllm", "--model", path, "--served-model-name", model,
-            "--host", host, "--port", str(port),
-        ]  # fmt: skip
-    command += [] if dtype is None else ["--dtype", dtype]
-    shown = f"[{host}]" if ":" in host else host
+    check_tokenizer(load_tokenizer(checkpoint), fields["vocab_size"], checkpoint.name)
+    name, why = choose(fields, engine)
+    config = load_config(checkpoint.path, checkpoint.name)
+    kept = served_dtype(config, checkpoint.path, dtype)
+    model, command = _command(name, checkpoint)
+    command += ["--host", host, "--port", str(port), "--dtype", kept]
     return ServePlan(
         engine=name,
         why=why,
         model=model,
-        url=f"http://{shown}:{port}/v1",
-        request_bytes=_request_bytes(checkpoint, dtype),
-        command=(sys.executable, *command, *flags),
+        url=address.url(host, port, encrypted=given.encrypted),
+        host=host,
+        port=port,
+        dtype=kept,
+        cost=cost(config, name, kept, given),
+        command=(sys.executable, *command, *given.words),
     )
 
 
-def _request_bytes(checkpoint: Checkpoint, dtype: str | None) -> int:
-    import torch
+def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:
+    """The name that clients give the model, and Python's arguments."""
+    path, name = str(checkpoint.path), checkpoint.name
+    if engine == TRANSFORMERS:
+        # It knows the model by the words it was started with: short ones, where they lead there.
+        model = name if Path(name).resolve() == checkpoint.path.resolve() else path
+        server = ["-m", "transformers.cli.transformers", "serve", model, "--trust-remote-code"]
+        return model, server
+    return name, ["-m", "sparsek_vllm", "--model", path, "--served-model-name", name]
 
-    from sparsek_cli.models import sparsek_cache_bytes
 
-    config = load_config(checkpoint.path, checkpoint.name)
-    kept = dtype or config.dtype or "float32"
-    return sparsek_cache_bytes(config, getattr(torch, str(kept).removeprefix("torch.")))
-
-
-def start(plan: ServePlan, host: str, port: int) -> None:
-    """Becomes the server: signals reach it directly, and nothing is left when it ends.
-
-    Raises:
-        UsageError: the address is taken, or is none of this machine.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise UsageError(
-                f"cannot listen on {host}:{port}: {reason}", hint="give another --port or --host"
-            ) from error
+def start(plan: ServePlan) -> None:
+    """Becomes the server: signals reach it directly, and nothing is left when it ends."""
     sys.stdout.flush()
     os.execv(plan.command[0], plan.command)

@@ -5,13 +5,15 @@ import re
 import shlex
 import socket
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
 from sparsek_cli.serving import engines
 from sparsek_cli.serving import plan as serving
+from sparsek_cli.serving.flags import Flags
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -38,8 +40,7 @@ def installed(monkeypatch):
             return (object() if name in names else None) if name in packages else real(name, *rest)
 
         monkeypatch.setattr(engines.importlib.util, "find_spec", find_spec)
-        plugin = types.SimpleNamespace(FAMILIES=("llama", "qwen3"))
-        monkeypatch.setitem(sys.modules, "sparsek_vllm", plugin)
+        monkeypatch.syspath_prepend(ROOT / "plugins/vllm")  # what of it needs no vLLM
 
     return install
 
@@ -62,18 +63,42 @@ def test_vllm_where_its_plugin_is_and_transformers_elsewhere(sparsek, converted,
     assert shown.failed(2) and "sparsek[serve]" in shown.err
 
 
-def test_bytes_are_the_cache_s(sparsek, converted, installed):
+def test_bytes_are_the_cache_s_in_the_dtype_that_the_server_is_told(sparsek, converted, installed):
+    """The checkpoint is in float32, of which vLLM, left alone, makes 16-bit weights."""
+    import torch
     from transformers import AutoConfig
 
     from sparsek_cli.models import sparsek_cache_bytes
 
-    installed(*ALL)
-    plan = json.loads(sparsek("serve", converted, "--dry-run", "--json", "--dtype", "float32").out)
-    import torch
+    config = AutoConfig.from_pretrained(converted)
+    for engine, given, kept in (
+        ("vllm", [], torch.float32),
+        ("vllm", ["--dtype", "bfloat16"], torch.bfloat16),
+        ("transformers", [], torch.float32),
+        ("transformers", ["--dtype", "float16"], torch.float16),
+    ):
+        installed(*ALL)
+        words = ["serve", converted, "--engine", engine, "--dry-run", "--json", *given]
+        plan = json.loads(sparsek(*words).out)
+        exact, command = sparsek_cache_bytes(config, kept), plan["command"]
+        assert exact <= plan["request_bytes"] < exact + (400 if engine == "vllm" else 1)
+        assert plan["requests_per_gib"] == 2**30 // plan["request_bytes"]
+        assert f"torch.{command[command.index('--dtype') + 1]}" == str(kept)
 
-    expected = sparsek_cache_bytes(AutoConfig.from_pretrained(converted), torch.float32)
-    assert plan["request_bytes"] == expected
-    assert plan["requests_per_gib"] == 2**30 // expected
+
+def test_a_checkpoint_that_names_no_dtype_is_served_in_that_of_its_weights(
+    sparsek, converted, installed
+):
+    installed(*ALL)
+    file = converted / "config.json"
+    fields = json.loads(file.read_text())
+    for named, kept in ((None, "float32"), ("half", "float16")):
+        file.write_text(json.dumps({**fields, "dtype": named}))
+        assert json.loads(sparsek("serve", converted, "--dry-run", "--json").out)["dtype"] == kept
+    file.write_text(json.dumps({**fields, "dtype": "float64"}))
+    shown = sparsek("serve", converted, "--dry-run")
+    assert shown.failed(2) and "dtype is float64" in shown.err
+    assert sparsek("serve", converted, "--dry-run", "--dtype", "bfloat16").code == 0
 
 
 def test_what_stands_after_the_dashes_goes_to_the_server(sparsek, converted, installed):
@@ -81,10 +106,94 @@ def test_what_stands_after_the_dashes_goes_to_the_server(sparsek, converted, ins
     line = f"serve {shlex.quote(str(converted))} --port 8111 --json --dry-run -- --max-num-seqs 9"
     plan = json.loads(sparsek(*shlex.split(line)).out)
     assert plan["command"][-2:] == ["--max-num-seqs", "9"] and ":8111/" in plan["url"]
-    shown = sparsek("serve", converted, "--", "--port", "1")
-    assert shown.failed(2) and "give --port before the --" in shown.err
     shown = sparsek("serve", converted, "8111")
     assert shown.failed(2) and "come after --" in shown.err
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ("--port 1", "give --port before the --"),
+        ("--dtype=float32", "give --dtype before the --"),
+        ("--served_model_name x", "give MODEL before the --"),
+        ("--served-model x", "give MODEL before the --"),  # vLLM takes beginnings of names
+        ("--uds /tmp/socket", "leave --uds out"),
+        ("--tensor-parallel-size many", "a number of GPUs"),
+        ("-tp 3", "divides both"),
+        ("--kv_cache_dtype fp8", "leave --kv-cache-dtype out"),
+    ],
+)
+def test_flags_that_would_make_what_is_printed_untrue_are_refused(
+    words, told, sparsek, converted, installed
+):
+    installed(*ALL)
+    shown = sparsek("serve", converted, "--dry-run", "--", *words.split())
+    assert shown.failed(2) and told in shown.err and not shown.out
+
+
+def test_bytes_on_each_gpu_are_those_of_its_heads(sparsek, converted, installed):
+    installed(*ALL)
+
+    def planned(*flags):
+        return json.loads(sparsek("serve", converted, "--dry-run", "--json", "--", *flags).out)
+
+    alone = planned()
+    for flags in (["-tp", "2"], ["-tp=2"], ["--tensor_parallel_size=2"], ["--tensor-par", "2"]):
+        shared = planned(*flags)
+        assert shared["ranks"] == 2 and shared["command"][-len(flags) :] == flags
+        assert alone["request_bytes"] / 2 <= shared["request_bytes"] < alone["request_bytes"] * 0.6
+    assert planned("-tp", "2", "-tp", "1")["request_bytes"] == alone["request_bytes"]
+    shown = sparsek("serve", converted, "--dry-run", "--", "-tp", "2")
+    assert "bytes on each of 2 GPUs" in shown.out and "in 1 GiB of each" in shown.out
+
+
+@pytest.mark.parametrize(
+    "words, why",
+    [
+        ("--config server.yaml", "--config: its file may hold any flag"),
+        ("--hf-overrides.sparsek.topk 4", "--hf-overrides: it changes"),
+        ("--no-enable-prefix-caching --enable_prefix_caching", "--enable-prefix-caching: further"),
+    ],
+)
+def test_no_figure_where_nobody_can_know_it(words, why, sparsek, converted, installed):
+    installed(*ALL)
+    given = ["serve", converted, "--dry-run", "--", *words.split()]
+    shown = sparsek(*given)
+    assert shown.code == 0 and f"not known beforehand; {why}" in shown.out
+    assert "GiB" not in shown.out
+    plan = json.loads(sparsek(*given[:3], "--json", *given[3:]).out)
+    assert plan["request_bytes"] is plan["requests_per_gib"] is None
+    assert plan["bytes_unknown"].startswith(why)
+    off = sparsek(*given[:4], "--enable-prefix-caching", "--no-enable-prefix-caching")
+    assert "requests in 1 GiB" in off.out, "the last of them counts"
+
+
+@pytest.mark.parametrize(
+    "host, url",
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000/v1"),
+        ("0", "http://127.0.0.1:8000/v1"),
+        ("::", "http://[::1]:8000/v1"),
+        ("0:0:0:0:0:0:0:0", "http://[::1]:8000/v1"),
+    ],
+)
+def test_every_address_is_no_address_for_clients(host, url, sparsek, converted, installed):
+    installed(*ALL)
+    shown = sparsek("serve", converted, "--dry-run", "--host", host)
+    assert url in shown.out and "on every address of this machine" in shown.out
+    shown = sparsek("serve", converted, "--dry-run", "--host", "::1")
+    assert "http://[::1]:8000/v1" in shown.out and "every address" not in shown.out
+
+
+def test_a_server_with_a_certificate_speaks_https(sparsek, converted, installed):
+    installed(*ALL)
+    flags = ["--ssl-keyfile", "key.pem", "--ssl-certfile", "cert.pem"]
+    assert "https://127.0.0.1" in sparsek("serve", converted, "--dry-run", "--", *flags).out
+
+
+def test_of_a_flag_given_twice_the_last_one_counts():
+    assert Flags(["-tp", "4", "--tensor-parallel-size", "2"]).ranks == 2
+    assert Flags(["--", "--max-model-len", "9"]).ranks == 1
 
 
 @pytest.mark.parametrize(
@@ -123,8 +232,10 @@ def test_it_becomes_the_server_unless_the_port_is_taken(sparsek, converted, inst
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        shown = sparsek("serve", converted, "--port", port)
-        assert shown.failed(2) and "--port" in shown.err and not became
+        for more in ([], ["--json"]):
+            shown = sparsek("serve", converted, "--port", port, *more)
+            assert shown.failed(2) and "--port" in shown.err and not became
+            assert not shown.out, "a result that is none"
     shown = sparsek("serve", converted, "--port", port)
     assert shown.code == 0 and f"127.0.0.1:{port}" in shown.out and "requests in 1 GiB" in shown.out
     [(program, command)] = became
@@ -141,7 +252,7 @@ def test_doctor_says_which_server_would_run(installed):
     assert row.ok is None and row.detail.startswith("none: no server can run")
 
 
-README = Path(__file__).parents[2] / "README.md"
+README = ROOT / "README.md"
 
 
 def test_the_readme_s_block_serves(sparsek, converted, installed, monkeypatch):
@@ -157,8 +268,15 @@ def test_the_readme_s_block_serves(sparsek, converted, installed, monkeypatch):
     words = shlex.split(serve)
     converted = converted.rename(converted.with_name(words[2]))
     monkeypatch.chdir(converted.parent)
-    plan = json.loads(sparsek(*words[1:], "--dry-run", "--json").out)
-    words = shlex.split(request)
-    assert words[:2] == ["curl", f"{plan['url']}/completions"]
-    sent = json.loads(words[words.index("-d") + 1])
-    assert sent["model"] == plan["model"] and {"prompt", "max_tokens"} < set(sent)
+    asked = shlex.split(request)
+    sent = json.loads(asked[asked.index("-d") + 1])
+    assert {"prompt", "max_tokens"} < set(sent)
+    for engine in engines.ENGINES:
+        line = [*words[1:], "--dry-run", "--json", "--engine", engine]
+        plan = json.loads(sparsek(*line).out)
+        assert asked[:2] == ["curl", f"{plan['url']}/completions"]
+        assert sent["model"] == plan["model"], engine
+    # From elsewhere transformers' server knows it by its path.
+    monkeypatch.chdir("/")
+    plan = json.loads(sparsek("serve", converted, *line[2:]).out)
+    assert plan["model"] == str(converted) == plan["command"][4]

@@ -11,6 +11,7 @@ it with `sparsek_kernels`, as transformers does.
 | layer.py | the attention layer over those blocks |
 | models.py | a family's class of vLLM with such layers |
 | heads.py | which rank of tensor parallelism has which heads |
+| sizes.py | bytes of a request's blocks, without vLLM |
 | limits.py | what is refused, and what to do instead |
 | server.py | vLLM's server, which ends with one line where this package refuses |
 | __main__.py | sees that server to its end |

@@ -35,11 +35,21 @@ def check(config: VllmConfig) -> None:
             "pipeline parallelism of converted models was never tried",
             hint="leave --pipeline-parallel-size out; --tensor-parallel-size works",
         )
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        raise SparsekError(
+            "context parallelism cuts a sequence's keys in pieces, and a SparseK cache is whole",
+            hint="leave --decode-context-parallel-size and --prefill-context-parallel-size out",
+        )
     cache = config.cache_config
     if cache.cache_dtype not in _DTYPES or cache.cache_dtype not in ("auto", _name(model.dtype)):
         raise SparsekError(
             f"a cache in {cache.cache_dtype} beside a model in {_name(model.dtype)}",
             hint="leave --kv-cache-dtype out: keys and values are kept as the model computes them",
+        )
+    if cache.kv_offloading_size is not None:
+        raise SparsekError(
+            "moving caches of converted models to the CPU's memory was never tried",
+            hint="leave --kv-offloading-size out: what a request takes does not grow",
         )
     if config.kv_transfer_config is not None:
         raise SparsekError(

@@ -8,22 +8,21 @@ from functools import cache
 from typing import Any
 
 import torch
-from sparsek_kernels.state import SlotLayout, topk_per_head
 from torch import nn
 from transformers import AutoConfig
 from vllm import ModelRegistry
 
 from sparsek_cli.conversion.base_config import dense_config
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.families import TABLE, Row
+from sparsek_cli.families import TABLE
 from sparsek_cli.models.cache.bytes import slot_dtype
 from sparsek_cli.models.config import head_dim, kv_heads, layer_budget
 from sparsek_cli.models.scorer import new_scorer
 from sparsek_vllm import FAMILIES, engine
-from sparsek_vllm.blocks import block_bytes
-from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
+from sparsek_vllm.heads import reordered
 from sparsek_vllm.layer import SparseKLayer, register_layer
 from sparsek_vllm.limits import check
+from sparsek_vllm.sizes import layer_bytes, shared_heads
 
 
 class _Attention:
@@ -101,7 +100,7 @@ class SparseKByTransformers(SparseKServed):
 def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
     """Change every attention block; returns the order of KV heads where it is not the file's."""
     config = vllm_config.model_config.hf_config
-    row = TABLE[config.model_type.removeprefix("sparsek_")]
+    computes_in = vllm_config.model_config.dtype
     ranks = engine.get_tensor_model_parallel_world_size()
     rank = engine.get_tensor_model_parallel_rank()
     known = vllm_config.compilation_config.static_forward_context
@@ -129,20 +128,10 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
                 hint="serve with transformers: sparsek serve --engine transformers",
             )
         budget = layer_budget(config, layer)
-        dealt = _deal(row, kv_heads(config), budget, ranks)
+        dealt = shared_heads(config, layer, ranks)
         flat = [head for heads in dealt for head in heads]
         if ranks <= kv_heads(config) and flat != sorted(flat):
             orders[name] = flat
-        every = topk_per_head(budget.topk, kv_heads(config))
-        kept = slot_dtype(budget, vllm_config.model_config.dtype)
-        size = max(
-            block_bytes(
-                SlotLayout(tuple(every[head] for head in heads), budget.window, budget.sinks),
-                head_dim(config),
-                kept,
-            )
-            for heads in dealt
-        )
         scorer = new_scorer(config, layer)
         del known[attention.layer_name]
         block.attn = SparseKLayer(
@@ -153,8 +142,8 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
             query_heads=attention.num_heads,
             head_dim=attention.head_size,
             scale=engine.attention_scale(attention),
-            dtype=kept,
-            bytes_per_block=size,
+            dtype=slot_dtype(budget, computes_in),
+            bytes_per_block=layer_bytes(config, layer, computes_in, ranks),
             scorer=scorer,
         )
         known[attention.layer_name] = block.attn
@@ -164,12 +153,6 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
         forward = type(block).forward if fused is None else fused.__func__
         block.__class__ = sparsek_block(type(block), forward)
     return orders
-
-
-def _deal(row: Row, heads: int, budget, ranks: int) -> list[list[int]]:
-    if can_deal(row):
-        return dealt_heads(topk_per_head(budget.topk, heads), ranks)
-    return plain_heads(heads, ranks)
 
 
 class SparseKConfigHook(engine.VerifyAndUpdateConfig):

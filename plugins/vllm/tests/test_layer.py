@@ -9,6 +9,7 @@ from sparsek_kernels import cache_bytes
 from sparsek_kernels.state import SlotLayout
 from sparsek_vllm.blocks import BLOCK, PART, block_bytes, pool_of
 from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
+from sparsek_vllm.sizes import request_bytes
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
@@ -46,6 +47,8 @@ def test_vllm_s_blocks_are_the_formula_s(checkpoint, run_engine):
     with run_engine(checkpoint("qwen3"), num_gpu_blocks_override=None) as llm:
         config = llm.llm_engine.vllm_config
         blocks = config.cache_config.num_gpu_blocks
+    printed = request_bytes(config.model_config.hf_config, torch.float32)
+    assert blocks == 2**30 // printed, "by sparsek serve"
     low, high = 2**30 // (exact + len(TOPK) * (PARTS * PART + BLOCK)), 2**30 // exact
     print(f"{blocks} sequences in 1 GiB, {exact:,} bytes each")
     assert low <= blocks <= high

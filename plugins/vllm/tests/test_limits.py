@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sparsek_vllm import VERSIONS, limits
+from sparsek_vllm.server import refusal
 from vllm.engine.arg_utils import EngineArgs
 
 REFUSED = {
@@ -14,6 +15,14 @@ REFUSED = {
     "pipeline parallelism": {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
     "a cache in fp8": {"kv_cache_dtype": "fp8"},
     "a cache in bfloat16": {"kv_cache_dtype": "bfloat16"},
+    "context parallelism": {
+        "decode_context_parallel_size": 2, "tensor_parallel_size": 4,
+        "distributed_executor_backend": "mp",
+    },
+    "to another server": {
+        "kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+    },
+    "to the CPU's memory": {"kv_offloading_size": 1},
     "adapters": {"enable_lora": True},
     "as pooling model": {"runner": "pooling"},
 }  # fmt: skip
@@ -27,8 +36,12 @@ def configure(folder, **options):
 @pytest.mark.parametrize("words", REFUSED)
 def test_refused_by_option(words, checkpoint):
     folder = checkpoint("qwen3")
-    with pytest.raises(Exception, match=words):
+    with pytest.raises(Exception, match=words) as refused:
         configure(folder, **REFUSED[words])
+    told = refusal(refused.value)  # as `sparsek serve` finds it: one line, and a hint
+    assert words in told.message and "\n" not in told.message + told.hint
+    for option in REFUSED[words].keys() - {"tensor_parallel_size", "distributed_executor_backend"}:
+        assert f"--{option.replace('_', '-')}" in told.hint
     config = configure(folder)  # every hint says: leave it out
     assert config.cache_config.mamba_cache_mode == "none"
 

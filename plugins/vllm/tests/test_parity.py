@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import vllm
 from checkpoints import LONG, NEW, TOPK_OF_FOUR, prompts
 from sparsek_vllm import FAMILIES, NOT_ON_LOWEST, VERSIONS
 from sparsek_vllm.heads import can_deal, dealt_heads
+from sparsek_vllm.sizes import request_bytes
 from vllm import SamplingParams
 
 from sparsek_cli.families import TABLE
@@ -103,8 +105,11 @@ def test_two_ranks(family, checkpoint, expected, run_engine, monkeypatch):
     folder = checkpoint(family, kv_heads=4)
     wanted = expected(folder, TEN)
     options = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
-    with run_engine(folder, **options) as llm:
+    with run_engine(folder, num_gpu_blocks_override=None, **options) as llm:
         outputs = llm.generate(requests(TEN), GREEDY, use_tqdm=False)
+        config = llm.llm_engine.vllm_config
+    printed = request_bytes(config.model_config.hf_config, torch.float32, ranks=2)
+    assert config.cache_config.num_gpu_blocks == 2**30 // printed, "by sparsek serve"
     assert_same(outputs, wanted, TEN)
 
 
