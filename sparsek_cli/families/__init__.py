@@ -5,6 +5,7 @@ positions the longest text that a model was made for
 row       what a row says
 layers    which layers of a model attend to everything
 refusals  families that cannot be converted, and why
+refused_by_config  those whose reasons a config.json decides
 remote_code  the small file beside every converted checkpoint
 
 Whoever needs something per family (registration, PEFT's targets, tests) iterates over

@@ -5,6 +5,11 @@ Together with the table these are all causal language models that transformers k
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from sparsek_cli.families.refused_by_config import REASONS
+
 # By reason, the types it holds for.
 _REASONS: dict[str, str] = {
     "its attention is written out in its own block, which hands nothing to transformers' "
@@ -14,12 +19,6 @@ _REASONS: dict[str, str] = {
     "dropping pairs of single KV heads would save nothing":
         "deepseek_v2 deepseek_v3 deepseek_v32 youtu minicpm3 glm4_moe_lite axk1 axk2 "
         "bailing_hybrid dots3_note dots3_note_text glm_moe_dsa hy_v4 kimi_linear longcat_flash",
-    "its last layers have no keys and values of their own: they attend to those of the last layer "
-    "before them that has some, whole, so that a layer's slots would have to serve the queries of "
-    "many layers, which its scores know nothing of": "gemma3n_text",
-    "its layers that attend to everything have KV heads in a number and width of their own, where "
-    "conversion reads one for the whole model, and in its small sizes the last layers attend to "
-    "the keys and values of an earlier one": "gemma4_text gemma4_unified_text",
     "it drafts for another model, whose keys and values it reads: it has none to drop":
         "gemma4_assistant gemma4_unified_assistant",
     "it is one part of a model that also sees or hears; only text models are converted, and its "
@@ -62,4 +61,15 @@ _REASONS: dict[str, str] = {
 
 REFUSED: dict[str, str] = {
     name: reason for reason, names in _REASONS.items() for name in names.split()
-}
+} | {name: reasons.general() for name, reasons in REASONS.items()}
+
+
+def why_not(model_type: str, config: Mapping[str, Any] | None = None) -> str | None:
+    """Why a family cannot be converted; None where nothing is known against it.
+
+    Args:
+        config: its config.json dictionary, where there is one: some reasons depend on it.
+    """
+    if config is not None and model_type in REASONS:
+        return REASONS[model_type].of(config)
+    return REFUSED.get(model_type)

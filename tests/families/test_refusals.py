@@ -7,8 +7,8 @@ import json
 import pytest
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.families import TABLE
-from sparsek_cli.families.refusals import REFUSED
+from sparsek_cli.families import TABLE, row_of
+from sparsek_cli.families.refusals import REFUSED, why_not
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from sparsek_cli.families.refusals import REFUSED
         ("gptj", "written out in its own block"),
         ("bloom", "written out in its own block"),
         ("gemma3n_text", "its last layers have no keys and values of their own"),
-        ("gemma4_text", "KV heads in a number and width of their own"),
+        ("gemma4_text", "KV heads in a number or width of their own"),
         ("gemma4", "one part of a model that also sees or hears"),
         ("bert", "only decoder-only models"),
         ("mamba2", "bounded already"),
@@ -42,6 +42,48 @@ def test_the_reason_is_said(model_type, why, tmp_path):
     assert f"'{model_type}' cannot be converted" in str(done.exception)
     assert why in str(done.exception)
     assert not (tmp_path / "out").exists()
+
+
+SAME = {"global_head_dim": 256}  # as the class's head_dim
+OTHERS = (
+    "no keys and values of their own", "number or width of their own", "no values but their keys",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "says"),
+    [
+        ("gemma3n_text", {}, OTHERS[:1]),
+        ("gemma3n_text", {"num_kv_shared_layers": 0}, ()),
+        ("gemma4_text", {}, OTHERS[1:2]),
+        ("gemma4_text", SAME, ()),
+        ("gemma4_text", SAME | {"num_global_key_value_heads": 2}, ()),  # attention_k_eq_v's alone
+        (
+            "gemma4_text",
+            SAME | {"num_global_key_value_heads": 2, "attention_k_eq_v": True},
+            OTHERS[1:],
+        ),
+        ("gemma4_text", SAME | {"per_layer_config": {"1": {"head_dim": 512}}}, OTHERS[1:2]),
+        ("gemma4_text", SAME | {"per_layer_config": {}}, ()),
+        ("gemma4_text", SAME | {"attention_k_eq_v": True}, OTHERS[2:]),
+        ("gemma4_unified_text", SAME | {"num_kv_shared_layers": 2}, OTHERS[:1]),
+    ],
+)
+def test_what_is_said_is_true_of_the_config(model_type, config, says):
+    found = why_not(model_type, config)
+    assert [text for text in OTHERS if text in found] == list(says)
+    assert found.split("; ")[-1] in REFUSED[model_type]  # what holds for all of them
+    assert all(text in REFUSED[model_type] for text in says)
+
+
+@pytest.mark.parametrize("given", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}])
+def test_gemma_4s_defaults_are_those_of_its_class(given):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("gemma4_text", **given)
+    assert why_not("gemma4_text", config.to_dict()) == why_not("gemma4_text", given)
+    with pytest.raises(UsageError, match="number or width of their own"):
+        row_of(config)
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
