@@ -7,6 +7,8 @@ SparseK attention and random scorers.
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import signal
 from collections.abc import Callable
@@ -197,6 +199,46 @@ def dense_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny_checkpoint(tmp_path / name, family, **options)
 
     return make
+
+
+def pytest_collection_finish() -> None:
+    """What imports and collection made stays: trainers collect garbage, which read all of it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_figures():
+    """Evaluations draw none, which are most of a tiny one's time; gives what draws them.
+
+    A test about figures asks for the fixture `figures`.
+    """
+    from sparsek_cli.evaluation.report import plots
+
+    real = plots.figures
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "figures", lambda report: {})
+        yield real
+
+
+@pytest.fixture
+def figures(no_figures, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
+    """`sparsek_cli.evaluation.report.plots.figures`, in force while this test runs."""
+    monkeypatch.setattr("sparsek_cli.evaluation.report.plots.figures", no_figures)
+    return no_figures
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_command_line():
+    """Typer builds every verb's options anew for each line, which takes most lines' time."""
+    import typer.main
+    import typer.testing
+
+    built = functools.cache(typer.main.get_command)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", built)
+        patch.setattr(typer.testing, "_get_command", built)
+        yield
 
 
 @pytest.fixture(autouse=True)

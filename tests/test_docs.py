@@ -101,7 +101,6 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("sparsek_cli.evaluation.report.plots.figures", lambda report: {})
     notebook = json.loads((ROOT / "docs/guides/first-steps.ipynb").read_text(encoding="utf-8"))
     cells = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
     names: dict = {}

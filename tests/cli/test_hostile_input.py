@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,13 +71,15 @@ def world(tmp_path_factory, make_checkpoint) -> SimpleNamespace:
 
 def standing(root: Path) -> dict[str, tuple]:
     """Everything below, but for caches and notes: names, sizes, times of change, rights."""
-    found = {}
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in ("state", "cache")]
-        for name in (*folders, *files):
-            path = os.path.join(folder, name)
-            at = os.lstat(path)
-            found[path] = (at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode)
+    found, left = {}, [os.fspath(root)]
+    while left:
+        for entry in os.scandir(left.pop()):
+            if entry.name in ("state", "cache"):
+                continue
+            at = entry.stat(follow_symlinks=False)
+            found[entry.path] = (at.st_ino, at.st_size, at.st_mtime_ns, at.st_mode)
+            if stat.S_ISDIR(at.st_mode):
+                left.append(entry.path)
     return found
 
 

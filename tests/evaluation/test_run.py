@@ -20,7 +20,7 @@ def run():
     return evaluate
 
 
-def test_result_folder(run, recipe, console, tmp_path):
+def test_result_folder(run, recipe, console, tmp_path, figures):
     report = run(recipe(tasks=["ppl", "recall_4"], baselines=["dense", "window"]), console)
     out = tmp_path / "out"
     assert report["policies"] == ["dense", "sparsek", "window"]

@@ -59,14 +59,6 @@ def every_family(request) -> str:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _no_figures():
-    """Figures are nine tenths of an evaluation of a tiny model, and the same for every family."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparsek_cli.evaluation.report.plots.figures", lambda report: {})
-        yield
-
-
-@pytest.fixture(scope="module", autouse=True)
 def _own_folders(tmp_path_factory):
     """The note of the last model and caches stay inside the test run."""
     home = tmp_path_factory.getbasetemp()

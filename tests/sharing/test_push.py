@@ -90,8 +90,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(model, online):
     assert set(data["files"]) == {file.name for file in model.iterdir()} and not data["private"]
 
 
-def test_what_was_measured_is_in_the_card(model, online, monkeypatch, tmp_path):
-    monkeypatch.setattr("sparsek_cli.evaluation.report.plots.figures", lambda report: {})
+def test_what_was_measured_is_in_the_card(model, online, tmp_path):
     (tmp_path / "text.txt").write_text("A boat and a house and a garden. " * 60)
     report = sparsek.evaluate(
         model, tmp_path / "report", tasks="ppl", text=[str(tmp_path / "text.txt")], lengths=[96],

@@ -138,7 +138,7 @@ def test_numbers(value, shown):
     assert number(value) == shown
 
 
-def test_page_is_one_file_with_every_figure(report):
+def test_page_is_one_file_with_every_figure(report, figures):
     from html.parser import HTMLParser
 
     from sparsek_cli.evaluation.report.html import page
@@ -171,9 +171,7 @@ def test_groups_have_a_mean_where_their_tasks_are_alike(report):
     assert not [row for row in rows(report) if "mean" in row["task"]]
 
 
-def test_figures_need_data(report):
-    from sparsek_cli.evaluation.report.plots import figures
-
+def test_figures_need_data(report, figures):
     assert set(figures(report)) == {"score_by_budget", "recall_by_depth", "loss_by_position"}
     report["units"] = [u for u in report["units"] if u["policy"] == "dense" and "ppl" in u["task"]]
     assert set(figures(report)) == {"loss_by_position"}

@@ -109,7 +109,7 @@ def test_questions_from_local_files(checkpoints, tmp_path):
     assert score(made[1], ["It is n2."]) == {"score": 0.0}
 
 
-def test_needles_are_measured_end_to_end(recipe, console, tmp_path, monkeypatch):
+def test_needles_are_measured_end_to_end(recipe, console, tmp_path, monkeypatch, figures):
     from verbs import evaluate
 
     monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
