@@ -21,7 +21,7 @@ from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Map, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.models import replaced_scorers, set_budget
 from sparsek_cli.models.attention import replaced_attention, sparsek_attention_forward
 from sparsek_cli.models.config import ATTENTION

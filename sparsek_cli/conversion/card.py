@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsek_cli import quantised
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 
 
 def model_card(plan: Plan, report: Mapping[str, Any] | None, scorers: str = "") -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.shards import find_nan
 from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, check_base, verify

@@ -20,7 +20,7 @@ from sparsek_cli.loading import check_tokenizer
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
-    from sparsek_cli.conversion.plan import Plan
+    from sparsek_cli.conversion.planned import Plan
 
 CONFIG = "tokenizer_config.json"
 # Everything that transformers makes a tokenizer of.

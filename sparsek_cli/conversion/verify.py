@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import quantised
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.shards import read_shards, same_tensors
 from sparsek_cli.conversion.write import Scorer, Written
 from sparsek_cli.converted import is_converted

@@ -12,7 +12,7 @@ import numpy as np
 from sparsek_cli import disk
 from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.link_weights import Means, link_or_copy
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.shards import INDEX, write_part
 from sparsek_cli.conversion.tokenizer import copy_missing
 from sparsek_cli.converted import ATTENTION

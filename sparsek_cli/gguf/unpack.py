@@ -19,7 +19,7 @@ from sparsek_cli.reporter import Reporter
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
-    from sparsek_cli.conversion.plan import Plan
+    from sparsek_cli.conversion.planned import Plan
 
 _SHARD = "4GB"
 _ANOTHER = "name the checkpoint that it was made from"

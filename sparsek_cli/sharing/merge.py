@@ -10,8 +10,8 @@ import numpy as np
 from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible
 from sparsek_cli.conversion.card import model_card
-from sparsek_cli.conversion.plan import Plan as Conversion
 from sparsek_cli.conversion.plan import plan as plan_conversion
+from sparsek_cli.conversion.planned import Plan as Conversion
 from sparsek_cli.conversion.run import Converted, write_verified
 from sparsek_cli.conversion.verify import check_base
 from sparsek_cli.conversion.write import Scorer, converted_config

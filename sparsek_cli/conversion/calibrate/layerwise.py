@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsek_cli import quantised
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention import check_arguments
 from sparsek_cli.models.logits import Logits, masked_attention

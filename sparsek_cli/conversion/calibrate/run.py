@@ -30,7 +30,7 @@ from sparsek_cli.conversion.calibrate.sensitivity.output_error import Slots, out
 from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
 from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.errors import SparsekError

@@ -19,7 +19,7 @@ from sparsek_cli.conversion.calibrate.sensitivity.divergence import (
     chosen_attention,
     window_attention,
 )
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 
 # What an error at an answer counts against one in text when slots are shared out by errors: losses
 # of single layers do not quite add up to the whole model's, so several are tried, and means of two.

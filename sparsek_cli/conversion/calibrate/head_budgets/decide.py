@@ -10,7 +10,7 @@ from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAtt
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
 from sparsek_cli.conversion.calibrate.scorers.linear import Map
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpMap
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.write import Scorer
 
 Candidate = tuple[str, float]

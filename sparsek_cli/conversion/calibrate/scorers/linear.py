@@ -10,7 +10,7 @@ import torch
 
 from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap, Moments, ridge
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 
 
 class Map(Protocol):

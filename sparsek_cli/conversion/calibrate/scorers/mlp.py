@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from sparsek_cli.conversion.calibrate.layerwise import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 
 # By name: the kinds of rows that a map is fitted to, as in LinearFit; a blend of two has none.
 KINDS = {"text": ("text",), "all": ("text", "documents"), "answers": ("answers",)}

@@ -17,7 +17,7 @@ from sparsek_kernels import SparseKState, sparsek_attention
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
 from sparsek_cli.conversion.calibrate.layerwise import Attend, LayerwiseBase, Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import Map
-from sparsek_cli.conversion.plan import Plan
+from sparsek_cli.conversion.planned import Plan
 
 
 class Whole:

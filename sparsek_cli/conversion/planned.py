@@ -1,0 +1,252 @@
+"""What a conversion will do: its sizes, the bytes that follow from them, and how both are shown."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli import quantised
+from sparsek_cli.conversion.geometry import Geometry
+from sparsek_cli.conversion.shards import Shard
+from sparsek_cli.conversion.sizes import fit_length
+from sparsek_cli.families import Row
+from sparsek_cli.families.layers import full_layers
+from sparsek_cli.gguf.checkpoint import GgufCheckpoint
+from sparsek_cli.hub import Checkpoint
+from sparsek_cli.output.contents import MODEL, SCORERS_ALONE, Contents
+from sparsek_cli.recipes.schema_convert import CalibrationMethod
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How scorers are found.
+
+    Attributes:
+        text: what they are fitted on, as the recipe's `calibrate`.
+        per_head: whether heads that look far back get more of the same total.
+        device, dtype: as users name them.
+    """
+
+    text: str
+    method: CalibrationMethod
+    per_head: bool
+    device: str
+    dtype: str
+
+
+# What asks for things far back, in words.
+_DOCUMENTS = {
+    "retold": "that are told again",
+    "statements": "whose facts are told again",
+    "questions": "with questions",
+    "told_and_asked": "with facts told again and asked for",
+    "mixed": "with questions and passages told again",
+    "none": "of plain text",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done.
+
+    Attributes:
+        base: the checkpoint to convert; `config` is its config.json, without what an earlier
+            conversion added.
+        out: folder to appear.
+        row, geometry: its family, which says where its attention is, and how large it is.
+        types: kind of each layer, as transformers names it.
+        sliding_window: of the layers that slide; 0 where none does.
+        prefixed: whether the base's tensor names carry the base model's prefix.
+        shards: base files in order.
+        side_files: small files that come along.
+        topk, window, sinks: slots per KV head.
+        linkable: whether `out` lies on the base's filesystem.
+        calibrate_tokens: tokens to fit maps on, in sequences of `fit_length`; 0: no calibration.
+        calibrate_length: tokens of the documents on which they are compared.
+        calibration: how scorers are found. gate: how scores enter attention.
+        cache_dtype: of the slots, auto or int8.
+        copy_base: base files are copied even where they could be linked.
+        scorers_only: `out` gets the scorers and no base.
+        overwrite: `out` may be there. seed: of everything drawn.
+        request: the recipe as plain data, for the record.
+    """
+
+    base: Checkpoint
+    config: dict[str, Any]
+    out: Path
+    row: Row
+    geometry: Geometry
+    types: tuple[str, ...]
+    sliding_window: int
+    prefixed: bool
+    shards: list[Shard]
+    side_files: list[Path]
+    topk: int
+    window: int
+    sinks: int
+    linkable: bool
+    calibrate_tokens: int
+    calibrate_length: int
+    calibration: Calibration
+    gate: str
+    cache_dtype: str
+    copy_base: bool
+    scorers_only: bool
+    overwrite: bool
+    seed: int
+    request: dict[str, Any]
+
+    @property
+    def contents(self) -> Contents:
+        """What lies in `out` afterwards."""
+        return contents_of(self.scorers_only)
+
+    @property
+    def sparse_layers(self) -> tuple[int, ...]:
+        """The layers that are converted: those that attend to everything."""
+        return full_layers(self.types)
+
+    @property
+    def budget(self) -> int:
+        """Slots per KV head: sinks + topk + window."""
+        return self.sinks + self.topk + self.window
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a text of the model's own context loses anything."""
+        return self.budget < self.geometry.context
+
+    @property
+    def fit_length(self) -> int:
+        """Tokens of a sequence that maps are fitted on."""
+        return fit_length(self.calibrate_length)
+
+    @property
+    def base_bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+    def scorer_path(self, layer: int) -> str:
+        """State-dict path of one layer's scorer, in the naming style of the base's tensors."""
+        path = f"{self.row.attention_path(layer)}.scorer"
+        return path if self.prefixed else path.removeprefix(f"{self.row.stored}.")
+
+    def resolved(self) -> dict[str, Any]:
+        """The request with every default filled in: what sparsek.yaml records."""
+        settings = dict(self.request)
+        where = str(self.base.path) if self.base.source == "folder" else settings["model"]
+        settings.update(model=where, out=str(self.out))
+        settings.update(budget=None, topk=self.topk, window=self.window)
+        settings.update(
+            calibrate_tokens=self.calibrate_tokens or None,
+            calibrate_length=self.calibrate_length or None,
+        )
+        return settings
+
+    def cache_bytes(self, tokens: int, *, dense: bool) -> int:
+        """KV bytes of one sequence, all layers, in the checkpoint's number format.
+
+        Sliding layers hold their window either way; states are not counted.
+        """
+        pairs = len(self.sparse_layers) * (tokens if dense else self.budget)
+        each = self._pair_bytes if dense else self._slot_bytes
+        return pairs * each + self.sliding_bytes(tokens if dense else None)
+
+    def sliding_bytes(self, tokens: int | None) -> int:
+        """KV bytes of the layers that slide, after so many tokens; None: their windows are full."""
+        kept = max(self.sliding_window - 1, 0)  # the last of a window is the query's own
+        kept = kept if tokens is None else min(kept, tokens)
+        return self.types.count("sliding_attention") * kept * self._pair_bytes
+
+    @property
+    def _pair_bytes(self) -> int:
+        """Of a key and value in every KV head of a layer."""
+        width = 4 if self.geometry.dtype in ("float32", "float") else 2
+        return 2 * self.geometry.kv_heads * self.geometry.head_dim * width
+
+    @property
+    def _slot_bytes(self) -> int:
+        """The same where SparseK holds them: in 8 bits, each with a float32 scale, if asked for."""
+        if self.cache_dtype == "auto":
+            return self._pair_bytes
+        return 2 * self.geometry.kv_heads * (self.geometry.head_dim + 4)
+
+    def data(self) -> dict[str, Any]:
+        """For --json: what --dry-run shows."""
+        size = self.geometry
+        return {
+            "model": str(self.base.path),
+            "family": self.row.model_type,
+            "quantised": quantised.described(self.config) or None,
+            "out": str(self.out),
+            "layers": size.layers,
+            "layer_types": dict(Counter(self.types)),
+            "converted_layers": list(self.sparse_layers),
+            "kv_heads": size.kv_heads,
+            "head_dim": size.head_dim,
+            "context": size.context,
+            "topk": self.topk,
+            "window": self.window,
+            "sinks": self.sinks,
+            "gate": self.gate,
+            "scorer": self.calibration.method.scorer,
+            "slots_per_kv_head": self.budget,
+            "evicts": self.evicts,
+            "kv_bytes": self.cache_bytes(size.context, dense=False),
+            "dense_kv_bytes_at_context": self.cache_bytes(size.context, dense=True),
+            "base_files": len(self.shards),
+            "base_bytes": self.base_bytes,
+            "base_bytes_to_copy": 0 if self.linkable else self.base_bytes,
+            "scorers_only": self.scorers_only,
+            "calibrate": self.calibration.text,
+            "calibrate_tokens": self.calibrate_tokens,
+            "calibrate_length": self.calibrate_length,
+        }
+
+    def _layers(self) -> str:
+        kept = Counter(self.types[i] for i in set(range(len(self.types))) - {*self.sparse_layers})
+        if not kept:
+            return f"{self.geometry.layers} layers"
+        others = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kept.items())
+        return f"{len(self.sparse_layers)} of {self.geometry.layers} layers; as they are: {others}"
+
+    def _quantised(self) -> str:
+        how = quantised.described(self.config)
+        return f", quantised: {how}" if how else ""
+
+    def text(self) -> str:
+        """For a person."""
+        size = self.geometry
+        gib = self.base_bytes / 2**30
+        how = "linked, 0 bytes copied" if self.linkable else "copied"
+        if isinstance(self.base, GgufCheckpoint):
+            how = self.base.header.text()
+        if self.scorers_only:
+            how = "read and hashed; OUT holds the scorers alone"
+        never = "" if self.evicts else f"; nothing is evicted within {size.context:,} tokens"
+        kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
+        if self.calibrate_tokens:
+            count = self.calibrate_tokens // self.fit_length
+            calibration = (
+                f"{self.calibration.text}: {count} sequences of {self.fit_length:,} tokens, "
+                f"compared on documents of {self.calibrate_length:,} "
+                f"{_DOCUMENTS[self.calibration.method.documents]}"
+            )
+        else:
+            calibration = "none: neutral scorers, a plain window until fine-tuned"
+        return "\n".join(
+            [
+                f"base        {self.base.path} ({self.row.model_type}, {self._layers()}, "
+                f"{size.kv_heads} KV heads, context {size.context:,}{self._quantised()})",
+                f"out         {self.out}",
+                f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
+                f"{self.budget} slots per KV head, gate {self.gate}{never}",
+                f"cache       {kept:.1f} MiB always; dense at {size.context:,}: {dense:.1f} MiB",
+                f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
+                f"calibration {calibration}",
+            ]
+        )
+
+
+def contents_of(scorers_only: bool) -> Contents:
+    """What will lie in OUT."""
+    return SCORERS_ALONE if scorers_only else MODEL
