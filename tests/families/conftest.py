@@ -1,6 +1,7 @@
 """One family at a time: its dense model, the same weights with SparseK, and a checkpoint of both.
 
-A converted checkpoint is made once per family, by the command line, and shared by its tests.
+Checkpoints are converted once per family, by the command line, and shared by its tests; calibrated
+are those of one family of a kind, and in `make slow-test` all of them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _WHOLE = (
 
 
 # What verbs do with a converted model depends on its kinds of layers, not on its row.
-_VERBS = ("test_families.py::test_evaluates[", "test_families.py::test_chats[")
+_VERBS = tuple(f"test_families.py::test_{verb}[" for verb in ("calibrates", "evaluates", "chats"))
 _OF_A_KIND = (*_WHOLE, "gpt2", "gpt_neox", "phi3", "mixtral", "cohere2", "olmo2")
 
 
@@ -46,7 +47,7 @@ class Made:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Folders: `base`, and `out`, which the command line made of it with calibration."""
+    """Folders: `base`, and `out`, which the command line made of it."""
 
     base: Path
     out: Path
@@ -109,17 +110,32 @@ def made(every_family, make_dense, make_sparse) -> Made:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(every_family, make_checkpoint, story, tmp_path_factory) -> Checkpoints:
-    """The family's folders; calibration reads 512 tokens, or 2,048."""
+def base(every_family, make_checkpoint, tmp_path_factory) -> Path:
+    """The family's dense checkpoint."""
+    return make_checkpoint(tmp_path_factory.mktemp(every_family) / "base", every_family)
+
+
+@pytest.fixture(scope="module")
+def converted(every_family, base, request) -> Checkpoints:
+    """The family's folders; where calibrated ones are made anyway, those."""
+    if every_family in _OF_A_KIND:
+        return request.getfixturevalue("checkpoints")
+    out = base.with_name("uncalibrated")
+    run_cli("convert", base, out, "topk=24", "window=16", "calibrate=none")
+    return Checkpoints(base, out)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(every_family, base, story) -> Checkpoints:
+    """The family's folders, calibrated on 512 tokens, or 2,048."""
     if every_family in _WHOLE:
         text = ["calibrate_tokens=2048", "calibrate_length=256", "method.documents=retold"]
     else:
         text = ["calibrate_tokens=512", "calibrate_length=64", "method.documents=none"]
         text += ["budgets=uniform"]
-    home = tmp_path_factory.mktemp(every_family)
-    base = make_checkpoint(home / "base", every_family)
+    out = base.with_name("out")
     run_cli(
-        "convert", base, home / "out", "topk=24", "window=16", f"calibrate={story}",
+        "convert", base, out, "topk=24", "window=16", f"calibrate={story}",
         "device=cpu", "method.scorer=linear", "method.slopes=[0.3]", "method.sizes=[0.5]", *text,
     )  # fmt: skip
-    return Checkpoints(base, home / "out")
+    return Checkpoints(base, out)

@@ -111,18 +111,11 @@ def test_finetuning_reaches_every_scorer(made, ids):
         optimiser.step()
 
 
-def test_converts_and_calibrates(made, checkpoints, ids):
+def test_converts(made, converted, ids):
     """Everything went through the command line, which compared the logits with the base's."""
-    from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
-    out = checkpoints.out
-    scorers = load_file(out / "sparsek.safetensors")
-    weights = [array for name, array in scorers.items() if name.endswith("scorer.weight")]
-    assert len(weights) == len(models.sparsek_attentions(made.sparse))
-    assert all(abs(array).sum() > 0 for array in weights)
-    report = json.loads((out / "calibration.json").read_text())
-    assert report["text_loss"] > 0 and report["window_text_loss"] > 0
+    out = converted.out
     # config.json is written without transformers: it says what the class would.
     config = json.loads((out / "config.json").read_text())
     wanted = models.sparsek_config_from(made.dense.config, config["sparsek"]).to_dict()
@@ -130,9 +123,20 @@ def test_converts_and_calibrates(made, checkpoints, ids):
         assert config.get(key) == wanted.get(key), key
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    dense = AutoModelForCausalLM.from_pretrained(checkpoints.base)
+    dense = AutoModelForCausalLM.from_pretrained(converted.base)
     few = ids[:, :16]  # the window sees all of them
     assert relative(logits(model, few), logits(dense, few)) < 1e-4
+
+
+def test_calibrates(made, checkpoints):
+    from safetensors.numpy import load_file
+
+    scorers = load_file(checkpoints.out / "sparsek.safetensors")
+    weights = [array for name, array in scorers.items() if name.endswith("scorer.weight")]
+    assert len(weights) == len(models.sparsek_attentions(made.sparse))
+    assert all(abs(array).sum() > 0 for array in weights)
+    report = json.loads((checkpoints.out / "calibration.json").read_text())
+    assert report["text_loss"] > 0 and report["window_text_loss"] > 0
 
 
 @torch.no_grad()

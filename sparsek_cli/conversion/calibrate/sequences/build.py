@@ -74,7 +74,8 @@ def calibration_sequences(
     characters = (fitting * fit_length + held_out * max(lengths)) * _CHARACTERS_PER_TOKEN
     most = max(characters // _DOCUMENTS, 2 * max(fit_length, *lengths) * _CHARACTERS_PER_TOKEN)
     filler = Filler.from_documents(calibration_texts(spec, characters, most), tokenizer)
-    generated = Filler.from_documents([generated_text(rng, GENERATED_SENTENCES)], tokenizer)
+    own = generated_text(rng, GENERATED_SENTENCES)  # drawn in any case: what follows depends on it
+    generated = Filler.from_documents([own], tokenizer) if spec == "auto" else None
     chat = _format(tokenizer)
 
     def document(source: Filler, tokens: int, number: int, *, early: bool = False) -> Sequence:
@@ -92,7 +93,7 @@ def calibration_sequences(
             made.append(_text(rng, filler, fit_length, tokenizer))
         else:
             # Some fillers are generated: facts then stand out less against a single style.
-            source = generated if spec == "auto" and number % 8 == 7 else filler
+            source = generated if generated and number % 8 == 7 else filler
             made.append(document(source, fit_length, number // 2))
     compared = []
     for number in range(held_out):
