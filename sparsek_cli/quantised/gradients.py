@@ -17,10 +17,12 @@ def check_gradients(model: nn.Module) -> None:
     """Raises UsageError where one is lost: training would go on with what comes by other ways.
 
     Some kernels have no backward pass; that depends on the device and on the package's version, so
-    one layer of each kind is tried.
+    one layer of each kind is tried. Where a package lets us choose, the kernel that has one is
+    taken from here on.
     """
     if not stays_packed(model.config):
         return
+    _take_kernels_with_backward(model)
     kinds = {type(module): module for module in model.modules() if _is_packed(module)}
     for kind, linear in kinds.items():
         if not _has_gradient(linear, model.dtype, model.device):
@@ -30,6 +32,17 @@ def check_gradients(model: nn.Module) -> None:
                 hint="use its scorers as calibration found them, or convert and fine-tune the "
                 "checkpoint that it was made from",
             )
+
+
+def _take_kernels_with_backward(model: nn.Module) -> None:
+    """bitsandbytes' 4 bits on a CPU with AVX512-BF16.
+
+    Computing once without gradients, as the held-out loss is, lays such weights out anew for a
+    kernel that has no backward pass, and they stay so.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _is_packed(module: nn.Module) -> bool:

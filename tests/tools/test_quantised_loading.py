@@ -7,6 +7,8 @@ import torch
 from sparse_path import assert_sparse
 from transformers import AutoModelForCausalLM
 
+import sparsek_cli.models  # noqa: F401
+
 
 def quanto():
     pytest.importorskip("optimum.quanto")
@@ -37,10 +39,20 @@ def bitsandbytes_4():
     return BitsAndBytesConfig(load_in_4bit=True)
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, make_sparse):
+    """Of 64 features: a block of bitsandbytes' 4 bits, which some CPUs' kernels want whole."""
+    home = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    make_sparse("llama", **sizes).save_pretrained(home)
+    return home
+
+
 @pytest.mark.parametrize("how", [quanto, torchao, bitsandbytes_8, bitsandbytes_4])
 @torch.no_grad()
-def test_only_the_base_is_quantised(how, folder, model, ids):
-    loaded = AutoModelForCausalLM.from_pretrained(folder, quantization_config=how()).eval()
+def test_only_the_base_is_quantised(how, wide, ids):
+    model = AutoModelForCausalLM.from_pretrained(wide).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(wide, quantization_config=how()).eval()
     ours, theirs = (m.model.layers[0].self_attn for m in (model, loaded))
     plain = torch.nn.Parameter
     kinds = {type(theirs.q_proj), type(theirs.q_proj.weight)}
