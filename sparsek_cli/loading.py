@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
 
 _DAMAGED = "the folder is incomplete or damaged: fetch or convert it again"
+_MISFIT = "a package that loading it needs does not fit the installed transformers: upgrade both"
 # Buffers that older versions of transformers saved and newer ones compute.
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
@@ -263,7 +264,8 @@ def readable_errors(name: str) -> Iterator[None]:
                 f"'{name}' needs code of its own (auto_map in config.json), which is not run",
                 hint="name a model of a family that transformers knows by itself",
             ) from error
-        raise SparsekError(f"'{name}' cannot be loaded: {reason(error)}", hint=_DAMAGED) from error
+        hint = _MISFIT if isinstance(error, ImportError) else _DAMAGED
+        raise SparsekError(f"'{name}' cannot be loaded: {reason(error)}", hint=hint) from error
 
 
 def _count(names: list[str]) -> str:

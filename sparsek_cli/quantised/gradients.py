@@ -25,7 +25,7 @@ def check_gradients(model: nn.Module) -> None:
     _take_kernels_with_backward(model)
     kinds = {type(module): module for module in model.modules() if _is_packed(module)}
     for kind, linear in kinds.items():
-        if not _has_gradient(linear, model.dtype, model.device):
+        if not (_may_train(linear) and _has_gradient(linear, model.dtype, model.device)):
             raise UsageError(
                 f"the model is quantised ({described(model.config)}), and its {kind.__name__} "
                 f"hands no gradient on ({model.device.type})",
@@ -49,6 +49,17 @@ def _is_packed(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     plain = type(module) is nn.Linear and type(weight) is nn.Parameter
     return hasattr(module, "in_features") and hasattr(module, "out_features") and not plain
+
+
+def _may_train(linear: nn.Module) -> bool:
+    """Whether it takes the mode that training sets; some of GPTQ's kernels refuse only that."""
+    was_training = linear.training
+    try:
+        linear.train()
+    except NotImplementedError:
+        return False
+    linear.train(was_training)
+    return True
 
 
 def _has_gradient(linear: nn.Module, dtype: torch.dtype, device: torch.device) -> bool:

@@ -129,6 +129,18 @@ def test_absurd_sizes_are_found_before_anything_is_drawn(made, tmp_path, monkeyp
     assert places == ["meta"]
 
 
+def test_a_package_that_does_not_fit_is_not_the_folder_s_damage(made, monkeypatch):
+    """An old gptqmodel beside a new transformers ends so."""
+
+    def load(*args, **kwargs):
+        raise ImportError("cannot import name 'no_init_weights' from 'transformers'")
+
+    monkeypatch.setattr(quantised, "load", load)
+    with pytest.raises(SparsekError, match="'no_init_weights'") as refusal:
+        loaded(made.base)
+    assert "damaged" not in refusal.value.hint and "upgrade" in refusal.value.hint
+
+
 @pytest.mark.parametrize("content", ['{"eos_token_id": ', "[]", "3", ""])
 def test_a_generation_config_that_would_be_dropped(made, tmp_path, content):
     file("generation_config.json", content)(made.base, tmp_path / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,22 @@ def test_gradients_go_through_packed_weights(way, converted_of):
     forward = linear.forward
     linear.forward = lambda x: forward(x.detach()) + 0 * x.sum(-1, keepdim=True)
     with pytest.raises(UsageError, match="hands no gradient on"):
+        check_gradients(model)
+
+
+def test_a_kernel_for_inference_alone_is_found_before_training():
+    """GPTQ's for AVX512, which hands gradients on and refuses `train()`: no package is needed."""
+
+    class Packed(torch.nn.Linear):
+        def train(self, mode=True):
+            if mode:
+                raise NotImplementedError("inference only")
+            return super().train(mode)
+
+    config = SimpleNamespace(quantization_config={"quant_method": "gptq", "bits": 4})
+    model = torch.nn.Sequential(Packed(4, 4)).eval()
+    model.config, model.dtype, model.device = config, torch.float32, torch.device("cpu")
+    with pytest.raises(UsageError, match=r"its Packed hands no gradient on \(cpu\)"):
         check_gradients(model)
 
 
