@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +17,8 @@ _LOG = logging.getLogger("sparsek_cli")
 # Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/)
 # but additional_chat_templates/: such patterns know no "but", so folders in "add" pass.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "README.md")
+# Of a model whose tokenizer alone is wanted; config.json says what class reads it.
+TOKENIZER_WANTED = ("*.json", "*.txt", "*.model", "*.jinja", "tokenizer*")
 UNWANTED = (
     "[!a]*/*",
     "a[!d]*/*",
@@ -105,6 +108,33 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     return _checked(Checkpoint(path, name.split("/")[1], name, revision))
 
 
+def tokenizer_of(name: str) -> Checkpoint:
+    """The folder with the tokenizer that `name` means; of a hub model no weights are fetched.
+
+    Args:
+        name: a folder, a short name or a hub id.
+
+    Raises:
+        UsageError: the name means nothing.
+        SparsekError: the hub could not be reached, or refused.
+    """
+    check_name(name)
+    folder = Path(os.path.expanduser(name))
+    if folder.is_dir():
+        return Checkpoint(folder.resolve(), folder.resolve().name, "folder")
+    if name.lower() in BUNDLED:
+        return bundled(name.lower())
+    short = SHORT_NAMES.get(name.lower())
+    if short is None and (os.path.lexists(folder) or not is_hub_id(name)):
+        raise UsageError(
+            f"tokenizer: '{name}' is no folder",
+            hint="name a folder with tokenizer.json, a short name or a hub id",
+        )
+    hub_id = name if short is None else short.hub_id
+    path = _download(hub_id, None, TOKENIZER_WANTED)
+    return Checkpoint(path, hub_id.split("/")[1], hub_id)
+
+
 def is_short_name(name: str) -> bool:
     """Whether a name is of a bundled model, or in the table of short names."""
     return name.lower() in BUNDLED or name.lower() in SHORT_NAMES
@@ -167,7 +197,7 @@ def _no_such_name(name: str, folder: Path) -> UsageError:
     )
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, wanted: Sequence[str] = WANTED) -> Path:
     # Imported here: half a second that no other source of a model needs.
     import huggingface_hub
     from huggingface_hub import errors
@@ -178,7 +208,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(
                 hub_id,
                 revision=revision,
-                allow_patterns=list(WANTED),
+                allow_patterns=list(wanted),
                 ignore_patterns=list(UNWANTED),
                 etag_timeout=HUB_TIMEOUT,
             )

@@ -40,6 +40,12 @@ CalibrateTokens = Annotated[
 CalibrateLength = Annotated[
     _Number, typer.Option("--calibrate-length", metavar="N", help="Tokens per document.")
 ]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer", metavar="NAME", help="Folder or hub id of a tokenizer, not the base's own."
+    ),
+]
 Again = Annotated[
     bool, typer.Option("--again", help="MODEL is converted: calibrate it anew, as it is now.")
 ]
@@ -60,6 +66,7 @@ def convert(
     calibrate: Calibrate = None,
     calibrate_tokens: CalibrateTokens = None,
     calibrate_length: CalibrateLength = None,
+    tokenizer: Tokenizer = None,
     again: Again = False,
     scorers_only: ScorersOnly = False,
     copy: Copy = False,
@@ -102,6 +109,7 @@ def convert(
         "out": out,
         "gate": gate,
         "calibrate": calibrate,
+        "tokenizer": tokenizer,
         "again": again or None,
         "scorers_only": scorers_only or None,
         "copy": copy or None,

@@ -19,7 +19,6 @@ from sparsek_cli.conversion.sizes import (
     with_documents,
     with_settings_of,
 )
-from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.converted import is_converted
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import UsageError
@@ -29,15 +28,11 @@ from sparsek_cli.families.own_config import own_config
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
+from sparsek_cli.loading import check_tokenizer, load_tokenizer
 from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
-_SIDE_FILES = (
-    *TOKENIZER_FILES,
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
+_SIDE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def plan(recipe: ConvertRecipe) -> Plan:
@@ -117,6 +112,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
         prefixed=prefixed,
         shards=shards,
         side_files=sorted(side),
+        tokenizer=_tokenizer(recipe, base, config),
         topk=topk,
         window=window,
         sinks=recipe.sinks,
@@ -143,6 +139,15 @@ def plan(recipe: ConvertRecipe) -> Plan:
 def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
     """The folder to write: the request's, else named after the base."""
     return absolute(recipe.out or f"{base.name}-{'scorers' if recipe.scorers_only else 'sparsek'}")
+
+
+def _tokenizer(recipe: ConvertRecipe, base: Checkpoint, config: dict[str, Any]) -> Checkpoint:
+    """Where the tokenizer comes from; one that was named is looked at now."""
+    if recipe.tokenizer is None:
+        return base
+    found = hub.tokenizer_of(recipe.tokenizer)
+    check_tokenizer(load_tokenizer(found), config["vocab_size"], found.name)
+    return found
 
 
 def _check_scorers_only(recipe: ConvertRecipe, *, packed: bool) -> None:

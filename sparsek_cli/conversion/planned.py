@@ -58,7 +58,8 @@ class Plan:
         sliding_window: of the layers that slide; 0 where none does.
         prefixed: whether the base's tensor names carry the base model's prefix.
         shards: base files in order.
-        side_files: small files that come along.
+        side_files: small files of the base that come along; its tokenizer's are not among them.
+        tokenizer: the folder whose tokenizer `out` gets; the base, unless another was named.
         topk, window, sinks: slots per KV head.
         linkable: whether `out` lies on the base's filesystem.
         calibrate_tokens: tokens to fit maps on, in sequences of `fit_length`; 0: no calibration.
@@ -81,6 +82,7 @@ class Plan:
     prefixed: bool
     shards: list[Shard]
     side_files: list[Path]
+    tokenizer: Checkpoint
     topk: int
     window: int
     sinks: int
@@ -100,6 +102,11 @@ class Plan:
     def contents(self) -> Contents:
         """What lies in `out` afterwards."""
         return contents_of(self.scorers_only)
+
+    @property
+    def own_tokenizer(self) -> bool:
+        """Whether the tokenizer is the base's."""
+        return self.tokenizer.path == self.base.path
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
@@ -135,6 +142,8 @@ class Plan:
         settings = dict(self.request)
         where = str(self.base.path) if self.base.source == "folder" else settings["model"]
         settings.update(model=where, out=str(self.out))
+        if not self.own_tokenizer and self.tokenizer.source == "folder":
+            settings.update(tokenizer=str(self.tokenizer.path))
         settings.update(budget=None, topk=self.topk, window=self.window)
         settings.update(
             calibrate_tokens=self.calibrate_tokens or None,
@@ -178,6 +187,7 @@ class Plan:
             "family": self.row.model_type,
             "quantised": quantised.described(self.config) or None,
             "out": str(self.out),
+            "tokenizer": None if self.own_tokenizer else str(self.tokenizer.path),
             "layers": size.layers,
             "layer_types": dict(Counter(self.types)),
             "converted_layers": list(self.sparse_layers),
@@ -243,6 +253,7 @@ class Plan:
                 f"cache       {kept:.1f} MiB always; dense at {size.context:,}: {dense:.1f} MiB",
                 f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
                 f"calibration {calibration}",
+                *(() if self.own_tokenizer else (f"tokenizer   {self.tokenizer.path}",)),
             ]
         )
 

@@ -1,4 +1,4 @@
-"""The tokenizer of a folder that is written: the base's, whoever loads it.
+"""The tokenizer of a folder that is written: the base's, or one that was named, whoever loads it.
 
 Its files come along as they are, but AutoTokenizer also looks at the model's type, and a program
 that has not imported this package does not know ours. So the class that the base gets is written
@@ -47,7 +47,7 @@ PROBES = (
 
 
 def settle(plan: Plan, folder: Path) -> str:
-    """Makes the tokenizer in `folder`, which holds the base's files, load as the base's.
+    """Makes the tokenizer in `folder`, which holds the files of the plan's, load as that.
 
     Args:
         folder: the staged checkpoint, config.json included.
@@ -68,20 +68,21 @@ def settle(plan: Plan, folder: Path) -> str:
             # Every tokenizer library fails in its own way; code of its own is not run either.
             first = first_line(error)
             raise SparsekError(
-                f"the tokenizer of {plan.base.name} does not load: {first}",
-                hint="mend its files, or take them all out of the folder: without any, "
-                "--calibrate none converts the weights alone",
+                f"the tokenizer of {plan.tokenizer.name} does not load: {first}",
+                hint="mend its files, name another one with --tokenizer, or take them all out of "
+                "the folder: without any, --calibrate none converts the weights alone",
             ) from error
-        check_template(base, plan.base.name)
+        check_template(base, plan.tokenizer.name)
         if not _make_load_as(base, facts, folder):
             raise SparsekError(
-                f"the tokenizer of {plan.base.name} would give other ids after converting",
+                f"the tokenizer of {plan.tokenizer.name} would give other ids after converting",
                 hint="load it with transformers, save it with save_pretrained into the base's "
                 "folder, and convert that",
             )
     if rows := plan.config.get("vocab_size"):
-        check_tokenizer(base, rows, plan.base.name)  # last: it may change the padding token
-    return f"{type(base).__name__}, as of the base"
+        check_tokenizer(base, rows, plan.tokenizer.name)  # last: it may change the padding token
+    of = "the base" if plan.own_tokenizer else plan.tokenizer.title
+    return f"{type(base).__name__}, as of {of}"
 
 
 def bring(tokenizer: Any, folder: Path) -> bool:
@@ -134,17 +135,18 @@ def _load_base(plan: Plan) -> Any:
         TokenizersBackend,
     )
 
-    if plan.config.get("model_type") != _model_type(plan.base.path):
+    if plan.config.get("model_type") != _model_type(plan.tokenizer.path):
         import sparsek_cli.models  # noqa: F401  (the base is a converted model, to convert --again)
     # Some models get another class by their name on the hub.
-    source = plan.base.source.lower()
+    source = plan.tokenizer.source.lower()
     named = any(fnmatch.fnmatch(source, pattern) for pattern in MODEL_IDS_TO_TOKENIZERS_BACKEND)
     load: Callable[..., Any] = TokenizersBackend if named else AutoTokenizer
-    return load.from_pretrained(plan.base.path, trust_remote_code=False)
+    return load.from_pretrained(plan.tokenizer.path, trust_remote_code=False)
 
 
 def _model_type(folder: Path) -> str | None:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    file = folder / "config.json"
+    return json.loads(file.read_text(encoding="utf-8")).get("model_type") if file.exists() else None
 
 
 def _name_class(file: Path, base: Any) -> None:

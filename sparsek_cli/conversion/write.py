@@ -14,7 +14,7 @@ from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.link_weights import Means, link_or_copy
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.shards import INDEX, write_part
-from sparsek_cli.conversion.tokenizer import copy_missing
+from sparsek_cli.conversion.tokenizer import copy_missing, files_in
 from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import idle_window_off
@@ -141,6 +141,7 @@ def _write(
     _write_json(folder / "config.json", converted_config(plan, scorers))
     (folder / REMOTE_CODE_FILE).write_text(remote_code_text(), encoding="utf-8")
     copy_missing(plan.side_files, plan.base.path, folder)
+    copy_missing(files_in(plan.tokenizer.path), plan.tokenizer.path, folder)
     if report:
         _write_json(folder / CALIBRATION, report)
     (folder / CONVERT_RECIPE).write_text(_recipe_text(plan), encoding="utf-8")

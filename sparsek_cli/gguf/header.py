@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,7 @@ def _open(file: Path) -> GGUFReader:
         if "GGMLQuantizationType" in why:
             raise UsageError(
                 f"'{file.name}' holds tensors of a number format that is not known: {why}",
-                hint="upgrade the package gguf, or " + _ANOTHER,
+                hint=f"upgrade the package gguf ({version('gguf')}), or {_ANOTHER}",
             ) from error
         raise SparsekError(
             f"'{file}' is damaged or cut short: {why}", hint="fetch the file again"

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from sparsek_cli.conversion.planned import Plan
 
 _SHARD = "4GB"
-_ANOTHER = "name the checkpoint that it was made from"
 
 
 @contextmanager
@@ -48,15 +48,17 @@ def unpacked(plan: "Plan", reporter: Reporter) -> Iterator["Plan"]:
     folder = make_beside(plan.out)
     try:
         with held(folder):
-            _unpack(base, folder)
+            _unpack(base, folder, with_tokenizer=plan.own_tokenizer)
             config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            found = Checkpoint(folder, base.name, base.source)
             # What is unpacked here is nobody else's: it is linked even where copies are asked for.
             yield replace(
                 plan,
-                base=Checkpoint(folder, base.name, base.source),
+                base=found,
+                tokenizer=found if plan.own_tokenizer else plan.tokenizer,
                 config=config,
                 shards=read_shards(folder),
-                side_files=[*tokenizers.files_in(folder), folder / "generation_config.json"],
+                side_files=[folder / "generation_config.json"],
                 linkable=True,
                 copy_base=False,
                 request=plan.request | {"copy": False, "model": str(base.path)},
@@ -65,22 +67,14 @@ def unpacked(plan: "Plan", reporter: Reporter) -> Iterator["Plan"]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unpack(base: GgufCheckpoint, folder: Path) -> None:
-    """Writes config.json, weights, generation_config.json and the tokenizer."""
-    from transformers import AutoTokenizer
-
+def _unpack(base: GgufCheckpoint, folder: Path, *, with_tokenizer: bool) -> None:
+    """Writes config.json, weights, generation_config.json and, if wanted, the tokenizer."""
     # Seen from a folder of its own: transformers would read what lies beside the file, too.
     alone = folder / "alone.gguf"
     alone.symlink_to(base.path)
     place = {"pretrained_model_name_or_path": folder, "gguf_file": alone.name}
     with quiet_transformers():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(**place)
-        except Exception as error:  # the tokenizers library raises plain ones
-            raise SparsekError(
-                f"the tokenizer in {base.path.name} cannot be read: {first_line(error)}",
-                hint=_ANOTHER,
-            ) from error
+        tokenizer = _tokenizer(base, place) if with_tokenizer else None
         model = _load(base, place)
     alone.unlink()
     model.config.architectures = base.config()["architectures"]
@@ -95,11 +89,46 @@ def _unpack(base: GgufCheckpoint, folder: Path) -> None:
             f"the disk is full while unpacking {base.path.name}",
             hint="free some space, or choose OUT on another disk",
         ) from error
+    if tokenizer is None:
+        return
     tokenizer.save_pretrained(folder)
     if not tokenizers.bring(tokenizer, folder):
         raise SparsekError(
-            f"the tokenizer of {base.path.name} gives other ids once saved", hint=_ANOTHER
+            f"the tokenizer in {base.path.name} gives other ids once it is saved",
+            hint=_another_tokenizer(),
         )
+
+
+def _tokenizer(base: GgufCheckpoint, place: dict[str, Any]) -> Any:
+    """The tokenizer in the file."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**place)
+    except Exception as error:  # the tokenizers library raises plain ones
+        raise SparsekError(
+            f"the tokenizer in {base.path.name} cannot be read: {first_line(error)}",
+            hint=_another_tokenizer(),
+        ) from error
+
+
+def _another_tokenizer() -> str:
+    return (
+        "name the folder or hub id of the model that the file was made from with --tokenizer; or "
+        f"upgrade what read this one: {_readers('tokenizers')}"
+    )
+
+
+def _another() -> str:
+    return (
+        "name the checkpoint that it was made from, or upgrade what read the file: "
+        f"{_readers('gguf')}"
+    )
+
+
+def _readers(package: str) -> str:
+    """The versions of transformers and of what it reads with."""
+    return " and ".join(f"{name} {version(name)}" for name in ("transformers", package))
 
 
 def _load(base: GgufCheckpoint, place: dict[str, Any]) -> Any:
@@ -124,20 +153,20 @@ def _load(base: GgufCheckpoint, place: dict[str, Any]) -> Any:
         )
     except (RuntimeError, ValueError, KeyError, NotImplementedError) as error:
         raise SparsekError(
-            f"transformers cannot load {header.path.name}: {first_line(error)}", hint=_ANOTHER
+            f"transformers cannot load {header.path.name}: {first_line(error)}", hint=_another()
         ) from error
     absent = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
     if absent:
         raise SparsekError(
             f"{header.path.name} does not hold {absent[0]} of a '{header.architecture}' model "
             f"({len(absent)} weights are missing)",
-            hint=_ANOTHER,
+            hint=_another(),
         )
     held_values = sum(p.numel() for p in model.parameters())
     if held_values != header.values:
         raise SparsekError(
             f"{header.path.name} holds {header.values:,} values, of which transformers reads "
             f"{held_values:,}: its '{header.architecture}' model has no place for the others",
-            hint=_ANOTHER,
+            hint=_another(),
         )
     return model

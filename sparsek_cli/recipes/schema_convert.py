@@ -92,6 +92,11 @@ class ConvertRecipe(BaseModel):
     model: str | None = Field(None, description="folder, short name or hub id of the base model")
     out: str | None = Field(None, description="folder to write; default <name>-sparsek")
     revision: str | None = Field(None, description="branch, tag or commit of a hub model")
+    tokenizer: str | None = Field(
+        None,
+        description="folder, short name or hub id whose tokenizer `out` gets; default: the one "
+        "beside the weights, or in a GGUF file",
+    )
     budget: Annotated[int | str | None, BeforeValidator(_tokens_or_share)] = Field(
         None,
         description="all slots per KV head, sinks + topk + window, instead of topk: tokens (512), "

@@ -19,7 +19,6 @@ from sparsek_cli.families.layers import has_states
 from sparsek_cli.loading import load_config, load_tokenizer, readable_errors
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.reporter import Reporter, Silent
-from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
 from sparsek_cli.training.model import random_config
 from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.settings import Settings, Start, settings_of
@@ -203,31 +202,14 @@ def _model_without_weights(start: Start, tokenizer: Any, source: hub.Checkpoint 
 def _tokenizer(name: str | None, source: hub.Checkpoint | None) -> Any:
     if name in STREAMS:
         return stream_tokenizer(name)
-    return load_tokenizer(_tokenizer_place(name, source))
-
-
-def _tokenizer_place(name: str | None, source: hub.Checkpoint | None) -> str | Path:
-    """A folder or hub id; of a hub model only the tokenizer's files are fetched."""
-    if name is None:
-        if source is None:
-            raise UsageError(
-                "init: random needs a tokenizer",
-                hint="set 'tokenizer' (a folder, short name or hub id) or 'model'",
-            )
-        return source.path
-    folder = Path(os.path.expanduser(name))
-    if folder.is_dir():
-        return folder
-    if name in BUNDLED:
-        return hub.bundled(name).path
-    if name in SHORT_NAMES:
-        return SHORT_NAMES[name].hub_id
-    if os.path.lexists(folder) or not hub.is_hub_id(name):
+    if name is not None:
+        return load_tokenizer(hub.tokenizer_of(name))
+    if source is None:
         raise UsageError(
-            f"tokenizer: '{name}' is no folder",
-            hint="name a folder with tokenizer.json, a short name or a hub id",
+            "init: random needs a tokenizer",
+            hint="set 'tokenizer' (a folder, short name or hub id) or 'model'",
         )
-    return name
+    return load_tokenizer(source.path)
 
 
 def _check_reporters(names: Sequence[str]) -> None:

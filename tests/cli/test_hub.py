@@ -54,6 +54,25 @@ def test_short_names_and_hub_ids_are_fetched_without_pickles(checkpoint, monkeyp
     assert hub.resolve("owner/some-model").name == "some-model"
 
 
+def test_of_a_tokenizer_no_weights_are_fetched(checkpoint, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(hub_id, **options):
+        asked.append((hub_id, options["allow_patterns"]))
+        return str(folder)
+
+    folder = checkpoint()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert hub.tokenizer_of("qwen3-4B").source == "Qwen/Qwen3-4B"
+    assert hub.tokenizer_of("owner/some-model").name == "some-model"
+    assert [name for name, _ in asked] == ["Qwen/Qwen3-4B", "owner/some-model"]
+    assert all("tokenizer*" in p and "*.safetensors" not in p for _, p in asked)
+    assert hub.tokenizer_of(str(folder)).path == folder and len(asked) == 2
+    assert hub.tokenizer_of("tiny").source == "bundled"
+
+
 def test_every_short_name_is_a_hub_id_of_a_known_family():
     from sparsek_cli.models import FAMILIES
 

@@ -78,13 +78,14 @@ def _write_tokenizer(writer: Any, tokenizer: Any) -> None:
 
 @pytest.fixture
 def write_gguf(tmp_path, dense_model, tokenizer) -> Callable[..., tuple[Path, Any]]:
-    """`write_gguf(family, kind="F32", extra=, tensors=, drop=, ...)` -> file, dense float32 model.
+    """`write_gguf(family, kind="F32", extra=, ...)` -> file, dense float32 model.
 
     Args of the call:
         kind: number format of matrices: "F32", "F16" or "Q8_0"; norms are always F32.
         architecture: what the file calls itself, instead of `family`.
         extra: more metadata by key.
         tensors: more tensors by name. drop: a name that is left out.
+        words: whether a tokenizer is in it.
         options: overrides of the config.
     """
 
@@ -96,6 +97,7 @@ def write_gguf(tmp_path, dense_model, tokenizer) -> Callable[..., tuple[Path, An
         extra: dict[str, str | int] | None = None,
         tensors: dict[str, np.ndarray] | None = None,
         drop: str = "",
+        words: bool = True,
         name: str = "model.gguf",
         **options: Any,
     ) -> tuple[Path, Any]:
@@ -111,7 +113,8 @@ def write_gguf(tmp_path, dense_model, tokenizer) -> Callable[..., tuple[Path, An
         file.parent.mkdir(exist_ok=True)
         writer = gguf.GGUFWriter(file, architecture or family)
         _write_metadata(writer, model.config, family)
-        _write_tokenizer(writer, tokenizer)
+        if words:
+            _write_tokenizer(writer, tokenizer)
         for key, value in (extra or {}).items():
             (writer.add_string if isinstance(value, str) else writer.add_uint16)(key, value)
         for weight, parameter in model.named_parameters():

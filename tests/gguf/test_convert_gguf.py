@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 import struct
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 pytest.importorskip("gguf")
 
 from sparsek_cli.app import run
-from sparsek_cli.gguf import checkpoint, header
+from sparsek_cli.gguf import checkpoint, header, unpack
 
 
 @pytest.fixture
@@ -106,6 +108,48 @@ def test_beside_other_weights_the_file_must_be_named(write_gguf, convert):
     assert code == 2 and "it is not clear which is meant" in said
     named = said.split("name the file: '")[1].split("'")[0]
     assert convert(named, "--dry-run")[0] == 0
+
+
+@pytest.fixture
+def beside(tmp_path, tokenizer):
+    """A folder of the tokenizer alone."""
+    tokenizer.save_pretrained(tmp_path / "words")
+    return tmp_path / "words"
+
+
+@pytest.mark.parametrize("fault", ["none there", "other ids"])
+def test_a_tokenizer_that_cannot_be_read_is_named_instead(
+    write_gguf, convert, beside, tokenizer, monkeypatch, fault
+):
+    from transformers import AutoTokenizer
+
+    file, _ = write_gguf(words=fault == "other ids")
+    if fault == "other ids":
+        monkeypatch.setattr(unpack.tokenizers, "bring", lambda *given: False)
+    code, _, said, out = convert(file)
+    error, hint = said.strip().splitlines()[-2:]
+    assert code == 1 and "the tokenizer in model.gguf" in error and not out.exists()
+    for package in ("transformers", "tokenizers"):
+        assert f"{package} {version(package)}" in hint
+    flag = re.search(r"folder or hub id .* with (--tokenizer)", hint)[1]
+    code, shown, said, out = convert(file, flag, beside)  # as hinted
+    assert code == 0, said
+    assert f"tokenizer   {beside}" in shown and ", as of words" in shown
+    found = AutoTokenizer.from_pretrained(out)
+    assert found.chat_template == tokenizer.chat_template
+    assert found.get_vocab() == tokenizer.get_vocab()
+    assert (out / "generation_config.json").exists()
+    assert f"tokenizer: {beside}" in (out / "sparsek.yaml").read_text()
+
+
+def test_a_tokenizer_that_does_not_fit_is_found_before_anything_is_unpacked(
+    write_gguf, convert, beside
+):
+    file, _ = write_gguf(vocab_size=100)
+    for place, says in ((beside, "embeddings for 100 ids"), ("nowhere", "is no folder")):
+        code, _, said, out = convert(file, "--tokenizer", place, "--dry-run")
+        assert code in (1, 2) and says in said and "unpacking" not in said
+        assert not out.exists()
 
 
 def test_dry_run_tells_what_will_be_written_and_writes_nothing(write_gguf, convert):

@@ -205,8 +205,68 @@ def test_files_that_would_load_otherwise_are_written_anew(pair, tmp_path, monkey
     folder.mkdir()
     for file in made.out.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    plan = SimpleNamespace(base=SimpleNamespace(name="base"), config={"vocab_size": len(base)})
+    named = SimpleNamespace(name="base")
+    plan = SimpleNamespace(tokenizer=named, own_tokenizer=True, config={"vocab_size": len(base)})
     assert settling.settle(plan, folder).endswith("as of the base")
     found = AutoTokenizer.from_pretrained(folder)
     assert found("HELLO").input_ids == base("HELLO").input_ids
     assert found("HELLO").input_ids != base_tokenizer(made.base)("HELLO").input_ids
+
+
+def files_of(folder: Path) -> set[str]:
+    from sparsek_cli.conversion.tokenizer import files_in
+
+    return {file.relative_to(folder).as_posix() for file in files_in(folder)}
+
+
+@pytest.mark.parametrize("own", ["none", "another, with a template"])
+@pytest.mark.parametrize("shape", ["unigram", "gpt2_bare", "llama3", "qwen2"])
+def test_another_tokenizer_takes_the_place_of_the_base_s(pair, tmp_path, shape, own):
+    """Whole: no file of the base's own is left, none of the model beside the other comes along."""
+    from verbs import convert
+
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    made, other = pair("llama", "mistral_plain"), tmp_path / "other"
+    base, out = tmp_path / "base", tmp_path / "out"
+    for folder in (base, other):
+        folder.mkdir()
+    SHAPES[shape](other)
+    named = {"model_type": "gpt2" if shape == "gpt2_bare" else "qwen2"}
+    if shape != "unigram":  # a folder of the tokenizer alone is enough where its class is named
+        (other / "config.json").write_text(json.dumps(named))
+    for file in made.base.iterdir():
+        if own != "none" or file.name not in files_of(made.base):
+            os.link(file, base / file.name)
+    if own != "none":
+        (base / "chat_template.jinja").write_text("{{ messages }}")
+    recipe = ConvertRecipe(
+        model=str(base), out=str(out), tokenizer=str(other), topk=6, window=4, sinks=2,
+        calibrate="none",
+    )  # fmt: skip
+    done = convert(recipe)
+    assert done.tokenizer.endswith("as of other")
+    found = AutoTokenizer.from_pretrained(out)
+    assert described(found) == described(AutoTokenizer.from_pretrained(other))
+    assert files_of(out) - files_of(other) <= {"tokenizer_config.json"}
+    again = {**done.plan.resolved(), "out": str(tmp_path / "again")}
+    convert(ConvertRecipe.model_validate(again))
+    assert described(AutoTokenizer.from_pretrained(tmp_path / "again")) == described(found)
+
+
+def test_calibration_reads_with_the_tokenizer_that_is_named(pair, tmp_path):
+    from sparsek_cli.conversion.calibrate.run import _tokenizer
+    from sparsek_cli.conversion.plan import plan
+    from sparsek_cli.errors import SparsekError
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    made, base = pair("llama", "mistral_plain"), tmp_path / "base"
+    base.mkdir()
+    for file in made.base.iterdir():
+        if file.name not in files_of(made.base):
+            os.link(file, base / file.name)
+    with pytest.raises(SparsekError, match="calibration needs a tokenizer") as refusal:
+        _tokenizer(plan(ConvertRecipe(model=str(base), out=str(tmp_path / "out"))))
+    assert "name a tokenizer with --tokenizer" in refusal.value.hint
+    named = ConvertRecipe(model=str(base), out=str(tmp_path / "out"), tokenizer=str(made.base))
+    assert described(_tokenizer(plan(named))) == described(base_tokenizer(made.base))

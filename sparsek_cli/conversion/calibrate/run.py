@@ -136,13 +136,14 @@ def search(
 
 def _tokenizer(plan: Plan) -> Any:
     try:
-        tokenizer = load_tokenizer(plan.base)
+        tokenizer = load_tokenizer(plan.tokenizer)
     except SparsekError as error:
         raise SparsekError(
             f"calibration needs a tokenizer: {error.message}",
-            hint="put the tokenizer files beside the weights, or give --calibrate none",
+            hint="put tokenizer files beside the weights, name a tokenizer with --tokenizer, or "
+            "give --calibrate none",
         ) from error
-    check_tokenizer(tokenizer, plan.config["vocab_size"], plan.base.name)
+    check_tokenizer(tokenizer, plan.config["vocab_size"], plan.tokenizer.name)
     return tokenizer
 
 
