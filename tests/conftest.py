@@ -241,6 +241,18 @@ def _one_command_line():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter():
+    """Where Triton's kernels are interpreted."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from quick_interpreter import quick_interpreter
+
+    with quick_interpreter():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same random state, whatever ran before it."""

@@ -1,0 +1,79 @@
+"""Triton's interpreter without what it does again and again: half of the time of its tests.
+
+Every launch, and within it every call of a device function, looks through all of triton.language
+for what to replace; every operation builds a table of NumPy's types; and every sum is computed a
+second time in int64, for an assertion that is off. What is replaced, and by what, stays as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+
+@contextmanager
+def quick_interpreter() -> Iterator[None]:
+    """In force while the context lasts; for triton 3.6 and 3.7, and nothing elsewhere."""
+    from triton.runtime import interpreter
+
+    names = ("_patch_lang", "_patch_builtin", "_LangPatchScope", "_get_np_dtype", "GridExecutor",
+             "interpreter_builder")  # fmt: skip
+    if not all(hasattr(interpreter, name) for name in names):
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        _replace_once_a_launch(interpreter, patch)
+        _remember_types(interpreter, patch)
+        builder = interpreter.interpreter_builder
+        if not builder.options.debug:
+            options = dataclasses.replace(builder.options, sanitize_overflow=False)
+            patch.setattr(builder, "options", options)
+        yield
+
+
+def _replace_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
+    languages = (interpreter.tl, interpreter.tl.core)
+    replaced: set[int] = set()  # of the launch that runs
+    builtins: dict[Any, list[tuple[str, Any]]] = {}
+
+    def fresh_launch(self, *args, **kwargs):
+        replaced.clear()
+        return launch(self, *args, **kwargs)
+
+    def replace_if_new(fn):
+        seen = {id(value) for value in fn.__globals__.values() if value in languages}
+        if seen and seen <= replaced:
+            return interpreter._LangPatchScope()
+        scope = replace(fn)
+        replaced.update(seen)
+        return scope
+
+    def replace_builtins(package, builder, scope):
+        if package not in builtins:
+            members = inspect.getmembers(package)
+            builtins[package] = [m for m in members if interpreter.tl.core.is_builtin(m[1])]
+        for name, member in builtins[package]:
+            interpreter._patch_attr(package, name, member, builder, scope)
+
+    patch.setattr(interpreter.GridExecutor, "__call__", fresh_launch)
+    patch.setattr(interpreter, "_patch_lang", replace_if_new)
+    patch.setattr(interpreter, "_patch_builtin", replace_builtins)
+
+
+def _remember_types(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    look_up = interpreter._get_np_dtype
+    found: dict[tuple[type, str], Any] = {}
+
+    def remembered(kind):
+        key = type(kind), kind.name
+        if key not in found:
+            found[key] = look_up(kind)
+        return found[key]
+
+    patch.setattr(interpreter, "_get_np_dtype", remembered)
