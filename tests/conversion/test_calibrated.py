@@ -122,7 +122,7 @@ def test_neighbouring_layers_of_a_deep_model_are_valued_together(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260k checkpoint is not here")
-def test_calibrated_scores_beat_random_and_window(tmp_path):
+def test_calibrated_scores_beat_random_and_window(tmp_path, all_steps):
     from transformers import AutoModelForCausalLM
 
     from sparsek_cli.models import budget, dense_attention, random_scores

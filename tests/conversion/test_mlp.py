@@ -63,7 +63,7 @@ def test_an_untrained_one_is_linear_and_every_part_learns():
     assert learned == {"weight", "bias", "hidden_weight", "hidden_bias", "out_weight"}
 
 
-def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path):
+def test_an_mlp_learns_what_a_line_cannot(dense_checkpoint, tmp_path, all_steps):
     base = dense_checkpoint("llama")
     plan = request(base, tmp_path / "out")
     torch.manual_seed(0)
