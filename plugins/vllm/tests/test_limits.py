@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 from sparsek_vllm import VERSIONS, limits
-from sparsek_vllm.server import refusal
 from vllm.engine.arg_utils import EngineArgs
+
+from sparsek_cli.errors import refusal
 
 REFUSED = {
     "speculative decoding": {

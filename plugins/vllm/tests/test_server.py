@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 openai = pytest.importorskip("openai")
+from checkpoints import NEW, tokenizer  # noqa: E402
 from servers import LONGEST, complete, members, started  # noqa: E402  needs openai
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -72,3 +76,42 @@ def test_clients_get_their_own_replies_and_a_signal_ends_it(server):
     server.process.terminate()
     assert server.process.wait(timeout=120) == 0
     assert not members(server)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_transformers_server_answers_to_the_name_that_is_printed(
+    number, checkpoint, expected, tmp_path
+):
+    """Sparsely, and it ends as asked."""
+    folder, prompt = checkpoint("qwen3"), "What colour is the door? " * 4
+    [want] = expected(folder, [tokenizer()(prompt).input_ids])
+    wanted, dense = (tokenizer().decode(ids) for ids in (want.written, want.dense_written))
+    assert wanted != dense
+    with started(folder, tmp_path / "log", "transformers") as server:
+        said = dict(line.split(maxsplit=1) for line in server.log.read_text().splitlines()[:5])
+        assert said["model"] == folder.name and said["url"] == server.url
+        assert "one request at a time" in said["limit"]
+        ask = {"model": said["model"], "max_tokens": NEW, "temperature": 0}
+        assert server.api.completions.create(prompt=prompt, **ask).choices[0].text == wanted
+        server.process.send_signal(number)
+        assert server.process.wait(timeout=120) == 0
+        assert "Aborted" not in server.log.read_text() and not members(server)
+
+
+def test_transformers_server_that_does_not_start_says_why(checkpoint):
+    command = [sys.executable, "-m", "sparsek_cli", "serve", str(checkpoint("qwen3"))]
+    options = {"capture_output": True, "text": True, "timeout": 120}
+    flags = ["--engine", "transformers", "--port", "8899", "--", "--attn-implementation", "sdpa"]
+    refused = subprocess.run([*command, *flags], **options)
+    assert refused.returncode > 0 and "Traceback" not in refused.stderr
+    *_, error, hint = refused.stderr.splitlines()
+    assert error.startswith("error: ") and "SparseK" in error and hint.startswith("hint: ")
+    loading = subprocess.Popen(
+        [*command, *flags[:4]], stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+    )
+    assert "starting" in loading.stderr.readline()
+    time.sleep(1.5)
+    loading.send_signal(signal.SIGINT)
+    _, said = loading.communicate(timeout=120)
+    assert loading.returncode in (130, 0), said  # 0: it was faster, and served
+    assert "Traceback" not in said and "Aborted" not in said
