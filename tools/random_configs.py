@@ -29,8 +29,9 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support")]
 from random_settings import draw, shape, sparsek_block  # noqa: E402
 
 TOKENS = 24
-# Differences of summation order, relative to the largest logit; recurrent forms differ more.
-CLOSE, CLOSE_STATES = 2e-5, 3e-4
+# Differences of summation order, relative to the largest logit; recurrent forms differ more. Sums
+# are of up to 256 features: 3e-5 was seen of models that differ by nothing else.
+CLOSE, CLOSE_STATES = 1e-4, 3e-4
 # Times the dense model's own distance of decoding from prefill, where states make one.
 LIKE_DENSE = 3
 # A dense model further away than this does not go on from its state at all (`Row.reads_once`).
