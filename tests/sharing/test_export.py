@@ -106,6 +106,24 @@ def test_nothing_is_copied_and_side_files_come_along(llama, tmp_path):
     assert set(copied.means) == {"copy"}
 
 
+@pytest.mark.parametrize("size", [None, "20KB"])
+def test_llama_cpp_s_converter_finds_every_tensor(make_checkpoint, convert, tmp_path, size):
+    """It looks for model*.safetensors, wants an index of just what they hold, and knows names."""
+    gguf = pytest.importorskip("gguf")
+    from sparsek_cli.conversion.shards import read_shard
+
+    base = make_checkpoint(tmp_path / "base", max_shard_size=size)
+    dense = Path(sparsek.export(convert(base, tmp_path / "sparse"), tmp_path / "dense").out)
+    parts = sorted(dense.glob("*.safetensors"))
+    assert all(part.name.startswith("model") for part in parts)
+    held = {name for part in parts for name in read_shard(part).tensors}
+    if size is not None:
+        index = json.loads((dense / "model.safetensors.index.json").read_text())["weight_map"]
+        assert index.keys() == held and {*index.values()} == {part.name for part in parts}
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2)
+    assert all(known.get_name(name, try_suffixes=(".weight",)) for name in held)
+
+
 def test_the_verb_shows_and_writes(llama, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
