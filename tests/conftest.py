@@ -253,6 +253,16 @@ def _quick_interpreter():
         yield
 
 
+@pytest.fixture(scope="session")
+def clean_program(tmp_path_factory):
+    """`clean_program(code)` -> exit code, stdout and stderr of a program that never imported us."""
+    from clean_programs import CleanPrograms
+
+    programs = CleanPrograms(tmp_path_factory.mktemp("programs"))
+    yield programs
+    programs.close()
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     """Every test starts from the same random state, whatever ran before it."""

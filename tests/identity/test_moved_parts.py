@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 
 import accelerate
 import pytest
@@ -89,7 +87,7 @@ def test_a_cache_stays_inside_of_autocast_or_outside(sparse_model):
     assert "autocast" in refusal.value.hint
 
 
-def test_configs_and_models_pickle_into_a_fresh_process(sparse_model, tmp_path):
+def test_configs_and_models_pickle_into_a_fresh_process(sparse_model, tmp_path, clean_program):
     expected = {}
     for family in FAMILIES:
         model = sparse_model(family)
@@ -109,7 +107,7 @@ for family, logits in expected.items():
     assert torch.equal(model(ids, past_key_values=cache).logits, logits)
     print(family)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = clean_program(code)
     assert done.stdout.split() == list(FAMILIES), done.stderr
 
 

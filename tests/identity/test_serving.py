@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -42,14 +40,11 @@ os._exit(0)  # the manager's timers would be waited for
 """
 
 
-def test_the_server_s_loader_runs_sparse(saved):
+def test_the_server_s_loader_runs_sparse(saved, clean_program):
     pytest.importorskip("transformers.cli.serving.model_manager")
     support = str(Path(__file__).parents[1] / "support")
     code = SERVED.format(support=support, folder=str(saved("qwen3")))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = clean_program(code)
     assert done.stdout.split()[-3:] == ["refused", "refused", "sparse"], done.stderr[-3000:]
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,7 +77,7 @@ def test_families_are_known_to_auto_tokenizer(shape, families, tmp_path):
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_program_without_this_package_gets_the_same_tokenizers(
-    every, shapes_in_turn, pair, tmp_path
+    every, shapes_in_turn, pair, tmp_path, clean_program
 ):
     expected = {}
     for shape, own in shapes_in_turn.items():
@@ -102,7 +100,7 @@ for folder, wanted in expected.items():
         assert found[key] == wanted[key], (folder, key)
 assert not any(name.startswith("sparsek") for name in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = clean_program(code)
     assert done.returncode == 0, done.stderr
 
 

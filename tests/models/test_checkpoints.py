@@ -1,8 +1,6 @@
 """Saving and loading: a converted model is an ordinary transformers checkpoint."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,18 +14,6 @@ from sparsek_cli.errors import SparsekError, UsageError
 @pytest.fixture
 def ids():
     return torch.randint(4, 128, (2, 14))
-
-
-def run(code: str, **options) -> subprocess.CompletedProcess:
-    """A fresh Python that shares nothing with this one; stdin is empty, as in a batch job."""
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=120,
-        **options,
-    )
 
 
 @torch.no_grad()
@@ -94,10 +80,10 @@ def test_missing_scorers_are_initialised(dense_checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-def test_fresh_process_with_import(sparse_model, tokenizer, tmp_path):
+def test_fresh_process_with_import(sparse_model, tokenizer, tmp_path, clean_program):
     sparse_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    done = run(
+    done = clean_program(
         "import sparsek_cli.models\n"
         "from transformers import AutoModelForCausalLM\n"
         f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
@@ -106,11 +92,11 @@ def test_fresh_process_with_import(sparse_model, tokenizer, tmp_path):
     assert done.returncode == 0 and done.stdout.strip() == "SparseKLlamaForCausalLM", done.stderr
 
 
-def test_fresh_process_without_import(sparse_model, tokenizer, tmp_path):
+def test_fresh_process_without_import(sparse_model, tokenizer, tmp_path, clean_program):
     """One process that never imports us: tokenizer, clear refusal, then trusted remote code."""
     sparse_model("qwen2").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    done = run(
+    done = clean_program(
         "import sys\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"folder = {str(tmp_path)!r}\n"
@@ -130,33 +116,25 @@ def test_fresh_process_without_import(sparse_model, tokenizer, tmp_path):
         "model.save_pretrained(folder + '/again')\n"
         "import os\n"
         "print(sorted(name for name in os.listdir(folder + '/again') if name.endswith('.py')))",
-        env={**_offline(), "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("['modeling_sparsek.py']"), done.stdout
 
 
-def test_missing_package_says_so(sparse_model, tokenizer, tmp_path):
+def test_missing_package_says_so(sparse_model, tokenizer, tmp_path, clean_program):
     sparse_model("llama").save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    done = run(
+    done = clean_program(
         "import sys\n"
         "sys.modules['sparsek_cli'] = None  # as if it were not installed\n"
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
         f"folder = {str(tmp_path)!r}\n"
         "AutoTokenizer.from_pretrained(folder)\n"
         "AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)",
-        env={**_offline(), "HF_MODULES_CACHE": str(tmp_path / "modules")},
     )
     assert done.returncode == 1
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError") and "needs the sparsek package" in last
-
-
-def _offline() -> dict[str, str]:
-    import os
-
-    return {**os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def test_tokenizer_loads_here_too(family, sparse_model, dense_checkpoint, tmp_path):

@@ -75,7 +75,17 @@ def test_wheel_holds_nothing_else(names):
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
-def test_unpacked_wheel_runs_and_finds_its_recipes(wheel, tmp_path):
+# Both packages are found without importing one, which imports torch.
+FOUND = (
+    "import importlib.util; find = importlib.util.find_spec\n"
+    "assert all(find(n).origin.startswith(sys.path[0]) for n in ('sparsek_cli', 'sparsek_kernels'))"
+)
+
+
+@pytest.mark.parametrize(
+    "look", [FOUND, pytest.param("import sparsek_cli.models", marks=pytest.mark.slow)]
+)
+def test_unpacked_wheel_runs_and_finds_its_recipes(wheel, tmp_path, look):
     """As pip lays it out: the package beside share/, no checkout in sight."""
     site = tmp_path / "lib" / "site-packages"
     with zipfile.ZipFile(wheel) as archive:
@@ -84,7 +94,7 @@ def test_unpacked_wheel_runs_and_finds_its_recipes(wheel, tmp_path):
         shutil.copytree(data, tmp_path / "share")
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import sparsek_cli, sparsek_kernels\n"
+        f"{look}\nimport sparsek_cli\n"
         "from sparsek_cli.recipes.load import recipe_names\n"
         "from sparsek_cli.app import run\n"
         "assert sparsek_cli.__file__.startswith(sys.path[0]), sparsek_cli.__file__\n"
@@ -103,11 +113,15 @@ def test_kernels_folder_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def test_transformers_imports_with_our_tree_on_the_path():
+@pytest.mark.parametrize(
+    "first",
+    ["", pytest.param("from transformers import LlamaForCausalLM", marks=pytest.mark.slow)],
+)
+def test_transformers_imports_with_our_tree_on_the_path(first):
     """Hugging Face's package `kernels` must never be looked for, and found, in our tree."""
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'kernels')!r}]\n"
-        "from transformers import LlamaForCausalLM\n"
+        f"{first}\n"
         "import importlib.util\n"
         "spec = importlib.util.find_spec('kernels')\n"
         f"ours = spec is not None and (spec.origin or '').startswith({str(ROOT / 'kernels')!r})\n"
