@@ -56,7 +56,7 @@ def sparsek_attention(
             to the logits) or `kv` (the paper's: m scales key and value rows).
         cu_seqlens: [docs + 1] bounds of documents packed along N (B must be 1); prefixes, sinks
             and windows restart at each. With a state, one row of the state per document, and
-            empty documents are allowed.
+            empty documents are allowed; on a GPU the bounds are then believed, not looked at.
         state: what earlier calls kept, in q's dtype or in 8 bits (queries of this call see each
             other's keys as they are, and earlier ones as they were kept). It is consumed: use the
             returned one, clone() to keep it. Rows of a pool (`StateRows`) change in place, and

@@ -32,6 +32,21 @@ class RowGroup:
         return picked.unflatten(1, self.index.shape).transpose(0, 1)
 
 
+def document_lengths(cu_seqlens: Tensor, n: int) -> list[int]:
+    """Tokens of each document; waits for the device that has the bounds.
+
+    Raises:
+        ValueError: as `row_groups`.
+    """
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError("cu_seqlens must hold at least two integer bounds")
+    host = cu_seqlens.tolist()
+    lengths = [b - a for a, b in zip(host, host[1:], strict=False)]
+    if host[0] != 0 or host[-1] != n or min(lengths) < 0:
+        raise ValueError(f"cu_seqlens must rise from 0 to {n}, the number of packed tokens")
+    return lengths
+
+
 def row_groups(cu_seqlens: Tensor, n: int) -> list[RowGroup]:
     """Group documents by length, within a factor of two, so that padding at most doubles work.
 
@@ -41,13 +56,8 @@ def row_groups(cu_seqlens: Tensor, n: int) -> list[RowGroup]:
     Raises:
         ValueError: the bounds are not 0 .. n in order.
     """
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
-        raise ValueError("cu_seqlens must hold at least two integer bounds")
+    lengths = document_lengths(cu_seqlens, n)
     bounds = cu_seqlens.to(torch.int64)
-    host = bounds.tolist()
-    lengths = [b - a for a, b in zip(host, host[1:], strict=False)]
-    if host[0] != 0 or host[-1] != n or min(lengths) < 0:
-        raise ValueError(f"cu_seqlens must rise from 0 to {n}, the number of packed tokens")
     buckets: dict[int, list[int]] = {}
     for document, length in enumerate(lengths):
         if length:

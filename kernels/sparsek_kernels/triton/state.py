@@ -1,7 +1,8 @@
-"""The state after a call in two launches: which key goes into which slot, and the copying.
+"""The keys of a call that continues states, and the states it leaves behind.
 
-The twin of `keys.next_state`, which takes some fifty launches of PyTorch: too many where a short
-prompt is read.
+Twins of what `sparsek_kernels.keys` does: documents packed along one row are listed as they are,
+and a new state takes two launches, which key goes into which slot, and the copying; some fifty of
+PyTorch are too many where a short prompt is read.
 """
 
 import dataclasses
@@ -10,12 +11,16 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from sparsek_kernels.keys import KeyList
+from sparsek_kernels.keys import KeyList, list_keys, list_new_keys
+from sparsek_kernels.quantization import quantize
+from sparsek_kernels.rows import document_lengths
+from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
-from sparsek_kernels.triton.geometry import head_budgets
+from sparsek_kernels.triton.geometry import Geometry, geometry, head_budgets
 from sparsek_kernels.triton.selection import FOREVER
-from sparsek_kernels.triton.tiles import rows_of
+from sparsek_kernels.triton.tiles import rows_of, sequence_at
 
 BLOCK = 1024  # keys or slots that a program looks at together
 ROWS = 32  # slots that a program copies
@@ -23,21 +28,128 @@ _EMPTY = tl.constexpr(EMPTY)
 _FOREVER = tl.constexpr(FOREVER)
 
 
+def list_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    slopes: Tensor | None,
+    layout: SlotLayout,
+    state: SparseKState,
+    *,
+    fresh: bool,
+) -> tuple[KeyList, Geometry]:
+    """The keys of each batch item, and who sees which.
+
+    Args:
+        q [B, H, N, D], k and v [B, G, N, D], scores [B, G, N].
+        fresh: the state has seen nothing, and is not looked at.
+    """
+    batch, _, n, _ = q.shape
+    positions = torch.arange(n, device=q.device).expand(batch, n)
+    if not fresh:
+        positions = positions + state.seen[:, None]
+    effective = effective_scores(scores, slopes, positions)
+    listed = list_new_keys if fresh else list_keys
+    keys = listed(k, v, effective, positions, layout, state)
+    if fresh:
+        return keys, geometry(q.shape, k.shape, q.device)
+    window_start = keys.keys.shape[2] - n - _window_held(state)
+    return keys, geometry(q.shape, keys.keys.shape, q.device, window_start=window_start)
+
+
+def list_documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scores: Tensor,
+    slopes: Tensor | None,
+    cu_seqlens: Tensor,
+    layout: SlotLayout,
+    state: SparseKState,
+) -> tuple[KeyList, Geometry]:
+    """The keys of all documents in one row, [slots | tokens] of each, and who sees which.
+
+    So one launch of every kernel does for documents of any lengths, none is padded to the length
+    of another, and nobody asks the device how long they are.
+
+    Args:
+        q [1, H, N, D], k and v [1, G, N, D], scores [1, G, N].
+        cu_seqlens: [docs + 1] bounds of the documents along N.
+        state: one row for each document.
+
+    Raises:
+        ValueError: the bounds, where they are on the CPU, are not 0 .. N in order.
+    """
+    n, device = q.shape[2], q.device
+    if cu_seqlens.device.type == "cpu":  # on a GPU they are believed: to look is to wait
+        document_lengths(cu_seqlens, n)
+    bounds = cu_seqlens.to(device=device, dtype=torch.int64)
+    token = torch.arange(n, device=device)
+    document = torch.searchsorted(bounds, token, right=True) - 1
+    positions = token - bounds[document] + state.seen[document]
+    effective = effective_scores(scores, slopes, positions)
+    effective = effective.masked_fill(positions < layout.sinks, torch.inf)
+    held = _slots_alone(k, v, layout, state)
+    width = held.keys.shape[2]
+    before = torch.arange(state.batch + 1, device=device) * width
+    slots = ((bounds + before)[:-1, None] + torch.arange(width, device=device)).flatten()
+    tokens = token + before[1:][document]
+
+    def joined(held: Tensor, new: Tensor) -> Tensor:
+        """Slots [docs, G, width, ...] and tokens [1, G, N, ...] in one row."""
+        row = held.new_empty(held.shape[1], slots.numel() + n, *held.shape[3:])
+        row[:, slots] = held.transpose(0, 1).flatten(1, 2)
+        row[:, tokens] = new[0].to(row.dtype)
+        return row[None]
+
+    keys, values = joined(held.keys, k), joined(held.values, v)
+    stored = {"keys": keys, "values": values}
+    if state.quantized:
+        new = {}
+        for name, x in (("key", k), ("value", v)):
+            new[f"{name}s"], new[f"{name}_scale"] = quantize(x)
+        stored = {name: joined(part, new[name]) for name, part in held.stored.items()}
+    listed = KeyList(
+        keys, values, stored,
+        joined(held.effective, effective),
+        joined(held.positions, positions.expand(1, layout.heads, -1)),
+        held.base, held.slots, n,
+    )  # fmt: skip
+    first = bounds + before
+    window = first[:-1] + width - _window_held(state)
+    shape = geometry(q.shape, keys.shape, device, bounds, cu_keys=first, window_start=window)
+    return listed, shape
+
+
+def _window_held(state: SparseKState) -> Tensor:
+    """[B] int64, tokens that each row's window holds: those since max(sinks, seen - window)."""
+    return (state.seen - state.layout.sinks).clamp(0, state.layout.window)
+
+
+def _slots_alone(k: Tensor, v: Tensor, layout: SlotLayout, state: SparseKState) -> KeyList:
+    """What each state holds, and no token."""
+    none = (x.new_empty(state.batch, layout.heads, 0, x.shape[3]) for x in (k, v))
+    scores = k.new_empty(state.batch, layout.heads, 0, dtype=torch.float64)
+    return list_keys(*none, scores, state.seen.new_empty(state.batch, 0), layout, state)
+
+
 @triton.jit
 def _choose_slots(
-    end, effective, lengths, seen, budgets, starts, take,
-    heads, keys, queries, base, slots, sinks, window,
-    RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+    end, effective, sequences, seen, budgets, starts, take,
+    heads, row_keys, base, slots, sinks, window, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """take[row, slot] = index in the key list of what one head's slots hold, -1 for nothing."""
+    """take[row, slot] = place in the row's keys of what one head's slots hold, -1 for nothing."""
     row = tl.program_id(0)
     head = tl.program_id(1)
-    length = tl.load(lengths + row).to(tl.int32) if RAGGED else queries
+    its = sequence_at(sequences, row)
+    length = its.queries
+    keys = its.keys
     last = length - 1
     k = tl.load(budgets + head)
     mine = take + row.to(tl.int64) * slots + tl.load(starts + head)
-    line = (row.to(tl.int64) * heads + head) * keys
-    first = keys - queries
+    line = (its.batch * heads + head) * row_keys + its.first_key
+    first = its.first_key + keys - length  # `end` counts keys from the start of the row
     lane = tl.arange(0, BLOCK)
     count = 0
     for start in range(0, keys, BLOCK):
@@ -74,7 +186,7 @@ def _choose_slots(
 
 @triton.jit
 def _copy_slots(
-    take, owner, keys, values, effective, positions,
+    take, owner, sequences, keys, values, effective, positions,
     new_keys, new_values, new_scores, new_positions,
     heads, listed, slots, size,
     key_row, key_head, key_step, value_row, value_head, value_step, place_row, place_head,
@@ -82,24 +194,26 @@ def _copy_slots(
 ):  # fmt: skip
     """Copies what `take` names into the slots; empty ones get zeros and position EMPTY."""
     row = tl.program_id(0).to(tl.int64)
+    its = sequence_at(sequences, row)
     slot = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = slot < slots
     index = tl.load(take + row * slots + slot, mask=inside, other=-1)
     head = tl.load(owner + slot, mask=inside, other=0).to(tl.int64)
     there = index >= 0
-    score = tl.load(effective + (row * heads + head) * listed + index, mask=there, other=0.0)
+    index += its.first_key
+    score = tl.load(effective + (its.batch * heads + head) * listed + index, mask=there, other=0.0)
     score = tl.where(score == float("inf"), 0.0, score)  # a sink's score is never read
     tl.store(new_scores + row * slots + slot, score, mask=inside)
     place = tl.load(
-        positions + row * place_row + head * place_head + index, mask=there, other=_EMPTY
+        positions + its.batch * place_row + head * place_head + index, mask=there, other=_EMPTY
     )
     tl.store(new_positions + row * slots + slot, place.to(tl.int32), mask=inside)
     dim = tl.arange(0, SIZE)[None, :]
     wanted = there[:, None] & (dim < size)
     to = (row * slots + slot)[:, None] * size + dim
     index = index.to(tl.int64)
-    from_key = row * key_row + head * key_head + index * key_step
-    from_value = row * value_row + head * value_head + index * value_step
+    from_key = its.batch * key_row + head * key_head + index * key_step
+    from_value = its.batch * value_row + head * value_head + index * value_step
     stored = inside[:, None] & (dim < size)
     tl.store(new_keys + to, tl.load(keys + from_key[:, None] + dim, mask=wanted, other=0.0),
              mask=stored)  # fmt: skip
@@ -120,26 +234,25 @@ def next_state(
     keys: KeyList,
     layout: SlotLayout,
     end: torch.Tensor,
-    lengths: torch.Tensor | None,
+    shape: Geometry,
     state: SparseKState,
 ) -> SparseKState:
-    """The state after the new tokens of each row; tensors are new.
+    """The state after the new tokens of each sequence; tensors are new.
 
     Args:
-        keys: not in 8 bits.
+        keys: of batch items, or of documents packed along one row.
         end: int32 [B, G, M] of `selection_ends`.
-        lengths: [B] int64, how many of the new tokens are real; None: all N.
+        state: one row for each sequence of `shape`.
     """
-    batch, heads, listed = keys.effective.shape
-    device, slots, size = keys.keys.device, layout.total, keys.keys.shape[3]
+    heads, listed = keys.effective.shape[1:]
+    batch, device, slots, size = state.batch, keys.keys.device, layout.total, keys.keys.shape[3]
     starts, owner = _places(layout, device)
     take = torch.empty(batch, slots, dtype=torch.int32, device=device)
     effective = keys.effective.contiguous()
     _choose_slots[(batch, heads)](
-        end, effective, state.seen if lengths is None else lengths, state.seen,
-        head_budgets(layout.topk, device), starts, take,
-        heads, listed, keys.n, keys.base, slots, layout.sinks, layout.window,
-        RAGGED=lengths is not None, BLOCK=BLOCK, num_warps=4,
+        end, effective, shape.sequences, state.seen, head_budgets(layout.topk, device), starts,
+        take, heads, listed, keys.base, slots, layout.sinks, layout.window,
+        BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     new = dataclasses.replace(
         state,
@@ -147,16 +260,22 @@ def next_state(
         values=torch.empty(batch, slots, size, dtype=state.values.dtype, device=device),
         positions=torch.empty(batch, slots, dtype=torch.int32, device=device),
         scores=torch.empty(batch, slots, dtype=torch.float64, device=device),
-        seen=state.seen + (keys.n if lengths is None else lengths),
+        seen=state.seen + shape.sequences[:, 2],
         support=None,
         tau=None,
     )
-    k, v = rows_of(keys.keys), rows_of(keys.values)
+    k, v = rows_of(keys.stored["keys"]), rows_of(keys.stored["values"])
     places = keys.positions.expand(-1, heads, -1)
     _copy_slots[(batch, triton.cdiv(slots, ROWS))](
-        take, owner, k, v, effective, places,
+        take, owner, shape.sequences, k, v, effective, places,
         new.keys, new.values, new.scores, new.positions,
         heads, listed, slots, size, *k.stride()[:3], *v.stride()[:3], *places.stride()[:2],
         ROWS=ROWS, SIZE=triton.next_power_of_2(size), num_warps=4,
     )  # fmt: skip
+    if state.quantized:
+        lines = shape.sequences[:, :1] * heads + owner
+        place = lines.long() * listed + shape.sequences[:, 3:4] + take
+        for name in ("key_scale", "value_scale"):
+            held = keys.stored[name].flatten()[place.clamp(min=0)]
+            setattr(new, name, held.masked_fill(take < 0, 0))
     return new

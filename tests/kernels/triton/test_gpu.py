@@ -221,3 +221,44 @@ def test_rows_of_a_pool_step_as_rows_of_their_own():
         assert torch.equal(out, expected)
     for name, tensor in held.take().slots.items():
         assert torch.equal(tensor, alone.slots[name]), name
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8])
+@torch.no_grad()
+def test_rows_read_pieces_of_any_lengths_in_one_launch(relative_error, kept):
+    """As each alone, and nobody asks the device how long they are."""
+    shape = dict(topk=(40, 90), window=32, sinks=4)
+    options = dict(**shape, slopes=torch.tensor([0.0, 0.02], device="cuda"), backend="triton")
+    sizes = dict(dtype=kept, device="cuda")
+    pool = strided_pool(9, 2, 64, **sizes, **shape)
+    alone = [SparseKState.empty(1, 2, 64, **sizes, **shape) for _ in range(4)]
+    rows = torch.tensor([7, 2, 5, 0], device="cuda")
+    fresh = torch.ones(4, dtype=torch.bool, device="cuda")
+    new = torch.Generator("cuda").manual_seed(0)
+    # Beyond 1024 packed tokens key lists are built in two steps: sums come in another order.
+    for lengths in ([300, 17, 467, 64], [3, 200, 64, 500], [1500, 17, 467, 64]):
+        n = sum(lengths)
+        bf16 = dict(generator=new, device="cuda", dtype=torch.bfloat16)
+        tensors = [torch.randn(1, h, n, 64, **bf16) for h in (8, 2, 2)]
+        tensors.append(torch.randn(1, 2, n, generator=new, device="cuda"))
+        bounds = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+        held = StateRows(pool, rows, fresh)
+        kept_before = held.take()
+        warm = [x.clone() for x in tensors]
+        sparsek_attention(*warm, cu_seqlens=bounds, state=kept_before, **options)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            out, _ = sparsek_attention(*tensors, cu_seqlens=bounds, state=held, **options)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        fresh, first = None, 0
+        for row, length in enumerate(lengths):
+            cut = [x[:, :, first : first + length] for x in tensors]
+            expected, alone[row] = sparsek_attention(*cut, state=alone[row], **options)
+            found = out[:, :, first : first + length]
+            if n <= 1024:
+                assert torch.equal(found, expected)
+            assert relative_error(found, expected) < TOLERANCE[torch.bfloat16]
+            first += length
+    for name, tensor in StateRows(pool, rows).take().slots.items():
+        assert torch.equal(tensor, torch.cat([state.slots[name] for state in alone])), name

@@ -138,3 +138,26 @@ def test_a_carried_state_changes_nothing(emulated, make_inputs, relative_error):
         out, state = sparsek_attention(*cut, state=state, backend="triton", **options)
         chunks.append(out)
     assert relative_error(torch.cat(chunks, 2), whole) < TOLERANCE[torch.bfloat16]
+
+
+@torch.no_grad()
+def test_packed_documents_continue_their_states_as_alone(emulated, make_inputs, relative_error):
+    """In one launch: a document's slots stand before its tokens, and the next one's after them."""
+    shape = dict(topk=[30, 17], window=50, sinks=2)
+    state = SparseKState.empty(3, 2, 64, dtype=torch.bfloat16, **shape)
+    alone = [state.index_select(torch.tensor([row])) for row in range(3)]
+    for lengths in ([130, 20, 3], [2, 0, 90]):
+        (q, k, v, scores), _ = half_inputs(
+            make_inputs, sum(lengths), torch.bfloat16, heads=4, groups=2, dim=64
+        )
+        bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
+        options = dict(shape, backend="triton")
+        out, state = sparsek_attention(
+            q, k, v, scores, cu_seqlens=torch.tensor(bounds), state=state, **options
+        )
+        for row, (first, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            if first < stop:
+                cut = [x[:, :, first:stop] for x in (q, k, v, scores)]
+                expected, alone[row] = sparsek_attention(*cut, state=alone[row], **options)
+                assert relative_error(out[:, :, first:stop], expected) < 1e-6
+    assert torch.equal(state.positions[[0, 2]], torch.cat([alone[0].positions, alone[2].positions]))
