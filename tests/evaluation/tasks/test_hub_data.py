@@ -59,19 +59,20 @@ def test_babilong_reads_the_length_it_is_asked_for(run, recipe, console, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("group", "repository"),
+    ("group", "repositories"),
     [
-        ("longbench2", "recursal/longbench-v2"),
-        ("babilong", "RMT-team/babilong-1k-samples"),
-        ("infinitebench", "xinrongzhang2022/InfiniteBench"),
-        ("short", "Rowan/hellaswag"),
-        ("short", "openai/gsm8k"),
+        ("longbench2", ["recursal/longbench-v2"]),
+        ("babilong", ["RMT-team/babilong-1k-samples"]),
+        ("infinitebench", ["xinrongzhang2022/InfiniteBench"]),
+        ("short", ["Rowan/hellaswag", "openai/gsm8k"]),
     ],
 )
-def test_what_is_missing_is_named_with_how_to_place_it(run, recipe, console, group, repository):
-    with pytest.raises(SparsekError, match=f"{repository} is not in the hub's cache") as caught:
+def test_what_is_missing_is_named_with_how_to_place_it(run, recipe, console, group, repositories):
+    with pytest.raises(SparsekError, match="is not in the hub's cache") as caught:
         run(recipe(tasks=[group], lengths=[], data=None), console)
-    assert f"--local-dir DIR/{repository}" in caught.value.hint
+    for repository in repositories:
+        assert f"{repository} is not in the hub's cache" in caught.value.message
+        assert f"--local-dir DIR/{repository}" in caught.value.hint
 
 
 def test_longbench_names_the_packages_it_needs(run, recipe, console):
