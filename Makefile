@@ -25,6 +25,9 @@ demo: $(STAMP)
 # collects only where its tests are.
 INTERPRETED = tests/kernels tests/models/test_fused.py tests/benchmarks
 
+# Workers and the programs that tests start would compile the same files each time.
+test slow-test: export PYTHONDONTWRITEBYTECODE =
+
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not interpret and not slow'
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret' $(INTERPRETED)
