@@ -73,6 +73,8 @@ def test_kill_and_resume_gives_the_same_results(start, tmp_path):
     assert not list((tmp_path / "killed").rglob("*.part"))
 
 
+# In this process: test_run.py; of a process, tests/cli/test_app.py.
+@pytest.mark.slow
 def test_ctrl_c_leaves_results_and_a_report(start, tmp_path):
     process = start("stopped")
     wait_for(tmp_path / "stopped", 2, process)

@@ -368,4 +368,5 @@ def test_ctrl_c_leaves_a_valid_partial_result(run, recipe, console, tmp_path, mo
         run(recipe(tasks=["ppl"], limit=1), console)
     report = json.loads((tmp_path / "out" / "results.json").read_text())
     assert report["complete"] is False
+    assert "not complete" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert [unit["policy"] for unit in report["units"]] == ["dense"]

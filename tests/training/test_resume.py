@@ -1,4 +1,4 @@
-"""kill -9 at any moment, then --resume: the same model as if nothing had happened."""
+"""Ctrl-C or kill -9 at any moment, then --resume: the same model as if nothing had happened."""
 
 import subprocess
 import sys
@@ -26,19 +26,24 @@ def start(made, folder: Path, *flags: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
-def test_killed_and_resumed_equals_uninterrupted(recipe, scratch, tmp_path):
-    whole = finetune(recipe(*scratch, *WORDS, out="whole"))
-    made = recipe(*scratch, *WORDS)
-    part = part_folder(tmp_path / "out")
-    process = start(made, tmp_path)
+def kill_after_a_checkpoint(made, folder: Path) -> None:
+    process = start(made, folder)
     until = time.monotonic() + 120
-    while not list(part.glob("checkpoint-[369]")) and process.poll() is None:
+    while not list(part_folder(folder / "out").glob("checkpoint-[369]")) and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.01)
     process.kill()
     process.wait()
+    assert list(part_folder(folder / "out").glob("checkpoint-*")), process.stderr.read()
+
+
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_stopped_and_resumed_equals_uninterrupted(recipe, scratch, tmp_path, interrupted, kill):
+    whole = finetune(recipe(*scratch, *WORDS, out="whole"))
+    made = recipe(*scratch, *WORDS)
+    part = part_folder(tmp_path / "out")
+    kill_after_a_checkpoint(made, tmp_path) if kill else interrupted(made, 5)
     kept = sorted(part.glob("checkpoint-*"))
-    assert kept, process.stderr.read()
     assert {file.suffix for file in kept[0].iterdir()} == {".safetensors", ".json"}
     with pytest.raises(UsageError, match="an unfinished run"):
         finetune(made)
