@@ -131,6 +131,10 @@ def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:
 
 
 def start(plan: ServePlan) -> None:
-    """Becomes the server: signals reach it directly, and nothing is left when it ends."""
+    """Becomes the server: signals reach it directly, and nothing is left when it ends.
+
+    What it says goes to stderr: stdout holds the result alone, and ends with it.
+    """
     sys.stdout.flush()
+    os.dup2(sys.__stderr__.fileno(), sys.__stdout__.fileno())
     os.execv(plan.command[0], plan.command)

@@ -231,6 +231,8 @@ def test_it_becomes_the_server_unless_the_port_is_taken(sparsek, converted, inst
     installed(*ALL)
     became = []
     monkeypatch.setattr(serving.os, "execv", lambda *call: became.append(call))
+    moved = []
+    monkeypatch.setattr(serving.os, "dup2", lambda *call: moved.append(call))
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -243,6 +245,7 @@ def test_it_becomes_the_server_unless_the_port_is_taken(sparsek, converted, inst
     assert shown.code == 0 and f"127.0.0.1:{port}" in shown.out and "requests in 1 GiB" in shown.out
     [(program, command)] = became
     assert program == command[0] == sys.executable and str(port) in command
+    assert moved == [(2, 1)], "what the server says goes to stderr, or --json would be no JSON"
 
 
 @pytest.mark.parametrize("kind", ["refused", "broken", "ended while loading", "ended", "no"])

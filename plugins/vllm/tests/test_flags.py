@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import pytest
-
-try:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
-except ImportError:  # 0.31
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from sparsek_cli.serving import flags

@@ -101,13 +101,14 @@ def test_transformers_server_answers_to_the_name_that_is_printed(
 def test_transformers_server_that_does_not_start_says_why(checkpoint):
     command = [sys.executable, "-m", "sparsek_cli", "serve", str(checkpoint("qwen3"))]
     options = {"capture_output": True, "text": True, "timeout": 120}
-    flags = ["--engine", "transformers", "--port", "8899", "--", "--attn-implementation", "sdpa"]
-    refused = subprocess.run([*command, *flags], **options)
+    flags = ["--engine", "transformers", "--port", "8899", "--json"]
+    refused = subprocess.run([*command, *flags, "--", "--attn-implementation", "sdpa"], **options)
+    assert json.loads(refused.stdout)["url"].endswith(":8899/v1"), "and nothing of the server's"
     assert refused.returncode > 0 and "Traceback" not in refused.stderr
     *_, error, hint = refused.stderr.splitlines()
     assert error.startswith("error: ") and "SparseK" in error and hint.startswith("hint: ")
     loading = subprocess.Popen(
-        [*command, *flags[:4]], stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
+        [*command, *flags], stderr=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
     )
     assert "starting" in loading.stderr.readline()
     time.sleep(1.5)
