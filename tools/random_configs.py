@@ -3,13 +3,13 @@
     python tools/random_configs.py --count 3000 --seed 0
     python tools/random_configs.py --family gpt_oss --count 50
 
-Settings (`draw`) and shapes (`shape`: sizes, heads per KV head, kinds of layers, experts) are
-random. Each config must do one of two things. It is converted, and then its logits, and those that
-losses are made of, are the dense model's where nothing is dropped, decoding in pieces is prefill,
-left padding and packed documents have no influence, a saved model loads as it was, and what
-config.json alone says of it (as `sparsek convert` reads it) is what the classes say. Or it is
-refused with a reason (`UsageError`, `SparsekError`), as are those that transformers itself refuses.
-Anything else is a fault, and shown with what reproduces it.
+Settings (`draw`), shapes (`shape`: sizes, heads per KV head, kinds of layers, experts) and keys of
+other families (`stray`) are random. Each config must do one of two things. It is converted, and
+then its logits, and those that losses are made of, are the dense model's where nothing is dropped,
+decoding in pieces is prefill, left padding and packed documents have no influence, a saved model
+loads as it was, and what config.json alone says of it (as `sparsek convert` reads it) is what the
+classes say. Or it is refused with a reason (`UsageError`, `SparsekError`), as are those that
+transformers itself refuses. Anything else is a fault, and shown with what reproduces it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "tests" / "support")]
 
-from random_settings import draw, shape, sparsek_block  # noqa: E402
+from random_settings import draw, shape, sparsek_block, stray  # noqa: E402
 
 TOKENS = 24
 # Differences of summation order, relative to the largest logit; recurrent forms differ more. Sums
@@ -199,7 +199,8 @@ def main() -> None:
             family = families[number % len(families)]
             # Shapes have numbers of their own, so that settings and weights of a number stay.
             shapes = shape(random.Random(f"shape-{options.seed}-{number}"), family)
-            settings = draw(rng, family) | shapes
+            others = stray(random.Random(f"stray-{options.seed}-{number}"), family)
+            settings = others | draw(rng, family) | shapes
             outcome = check(family, settings, rng)
             outcomes[outcome.split(":")[0]] += 1
             if not outcome.startswith("converted"):

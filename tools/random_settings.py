@@ -51,6 +51,17 @@ EXPERTS = {
     "moe_k": 2,
     "moe_topk": 2,
 }
+# Keys that some families have; in the files of others no model looks at them.
+STRAY: dict[str, list[Any]] = {
+    "final_logit_softcapping": [2.0],
+    "is_causal": [False, True],
+    "layer_types": [["full_attention", "full_attention"], ["sliding_attention", "full_attention"]],
+    "lm_head_multiplier": [3.0],
+    "logit_scale": [3.0],
+    "logits_scaling": [3.0],
+    "sliding_window": [5],
+    "use_sliding_window": [False, True],
+}
 # Of a head; a quarter or half of some is an odd number of features, which is refused.
 WIDTHS = [4, 6, 8, 10, 12, 16, 20, 24, 32]
 ROPES: list[dict[str, Any]] = [
@@ -121,6 +132,17 @@ def shape(rng: random.Random, family: str) -> dict[str, Any]:
                 {} if kept is None else {"partial_rotary_factor": kept}
             )
     return settings
+
+
+def stray(rng: random.Random, family: str) -> dict[str, Any]:
+    """Keys that the family does not have, in one config of five."""
+    from tiny_families import tiny_config
+
+    own = tiny_config(family).to_dict()
+    others = [key for key in STRAY if key not in own]
+    if not others or rng.random() < 0.8:
+        return {}
+    return {key: rng.choice(STRAY[key]) for key in rng.sample(others, min(2, len(others)))}
 
 
 def _heads(rng: random.Random, plain: Any, own: dict[str, Any]) -> dict[str, Any]:

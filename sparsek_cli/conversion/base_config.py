@@ -5,6 +5,7 @@ from typing import Any
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, check_supported
+from sparsek_cli.families.causal import check_causal
 
 
 def dense_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -50,4 +51,5 @@ def convertible(config: dict[str, Any]) -> Row:
             f"model family '{model_type or 'unknown'}' is not supported",
             hint=f"supported families: {supported}",
         )
+    check_causal(config)
     return row

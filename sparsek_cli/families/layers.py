@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.families.own_config import own_config
+from sparsek_cli.families.own_config import has_key, own_config
 from sparsek_cli.families.row import Row
 
 # "hybrid": a layer with both attention and a state-space block.
@@ -49,14 +49,21 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
 
     Raises:
         UsageError: all layers slide, within the context: the base never learned to look further.
+            Or a family without windows is said to slide.
     """
     if row.mixed:
         return {}
     window = config.get("sliding_window", row.window)
     types = config.get("layer_types") or ()
-    slides = "sliding_attention" in types if types else config.get("use_sliding_window", True)
-    if window is not None and slides and window < context:
-        if "full_attention" in types:
+    if window is not None and window < context and _slides(row, config):
+        if not has_key(row, "sliding_window"):
+            raise UsageError(
+                f"config.json names a sliding window of {window} tokens, and {row.model_type} "
+                "models have none",
+                hint='if the weights were made without one, set "sliding_window": null in '
+                "config.json; else correct its model_type",
+            )
+        if "full_attention" in types and has_key(row, "layer_types"):
             return {}
         raise UsageError(
             f"every layer of the model uses a sliding window of {window} tokens",
@@ -72,3 +79,16 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
     if types and set(types) != {"full_attention"}:
         off["layer_types"] = ["full_attention"] * len(types)
     return off
+
+
+def _slides(row: Row, config: Mapping[str, Any]) -> bool:
+    """Whether a window is in use, by the keys that the family has.
+
+    A switch that only its file has is nobody's, but for a family that has no window either.
+    """
+    stray = not has_key(row, "sliding_window")
+    types = config.get("layer_types")
+    if types and (stray or has_key(row, "layer_types")):
+        return "sliding_attention" in types
+    switched_on = config.get("use_sliding_window", True)
+    return switched_on or not (stray or has_key(row, "use_sliding_window"))

@@ -18,8 +18,7 @@ def own_config(row: Row, config: Mapping[str, Any]) -> Any:
     Raises:
         SparsekError: it is no config of this family.
     """
-    name = f"transformers.models.{row.module}.configuration_{row.module}"
-    kind = getattr(importlib.import_module(name), row.config)
+    kind = _class(row)
     try:
         return kind.from_dict(kind._decode_special_floats(dict(config)))
     except Exception as error:  # each field's own
@@ -27,3 +26,21 @@ def own_config(row: Row, config: Mapping[str, Any]) -> Any:
             f"config.json is none of a {row.model_type} model: {reason(error)}",
             hint="fetch or convert the model again",
         ) from error
+
+
+def has_key(row: Row, key: str) -> bool:
+    """Whether a key is the family's own, and not one that only some file has. Imports as above."""
+    return key in _class(row).__dataclass_fields__
+
+
+def own_value(config: Any, key: str) -> Any:
+    """A config's value of a key that its class has; None of one that its file alone holds.
+
+    transformers keeps what it does not know as an attribute, and no model looks at it.
+    """
+    return getattr(config, key, None) if key in type(config).__dataclass_fields__ else None
+
+
+def _class(row: Row) -> Any:
+    name = f"transformers.models.{row.module}.configuration_{row.module}"
+    return getattr(importlib.import_module(name), row.config)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from sparsek_cli.families import TABLE
+from sparsek_cli.families.own_config import own_value
 
 
 def output_layer(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -26,11 +27,11 @@ def _logits(
     logits = layer(states)
     factors = TABLE.get(config.model_type.removeprefix("sparsek_"), TABLE["llama"]).logit_factors
     for name in factors:
-        factor = getattr(config, name, None)
+        factor = own_value(config, name)
         if factor is not None:
             logits = logits * factor
-    divisor = getattr(config, "logits_scaling", None)
+    divisor = own_value(config, "logits_scaling")
     if divisor is not None and "logits_scaling" not in factors:
         logits = logits / divisor
-    cap = getattr(config, "final_logit_softcapping", None)
+    cap = own_value(config, "final_logit_softcapping")
     return logits if cap is None else torch.tanh(logits / cap) * cap

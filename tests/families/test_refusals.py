@@ -86,6 +86,30 @@ def test_gemma_4s_defaults_are_those_of_its_class(given):
         row_of(config)
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "is_causal", False),  # every family's, by transformers' masks
+        ("gpt2", "is_causal", False),
+        ("gemma", "use_bidirectional_attention", True),
+        ("gemma3_text", "use_bidirectional_attention", True),
+    ],
+)
+def test_models_that_see_ahead(family, key, value, dense_config):
+    """As embedders made of decoders: converted they were causal, and nobody was told."""
+    from sparsek_cli.conversion.base_config import convertible
+    from sparsek_cli.models import sparsek_config_from
+
+    config = dense_config(family, **{key: value})
+    for attempt in (lambda: sparsek_config_from(config, {}), lambda: convertible(config.to_dict())):
+        with pytest.raises(UsageError, match=f"{key} {str(value).lower()}: tokens see") as refusal:
+            attempt()
+        assert "take the key out" in refusal.value.hint
+    for taken in ({key: not value}, {}):
+        assert convertible(dense_config(family, **taken).to_dict()) is TABLE[family]
+        assert sparsek_config_from(dense_config(family, **taken), {}).sparsek
+
+
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
     from sparsek_cli.conversion.base_config import convertible
 

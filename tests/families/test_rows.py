@@ -12,6 +12,8 @@ import sparsek_cli.models as models
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, table
+from sparsek_cli.families.layers import idle_window_off, layer_types
+from sparsek_cli.models.output import output_layer
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -85,3 +87,45 @@ def test_a_family_that_transformers_is_too_old_for_is_refused_by_its_version(mon
         with pytest.raises(UsageError, match="transformers 5.0.0 has no models of type 'helium'"):
             table.row_of(model_type)
     assert not table.installed.has("no_such_family") and table.installed.has("helium")
+
+
+STRAY = {"logit_scale": 3.0, "logits_scaling": 3.0, "lm_head_multiplier": 3.0,
+         "final_logit_softcapping": 2.0}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "falcon_h1"])
+def test_logits_are_scaled_by_the_family_s_own_keys_alone(family, make_dense):
+    """transformers keeps any key of a file; calibration and losses took those of other families."""
+    own = tiny_config(family).to_dict()
+    model = make_dense(family, **{k: v for k, v in STRAY.items() if k not in own})
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad():
+        states = model.base_model(ids).last_hidden_state
+        torch.testing.assert_close(output_layer(model)(states), model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "slides"),
+    [
+        ("mistral", {"use_sliding_window": False}, True),  # it has no such switch
+        ("mistral", {"layer_types": ["full_attention"] * 2}, True),
+        ("qwen2", {"use_sliding_window": False}, False),
+        ("qwen2", {"layer_types": ["full_attention"] * 2}, False),
+        ("llama", {}, True),  # it has no window: which of the two is meant?
+        ("llama", {"layer_types": ["sliding_attention", "full_attention"]}, True),
+        ("llama", {"use_sliding_window": False}, False),
+    ],
+)
+def test_a_window_slides_by_the_family_s_own_keys_alone(family, keys, slides):
+    """A switch that only the file has left Mistral's window out: another model, in silence."""
+    config = tiny_config(family).to_dict() | {"sliding_window": 5} | keys
+    row, context = TABLE[family], config["max_position_embeddings"]
+    if slides:
+        with pytest.raises(UsageError, match="sliding window of 5 tokens") as refusal:
+            idle_window_off(row, config, context)
+        assert '"sliding_window": null' in refusal.value.hint
+        assert ("and llama models have none" in refusal.value.message) == (family == "llama")
+    else:
+        off = idle_window_off(row, config, context)
+        assert off["sliding_window"] is None
+        assert layer_types(row, config | off) == ["full_attention"] * 2

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, row_of
+from sparsek_cli.families.causal import check_causal
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.positions import check_rotary
 from sparsek_cli.models.attention import SparseKAttentionMixin, hand_on_bounds
@@ -244,6 +245,7 @@ def sparsek_config_from(base_config: Any, settings: Mapping[str, Any]) -> PreTra
             "the model has cross-attention", hint="only decoder-only models can be converted"
         )
     fields = base_config.to_dict()
+    check_causal(fields)
     check_rotary(fields, head_dim(base_config))
     for name in ("model_type", "transformers_version", "auto_map", "architectures"):
         fields.pop(name, None)
