@@ -207,6 +207,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _stays():
+    """And what a file's tests imported: at the end of a run each collection took half a second."""
+    yield
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_figures():
     """Evaluations draw none, which are most of a tiny one's time; gives what draws them.
