@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.conversion.shards import Shard
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import Row
@@ -13,6 +14,8 @@ from sparsek_cli.families import Row
 _FEW_LAYERS = 1000
 # Integers of a config.json that no tensor is as large as.
 _NO_SIZE = re.compile(r"position|n_ctx|_id$|_token|_length|_seed|window|topk|_layer|chunk|multiple")
+# Maps of an attention module to its keys, alone or with queries and values.
+_KEYS = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
 _LAYER = re.compile(r"(?<![^.])(\d{1,9})(?![^.])")  # the first number in a tensor's name
 
 
@@ -83,14 +86,18 @@ def check_rows(shards: list[Shard], config: dict[str, Any]) -> None:
 
 
 def check_tensors(
-    shards: list[Shard], row: Row, layers: tuple[int, ...], *, packed: bool = False
+    shards: list[Shard], row: Row, layers: tuple[int, ...], size: Geometry, *, packed: bool = False
 ) -> bool:
-    """Whether names carry the prefix; attention tensors of these layers must be there.
+    """Whether names carry the prefix; attention tensors of these layers must be there, and fit.
 
     Args:
-        packed: whether weights are quantised.
+        size: what config.json says.
+        packed: whether weights are quantised, and shapes not those of the model.
+
+    Raises:
+        SparsekError: a tensor is missing, or keys have another number of heads or another width.
     """
-    names = {name for shard in shards for name in shard.tensors}
+    names = {name: entry for shard in shards for name, entry in shard.tensors.items()}
     holders = {name.rpartition(".")[0] for name in names} if packed else set()
     prefixed = any(name.startswith(f"{row.stored}.") for name in names)
     for layer in layers:
@@ -104,4 +111,23 @@ def check_tensors(
                     f"the checkpoint lacks {path}.weight, which its config.json promises",
                     hint="download or save the checkpoint again",
                 )
+            if not packed and projection in _KEYS:
+                _check_heads(f"{path}.weight", names[f"{path}.weight"].shape, row, size)
     return prefixed
+
+
+def _check_heads(name: str, shape: tuple[int, ...], row: Row, size: Geometry) -> None:
+    """Keys have as many features as config.json says.
+
+    Some families go by other keys than the file's, and the model would be another than its config.
+    """
+    fused = not name.endswith("k_proj.weight")
+    heads = size.heads + 2 * size.kv_heads if fused else size.kv_heads
+    # GPT-2's maps are stored the other way round; three parts are never as wide as what they read.
+    if heads * size.head_dim not in (shape if fused else shape[:1]):
+        raise SparsekError(
+            f"{name} has shape {list(shape)}, and config.json says {size.kv_heads} KV heads of "
+            f"{size.head_dim} features",
+            hint="correct num_key_value_heads and head_dim in config.json, or take them out if "
+            f"{row.model_type} models have none; else fetch the model again",
+        )

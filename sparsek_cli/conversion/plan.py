@@ -79,7 +79,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
     if not (config.get("dtype") or config.get("torch_dtype")):
         sizes = replace(sizes, dtype=stored_dtype(shards))
     packed_weights = bool(quantised.described(config))
-    prefixed = check_tensors(shards, row, full_layers(types), packed=packed_weights)
+    prefixed = check_tensors(shards, row, full_layers(types), sizes, packed=packed_weights)
     parent = existing_parent(out)
     # Scorers alone need the base's files for as long as they are checked: any kind of link will do.
     linkable = (

@@ -79,6 +79,26 @@ def test_a_type_without_its_settings(made, tmp_path, changes):
         hub.resolve(tmp_path / "half")
 
 
+@pytest.mark.parametrize(
+    ("family", "keys", "says"),
+    [
+        ("gpt2", {"head_dim": 4}, "4 KV heads of 4 features"),  # its bytes would be counted wrong
+        ("opt", {"head_dim": 4}, "4 KV heads of 4 features"),
+        ("gpt_neox", {"num_key_value_heads": 2}, "2 KV heads of 8 features"),
+        ("gpt_bigcode", {"num_key_value_heads": 2}, "2 KV heads of 8 features"),
+        ("llama", {"num_key_value_heads": 4}, "4 KV heads of 8 features"),
+    ],
+)
+def test_heads_that_the_weights_do_not_have(make_checkpoint, tmp_path, family, keys, says):
+    """Of families that go by other keys, or by none: nothing else looks at these."""
+    base = make_checkpoint(tmp_path / "base", family)
+    config(**keys)(base, tmp_path / "edited")
+    with pytest.raises(SparsekError, match=f"has shape .*, and config.json says {says}") as refusal:
+        convert(recipe(tmp_path / "edited", tmp_path / "out"))
+    assert "or take them out" in refusal.value.hint
+    assert convert(recipe(base, tmp_path / "out")).verified  # as hinted
+
+
 @pytest.mark.parametrize("which", ["base", "out"])
 @pytest.mark.parametrize("key", TEXT_PARTS)
 def test_a_second_model_within_config_json(made, tmp_path, key, which):
