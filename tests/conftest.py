@@ -143,6 +143,20 @@ def family(request) -> str:
     return request.param
 
 
+# Their weights are stored in different ways, their positions too.
+_SOME = ("llama", "gpt2")
+
+
+@pytest.fixture(
+    params=[
+        *_SOME, *(pytest.param(n, marks=pytest.mark.slow) for n in FAMILY_NAMES if n not in _SOME)
+    ]
+)  # fmt: skip
+def some_family(request) -> str:
+    """Runs the test for two families, in `make slow-test` for all that `family` has."""
+    return request.param
+
+
 @pytest.fixture(scope="session")
 def make_dense() -> Callable[..., Any]:
     """`dense_model`, for fixtures that live longer than a test."""

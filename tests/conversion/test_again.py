@@ -32,8 +32,10 @@ def block(folder: Path) -> dict:
     return json.loads((folder / "config.json").read_text())["sparsek"]
 
 
-def test_a_trained_checkpoint_keeps_its_base_and_its_settings(family, dense_checkpoint, tmp_path):
-    base = dense_checkpoint(family, max_shard_size="20KB")
+def test_a_trained_checkpoint_keeps_its_base_and_its_settings(
+    some_family, dense_checkpoint, tmp_path
+):
+    base = dense_checkpoint(some_family, max_shard_size="20KB")
     first = converted(base, tmp_path / "first", topk=6, window=5, sinks=2, gate="log")
     trained = tmp_path / "trained"
     model = AutoModelForCausalLM.from_pretrained(first)

@@ -58,7 +58,12 @@ def lines_of(axes):
     return {line.get_label(): line.get_ydata().tolist() for line in axes.get_lines()}
 
 
-@pytest.mark.parametrize("name", ROWS)
+QUICK = ("cost", "scratch", "smollm2")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in ROWS]
+)
 def test_results_become_files(name, tmp_path, monkeypatch, capsys):
     place = tmp_path / name
     place.mkdir()

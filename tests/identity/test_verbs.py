@@ -61,8 +61,8 @@ VERBS = ("chat", "evaluate", "finetune", "bench", "doctor")
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_sparse_path_runs(verb, family, pair, text, run):
-    made = pair(family, SHAPE_OF[family])
+def test_the_sparse_path_runs(verb, some_family, pair, text, run):
+    made = pair(some_family, SHAPE_OF[some_family])
     with counted_attention() as layers:
         code, out, err = run(verb, made.out, text)
     assert code == 0, err
