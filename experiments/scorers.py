@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Map, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention

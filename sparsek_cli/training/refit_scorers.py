@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap
 from sparsek_cli.conversion.calibrate.scorers.targets import future_attention

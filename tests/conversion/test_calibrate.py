@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsek_cli.conversion.calibrate.head_budgets.by_error import allot
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, Moments, ridge
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention
 from sparsek_cli.conversion.calibrate.sensitivity.output_error import (

@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sparsek_cli.conversion.calibrate.head_budgets import compare
+from sparsek_cli.conversion.calibrate.head_budgets import compare, refine
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import (
     FutureAttention,
     threshold_shares,
 )
-from sparsek_cli.conversion.calibrate.head_budgets.compare import settle
+from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort, settle
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     HeldOut,
     decide,
@@ -94,9 +94,9 @@ def test_the_whole_model_decides_by_recall_first(three_layers, monkeypatch):
     def taken(recall: float, *losses: tuple[float, float]) -> tuple[float, float]:
         method = plan.calibration.method.model_copy(update={"recall": recall})
         wanted = replace(plan.calibration, method=method)
-        whole, most = Scripted(*losses), len(losses) - 1
+        whole, effort = Scripted(*losses), Effort(len(losses) - 1, 0)
         made = replace(plan, calibration=wanted)
-        report = settle(made, layers, whole, most, lambda passes: None)[1]
+        report = settle(made, layers, whole, None, effort, lambda passes: None)[1]
         window = report["window_text_loss"], report["window_answer_loss"]
         assert window == losses[0] and len(report["tried"]) == len(losses) - 1
         ends = [report[end]["answer_loss"] for end in ("recall_alone", "text_alone")]
@@ -121,7 +121,7 @@ def test_the_default_takes_what_was_better_in_text_and_facts():
         (0.0417, 0.3408), (0.0474, 0.3068), (0.0387, 0.3339), (0.0487, 1.0011), (0.0660, 2.2206),
     ]  # fmt: skip
     tried = [{"text_loss": text, "answer_loss": answer} for text, answer in rows]
-    taken = compare._best(tried, np.asarray([0.0959, 2.3844]), CalibrationMethod().recall)
+    taken = compare.best_of(tried, np.asarray([0.0959, 2.3844]), CalibrationMethod().recall)
     assert rows[taken] == (0.0351, 0.3736)
 
 
@@ -130,5 +130,54 @@ def test_one_decision_is_run_once(three_layers):
     names = [name for name, _, _ in compare._proposals(plan, layers)]
     assert names[0] == "errors" and names[-1] == "even" and len(names) <= compare.MOST
     whole = Scripted(*[(1.0, 1.0)] * 20)
-    tried = compare.settle(plan, layers, whole, compare.MOST, lambda passes: None)[1]["tried"]
+    tried = settle(plan, layers, whole, None, Effort(compare.MOST, 0), lambda passes: None)[1][
+        "tried"
+    ]
     assert [row["shares"] for row in tried] == ["errors", "even"]  # all weights share out alike
+
+
+class Slope:
+    """Stands in for `gradient.Gradients`: the last layer's head wants more, the first's less."""
+
+    def changes(self, own, others, weights) -> np.ndarray:
+        return np.outer([0.1, 0.2, 1.0], [0.4, 0.1, 0.0, -0.1, -0.4])[:, None]
+
+
+def test_slots_move_to_where_the_sparse_model_gains(three_layers, monkeypatch):
+    """As long as that is better; names, totals and maps stay, and so does what was best before."""
+    plan, layers = three_layers
+    shape = len(layers), plan.geometry.kv_heads
+    proposals = [("even", 3.0, np.full(shape, plan.topk))]
+    monkeypatch.setattr(compare, "_proposals", lambda *_: proposals)
+    monkeypatch.setattr(refine, "chosen_attention", lambda *_: None)
+    better = (0.4, 0.9), (0.9, 0.4), (0.5, 0.5), (0.6, 0.6)
+    worse = [(0.8, 0.8)] * refine.WAYS
+    passes: list[int] = []
+    whole = Scripted((1.0, 1.0), (0.9, 0.9), *better, *worse)
+    choices, report = settle(plan, layers, whole, Slope(), Effort(1, 5), passes.append)
+    assert (report["text_loss"], report["answer_loss"]) == (0.5, 0.5)  # recall 0.65
+    assert report["shares"] == "even, refined" and report["answer_weight"] == 3.0
+    first, _, last = (choice.topk[0] for choice in choices)
+    assert first < plan.topk < last and sum(c.topk[0] for c in choices) <= 3 * plan.topk
+    assert len(report["tried"]) <= len(passes) - 1 < Effort(1, 5).passes  # a second time: no better
+
+
+def test_a_head_loses_no_slots_that_errors_speak_for(three_layers, monkeypatch):
+    """Where a token is predicted for certain, the gradient sees no harm; small steps follow it."""
+    plan, layers = three_layers
+    monkeypatch.setattr(refine, "chosen_attention", lambda *_: None)
+    even = np.full((3, 1), plan.topk)
+
+    def ways() -> tuple[np.ndarray, np.ndarray]:
+        choices = decide(plan, layers, even, 0.3)
+        found = refine.moved_shares(plan, layers, choices, Slope(), np.ones(2))
+        assert len(found) == refine.WAYS and all(way.sum() <= even.sum() for way in found)
+        return found[0], found[len(refine._BELIEVED_BY_BOTH)]
+
+    layers[0].errors[:] = 0.0  # both agree that the first could lose, and the last gain
+    assert all(way[0] < plan.topk < way[2] for way in ways())
+    for layer in layers:
+        layer.errors[:] = np.asarray([1e6, 1e5, 1e4, 1e3, 1e2, 1e1])[:, None]
+        layer.worth[:] = 1.0
+    both, alone = ways()
+    assert both.tolist() == even.tolist() and alone[0] < plan.topk < alone[2]

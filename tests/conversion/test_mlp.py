@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import sparsek_cli.models as models
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.head_budgets.decide import scorers_of
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.data.packing import collate
 from sparsek_cli.models import sparsek_attentions, sparsek_config_from
 from sparsek_cli.models.config import LayerBudget

@@ -8,119 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsek_cli import quantised
+from sparsek_cli.conversion.calibrate.recorded import Attend, Recorded, dense_attention
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention import check_arguments
-from sparsek_cli.models.logits import Logits, masked_attention
+from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.output import output_layer
-from sparsek_cli.models.sliding import causal_attention, sliding_attention
+from sparsek_cli.models.sliding import sliding_attention
 from sparsek_cli.quantised.weights import weight_of
 
 _RECORDING = "sparsek_recording"
 # Elements of the largest block of logits: 256 MB in float32.
 _LOGITS = 1 << 26
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """One sequence in one layer: a context, and turns that each continue from its end.
-
-    Attributes:
-        inputs: [N, hidden], what the attention block (and so the scorer) reads.
-        query: [H, N, D]; key, value: [G, N, D], positions already encoded.
-        logits: how weights are made of query and key.
-        turns, turn_length: the last turns * turn_length tokens are that many turns, each of which
-            sees the context and itself, and not the others.
-    """
-
-    inputs: torch.Tensor
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    logits: Logits
-    turns: int = 0
-    turn_length: int = 0
-
-    @property
-    def context(self) -> int:
-        """Tokens of the context."""
-        return self.key.shape[1] - self.turns * self.turn_length
-
-    def readings(self, rows: torch.Tensor) -> Iterator[Reading]:
-        """The plain sequences that `rows` [R] int64, ascending, belong to: context first."""
-        if not self.turns:
-            yield Reading(self, rows, None)
-            return
-        device, context = self.key.device, self.context
-        owner = (rows - context).div(self.turn_length, rounding_mode="floor").clamp_min(-1)
-        for turn in owner.unique_consecutive().tolist():
-            index = torch.arange(context, device=device)
-            local = rows[owner == turn]
-            if turn >= 0:
-                first = context + turn * self.turn_length
-                own = torch.arange(first, first + self.turn_length, device=device)
-                index, local = torch.cat([index, own]), local - turn * self.turn_length
-            plain = Recorded(
-                self.inputs[index], self.query[:, index], self.key[:, index],
-                self.value[:, index], self.logits,
-            )  # fmt: skip
-            yield Reading(plain, local, index)
-
-    def split(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[heads, N, ...] as the context [1, heads, C, ...] and turns [T, heads, M, ...]."""
-        context, rest = tensor[None, :, : self.context], tensor[:, self.context :]
-        return context, rest.unflatten(1, (self.turns, self.turn_length)).transpose(0, 1)
-
-    def join(self, context: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-        """Undoes `split`."""
-        return torch.cat([context[0], turns.transpose(0, 1).flatten(1, 2)], 1)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A context and at most one turn as one plain sequence.
-
-    Attributes:
-        recorded: of its tokens. rows: [R] int64 queries in it.
-        index: [tokens] int64, its tokens in the whole recording; None: all of them.
-    """
-
-    recorded: Recorded
-    rows: torch.Tensor
-    index: torch.Tensor | None
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[..., N] of the whole recording as [..., tokens] of this reading."""
-        return tensor if self.index is None else tensor[..., self.index]
-
-
-# From a recording to what attention puts out, [H, N, D].
-Attend = Callable[[Recorded], torch.Tensor]
-
-
-def dense_attention(recorded: Recorded) -> torch.Tensor:
-    """[H, N, D]: causal, each turn seeing the context and itself."""
-    if not recorded.turns:
-        parts = (x[None] for x in (recorded.query, recorded.key, recorded.value))
-        return causal_attention(*parts, recorded.logits)[0]
-    (query, queries), (key, keys), (value, values) = (
-        recorded.split(x) for x in (recorded.query, recorded.key, recorded.value)
-    )
-    out = causal_attention(query, key, value, recorded.logits)
-    keys, values = (
-        torch.cat([context.expand(len(turns), -1, -1, -1), turns], 2)
-        for context, turns in ((key, keys), (value, values))
-    )
-    length, context = recorded.turn_length, recorded.context
-    seen = torch.ones(length, context + length, dtype=torch.bool, device=out.device).tril(context)
-    return recorded.join(out, masked_attention(queries, keys, values, seen, recorded.logits))
 
 
 class _Stop(Exception):
@@ -161,7 +68,7 @@ class LayerwiseBase:
         model = load_weights(
             plan.base.path, plan.base.name,
             dtype=dtype, device=device, attn_implementation=_RECORDING,
-        ).eval()  # fmt: skip
+        ).eval().requires_grad_(False)  # fmt: skip
         self._base, self._head = model.base_model, output_layer(model)
         self._vocabulary = model.config.vocab_size
         self._norm = self._base.get_submodule(plan.row.norm)
@@ -309,20 +216,32 @@ class LayerwiseBase:
     ) -> torch.Tensor:
         """Final states [N, hidden], normalised, of one sequence whose other layers are dense.
 
+        Where gradients are wanted, layers are run again for them: only their inputs are kept.
+
         Args:
             number: of the sequence. hidden: [1, N, hidden], the input of layer `first`.
             attend: what takes attention's place, by layer.
         """
-        self._to_the_end = True
         for layer in range(first, self.layers):
-            self._attend_with, recording = attend.get(layer), nullcontext()
-            if layer in self._sparse:
-                block = self._layers[layer]
-                recording = self._recording(block.get_submodule(self._attention_name))
-            with recording:
-                hidden = self._output(layer, number, hidden)
-        self._attend_with = self._last = self._inputs = None
+            run = partial(self._output_with, layer, number, attend.get(layer))
+            hidden = (
+                checkpoint(run, hidden, use_reentrant=False)
+                if hidden.requires_grad
+                else run(hidden)
+            )
         return self._norm(hidden)[0]
+
+    def _output_with(
+        self, layer: int, number: int, attend: Attend | None, hidden: torch.Tensor
+    ) -> torch.Tensor:
+        """A layer's output with `attend` in its attention's place; None: dense."""
+        self._to_the_end, self._attend_with, recording = True, attend, nullcontext()
+        if layer in self._sparse:
+            recording = self._recording(self._layers[layer].get_submodule(self._attention_name))
+        with recording:
+            output = self._output(layer, number, hidden)
+        self._attend_with = self._last = self._inputs = None
+        return output
 
     def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """KL of the predictions, nats: float32 [R], from final states [R, hidden] of both."""

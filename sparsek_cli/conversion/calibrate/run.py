@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparsek_cli import quantised
+from sparsek_cli.conversion.calibrate import rows
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.head_budgets.compare import MOST, settle
+from sparsek_cli.conversion.calibrate.head_budgets.compare import MOST, Effort, settle
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     Candidate,
     HeldOut,
@@ -20,12 +22,14 @@ from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     shares_by_errors,
     sizes_of,
 )
-from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase, Recorded
+from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import Fit, LinearFit, Map, Targets
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
-from sparsek_cli.conversion.calibrate.sensitivity.divergence import Whole, chosen_attention
+from sparsek_cli.conversion.calibrate.sensitivity.divergence import Rows, Whole, chosen_attention
+from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
 from sparsek_cli.conversion.calibrate.sensitivity.output_error import Slots, output_errors
 from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
 from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST
@@ -44,8 +48,7 @@ WINDOW_SLOPE = 30.0
 # Queries whose attention forms a target, and queries at which candidates are compared, per
 # sequence: a CPU affords fewer.
 _TARGET_ROWS = {"cpu": 512, "other": 4096}
-_TEXT_ROWS = {"cpu": 64, "other": 256}
-_ANSWER_ROWS = {"cpu": 32, "other": 192}
+_ERROR_ROWS = {"cpu": (64, 32), "other": (256, 192)}  # in text, at answers
 _HELD_OUT = {"cpu": 4, "other": 12}
 # Parts of a document that are told again (None: all), and most tokens of each.
 _TURNS = {"cpu": 2, "other": None}
@@ -60,12 +63,12 @@ _WHOLE = 4
 _VALUED = {"cpu": 1, "other": 2}
 _WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
 _PARTS = {"cpu": 12, "other": 48}
-# Proposals that are run as whole models.
-_PROPOSALS = {"cpu": 5, "other": MOST}
+_EFFORT = {"cpu": Effort(5, 1), "other": Effort(MOST, 2)}
+# Documents, others than those, along whose gradient the best proposal is refined, and their turns.
+_REFINING = {"cpu": 1, "other": 4}
+_REFINING_TURNS = 2
 # Shorter documents are not halved.
 _HALVED = 2048
-# Keys of the last part have too few later queries for their largest attention to mean much.
-_LAST_PART = 8
 
 
 def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
@@ -120,7 +123,7 @@ def search(
     )
     run = _Run(plan, *sequences, device, dtype, fit)
     depth = len(plan.sparse_layers)
-    with torch.inference_mode():
+    with torch.no_grad():
         with reporter.progress("calibrating", depth * sum(map(len, sequences))) as bar:
             layers = []
             for layer in range(run.base.layers):
@@ -128,9 +131,11 @@ def search(
                     layers.append(run.layer(layer, bar.advance))
                 else:
                     run.base.pass_layer(layer)
-        most = _PROPOSALS[kind]
-        with reporter.progress("comparing whole models", most + 1) as bar:
-            choices, report = settle(plan, layers, run.whole, most, bar.advance)
+        effort = _EFFORT[kind]
+        if quantised.stays_packed(plan.config):  # no gradient goes through packed weights
+            effort = replace(effort, refinements=0)
+        with reporter.progress("comparing whole models", effort.passes) as bar:
+            choices, report = settle(plan, layers, run.whole, run.gradients, effort, bar.advance)
     return Found(layers, choices, report)
 
 
@@ -175,27 +180,43 @@ class _Run:
         self.device, self.fit = device, fit
         self.kind = _kind(device)
         self.slots = Slots(plan.window, plan.sinks, sizes_of(plan))
-        sequences = [*fitting, *held_out]
         self.fitting = range(len(fitting))
-        self.held_out = range(len(fitting), len(sequences))
+        self.held_out = range(len(fitting), len(fitting) + len(held_out))
+        affordable = _WHOLE_TOKENS[self.kind] // plan.calibrate_length
+        few = self.held_out[: max(2, min(_WHOLE, affordable))]
+        others = (held_out[len(few) :] or held_out)[: _REFINING[self.kind]]
+        plain = [part for sequence in others for part in sequence.plain(_REFINING_TURNS)]
+        sequences = [*fitting, *held_out, *plain]
         self.sequences = sequences
         self.answers = [torch.from_numpy(s.answer) for s in sequences]
         generator = np.random.default_rng(plan.seed + 1)
-        self.target_rows = [self._target_rows(s, generator) for s in sequences]
-        self.error_rows = {n: self._error_rows(sequences[n], generator) for n in self.held_out}
+        self.target_rows = [
+            rows.target_rows(sequence, _TARGET_ROWS[self.kind], generator)
+            for sequence in (*fitting, *held_out)
+        ]
+        self.error_rows = {
+            n: rows.error_rows(sequences[n], plan.budget, _ERROR_ROWS[self.kind], generator)
+            for n in self.held_out
+        }
         ids = [torch.from_numpy(s.ids) for s in sequences]
-        with torch.inference_mode():
+        with torch.no_grad():
             turns = [(s.turns, s.turn_length) for s in sequences]
             self.base = LayerwiseBase(plan, ids, turns, device, dtype)
-            affordable = _WHOLE_TOKENS[self.kind] // plan.calibrate_length
-            few = self.held_out[: max(2, min(_WHOLE, affordable))]
             self._valued = self._to_value(few)
-            self.whole = Whole(
-                self.base,
-                {n: torch.from_numpy(self._text_rows(sequences[n])).to(device) for n in few},
-                {n: self.answers[n].nonzero()[:, 0].to(device) for n in few},
-            )
+            self.whole = Whole(self.base, self._counted(few))
+            refining = range(self.held_out.stop, len(sequences))
+            self.gradients = Gradients(self.base, self._counted(refining))
         self.part: dict[int, HeldOut] = {}
+
+    def _counted(self, numbers: range) -> dict[int, Rows]:
+        """By document the rows at which the whole model's losses count."""
+        return {
+            n: Rows(
+                torch.from_numpy(rows.text_rows(self.sequences[n], self.plan.budget)),
+                self.answers[n].nonzero()[:, 0],
+            ).to(self.device)
+            for n in numbers
+        }
 
     def _to_value(self, numbers: range) -> list[int]:
         """Where only one of these documents is affordable: the shortest that has answers."""
@@ -277,9 +298,9 @@ class _Run:
 
         def compare(number: int, recorded: Recorded) -> None:
             scores = {name: map_.of(recorded) for name, map_ in held_out.maps.items()}
-            rows = self.error_rows[number].to(self.device)
+            asked = self.error_rows[number].to(self.device)
             errors = []
-            for reading in recorded.readings(rows):
+            for reading in recorded.readings(asked):
                 here = {name: reading.of(score) for name, score in scores.items()}
                 effective = torch.stack(
                     [_effective(here, row, held_out.unit) for row in held_out.candidates]
@@ -287,8 +308,8 @@ class _Run:
                 errors.append(
                     output_errors(reading.recorded, effective, reading.rows, slots, out_weight)
                 )
-            stream = self.base.hidden[number][0, rows].float().square().sum(-1)
-            answer = self.answers[number].to(self.device)[rows]
+            stream = self.base.hidden[number][0, asked].float().square().sum(-1)
+            answer = self.answers[number].to(self.device)[asked]
             held_out.add(torch.cat(errors, -1), stream, answer)
             if advance is not None:
                 held_out.attention += self._attention(number, recorded)
@@ -300,10 +321,10 @@ class _Run:
         """What is looked at of the pairs that a held-out document tells again; nothing if none."""
         if self.sequences[number].told is None:
             return []
-        rows, answer = self.target_rows[number], self.answers[number]
+        queries, answer = self.target_rows[number], self.answers[number]
         window, sinks, context = self.plan.window, self.plan.sinks, recorded.context
-        again, _ = future_attention(recorded, rows[answer[rows]], answer, window)
-        pairs = self._pairs(self.sequences[number]).to(again.device)
+        again, _ = future_attention(recorded, queries[answer[queries]], answer, window)
+        pairs = rows.valued_keys(self.sequences[number], self.plan).to(again.device)
         return [FutureAttention(again[:, pairs].cpu().numpy(), context - window - sinks)]
 
     def _add(self, number: int, recorded: Recorded, fit: Fit) -> None:
@@ -311,48 +332,9 @@ class _Run:
         everywhere, answered = future_attention(
             recorded, self.target_rows[number], answer, self.plan.window, self.method.target
         )
-        pairs = self._pairs(self.sequences[number])
+        pairs = rows.valued_keys(self.sequences[number], self.plan)
         answered = answered[:, pairs] if bool(answer.any()) else None
         fit.add(recorded, Targets(pairs.to(self.device), everywhere[:, pairs], answered))
-
-    def _pairs(self, sequence: Sequence) -> torch.Tensor:
-        """int64 places of the keys whose later queries say what they are worth."""
-        first, window = self.plan.sinks, self.plan.window
-        if sequence.told is not None:
-            told = np.flatnonzero(sequence.told)
-            return torch.from_numpy(told[(told >= first) & (told < sequence.context - window)])
-        if sequence.is_recall:
-            # Keys that every answer could have looked at.
-            last = int(np.flatnonzero(sequence.answer)[0]) - window
-        else:
-            last = sequence.context - window - sequence.context // _LAST_PART
-        return torch.arange(first, max(first + 1, last))
-
-    def _target_rows(self, sequence: Sequence, generator: np.random.Generator) -> torch.Tensor:
-        tokens, count = sequence.context, _TARGET_ROWS[self.kind]
-        if count >= tokens:
-            return torch.arange(len(sequence.ids))
-        # One query out of each of `count` equal parts, and every answer.
-        edges = np.linspace(0, tokens, count + 1)
-        drawn = (edges[:-1] + generator.random(count) * np.diff(edges)).astype(np.int64)
-        answers = np.flatnonzero(sequence.answer)
-        return torch.from_numpy(np.union1d(drawn, answers))
-
-    def _text_rows(self, sequence: Sequence) -> np.ndarray:
-        tokens = sequence.context
-        # Before the budget is full nothing has been dropped.
-        text = np.arange(min(self.plan.budget, tokens // 2), tokens)
-        return np.setdiff1d(text, np.flatnonzero(sequence.answer | sequence.asking))
-
-    def _error_rows(self, sequence: Sequence, generator: np.random.Generator) -> torch.Tensor:
-        def draw(rows: np.ndarray, most: dict[str, int]) -> np.ndarray:
-            return generator.choice(rows, size=min(most[self.kind], len(rows)), replace=False)
-
-        chosen = [
-            draw(self._text_rows(sequence), _TEXT_ROWS),
-            draw(np.flatnonzero(sequence.answer), _ANSWER_ROWS),
-        ]
-        return torch.from_numpy(np.unique(np.concatenate(chosen)).astype(np.int64))
 
 
 def _effective(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from sparsek_cli.conversion.calibrate.layerwise import Reading, Recorded
+from sparsek_cli.conversion.calibrate.recorded import Reading, Recorded
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, look
 from sparsek_cli.data import ANSWER

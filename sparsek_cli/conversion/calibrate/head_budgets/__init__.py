@@ -5,4 +5,5 @@ by_error      one total of slots over all heads, by errors
 by_threshold  the same by one threshold on the attention that pairs will get
 decide        each head's slots, map and slope
 compare       decisions compared by what the whole model loses
+refine        the best of them moved in small steps
 """

@@ -13,18 +13,20 @@ import numpy as np
 _BISECTIONS = 60
 
 
-def allot(errors: np.ndarray, sizes: tuple[int, ...], total: int) -> np.ndarray:
+def allot(errors: np.ndarray, sizes: np.ndarray | tuple[int, ...], total: int) -> np.ndarray:
     """Index of each head's size.
 
     Args:
         errors: [heads, L], each head's smallest error at each size.
-        sizes: the L sizes, ascending; the first times the heads must not exceed `total`.
+        sizes: the L sizes, ascending, or [heads, L], each head's own; the smallest of all heads
+            together must not exceed `total`.
         total: slots to spend on all heads.
 
     Returns:
         [heads] int64, with sum of sizes <= total.
     """
-    cost = np.asarray(sizes, dtype=np.float64)
+    cost = np.broadcast_to(np.asarray(sizes, dtype=np.float64), errors.shape)
+    heads = np.arange(len(errors))
     # More slots never hurt: what looks like it is noise of the sample.
     errors = np.minimum.accumulate(errors, axis=1)
 
@@ -32,11 +34,11 @@ def allot(errors: np.ndarray, sizes: tuple[int, ...], total: int) -> np.ndarray:
         return (errors + price * cost).argmin(1)
 
     low, high = 0.0, 1.0
-    while cost[take(high)].sum() > total:
+    while cost[heads, take(high)].sum() > total:
         high *= 4
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        low, high = (low, middle) if cost[take(middle)].sum() <= total else (middle, high)
+        low, high = (low, middle) if cost[heads, take(middle)].sum() <= total else (middle, high)
     chosen = take(high)
     return _spend_the_rest(errors, cost, chosen, total)
 
@@ -48,9 +50,9 @@ def _spend_the_rest(
     chosen = chosen.copy()
     heads = np.arange(len(chosen))
     while True:
-        left = total - cost[chosen].sum()
-        following = np.minimum(chosen + 1, len(cost) - 1)
-        extra = cost[following] - cost[chosen]
+        left = total - cost[heads, chosen].sum()
+        following = np.minimum(chosen + 1, cost.shape[1] - 1)
+        extra = cost[heads, following] - cost[heads, chosen]
         fits = (extra > 0) & (extra <= left)
         if not fits.any():
             return chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     decide,
     shares_by_errors,
 )
+from sparsek_cli.conversion.calibrate.head_budgets.refine import WAYS, moved_shares, resized
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import (
     Whole,
     chosen_attention,
     window_attention,
 )
+from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
 from sparsek_cli.conversion.planned import Plan
 
 # What an error at an answer counts against one in text when slots are shared out by errors: losses
@@ -27,36 +30,90 @@ _ANSWER_WEIGHTS = (3.0, 0.1, 30.0, 1.0, 10.0)
 _MEANS = ((0.1, 10.0), (0.1, 30.0))
 # The weight that goes with the threshold: for maps and slopes, and in the mean of both.
 _WITH_THRESHOLD = 3.0
+_REFINED = ", refined"
 # All proposals there are: these, two with the threshold, and even slots.
 MOST = len(_ANSWER_WEIGHTS) + len(_MEANS) + 3
 
 
 def settle(
-    plan: Plan, layers: list[HeldOut], whole: Whole, most: int, advance: Callable[[int], Any]
+    plan: Plan,
+    layers: list[HeldOut],
+    whole: Whole,
+    gradients: Gradients,
+    effort: Effort,
+    advance: Callable[[int], Any],
 ) -> tuple[list[Choice], dict[str, Any]]:
     """The decision whose whole model loses least, recall and text weighed; and a report.
 
-    One that loses more text than a plain window of the same slots is taken only if all do.
+    Proposals are compared, and the best one is refined (refine.py). One that loses more text than
+    a plain window of the same slots is taken only if all do.
 
     Args:
-        most: proposals that are run, the likeliest first.
-        advance: called with 1 after each pass; there are at most `most` + 1, a window's among them.
+        effort: how many are run, the likeliest first.
+        advance: called with 1 after each pass; there are at most `effort.passes`.
     """
-    window = whole.divergence(dict.fromkeys(plan.sparse_layers, window_attention(plan)))
-    advance(1)
-    decisions, tried = [], []
+    compared = _Comparison(plan, layers, whole, advance)
     for name, answer_weight, shares in _proposals(plan, layers):
         choices = decide(plan, layers, shares, answer_weight)
-        if len(tried) == most or choices in decisions:  # several weights may lead to one decision
-            continue
-        attend = {
-            number: chosen_attention(plan, layer.maps, choice)
-            for number, layer, choice in zip(plan.sparse_layers, layers, choices, strict=True)
-        }
-        text, answers = whole.divergence(attend)
+        if len(compared.tried) < effort.proposals:
+            compared.run(choices, name, answer_weight)
+    for _ in range(effort.refinements if plan.calibration.per_head else 0):
+        if not _refine(compared, gradients):
+            break
+    return compared.outcome()
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What the device affords: proposals run as whole models, and times the best is refined."""
+
+    proposals: int
+    refinements: int
+
+    @property
+    def passes(self) -> int:
+        """Whole models run at most, a plain window's among them."""
+        return 1 + self.proposals + self.refinements * WAYS
+
+
+class _Comparison:
+    """Decisions and what their whole models lose; `window`: [2], what a plain window does."""
+
+    def __init__(
+        self, plan: Plan, layers: list[HeldOut], whole: Whole, advance: Callable[[int], Any]
+    ):
+        self.plan, self.layers = plan, layers
+        self._whole, self._advance = whole, advance
+        self.decisions: list[list[Choice]] = []
+        self.tried: list[dict[str, Any]] = []
+        self.window = whole.divergence(dict.fromkeys(plan.sparse_layers, window_attention(plan)))
         advance(1)
-        decisions.append(choices)
-        tried.append(
+
+    @property
+    def best(self) -> int:
+        """The one to take."""
+        return self._best(self.plan.calibration.method.recall)
+
+    @property
+    def nats(self) -> np.ndarray:
+        """[2], what a nat of text and of answers counts."""
+        recall = self.plan.calibration.method.recall
+        return np.array([1 - recall, recall]) / np.maximum(self.window, 1e-9)
+
+    def run(self, choices: list[Choice], name: str, answer_weight: float) -> None:
+        """Measures a decision, unless it was measured: several weights may lead to one."""
+        if choices in self.decisions:
+            return
+        attend = {
+            number: chosen_attention(self.plan, layer.maps, choice)
+            for number, layer, choice in zip(
+                self.plan.sparse_layers, self.layers, choices, strict=True
+            )
+        }
+        text, answers = self._whole.divergence(attend)
+        self._advance(1)
+        self.decisions.append(choices)
+        self.tried.append(
             {
                 "shares": name,
                 "answer_weight": answer_weight,
@@ -64,28 +121,44 @@ def settle(
                 "answer_loss": float(answers),
             }
         )
-    recall = plan.calibration.method.recall
-    best = _best(tried, window, recall)
-    choices = decisions[best]
-    report = {
-        **tried[best],
-        "recall": recall,
-        "window_text_loss": float(window[0]),
-        "window_answer_loss": float(window[1]),
-        "recall_alone": tried[_best(tried, window, 1.0)],
-        "text_alone": tried[_best(tried, window, 0.0)],
-        "tried": tried,
-        "layers": [
-            {
-                "map": list(choice.maps),
-                "slope": [round(slope / layer.unit, 6) for slope in choice.slopes],
-                "topk": list(choice.topk),
-                "worth": [float(worth) for worth in layer.worth],
-            }
-            for layer, choice in zip(layers, choices, strict=True)
-        ],
-    }
-    return choices, report
+
+    def outcome(self) -> tuple[list[Choice], dict[str, Any]]:
+        """The decision to take, and the report."""
+        choices = self.decisions[self.best]
+        report = {
+            **self.tried[self.best],
+            "recall": self.plan.calibration.method.recall,
+            "window_text_loss": float(self.window[0]),
+            "window_answer_loss": float(self.window[1]),
+            "recall_alone": self.tried[self._best(1.0)],
+            "text_alone": self.tried[self._best(0.0)],
+            "tried": self.tried,
+            "layers": [
+                {
+                    "map": list(choice.maps),
+                    "slope": [round(slope / layer.unit, 6) for slope in choice.slopes],
+                    "topk": list(choice.topk),
+                    "worth": [float(worth) for worth in layer.worth],
+                }
+                for layer, choice in zip(self.layers, choices, strict=True)
+            ],
+        }
+        return choices, report
+
+    def _best(self, recall: float) -> int:
+        return best_of(self.tried, self.window, recall)
+
+
+def _refine(compared: _Comparison, gradients: Gradients) -> bool:
+    """Runs the best decision with slots moved; whether that was better."""
+    before = compared.best
+    choices, row = compared.decisions[before], compared.tried[before]
+    name = row["shares"].removesuffix(_REFINED) + _REFINED
+    plan, layers = compared.plan, compared.layers
+    for shares in moved_shares(plan, layers, choices, gradients, compared.nats):
+        refined = [resized(*pair) for pair in zip(choices, shares, strict=True)]
+        compared.run(refined, name, row["answer_weight"])
+    return compared.best != before
 
 
 def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.ndarray]]:
@@ -111,7 +184,7 @@ def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.n
     return [*errors[:1], *means[:1], *errors[1:3], *means[2:], *errors[3:], *means[1:2], *last]
 
 
-def _best(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int:
+def best_of(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int:
     """Which to take; `window` is what a plain window loses in text and at answers."""
     numbers = [n for n, row in enumerate(tried) if row["text_loss"] <= window[0]]
     numbers = numbers or list(range(len(tried)))

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap, Moments, ridge
 from sparsek_cli.conversion.planned import Plan
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
 from sparsek_cli.conversion.planned import Plan

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 
 # Spread of normalised scores: ~0.1 leaves tens of thousands of soft non-zeros, ~10 leaves no
 # interior and no gradient (method.md trap 9).

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from sparsek_cli.conversion.calibrate.layerwise import Reading, Recorded
+from sparsek_cli.conversion.calibrate.recorded import Reading, Recorded
 
 # Most queries in a block, and most logits in it: 512 MB in float32.
 _BLOCK = 256

@@ -2,4 +2,5 @@
 
 output_error  of one layer's attention output, after W_o
 divergence    of the whole model's predictions, while some layers choose
+gradient      of the sparse model: what its loss would gain or lose with other slots for a head
 """

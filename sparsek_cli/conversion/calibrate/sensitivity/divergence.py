@@ -9,33 +9,38 @@ and what is lost there gives its errors their worth, in nats; text and answers a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from sparsek_kernels import SparseKState, sparsek_attention
 
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.layerwise import Attend, LayerwiseBase, Recorded
+from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
+from sparsek_cli.conversion.calibrate.recorded import Attend, Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import Map
 from sparsek_cli.conversion.planned import Plan
+
+
+class Rows(NamedTuple):
+    """Rows [R] int64 of a document that count: in text, and where the next one stands far back."""
+
+    text: torch.Tensor
+    answer: torch.Tensor
+
+    def to(self, device: torch.device) -> Rows:
+        return Rows(*(rows.to(device) for rows in self))
 
 
 class Whole:
     """The dense predictions for some documents, and how far a sparse model is from them.
 
     Args:
-        base: all layers still to be run.
-        text, answer: by number of the document the rows [R] int64 of each kind that count.
+        base: all layers still to be run. rows: that count, by number of the document.
     """
 
-    def __init__(
-        self,
-        base: LayerwiseBase,
-        text: Mapping[int, torch.Tensor],
-        answer: Mapping[int, torch.Tensor],
-    ):
-        self._base = base
-        self._rows = {n: (text[n], answer[n]) for n in text}
+    def __init__(self, base: LayerwiseBase, rows: Mapping[int, Rows]):
+        self._base, self._rows = base, rows
         self._embedded = self.inputs()
         self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
 
@@ -67,8 +72,9 @@ def chosen_attention(plan: Plan, maps: Mapping[str, Map], choice: Choice) -> Att
     """Attention over the keys that the KV heads of a layer keep with this choice."""
 
     def attend(recorded: Recorded) -> torch.Tensor:
-        each = {name: maps[name].of(recorded) for name in set(choice.maps)}
-        scores = torch.stack([each[name][head] for head, name in enumerate(choice.maps)])
+        with torch.no_grad():  # which keys are kept is given, where gradients are wanted
+            each = {name: maps[name].of(recorded) for name in set(choice.maps)}
+            scores = torch.stack([each[name][head] for head, name in enumerate(choice.maps)])
         slopes = torch.tensor(choice.slopes, dtype=torch.float32, device=scores.device)
         return _attention(
             recorded, scores, topk=choice.topk, window=plan.window, sinks=plan.sinks, slopes=slopes

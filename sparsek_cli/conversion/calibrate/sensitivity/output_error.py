@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsek_cli.conversion.calibrate.layerwise import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Recorded
 
 # Elements of the largest temporaries: masks [candidates, G, rows, N] and logits [H, rows, N].
 _MASKS = 1 << 26

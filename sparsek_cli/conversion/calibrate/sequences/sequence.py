@@ -16,7 +16,7 @@ class Sequence:
         answer: [N] bool, rows whose next token stands far back in the text.
         asking: [N] bool, the rows of questions up to the answer, which are neither text nor answer.
         turns, turn_length: the last turns * turn_length tokens are that many turns, each of which
-            goes on from the end of the context before them (see collect.Recorded).
+            goes on from the end of the context before them (see recorded.Recorded).
         told: [C] bool, tokens of the context that the turns tell again; None: the answers look
             wherever they like.
     """
@@ -37,6 +37,18 @@ class Sequence:
     def is_recall(self) -> bool:
         """Whether anything far back is asked for."""
         return bool(self.answer.any())
+
+    def plain(self, most: int) -> list["Sequence"]:
+        """The context with one turn each, at most `most` of them, spread; itself without turns."""
+        if not self.turns:
+            return [self]
+        taken = np.unique(np.linspace(0, self.turns - 1, most).round().astype(int))
+        return [self._with_turn(turn) for turn in taken]
+
+    def _with_turn(self, turn: int) -> "Sequence":
+        first = self.context + turn * self.turn_length
+        kept = np.r_[: self.context, first : first + self.turn_length]
+        return Sequence(self.ids[kept], self.answer[kept], self.asking[kept])
 
 
 def plain_text(rng: np.random.Generator, filler: Filler, tokens: int) -> np.ndarray:

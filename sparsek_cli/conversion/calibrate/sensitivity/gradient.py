@@ -1,0 +1,94 @@
+"""Sensitivity by gradient: what the sparse model would lose or gain with other slots for a head.
+
+Errors against dense attention are measured with all other layers dense, and losses of single layers
+do not add up to the whole model's. Here all layers are sparse, with the slots of one decision. A
+head that had other slots would put out something else; along the gradient of the loss that is, to
+first order, what the whole model would gain (g . (o' - o), for all heads and sizes in one backward
+pass).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
+from sparsek_cli.conversion.calibrate.recorded import Attend, Recorded
+from sparsek_cli.conversion.calibrate.sensitivity.divergence import Rows
+
+# Whose predictions are differentiated together.
+_ROWS = 1024
+
+
+class Gradients:
+    """Documents without turns, and their dense predictions.
+
+    Args:
+        base: all layers still to be run. rows: by number of the document.
+    """
+
+    def __init__(self, base: LayerwiseBase, rows: Mapping[int, Rows]):
+        self._base, self._rows = base, rows
+        self._embedded = {n: base.hidden[n] for n in rows}
+        self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
+        self._counts = [max(1, sum(map(len, kind))) for kind in zip(*rows.values(), strict=True)]
+
+    def changes(
+        self, own: Mapping[int, Attend], others: Mapping[int, list[Attend]], weights: np.ndarray
+    ) -> np.ndarray:
+        """How the loss would change, to first order, [layers, G, L] float64.
+
+        Args:
+            own: attention of each sparse layer as it is. others: the same with L other sizes.
+            weights: [2], what a nat of text and of answers counts.
+        """
+        found: dict[int, torch.Tensor] = {}
+        attend = {n: _probing(found, n, own[n], others[n]) for n in own}
+        for number, embedded in self._embedded.items():
+            with torch.enable_grad():
+                hidden = embedded.detach().clone().requires_grad_()
+                states = self._base.run_on(number, hidden, 0, attend)
+                states.backward(self._slope(number, states.detach(), weights))
+        return np.stack([found[n].cpu().numpy() for n in own])
+
+    def _slope(self, number: int, states: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
+        """The gradient [N, hidden] of the loss at the final states."""
+        slope = torch.zeros_like(states)
+        for rows, weight, count in zip(self._rows[number], weights, self._counts, strict=True):
+            for part in rows.split(_ROWS):
+                here = states[part].requires_grad_()
+                lost = self._base.divergence(self._dense[number][part], here).sum()
+                (gradient,) = torch.autograd.grad(lost, here)
+                slope[part] += gradient * float(weight / count)
+        return slope
+
+
+def _probing(
+    found: dict[int, torch.Tensor], layer: int, own: Attend, others: list[Attend]
+) -> Attend:
+    """`own`, which adds to found[layer] what each of the others would change, [G, L]."""
+
+    def attend(recorded: Recorded) -> torch.Tensor:
+        out = own(recorded)
+        if not out.requires_grad:
+            return out
+        groups, as_it_is = recorded.key.shape[0], out.detach()
+        held = replace(
+            recorded,
+            **{n: getattr(recorded, n).detach() for n in ("inputs", "query", "key", "value")},
+        )
+
+        def compare(gradient: torch.Tensor) -> None:
+            gained = [
+                ((other(held) - as_it_is).float() * gradient.float()).reshape(groups, -1).sum(-1)
+                for other in others
+            ]
+            found[layer] = found.get(layer, 0) + torch.stack(gained, -1).double()
+
+        out.register_hook(compare)
+        return out
+
+    return attend

@@ -1,0 +1,100 @@
+"""What heads would gain with other slots, against the loss of models that have a little of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sparsek_kernels import sparsek_attention
+
+from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
+from sparsek_cli.conversion.calibrate.recorded import Recorded
+from sparsek_cli.conversion.calibrate.sensitivity.divergence import Rows, Whole
+from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
+from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence
+from sparsek_cli.conversion.plan import plan as make_plan
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+LENGTH = 60
+
+
+def attention(topk: int):
+    """Keys of even places are the best ones."""
+
+    def attend(recorded: Recorded) -> torch.Tensor:
+        tensors = recorded.query, recorded.key, recorded.value
+        scores = torch.zeros(recorded.key.shape[:2])
+        scores[:, ::2] = 1
+        return sparsek_attention(
+            *(x[None] for x in (*tensors, scores)),
+            topk=topk, window=4, sinks=1, **recorded.logits.settings,
+        )[0]  # fmt: skip
+
+    return attend
+
+
+def mixed(own, other, share: float, group: int):
+    """`own` with a share of what one KV head's group would put out otherwise."""
+
+    def attend(recorded: Recorded) -> torch.Tensor:
+        out, groups = own(recorded), recorded.key.shape[0]
+        moved = out.unflatten(0, (groups, -1)).clone()
+        there = other(recorded).unflatten(0, (groups, -1))
+        moved[group] += share * (there[group] - moved[group])
+        return moved.flatten(0, 1)
+
+    return attend
+
+
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_changes_are_slopes_of_the_loss(dense_checkpoint, tmp_path, family):
+    recipe = ConvertRecipe(model=str(dense_checkpoint(family)), out=str(tmp_path / "out"))
+    plan = make_plan(recipe)
+    new = torch.Generator().manual_seed(0)
+    ids = [
+        torch.randint(3, plan.config["vocab_size"], (tokens,), generator=new)
+        for tokens in (LENGTH, LENGTH + 7)
+    ]
+    rows = {
+        n: Rows(torch.arange(10, 40), torch.arange(45, LENGTH)) if n else
+        Rows(torch.arange(20, 50), torch.arange(0))
+        for n in range(2)
+    }  # fmt: skip
+    with torch.no_grad():
+        base = LayerwiseBase(plan, ids, [(0, 0)] * 2, torch.device("cpu"), torch.float32)
+        gradients, whole = Gradients(base, rows), Whole(base, rows)
+    own = {n: attention(6) for n in plan.sparse_layers}
+    others = {n: [attention(2), attention(6), attention(30)] for n in plan.sparse_layers}
+    weights = np.array([0.7, 2.0])
+    with torch.no_grad():
+        found = gradients.changes(own, others, weights)
+    assert found.shape == (len(plan.sparse_layers), plan.geometry.kv_heads, 3)
+    assert np.abs(found[..., 1]).max() < 1e-3 * np.abs(found[..., 2]).max()
+    share = 1e-2
+    for place in (0, len(plan.sparse_layers) - 1):
+        number = plan.sparse_layers[place]
+        for group in range(plan.geometry.kv_heads):
+            for n in (0, 2):
+                losses = []
+                for sign in (-1, 1):
+                    here = mixed(own[number], others[number][n], sign * share, group)
+                    with torch.no_grad():
+                        losses.append(weights @ whole.divergence(own | {number: here}))
+                slope = (losses[1] - losses[0]) / (2 * share)
+                assert found[place, group, n] == pytest.approx(slope, rel=0.05, abs=2e-6)
+
+
+def test_a_document_told_again_is_plain_with_one_turn_at_a_time():
+    """Context, then the turns, each of which goes on from its end."""
+    place, length = np.arange(10 + 4 * 3), 4
+    told = Sequence(
+        place, place >= 12, place == 10, turns=3, turn_length=length, told=place[:10] > 2
+    )
+    parts = told.plain(2)
+    assert [part.ids[10:].tolist() for part in parts] == [[10, 11, 12, 13], [18, 19, 20, 21]]
+    assert all(part.turns == 0 and part.context == 14 for part in parts)
+    assert [part.answer.sum() for part in parts] == [2, 4] and parts[0].asking[10]
+    assert parts[0].plain(2) == [parts[0]]
+    assert [len(part.ids) for part in replace(told).plain(9)] == [14] * 3
