@@ -188,6 +188,8 @@ def _check_call(module, attention_mask, dropout, sliding_window, cu_seq_lens_q) 
 
 def _other_layer(module, query, key, value, mask, logits: Logits, window, cu_seqlens):
     """A layer of a converted model that slides: it attends as in the dense model."""
+    if window is None:  # Qwen2-MoE slides by its mask alone
+        window = getattr(module, "sliding_window", None)
     if window is None:
         raise SparsekError(
             f"{type(module).__name__} has no scorer: a converted model was loaded with the class "

@@ -20,6 +20,14 @@ def test_configs_are_drawn_and_compared(family):
     assert "converted" in outcomes and not [x for x in outcomes if x.startswith("fault")], outcomes
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen2_moe", "qwen3", "smollm3"])
+def test_families_in_which_some_layers_may_slide(family):
+    """Qwen2-MoE says nothing of its window to attention functions: transformers' mask knows it."""
+    kinds = ["sliding_attention", "full_attention"]
+    settings = {"layer_types": kinds, "sliding_window": 5, "use_sliding_window": True}
+    assert random_configs.check(family, settings, random.Random(0)) == "converted"
+
+
 def test_one_seed_gives_one_config():
     draws = [random_configs.draw(random.Random(5), "llama") for _ in range(2)]
     assert draws[0] == draws[1]
