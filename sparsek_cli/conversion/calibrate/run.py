@@ -14,7 +14,7 @@ from sparsek_cli import quantised
 from sparsek_cli.conversion.calibrate import rows
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.head_budgets.compare import MOST, Effort, settle
+from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort, settle
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     Candidate,
     HeldOut,
@@ -63,7 +63,8 @@ _WHOLE = 4
 _VALUED = {"cpu": 1, "other": 2}
 _WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
 _PARTS = {"cpu": 12, "other": 48}
-_EFFORT = {"cpu": Effort(5, 1), "other": Effort(MOST, 2)}
+# Proposals, of ten, and how often the best is refined; the last two have never been taken.
+_EFFORT = {"cpu": Effort(5, 1), "other": Effort(8, 2)}
 # Documents, others than those, along whose gradient the best proposal is refined, and their turns.
 _REFINING = {"cpu": 1, "other": 4}
 _REFINING_TURNS = 2

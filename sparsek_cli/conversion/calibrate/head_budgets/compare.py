@@ -31,8 +31,6 @@ _MEANS = ((0.1, 10.0), (0.1, 30.0))
 # The weight that goes with the threshold: for maps and slopes, and in the mean of both.
 _WITH_THRESHOLD = 3.0
 _REFINED = ", refined"
-# All proposals there are: these, two with the threshold, and even slots.
-MOST = len(_ANSWER_WEIGHTS) + len(_MEANS) + 3
 
 
 def settle(

@@ -13,8 +13,9 @@ from sparsek_cli.conversion.calibrate.sensitivity.divergence import chosen_atten
 from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
 from sparsek_cli.conversion.planned import Plan
 
-# Other sizes that a head is thought to have, of its own: beyond them a gradient says nothing.
+# Sizes that a head is thought to have, of its own: beyond them a gradient says nothing.
 _FACTORS = np.array([0.5, 0.8, 1.0, 1.25, 2.0])
+_OWN = 2  # the one it has
 # Parts of the way that are tried, where both are asked and where the gradient alone is.
 _BELIEVED_BY_BOTH = (1.0, 0.5)
 _BY_GRADIENT = (0.25, 0.1)
@@ -46,13 +47,13 @@ def moved_shares(
         others[number] = [
             chosen_attention(plan, maps, resized(choices[place], sizes[place, :, n]))
             for n in range(len(_FACTORS))
+            if n != _OWN
         ]
-    seen = gradients.changes(own, others, nats)
+    seen = np.insert(gradients.changes(own, others, nats), _OWN, 0.0, axis=-1)
     expected = np.stack(
         [_expected(plan, layer, size, nats) for layer, size in zip(layers, sizes, strict=True)]
     )
-    unchanged = int(np.flatnonzero(_FACTORS == 1)[0])
-    expected -= expected[..., unchanged : unchanged + 1]
+    expected -= expected[..., _OWN, None]
     ways = []
     for change, steps in ((np.maximum(seen, expected), _BELIEVED_BY_BOTH), (seen, _BY_GRADIENT)):
         target = _target(change, sizes, plan.topk * shares.size)
