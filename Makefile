@@ -30,11 +30,12 @@ test slow-test: export PYTHONDONTWRITEBYTECODE =
 
 test: $(STAMP) lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not interpret and not slow'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret' $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret and not slow' $(INTERPRETED)
 
 # What takes longer, before a release: kills and resumes, several processes, sizes, whole sweeps.
 slow-test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not interpret'
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret and slow' $(INTERPRETED)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -17,6 +17,7 @@ import gluon_emulator
 pytestmark = pytest.mark.interpret
 
 COPIES_FIRST, COPIES_LAST, ONE_HALF_FIRST = (2, 0, 1), (0, 1, 2), (1, 2, 0)
+SLOW = pytest.mark.slow
 CASES = [  # n, k, window, sinks, heads, groups, dim, kind, dtype, who runs first
     (1, 1, 1, 0, 1, 1, 64, "normal", torch.bfloat16, COPIES_FIRST),
     (65, 9, 1, 2, 4, 1, 64, "ties", torch.float16, ONE_HALF_FIRST),
@@ -26,11 +27,11 @@ CASES = [  # n, k, window, sinks, heads, groups, dim, kind, dtype, who runs firs
     (97, 20, 16, 0, 16, 1, 64, "falling", torch.bfloat16, COPIES_LAST),
     # Rings go round more than once, without masks and with them.
     (660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, COPIES_FIRST),
-    (660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, COPIES_LAST),
-    (660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, ONE_HALF_FIRST),
+    pytest.param(660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, COPIES_LAST, marks=SLOW),
+    pytest.param(660, 100, 540, 4, 1, 1, 64, "normal", torch.bfloat16, ONE_HALF_FIRST, marks=SLOW),
     # More than one super tile: programs of keys that are interior throughout, or not at all.
     (1400, 256, 20, 3, 2, 1, 64, "falling", torch.float16, COPIES_FIRST),
-    (1300, 450, 30, 0, 1, 1, 64, "normal", torch.float16, COPIES_LAST),
+    pytest.param(1300, 450, 30, 0, 1, 1, 64, "normal", torch.float16, COPIES_LAST, marks=SLOW),
 ]
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
 

@@ -44,9 +44,10 @@ def seen_as_selected(end, window, sinks):
 
 @pytest.mark.parametrize("n, k, window, sinks, kind", CASES)
 def test_ends_match_the_naive_selection(make_inputs, n, k, window, sinks, kind):
-    scores = make_inputs(n, groups=2, heads=2, batch=2, kind=kind, grad=False)[3]
+    batch = 2 if n < 100 else 1
+    scores = make_inputs(n, groups=2, heads=2, batch=batch, kind=kind, grad=False)[3]
     end, _ = ends_of(scores, (k, k), window, sinks)
-    for b in range(2):
+    for b in range(batch):
         for g in range(2):
             wanted = naive_selection(scores[b, g].double(), k, window, sinks)
             assert torch.equal(seen_as_selected(end[b, g], window, sinks), wanted)
