@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,28 +119,29 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     if ranks.first:
         fingerprint = digest(record.settings)
         store = Store(folder, fingerprint, resume=plan.resume, overwrite=plan.overwrite)
-    ranks.wait()  # for the folder; and again before the first result is written into it
-    finished = _finished(folder, pairs) if plan.resume else {}
-    if finished:
-        say(f"resuming: {len(finished)} of {len(pairs)} results are in {folder}")
-    ranks.wait()
-    ranks.join(lm)
-    try:
-        _measure(pairs, finished, lm, plan, record, store, ranks, reporter)
-    except KeyboardInterrupt:
+    with store or nullcontext():
+        ranks.wait()  # for the folder; and again before the first result is written into it
+        finished = _finished(folder, pairs) if plan.resume else {}
+        if finished:
+            say(f"resuming: {len(finished)} of {len(pairs)} results are in {folder}")
+        ranks.wait()
+        ranks.join(lm)
+        try:
+            _measure(pairs, finished, lm, plan, record, store, ranks, reporter)
+        except KeyboardInterrupt:
+            if ranks.first:
+                _write(folder, record)
+            say(f"stopped; what is finished is in {folder}: go on with --resume")
+            raise
+        except OSError as error:
+            if not is_full(error):
+                raise
+            raise SparsekError(
+                f"the disk is full; what was finished before is in {folder}",
+                hint="free some space, then go on with --resume",
+            ) from error
         if ranks.first:
             _write(folder, record)
-        say(f"stopped; what is finished is in {folder}: go on with --resume")
-        raise
-    except OSError as error:
-        if not is_full(error):
-            raise
-        raise SparsekError(
-            f"the disk is full; what was finished before is in {folder}",
-            hint="free some space, then go on with --resume",
-        ) from error
-    if ranks.first:
-        _write(folder, record)
     return Evaluated(record.report() | {"folder": str(folder)})
 
 

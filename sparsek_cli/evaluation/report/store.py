@@ -8,18 +8,22 @@ loss_by_position.png .svg, report.md, report.html
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
+from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
 
 RESULTS = "results.json"
+RUN = "run.json"
 
 
 def digest(value: Any) -> str:
@@ -40,30 +44,54 @@ def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> N
         resume: nothing is removed, so that other files may lie beside the results.
         model: the folder of what is measured.
     """
-    if resume and folder.is_dir() and RESULTS_FOLDER.lacks(folder) is None:
-        return
-    check_folder(folder, RESULTS_FOLDER, overwrite=True, model=model)
+    if not (resume and folder.is_dir() and RESULTS_FOLDER.lacks(folder) is None):
+        check_folder(folder, RESULTS_FOLDER, overwrite=True, model=model)
+    # Others call files so, too: only what we wrote is written over.
+    if os.path.lexists(folder / RUN) and _fingerprint_in(folder) is None:
+        raise UsageError(
+            f"'{folder / RUN}' was not written by `sparsek evaluate` and is not replaced",
+            hint="name another --output",
+        )
 
 
 class Store:
-    """One run's folder.
+    """One run's folder, held against other processes until its block is left.
 
     Args:
-        folder: where; made on the first write.
+        folder: where; made here.
         fingerprint: of everything that the numbers depend on.
         resume: keep what is finished there.
         overwrite: replace what is there, of this run or another.
 
     Raises:
-        UsageError: results would be lost that nobody gave up, or the folder is of something else.
+        UsageError: results would be lost that nobody gave up, the folder is of something else, or
+            another run is writing there.
     """
 
     def __init__(self, folder: Path, fingerprint: str, *, resume: bool, overwrite: bool):
         self.folder = folder
         check_results(folder, resume=resume)
-        before = self._fingerprint_there()
+        with ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(held(folder))
+                self._begin(fingerprint, resume=resume, overwrite=overwrite)
+            except BlockingIOError as error:
+                raise UsageError(
+                    f"another run is writing in {folder}",
+                    hint="wait for it, or name another --output",
+                ) from error
+            except OSError as error:
+                raise SparsekError(
+                    f"cannot write to {folder}: {error.strerror}", hint="name another --output"
+                ) from error
+            self._held = stack.pop_all()
+
+    def _begin(self, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
+        folder = self.folder
+        before = _fingerprint_in(folder)
         finished = len(list((folder / "units").glob("*/*.json")))
-        if finished and before not in (None, fingerprint) and not overwrite:
+        if finished and before != fingerprint and not overwrite:
             raise UsageError(
                 f"{folder} holds results of other settings",
                 hint="name another --output, or --overwrite to replace them",
@@ -74,20 +102,18 @@ class Store:
                 hint="--resume keeps them and goes on, --overwrite measures them again",
             )
         if before is not None and (not resume or before != fingerprint):
+            check_results(folder, resume=False)
             for name in ("units", "samples"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-        try:
-            write_atomically(folder / "run.json", to_json({"fingerprint": fingerprint}))
-        except OSError as error:
-            raise SparsekError(
-                f"cannot write to {folder}: {error.strerror}", hint="name another --output"
-            ) from error
+                if (folder / name).is_dir():
+                    shutil.rmtree(folder / name)
+        write_atomically(folder / RUN, to_json({"fingerprint": fingerprint}))
 
-    def _fingerprint_there(self) -> str | None:
-        try:
-            return json.loads((self.folder / "run.json").read_text(encoding="utf-8"))["fingerprint"]
-        except (OSError, ValueError, KeyError):
-            return None
+    def __enter__(self) -> "Store":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Lets other processes write into the folder."""
+        self._held.close()
 
     def save(
         self, policy: str, unit: str, result: dict[str, Any], samples: Iterable[dict[str, Any]]
@@ -96,6 +122,16 @@ class Store:
         lines = "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
         write_atomically(_samples_file(self.folder, policy, unit), lines)
         write_atomically(_unit_file(self.folder, policy, unit), to_json(result))
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    """The settings of the run whose results lie there; None: of no run of ours."""
+    try:
+        found = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    fingerprint = found.get("fingerprint") if isinstance(found, dict) else None
+    return fingerprint if isinstance(fingerprint, str) else None
 
 
 def _name(policy: str) -> str:
