@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from sparsek_cli.conversion.calibrate.head_budgets import compare, refine
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import (
@@ -181,3 +182,19 @@ def test_a_head_loses_no_slots_that_errors_speak_for(three_layers, monkeypatch):
         layer.worth[:] = 1.0
     both, alone = ways()
     assert both.tolist() == even.tolist() and alone[0] < plan.topk < alone[2]
+
+
+def test_without_memory_for_gradients_the_best_proposal_stays(three_layers, monkeypatch):
+    plan, layers = three_layers
+    even = np.full((len(layers), 1), plan.topk)
+    monkeypatch.setattr(compare, "_proposals", lambda *_: [("even", 3.0, even)])
+    monkeypatch.setattr(refine, "chosen_attention", lambda *_: None)
+
+    class Short:
+        def changes(self, *_):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    whole = Scripted((1.0, 1.0), (0.9, 0.9))
+    choices, report = settle(plan, layers, whole, Short(), Effort(1, 2), lambda passes: None)
+    assert report["short_of_memory"] and report["shares"] == "even"
+    assert [choice.topk for choice in choices] == [(plan.topk,)] * 3

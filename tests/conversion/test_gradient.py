@@ -64,7 +64,8 @@ def test_changes_are_slopes_of_the_loss(dense_checkpoint, tmp_path, family):
     }  # fmt: skip
     with torch.no_grad():
         base = LayerwiseBase(plan, ids, [(0, 0)] * 2, torch.device("cpu"), torch.float32)
-        gradients, whole = Gradients(base, rows), Whole(base, rows)
+        whole, gradients = Whole(base, rows), Gradients(base, rows)
+    assert base.hidden == [None, None]  # taken: no layer moves them on
     own = {n: attention(6) for n in plan.sparse_layers}
     others = {n: [attention(2), attention(6), attention(30)] for n in plan.sparse_layers}
     weights = np.array([0.7, 2.0])

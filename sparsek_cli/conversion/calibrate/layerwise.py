@@ -44,7 +44,7 @@ class LayerwiseBase:
         device: where layers run. dtype: their number format.
 
     Attributes:
-        hidden: per sequence the input [1, N, hidden] of the next layer.
+        hidden: per sequence the input [1, N, hidden] of the next layer; None once it was taken.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class LayerwiseBase:
         self._norm = self._base.get_submodule(plan.row.norm)
         self._layers = self._base.get_submodule(plan.row.layers)
         self._sparse = plan.sparse_layers
-        self.hidden: list[torch.Tensor] = []
+        self.hidden: list[torch.Tensor | None] = []
         self._turns, self._turns_now = turns, (0, 0)
         # By sequence, then by layer: layers of different kinds get different arguments.
         self._arguments: list[list[tuple[tuple, dict]]] = []
@@ -203,7 +203,13 @@ class LayerwiseBase:
         if layer > self._sparse[-1]:
             return
         for number, hidden in enumerate(self.hidden):
-            self.hidden[number] = self._output(layer, number, hidden)
+            if hidden is not None:
+                self.hidden[number] = self._output(layer, number, hidden)
+
+    def take(self, number: int) -> torch.Tensor:
+        """The residual stream [1, N, hidden] of a sequence, which is from then on not kept here."""
+        taken, self.hidden[number] = self.hidden[number], None
+        return taken
 
     def _output(self, layer: int, number: int, hidden: torch.Tensor) -> torch.Tensor:
         rest, kwargs = self._arguments[number][layer]

@@ -137,6 +137,10 @@ def search(
             effort = replace(effort, refinements=0)
         with reporter.progress("comparing whole models", effort.passes) as bar:
             choices, report = settle(plan, layers, run.whole, run.gradients, effort, bar.advance)
+    if report["short_of_memory"]:
+        reporter.say(
+            f"{device} has no memory left for gradients: budgets stay as they were proposed"
+        )
     return Found(layers, choices, report)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import threshold_shares
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
@@ -55,10 +56,16 @@ def settle(
         choices = decide(plan, layers, shares, answer_weight)
         if len(compared.tried) < effort.proposals:
             compared.run(choices, name, answer_weight)
+    short = False
     for _ in range(effort.refinements if plan.calibration.per_head else 0):
-        if not _refine(compared, gradients):
+        try:
+            if not _refine(compared, gradients):
+                break
+        except torch.OutOfMemoryError:  # what was compared so far needs no gradient
+            short = True
             break
-    return compared.outcome()
+    choices, report = compared.outcome()
+    return choices, report | {"short_of_memory": short}
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,21 @@ _ROWS = 1024
 
 
 class Gradients:
-    """Documents without turns, and their dense predictions.
+    """Documents without turns, and their dense predictions; both wait in the CPU's memory.
 
     Args:
-        base: all layers still to be run. rows: by number of the document.
+        base: all layers still to be run; the documents are taken from it.
+        rows: by number of the document.
     """
 
     def __init__(self, base: LayerwiseBase, rows: Mapping[int, Rows]):
         self._base, self._rows = base, rows
-        self._embedded = {n: base.hidden[n] for n in rows}
-        self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
+        self._embedded, self._dense = {}, {}
+        for number in rows:
+            embedded = base.take(number)
+            self._dense[number] = base.run_on(number, embedded, 0, {}).cpu()
+            self._embedded[number] = embedded.cpu()
+            self._device = embedded.device
         self._counts = [max(1, sum(map(len, kind))) for kind in zip(*rows.values(), strict=True)]
 
     def changes(
@@ -49,18 +54,18 @@ class Gradients:
         attend = {n: _probing(found, n, own[n], others[n]) for n in own}
         for number, embedded in self._embedded.items():
             with torch.enable_grad():
-                hidden = embedded.detach().clone().requires_grad_()
+                hidden = embedded.to(self._device, copy=True).requires_grad_()
                 states = self._base.run_on(number, hidden, 0, attend)
                 states.backward(self._slope(number, states.detach(), weights))
         return np.stack([found[n].cpu().numpy() for n in own])
 
     def _slope(self, number: int, states: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
         """The gradient [N, hidden] of the loss at the final states."""
-        slope = torch.zeros_like(states)
+        slope, dense = torch.zeros_like(states), self._dense[number].to(states.device)
         for rows, weight, count in zip(self._rows[number], weights, self._counts, strict=True):
             for part in rows.split(_ROWS):
                 here = states[part].requires_grad_()
-                lost = self._base.divergence(self._dense[number][part], here).sum()
+                lost = self._base.divergence(dense[part], here).sum()
                 (gradient,) = torch.autograd.grad(lost, here)
                 slope[part] += gradient * float(weight / count)
         return slope
