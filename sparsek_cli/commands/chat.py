@@ -1,7 +1,6 @@
 """`sparsek chat`: talk to a converted (or plain) model, or ask it one thing and leave."""
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,6 +79,7 @@ def chat(
         load_model,
         load_tokenizer,
     )
+    from sparsek_cli.output.place import absolute
 
     where = choose_device(device)
     tokenizer = load_tokenizer(checkpoint)
@@ -90,7 +90,7 @@ def chat(
     if not session.engine.sparse:
         console.say(f"{checkpoint.name} is a dense model: its cache grows with every token")
     if state is not None:
-        session.load_state(Path(state).expanduser())
+        session.load_state(absolute(state))
         console.say(f"continuing {state}: {session.engine.tokens:,} tokens in context")
     if session.plain:
         console.say(f"{checkpoint.name} has no chat template: it continues your text")

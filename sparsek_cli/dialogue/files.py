@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsek_cli.data.pieces import BLOCK
 from sparsek_cli.dialogue.session import Session
+from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 
 ProgressMaker = Callable[[str, float], AbstractContextManager[Any]]
@@ -129,8 +130,12 @@ def save_conversation(session: Session, path: Path) -> None:
         start = [f"system: {session.system}"] if session.system else []
         text = "\n\n".join([*start, *(f"{m['role']}: {m['content']}" for m in session.messages)])
     try:
-        with path.open("a" if path.suffix == ".jsonl" else "w", encoding="utf-8") as file:
-            file.write(text + "\n")
+        if path.suffix == ".jsonl":
+            with path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
+        else:
+            path.parent.stat()  # is not made here
+            write_atomically(path, text + "\n")
     except OSError as error:
         raise SparsekError(
             f"cannot write '{path}': {error.strerror}", hint="choose another file"

@@ -166,13 +166,15 @@ class Repl:
     def _save_state(self, rest: str) -> None:
         if not rest:
             raise UsageError("/save-state needs a file", hint="/save-state FILE")
-        self.session.save_state(Path(rest).expanduser())
+        file = absolute(rest)
+        self._check(file, own=file in self.session.states)
+        self.session.save_state(file)
         self.say(f"wrote {rest}")
 
     def _load_state(self, rest: str) -> None:
         if not rest:
             raise UsageError("/load-state needs a file", hint="/load-state FILE")
-        self.session.load_state(Path(rest).expanduser())
+        self.session.load_state(absolute(rest))
         self.say(f"continuing {rest}: {self.session.engine.tokens:,} tokens in context")
 
     def _budget(self, rest: str) -> None:
@@ -219,10 +221,14 @@ class Repl:
         if not rest:
             raise UsageError("/save needs a file", hint="/save FILE")
         file = absolute(rest)
-        try:
-            check_file(file, overwrite=file in self._saved, suffixes=(file.suffix,))
-        except UsageError as error:
-            raise UsageError(error.message, hint="name a file that does not exist yet") from error
+        self._check(file, own=file in self._saved)
         save_conversation(self.session, file)
         self._saved.add(file)
         self.say(f"wrote {rest}")
+
+    def _check(self, file: Path, *, own: bool) -> None:
+        """Raises UsageError where a file stands that is not this conversation's own."""
+        try:
+            check_file(file, overwrite=own, suffixes=(file.suffix.lower(),))
+        except UsageError as error:
+            raise UsageError(error.message, hint="name a file that does not exist yet") from error

@@ -77,6 +77,7 @@ class Session:
         self._clock = Clock()
         self._moments: list[Moment] = []
         self.forks: dict[str, Moment] = {}
+        self.states: set[Path] = set()  # files of states, written here or gone on from
         self._forget()
         if self.system:
             self.set_system(self.system)
@@ -259,6 +260,7 @@ class Session:
     def save_state(self, path: Path) -> None:
         """Writes the conversation with all that was read; errors as `Engine.save`."""
         self.engine.save(path, {name: getattr(self, name) for name in _STANDING})
+        self.states.add(path)
 
     def load_state(self, path: Path) -> None:
         """Goes on where `save_state` left off; errors as `Engine.load`."""
@@ -266,6 +268,7 @@ class Session:
         standing["_documents"] = [tuple(pair) for pair in standing["_documents"]]
         self._moments.clear()
         self._stand(standing)
+        self.states.add(path)
 
     def set_budget(self, pairs: int) -> None:
         """Starts a new conversation that keeps `pairs` per KV head.

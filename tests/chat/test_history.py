@@ -11,7 +11,7 @@ from sparsek_cli.dialogue.engine import Engine, Sampling
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.repl import Repl
 from sparsek_cli.dialogue.session import MOMENTS, Session
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
 
 
 @contextmanager
@@ -103,6 +103,42 @@ def test_a_saved_conversation_goes_on_elsewhere(repl, said, sparse_model, tokeni
     stranger = sparse_model("llama", topk=12, window=8, sinks=2, seed=5)
     with pytest.raises(UsageError, match="another model"):
         Session(Engine(stranger), tokenizer).load_state(file)
+
+
+def test_a_state_is_written_over_no_file_but_its_own(repl, tmp_path):
+    ask(repl.session, "What is the code?")
+    thesis, part, link = (tmp_path / name for name in ("thesis.odt", "state.part", "link"))
+    for file in (thesis, part):
+        file.write_text("mine")
+    link.symlink_to(thesis)
+    for file in (thesis, link):
+        with pytest.raises(UsageError) as refused:
+            repl.handle(f"/save-state {file}")
+        assert refused.value.hint == "name a file that does not exist yet"
+    state = tmp_path / "state"
+    for _ in range(2):  # the second time it is its own
+        repl.handle(f"/save-state {state}")
+    state.rename(tmp_path / "kept")
+    repl.handle(f"/load-state {tmp_path / 'kept'}")
+    repl.handle(f"/save-state {tmp_path / 'kept'}")
+    assert thesis.read_text() == part.read_text() == "mine" and link.is_symlink()
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["kept", "link", "state.part", "thesis.odt"]
+
+
+def test_a_conversation_that_cannot_be_written_again_stays(repl, tmp_path, monkeypatch):
+    ask(repl.session, "What is the code?")
+    file = tmp_path / "talk.txt"
+    repl.handle(f"/save {file}")
+    before = file.read_text()
+
+    def full(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with pytest.raises(SparsekError, match="No space left"):
+        repl.handle(f"/save {file}")
+    assert file.read_text() == before and [p.name for p in tmp_path.iterdir()] == ["talk.txt"]
 
 
 def test_the_dense_answer_leaves_the_conversation_alone(repl, said, capsys):

@@ -7,6 +7,7 @@ anywhere else.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from sparsek_kernels import SparseKState
 
+from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.models.cache.slots import SparseKCache
 
@@ -35,7 +37,6 @@ def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any 
     Raises:
         SparsekError: the cache is empty, or the file cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if cache.batch_size < 0:
@@ -60,13 +61,18 @@ def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any 
         "notes": json.dumps(notes),
     }
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        save_file(tensors, part, metadata)
+        with disk.os_errors():
+            save_file(tensors, part, metadata)
         os.replace(part, path)
-    except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
-        raise SparsekError(f"cannot write '{path}': {error}", hint="choose another file") from error
+    except OSError as error:
+        raise SparsekError(
+            f"cannot write '{path}': {error.strerror}", hint="choose another file"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
