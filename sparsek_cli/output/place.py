@@ -6,8 +6,9 @@ from pathlib import Path
 
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
-from sparsek_cli.output.contents import RESULTS, Contents
+from sparsek_cli.output.contents import RESULTS, RUN, Contents
 
+BESIDE = len("..old.xxxxxxxx.part")  # what `leftovers` adds to the name of OUT
 _ANOTHER = "name a folder that does not exist yet"
 _KINDS = (
     (stat.S_ISREG, "file"),
@@ -35,6 +36,8 @@ def check_folder(
     """
     out = absolute(out)
     kind = _kind_of(out)
+    if contents not in (RESULTS, RUN):  # beside those nothing is staged
+        _check_length(out)
     if model is not None and contents is not RESULTS:
         check_not_inside(out, model)
     if kind is None:
@@ -125,6 +128,16 @@ def _kind_of(path: Path) -> str | None:
     if stat.S_ISDIR(mode):
         return "folder"
     return next((name for test, name in _KINDS if test(mode)), "special file")
+
+
+def _check_length(out: Path) -> None:
+    """Refused now, not when hours of work are to be written beside OUT under a longer name."""
+    most = 255 - BESIDE  # bytes of a name on the file systems in use
+    if len(os.fsencode(out.name)) > most:
+        raise UsageError(
+            f"OUT '{out}' cannot be written: its name is longer than {most} bytes",
+            hint="name another folder as OUT, with a shorter name",
+        )
 
 
 def _check_parents(out: Path) -> None:

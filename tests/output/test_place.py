@@ -8,6 +8,7 @@ import pytest
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.output.contents import MODEL, RESULTS, RUN
+from sparsek_cli.output.leftovers import make_beside
 from sparsek_cli.output.place import check_file, check_folder
 
 
@@ -72,6 +73,17 @@ def test_special_files_and_links(tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)  # a socket's path may be 100 characters long
         listening.bind("socket")
         assert "is a socket" in refused(tmp_path / "socket")
+
+
+def test_a_name_leaves_room_for_those_beside_it(tmp_path):
+    """What is staged has a longer one; it was refused after all steps of a training run."""
+    for name in ("n" * 236, "語" * 78 + "nn"):
+        out = tmp_path / name
+        check_folder(out, MODEL, overwrite=False)
+        make_beside(out, "old.").rmdir()
+        assert "longer than 236 bytes" in refused(tmp_path / f"{name}n")
+    for contents in (RESULTS, RUN):  # beside those nothing lies
+        check_folder(tmp_path / ("n" * 241), contents, overwrite=False)
 
 
 def test_folders_in_use(tmp_path, monkeypatch):
