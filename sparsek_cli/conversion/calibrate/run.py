@@ -97,6 +97,8 @@ class Found:
     report: dict[str, Any]
 
 
+# What is made in a caller's inference mode has no gradients, along which slots are moved.
+@torch.inference_mode(False)
 def search(
     plan: Plan, reporter: Any, fit: Callable[[Plan, torch.device], Fit] = LinearFit.of
 ) -> Found:
