@@ -58,6 +58,13 @@ class Checkpoint:
         """What to call it among strangers: the hub id, else the name."""
         return self.source if "/" in self.source else self.name
 
+    @property
+    def operand(self) -> str:
+        """What names it on a command line, from any folder."""
+        if "/" in self.source:
+            return self.source
+        return self.name if self.source == "bundled" else str(self.path)
+
     def config(self) -> dict:
         """config.json as a dictionary."""
         return model_folder.read_config(self.path)

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sparsek_cli import quantised
@@ -189,7 +190,7 @@ def _no_config(path: Path) -> UsageError:
 
 
 def _unpack(file: Path) -> str:
-    return f"`sparsek convert {file} OUT` unpacks it; then name OUT"
+    return f"`sparsek convert {quote(str(file))} OUT` unpacks it; then name OUT"
 
 
 def _scorers_error(file: Path, name: str) -> UsageError | None:
@@ -204,7 +205,7 @@ def _scorers_error(file: Path, name: str) -> UsageError | None:
     base = found.base["name"]
     return UsageError(
         f"'{name}' holds scorers alone, made for {base}",
-        hint=f"put them onto it: `sparsek merge {base} {name} OUT`, then name OUT",
+        hint=f"put them onto it: `sparsek merge {quote(base)} {quote(name)} OUT`, then name OUT",
     )
 
 

@@ -1,5 +1,6 @@
 """`sparsek convert`."""
 
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -126,12 +127,13 @@ def convert(
         return
     done = run(plan, console)
     console.result(done.text(), done.data())
+    out = quote(str(done.out))
     if request.scorers_only:
-        console.say(f"\nnext: sparsek merge {request.model} {done.out} OUT")
+        console.say(f"\nnext: sparsek merge {quote(request.model)} {out} OUT")
         return
     last_model.remember(done.out)
-    console.say(f"\nnext: sparsek chat {done.out}")
-    console.say(f"      sparsek eval {done.out} --tasks ppl,recall --baselines dense,window,random")
+    console.say(f"\nnext: sparsek chat {out}")
+    console.say(f"      sparsek eval {out} --tasks ppl,recall --baselines dense,window,random")
 
 
 def _number(text: str | None) -> int | str | None:

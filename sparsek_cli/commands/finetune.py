@@ -1,5 +1,6 @@
 """`sparsek finetune`: train scorers, adapters or everything, from a recipe."""
 
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -75,7 +76,8 @@ def finetune(
         console.say(f"\nnext: PeftModel.from_pretrained(model, {str(done.out)!r})")
         return
     last_model.remember(done.out)
-    console.say(f"\nnext: sparsek evaluate {done.out} --tasks ppl,recall")
+    out = quote(str(done.out))
+    console.say(f"\nnext: sparsek evaluate {out} --tasks ppl,recall")
     if (
         settings.train != "scorers"
         and settings.scorer_training in ("gates", "frozen")  # others keep up with the base
@@ -83,7 +85,7 @@ def finetune(
         and is_converted(hub.resolve(done.out).config())
     ):
         console.say(
-            f"      sparsek convert {done.out} {done.out}-again --again"
+            f"      sparsek convert {out} {quote(str(done.out) + '-again')} --again"
             "  # scorers fitted to the weights it has now"
         )
 

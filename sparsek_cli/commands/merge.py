@@ -1,5 +1,6 @@
 """`sparsek merge`."""
 
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -56,4 +57,4 @@ def merge(
     done = merging.run(plan, console)
     last_model.remember(done.out)
     console.result(done.text(), done.data())
-    console.say(f"\nnext: sparsek chat {done.out}")
+    console.say(f"\nnext: sparsek chat {quote(str(done.out))}")

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sparsek_cli.converted import is_converted
@@ -96,7 +97,7 @@ def plan(
     if not is_converted(fields):
         raise UsageError(
             f"{checkpoint.name} is dense: its cache grows with every token",
-            hint=f"convert it first: sparsek convert {checkpoint.name}",
+            hint=f"convert it first: sparsek convert {quote(checkpoint.operand)}",
         )
     given = Flags(flags)
     # What the server would say later, and not in one line.

@@ -1,6 +1,7 @@
 """The model card of what is pushed: whose weights, which licence, what was measured."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -123,7 +124,7 @@ def _report(evaluation: Path, folder: Path) -> dict[str, Any]:
     if place.resolve() != folder.resolve():
         raise UsageError(
             f"the results in '{evaluation}' are of {place}, not of '{folder}'",
-            hint=f"measure this one: `sparsek evaluate {folder}`",
+            hint=f"measure this one: `sparsek evaluate {quote(str(folder))}`",
         )
     return report
 
