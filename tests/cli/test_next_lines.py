@@ -1,4 +1,4 @@
-"""Commands that are shown to be typed next are lines for a shell, whatever their files are called."""
+"""Commands that are shown to be typed next are lines for a shell, whatever files are called."""
 
 import shlex
 
