@@ -1,6 +1,5 @@
 """A planned training run, carried out: the model is loaded, trained, and written in one rename."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -22,7 +21,7 @@ from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan, sizes_of
 from sparsek_cli.training.sizes import Sizes
 from sparsek_cli.training.storage.output import check_room, contents_of, write_model
-from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder
+from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:
@@ -148,7 +147,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
                 result=result, dtype=dtype, base=plan.source, state=state, reporter=reporter,
                 tuner=tuner,
             )  # fmt: skip
-            shutil.rmtree(part, ignore_errors=True)
+            remove(part)
     trainer.accelerator.wait_for_everyone()
     return result
 

@@ -1,5 +1,7 @@
 """Progress where there is no terminal: a line now and then, with the time left."""
 
+import shlex
+
 import pytest
 
 from sparsek_cli import console
@@ -74,3 +76,15 @@ def test_a_file_s_name_is_no_markup_of_the_bar(monkeypatch):
     with console.Console().progress("reading [/red]\x1b]0;x\x07.txt", 3) as bar:
         bar.advance(1)
     assert "[/red]\\x1b]0;x\\x07.txt" in stream.getvalue()
+
+
+def test_commands_to_type_next_are_lines_for_a_shell(sparsek, make_checkpoint, tmp_path):
+    good, out = make_checkpoint(tmp_path / "my model"), tmp_path / "it's sparse"
+    done = sparsek("convert", str(good), str(out), "--calibrate", "none", "--topk", "6",
+                   "--window", "4")  # fmt: skip
+    assert done.code == 0, done
+    shown = done.err[done.err.index("next: sparsek") + len("next: ") :]
+    words = [shlex.split(line) for line in shown.strip().splitlines()]
+    assert [line[1:3] for line in words] == [["chat", str(out)], ["eval", str(out)]]
+    dense = sparsek("serve", str(good), "--dry-run")
+    assert shlex.split(dense.err.splitlines()[-1])[-3:] == ["sparsek", "convert", str(good)]

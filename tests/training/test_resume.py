@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from verbs import finetune
 
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.training import run
 from sparsek_cli.training.storage.resume import part_folder
 
 # Dropout, so that the state of the random generators matters; two micro-batches per step.
@@ -90,6 +92,21 @@ def test_killed_again_and_again(recipe, scratch, tmp_path):
         assert done.loss == whole.loss and done.held_out_loss == whole.held_out_loss
     ours, theirs = (load_file(tmp_path / n / "model.safetensors") for n in ("out", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_others_lay_into_a_run_s_folder_stays(recipe, scratch, tmp_path, monkeypatch, fails):
+    part = part_folder(tmp_path / "out")
+
+    def written(*args, **kwargs):
+        (part / "notes.txt").write_text("mine")
+        if fails:
+            raise SparsekError("it fails", hint="nothing")
+
+    monkeypatch.setattr(run, "write_model", written)
+    with pytest.raises(SparsekError) if fails else nullcontext():
+        finetune(recipe(*scratch, "steps=1"))
+    assert [file.name for file in part.iterdir()] == ["notes.txt"]
 
 
 def test_half_written_checkpoints_are_not_taken(recipe, scratch, tmp_path):

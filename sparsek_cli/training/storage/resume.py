@@ -2,7 +2,8 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -122,12 +123,21 @@ def begun(recipe: dict[str, Any], part: Path, *, resume: bool) -> Iterator[None]
 
 
 def _empty(part: Path) -> None:
-    """The folder itself stays: it is locked."""
+    """The folder itself stays: it is locked; and so does what others laid into it meanwhile."""
     for entry in part.iterdir():
-        if entry.is_dir():
+        if entry.is_symlink():
+            continue
+        if entry.is_dir() and any(fnmatchcase(entry.name, name) for name in RUN.folders):
             shutil.rmtree(entry, ignore_errors=True)
-        else:
+        elif entry.is_file() and RUN.knows(entry.name):
             entry.unlink()
+
+
+def remove(part: Path) -> None:
+    """After a run, on the first process: nothing of it stays."""
+    with suppress(OSError):
+        _empty(part)
+        part.rmdir()
 
 
 def leave(part: Path) -> Path | None:
@@ -138,7 +148,7 @@ def leave(part: Path) -> Path | None:
     """
     kept = checkpoints_in(part)
     if not kept:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)
         return None
     shutil.rmtree(part / "writing", ignore_errors=True)
     return kept[-1]
