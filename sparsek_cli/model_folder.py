@@ -6,6 +6,7 @@ one line that says what it is and what to do. Tensors are not loaded.
 
 import json
 import logging
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from shlex import quote
@@ -127,6 +128,9 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"{file}: {key} is {json.dumps(config[key])[:40]}, expected a {kind.__name__}",
                 hint=again,
             )
+    for key, value in json_text.floats(config):
+        if not math.isfinite(value):
+            raise UsageError(f"{file}: {key} is {value}, expected a finite number", hint=again)
     return config
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -25,3 +26,18 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
         raise GivenTwice(f"key '{twice}' is given twice")
     return found
+
+
+def floats(tree: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Floats by dotted key; those in lists are left out, of which some are endless by right.
+
+    Mamba's `time_step_limit` is [0.0, Infinity].
+    """
+    left = [("", tree)]
+    while left:
+        before, fields = left.pop()
+        for key, value in fields.items():
+            if isinstance(value, float):
+                yield f"{before}{key}", value
+            elif isinstance(value, dict):
+                left.append((f"{before}{key}.", value))

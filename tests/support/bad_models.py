@@ -272,6 +272,9 @@ MODELS: dict[str, Maker] = {
     "sizes-absurd": config(intermediate_size=10**13),
     "kv-heads-absurd": config(num_key_value_heads=10**6),  # minutes, if they were drawn
     "width-absurd": config(hidden_size=32 * 10**5),
+    "dropout-nan": config(attention_dropout=float("nan")),
+    "eps-endless": config(rms_norm_eps=float("inf")),
+    "theta-nan": config(rope_parameters={"rope_type": "default", "rope_theta": float("nan")}),
     "sizes-other": config(intermediate_size=49),
     "dtype-of-integers": config(dtype="int8"),
     "dtype-unknown": config(dtype=None, torch_dtype="float7"),
