@@ -13,12 +13,14 @@ from sparsek_cli.output.contents import (
     CONVERT_RECIPE,
     FINETUNE_RECIPE,
     MODEL,
+    SCORERS,
     SCORERS_ALONE,
     Contents,
 )
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.sharing.hub_card import card
 from sparsek_cli.sharing.portable_recipe import without_places
+from sparsek_cli.sharing.scorers_file import check_finite
 
 _LOGIN = "run `hf auth login` (or set HF_TOKEN) with a token that may write"
 
@@ -92,7 +94,7 @@ def plan(
 
     Raises:
         UsageError: no folder of ours, files in it that are of nobody, or no valid name.
-        SparsekError: a tokenizer that does not load.
+        SparsekError: a tokenizer that does not load, or scorers that are no numbers.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -100,6 +102,10 @@ def plan(
     if not hub.is_hub_id(repo):
         raise UsageError(f"'{repo}' is no name on the hub", hint="name the repository owner/name")
     _check(place)
+    if (place / SCORERS).is_file():
+        from safetensors.numpy import load_file
+
+        check_finite(load_file(place / SCORERS), str(place))
     paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
     recipes = (CONVERT_RECIPE, FINETUNE_RECIPE)
     texts = {

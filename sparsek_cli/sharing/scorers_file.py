@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk, hub
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE, SCORERS
 
 FORMAT = "sparsek-scorers-1"
@@ -38,15 +38,31 @@ class Scorers:
     texts: dict[str, str]
 
     def tensors(self) -> dict[str, np.ndarray]:
-        """`layers.<number>.<part>` -> float32."""
+        """`layers.<number>.<part>` -> float32.
+
+        Raises:
+            SparsekError: as `check_finite`.
+        """
         from safetensors.numpy import load_file
 
-        return load_file(self.file)
+        found = load_file(self.file)
+        check_finite(found, str(self.file))
+        return found
 
     def of_layer(self, number: int, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """The parts of one layer's scorer by their own names."""
         start = f"layers.{number}."
         return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def check_finite(tensors: dict[str, np.ndarray], holder: str) -> None:
+    """Raises SparsekError for scorers that are no numbers; they would select whatever is first."""
+    for name, array in tensors.items():
+        if not np.isfinite(array).all():
+            raise SparsekError(
+                f"the scorers in {holder} are damaged: {name} holds values that are not finite",
+                hint="fetch or export them again, or convert the base again",
+            )
 
 
 def write(

@@ -154,7 +154,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Taken:
     """Carries out a plan.
 
     Raises:
-        SparsekError: disk full or no permission; OUT is as before.
+        SparsekError: disk full, no permission, or scorers that are no numbers; OUT is as before.
     """
     reporter = reporter or Silent()
     with reporter.progress("reading the base's weights", plan.base_bytes) as bar:
@@ -214,6 +214,7 @@ def _tensors(plan: Plan) -> dict[str, np.ndarray]:
     for wanted, (file, name) in plan.names.items():
         with disk.os_errors(), safe_open(file, "np") as opened:
             found[wanted] = opened.get_tensor(name)
+    scorers_file.check_finite(found, str(plan.source.path))
     return found
 
 

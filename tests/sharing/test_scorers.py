@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import sparsek_cli as sparsek
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.sharing import scorers_file
+from sparsek_cli.sharing import push, scorers_file
 
 IDS = torch.arange(3, 60)[None]
 # What differs in names and shapes: a prefix in files, fused maps, layers of other kinds.
@@ -232,6 +232,30 @@ def test_damaged_scorers_are_refused(scored, tmp_path):
         with pytest.raises(SparsekError, match="are damaged"):
             sparsek.merge(base, file, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+def test_scorers_that_are_no_numbers_go_nowhere(scored, tmp_path):
+    base, out, scorers = scored
+    found = scorers_file.read(scorers)
+    tensors = found.tensors()
+    tensors["layers.0.weight"][0, 0] = float("nan")
+    file = tmp_path / "nan.safetensors"
+    scorers_file.write(file, tensors, found.block, found.base, {})
+    with pytest.raises(SparsekError, match=r"layers\.0\.weight holds values that are not finite"):
+        sparsek.merge(base, file, tmp_path / "m")
+    with pytest.raises(SparsekError, match="not finite"):
+        sparsek.load(base, scorers=file, device="cpu", dtype="float32")
+    bad = tmp_path / "bad"
+    shutil.copytree(out, bad)
+    own = load_file(bad / "sparsek.safetensors")
+    next(iter(own.values())).flat[0] = float("inf")
+    save_file(own, bad / "sparsek.safetensors")
+    for place in ("s", "s.safetensors"):
+        with pytest.raises(SparsekError, match="not finite"):
+            sparsek.export_scorers(bad, tmp_path / place)
+    with pytest.raises(SparsekError, match="not finite"):
+        push.plan(bad, "someone/else")
+    assert {path.name for path in tmp_path.iterdir()} == {"nan.safetensors", "bad"}
 
 
 def test_both_may_come_from_the_hub(scored, tmp_path, monkeypatch):
