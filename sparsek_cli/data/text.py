@@ -5,6 +5,7 @@ import glob
 import io
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -121,6 +122,11 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
             matches = [p for p in named if _wanted(p)]
             if not matches:
                 raise UsageError(f"no text file matches '{path}'", hint=_kinds())
+        elif os.path.lexists(path) and not path.is_symlink():
+            raise UsageError(
+                f"'{path}' is no plain file: it cannot be read twice",
+                hint="write its text into a file first, and name that",
+            )
         else:
             raise UsageError(
                 f"no such file or folder: '{path}'",

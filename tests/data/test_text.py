@@ -1,6 +1,7 @@
 """Reading documents: every file type, and what is said when a file is not what it seems."""
 
 import json
+import os
 
 import pytest
 import zstandard
@@ -90,6 +91,17 @@ def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
         list(iterate_texts(tmp_path / name))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, None])
+def test_devices_and_pipes_are_called_so(tmp_path, make):
+    """A shell's <(command) is one; it exists, and is read more than once."""
+    file = tmp_path / "pipe" if make else os.devnull
+    if make:
+        make(file)
+    with pytest.raises(UsageError, match="is no plain file") as refused:
+        find_files(file)
+    assert "write its text into a file" in refused.value.hint
 
 
 def test_nothing_there(tmp_path):
