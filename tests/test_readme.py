@@ -78,3 +78,17 @@ def test_sentences_are_short():
 def test_pictures_and_links_are_there():
     for place in re.findall(r"\]\(([^)]+)\)", README):
         assert place.startswith("https://") or (ROOT / place).exists(), place
+
+
+def test_the_document_is_no_longer_than_tiny_reads(tmp_path):
+    """Beyond its context the chat that is shown answers wrongly; CHANGELOG.md had grown so far."""
+    from transformers import AutoTokenizer
+
+    root = Path(__file__).parents[1]
+    line = re.search(
+        r"^\(cat README\.md;.*> document\.txt$", (root / "README.md").read_text(), re.M
+    )
+    command = line[0].replace("document.txt", str(tmp_path / "document.txt"))
+    subprocess.run(["bash", "-c", command], cwd=root, check=True)
+    tokenizer = AutoTokenizer.from_pretrained(root / "sparsek_cli" / "bundled" / "tiny")
+    assert len(tokenizer((tmp_path / "document.txt").read_text()).input_ids) < 8000
