@@ -287,7 +287,7 @@ def test_adapters_keep_it_sparse_and_one_of_another_base_fails(made, tmp_path, d
     "changes",
     [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
-        {"rms_norm_eps": float("nan")},
+        {"rms_norm_eps": -10.0},
     ],
 )
 def test_numbers_of_a_config_that_make_none(made, tmp_path, changes):
