@@ -80,12 +80,13 @@ class Converted:
                 f"{found['answer_loss']:.3f} at answers far back; plain window "
                 f"{found['window_text_loss']:.3f} and {found['window_answer_loss']:.3f}"
             )
-            ends = " and ".join(
-                f"{found[end]['text_loss']:.3f} / {found[end]['answer_loss']:.3f} ({value})"
-                for end, value in (("text_alone", 0), ("recall_alone", 1))
+            ends = ", ".join(
+                f"{found[end]['text_loss']:.3f} / {found[end]['answer_loss']:.3f}"
+                for end in ("text_alone", "recall_alone")
             )
             lines.append(
-                f"            with method.recall={found['recall']:g}; its ends would give {ends}"
+                f"            with method.recall={found['recall']:g}; of what was tried, best in "
+                f"text and best far back: {ends}"
             )
         return "\n".join(lines)
 

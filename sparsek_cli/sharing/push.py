@@ -102,10 +102,7 @@ def plan(
     if not hub.is_hub_id(repo):
         raise UsageError(f"'{repo}' is no name on the hub", hint="name the repository owner/name")
     _check(place)
-    if (place / SCORERS).is_file():
-        from safetensors.numpy import load_file
-
-        check_finite(load_file(place / SCORERS), str(place))
+    _check_scorers(place)
     paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
     recipes = (CONVERT_RECIPE, FINETUNE_RECIPE)
     texts = {
@@ -118,6 +115,22 @@ def plan(
     files = {path.relative_to(place).as_posix(): path.stat().st_size for path in paths}
     files |= {name: len(text.encode()) for name, text in texts.items()}
     return Plan(place, repo, not public, files, texts, matter)
+
+
+def _check_scorers(place: Path) -> None:
+    """Raises SparsekError for scorers, alone or among other weights, that are no numbers."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in sorted(place.glob("*.safetensors")):
+        try:
+            with safe_open(file, "np") as opened:
+                names = opened.keys()  # a mapping in name alone: it is not iterable everywhere
+                names = [n for n in names if file.name == SCORERS or ".scorer." in n]
+                check_finite({name: opened.get_tensor(name) for name in names}, str(place))
+        except SafetensorError as error:
+            raise SparsekError(
+                f"'{file}' is damaged: {first_line(error)}", hint="fetch or write the folder again"
+            ) from error
 
 
 def _check(place: Path) -> None:

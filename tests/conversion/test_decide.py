@@ -77,7 +77,7 @@ def test_a_head_gets_as_many_slots_as_pairs_lie_above_the_threshold():
 
 
 class Scripted:
-    """Stands in for `whole.Whole`: losses in text and at answers, one pair per pass."""
+    """Stands in for `divergence.Whole`: losses in text and at answers, one pair per pass."""
 
     def __init__(self, *losses: tuple[float, float]):
         self._losses = iter(losses)
@@ -184,17 +184,24 @@ def test_a_head_loses_no_slots_that_errors_speak_for(three_layers, monkeypatch):
     assert both.tolist() == even.tolist() and alone[0] < plan.topk < alone[2]
 
 
-def test_without_memory_for_gradients_the_best_proposal_stays(three_layers, monkeypatch):
+def test_where_gradients_fail_what_is_best_so_far_stays(three_layers, monkeypatch):
+    """The first time goes well; the second finds no memory."""
     plan, layers = three_layers
     even = np.full((len(layers), 1), plan.topk)
     monkeypatch.setattr(compare, "_proposals", lambda *_: [("even", 3.0, even)])
     monkeypatch.setattr(refine, "chosen_attention", lambda *_: None)
 
-    class Short:
-        def changes(self, *_):
-            raise torch.OutOfMemoryError("CUDA out of memory")
+    class Short(Slope):
+        left = 1
 
-    whole = Scripted((1.0, 1.0), (0.9, 0.9))
-    choices, report = settle(plan, layers, whole, Short(), Effort(1, 2), lambda passes: None)
-    assert report["short_of_memory"] and report["shares"] == "even"
-    assert [choice.topk for choice in choices] == [(plan.topk,)] * 3
+        def changes(self, *given):
+            if not self.left:
+                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+            self.left -= 1
+            return super().changes(*given)
+
+    whole = Scripted((1.0, 1.0), (0.9, 0.9), *[(0.5, 0.5)] * refine.WAYS)
+    choices, report = settle(plan, layers, whole, Short(), Effort(1, 3), lambda passes: None)
+    assert report["not_refined"] == "CUDA out of memory."
+    assert report["shares"] == "even, refined" and report["text_loss"] == 0.5
+    assert [choice.topk for choice in choices] != [(plan.topk,)] * 3

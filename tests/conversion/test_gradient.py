@@ -9,8 +9,11 @@ import pytest
 import torch
 from sparsek_kernels import sparsek_attention
 
+from sparsek_cli.conversion.calibrate import run
+from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Recorded
+from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import Rows, Whole
 from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence
@@ -99,3 +102,31 @@ def test_a_document_told_again_is_plain_with_one_turn_at_a_time():
     assert [part.answer.sum() for part in parts] == [2, 4] and parts[0].asking[10]
     assert parts[0].plain(2) == [parts[0]]
     assert [len(part.ids) for part in replace(told).plain(9)] == [14] * 3
+
+
+def test_slots_are_moved_along_other_documents_than_those_that_judge(dense_checkpoint, tmp_path):
+    recipe = ConvertRecipe(
+        model=str(dense_checkpoint("qwen3")),
+        out=str(tmp_path / "out"),
+        topk=8,
+        window=8,
+        calibrate_tokens=2048,
+        calibrate_length=256,
+    )
+    plan = make_plan(recipe)
+    fitting, held_out = ([plain_sequence(n) for n in range(first, first + 4)] for first in (0, 4))
+    device = torch.device("cpu")
+    for refinements, judging in ((0, 4), (1, 3)):
+        made = run._Run(
+            plan, fitting, held_out, device, torch.float32, MlpFit, Effort(5, refinements)
+        )
+        assert [*made.whole.inputs()] == [*made.held_out[:judging]]
+        refining = made.sequences[made.held_out.stop :]
+        assert [s.ids[0] for s in refining] == [s.ids[0] for s in held_out[judging:]]
+
+
+def plain_sequence(first: int) -> Sequence:
+    """Recognised by its first id."""
+    ids = np.append(first, np.arange(255) % 50 + 10)
+    place = np.arange(256)
+    return Sequence(ids, place >= 250, place == 249)

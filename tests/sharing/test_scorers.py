@@ -255,6 +255,10 @@ def test_scorers_that_are_no_numbers_go_nowhere(scored, tmp_path):
             sparsek.export_scorers(bad, tmp_path / place)
     with pytest.raises(SparsekError, match="not finite"):
         push.plan(bad, "someone/else")
+    # As training of more than scorers leaves them: among the other weights.
+    (bad / "sparsek.safetensors").rename(bad / "model.safetensors")
+    with pytest.raises(SparsekError, match="not finite"):
+        push._check_scorers(bad)
     assert {path.name for path in tmp_path.iterdir()} == {"nan.safetensors", "bad"}
 
 

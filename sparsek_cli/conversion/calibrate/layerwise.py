@@ -44,7 +44,7 @@ class LayerwiseBase:
         device: where layers run. dtype: their number format.
 
     Attributes:
-        hidden: per sequence the input [1, N, hidden] of the next layer; None once it was taken.
+        hidden: per sequence the input [1, N, hidden] of the next layer; None after `take`.
     """
 
     def __init__(
@@ -244,10 +244,11 @@ class LayerwiseBase:
         self._to_the_end, self._attend_with, recording = True, attend, nullcontext()
         if layer in self._sparse:
             recording = self._recording(self._layers[layer].get_submodule(self._attention_name))
-        with recording:
-            output = self._output(layer, number, hidden)
-        self._attend_with = self._last = self._inputs = None
-        return output
+        try:
+            with recording:
+                return self._output(layer, number, hidden)
+        finally:  # running a layer again for its gradient ends early, by an exception
+            self._attend_with = self._last = self._inputs = None
 
     def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """KL of the predictions, nats: float32 [R], from final states [R, hidden] of both."""

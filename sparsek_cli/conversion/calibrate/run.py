@@ -63,7 +63,7 @@ _WHOLE = 4
 _VALUED = {"cpu": 1, "other": 2}
 _WHOLE_TOKENS = {"cpu": 8192, "other": 1 << 20}
 _PARTS = {"cpu": 12, "other": 48}
-# Proposals, of ten, and how often the best is refined; the last two have never been taken.
+# Proposals that are run, and how often the best is refined.
 _EFFORT = {"cpu": Effort(5, 1), "other": Effort(8, 2)}
 # Documents, others than those, along whose gradient the best proposal is refined, and their turns.
 _REFINING = {"cpu": 1, "other": 4}
@@ -124,7 +124,8 @@ def search(
         turns=1 if has_states(plan.types) else _TURNS[kind],
         longest=_TURN_LENGTH[kind],
     )
-    run = _Run(plan, *sequences, device, dtype, fit)
+    effort = _effort(plan, kind)
+    run = _Run(plan, *sequences, device, dtype, fit, effort)
     depth = len(plan.sparse_layers)
     with torch.no_grad():
         with reporter.progress("calibrating", depth * sum(map(len, sequences))) as bar:
@@ -134,15 +135,10 @@ def search(
                     layers.append(run.layer(layer, bar.advance))
                 else:
                     run.base.pass_layer(layer)
-        effort = _EFFORT[kind]
-        if quantised.stays_packed(plan.config):  # no gradient goes through packed weights
-            effort = replace(effort, refinements=0)
         with reporter.progress("comparing whole models", effort.passes) as bar:
             choices, report = settle(plan, layers, run.whole, run.gradients, effort, bar.advance)
-    if report["short_of_memory"]:
-        reporter.say(
-            f"{device} has no memory left for gradients: budgets stay as they were proposed"
-        )
+    if report["not_refined"]:
+        reporter.say(f"budgets were not refined further: {report['not_refined']}")
     return Found(layers, choices, report)
 
 
@@ -166,6 +162,12 @@ def _lengths(plan: Plan) -> tuple[int, ...]:
     return (length, half)
 
 
+def _effort(plan: Plan, kind: str) -> Effort:
+    """What is compared: equal budgets cannot be moved, and packed weights have no gradient."""
+    fixed = not plan.calibration.per_head or quantised.stays_packed(plan.config)
+    return replace(_EFFORT[kind], refinements=0) if fixed else _EFFORT[kind]
+
+
 def _kind(device: torch.device) -> str:
     """What the device can afford: a key of the tables above."""
     return "cpu" if device.type == "cpu" else "other"
@@ -182,6 +184,7 @@ class _Run:
         device: torch.device,
         dtype: torch.dtype,
         fit: Callable[[Plan, torch.device], Fit],
+        effort: Effort,
     ):
         self.plan, self.method = plan, plan.calibration.method
         self.device, self.fit = device, fit
@@ -190,8 +193,9 @@ class _Run:
         self.fitting = range(len(fitting))
         self.held_out = range(len(fitting), len(fitting) + len(held_out))
         affordable = _WHOLE_TOKENS[self.kind] // plan.calibrate_length
-        few = self.held_out[: max(2, min(_WHOLE, affordable))]
-        others = (held_out[len(few) :] or held_out)[: _REFINING[self.kind]]
+        refining = _REFINING[self.kind] if effort.refinements else 0
+        few = self.held_out[: max(1, min(_WHOLE, max(2, affordable), len(held_out) - refining))]
+        others = held_out[len(few) :][:refining]
         plain = [part for sequence in others for part in sequence.plain(_REFINING_TURNS)]
         sequences = [*fitting, *held_out, *plain]
         self.sequences = sequences
@@ -211,8 +215,8 @@ class _Run:
             self.base = LayerwiseBase(plan, ids, turns, device, dtype)
             self._valued = self._to_value(few)
             self.whole = Whole(self.base, self._counted(few))
-            refining = range(self.held_out.stop, len(sequences))
-            self.gradients = Gradients(self.base, self._counted(refining))
+            others = range(self.held_out.stop, len(sequences))
+            self.gradients = Gradients(self.base, self._counted(others))
         self.part: dict[int, HeldOut] = {}
 
     def _counted(self, numbers: range) -> dict[int, Rows]:

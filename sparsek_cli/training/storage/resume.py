@@ -134,7 +134,7 @@ def _empty(part: Path) -> None:
 
 
 def remove(part: Path) -> None:
-    """After a run, on the first process: nothing of it stays."""
+    """After a run, on the first process: nothing of it stays, and nothing of others goes."""
     with suppress(OSError):
         _empty(part)
         part.rmdir()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import threshold_shares
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
@@ -44,8 +43,8 @@ def settle(
 ) -> tuple[list[Choice], dict[str, Any]]:
     """The decision whose whole model loses least, recall and text weighed; and a report.
 
-    Proposals are compared, and the best one is refined (refine.py). One that loses more text than
-    a plain window of the same slots is taken only if all do.
+    Proposals are compared, and the best one is refined (refine.py) as long as that helps. One that
+    loses more text than a plain window of the same slots is taken only if all do.
 
     Args:
         effort: how many are run, the likeliest first.
@@ -53,19 +52,20 @@ def settle(
     """
     compared = _Comparison(plan, layers, whole, advance)
     for name, answer_weight, shares in _proposals(plan, layers):
-        choices = decide(plan, layers, shares, answer_weight)
-        if len(compared.tried) < effort.proposals:
-            compared.run(choices, name, answer_weight)
-    short = False
-    for _ in range(effort.refinements if plan.calibration.per_head else 0):
+        if len(compared.tried) == effort.proposals:
+            break
+        compared.run(decide(plan, layers, shares, answer_weight), name, answer_weight)
+    reason = None
+    for _ in range(effort.refinements):
         try:
-            if not _refine(compared, gradients):
-                break
-        except torch.OutOfMemoryError:  # what was compared so far needs no gradient
-            short = True
+            moved = moved_shares(plan, layers, compared.choices, gradients, compared.nats)
+        except (RuntimeError, FloatingPointError) as error:  # memory, or a layer has no gradient
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            break
+        if not _refine(compared, moved):
             break
     choices, report = compared.outcome()
-    return choices, report | {"short_of_memory": short}
+    return choices, report | {"not_refined": reason}
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,13 @@ class _Comparison:
 
     @property
     def best(self) -> int:
-        """The one to take."""
+        """Its number."""
         return self._best(self.plan.calibration.method.recall)
+
+    @property
+    def choices(self) -> list[Choice]:
+        """The decision to take."""
+        return self.decisions[self.best]
 
     @property
     def nats(self) -> np.ndarray:
@@ -129,7 +134,7 @@ class _Comparison:
 
     def outcome(self) -> tuple[list[Choice], dict[str, Any]]:
         """The decision to take, and the report."""
-        choices = self.decisions[self.best]
+        choices = self.choices
         report = {
             **self.tried[self.best],
             "recall": self.plan.calibration.method.recall,
@@ -154,13 +159,12 @@ class _Comparison:
         return best_of(self.tried, self.window, recall)
 
 
-def _refine(compared: _Comparison, gradients: Gradients) -> bool:
-    """Runs the best decision with slots moved; whether that was better."""
+def _refine(compared: _Comparison, moved: list[np.ndarray]) -> bool:
+    """Runs the best decision with these slots, each [layers, G]; whether one was better."""
     before = compared.best
     choices, row = compared.decisions[before], compared.tried[before]
     name = row["shares"].removesuffix(_REFINED) + _REFINED
-    plan, layers = compared.plan, compared.layers
-    for shares in moved_shares(plan, layers, choices, gradients, compared.nats):
+    for shares in moved:
         refined = [resized(*pair) for pair in zip(choices, shares, strict=True)]
         compared.run(refined, name, row["answer_weight"])
     return compared.best != before
@@ -185,7 +189,6 @@ def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.n
         found = threshold_shares([layer.attention for layer in layers], plan.topk)
         mean = (found + shares[_WITH_THRESHOLD]) // 2
         means.append(("mean of threshold and errors", _WITH_THRESHOLD, mean))
-        last.insert(0, ("threshold", _WITH_THRESHOLD, found))
     return [*errors[:1], *means[:1], *errors[1:3], *means[2:], *errors[3:], *means[1:2], *last]
 
 

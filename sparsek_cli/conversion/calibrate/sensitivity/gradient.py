@@ -49,51 +49,85 @@ class Gradients:
         Args:
             own: attention of each sparse layer as it is. others: the same with L other sizes.
             weights: [2], what a nat of text and of answers counts.
+
+        Raises:
+            FloatingPointError: a gradient is not finite.
         """
-        found: dict[int, torch.Tensor] = {}
-        attend = {n: _probing(found, n, own[n], others[n]) for n in own}
+        total = {number: 0.0 for number in own}
         for number, embedded in self._embedded.items():
-            with torch.enable_grad():
-                hidden = embedded.to(self._device, copy=True).requires_grad_()
-                states = self._base.run_on(number, hidden, 0, attend)
-                states.backward(self._slope(number, states.detach(), weights))
-        return np.stack([found[n].cpu().numpy() for n in own])
+            found = self._changes(
+                number, embedded.to(self._device, copy=True), own, others, weights
+            )
+            total = {n: total[n] + found[n] for n in own}
+        changes = np.stack([total[n].cpu().numpy() for n in own])
+        if not np.isfinite(changes).all():
+            raise FloatingPointError("gradients are not finite")
+        return changes
+
+    def _changes(
+        self,
+        number: int,
+        hidden: torch.Tensor,
+        own: Mapping[int, Attend],
+        others: Mapping[int, list[Attend]],
+        weights: np.ndarray,
+    ) -> dict[int, torch.Tensor]:
+        """Of one document, by layer."""
+        found: dict[int, torch.Tensor] = {}
+        kept: dict[int, tuple[Recorded, torch.Tensor]] = {}
+        attend = {n: _probing(found, kept, n, own[n], others[n]) for n in own}
+        with torch.enable_grad():
+            states = self._base.run_on(number, hidden.requires_grad_(), 0, attend)
+            kept.clear()  # every layer is run again, and only then are its inputs needed
+            slope = self._slope(number, states.detach(), weights)
+            # 16-bit floats know no slope as small as that of a mean over thousands of rows.
+            scale = slope.abs().max().clamp_min(1e-30)
+            states.backward((slope / scale).to(states.dtype))
+        return {n: change * scale.double() for n, change in found.items()}
 
     def _slope(self, number: int, states: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
-        """The gradient [N, hidden] of the loss at the final states."""
-        slope, dense = torch.zeros_like(states), self._dense[number].to(states.device)
+        """The gradient [N, hidden] of the loss at the final states, float32."""
+        slope, dense = (
+            torch.zeros_like(states, dtype=torch.float32),
+            self._dense[number].to(states.device),
+        )
         for rows, weight, count in zip(self._rows[number], weights, self._counts, strict=True):
             for part in rows.split(_ROWS):
                 here = states[part].requires_grad_()
                 lost = self._base.divergence(dense[part], here).sum()
                 (gradient,) = torch.autograd.grad(lost, here)
-                slope[part] += gradient * float(weight / count)
+                slope[part] += gradient.float() * float(weight / count)
         return slope
 
 
 def _probing(
-    found: dict[int, torch.Tensor], layer: int, own: Attend, others: list[Attend]
+    found: dict[int, torch.Tensor],
+    kept: dict[int, tuple[Recorded, torch.Tensor]],
+    layer: int,
+    own: Attend,
+    others: list[Attend],
 ) -> Attend:
-    """`own`, which adds to found[layer] what each of the others would change, [G, L]."""
+    """`own`, which puts into found[layer] what each of the others would change, [G, L].
+
+    In `kept` lies what the layer saw when it was run last: just before its gradient comes.
+    """
 
     def attend(recorded: Recorded) -> torch.Tensor:
         out = own(recorded)
-        if not out.requires_grad:
-            return out
-        groups, as_it_is = recorded.key.shape[0], out.detach()
-        held = replace(
-            recorded,
-            **{n: getattr(recorded, n).detach() for n in ("inputs", "query", "key", "value")},
-        )
-
-        def compare(gradient: torch.Tensor) -> None:
-            gained = [
-                ((other(held) - as_it_is).float() * gradient.float()).reshape(groups, -1).sum(-1)
-                for other in others
-            ]
-            found[layer] = found.get(layer, 0) + torch.stack(gained, -1).double()
-
-        out.register_hook(compare)
+        if out.requires_grad:
+            names = ("inputs", "query", "key", "value")
+            alone = {name: getattr(recorded, name).detach() for name in names}
+            kept[layer] = replace(recorded, **alone), out.detach()
+            out.register_hook(compare)
         return out
+
+    def compare(gradient: torch.Tensor) -> None:
+        seen, as_it_is = kept.pop(layer)
+        groups = seen.key.shape[0]
+        gained = [
+            ((other(seen) - as_it_is).float() * gradient.float()).reshape(groups, -1).sum(-1)
+            for other in others
+        ]
+        found[layer] = torch.stack(gained, -1).double()
 
     return attend
