@@ -6,12 +6,12 @@ those of `transformers`.
 
 from __future__ import annotations
 
-import runpy
 import signal
 import sys
 
 from sparsek_cli.console import report_error
-from sparsek_cli.errors import INTERRUPTED, refusal
+from sparsek_cli.errors import INTERRUPTED
+from sparsek_cli.serving import module
 
 
 def _watched(server: type, serving: list[bool]) -> type:
@@ -40,15 +40,7 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    try:
-        runpy.run_module("transformers.cli.transformers", run_name="__main__", alter_sys=True)
-    except Exception as error:
-        found = refusal(error)
-        if found is None:
-            raise
-        report_error(found.message, found.hint)
-        return found.exit_code
-    return 0
+    return module.run("transformers.cli.transformers") or 0
 
 
 if __name__ == "__main__":

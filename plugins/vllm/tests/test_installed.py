@@ -7,6 +7,7 @@ from sparsek_vllm import __main__ as supervisor
 from sparsek_vllm import server
 
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.serving import module
 
 
 def test_vllm_finds_the_plugin():
@@ -30,7 +31,7 @@ def test_a_server_that_does_not_start_says_why(kind, monkeypatch, capsys):
             raise ends[kind]
         raise RuntimeError("engine failed") from (error if kind != "broken" else None)
 
-    monkeypatch.setattr(server.runpy, "run_module", run)
+    monkeypatch.setattr(module.runpy, "run_module", run)
     if kind == "broken":
         with pytest.raises(RuntimeError, match="engine failed"):
             server.main()

@@ -96,7 +96,7 @@ class _Comparison:
 
     @property
     def best(self) -> int:
-        """Its number."""
+        """Number of the decision to take."""
         return self._best(self.plan.calibration.method.recall)
 
     @property

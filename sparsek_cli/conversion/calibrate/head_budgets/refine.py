@@ -20,7 +20,7 @@ _OWN = 2  # the one it has
 _BELIEVED_BY_BOTH = (1.0, 0.5)
 _BY_GRADIENT = (0.25, 0.1)
 WAYS = len(_BELIEVED_BY_BOTH) + len(_BY_GRADIENT)
-# A head without selected keys could get so many, of topk.
+# Of topk, what a head of few keys may get beyond those multiples: at most, of none at all.
 _GRAIN = 0.25
 
 

@@ -87,10 +87,8 @@ class Gradients:
 
     def _slope(self, number: int, states: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
         """The gradient [N, hidden] of the loss at the final states, float32."""
-        slope, dense = (
-            torch.zeros_like(states, dtype=torch.float32),
-            self._dense[number].to(states.device),
-        )
+        slope = torch.zeros_like(states, dtype=torch.float32)
+        dense = self._dense[number].to(states.device)
         for rows, weight, count in zip(self._rows[number], weights, self._counts, strict=True):
             for part in rows.split(_ROWS):
                 here = states[part].requires_grad_()
