@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.config import ATTENTION, layer_budget
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap, Moments, ridge
-from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.config import ATTENTION, layer_budget
 from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.sliding import causal_attention

@@ -23,7 +23,8 @@ from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD, LinearMap
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, future_attention
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.models import replaced_scorers, set_budget
-from sparsek_cli.models.attention import replaced_attention, sparsek_attention_forward
+from sparsek_cli.models.attention.registration import replaced_attention
+from sparsek_cli.models.attention.sparsek import sparsek_attention_forward
 from sparsek_cli.models.config import ATTENTION
 from sparsek_cli.models.logits import Logits
 

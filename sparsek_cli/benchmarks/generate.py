@@ -19,7 +19,8 @@ import torch
 
 from sparsek_cli.benchmarks.timing import copy_bandwidth
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.attention import check_cache, replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
+from sparsek_cli.models.attention.sparsek import check_cache
 from sparsek_cli.models.config import DENSE_ATTENTION
 
 

@@ -5,7 +5,7 @@ checkpoints like any other.
 """
 
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
-from sparsek_cli.models.attention import register_attention
+from sparsek_cli.models.attention.registration import register_attention
 from sparsek_cli.models.cache.batches import DecodingBatch, fork, join
 from sparsek_cli.models.cache.bytes import dense_cache_bytes, sparsek_cache_bytes
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer

@@ -16,7 +16,7 @@ from transformers.generation import GenerationMode
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
-from sparsek_cli.models.attention import SparseKAttentionMixin, check_cache
+from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, sparse_layers
 from sparsek_cli.models.generation.decoding import can_write, write

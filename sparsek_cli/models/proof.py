@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.config import ATTENTION
 
 

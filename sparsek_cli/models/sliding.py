@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from transformers.masking_utils import sdpa_mask
 
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.logits import Logits, masked_attention
 
 # Queries of a sliding layer that attend at once: with windows up to this length a mask has at
@@ -88,3 +89,23 @@ def _by_blocks(query, key, value, window: int, logits: Logits) -> torch.Tensor:
         block = query[:, :, start : start + _QUERIES]
         parts.append(masked_attention(block, keys, values, seen, logits))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def sliding_layer(module, query, key, value, mask, logits: Logits, window, cu_seqlens):
+    """Attention of a converted model's sliding layer, as transformers wants it: the dense model's.
+
+    Raises:
+        SparsekError: it has no window, so it is a layer that should have had a scorer.
+    """
+    if window is None:  # Qwen2-MoE slides by its mask alone
+        window = getattr(module, "sliding_window", None)
+    if window is None:
+        raise SparsekError(
+            f"{type(module).__name__} has no scorer: a converted model was loaded with the class "
+            "of its base",
+            hint="load it with AutoModelForCausalLM, after `import sparsek_cli.models`",
+        )
+    out = sliding_attention(
+        query, key, value, window=window, logits=logits, mask=mask, cu_seqlens=cu_seqlens
+    )
+    return out.transpose(1, 2).contiguous(), None

@@ -25,7 +25,7 @@ from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
 from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
 from sparsek_cli.models import sparsek_attentions
-from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.config import ATTENTION, layer_budget
 from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer

@@ -69,7 +69,7 @@ def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkey
     from transformers import AutoModelForCausalLM
 
     from sparsek_cli.conversion.run import run as convert
-    from sparsek_cli.models import attention
+    from sparsek_cli.models.attention import sparsek as attention
 
     base = dense_checkpoint("qwen3")
     recipe = ConvertRecipe(

@@ -9,7 +9,7 @@ import sparsek_cli.models as models
 from sparsek_cli.benchmarks import generate
 from sparsek_cli.benchmarks.generate import Step, freeze, measure, split_keys, weight_bytes
 from sparsek_cli.benchmarks.report import generate_header, generate_line
-from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.config import DENSE_ATTENTION
 
 

@@ -7,7 +7,7 @@ import torch
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.attention import dense_mask
+from sparsek_cli.models.attention.dense import dense_mask
 
 TOKENS = 24
 
@@ -282,7 +282,7 @@ def test_soft_gates_decode_as_they_prefill(gate, sparse_model, ids):
 
 def test_one_query_after_everything_needs_no_mask(monkeypatch):
     """Where transformers cannot look, as while a graph is captured, it would give one."""
-    monkeypatch.setattr("sparsek_cli.models.attention.sdpa_mask", lambda **given: given)
+    monkeypatch.setattr("sparsek_cli.models.attention.dense.sdpa_mask", lambda **given: given)
     assert dense_mask(2, 1, 41, q_offset=40) is None
     padded = torch.ones(2, 41, dtype=torch.bool)
     assert dense_mask(2, 1, 41, padded, q_offset=40)["attention_mask"] is padded

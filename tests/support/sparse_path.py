@@ -11,7 +11,7 @@ import torch
 @contextmanager
 def counted_attention() -> Iterator[list[int]]:
     """The layers that called SparseK attention while the block ran, in order."""
-    from sparsek_cli.models.attention import replaced_attention
+    from sparsek_cli.models.attention.registration import replaced_attention
 
     layers: list[int] = []
 

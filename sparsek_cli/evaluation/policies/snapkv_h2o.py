@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache
 from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer, attention_mass
 from sparsek_cli.evaluation.policies.head_budgets import slots_per_head
 from sparsek_cli.evaluation.policies.policy import Policy
-from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.cache.slots import cache_layers
 from sparsek_cli.models.logits import Logits, masked_attention
 

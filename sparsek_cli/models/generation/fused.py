@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsek_cli.models.attention import SparseKAttentionMixin
+from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer

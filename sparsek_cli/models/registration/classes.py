@@ -23,7 +23,7 @@ from sparsek_cli.families import TABLE, Row, row_of
 from sparsek_cli.families.causal import check_causal
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.positions import check_rotary
-from sparsek_cli.models.attention import SparseKAttentionMixin, hand_on_bounds
+from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, hand_on_bounds
 from sparsek_cli.models.config import SparseKConfigMixin, head_dim
 from sparsek_cli.models.modeling import (
     SparseKCausalLMMixin,

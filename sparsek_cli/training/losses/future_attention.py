@@ -21,7 +21,7 @@ from sparsek_cli.conversion.calibrate.recorded import Reading, Recorded
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, look
 from sparsek_cli.data import ANSWER
-from sparsek_cli.models.attention import replaced_attention
+from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.config import ATTENTION, LayerBudget, layer_budget
 from sparsek_cli.models.logits import Logits
 

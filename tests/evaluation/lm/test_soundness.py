@@ -19,7 +19,7 @@ def model(checkpoints):
 @pytest.fixture
 def sabotage():
     """`sabotage(change)`: SparseK attention with `change(scores)` for its scores."""
-    from sparsek_cli.models.attention import replaced_attention
+    from sparsek_cli.models.attention.registration import replaced_attention
 
     with ExitStack() as stack:
 
@@ -99,7 +99,7 @@ def test_a_cache_that_grows_is_caught(model):
 
 
 def test_a_prompt_in_pieces_that_leaves_pairs_twice_is_caught(model):
-    from sparsek_cli.models.attention import replaced_attention
+    from sparsek_cli.models.attention.registration import replaced_attention
 
     def doubling(attend):
         def doubled(*args, sparsek_cache, **kwargs):

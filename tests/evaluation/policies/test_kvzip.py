@@ -120,7 +120,7 @@ def test_a_head_attends_to_its_own_pairs_alone(model):
         for number, layer in enumerate(places):
             for head in range(2):
                 mask[number, head, layer[0, head][layer[0, head] >= 0]] = True
-        from sparsek_cli.models.attention import replaced_attention
+        from sparsek_cli.models.attention.registration import replaced_attention
 
         def only_kept(attend):
             def attended(module, query, key, value, _, **kwargs):

@@ -1,0 +1,1 @@
+"""Attention functions that transformers calls in converted models, by name: sparsek and dense."""
