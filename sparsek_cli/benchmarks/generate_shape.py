@@ -26,6 +26,7 @@ from sparsek_cli.benchmarks import generate
 from sparsek_cli.benchmarks.timing import copy_bandwidth
 from sparsek_cli.models import SparseKCache, dense_attention, family_of, sparsek_config_from
 from sparsek_cli.models.generation import cuda_graphs as graphs
+from sparsek_cli.models.generation import obstacles
 
 SHAPES = {
     False: {
@@ -55,12 +56,12 @@ def build(toy: bool, device: torch.device):
 @contextmanager
 def eager_steps() -> Iterator[None]:
     """No graphs within the block."""
-    before = graphs._has_graphs
-    graphs._has_graphs = lambda device: False
+    before = obstacles.has_graphs
+    obstacles.has_graphs = lambda device: False
     try:
         yield
     finally:
-        graphs._has_graphs = before
+        obstacles.has_graphs = before
 
 
 @contextmanager

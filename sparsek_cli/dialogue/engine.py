@@ -175,7 +175,7 @@ class Engine:
         if not (self.sparse and self.cache.all_slots) or len(self._unfed) != 1 or not self.fed:
             self.feed([])
             return
-        from sparsek_cli.models.generation.cuda_graphs import decoder_for
+        from sparsek_cli.models.generation.kept_decoders import decoder_for
 
         self._check_room(1)
         if self._stepping is None:

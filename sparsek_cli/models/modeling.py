@@ -205,7 +205,7 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
         read_chunk: how many tokens, of all rows together, are read at once (see
             generation/prefill.py); None for all.
         fused_steps: whether decoding steps that are CUDA graphs take our own kernels for linear
-            maps and norms (see generation/fused.py).
+            maps and norms (see generation/fused).
     """
 
     read_chunk: int | None = READ_CHUNK

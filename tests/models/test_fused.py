@@ -9,13 +9,14 @@ from torch import nn
 
 import sparsek_cli.models as models
 from sparsek_cli.models.generation import cuda_graphs as graphs
+from sparsek_cli.models.generation import obstacles
 
 pytestmark = pytest.mark.interpret
 SMALL = {"topk": 4, "window": 4, "sinks": 1, "num_hidden_layers": 1}
 
 
 def fused_of(model, rows):
-    from sparsek_cli.models.generation.fused import FusedModules
+    from sparsek_cli.models.generation.fused.modules import FusedModules
 
     return FusedModules(model, rows)
 
@@ -185,8 +186,8 @@ def test_generate_takes_them_where_a_step_is_a_graph(sparse_model, monkeypatch):
         used.append(self.fused is not None)
         run(self)
 
-    monkeypatch.setattr(graphs, "_has_graphs", lambda device: True)
-    monkeypatch.setattr(graphs.dispatch, "explain", lambda *_: ("triton", "acted"))
+    monkeypatch.setattr(obstacles, "has_graphs", lambda device: True)
+    monkeypatch.setattr(obstacles.dispatch, "explain", lambda *_: ("triton", "acted"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

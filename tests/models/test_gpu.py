@@ -103,7 +103,7 @@ def test_graphs_write_what_the_model_writes(sparse_model):
 def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
     sparse_model, ids, monkeypatch
 ):
-    from sparsek_cli.models.generation import cuda_graphs as graphs
+    from sparsek_cli.models.generation import kept_decoders, obstacles
 
     model = larger(sparse_model, "llama", dtype="bfloat16")
     model.fused_steps = False  # these round differently
@@ -113,26 +113,26 @@ def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
     ended = {"eos_token_id": list(range(30)), "pad_token_id": 0}
     for more in ({"eos_token_id": None}, ended):
         with monkeypatch.context() as patch:
-            patch.setattr(graphs, "_has_graphs", lambda device: False)
+            patch.setattr(obstacles, "has_graphs", lambda device: False)
             expected = model.generate(ids, **options, **more)
         for _ in range(2):
             assert torch.equal(model.generate(ids, **options, **more), expected)
-    assert any(decoder._graph is not None for decoder in graphs._graphs[model])
+    assert any(decoder._graph is not None for decoder in kept_decoders._graphs[model])
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fused_steps_write_what_others_write(sparse_model, ids, rows):
     """In float32, where rounding decides no token."""
-    from sparsek_cli.models.generation import cuda_graphs as graphs
+    from sparsek_cli.models.generation import kept_decoders
 
     model = larger(sparse_model, "llama")
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
     model.fused_steps = False
     expected = model.generate(ids[:rows], **options)
-    graphs._graphs.clear()
+    kept_decoders._graphs.clear()
     model.fused_steps = True
     assert torch.equal(model.generate(ids[:rows], **options), expected)
-    (decoder,) = graphs._graphs[model]
+    (decoder,) = kept_decoders._graphs[model]
     assert sum(decoder.fused.taken.values()) >= model.config.num_hidden_layers
     assert not decoder.fused.left

@@ -19,7 +19,7 @@ from sparsek_cli.evaluation.lm.shared_prefixes import Group, common, group_by_pr
 from sparsek_cli.evaluation.lm.slot_steps import SlotSteps, in_slots
 from sparsek_cli.evaluation.policies.snapkv_h2o import observed_attention
 from sparsek_cli.models import SparseKCache
-from sparsek_cli.models.generation.cuda_graphs import decoder_for
+from sparsek_cli.models.generation.kept_decoders import decoder_for
 
 SHARED_CACHE_BYTES = 1 << 30  # questions about one document share at most this much cache
 MEMORY_SHARE = 0.2  # of a GPU's free memory goes to caches of answers written together

@@ -7,31 +7,21 @@ same step runs eagerly.
 
 from __future__ import annotations
 
-import logging
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sparsek_kernels import dispatch
 from torch import nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsek_cli import quantised
 from sparsek_cli.errors import SparsekError, first_line
-from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache
+from sparsek_cli.models.generation.compiled import compiled_forward
+from sparsek_cli.models.generation.obstacles import say_once, why_eager
 
 if TYPE_CHECKING:
-    from sparsek_cli.models.generation.fused import FusedModules
-
-_LOG = logging.getLogger("sparsek_cli")
-_logged: set[str] = set()
-# Graphs kept per model: each holds its rows' slots and one step's activations.
-KEPT_GRAPHS = 2
-_graphs: weakref.WeakKeyDictionary[nn.Module, list[Decoder]] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+    from sparsek_cli.models.generation.fused.modules import FusedModules
 
 
 class Decoder:
@@ -142,7 +132,7 @@ class Decoder:
     def _fuse(self) -> None:
         model = self._model()
         if self.fused is None and self.compiled is None and getattr(model, "fused_steps", False):
-            from sparsek_cli.models.generation.fused import FusedModules
+            from sparsek_cli.models.generation.fused.modules import FusedModules
 
             self.fused = FusedModules(model, self.batch)
 
@@ -176,7 +166,7 @@ class Decoder:
     def _forward(self) -> None:
         model = self._model()
         kind = type(model)
-        forward = kind.__call__ if self.compiled is None else _compiled(kind, self.compiled)
+        forward = kind.__call__ if self.compiled is None else compiled_forward(kind, self.compiled)
         output = forward(
             model,
             input_ids=self.words[:, None],
@@ -200,152 +190,8 @@ class Decoder:
                 self._run()
         except RuntimeError as error:
             self._failed = self.eager = first_line(error)
-            _say(f"decoding runs eagerly, the step cannot be captured: {self.eager}")
+            say_once(f"decoding runs eagerly, the step cannot be captured: {self.eager}")
             self._run()
             return
         self._graph = graph
         graph.replay()
-
-
-def why_eager(model: nn.Module, cache: SparseKCache) -> str | None:
-    """Why a decoding step cannot be a CUDA graph, logged once for each reason; None if it can."""
-    if not _has_graphs(model.device):
-        return f"device {model.device.type}"
-    reason = _obstacle(model, cache)
-    if reason is not None:
-        _say(f"decoding runs eagerly, without a CUDA graph: {reason}")
-    return reason
-
-
-def _obstacle(model: nn.Module, cache: SparseKCache) -> str | None:
-    if not all(isinstance(layer, SparseKCacheLayer) for layer in cache.layers):
-        return "some layers have a cache of another kind"
-    gates = {layer.budget.gate for layer in cache.layers} - {"straight_through"}
-    if gates:
-        return f"gate {gates.pop()!r} keeps a list that grows"
-    backend, why = dispatch.explain(model.device, model.dtype)
-    if backend != "triton":
-        return f"attention runs on the {backend} backend: {why}"
-    if quantised.stays_packed(model.config):
-        return "packed weights are computed with by another library"
-    if model.training:
-        return "the model is in training mode"
-    if torch.is_autocast_enabled("cuda"):
-        return "autocast is on"
-    if torch.cuda.is_current_stream_capturing():
-        return "another graph is being captured"
-    if len({tensor.device for tensor in _tensors(model)}) > 1:
-        return "the weights are on several devices"
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-            return f"{type(module).__name__} has hooks, which a graph would not call"
-    return None
-
-
-def _has_graphs(device: torch.device) -> bool:
-    return device.type == "cuda"
-
-
-def _say(message: str) -> None:
-    if message not in _logged:
-        _logged.add(message)
-        _LOG.info(message)
-
-
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-
-
-@contextmanager
-def decoder_for(
-    model: nn.Module,
-    batch: int,
-    *,
-    pick: Any = None,
-    compiled: tuple[tuple[str, Any], ...] | None = None,
-) -> Iterator[Decoder]:
-    """A decoder for the block: one that an earlier call left, if the model is what it was then.
-
-    Args:
-        pick: as in `Decoder`, with a hashable `signature`: equal ones can stand for each other.
-    """
-    if not _has_graphs(model.device):
-        yield Decoder(model, batch, pick=pick, compiled=compiled)
-        return
-    mode = torch.is_inference_mode_enabled()  # tensors made in it cannot be written outside of it
-    signature = (batch, compiled, mode, getattr(pick, "signature", None), _fingerprint(model))
-    with _lock:
-        kept = _graphs.setdefault(model, [])
-        found = next((one for one in kept if one.signature == signature), None)
-        if found is not None:
-            kept.remove(found)  # nobody else may use its buffers meanwhile
-    decoder = found or Decoder(model, batch, pick=pick, compiled=compiled)
-    decoder.signature = signature
-    yield decoder  # after an error its buffers are not trusted: it is not put back
-    if decoder._graph is not None:
-        with _lock:
-            kept.insert(0, decoder)
-            del kept[KEPT_GRAPHS:]
-
-
-def _fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """All that a captured step depends on: where the weights are, and every module's settings.
-
-    A replay does not look at Python: a scorer put in another's place, an adapter switched off or a
-    changed budget must not meet a graph that was captured before.
-    """
-    config = model.config
-    found: list[Any] = [config._attn_implementation, repr(config.sparsek)]
-    found.append(id(ALL_ATTENTION_FUNCTIONS[config._attn_implementation]))
-    for module in model.modules():
-        found.append((id(type(module)), id(module)))
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers"):
-                found += [(key, _where(tensor)) for key, tensor in value.items()]
-            else:
-                found += _settings(name, value)
-    return tuple(found)
-
-
-def _where(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
-    return None if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype)
-
-
-_PLAIN = (bool, int, float, str, type(None), torch.dtype)
-
-
-def _settings(name: str, value: Any) -> list[Any]:
-    """Plain values, functions, and containers of plain values."""
-    if isinstance(value, _PLAIN):
-        return [(name, value)]
-    if isinstance(value, dict):
-        return [(name, key, item) for key, item in value.items() if isinstance(item, _PLAIN)]
-    if isinstance(value, (list, tuple, set)):
-        return [(name, *(item for item in value if isinstance(item, _PLAIN)))]
-    return [(name, id(value))] if callable(value) else []
-
-
-# Graphs are captured here, so torch.compile must not make its own.
-_WITHOUT_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-
-
-def compile_options(config: Any) -> tuple[tuple[str, Any], ...] | None:
-    """What torch.compile is given for a generation config that has a `compile_config`."""
-    if config.compile_config is None or config.disable_compile:
-        return None
-    asked = config.compile_config.to_dict()
-    mode = asked.get("mode")
-    options = {"mode": _WITHOUT_GRAPHS.get(mode, mode), "backend": asked.get("backend")}
-    return tuple((name, value) for name, value in options.items() if value is not None)
-
-
-_compiled_calls: dict[tuple[type, Any], Callable] = {}
-
-
-def _compiled(kind: type, options: tuple[tuple[str, Any], ...]) -> Callable:
-    """The forward of a model class under torch.compile; its guards tell models apart."""
-    if (kind, options) not in _compiled_calls:
-        compiled = torch.compile(kind.forward, dynamic=False, **dict(options))
-        _compiled_calls[kind, options] = compiled
-    return _compiled_calls[kind, options]

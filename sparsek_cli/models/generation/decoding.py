@@ -26,7 +26,8 @@ from transformers.generation import (
 )
 
 from sparsek_cli.models.cache.slots import SparseKCache
-from sparsek_cli.models.generation.cuda_graphs import compile_options, decoder_for
+from sparsek_cli.models.generation.compiled import compile_options
+from sparsek_cli.models.generation.kept_decoders import decoder_for
 
 # They look at the logits alone and only launch work, so that they can be part of a graph.
 _GRAPH_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)

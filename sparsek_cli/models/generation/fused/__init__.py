@@ -1,0 +1,1 @@
+"""Decoding steps by fewer launches: modules that own kernels replace."""
