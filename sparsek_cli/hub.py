@@ -128,6 +128,9 @@ def tokenizer_of(name: str) -> Checkpoint:
     check_name(name)
     folder = Path(os.path.expanduser(name))
     if folder.is_dir():
+        if is_short_name(name):
+            _LOG.warning("%s", _two_meanings(name, here=True))
+        model_folder.check_special(folder)
         return Checkpoint(folder.resolve(), folder.resolve().name, "folder")
     if name.lower() in BUNDLED:
         return bundled(name.lower())

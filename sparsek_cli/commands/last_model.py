@@ -29,6 +29,8 @@ def remember(path: str | os.PathLike) -> None:
 
 def recall() -> Path | None:
     """The folder last remembered, or None when there is none or it is gone."""
+    if not state_file().is_file():  # a pipe there would be waited for
+        return None
     try:
         path = Path(json.loads(state_file().read_text(encoding="utf-8"))["path"])
     except (OSError, ValueError, KeyError, TypeError):

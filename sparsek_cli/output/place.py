@@ -6,17 +6,11 @@ from pathlib import Path
 
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
+from sparsek_cli.file_kinds import kind_of
 from sparsek_cli.output.contents import RESULTS, RUN, Contents
 
 BESIDE = len("..old.xxxxxxxx.part")  # what `leftovers` adds to the name of OUT
 _ANOTHER = "name a folder that does not exist yet"
-_KINDS = (
-    (stat.S_ISREG, "file"),
-    (stat.S_ISFIFO, "FIFO"),
-    (stat.S_ISSOCK, "socket"),
-    (stat.S_ISCHR, "character device"),
-    (stat.S_ISBLK, "block device"),
-)
 
 
 def check_folder(
@@ -125,9 +119,7 @@ def _kind_of(path: Path) -> str | None:
         raise UsageError(f"'{path}' cannot be written: {why}", hint=_ANOTHER) from error
     if stat.S_ISLNK(mode):
         return f"symbolic link (to '{os.readlink(path)}')"
-    if stat.S_ISDIR(mode):
-        return "folder"
-    return next((name for test, name in _KINDS if test(mode)), "special file")
+    return kind_of(mode)
 
 
 def _check_length(out: Path) -> None:

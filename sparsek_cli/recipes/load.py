@@ -4,6 +4,7 @@ Precedence: flag > dotted word > recipe file > default. Every mistake is reporte
 where the user wrote it (file and line, word, or flag) and the nearest name that would be right.
 """
 
+import os
 import re
 import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.recipes.earlier_versions import RENAMED
 from sparsek_cli.recipes.explain import Loc, explain
 
@@ -117,6 +119,8 @@ def recipe_names() -> list[str]:
 def find_recipe(name_or_path: str | Path, *, verb: str | None = None) -> Path:
     """The file that a name or path means."""
     given = Path(name_or_path).expanduser()
+    if os.path.lexists(given) and not given.is_dir():
+        check_plain(given, hint="write the recipe into a file, and name that")
     if given.is_file():
         return given
     name = str(name_or_path).removesuffix(".yaml").removesuffix(".yml")

@@ -15,6 +15,7 @@ import numpy as np
 
 from sparsek_cli import disk, hub
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE, SCORERS
 
 FORMAT = "sparsek-scorers-1"
@@ -114,6 +115,7 @@ def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
                 hint="use it as it is; `sparsek export --scorers` takes the scorers out of one",
             )
         path = path / SCORERS
+    check_plain(path, hint=f"name a file or folder of scorers ({SCORERS})")
     if not path.is_file():
         raise UsageError(
             f"there are no scorers at '{name}'",

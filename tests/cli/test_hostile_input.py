@@ -126,6 +126,22 @@ def on(model: str, verb: str) -> list[str]:
 READERS = ("finetune", "evaluate", "chat")
 
 
+def odd_file(path: Path) -> bool:
+    """What has a file's name and is none, links followed."""
+    return bool(path.suffix) and not path.is_file()
+
+
+ODD = ("fifo", "socket", "device", "folder", "gone")
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith(tuple(f"{k}-" for k in ODD))])
+def test_an_odd_file_is_named(refused, world, name):
+    """And its kind; it counted as absent, so that something else was blamed, or nothing was."""
+    said = refused(on(name, "convert"))
+    odd = next(p for p in world.root.joinpath(name).rglob("*") if odd_file(p))
+    assert f"'{odd}' is a " in said
+
+
 def converted(world: SimpleNamespace, name: str) -> str:
     """A converted model with a bad tokenizer: nothing else is wrong with it."""
     folder = world.root / f"sparse-{name}"

@@ -1,5 +1,6 @@
 """Verbs without MODEL: the last model made here, else the bundled one, and they say so."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,13 @@ def test_damaged_memory_is_no_memory(content):
     file = last_model.state_file()
     file.parent.mkdir(parents=True)
     file.write_text(content)
+    assert last_model.recall() is None
+
+
+def test_a_pipe_is_no_memory_and_nobody_waits_for_it():
+    file = last_model.state_file()
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
     assert last_model.recall() is None
 
 

@@ -1,5 +1,6 @@
 """Recipes: precedence, and mistakes reported where they were written."""
 
+import os
 import re
 from typing import Literal
 
@@ -137,6 +138,9 @@ def test_names_find_shipped_recipes(monkeypatch, tmp_path):
     assert "tiny.convert" in caught.value.hint
     with pytest.raises(UsageError, match="is a folder"):
         find_recipe(tmp_path)
+    os.mkfifo(tmp_path / "piped.yaml")
+    with pytest.raises(UsageError, match="piped.yaml' is a FIFO"):
+        find_recipe(tmp_path / "piped.yaml")
     # A folder of one's own does not hide a shipped recipe.
     (tmp_path / "work" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")

@@ -139,3 +139,6 @@ def test_a_folder_called_as_a_known_model(good, tmp_path, heard, monkeypatch):
     linked(good, folder)
     assert hub.resolve("tiny").path == folder
     assert heard()[-1] == "'tiny' is the folder here; the model of that short name is not read"
+    said = len(heard())
+    assert hub.tokenizer_of("tiny").path == folder
+    assert heard()[said:] == ["'tiny' is the folder here; the model of that short name is not read"]

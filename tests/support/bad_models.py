@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,26 @@ def _dangling(good: Path, folder: Path) -> None:
     (folder / SINGLE).symlink_to(folder / "blobs" / "gone")
 
 
+def special(name: str, make: Callable[[Path], Any]) -> Maker:
+    """One file that is none: a pipe, a socket, a link to nothing."""
+
+    def made(good: Path, folder: Path) -> None:
+        linked(good, folder, name)
+        (folder / name).parent.mkdir(exist_ok=True)
+        make(folder / name)
+
+    return made
+
+
+def bind(path: Path) -> None:
+    """A socket, whose path from here must be short."""
+    here = Path.cwd()
+    os.chdir(path.parent)
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(path.name)
+    os.chdir(here)
+
+
 def _fifo(good: Path, folder: Path) -> None:
     os.mkfifo(folder)
 
@@ -308,6 +329,17 @@ MODELS: dict[str, Maker] = {
     "shard-gone": _index('{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
     "index-gone": both(_index("{}"), file(INDEX, None)),
     "both-kinds": file(INDEX, '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'),
+    # odd files where small ones are read; each would count as not there
+    "fifo-config": special("config.json", os.mkfifo),
+    "fifo-tokenizer": special("tokenizer.json", os.mkfifo),
+    "fifo-ends": special("generation_config.json", os.mkfifo),
+    "fifo-adapter": special("adapter_config.json", os.mkfifo),
+    "fifo-weights": special(SINGLE, os.mkfifo),
+    "socket-template": special("chat_template.jinja", bind),
+    "socket-named-template": special("additional_chat_templates/tools.jinja", bind),
+    "device-index": special(INDEX, lambda path: path.symlink_to("/dev/null")),
+    "folder-tokenizer": special("tokenizer.json", Path.mkdir),
+    "gone-tokenizer": special("tokenizer_config.json", lambda path: path.symlink_to("nowhere")),
     # odd places
     "link-to-itself": _loop,
     "fifo": _fifo,

@@ -18,6 +18,7 @@ from typing import Any
 
 from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
@@ -177,6 +178,7 @@ def load_results(folder: str | Path) -> dict[str, Any]:
         UsageError: there is none.
     """
     file = Path(folder) / RESULTS
+    check_plain(file, hint="name a folder written by `sparsek evaluate`")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

@@ -20,6 +20,7 @@ from sparsek_kernels import SparseKState
 
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.models.cache.slots import SparseKCache
 
 FORMAT = "sparsek-state-1"
@@ -84,6 +85,7 @@ def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
+    check_plain(path, hint="name a file that /save-state wrote")
     if not path.is_file():
         raise UsageError(f"no such file: '{path}'", hint="check the path; /save-state writes one")
     try:

@@ -1,11 +1,12 @@
 """The result folder: what is in it is ours, of one run, and written by one process."""
 
 import json
+import os
 
 import pytest
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.report.store import Store
+from sparsek_cli.evaluation.report.store import Store, load_results
 
 
 def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:
@@ -15,6 +16,12 @@ def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:
 def finish(folder, settings="a") -> None:
     with begin(folder, settings) as store:
         store.save("dense", "ppl@32", {"loss": 1.0}, [])
+
+
+def test_a_pipe_called_as_results_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "results.json")
+    with pytest.raises(UsageError, match=r"results\.json' is a FIFO"):
+        load_results(tmp_path)
 
 
 def test_files_of_others_beside_results_are_not_removed(tmp_path):

@@ -1,0 +1,49 @@
+"""What stands where a file is expected.
+
+A pipe or a device passes for an absent file (`Path.is_file`), and whoever opens it all the same
+waits for ever; a link to nothing passes for one, too.
+"""
+
+import os
+import stat
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from sparsek_cli.errors import UsageError
+
+_KINDS = (
+    (stat.S_ISREG, "file"),
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "FIFO"),
+    (stat.S_ISSOCK, "socket"),
+    (stat.S_ISCHR, "character device"),
+    (stat.S_ISBLK, "block device"),
+)
+
+
+def kind_of(mode: int) -> str:
+    """What `st_mode` stands for, in a word."""
+    return next((name for test, name in _KINDS if test(mode)), "special file")
+
+
+def check_plain(file: Path, *, hint: str) -> None:
+    """Raises UsageError where something is there that is no plain file, links followed."""
+    try:
+        mode = file.stat().st_mode
+    except OSError:
+        if not file.is_symlink():
+            return
+        raise UsageError(
+            f"'{file}' is a link to a file that is gone: '{os.readlink(file)}'", hint=hint
+        ) from None
+    if not stat.S_ISREG(mode):
+        kind = kind_of(mode)
+        raise UsageError(f"'{file}' is a {kind}, and a plain file is expected", hint=hint)
+
+
+def check_entries(folder: Path, patterns: Sequence[str], *, hint: str) -> None:
+    """Raises UsageError where something in a folder is called as a file is, and is none."""
+    for file in sorted(folder.iterdir()):  # not glob, which passes over links to nothing
+        if any(fnmatchcase(file.name, pattern) for pattern in patterns):
+            check_plain(file, hint=hint)

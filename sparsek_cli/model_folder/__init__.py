@@ -1,0 +1,18 @@
+"""What lies at the path that a user calls a model, told from names and headers alone.
+
+Every verb's MODEL passes here (hub.resolve): what can be read goes on, anything else is refused in
+one line that says what it is and what to do. Tensors are not loaded.
+
+check        all of a folder
+config_file  config.json, read and looked at
+side_files   the small files beside it
+weights      which files hold the weights
+instead      what a path without a model is instead
+"""
+
+from sparsek_cli.model_folder.check import check
+from sparsek_cli.model_folder.config_file import read_config
+from sparsek_cli.model_folder.instead import file_error
+from sparsek_cli.model_folder.side_files import check_special
+
+__all__ = ["check", "check_special", "file_error", "read_config"]

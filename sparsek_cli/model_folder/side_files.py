@@ -1,0 +1,74 @@
+"""The small files beside config.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sparsek_cli.conversion import json_text
+from sparsek_cli.errors import UsageError
+from sparsek_cli.file_kinds import check_entries
+from sparsek_cli.model_folder.config_file import ONE_OF_THEM, check_length
+
+# What is read of a checkpoint, by a verb or by transformers.
+READ = ("*.json", "*.jinja", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.yaml")
+_TEMPLATES = ("chat_templates", "additional_chat_templates")
+_TOKENIZER_AGAIN = "copy the tokenizer's files of the base model into the folder again"
+# What to do about each that is no JSON object.
+_SIDE_FILES = {
+    "generation_config.json": "fetch it again, or remove it: it only says how to generate",
+    "tokenizer_config.json": _TOKENIZER_AGAIN,
+    "special_tokens_map.json": _TOKENIZER_AGAIN,
+    "added_tokens.json": _TOKENIZER_AGAIN,
+}
+
+
+def check_special(path: Path) -> None:
+    """Raises UsageError where what is called as a file of a model's is a pipe, say, or gone.
+
+    It would pass for a file that is not there, and the model for one without it.
+    """
+    hint = "remove it if it is not the model's, else fetch the model again"
+    check_entries(path, READ, hint=hint)
+    for folder in _TEMPLATES:
+        if (path / folder).is_dir():
+            check_entries(path / folder, ("*.jinja",), hint=hint)
+
+
+def check_side_files(path: Path, config: dict[str, Any]) -> None:
+    """Files beside config.json that hold one JSON object each.
+
+    transformers would go on without a generation_config.json that is none, and without its end
+    tokens; of the tokenizer's files, verbs that read no text would see nothing.
+    """
+    for name, remedy in _SIDE_FILES.items():
+        file = path / name
+        if not file.is_file():
+            continue
+        if name == "generation_config.json":
+            check_length(file)
+        try:
+            found = json_text.parse(file.read_text(encoding="utf-8"))
+        except json_text.GivenTwice as error:
+            raise UsageError(f"{file}: {error}", hint=ONE_OF_THEM) from error
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise UsageError(f"{file} holds no JSON object", hint=remedy)
+        if name == "generation_config.json":
+            _check_ends(file, found, config.get("vocab_size"))
+
+
+def _check_ends(file: Path, found: dict[str, Any], rows: Any) -> None:
+    """A text whose end is no token of the model's never ends, and nobody is told."""
+    ends = found.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if not all(isinstance(end, int | None) for end in ends):
+        why = "no token's number"
+    elif isinstance(rows, int) and not all(end is None or 0 <= end < rows for end in ends):
+        why = f"and the model has tokens 0 to {rows - 1}"
+    else:
+        return
+    raise UsageError(
+        f"{file}: eos_token_id is {json.dumps(found['eos_token_id'])[:40]}, {why}",
+        hint="write the number of the token there, or a list of numbers",
+    )

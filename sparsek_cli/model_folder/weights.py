@@ -1,0 +1,63 @@
+"""Which files of a folder hold its weights: exactly one set, where transformers looks for it."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard
+from sparsek_cli.conversion.weights_beside import PICKLES, gguf_files
+from sparsek_cli.errors import UsageError
+from sparsek_cli.model_folder.instead import MERGE, SAVE, json_or_nothing, unpack
+
+
+def check_weights(path: Path, name: str) -> None:
+    """Exactly one set of weights, where transformers looks for it."""
+    single, index = (path / SINGLE).is_file(), (path / INDEX).is_file()
+    if (
+        single
+        and index
+        and set(json_or_nothing(path / INDEX).get("weight_map", {}).values()) != {SINGLE}
+    ):
+        raise UsageError(
+            f"'{name}' holds both {SINGLE} and {INDEX}: it is not clear which weights count",
+            hint="move one of them away",
+        )
+    if single or index:
+        return
+    others = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
+    pickled = any(p.suffix in PICKLES for p in path.iterdir())
+    if others:
+        raise UsageError(
+            f"'{name}' holds {others[0]}, but neither {SINGLE} nor {INDEX}",
+            hint=f"name a whole file {SINGLE}, or fetch the missing {INDEX}",
+        )
+    if packed := gguf_files(path):
+        raise UsageError(
+            f"'{name}' holds no .safetensors weights, but {packed[0].name}, which only convert "
+            "reads",
+            hint=unpack(packed[0]),
+        )
+    raise UsageError(
+        f"'{name}' holds no .safetensors weights"
+        + ("; pickled weights (.bin, .pt) are refused: they can run code" if pickled else ""),
+        hint=f"save it again from transformers: {SAVE} writes safetensors"
+        if pickled
+        else "fetch the model again: its weights are missing",
+    )
+
+
+def check_no_adapters(shards: Iterable[Shard], name: str) -> None:
+    """No tensor is an adapter's."""
+    for shard in shards:
+        for tensor in shard.tensors:
+            if ".lora_A." in tensor or ".lora_B." in tensor:
+                raise UsageError(
+                    f"'{name}' holds adapter weights ({tensor}) among its own", hint=MERGE
+                )
+
+
+def method_apart(path: Path) -> str | None:
+    """The method of quantisation that an older file beside config.json stands for."""
+    for file, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (path / file).is_file():
+            return method
+    return None
