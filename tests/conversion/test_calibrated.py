@@ -109,12 +109,14 @@ def test_the_report_says_what_the_converted_model_loses(dense_checkpoint, tmp_pa
 def test_neighbouring_layers_of_a_deep_model_are_valued_together(
     dense_checkpoint, tmp_path, monkeypatch
 ):
-    from sparsek_cli.conversion.calibrate import run
+    from dataclasses import replace
+
+    from sparsek_cli.conversion.calibrate import effort
 
     options = {"topk": 8, "window": 8, "calibrate_tokens": 2048, "calibrate_length": 256}
     base = dense_checkpoint("qwen2")
     for parts, together in ((12, False), (1, True)):
-        monkeypatch.setattr(run, "_PARTS", {"cpu": parts})
+        monkeypatch.setattr(effort, "CPU", replace(effort.CPU, parts=parts))
         report = calibrated(base, tmp_path / str(parts), **options).calibration
         worths = [layer["worth"] for layer in report["layers"]]
         assert len(worths) > 1 and all(min(worth) > 0 for worth in worths)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sparsek_kernels import sparsek_attention
 
-from sparsek_cli.conversion.calibrate import run
 from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort
+from sparsek_cli.conversion.calibrate.layers import LayerSearch
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
@@ -117,7 +117,7 @@ def test_slots_are_moved_along_other_documents_than_those_that_judge(dense_check
     fitting, held_out = ([plain_sequence(n) for n in range(first, first + 4)] for first in (0, 4))
     device = torch.device("cpu")
     for refinements, judging in ((0, 4), (1, 3)):
-        made = run._Run(
+        made = LayerSearch(
             plan, fitting, held_out, device, torch.float32, MlpFit, Effort(5, refinements)
         )
         assert [*made.whole.inputs()] == [*made.held_out[:judging]]

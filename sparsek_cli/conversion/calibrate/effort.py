@@ -1,0 +1,56 @@
+"""How much calibration looks at and tries: a CPU affords less than an accelerator."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort
+from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST
+
+
+@dataclass(frozen=True)
+class Affordable:
+    """What a device affords.
+
+    Attributes:
+        target_rows: queries of a sequence whose attention forms a target.
+        error_rows: queries of a sequence at which candidates are compared: in text, at answers.
+        held_out: documents that candidates are compared on.
+        turns: parts of a document that are told again (None: all), each of `turn_length` tokens
+            at most.
+        whole_tokens: of documents that are run through the whole model (two at least: enough for
+            the many rows of very long ones).
+        valued: documents of those on which single parts of the model are valued.
+        parts: how many parts of neighbouring layers the model is valued in.
+        refining: documents, others than those that judge, along whose gradient the best proposal
+            is refined.
+        whole_models: proposals that are run as whole models, and how often the best is refined.
+    """
+
+    target_rows: int
+    error_rows: tuple[int, int]
+    held_out: int
+    turns: int | None
+    turn_length: int
+    whole_tokens: int
+    valued: int
+    parts: int
+    refining: int
+    whole_models: Effort
+
+
+CPU = Affordable(
+    target_rows=512, error_rows=(64, 32), held_out=4, turns=2, turn_length=512,
+    whole_tokens=8192, valued=1, parts=12, refining=1, whole_models=Effort(5, 1),
+)  # fmt: skip
+ACCELERATOR = Affordable(
+    target_rows=4096, error_rows=(256, 192), held_out=12, turns=None, turn_length=LONGEST,
+    whole_tokens=1 << 20, valued=2, parts=48, refining=4, whole_models=Effort(8, 2),
+)  # fmt: skip
+
+
+def affordable(device: torch.device) -> Affordable:
+    """What `device` affords."""
+    return CPU if device.type == "cpu" else ACCELERATOR
