@@ -130,7 +130,7 @@ def test_functions_stay_short():
     [
         ("sparsek_cli.errors", "from sparsek_cli.models import SparseKCache"),
         ("sparsek_kernels.state", "import sparsek_cli.errors"),
-        ("sparsek_cli.data.text", "def f():\n    from sparsek_cli.training.plan import plan"),
+        ("sparsek_cli.data.corpus", "def f():\n    from sparsek_cli.training.plan import plan"),
     ],
 )
 def test_an_import_that_points_up_is_seen(here, text, tmp_path):

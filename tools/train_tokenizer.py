@@ -65,7 +65,7 @@ def train_tokenizer(
 def main() -> None:
     import argparse
 
-    from sparsek_cli.data.text import iterate_texts
+    from sparsek_cli.data.text.documents import iterate_texts
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", help="folder to write the tokenizer to")

@@ -15,7 +15,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from sparsek_cli.data.pieces import Encoder, safe_cut
-from sparsek_cli.data.text import find_files, is_hub_id, iterate_texts
+from sparsek_cli.data.text.documents import iterate_texts
+from sparsek_cli.data.text.find_files import find_files, is_hub_id
 from sparsek_cli.errors import SparsekError, UsageError
 
 BATCH = 64  # documents per tokenizer call; it works on them in parallel

@@ -12,7 +12,7 @@ def set_text(draft: Draft, data: Sequence[str], origin: str) -> None:
         data: files, folders and globs, or one hub id.
         origin: what the user wrote, for messages.
     """
-    from sparsek_cli.data.text import is_hub_id
+    from sparsek_cli.data.text.find_files import is_hub_id
 
     is_hub = len(data) == 1 and is_hub_id(data[0])
     place = {"files": None, "dataset": data[0]} if is_hub else {"files": [*data], "dataset": None}

@@ -177,7 +177,7 @@ def test_a_budget_starts_anew(repl, said):
 
 
 def test_transcripts_are_lines_that_finetune_reads(repl, tmp_path):
-    from sparsek_cli.data.text import read_documents
+    from sparsek_cli.data.text.documents import read_documents
 
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "b.md").write_text("Second.", encoding="utf-8")

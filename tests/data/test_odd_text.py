@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from sparsek_cli.data.text import iterate_texts
+from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import UsageError
 
 
@@ -74,9 +74,9 @@ def test_a_null_under_a_name_of_conversations_is_only_a_null(tmp_path):
 def test_what_has_no_end_is_refused(tmp_path, monkeypatch):
     import zstandard
 
-    from sparsek_cli.data import text
+    from sparsek_cli.data.text import read_files
 
-    monkeypatch.setattr(text, "LARGEST", 100)
+    monkeypatch.setattr(read_files, "LARGEST", 100)
     (tmp_path / "a.jsonl").write_text('{"text": "ok"}\n{"text": "' + "x" * 100 + '"}\n')
     (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(b"x" * 101))
     for file, where in (("a.jsonl", "a.jsonl:2"), ("b.txt.zst", "b.txt.zst")):

@@ -6,7 +6,8 @@ import os
 import pytest
 import zstandard
 
-from sparsek_cli.data.text import find_files, iterate_texts, read_documents
+from sparsek_cli.data.text.documents import iterate_texts, read_documents
+from sparsek_cli.data.text.find_files import find_files
 from sparsek_cli.errors import SparsekError, UsageError
 
 

@@ -19,7 +19,7 @@ from verbs import convert
 
 from sparsek_cli import hub, models, quantised
 from sparsek_cli.data import corpus
-from sparsek_cli.data.text import iterate_texts
+from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.loading import load_model, load_weights
 from sparsek_cli.recipes.schema_convert import ConvertRecipe

@@ -14,7 +14,7 @@ def data_fingerprint(text: Sequence[str], data: str | None) -> list[tuple[str, i
     """
     files: list[Path] = []
     if text:
-        from sparsek_cli.data.text import find_files
+        from sparsek_cli.data.text.find_files import find_files
 
         files += find_files(text)
     if data is not None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.data.text import iterate_texts
+from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import SparsekError
 
 MIN_SOURCE_BYTES = 40_000  # of a Python source that may stand in for text; shorter ones say little

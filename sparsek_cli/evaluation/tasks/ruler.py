@@ -90,7 +90,7 @@ def _samples(settings: dict[str, Any], length: int, count: int) -> list[dict[str
 
 
 def _files(settings: dict[str, Any]) -> list[Path]:
-    from sparsek_cli.data.text import find_files
+    from sparsek_cli.data.text.find_files import find_files
 
     return find_files(named_text(settings)) if named_text(settings) else []
 

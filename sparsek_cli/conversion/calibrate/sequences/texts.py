@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from sparsek_cli.data.generated_text import generated_text
-from sparsek_cli.data.text import iterate_texts
+from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import UsageError
 
 GENERATED_SENTENCES = 2000

@@ -1,0 +1,96 @@
+"""Which files a user means by files, folders and globs, and what is a hub dataset instead."""
+
+import glob
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+
+from sparsek_cli.errors import UsageError
+
+_LOG = logging.getLogger("sparsek_cli")
+PLAIN = (".txt", ".md", ".py")
+SUFFIXES = (".jsonl", *PLAIN, ".parquet")
+READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(spec: object) -> bool:
+    """Whether `spec` can only mean a dataset on the hub."""
+    return (
+        isinstance(spec, str)
+        and HUB_ID.fullmatch(spec) is not None
+        and not spec.endswith(READABLE)
+        and not Path(spec).exists()
+    )
+
+
+def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
+    """The files that `spec` means, each once, sorted within each folder or glob.
+
+    Raises:
+        UsageError: a path is missing, a folder or glob holds nothing readable, or a file has a
+            type that is not read.
+    """
+    items: Iterable = [spec] if isinstance(spec, str | Path) else spec
+    found: dict[Path, None] = {}
+    for item in items:
+        path = Path(item).expanduser()
+        if path.is_file():
+            if not path.name.endswith(READABLE):
+                raise UsageError(f"cannot read '{path}': unknown file type", hint=_kinds())
+            matches = [path]
+        elif path.is_dir():
+            held = sorted(p for p in path.rglob("*") if _is_visible(p))
+            matches = [p for p in held if _wanted(p)]
+            if not matches:
+                raise UsageError(f"folder '{path}' holds no text files", hint=_kinds())
+            _say_what_is_left_out(path, held)
+        elif glob.has_magic(str(path)):
+            named = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
+            matches = [p for p in named if _wanted(p)]
+            if not matches:
+                raise UsageError(f"no text file matches '{path}'", hint=_kinds())
+        elif os.path.lexists(path) and not path.is_symlink():
+            raise UsageError(
+                f"'{path}' is no plain file: it cannot be read twice",
+                hint="write its text into a file first, and name that",
+            )
+        else:
+            raise UsageError(
+                f"no such file or folder: '{path}'",
+                hint="name a file, folder, glob, or a hub dataset as owner/name",
+            )
+        found.update(dict.fromkeys(matches))
+    if not found:
+        raise UsageError("no text was named", hint=_kinds())
+    return list(found)
+
+
+def _is_visible(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(".")
+
+
+def _wanted(path: Path) -> bool:
+    return _is_visible(path) and path.name.endswith(READABLE)
+
+
+def _say_what_is_left_out(folder: Path, held: list[Path]) -> None:
+    """A folder may hold a licence or a picture; that its .csv is not read must be known."""
+    others = Counter(path.suffix or path.name for path in held if not _wanted(path))
+    if others:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
+        more = ", ..." if len(others) > 4 else ""
+        _warn_once(f"'{folder}': files of types that are not read: {kinds}{more}")
+
+
+@cache
+def _warn_once(message: str) -> None:
+    _LOG.warning("%s", message)
+
+
+def _kinds() -> str:
+    return f"readable: {' '.join(SUFFIXES)}, each also with .zst"
