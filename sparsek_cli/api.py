@@ -275,7 +275,8 @@ def chat(
         A session: `load(text)` reads a document, `ask(question)` yields the reply piece by piece,
         `stats()` says how long the conversation is and what it holds, `clear()` starts anew.
     """
-    from sparsek_cli.dialogue.engine import Engine, Sampling
+    from sparsek_cli.dialogue.engine import Engine
+    from sparsek_cli.dialogue.sampling import Sampling
     from sparsek_cli.dialogue.session import Session
 
     weights, tokenizer = load(model, revision=revision, device=device, dtype=dtype)

@@ -56,7 +56,7 @@ def chat(
     """Talk to a model; its cache stays the same size however long the text."""
     from sparsek_cli import hub
     from sparsek_cli.commands.last_model import name_or_default
-    from sparsek_cli.dialogue.engine import Sampling
+    from sparsek_cli.dialogue.sampling import Sampling
     from sparsek_cli.dialogue.settings import check_sampling
 
     console = Console(as_json=json, quiet=quiet, verbose=verbose)

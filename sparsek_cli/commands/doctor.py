@@ -29,7 +29,7 @@ def doctor(
     checkpoint = None if model is None else hub.resolve(model, revision)
 
     from sparsek_cli.devices import choose_device, choose_dtype
-    from sparsek_cli.diagnosis import diagnose
+    from sparsek_cli.diagnosis.diagnose import diagnose
 
     where = choose_device(device)
     checks = []

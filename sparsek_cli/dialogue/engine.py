@@ -1,15 +1,14 @@
 """A model, its cache and a loop: tokens are fed once, replies stream out one token at a time."""
 
 import copy
-import signal
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.dialogue.heard import Heard
+from sparsek_cli.dialogue.interrupt import interruptible
+from sparsek_cli.dialogue.sampling import Sampling, draw
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.positions import context_length
 
@@ -20,16 +19,6 @@ if TYPE_CHECKING:
     from sparsek_cli.models.generation.cuda_graphs import Decoder
 
 CHUNK = 1024  # tokens per forward while reading: bounds activations, not what is remembered
-
-
-@dataclass
-class Sampling:
-    """How the next token is drawn; temperature 0 takes the most likely one."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 256
-    seed: int = 0
 
 
 @dataclass
@@ -308,77 +297,3 @@ class Engine:
                 f"the context is full: this model has learned positions for {limit} tokens only",
                 hint="start again with /clear, load less, or use a model with rotary positions",
             )
-
-
-def draw(
-    logits: "torch.Tensor", sampling: Sampling, generator: "torch.Generator | None" = None
-) -> int:
-    """One token id from logits [vocabulary], float32: greedy, or nucleus sampling (Holtzman 2020).
-
-    Raises:
-        SparsekError: the logits hold NaN.
-    """
-    import torch
-
-    if torch.isnan(logits).any():
-        raise SparsekError(
-            "the model's output is not a number",
-            hint="its weights are damaged or the dtype overflows; try --dtype float32 or doctor",
-        )
-    if sampling.temperature <= 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.cpu() / sampling.temperature, dim=-1)
-    if sampling.top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        # Keep the smallest set whose mass reaches top_p: drop what comes after it was reached.
-        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
-        return int(order[torch.multinomial(ordered, 1, generator=generator)])
-    return int(torch.multinomial(probabilities, 1, generator=generator))
-
-
-@contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that no forward stops half way and the cache stays whole.
-
-    A second Ctrl-C is a real one. Nested uses share the outer event.
-    """
-    event = _current.get("event")
-    if event is not None or threading.current_thread() is not threading.main_thread():
-        yield event or threading.Event()
-        return
-    event = threading.Event()
-    previous = signal.getsignal(signal.SIGINT)
-
-    def stop(signum: int, frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    signal.signal(signal.SIGINT, stop)
-    _current["event"] = event
-    try:
-        yield event
-    finally:
-        _current.pop("event", None)
-        signal.signal(signal.SIGINT, previous)
-
-
-_current: dict[str, threading.Event] = {}
-
-
-class Clock:
-    """Seconds to the first token of the last reply, from its question on; tokens per second."""
-
-    def __init__(self) -> None:
-        self.tokens, self._start, self.first, self.seconds = 0, time.perf_counter(), 0.0, 0.0
-
-    def tick(self) -> None:
-        self.tokens += 1
-        self.seconds = time.perf_counter() - self._start
-        self.first = self.first or self.seconds
-
-    @property
-    def rate(self) -> float:
-        """Of the tokens after the first, which waits for the question to be read."""
-        writing = self.seconds - self.first
-        return (self.tokens - 1) / writing if writing else 0.0

@@ -1,6 +1,37 @@
-"""Token counts, bytes and seconds of a conversation, as text."""
+"""Figures of a conversation: tokens, bytes and seconds, as measured and as text."""
 
-from sparsek_cli.dialogue.session import Stats
+import time
+from dataclasses import dataclass
+
+
+@dataclass
+class Stats:
+    """The figures of the status line; bytes count one conversation, all layers."""
+
+    context_tokens: int
+    kv_bytes: int
+    dense_kv_bytes: int
+    tokens_per_second: float
+    reply_tokens: int
+    first_token_seconds: float = 0.0
+
+
+class Clock:
+    """Seconds to the first token of the last reply, from its question on; tokens per second."""
+
+    def __init__(self) -> None:
+        self.tokens, self._start, self.first, self.seconds = 0, time.perf_counter(), 0.0, 0.0
+
+    def tick(self) -> None:
+        self.tokens += 1
+        self.seconds = time.perf_counter() - self._start
+        self.first = self.first or self.seconds
+
+    @property
+    def rate(self) -> float:
+        """Of the tokens after the first, which waits for the question to be read."""
+        writing = self.seconds - self.first
+        return (self.tokens - 1) / writing if writing else 0.0
 
 
 def size(count: int) -> str:

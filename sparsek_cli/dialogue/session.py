@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.data.pieces import Encoder, Reply, pieces_of, safe_cut, stripped
-from sparsek_cli.dialogue.engine import Clock, Engine, Sampling, Snapshot, interruptible
+from sparsek_cli.dialogue.engine import Engine, Snapshot
+from sparsek_cli.dialogue.figures import Clock, Stats
+from sparsek_cli.dialogue.interrupt import interruptible
+from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.template import TurnPieces, render, template_error, turn_pieces
 from sparsek_cli.errors import SparsekError, UsageError
 
@@ -21,9 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 HELD_BACK = 512  # characters at the end of a document that are tokenized with what follows
-
 MOMENTS = 8  # questions that /undo can take back; each keeps a copy of the cache
-
 # What a conversation is beside the engine's cache.
 _STANDING = (
     "system", "messages", "_before", "_pending", "_opened", "_documents", "_full", "_fed_ids",
@@ -42,18 +43,6 @@ class Moment:
     engine: Snapshot
     standing: dict[str, Any]
     question: str | None = None
-
-
-@dataclass
-class Stats:
-    """The figures of the status line; bytes count one conversation, all layers."""
-
-    context_tokens: int
-    kv_bytes: int
-    dense_kv_bytes: int
-    tokens_per_second: float
-    reply_tokens: int
-    first_token_seconds: float = 0.0
 
 
 @dataclass

@@ -9,8 +9,9 @@ import yaml
 from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE
+from sparsek_cli.evaluation.report.rows import rows
 from sparsek_cli.evaluation.report.store import load_results
-from sparsek_cli.evaluation.report.table import markdown, rows
+from sparsek_cli.evaluation.report.table import markdown
 from sparsek_cli.output.contents import CONVERT_RECIPE, FINETUNE_RECIPE
 
 # Bases of bases that are followed: tuned of tuned of converted.

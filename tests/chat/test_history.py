@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparsek_cli.dialogue.engine import Engine, Sampling
+from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.repl import Repl
+from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import MOMENTS, Session
 from sparsek_cli.errors import SparsekError, UsageError
 

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from sparsek_cli.data.pieces import BLOCK
-from sparsek_cli.dialogue.engine import Sampling
-from sparsek_cli.dialogue.figures import size, status_line
+from sparsek_cli.dialogue.figures import Stats, size, status_line
 from sparsek_cli.dialogue.files import load_file, load_path, save_conversation
 from sparsek_cli.dialogue.repl import Repl
-from sparsek_cli.dialogue.session import Session, Stats
+from sparsek_cli.dialogue.sampling import Sampling
+from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
 

@@ -2,10 +2,11 @@
 
 import json
 import types
+from pathlib import Path
 
 import pytest
 
-from sparsek_cli import diagnosis
+from sparsek_cli.diagnosis import diagnose, installation, kernels
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_failing_check_is_reported_and_exits_1(sparsek, monkeypatch):
         raise RuntimeError("kernel exploded\nat line 3")
         yield
 
-    monkeypatch.setattr(diagnosis, "operator", broken)
+    monkeypatch.setattr(diagnose, "operator", broken)
     shown = sparsek("doctor", "--device", "cpu")
     assert shown.failed(1)
     assert "FAIL operator" in shown.out and "kernel exploded" in shown.out
@@ -60,14 +61,14 @@ def test_wrong_operator_is_noticed(monkeypatch):
     import torch
 
     monkeypatch.setattr(sparsek_kernels, "sparsek", lambda z, k: torch.full_like(z, 0.5))
-    assert [check.ok for check in diagnosis.operator(torch.device("cpu"))] == [False]
+    assert [check.ok for check in kernels.operator(torch.device("cpu"))] == [False]
 
 
 def test_shadowing_is_noticed(monkeypatch):
-    ours = diagnosis.Path(diagnosis.__file__).resolve().parents[1] / "kernels" / "__init__.py"
+    ours = Path(__file__).resolve().parents[2] / "kernels/__init__.py"
     spec = types.SimpleNamespace(origin=str(ours))
-    monkeypatch.setattr(diagnosis.importlib.util, "find_spec", lambda name: spec)
-    [check] = diagnosis.shadowing()
+    monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: spec)
+    [check] = installation.shadowing()
     assert check.ok is False and "source root" in check.hint
 
 

@@ -289,12 +289,12 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
 
 
 def test_doctor_says_which_server_would_run(installed):
-    from sparsek_cli import diagnosis
+    from sparsek_cli.diagnosis import installation
 
     installed(*ALL)
-    assert [row.detail for row in diagnosis.server(None)] == ["vllm: installed, with its plugin"]
+    assert [row.detail for row in installation.server(None)] == ["vllm: installed, with its plugin"]
     installed()
-    [row] = diagnosis.server(None)
+    [row] = installation.server(None)
     assert row.ok is None and row.detail.startswith("none: no server can run")
 
 

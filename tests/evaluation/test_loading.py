@@ -51,7 +51,7 @@ def test_stretched_is_what_transformers_makes_of_the_config(load, checkpoints, w
 def test_a_stretched_model_takes_longer_prompts(recipe, console):
     from verbs import evaluate
 
-    from sparsek_cli.evaluation.report.table import notes
+    from sparsek_cli.evaluation.report.notes import notes
 
     settings = {"tasks": ["recall_1"], "lengths": [2500], "limit": 1, "baselines": ["dense"]}
     with pytest.raises(UsageError) as caught:

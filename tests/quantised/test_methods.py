@@ -165,7 +165,7 @@ def test_adapters_learn_and_stay_apart(way, converted_of, text, tmp_path):
 @pytest.mark.parametrize("way", ["fp8", "torchao"])
 def test_it_is_evaluated_and_examined(way, converted_of, text, tmp_path):
     from sparsek_cli import hub
-    from sparsek_cli.diagnosis import model as examined
+    from sparsek_cli.diagnosis.model import model as examined
 
     out = converted_of(way)
     found = sparsek.evaluate(

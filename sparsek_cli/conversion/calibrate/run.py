@@ -98,7 +98,9 @@ def search(
                 else:
                     found.base.pass_layer(layer)
         with reporter.progress("comparing whole models", effort.passes) as bar:
-            choices, report = settle(plan, layers, found.whole, found.gradients, effort, bar.advance)
+            choices, report = settle(
+                plan, layers, found.whole, found.gradients, effort, bar.advance
+            )
     if report["not_refined"]:
         reporter.say(f"budgets were not refined further: {report['not_refined']}")
     return Found(layers, choices, report)

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.report.numbers_as_text import layout, number
 from sparsek_cli.evaluation.report.paired_stderr import paired_error
+from sparsek_cli.evaluation.report.rows import shown
 from sparsek_cli.evaluation.report.store import load_results, load_samples
-from sparsek_cli.evaluation.report.table import layout, number, shown
 
 # Differences in these make scores incomparable; others are worth a line.
 DECISIVE = (

@@ -8,6 +8,9 @@ from importlib import resources
 from typing import Any
 
 from sparsek_cli.evaluation.report import plots, table
+from sparsek_cli.evaluation.report.notes import notes
+from sparsek_cli.evaluation.report.numbers_as_text import beside_dense, number, size
+from sparsek_cli.evaluation.report.rows import rows
 
 # A cell of a table: text, or what page.html.j2 writes as a score.
 Cell = str | dict[str, Any]
@@ -25,7 +28,7 @@ def page(report: dict[str, Any]) -> str:
         title=table.title(report),
         score_head=["task", "metric", "tokens", "n", *policies],
         scores=list(_scores(report)),
-        notes=table.notes(report),
+        notes=notes(report),
         figures=list(_figures(report)),
         proof_head=[
             "task", "policy", "backend", "SparseK calls", "pairs held", "share of all", "KV bytes",
@@ -38,7 +41,7 @@ def page(report: dict[str, Any]) -> str:
 
 def _scores(report: dict[str, Any]) -> Iterator[list[Cell]]:
     policies = report["policies"]
-    for row in table.rows(report):
+    for row in rows(report):
         metric = _cell(row["metric"], lower=not row["higher_is_better"])
         cells = [_score(row, row["cells"].get(name)) for name in policies]
         samples = next(iter(row["cells"].values()))["samples"]
@@ -52,9 +55,9 @@ def _score(row: dict[str, Any], cell: dict[str, Any] | None) -> Cell:
         return "-"
     stderr, delta = cell["stderr"], cell["delta"]
     return _cell(
-        table.number(cell["value"]),
-        stderr=None if stderr is None else table.number(stderr),
-        delta=None if delta is None else table.beside_dense(cell),
+        number(cell["value"]),
+        stderr=None if stderr is None else number(stderr),
+        delta=None if delta is None else beside_dense(cell),
         better=delta == 0 or (delta is not None and (delta >= 0) == row["higher_is_better"]),
     )
 
@@ -85,7 +88,7 @@ def _proof(report: dict[str, Any]) -> Iterator[list[str]]:
             f"{proof['sparse_calls']:,}",
             f"{proof['kv_pairs']:,}",
             f"{proof['kept_share']:.2%}",
-            table.size(proof["kv_bytes"]),
+            size(proof["kv_bytes"]),
             f"{proof['kv_tokens']:,}",
             f"{proof['truncated_prompts']} of {proof['prompts']}",
         ]

@@ -71,7 +71,7 @@ def test_table_has_deltas_bytes_and_absent_tasks(report):
 
 
 def test_legend_only_of_what_is_there(report):
-    from sparsek_cli.evaluation.report.table import notes
+    from sparsek_cli.evaluation.report.notes import notes
 
     assert notes(report)[0].startswith("± standard error; in brackets")
     report["units"] = [u for u in report["units"] if u["policy"] != "dense"]
@@ -133,7 +133,7 @@ def test_many_policies_become_lines(report):
     [(0.0, "0.000"), (1.0, "1.000"), (35.54321, "35.54"), (4096.4, "4096"), (1e-5, "1e-05")],
 )
 def test_numbers(value, shown):
-    from sparsek_cli.evaluation.report.table import number
+    from sparsek_cli.evaluation.report.numbers_as_text import number
 
     assert number(value) == shown
 
@@ -155,7 +155,8 @@ def test_page_is_one_file_with_every_figure(report, figures):
 
 
 def test_groups_have_a_mean_where_their_tasks_are_alike(report):
-    from sparsek_cli.evaluation.report.table import rows, text
+    from sparsek_cli.evaluation.report.rows import rows
+    from sparsek_cli.evaluation.report.table import text
 
     for policy, value in (("dense", 0.5), ("sparsek-64", 0.4), ("sparsek-128", 0.5)):
         report["units"].append(unit("recall_16", 4096, policy, value))
@@ -301,7 +302,7 @@ def test_answers_in_other_words_are_answers(report):
 
 
 def test_oracles_and_shared_slots_are_explained(report):
-    from sparsek_cli.evaluation.report.table import notes
+    from sparsek_cli.evaluation.report.notes import notes
 
     report["policies"] = ["dense", "snapkv:shared-64", "kvzip-64"]
     shown = "\n".join(notes(report))

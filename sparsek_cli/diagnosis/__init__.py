@@ -1,0 +1,1 @@
+"""What `sparsek doctor` looks at: installation, kernels, and a model."""

@@ -1,0 +1,123 @@
+"""A converted checkpoint: dense where k >= length, and a cache of the promised size."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sparsek_cli import quantised
+from sparsek_cli.diagnosis.check import PACKED_TOLERANCE, REPORT_IT, TOLERANCE, Check
+
+if TYPE_CHECKING:
+    import torch
+
+    from sparsek_cli.hub import Checkpoint
+
+
+def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
+    """A converted checkpoint: dense when k >= length, and a cache of the promised size."""
+    import torch
+
+    from sparsek_cli.loading import load_model
+    from sparsek_cli.models import family_of
+
+    lm = load_model(checkpoint, device=device, dtype=torch.float32)
+    yield _tokenizer(checkpoint, lm)
+    family_of(lm.config)
+    if getattr(lm.config, "sparsek", None) is None:
+        yield Check("model", None, f"{checkpoint.name} is dense: nothing of ours to check in it")
+        return
+    if how := quantised.described(checkpoint.config()):
+        kept = "packed" if quantised.stays_packed(lm.config) else "unpacked"
+        yield Check("weights", None, f"quantised ({how}), {kept} in memory, computed in {lm.dtype}")
+    block = {key: lm.config.sparsek[key] for key in ("topk", "window", "sinks", "gate")}
+    yield Check(
+        "model", None, f"{checkpoint.name}: " + ", ".join(f"{k} {v}" for k, v in block.items())
+    )
+    yield from _sparse_path(lm)
+    yield from _dense_equivalence(lm)
+    yield from _cache_bytes(lm)
+
+
+def _tokenizer(checkpoint: "Checkpoint", lm: "torch.nn.Module") -> Check:
+    """Its ids are rows of the embedding."""
+    from sparsek_cli.conversion.tokenizer import files_in
+    from sparsek_cli.loading import check_tokenizer, embedding_rows, load_tokenizer
+
+    if not files_in(checkpoint.path):
+        return Check("tokenizer", None, "none beside the weights")
+    tokenizer, rows = load_tokenizer(checkpoint), embedding_rows(lm)
+    check_tokenizer(tokenizer, rows, checkpoint.name)
+    return Check("tokenizer", True, f"{len(tokenizer):,} tokens, {rows:,} embeddings")
+
+
+def _sparse_path(lm: "torch.nn.Module") -> Iterator[Check]:
+    """What a plain forward pass calls, and the cache that it leaves."""
+    import torch
+
+    from sparsek_cli.models import SparseKCache, counted_calls, sparsek_attentions
+
+    with torch.inference_mode(), counted_calls() as calls:
+        cache = lm(_random_ids(lm, 8), use_cache=True).past_key_values
+    layers = len(sparsek_attentions(lm))
+    yield Check(
+        "sparse path",
+        calls.count == layers and type(cache) is SparseKCache,
+        f"{calls.count} calls of SparseK attention in {layers} layers, {type(cache).__name__}",
+        REPORT_IT,
+    )
+
+
+def _dense_equivalence(lm: "torch.nn.Module") -> Iterator[Check]:
+    import torch
+
+    from sparsek_cli.models import budget, dense_attention
+
+    ids = _random_ids(lm, 64)
+    # The gates `log` and `kv` multiply by 1 where k >= length, so one gate speaks for all.
+    with torch.inference_mode(), budget(lm, topk=64):
+        sparse = lm(ids, use_cache=False).logits
+        with dense_attention(lm):
+            dense = lm(ids, use_cache=False).logits
+    scale, packed = float(dense.abs().max()), quantised.stays_packed(lm.config)
+    gap = float((sparse - dense).abs().max()) / scale
+    yield Check(
+        "dense equivalence",
+        gap < (PACKED_TOLERANCE if packed else TOLERANCE),  # also false for NaN
+        f"k >= length: logits equal the dense model's to {gap:.0e} of the largest",
+        "its weights or the kernels are damaged: convert it again, then report this",
+    )
+
+
+def _cache_bytes(lm: "torch.nn.Module") -> Iterator[Check]:
+    import torch
+
+    from sparsek_cli.models import SparseKCache, sparsek_cache_bytes
+    from sparsek_cli.models.cache.bytes import sliding_bytes
+
+    ids = _random_ids(lm, 160)
+    cache = SparseKCache(lm.config)
+    held = []
+    with torch.inference_mode():
+        for part in (ids[:, :32], ids[:, 32:159], ids[:, 159:]):
+            lm(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            held.append(cache.slot_bytes)
+    expected = sparsek_cache_bytes(lm.config, lm.dtype) - sliding_bytes(lm.config, None, lm.dtype)
+    others = cache.nbytes - held[-1]
+    shown = f"{held[-1]:,}" if len(set(held)) == 1 else " then ".join(f"{h:,}" for h in held)
+    # The gates `log` and `kv` also keep the scores (no keys) of the soft support while they last.
+    exact = lm.config.sparsek["gate"] == "straight_through"
+    yield Check(
+        "cache bytes",
+        set(held) == {expected} if exact else None,
+        f"{shown} at 32, 159 and 160 tokens, the formula says {expected:,}"
+        + (f"; {others:,} in layers of other kinds" if others else ""),
+        REPORT_IT,
+    )
+
+
+def _random_ids(lm: "torch.nn.Module", tokens: int) -> "torch.Tensor":
+    import torch
+
+    limit = getattr(lm.config, "max_position_embeddings", None) or tokens
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, min(tokens, limit))
+    return torch.randint(lm.config.vocab_size, shape, generator=generator).to(lm.device)
