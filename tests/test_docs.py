@@ -47,7 +47,7 @@ def test_commands_have_the_verbs_and_options_that_pages_say(page):
     import typer
 
     from sparsek_cli.app import app
-    from sparsek_cli.recipes.load import find_recipe
+    from sparsek_cli.recipes.shipped import find_recipe
 
     verbs = typer.main.get_command(app)
     for line in command_lines(page):

@@ -28,7 +28,7 @@ def recipes(context: typer.Context) -> None:
 @app.command("list")
 def list_recipes(json: options.Json = False) -> None:
     """Names of the shipped recipes, and what each is for."""
-    from sparsek_cli.recipes.load import recipe_folder, recipe_names
+    from sparsek_cli.recipes.shipped import recipe_folder, recipe_names
 
     rows = [
         {"name": name, "about": _about(recipe_folder() / f"{name}.yaml")} for name in recipe_names()
@@ -45,7 +45,8 @@ def list_recipes(json: options.Json = False) -> None:
 @app.command("show")
 def show(name: Name) -> None:
     """Print a recipe."""
-    from sparsek_cli.recipes.load import find_recipe, read_text
+    from sparsek_cli.recipes.shipped import find_recipe
+    from sparsek_cli.recipes.yaml_lines import read_text
 
     Console().show(read_text(find_recipe(name)))
 
@@ -61,7 +62,8 @@ def copy(
     """Copy a recipe, to change it."""
     from sparsek_cli.disk import write_atomically
     from sparsek_cli.output.place import check_file
-    from sparsek_cli.recipes.load import find_recipe, read_text
+    from sparsek_cli.recipes.shipped import find_recipe
+    from sparsek_cli.recipes.yaml_lines import read_text
 
     source = find_recipe(name)
     target = to or Path(source.name)
@@ -88,7 +90,7 @@ def schema(
 
 def _about(file: Path) -> str:
     """The recipe's first comment line."""
-    from sparsek_cli.recipes.load import read_text
+    from sparsek_cli.recipes.yaml_lines import read_text
 
     first = read_text(file).split("\n", 1)[0]
     return first.lstrip("# ").strip() if first.startswith("#") else ""

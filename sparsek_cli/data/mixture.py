@@ -13,7 +13,7 @@ from sparsek_cli.data.streams import STREAMS, check_tokenizer
 from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import Evaluation, Source, TextSource
+    from sparsek_cli.recipes.schema_sources import Evaluation, Source, TextSource
 
 ROLES = {"text": TEXT, "answer": ANSWER, "none": IGNORED}
 CUE = 4  # tokens of a repeated passage that cannot be foreseen

@@ -38,8 +38,8 @@ from sparsek_cli.training.sizes import Sizes, logits_chunk
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import Evaluation
     from sparsek_cli.recipes.schema_finetune import Objective as ObjectiveSettings
+    from sparsek_cli.recipes.schema_sources import Evaluation
 
 
 def load(

@@ -9,13 +9,12 @@ from sparsek_cli.training.sizes import Batch
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import (
         Architecture,
-        Evaluation,
         FinetuneRecipe,
         Launch,
         Lora,
         Objective,
-        Source,
     )
+    from sparsek_cli.recipes.schema_sources import Evaluation, Source
 
 
 @dataclass(frozen=True)

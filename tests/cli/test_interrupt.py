@@ -17,7 +17,7 @@ import pytest
         ("sparsek_cli.hub.resolve", ["chat", "tiny", "--prompt", "x"]),
         ("sparsek_cli.hub.resolve", ["doctor", "tiny"]),
         ("sparsek_cli.benchmarks.layer.measure", ["bench", "--device", "cpu"]),
-        ("sparsek_cli.recipes.load.recipe_names", ["recipes", "list"]),
+        ("sparsek_cli.recipes.shipped.recipe_names", ["recipes", "list"]),
     ],
 )
 def test_interrupted(sparsek, monkeypatch, tmp_path, place, words):

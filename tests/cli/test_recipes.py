@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsek_cli.commands.options import split_words
 from sparsek_cli.errors import UsageError
-from sparsek_cli.recipes import load
-from sparsek_cli.recipes.load import find_recipe, load_recipe, recipe_folder, recipe_names
+from sparsek_cli.recipes import shipped
+from sparsek_cli.recipes.load import load_recipe
+from sparsek_cli.recipes.shipped import find_recipe, recipe_folder, recipe_names
 
 
 class Train(BaseModel):
@@ -129,7 +130,7 @@ def test_several_mistakes_are_counted(recipe):
 
 def test_names_find_shipped_recipes(monkeypatch, tmp_path):
     (tmp_path / "tiny.convert.yaml").write_text("topk: 7\n")
-    monkeypatch.setattr(load, "recipe_folder", lambda: tmp_path)
+    monkeypatch.setattr(shipped, "recipe_folder", lambda: tmp_path)
     assert recipe_names() == ["tiny.convert"]
     for name in ("tiny.convert", "tiny.convert.yaml", "tiny"):
         assert load_recipe(Recipe, name, verb="convert").topk == 7
@@ -162,7 +163,7 @@ def test_verb(sparsek, monkeypatch, tmp_path):
     folder = tmp_path / "shipped"
     folder.mkdir()
     (folder / "tiny.convert.yaml").write_text("# What it is for.\ntopk: 7\n")
-    monkeypatch.setattr(load, "recipe_folder", lambda: folder)
+    monkeypatch.setattr(shipped, "recipe_folder", lambda: folder)
     assert sparsek("recipes", "list").out == "tiny.convert  What it is for.\n"
     assert sparsek("recipes").out == sparsek("recipes", "list").out
     assert '"tiny.convert"' in sparsek("recipes", "list", "--json").out

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from sparsek_cli.recipes.load import load_recipe, recipe_folder, recipe_names
+from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
+from sparsek_cli.recipes.shipped import recipe_folder, recipe_names
 
 NAMES = [name for name in recipe_names() if name.endswith(".convert")]
 

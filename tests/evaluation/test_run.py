@@ -308,8 +308,10 @@ def test_zst_data_loads(run, recipe, console, data, tmp_path):
 
 @pytest.mark.parametrize("name", ["tiny", "demo", "ruler"])
 def test_recipe_file_names_every_key(name):
-    from sparsek_cli.recipes.load import load_recipe, read_yaml, recipe_folder
+    from sparsek_cli.recipes.load import load_recipe
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+    from sparsek_cli.recipes.shipped import recipe_folder
+    from sparsek_cli.recipes.yaml_lines import read_yaml
 
     tree, _ = read_yaml(recipe_folder() / f"{name}.evaluate.yaml")
     assert set(tree) == set(EvaluateRecipe.model_fields)

@@ -95,7 +95,7 @@ def test_unpacked_wheel_runs_and_finds_its_recipes(wheel, tmp_path, look):
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
         f"{look}\nimport sparsek_cli\n"
-        "from sparsek_cli.recipes.load import recipe_names\n"
+        "from sparsek_cli.recipes.shipped import recipe_names\n"
         "from sparsek_cli.app import run\n"
         "assert sparsek_cli.__file__.startswith(sys.path[0]), sparsek_cli.__file__\n"
         "print(*recipe_names()); sys.exit(run(['--version']))"

@@ -8,8 +8,9 @@ from verbs import finetune
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.earlier_versions import RENAMED
-from sparsek_cli.recipes.load import load_recipe, recipe_folder, recipe_names
+from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+from sparsek_cli.recipes.shipped import recipe_folder, recipe_names
 
 NAMES = [name for name in recipe_names() if name.endswith(".finetune")]
 SMALL = {
