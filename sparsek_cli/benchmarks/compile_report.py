@@ -107,8 +107,9 @@ def report(
 ) -> list[dict]:
     """One row per distinct kernel of a prefill, its backward pass and a decoding step."""
     from sparsek_kernels.state import SlotLayout, SparseKState
-    from sparsek_kernels.triton import decode, pipeline
+    from sparsek_kernels.triton import pipeline
     from sparsek_kernels.triton import run as read_prompt
+    from sparsek_kernels.triton.decode.step import step
 
     recorder = Recorder(10 * capability[0] + capability[1])
     JITFunction.run = lambda kernel, *args, **kwargs: recorder.launch(kernel, *args, **kwargs)
@@ -141,7 +142,7 @@ def report(
     query = torch.zeros(2, heads, 1, dim, dtype=dtype)
     score, slopes = torch.zeros(2, groups, 1), torch.zeros(groups)
     own_logits = None if softcap is None else torch.zeros(heads)
-    decode.step(
+    step(
         query, token, token, score, slopes, state,
         scale=1.0, softcap=softcap, sink_logits=own_logits,
     )  # fmt: skip

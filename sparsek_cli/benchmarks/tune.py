@@ -12,11 +12,11 @@ import multiprocessing
 import sys
 
 import torch
-from sparsek_kernels.triton import backward as back
 from sparsek_kernels.triton import forward as fore
 from sparsek_kernels.triton import pipeline, scores, selection, thresholds
+from sparsek_kernels.triton.backward.key_gradient import key_gradient
+from sparsek_kernels.triton.backward.query_gradient import query_gradient
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
-from sparsek_kernels.triton.query_gradient import query_gradient
 from sparsek_kernels.triton.tuning import Config
 
 
@@ -85,7 +85,7 @@ class Case:
         inputs = (self.q, self.k, self.v, self.do, self.lse, self.delta, self.end)
         if kind == "dq":
             return query_gradient(*inputs, self.lists[0], self.shape, **common)
-        return back.key_gradient(
+        return key_gradient(
             *inputs, self.lists[-1], self.shape, deterministic=False, **common)  # fmt: skip
 
 

@@ -152,13 +152,13 @@ def test_scale(make_inputs, relative_error):
 
 
 def test_steps_of_any_size_agree(make_inputs, relative_error, monkeypatch):
-    from sparsek_kernels.pytorch import attention
+    from sparsek_kernels.pytorch import tiling
 
     inputs = make_inputs(150, batch=2, heads=4, groups=2)
     outs = []
     for block, budget in ((128, 1 << 20), (16, 1), (32, 30000)):
-        monkeypatch.setattr(attention, "BLOCK", block)
-        monkeypatch.setattr(attention, "LOGITS_CPU", budget)
+        monkeypatch.setattr(tiling, "BLOCK", block)
+        monkeypatch.setattr(tiling, "LOGITS_CPU", budget)
         out = sparsek_attention(*inputs, topk=9, window=5, sinks=2, gate="log")
         outs.append([out, *gradients(out, inputs)])
     for other in outs[1:]:

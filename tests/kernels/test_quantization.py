@@ -116,9 +116,9 @@ def test_another_dtype_is_still_refused(make_inputs):
 
 @pytest.mark.interpret
 def test_triton_writes_the_same_codes(relative_error, monkeypatch):
-    from sparsek_kernels.triton import decode
+    from sparsek_kernels.triton.decode import attend
 
-    monkeypatch.setattr(decode, "LEAST_SLOTS", 4)  # several programs share a head's slots
+    monkeypatch.setattr(attend, "LEAST_SLOTS", 4)  # several programs share a head's slots
     new = torch.Generator().manual_seed(1)
     settings, n = dict(topk=(0, 6), window=4, sinks=2), 30
     q = torch.randn(2, 4, n, 16, generator=new)

@@ -2,146 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsek_kernels.pytorch.blocks import BlockLists, block_lists
 from sparsek_kernels.pytorch.thresholds import interior_runs
-
-BLOCK = 128
-# Logits held at once: what stays in a CPU's caches, or keeps an accelerator busy.
-LOGITS_CPU = 1 << 20
-LOGITS_DEVICE = 1 << 25
+from sparsek_kernels.pytorch.tiling import Tiles, Tiling
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclasses.dataclass
-class _Tiles:
-    """One step of work: some tiles, their keys and what each query sees of them."""
-
-    span: slice
-    index: Tensor  # [T * W] int64 into flattened keys
-    visible: Tensor  # [T, 1, Bq, W] bool
-    gated: Tensor | None  # visible as a selected key, not by window [T, 1, Bq, W]
-    effective: Tensor | None  # [T, 1, 1, W] float64
-    tau: Tensor | None  # [T, 1, Bq, 1] float64
-
-    def gate(self, dtype: torch.dtype) -> Tensor:
-        """m = clip(e - tau, 0, 1) on selected keys, 1 on window and sinks."""
-        m = (self.effective - self.tau).clamp(0, 1)
-        return torch.where(self.gated, m, 1.0).to(dtype)
-
-    def interior(self) -> Tensor:
-        """Selected keys through which tau and the score carry gradient."""
-        e = self.effective
-        return self.gated & (e > self.tau) & (e - 1 < self.tau)
-
-
-class _Plan:
-    """The tiling of one call: shapes, key lists, and the walk over steps."""
-
-    def __init__(self, q: Tensor, keys: Tensor, end: Tensor, base: int, window: int):
-        self.batch, self.heads, self.n, self.dim = q.shape
-        self.groups, self.m = keys.shape[1:3]
-        self.rep = self.heads // self.groups
-        self.rows = self.batch * self.groups
-        self.block = min(BLOCK, self.n)
-        self.base, self.window = base, window
-        self.end = end.reshape(self.rows, self.m)
-        self.lists: BlockLists = block_lists(
-            self.end, n=self.n, base=base, window=window, block=self.block
-        )
-        self.blocks = self.lists.blocks
-        self.pad = self.blocks * self.block - self.n
-
-    def to_tiles(self, x: Tensor) -> Tensor:
-        """[B, H, N, ...] -> [tiles, rep, Bq, ...]."""
-        tail = x.shape[3:]
-        if self.pad:
-            x = torch.cat([x, x.new_zeros(*x.shape[:2], self.pad, *tail)], 2)
-        x = x.reshape(self.rows, self.rep, self.blocks, self.block, *tail)
-        return x.transpose(1, 2).reshape(self.rows * self.blocks, self.rep, self.block, *tail)
-
-    def from_tiles(self, x: Tensor) -> Tensor:
-        """[tiles, rep, Bq, ...] -> [B, H, N, ...]."""
-        tail = x.shape[3:]
-        x = x.reshape(self.rows, self.blocks, self.rep, self.block, *tail).transpose(1, 2)
-        x = x.reshape(self.batch, self.heads, self.blocks * self.block, *tail)
-        return x[:, :, : self.n].contiguous() if self.pad else x
-
-    def per_tile(self, x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """[H] -> [tiles, rep, 1, 1]; None stays."""
-        if x is None:
-            return None
-        x = x.to(dtype).view(1, self.groups, 1, self.rep)
-        return x.expand(self.batch, -1, self.blocks, -1).reshape(-1, self.rep, 1, 1)
-
-    def pad_rows(self, x: Tensor, value: float) -> Tensor:
-        """[R, N] -> [tiles, Bq]."""
-        x = torch.nn.functional.pad(x, (0, self.pad), value=value)
-        return x.reshape(self.rows * self.blocks, self.block)
-
-    def steps(self, effective: Tensor | None, tau: Tensor | None):
-        """Yield _Tiles that cover all tiles, each step within the logit budget."""
-        device = self.end.device
-        budget = LOGITS_CPU if device.type == "cpu" else LOGITS_DEVICE
-        tiles = self.rows * self.blocks
-        near = self.block + self.window - 1
-        tau = self.pad_rows(tau, 0.0) if tau is not None else None
-        end, first = self.end.flatten(), 0
-        inside = torch.arange(self.block, device=device)
-        while first < tiles:
-            last, width = first, 0
-            while last < tiles:
-                width = max(width, near + self.lists.widths[last])
-                if last > first and (last + 1 - first) * width * self.block * self.rep > budget:
-                    break
-                last += 1
-            index, real = self.lists.columns(first, last)
-            number = torch.arange(first, last, device=device)
-            flat = index + (number // self.blocks * self.m)[:, None]
-            query = (number % self.blocks * self.block)[:, None] + inside
-            query = query[:, None, :, None]
-            joins = (index - self.base)[:, None, None, :]
-            stop = end[flat].masked_fill(~real, -1)[:, None, None, :]
-            visible = (query < stop) & (query >= joins - self.window)
-            gated = e = t = None
-            if tau is not None:
-                gated = visible & (query >= joins)
-                e = effective.flatten()[flat][:, None, None, :]
-                t = tau[first:last, None, :, None]
-            yield _Tiles(slice(first, last), flat.flatten(), visible, gated, e, t)
-            first = last
-
-
 def _inference(q, keys, values, effective, end, tau, base, window, gate, scale) -> Tensor:
     """Forward alone: gates `straight_through` and `log` are a plain masked attention per tile."""
-    plan = _Plan(q, keys, end, base, window)
+    tiling = Tiling(q, keys, end, base, window)
     # A CPU computes in fp32; an accelerator's attention accumulates in it anyway.
     dtype = compute_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
-    tiles = plan.to_tiles(q)
-    flat_k, flat_v = keys.reshape(-1, plan.dim), values.reshape(-1, plan.dim)
+    tiles = tiling.to_tiles(q)
+    flat_k, flat_v = keys.reshape(-1, tiling.dim), values.reshape(-1, tiling.dim)
     out = torch.empty_like(tiles)
     soft = gate == "log"
-    for step in plan.steps(effective if soft else None, tau if soft else None):
+    for step in tiling.steps(effective if soft else None, tau if soft else None):
         mask = step.visible
         if soft:
             mask = step.gate(dtype).log_().masked_fill_(~mask, -torch.inf)
         k, v = (
-            _take(flat, step, dtype)[:, None].expand(-1, plan.rep, -1, -1)
+            _take(flat, step, dtype)[:, None].expand(-1, tiling.rep, -1, -1)
             for flat in (flat_k, flat_v)
         )
         out[step.span] = torch.nn.functional.scaled_dot_product_attention(
             tiles[step.span].to(dtype), k, v, attn_mask=mask, scale=scale
         )
-    return plan.from_tiles(out)
+    return tiling.from_tiles(out)
 
 
 def _own_precision(function):
@@ -162,15 +57,15 @@ class _Attend(torch.autograd.Function):
         ctx, q, keys, values, effective, sink_logits, end, tau, counts,
         base, window, gate, scale, softcap,
     ):  # fmt: skip
-        plan = _Plan(q, keys, end, base, window)
+        tiling = Tiling(q, keys, end, base, window)
         dtype = compute_dtype(q.dtype)
-        tiles = plan.to_tiles(q)
-        flat_k, flat_v = keys.reshape(-1, plan.dim), values.reshape(-1, plan.dim)
+        tiles = tiling.to_tiles(q)
+        flat_k, flat_v = keys.reshape(-1, tiling.dim), values.reshape(-1, tiling.dim)
         out = torch.empty_like(tiles)
         logsum = torch.empty(tiles.shape[:3], dtype=dtype, device=q.device)
         soft = gate != "straight_through"
-        nothing = plan.per_tile(sink_logits, dtype)
-        for step in plan.steps(effective if soft else None, tau if soft else None):
+        nothing = tiling.per_tile(sink_logits, dtype)
+        for step in tiling.steps(effective if soft else None, tau if soft else None):
             logits, m = _capped(_logits(step, tiles, flat_k, scale, dtype), softcap), None
             if soft:
                 m = step.gate(dtype)
@@ -189,7 +84,7 @@ class _Attend(torch.autograd.Function):
             part = _rows(weights).bmm(_take(flat_v, step, dtype)).view_as(out[step.span])
             out[step.span] = (part / total).to(q.dtype)
             logsum[step.span] = (top + total.log()).squeeze(-1)
-        out = plan.from_tiles(out)
+        out = tiling.from_tiles(out)
         ctx.save_for_backward(
             q, keys, values, effective, sink_logits, end, tau, counts, out, logsum
         )  # fmt: skip
@@ -202,20 +97,20 @@ class _Attend(torch.autograd.Function):
     def backward(ctx, grad_out):
         q, keys, values, effective, sink_logits, end, tau, counts, out, logsum = ctx.saved_tensors
         base, window, gate, scale, softcap = ctx.settings
-        plan = _Plan(q, keys, end, base, window)
+        tiling = Tiling(q, keys, end, base, window)
         dtype = compute_dtype(q.dtype)
         wants_scores = ctx.needs_input_grad[3] and tau is not None
-        tiles, grads = plan.to_tiles(q), plan.to_tiles(grad_out)
-        delta = plan.to_tiles((out.to(dtype) * grad_out.to(dtype)).sum(-1))
-        flat_k, flat_v = keys.reshape(-1, plan.dim), values.reshape(-1, plan.dim)
+        tiles, grads = tiling.to_tiles(q), tiling.to_tiles(grad_out)
+        delta = tiling.to_tiles((out.to(dtype) * grad_out.to(dtype)).sum(-1))
+        flat_k, flat_v = keys.reshape(-1, tiling.dim), values.reshape(-1, tiling.dim)
         dq = torch.empty_like(tiles)
         dk = torch.zeros(flat_k.shape, dtype=dtype, device=q.device)
         dv = torch.zeros_like(dk)
         if wants_scores:
-            de = torch.zeros(plan.rows * plan.m, dtype=torch.float64, device=q.device)
-            dm_sum = torch.zeros(tiles.shape[0], plan.block, dtype=torch.float64, device=q.device)
+            de = torch.zeros(tiling.rows * tiling.m, dtype=torch.float64, device=q.device)
+            dm_sum = torch.zeros(tiles.shape[0], tiling.block, dtype=torch.float64, device=q.device)
         soft = gate != "straight_through" or wants_scores
-        for step in plan.steps(effective if soft else None, tau if soft else None):
+        for step in tiling.steps(effective if soft else None, tau if soft else None):
             log_total = logsum[step.span, ..., None]
             d = delta[step.span, ..., None]
             go = _rows(grads[step.span].to(dtype))
@@ -250,15 +145,15 @@ class _Attend(torch.autograd.Function):
                 dm_sum[step.span] = dm.sum(3, dtype=torch.float64).squeeze(1)
         grad_e = None
         if wants_scores:
-            grad_e = _score_gradient(plan, de, dm_sum, effective, tau, counts)
+            grad_e = _score_gradient(tiling, de, dm_sum, effective, tau, counts)
         grad_sinks = None
         if sink_logits is not None:
             # Its weight carries no value: P = 0 in ds = weight (P - D).
-            share = (plan.per_tile(sink_logits, dtype) - logsum[..., None]).exp_().squeeze(-1)
-            grad_sinks = plan.from_tiles(share.mul_(delta)).sum((0, 2)).neg_()
+            share = (tiling.per_tile(sink_logits, dtype) - logsum[..., None]).exp_().squeeze(-1)
+            grad_sinks = tiling.from_tiles(share.mul_(delta)).sum((0, 2)).neg_()
             grad_sinks = grad_sinks.to(sink_logits.dtype)
         return (
-            plan.from_tiles(dq),
+            tiling.from_tiles(dq),
             dk.view(keys.shape).to(keys.dtype),
             dv.view(values.shape).to(values.dtype),
             grad_e,
@@ -267,7 +162,7 @@ class _Attend(torch.autograd.Function):
         )
 
 
-def _gated(step: _Tiles, gate: str, raw, m, p, d, log_total) -> tuple[Tensor, Tensor, Tensor]:
+def _gated(step: Tiles, gate: str, raw, m, p, d, log_total) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of the raw logits, weights that carry the values, gradient of the gates.
 
     Method section 3, with a = softmax weight, P = do.v, D = row sum of (weight x gate x P).
@@ -288,13 +183,13 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(1, 2)
 
 
-def _take(flat: Tensor, step: _Tiles, dtype: torch.dtype) -> Tensor:
+def _take(flat: Tensor, step: Tiles, dtype: torch.dtype) -> Tensor:
     tiles = step.visible.shape[0]
     return flat.index_select(0, step.index).to(dtype).view(tiles, -1, flat.shape[1])
 
 
 def _logits(
-    step: _Tiles, tiles: Tensor, flat_k: Tensor, scale: float, dtype, minus: Tensor | None = None
+    step: Tiles, tiles: Tensor, flat_k: Tensor, scale: float, dtype, minus: Tensor | None = None
 ) -> Tensor:
     """scale * q.k (- minus [T, rep, Bq, 1]), hidden keys included: [T, rep, Bq, W]."""
     k = _take(flat_k, step, dtype).transpose(1, 2)
@@ -308,19 +203,19 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
-def _score_gradient(plan: _Plan, de, dm_sum, effective, tau, counts) -> Tensor:
+def _score_gradient(tiling: Tiling, de, dm_sum, effective, tau, counts) -> Tensor:
     """du = selected interior dm, minus the mean over I_t at every query where j is interior.
 
     tau is monotone, so a key's interior queries are one run [a, b): a prefix sum of the means
     replaces the second sum (method section 3, derived).
     """
-    n = plan.n
-    sums = dm_sum.view(plan.rows, -1)[:, :n]
+    n = tiling.n
+    sums = dm_sum.view(tiling.rows, -1)[:, :n]
     mean = sums / counts.clamp(min=1)
-    total = torch.cat([mean.new_zeros(plan.rows, 1), mean.cumsum(1)], 1)
-    joins = torch.arange(plan.m, device=tau.device) - plan.base
-    a, b = interior_runs(effective.reshape(plan.rows, plan.m), joins, tau)
-    de = de.view(plan.rows, plan.m) - (total.gather(1, b) - total.gather(1, a))
+    total = torch.cat([mean.new_zeros(tiling.rows, 1), mean.cumsum(1)], 1)
+    joins = torch.arange(tiling.m, device=tau.device) - tiling.base
+    a, b = interior_runs(effective.reshape(tiling.rows, tiling.m), joins, tau)
+    de = de.view(tiling.rows, tiling.m) - (total.gather(1, b) - total.gather(1, a))
     return de.view(effective.shape)
 
 

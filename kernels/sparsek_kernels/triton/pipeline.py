@@ -8,11 +8,12 @@ from types import ModuleType
 import torch
 import triton
 
-from sparsek_kernels.triton.backward import key_gradient, row_products
+from sparsek_kernels.triton.backward.key_gradient import key_gradient
+from sparsek_kernels.triton.backward.query_gradient import query_gradient
+from sparsek_kernels.triton.backward.row_products import row_products
 from sparsek_kernels.triton.forward import attend_forward
 from sparsek_kernels.triton.geometry import Geometry, geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
-from sparsek_kernels.triton.query_gradient import query_gradient
 from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.thresholds import prefix_thresholds

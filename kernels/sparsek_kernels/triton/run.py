@@ -5,7 +5,7 @@ import torch
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton import pipeline
-from sparsek_kernels.triton.decode import step
+from sparsek_kernels.triton.decode.step import step
 from sparsek_kernels.triton.ops import attention
 from sparsek_kernels.triton.state import list_documents, list_rows, next_state
 

@@ -7,7 +7,8 @@ import torch
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.naive.attention import naive_attention
 from sparsek_kernels.state import SparseKState
-from sparsek_kernels.triton import decode, hopper
+from sparsek_kernels.triton import hopper
+from sparsek_kernels.triton.decode import attend
 
 CAP = 0.8
 SINKS = (-3.0, 0.0, 1.0, 20.0)
@@ -47,7 +48,7 @@ def test_forward_and_every_gradient(make_inputs, relative_error, gate, capped, d
 @pytest.mark.interpret
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8])
 def test_steps_equal_the_other_backend(relative_error, monkeypatch, dtype):
-    monkeypatch.setattr(decode, "LEAST_SLOTS", 4)  # several programs share a head's slots
+    monkeypatch.setattr(attend, "LEAST_SLOTS", 4)  # several programs share a head's slots
     new = torch.Generator().manual_seed(3)
     n, steps = 12, (5, 1, 1, 4, 1)
     q = torch.randn(2, 4, n, 16, generator=new)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.state import SparseKState, StateRows
-from sparsek_kernels.triton import decode
+from sparsek_kernels.triton.decode import attend
 from state_pool import strided_pool
 
 pytestmark = pytest.mark.interpret
@@ -25,7 +25,7 @@ def selected_positions(state):
     [((5, 3), 4, 2), ((4, 0), 3, 1), ((6, 6), 1, 0), ((3, 3), 7, 5)],
 )
 def test_steps_equal_one_call(relative_error, monkeypatch, topk, window, sinks):
-    monkeypatch.setattr(decode, "LEAST_SLOTS", 4)  # several programs share a head's slots
+    monkeypatch.setattr(attend, "LEAST_SLOTS", 4)  # several programs share a head's slots
     batch, heads, groups, dim, steps = 2, 4, 2, 16, (3, 1, 1, 20, 1, 1, 2, 1)
     n = sum(steps)
     new = torch.Generator().manual_seed(3)
@@ -93,7 +93,7 @@ def test_a_compiled_step_is_the_step():
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.int8], ids=["float32", "int8"])
 def test_rows_of_a_pool_step_in_place(monkeypatch, kept):
-    monkeypatch.setattr(decode, "LEAST_SLOTS", 4)
+    monkeypatch.setattr(attend, "LEAST_SLOTS", 4)
     shape = dict(topk=(5, 3), window=4, sinks=2)
     options = dict(**shape, slopes=torch.tensor([0.0, 0.02]), backend="triton")
     new = torch.Generator().manual_seed(3)

@@ -1,6 +1,6 @@
 """The gradient of the queries on Hopper: some warps copy, some compute, as in `forward`.
 
-What `triton/query_gradient.py` computes for the gate `straight_through`. A consumer issues
+What `triton/backward/query_gradient.py` computes for the gate `straight_through`. A consumer issues
 both products of the next keys (logits, and do v^T) and the product of the last weight gradients
 together, and takes the softmax gradient meanwhile.
 """

@@ -8,7 +8,7 @@ never collide: added in super-tile order they are deterministic, added atomicall
 once.
 
 The gate gradient dm (method section 3) is summed over the queries of a key here, and over the keys
-of a query in `query_gradient.py`; `scores.py` joins both.
+of a query in `query_gradient.py`; `triton/scores.py` joins both.
 """
 
 from typing import NamedTuple
@@ -36,23 +36,6 @@ _LOG = tl.constexpr(1)
 _KV = tl.constexpr(2)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _FAR = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _delta(out, do, delta, o_b, o_h, o_n, do_b, do_h, do_n, heads, queries,
-           ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr):  # fmt: skip
-    """delta = rowsum(out * do), float32 [B, H, N]."""
-    row = tl.program_id(1).to(tl.int64)
-    batch = row // heads
-    head = row % heads
-    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = query < queries
-    d = tl.arange(0, DP)
-    at = query.to(tl.int64)
-    a = load_rows(out + batch * o_b + head * o_h, at * o_n, d, inside, D, DP, True)
-    b = load_rows(do + batch * do_b + head * do_h, at * do_n, d, inside, D, DP, True)
-    total = tl.sum(a.to(tl.float32) * b.to(tl.float32), 1)
-    tl.store(delta + row * queries + query, total, mask=inside)
 
 
 @triton.jit
@@ -300,18 +283,6 @@ def _key_gradient(
     _write(dv_ptr + grad_at, dv, mask, WINDOW, ATOMIC)
     if SCORES and not WINDOW:
         _write(column_ptr + row_at + key, column_sum, present, False, ATOMIC)
-
-
-def row_products(out: torch.Tensor, do: torch.Tensor) -> torch.Tensor:
-    """delta [B, H, N] float32 of the flash-attention backward: rowsum(out * do)."""
-    batch, heads, queries, dim = out.shape
-    delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
-    rows = 64
-    _delta[(triton.cdiv(queries, rows), batch * heads)](
-        out, do, delta, *strides(out), *strides(do), heads, queries,
-        ROWS=rows, D=dim, DP=max(16, triton.next_power_of_2(dim)), num_warps=4,
-    )  # fmt: skip
-    return delta
 
 
 def key_gradient(

@@ -1,0 +1,1 @@
+"""Gradients of queries and keys, each walked as it was read."""
