@@ -15,8 +15,8 @@ Row `ceiling` shows what selection alone could reach with the default's shares: 
 keys that are looked at most from then on (experiments/ceiling.py). Rows `future` keep the measured
 future attention as one score for the whole text, with shares and slopes per head found from it.
 
-The words of a row that wins become the default in recipes/schema_convert.py; `--set` gives words
-to every row, to see what another default changes.
+What wins becomes the default in recipes/schema_convert.py or conversion/calibrate/method.py;
+`--set` gives words to every row, to see what another default changes.
 
 OUT/results.json holds everything; the same command goes on where an earlier one stopped.
 `--smoke`: toy sizes. Time on one H100: about 10 s a row.
@@ -30,10 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from experiments import ceiling, patches
 from experiments.scorers import FITS, in_place_of_linear
-from experiments.steps import Steps
+from experiments.steps import Steps, of_method
 from experiments.suite import (
     SINKS,
     WINDOW_SHARE,
@@ -63,8 +64,9 @@ COLUMNS = ("row", "changed", "closed", "over_default", "ppl_last", *SPLITS, "tex
 # What may differ between a run and its continuation.
 FREE = ("rows", "seconds", "out")
 
-# By name: the words of `sparsek convert` that differ. "slots" keys share out the same total:
-# share of the window, sinks. "scorer" names one of `scorers.FITS`.
+# By name: the words of `sparsek convert` that differ, and below "method." what else of calibration
+# does (conversion/calibrate/method.py). "slots" keys share out the same total: share of the window,
+# sinks. "scorer" names one of `scorers.FITS`.
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
     "seed": {"seed": 1},
@@ -101,9 +103,9 @@ ROWS: dict[str, dict[str, Any]] = {
     "map-all": {"method.maps": ["all"]},
     "map-answers": {"method.maps": ["answers"]},
     "map-blend": {"method.maps": ["blend"], "method.scorer": "linear"},
-    "recall-0": {"method.recall": 0.0},
-    "recall-0.5": {"method.recall": 0.5},
-    "recall-1": {"method.recall": 1.0},
+    "recall-0": {"recall": 0.0},
+    "recall-0.5": {"recall": 0.5},
+    "recall-1": {"recall": 1.0},
     "text-quarter": {"tokens": 1 / 4},
     "text-4-times": {"tokens": 4},
     "text-prose": {"calibrate": "auto"},
@@ -171,7 +173,7 @@ class Experiment:
             self.add(policy, None, self.suite.measure(model, policy))
 
     def request(self, name: str) -> dict[str, Any]:
-        """The words of `sparsek convert` for a row."""
+        """The words of `sparsek convert` for a row, and `Method`'s fields below "method."."""
         changes = dict(ROWS[name])
         for key in ("scorer", "patch", "ceiling"):
             changes.pop(key, None)
@@ -186,9 +188,13 @@ class Experiment:
         )
         return {
             **words,
-            **dict(word.split("=", 1) for word in self.given.set),
+            **{key: yaml.safe_load(value) for key, _, value in self._set()},
             **changes,
         }
+
+    def _set(self) -> list[tuple[str, str, str]]:
+        """The words of --set."""
+        return [word.partition("=") for word in self.given.set]
 
     def row(self, name: str) -> None:
         begun = self.session.left
@@ -222,13 +228,13 @@ class Experiment:
 
     def with_scorer(self, name: str, fit: Any) -> tuple[float, dict[str, Any]]:
         """Loss in calibration's text and what is measured, with scorers of another kind."""
-        words = self.request(name)
+        words, method = of_method(self.request(name))
         self.steps.convert(self.base, self.model, words | {"calibrate": "none"})
         recipe = load_recipe(
             ConvertRecipe, None, [f"{key}={value}" for key, value in words.items()],
             {"model": str(self.base), "out": str(self.model), "overwrite": True},
         )  # fmt: skip
-        plan = make_plan(recipe)
+        plan = make_plan(recipe, method)
         found = search(plan, Silent(), fit)
         model = load(self.model, self.device, self.dtype)
         with in_place_of_linear(model, [layer.maps for layer in found.layers], found.choices):

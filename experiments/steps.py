@@ -2,11 +2,15 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.benchmarks.session import Session, shown
 from sparsek_cli.reporter import Silent
+
+if TYPE_CHECKING:
+    from sparsek_cli.conversion.calibrate.method import Method
 
 
 class Steps:
@@ -17,7 +21,10 @@ class Steps:
         self._session, self._words = session, list(words)
 
     def finetune(self, recipe: str, out: Path, *words: str, model: Path | None = None) -> Any:
-        """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its Trained."""
+        """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its Trained.
+
+        The word outputs=WEIGHT is of the settings below recipes (training/settings.py).
+        """
         from sparsek_cli.recipes.load import load_recipe
         from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
         from sparsek_cli.training.plan import plan
@@ -29,9 +36,13 @@ class Steps:
         self._session.say(f"$ sparsek finetune {places}{out} --recipe {recipe} {quoted}")
         flags = {"out": str(out), "overwrite": True}
         flags["model"] = None if model is None else str(model)
-        settings = load_recipe(FinetuneRecipe, recipe, every, flags, verb="finetune")
+        own = [word for word in every if not word.startswith("outputs=")]
+        weights = [float(word.partition("=")[2]) for word in every if word not in own]
         lines = _Lines(self._session)
-        result = run(plan(settings, lines), lines)
+        planned = plan(load_recipe(FinetuneRecipe, recipe, own, flags, verb="finetune"), lines)
+        if weights:
+            planned = replace(planned, settings=replace(planned.settings, outputs=weights[-1]))
+        result = run(planned, lines)
         self._session.say(
             f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} "
             f"tokens/s, held-out {shown(result.start_loss)} -> {shown(result.held_out_loss)}"
@@ -40,21 +51,40 @@ class Steps:
         return result
 
     def convert(self, base: Path, out: Path, settings: dict[str, Any]) -> Any:
-        """`sparsek convert BASE OUT WORDS`, the words being dotted keys; what it reports."""
+        """`sparsek convert BASE OUT WORDS`, the words being dotted keys; what it reports.
+
+        Keys below "method." are fields of calibration's `Method`, which the command does not have.
+        """
         from sparsek_cli.conversion.plan import plan
         from sparsek_cli.conversion.run import run
         from sparsek_cli.recipes.load import load_recipe
         from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
+        settings, method = of_method(settings)
         words = [f"{key}={_yaml(value)}" for key, value in settings.items()]
         self._session.say(f"$ sparsek convert {base} {out} {' '.join(map(_quoted, words))}")
+        if method is not None:
+            self._session.say(f"  with {method}")
         flags = {"model": str(base), "out": str(out), "overwrite": True}
         recipe = load_recipe(ConvertRecipe, None, words, flags, verb="convert")
-        done = run(plan(recipe))
+        done = run(plan(recipe, method))
         for line in done.text().splitlines():
             if line.startswith(("attention", "calibrated")):
                 self._session.say(line)
         return done
+
+
+def of_method(settings: dict[str, Any]) -> tuple[dict[str, Any], "Method | None"]:
+    """Settings without those below "method.", and the `Method` that these make; None: no such."""
+    from sparsek_cli.conversion.calibrate.method import Method
+
+    words = {key: value for key, value in settings.items() if not key.startswith("method.")}
+    fields = {
+        key.removeprefix("method."): tuple(value) if isinstance(value, list) else value
+        for key, value in settings.items()
+        if key not in words
+    }
+    return words, Method(**fields) if fields else None
 
 
 def _yaml(value: Any) -> str:

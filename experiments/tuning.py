@@ -83,7 +83,7 @@ ROWS |= {
     "adapt, gates": (*_ADAPT, "scorer_training=gates"),
     "adapt, log gates": (*_ADAPT, "scorer_training=gates", "sparsek.gate=log"),
     "adapt, one budget": (*_ADAPT, "budgets=[]"),
-    "adapt, outputs first": (*_ADAPT, "objective.outputs=1"),
+    "adapt, outputs first": (*_ADAPT, "outputs=1"),
 }
 _SMOKE = (
     "data_workers=0", "batch_size=2", "micro_batch_size=2", "sequence_length=512",

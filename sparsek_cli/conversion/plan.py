@@ -9,14 +9,14 @@ from typing import Any
 
 from sparsek_cli import hub, quantised
 from sparsek_cli.conversion.base_config import convertible, dense_config
+from sparsek_cli.conversion.calibrate.method import Method, method_of, with_documents
 from sparsek_cli.conversion.checks import check_room, check_tensors
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.conversion.planned import Calibration, Plan, contents_of
-from sparsek_cli.conversion.shards import read_shards, stored_dtype, without_scorers
+from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
 from sparsek_cli.conversion.sizes import (
     calibration_size,
     slots,
-    with_documents,
     with_settings_of,
 )
 from sparsek_cli.converted import is_converted
@@ -35,8 +35,12 @@ from sparsek_cli.recipes.schema_convert import ConvertRecipe
 _SIDE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 
-def plan(recipe: ConvertRecipe) -> Plan:
+def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
     """Checks the request and its base checkpoint, and fills in what was left open.
+
+    Args:
+        recipe: the request.
+        method: how scorers are found; None: as ablations settled it.
 
     Raises:
         UsageError: the request cannot be carried out (family, sizes, OUT).
@@ -51,6 +55,7 @@ def plan(recipe: ConvertRecipe) -> Plan:
     config = base.config()
     again = recipe.again and is_converted(config)
     if again:
+        method = method or method_of(config["sparsek"])
         recipe = with_settings_of(recipe, config["sparsek"])
         config = dense_config(config)
     row = convertible(config)
@@ -80,17 +85,9 @@ def plan(recipe: ConvertRecipe) -> Plan:
         sizes = replace(sizes, dtype=stored_dtype(shards))
     packed_weights = bool(quantised.described(config))
     prefixed = check_tensors(shards, row, full_layers(types), sizes, packed=packed_weights)
-    parent = existing_parent(out)
-    # Scorers alone need the base's files for as long as they are checked: any kind of link will do.
-    linkable = (
-        recipe.scorers_only
-        or not (packed or recipe.copy_base)
-        and all(
-            shard.path.stat().st_dev == parent.stat().st_dev and not shard.part for shard in shards
-        )
-    )
+    linkable = _linkable(recipe, shards, out, packed=packed)
     if not linkable:
-        check_room(parent, sum(shard.bytes for shard in shards), packed=packed)
+        check_room(existing_parent(out), sum(shard.bytes for shard in shards), packed=packed)
     tokens, length = 0, 0
     if recipe.calibrate != "none":
         tokens, length = calibration_size(
@@ -121,7 +118,8 @@ def plan(recipe: ConvertRecipe) -> Plan:
         calibrate_length=length,
         calibration=Calibration(
             text=recipe.calibrate,
-            method=with_documents(recipe.method, selected, length),
+            method=with_documents(method or Method(), selected, length),
+            recall=recipe.recall,
             per_head=recipe.budgets == "per_head",
             device=recipe.device,
             dtype=recipe.dtype,
@@ -139,6 +137,17 @@ def plan(recipe: ConvertRecipe) -> Plan:
 def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
     """The folder to write: the request's, else named after the base."""
     return absolute(recipe.out or f"{base.name}-{'scorers' if recipe.scorers_only else 'sparsek'}")
+
+
+def _linkable(recipe: ConvertRecipe, shards: list[Shard], out: Path, *, packed: bool) -> bool:
+    """Whether OUT can have the base's files without a copy: whole ones of its own file system.
+
+    Scorers alone need them only as long as they are checked: any kind of link will do.
+    """
+    if recipe.scorers_only or packed or recipe.copy_base:
+        return recipe.scorers_only
+    device = existing_parent(out).stat().st_dev
+    return all(shard.path.stat().st_dev == device and not shard.part for shard in shards)
 
 
 def _tokenizer(recipe: ConvertRecipe, base: Checkpoint, config: dict[str, Any]) -> Checkpoint:

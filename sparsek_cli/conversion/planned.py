@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import quantised
+from sparsek_cli.conversion.calibrate.method import DOCUMENTS, Method
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.conversion.shards import Shard
 from sparsek_cli.conversion.sizes import fit_length
@@ -14,7 +15,6 @@ from sparsek_cli.families.layers import full_layers
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.contents import MODEL, SCORERS_ALONE, Contents
-from sparsek_cli.recipes.schema_convert import CalibrationMethod
 
 
 @dataclass(frozen=True)
@@ -23,26 +23,17 @@ class Calibration:
 
     Attributes:
         text: what they are fitted on, as the recipe's `calibrate`.
+        recall: how much what stands far back counts against running text, from 0 to 1.
         per_head: whether heads that look far back get more of the same total.
         device, dtype: as users name them.
     """
 
     text: str
-    method: CalibrationMethod
+    method: Method
+    recall: float
     per_head: bool
     device: str
     dtype: str
-
-
-# What asks for things far back, in words.
-_DOCUMENTS = {
-    "retold": "that are told again",
-    "statements": "whose facts are told again",
-    "questions": "with questions",
-    "told_and_asked": "with facts told again and asked for",
-    "mixed": "with questions and passages told again",
-    "none": "of plain text",
-}
 
 
 @dataclass(frozen=True)
@@ -239,7 +230,7 @@ class Plan:
             calibration = (
                 f"{self.calibration.text}: {count} sequences of {self.fit_length:,} tokens, "
                 f"compared on documents of {self.calibrate_length:,} "
-                f"{_DOCUMENTS[self.calibration.method.documents]}"
+                f"{DOCUMENTS[self.calibration.method.documents]}"
             )
         else:
             calibration = "none: neutral scorers, a plain window until fine-tuned"

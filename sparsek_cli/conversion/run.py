@@ -85,7 +85,7 @@ class Converted:
                 for end in ("text_alone", "recall_alone")
             )
             lines.append(
-                f"            with method.recall={found['recall']:g}; of what was tried, best in "
+                f"            with recall={found['recall']:g}; of what was tried, best in "
                 f"text and best far back: {ends}"
             )
         return "\n".join(lines)
@@ -133,7 +133,7 @@ def _fill(folder: Path, plan: Plan, reporter: Reporter) -> Converted:
     scorers, report = neutral_scorers(plan), None
     if plan.calibrate_tokens:
         # Imported here: transformers takes longer to import than all the rest.
-        from sparsek_cli.conversion.calibrate import calibrate
+        from sparsek_cli.conversion.calibrate.run import calibrate
 
         scorers, report = calibrate(plan, reporter)
     nan = "all weights read" if whole else f"sampled above {_READ_WHOLE >> 30} GiB"

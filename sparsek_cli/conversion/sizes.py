@@ -8,7 +8,7 @@ import numpy as np
 
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import UsageError
-from sparsek_cli.recipes.schema_convert import CalibrationMethod, ConvertRecipe
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 # A sixteenth of the context is where selection still keeps recall while a window does not.
 _SHARE_OF_CONTEXT = Fraction(1, 16)
@@ -105,20 +105,4 @@ def with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRec
         topk = block["topk"]
         layers = [x for x in topk if x is not None] if isinstance(topk, list) else [topk]
         settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
-    if "scorer" not in recipe.method.model_fields_set and block["scorer"]["type"] == "mlp":
-        settings["method"] = recipe.method.model_copy(
-            update={"scorer": "mlp", "width": block["scorer"]["width"]}
-        )
     return recipe.model_copy(update=settings)
-
-
-def with_documents(method: CalibrationMethod, slots: int, length: int) -> CalibrationMethod:
-    """`method` with documents that calibration can learn from.
-
-    Whoever is to tell a text again needs heads that hold all of it. Where all `slots` together are
-    fewer than two documents of `length` tokens, heads cannot, and learn what matters from facts.
-    """
-    if method.documents != "auto":
-        return method
-    documents = "retold" if slots >= 2 * length else "told_and_asked"
-    return method.model_copy(update={"documents": documents})

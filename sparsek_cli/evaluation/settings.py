@@ -56,15 +56,16 @@ class Prompts:
         max_length: most tokens of both together; None: the model's own.
         truncate: prompts beyond it are refused, or cut at the left or in the middle.
         batch_size: side by side; None: as many as fit.
-        share_prefix: a document is read once for all questions about it.
         max_new_tokens: upper bound on answers, below each task's own.
+        share_prefix: a document is read once for all questions about it; tests compare with
+            reading it for each of them, as lm-eval does.
     """
 
     max_length: int | None
     truncate: Literal["refuse", "left", "middle"]
     batch_size: int | None
-    share_prefix: bool
     max_new_tokens: int | None
+    share_prefix: bool = True
 
 
 def loading_of(recipe: "EvaluateRecipe") -> Loading:
@@ -96,6 +97,5 @@ def prompts_of(recipe: "EvaluateRecipe") -> Prompts:
         max_length=recipe.max_length,
         truncate=recipe.truncate,
         batch_size=None if recipe.batch_size == "auto" else recipe.batch_size,
-        share_prefix=recipe.share_prefix,
         max_new_tokens=recipe.max_new_tokens,
     )

@@ -26,9 +26,10 @@ RENAMED = {
         for row, words in (("dense", _DENSE), ("window", f"{_WINDOW}128"), ("sparsek", ""))
     },
 }
-# Keys of 0.1.0 that ablations settled: by name, the values that are what is now always done (None:
-# any), and what to do about another one.
-SETTLED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+# Keys of earlier versions that ablations settled: by name, the values that are what is now always
+# done (None: any), and what to do about another one.
+Settled = dict[str, tuple[tuple[Any, ...] | None, str]]
+SETTLED_FINETUNE: Settled = {
     "budget_stages": (([],), "leave it out: it gained nothing over training at the budget itself"),
     "scorers_shape_base": ((None,), "leave it out: true from random weights, else false"),
     "keep_checkpoints": ((1,), "leave it out: the newest checkpoint is kept"),
@@ -37,15 +38,36 @@ SETTLED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "architecture.scaled_init": ((True,), "leave it out: it is true"),
     "objective.future": ((0, 0.0), "leave it out, or set scorer_training=concurrent in its place"),
     "objective.temperature": ((1, 1.0), "leave it out: it is 1"),
+    "objective.outputs": (
+        (0, 0.0),
+        "leave it out: predictions alone are distilled",
+    ),
+    "evaluation.needles": ((4,), "leave it out: it is 4"),
+}
+SETTLED_EVALUATE: Settled = {
+    "share_prefix": ((True,), "leave it out: a document is read once for all questions about it"),
 }
 
+# Keys that a convert recipe had below `method`, and what to do about them.
+_SETTLED_SCORERS = "leave it out: how scorers are found is settled (docs/method.md, section 5)"
+SETTLED_METHOD: dict[str, str] = {
+    "method.recall": "it is called recall now: write recall=... in its place",
+    **{
+        f"method.{key}": _SETTLED_SCORERS
+        for key in (
+            "scorer", "width", "target", "documents", "maps", "slopes", "sizes", "answer_weight",
+        )
+    },
+    "method": _SETTLED_SCORERS,
+}  # fmt: skip
 
-def without_settled(given: Any) -> Any:
-    """A recipe as written without the `SETTLED` keys that ask for nothing else."""
+
+def without_settled(given: Any, settled: Settled) -> Any:
+    """A recipe as written without the settled keys that ask for nothing else."""
     if not isinstance(given, dict):
         return given
     kept = dict(given)
-    for key, (allowed, _) in SETTLED.items():
+    for key, (allowed, _) in settled.items():
         place, _, name = key.rpartition(".")
         block = kept.get(place) if place else kept
         if not isinstance(block, dict) or name not in block:

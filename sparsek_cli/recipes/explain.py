@@ -21,12 +21,16 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
     more = len({_written(p["loc"], origins) for p in problems}) - 1
     loc = _without_kind(model_cls, _written(problem["loc"], origins))
     key = ".".join(str(part) for part in loc) or "recipe"
+    settled = getattr(model_cls, "settled", {})
+    if problem["type"] == "extra_forbidden" and isinstance(problem["input"], dict):
+        # A whole block is gone: the key in it that was written says more.
+        inner = next((sub for sub in problem["input"] if f"{key}.{sub}" in settled), None)
+        loc, key = (loc, key) if inner is None else ((*loc, inner), f"{key}.{inner}")
     place = next((origins[loc[:n]] for n in range(len(loc), 0, -1) if loc[:n] in origins), "")
     where = f"{place}: " if place else ""
     tail = f" (and {more} more)" if more else ""
     if problem["type"] == "extra_forbidden":
-        settled = getattr(model_cls, "settled", {}).get(key)
-        hint = settled or _nearest_key(model_cls, loc)
+        hint = settled.get(key) or _nearest_key(model_cls, loc)
         return UsageError(f"{where}unknown key '{key}'{tail}", hint=hint)
     if problem["type"] == "missing":
         return UsageError(

@@ -1,7 +1,7 @@
 """The recipe of `sparsek convert`: every key, its type, default and meaning."""
 
 from fractions import Fraction
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -9,8 +9,9 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictInt,
-    model_validator,
 )
+
+from sparsek_cli.recipes.earlier_versions import SETTLED_METHOD
 
 MOST = (1 << 31) - 1  # slots, tokens: more than any text has, and sizes still fit into numbers
 # A number in quotes or with a fraction is a mistake here, not something to round.
@@ -27,67 +28,11 @@ def _tokens_or_share(value: object) -> object:
     raise ValueError("should be a number of tokens like 512, or a share of the context like 1/16")
 
 
-Documents = Literal["auto", "retold", "statements", "questions", "told_and_asked", "mixed", "none"]
-
-
-class CalibrationMethod(BaseModel):
-    """How calibration finds scorers. The defaults are what won (docs/results, ablations)."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-
-    scorer: Literal["linear", "mlp"] = Field(
-        "mlp",
-        description="what scores are of a token's hidden state: a linear map, in closed form, or "
-        "that and a hidden layer (mlp), which keeps more facts and takes seconds to fit",
-    )
-    width: Count = Field(128, description="units of the hidden layer of scorer: mlp")
-    target: Literal["max", "mean", "p99"] = Field(
-        "max",
-        description="what of the attention that later queries give a key its score should follow: "
-        "the largest, the mean (the sum, per query), or the 99th percentile",
-    )
-    documents: Documents = Field(
-        "auto",
-        description="what asks for things far back: the text itself, told again (retold: no "
-        "template), facts told again (statements), questions, half told and half asked, questions "
-        "and passages (mixed), or nothing (plain text); auto: retold, and told_and_asked where the "
-        "slots of all heads together do not hold two heads' whole documents",
-    )
-    maps: list[Literal["text", "all", "answers", "blend"]] = Field(
-        ["text", "all", "answers", "blend"],
-        min_length=1,
-        description="maps that a KV head may choose from, by what they are fitted on (blend: only "
-        "with linear scorers)",
-    )
-    slopes: list[Annotated[float, Field(ge=0)]] = Field(
-        [0.0, 0.05, 0.2, 0.7, 2.5],
-        min_length=1,
-        description="slopes that it may choose from, in units of score spread per topk tokens; "
-        "0 is pure importance",
-    )
-    sizes: list[Annotated[float, Field(ge=0)]] = Field(
-        [0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0],
-        min_length=1,
-        description="shares of topk at which a KV head's errors are compared, with budgets: "
-        "per_head; that of the whole document is added",
-    )
-    recall: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.65,
-        description="how much what stands far back counts, and not running text, when whole models "
-        "are compared: 1 is recall alone, 0 text alone; the report shows both ends",
-    )
-
-    @model_validator(mode="after")
-    def _some_map(self) -> "CalibrationMethod":
-        if self.scorer == "mlp" and set(self.maps) == {"blend"}:
-            raise ValueError("needs another map than blend with scorer: mlp")
-        return self
-
-
 class ConvertRecipe(BaseModel):
     """Everything `sparsek convert` does, in one mapping."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
+    settled: ClassVar[dict[str, str]] = SETTLED_METHOD
 
     model: str | None = Field(None, description="folder, short name or hub id of the base model")
     out: str | None = Field(None, description="folder to write; default <name>-sparsek")
@@ -142,8 +87,10 @@ class ConvertRecipe(BaseModel):
         description="tokens of the documents that choices are made on, as long as what will be "
         "read; default: the context, at most 32768 or four times the slots",
     )
-    method: CalibrationMethod = Field(
-        default_factory=CalibrationMethod, description="how scorers are found"
+    recall: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.65,
+        description="how much what stands far back counts, and not running text, when calibration "
+        "compares whole models: 1 is recall alone, 0 text alone; the report shows both ends",
     )
     again: bool = Field(
         False,

@@ -1,9 +1,10 @@
 """The recipe of `sparsek evaluate`: every key, its type, default and meaning."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from sparsek_cli.recipes.earlier_versions import SETTLED_EVALUATE, without_settled
 from sparsek_cli.recipes.limits import LONGEST, MOST_SEQUENCES
 
 Length = Annotated[int, Field(ge=1, le=LONGEST)]
@@ -14,6 +15,7 @@ class EvaluateRecipe(BaseModel):
     """What to measure, on what, against what."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED_EVALUATE.items()}
 
     model: str | None = Field(
         None, description="folder, hub id or short name; default: the last model made here"
@@ -61,9 +63,6 @@ class EvaluateRecipe(BaseModel):
     batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] = Field(
         "auto", description="prompts scored, answers written side by side; auto or a number"
     )
-    share_prefix: bool = Field(
-        True, description="read a document once for all questions about it (off: as lm-eval does)"
-    )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, bfloat16, float16 or float32")
     seed: int = Field(
@@ -73,6 +72,12 @@ class EvaluateRecipe(BaseModel):
         None, description="result folder; default: runs/evaluate/<model>/<settings>"
     )
     overwrite: bool = Field(False, description="replace the results in `out`")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forget(cls, given: Any) -> Any:
+        """Keys of earlier versions go where they say what is now always done."""
+        return without_settled(given, SETTLED_EVALUATE)
 
     @field_validator("chat_template", mode="before")
     @classmethod

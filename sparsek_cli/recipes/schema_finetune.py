@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from sparsek_cli.recipes.earlier_versions import SETTLED, without_settled
+from sparsek_cli.recipes.earlier_versions import SETTLED_FINETUNE, without_settled
 from sparsek_cli.recipes.limits import LONGEST, MOST_OF_A_STEP, MOST_SEQUENCES
 from sparsek_cli.recipes.schema_sources import Evaluation, Fraction, Source, Strict
 
@@ -86,11 +86,6 @@ class Objective(Strict):
         description="weight of the KL divergence to the weights a run starts from, with dense "
         "attention",
     )
-    outputs: NonNegativeFloat = Field(
-        0.0,
-        description="weight of the error of attention's outputs, beside those of the same dense "
-        "attention; it falls to 0 over the first quarter of the run",
-    )
     answer_weight: NonNegativeFloat = Field(
         1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
     )
@@ -110,7 +105,7 @@ class Launch(Strict):
 class FinetuneRecipe(Strict):
     """Everything `sparsek finetune` does, in one mapping."""
 
-    settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED.items()}
+    settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED_FINETUNE.items()}
 
     model: str | None = Field(None, description="folder, short name or hub id to start from")
     out: str | None = Field(None, description="folder to write; default <name>-finetuned")
@@ -230,7 +225,7 @@ class FinetuneRecipe(Strict):
     @classmethod
     def _forget(cls, given: Any) -> Any:
         """Keys of earlier versions go where they say what is now always done."""
-        return without_settled(given)
+        return without_settled(given, SETTLED_FINETUNE)
 
     @property
     def attention(self) -> dict[str, Any] | None:

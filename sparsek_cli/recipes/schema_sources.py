@@ -108,8 +108,8 @@ class Evaluation(Strict):
     questions: int = Field(
         0,
         ge=0,
-        description="questions about facts hidden in the held-out text, in the phrasings that "
-        "calibration knows; 0: recall is not measured (it needs a chat template)",
+        description="questions about facts hidden in the held-out text, four to a "
+        "document, in the phrasings that calibration knows; 0: recall is not measured (it needs a "
+        "chat template)",
     )
-    needles: PositiveInt = Field(4, description="facts per document of these questions")
     every: int = Field(0, ge=0, description="evaluate every so many steps; 0: at the end only")

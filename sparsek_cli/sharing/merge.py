@@ -9,6 +9,7 @@ import numpy as np
 
 from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible
+from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.plan import plan as plan_conversion
 from sparsek_cli.conversion.planned import Plan as Conversion
@@ -109,11 +110,12 @@ def plan(
         gate=block["gate"],
         cache_dtype=block.get("cache_dtype", "auto"),
         calibrate="none",
-        method={"scorer": block["scorer"]["type"], "width": block["scorer"].get("width", 1)},
         copy=copy,
         overwrite=overwrite,
     )
-    return Plan(plan_conversion(recipe), found)
+    scorer = block["scorer"]
+    method = Method(scorer=scorer["type"], width=scorer.get("width", 1))
+    return Plan(plan_conversion(recipe, method), found)
 
 
 def run(plan: Plan, reporter: Reporter | None = None) -> Merged:

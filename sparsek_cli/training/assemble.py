@@ -41,6 +41,9 @@ if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import Objective as ObjectiveSettings
     from sparsek_cli.recipes.schema_sources import Evaluation
 
+# Facts per document of the questions that measure held-out recall.
+_FACTS = 4
+
 
 def load(
     start: Start,
@@ -79,6 +82,7 @@ def make_trainer(
     part: Path,
     *,
     objective: "ObjectiveSettings",
+    outputs: float = 0.0,
     rates: Rates,
     rhythm: Rhythm,
     execution: Execution,
@@ -99,6 +103,7 @@ def make_trainer(
     Args:
         model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
         sizes: of the run. part: where checkpoints go.
+        outputs: weight of the error of attention's outputs, see losses/outputs.py.
         scorers: how they learn, the recipe's `scorer_training`. budgets: see budgets.py.
         data: what is trained on. held_out: sequences for the held-out loss, or None.
         questions: for recall, see `held_out_questions`.
@@ -106,7 +111,7 @@ def make_trainer(
         keeps_better: whether the parameters of the start are kept to go back to.
     """
     losses = Objective(
-        **objective.model_dump(exclude={"outputs"}),
+        **objective.model_dump(),
         loss_chunk=logits_chunk(model.config.vocab_size),
     )
     bf16 = sizes.dtype == "bfloat16"
@@ -126,12 +131,14 @@ def make_trainer(
     if execution.compile:
         decoder_of(model).compile()
     future = FutureAttention() if scorers == "concurrent" else None
-    teacher = _teacher(objective, model, tuner, frozen=sizes.train == "all", bf16=bf16)
-    outputs = OutputErrors(model, teacher, objective.outputs) if objective.outputs else None
-    attach(model, losses, teacher, future, outputs)
+    teacher = None
+    if objective.distill or outputs:
+        teacher = _teacher(model, tuner, frozen=sizes.train == "all", bf16=bf16)
+    errors = OutputErrors(model, teacher, outputs) if outputs else None
+    attach(model, losses, teacher, future, errors)
     callbacks = [ProgressReport(reporter, bar, sizes.tokens_per_step)]
-    if outputs is not None:
-        callbacks.append(outputs)
+    if errors is not None:
+        callbacks.append(errors)
     if budgets:
         callbacks.append(DrawnBudgets(model, tuple(budgets), sizes.batch.length, seed))
     if scorers == "refit":
@@ -166,7 +173,7 @@ def held_out_questions(
     try:
         return make_questions(
             [seed], Filler.from_corpus(held_out, tokenizer),
-            length=length, needles=wanted.needles, count=wanted.questions,
+            length=length, needles=_FACTS, count=wanted.questions,
             phrasings=phrasings("calibration"),
         )  # fmt: skip
     except ValueError as error:
@@ -175,16 +182,12 @@ def held_out_questions(
         ) from error
 
 
-def _teacher(
-    wanted: "ObjectiveSettings", model: Any, tuner: Any | None, *, frozen: bool, bf16: bool
-) -> Teacher | None:
-    """The model whose outputs are distilled, if any. Made before `forward` is replaced.
+def _teacher(model: Any, tuner: Any | None, *, frozen: bool, bf16: bool) -> Teacher:
+    """The model whose predictions are distilled. Made before `forward` is replaced.
 
     Args:
         frozen: the teacher is a copy; else the model itself, its adapters off.
     """
-    if wanted.distill == 0 and wanted.outputs == 0:
-        return None
     if frozen:
         return FrozenTeacher(model, torch.bfloat16 if bf16 else torch.float32)
     return OwnTeacher(model, tuner)

@@ -113,7 +113,8 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
         with reporter.progress("training", logged=True) as bar:
             trainer = make_trainer(
                 model, tuner, sizes, plan.device, part,
-                objective=settings.objective, rates=settings.rates, rhythm=rhythm,
+                objective=settings.objective, outputs=settings.outputs,
+                rates=settings.rates, rhythm=rhythm,
                 execution=settings.execution, seed=seed,
                 scorers=start.scorers, budgets=settings.budgets,
                 minutes=settings.duration.minutes,
@@ -211,10 +212,10 @@ def _check_dense(model: Any, wanted: "Settings") -> None:
     """Raises UsageError where a dense model is asked for what only SparseK models have."""
     if is_converted(model.config):
         return
-    if wanted.objective.distill or wanted.objective.outputs:
+    if wanted.objective.distill or wanted.outputs:
         raise UsageError(
             "a dense model is its own teacher: nothing to distill",
-            hint="set objective.distill=0 objective.outputs=0, or train a converted model",
+            hint="set objective.distill=0, or train a converted model",
         )
     if wanted.budgets or wanted.start.scorers != "gates":
         key, value = ("budgets", "[]") if wanted.budgets else ("scorer_training", "gates")

@@ -90,6 +90,8 @@ class Settings:
 
     Attributes:
         objective: what is minimised. sources: what is trained on, by name.
+        outputs: weight of the error of attention's outputs early in a run (losses/outputs.py); no
+            recipe has a key for it, experiments set it.
         held_out: what the held-out loss is measured on.
         budgets: what steps keep: 1/n of the sequence, n drawn from these; empty: the model's own.
         joined: whether documents of a sequence see each other.
@@ -110,6 +112,7 @@ class Settings:
     joined: bool
     keep_better: bool
     overwrite: bool
+    outputs: float = 0.0
 
 
 def settings_of(recipe: "FinetuneRecipe") -> Settings:

@@ -146,7 +146,7 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "distill": (
         [*DENSE, "train=all", "objective.distill=1"],
-        "set (objective.distill=0) (objective.outputs=0)", ["+", r"\1", r"\2"],
+        "set (objective.distill=0)", ["+", r"\1"],
     ),
     "lora-targets": (
         [*DENSE, DRY, "train=lora", "lora.targets=[none]"], "layers of this model: (.*)",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from verbs import convert
 
+from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -24,9 +25,9 @@ STORIES = Path(
 SLOW_FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "gpt_neox")
 
 
-def calibrated(base: Path, out: Path, **settings):
+def calibrated(base: Path, out: Path, method: Method | None = None, **settings):
     recipe = ConvertRecipe(model=str(base), out=str(out), device="cpu", **settings)
-    return convert(recipe)
+    return convert(recipe, method=method)
 
 
 @pytest.mark.parametrize(
@@ -50,14 +51,15 @@ def test_every_family_calibrates(family, dense_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "method",
     [
-        {"target": "mean", "maps": ["all"], "slopes": [0.3], "sizes": [0.5], "recall": 0.0},
-        {"target": "p99", "documents": "statements", "recall": 0.5},
+        {"target": "mean", "maps": ("all",), "slopes": (0.3,), "sizes": (0.5,)},
+        {"target": "p99", "documents": "statements"},
         {"documents": "none"},
     ],
 )
 def test_methods_that_can_be_chosen(dense_checkpoint, tmp_path, method):
     options = {"topk": 24, "window": 16, "calibrate_tokens": 2048, "calibrate_length": 256}
-    report = calibrated(dense_checkpoint("llama"), tmp_path / "a", **options, method=method)
+    options |= {"recall": 0.5, "method": Method(**method)}
+    report = calibrated(dense_checkpoint("llama"), tmp_path / "a", **options)
     layers = report.calibration["layers"]
     chosen = {name for layer in layers for name in layer["map"]}
     assert chosen <= set(method.get("maps", ["text"] if method == {"documents": "none"} else
@@ -78,7 +80,7 @@ def test_the_report_says_what_the_converted_model_loses(dense_checkpoint, tmp_pa
     base, slots = dense_checkpoint("gpt2"), {"topk": 24, "window": 16}
     report = calibrated(
         base, tmp_path / "out", **slots, calibrate_tokens=2048, calibrate_length=512,
-        method={"documents": "statements"},
+        method=Method(documents="statements"),
     ).calibration  # fmt: skip
     _, documents = calibration_sequences(
         AutoTokenizer.from_pretrained(base), "auto", fitting=8, fit_length=512, held_out=4,

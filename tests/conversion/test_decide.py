@@ -20,8 +20,9 @@ from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     shares_by_errors,
     sizes_of,
 )
+from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.plan import plan as make_plan
-from sparsek_cli.recipes.schema_convert import CalibrationMethod, ConvertRecipe
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
 def held_out(errors: list[float], worth: float) -> HeldOut:
@@ -41,10 +42,9 @@ def three_layers(dense_checkpoint, tmp_path):
         out=str(tmp_path / "out"),
         topk=8,
         window=8,
-        method={"sizes": [0, 0.5, 2, 4]},
         calibrate_length=256,
     )
-    plan = make_plan(recipe)
+    plan = make_plan(recipe, Method(sizes=(0, 0.5, 2, 4)))
     plan = replace(plan, geometry=replace(plan.geometry, kv_heads=1), types=plan.types[:1] * 3)
     assert sizes_of(plan) == (0, 4, 8, 16, 32, 244)
     errors = [9.0, 6.0, 4.0, 2.0, 1.0, 0.5]
@@ -93,8 +93,7 @@ def test_the_whole_model_decides_by_recall_first(three_layers, monkeypatch):
     monkeypatch.setattr(compare, "_proposals", lambda *_: proposals)
 
     def taken(recall: float, *losses: tuple[float, float]) -> tuple[float, float]:
-        method = plan.calibration.method.model_copy(update={"recall": recall})
-        wanted = replace(plan.calibration, method=method)
+        wanted = replace(plan.calibration, recall=recall)
         whole, effort = Scripted(*losses), Effort(len(losses) - 1, 0)
         made = replace(plan, calibration=wanted)
         report = settle(made, layers, whole, None, effort, lambda passes: None)[1]
@@ -122,7 +121,7 @@ def test_the_default_takes_what_was_better_in_text_and_facts():
         (0.0417, 0.3408), (0.0474, 0.3068), (0.0387, 0.3339), (0.0487, 1.0011), (0.0660, 2.2206),
     ]  # fmt: skip
     tried = [{"text_loss": text, "answer_loss": answer} for text, answer in rows]
-    taken = compare.best_of(tried, np.asarray([0.0959, 2.3844]), CalibrationMethod().recall)
+    taken = compare.best_of(tried, np.asarray([0.0959, 2.3844]), ConvertRecipe().recall)
     assert rows[taken] == (0.0351, 0.3736)
 
 

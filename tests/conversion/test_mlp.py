@@ -10,16 +10,15 @@ from transformers import AutoModelForCausalLM
 import sparsek_cli.models as models
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.head_budgets.decide import scorers_of
+from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.conversion.run import run as convert
-from sparsek_cli.errors import UsageError
 from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
-from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 SLOW_FAMILIES = ("llama", "mistral", "qwen2", "gpt_neox")
@@ -27,10 +26,10 @@ QUIET = Console(quiet=True)
 EMPTY = torch.empty(0)
 
 
-def request(base, out, **settings):
+def request(base, out, method=None, **settings):
     settings = {"topk": 24, "window": 16, "device": "cpu", "calibrate_tokens": 2048,
-                "calibrate_length": 256, "method": {"scorer": "mlp"}} | settings  # fmt: skip
-    return make_plan(ConvertRecipe(model=str(base), out=str(out), **settings))
+                "calibrate_length": 256} | settings  # fmt: skip
+    return make_plan(ConvertRecipe(model=str(base), out=str(out), **settings), method)
 
 
 def mlp_scorer(hidden_size=8, heads=2, width=5):
@@ -124,7 +123,7 @@ def test_a_converted_model_loads_decodes_and_is_calibrated_again(
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-4, rtol=2e-4)
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
-    again = request(tmp_path / "saved", tmp_path / "again", again=True, method={})
+    again = request(tmp_path / "saved", tmp_path / "again", again=True)
     assert again.calibration.method.scorer == "mlp"
     convert(again, QUIET)
     first, second = (load_file(tmp_path / n / "sparsek.safetensors") for n in ("out", "again"))
@@ -132,7 +131,7 @@ def test_a_converted_model_loads_decodes_and_is_calibrated_again(
 
 
 def test_without_calibration_the_hidden_layer_waits_for_training(dense_checkpoint, tmp_path):
-    method = {"scorer": "mlp", "width": 16}
+    method = Method(width=16)
     convert(request(dense_checkpoint("gpt2"), tmp_path / "out", calibrate="none", method=method,
                     calibrate_tokens=None, calibrate_length=None), QUIET)  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -149,7 +148,16 @@ def test_a_model_from_scratch_may_have_one(dense_config):
     assert isinstance(scorer, SparseKMlpScorer) and scorer.hidden_weight.shape[0] == 8
 
 
-@pytest.mark.parametrize("words", ["method.maps=[blend]", "method.width=0", "method.scorer=tree"])
-def test_what_it_cannot_be_is_refused(words):
-    with pytest.raises(UsageError):
-        load_recipe(ConvertRecipe, None, ["method.scorer=mlp", words], {"model": "tiny"})
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"maps": ("blend",)},
+        {"scorer": "tree"},
+        {"target": "least"},
+        {"documents": "x"},
+        {"maps": ()},
+    ],
+)
+def test_methods_that_cannot_be_are_refused(fields):
+    with pytest.raises(ValueError):
+        Method(**fields)

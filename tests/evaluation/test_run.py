@@ -320,6 +320,17 @@ def test_recipe_file_names_every_key(name):
     assert (loaded.limit, loaded.tasks, loaded.lengths[:2]) == (3, ["ppl"], lengths)
 
 
+def test_a_settled_key_is_refused_where_it_asks_for_something_else():
+    from sparsek_cli.errors import UsageError
+    from sparsek_cli.recipes.load import load_recipe
+    from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    assert load_recipe(EvaluateRecipe, None, ["share_prefix=true"], {})
+    with pytest.raises(UsageError, match="unknown key 'share_prefix'") as refused:
+        load_recipe(EvaluateRecipe, None, ["share_prefix=false"], {})
+    assert refused.value.hint.startswith("leave it out")
+
+
 @pytest.mark.parametrize("value", ["on", "off", "auto"])
 def test_chat_template_as_a_word(value):
     from sparsek_cli.recipes.load import load_recipe

@@ -8,6 +8,7 @@ import torch
 
 from experiments import ablations
 from experiments.scorers import FutureFit, KeyValueFit, LeavingFit, in_place_of_linear
+from experiments.steps import of_method
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.run import search
@@ -27,6 +28,7 @@ def arguments(monkeypatch, out, *words):
 def test_every_row_is_a_request(name, monkeypatch, tmp_path):
     given = arguments(monkeypatch, tmp_path, "--held-out", "x", "--device", "cpu")
     words = ablations.Experiment(ablations.Session(tmp_path, 1, {}), given, tmp_path).request(name)
+    words, _ = of_method(words)
     words = [f"{key}={json.dumps(value)}" for key, value in words.items()]
     recipe = load_recipe(ConvertRecipe, None, words, {"model": "tiny"})
     assert recipe.topk + recipe.window + recipe.sinks == 4096 // 16

@@ -130,14 +130,27 @@ def converted(every_family, base, request) -> Checkpoints:
 @pytest.fixture(scope="module")
 def checkpoints(every_family, base, story) -> Checkpoints:
     """The family's folders, calibrated on 512 tokens, or 2,048."""
+    from verbs import convert
+
+    from sparsek_cli.conversion.calibrate.method import Method
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
     if every_family in _WHOLE:
-        text = ["calibrate_tokens=2048", "calibrate_length=256", "method.documents=retold"]
+        documents, text = "retold", {"calibrate_tokens": 2048, "calibrate_length": 256}
     else:
-        text = ["calibrate_tokens=512", "calibrate_length=64", "method.documents=none"]
-        text += ["budgets=uniform"]
+        documents, text = "none", {"calibrate_tokens": 512, "calibrate_length": 64}
+        text["budgets"] = "uniform"
     out = base.with_name("out")
-    run_cli(
-        "convert", base, out, "topk=24", "window=16", f"calibrate={story}",
-        "device=cpu", "method.scorer=linear", "method.slopes=[0.3]", "method.sizes=[0.5]", *text,
-    )  # fmt: skip
+    recipe = ConvertRecipe(
+        model=str(base),
+        out=str(out),
+        topk=24,
+        window=16,
+        calibrate=str(story),
+        device="cpu",
+        **text,
+    )
+    convert(
+        recipe, method=Method(scorer="linear", slopes=(0.3,), sizes=(0.5,), documents=documents)
+    )
     return Checkpoints(base, out)

@@ -175,6 +175,7 @@ def test_converting_again_keeps_it(pair, tmp_path):
     """Also of a folder that an earlier version wrote, which did not name the class."""
     from verbs import convert
 
+    from sparsek_cli.conversion.calibrate.method import Method
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
     made = pair("gpt2", "gpt2_bare")
@@ -186,9 +187,9 @@ def test_converting_again_keeps_it(pair, tmp_path):
     (old / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 1024}))
     recipe = ConvertRecipe(
         model=str(old), out=str(tmp_path / "new"), again=True, topk=6, window=4,
-        calibrate_tokens=2048, calibrate_length=256, method={"scorer": "linear"},
+        calibrate_tokens=2048, calibrate_length=256,
     )  # fmt: skip
-    convert(recipe)
+    convert(recipe, method=Method(scorer="linear"))
     assert json.loads((tmp_path / "new/tokenizer_config.json").read_text())["tokenizer_class"]
     wanted = described(base_tokenizer(made.base))
     assert described(AutoTokenizer.from_pretrained(tmp_path / "new")) == wanted

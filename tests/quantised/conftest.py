@@ -213,14 +213,18 @@ def converted_of(base_of) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
 
     def make(way: str) -> Path:
-        import sparsek_cli as sparsek
+        from verbs import convert
+
+        from sparsek_cli.conversion.calibrate.method import Method
+        from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
         if way not in made:
             base = base_of(way)
-            done = sparsek.convert(
-                base, base.with_name("out"), topk=12, window=8, calibrate_tokens=256,
-                calibrate_length=64, device="cpu", method={"documents": "none"},
+            recipe = ConvertRecipe(
+                model=str(base), out=str(base.with_name("out")), topk=12, window=8,
+                calibrate_tokens=256, calibrate_length=64, device="cpu",
             )  # fmt: skip
+            done = convert(recipe, method=Method(documents="none"))
             made[way] = Path(done.out)
         return made[way]
 

@@ -112,11 +112,17 @@ def test_converting_can_write_scorers_alone(llama, tmp_path):
 
 
 def test_calibrated_scorers_keep_their_report(llama, tmp_path):
-    done = sparsek.convert(
-        llama[0], tmp_path / "s", scorers_only=True, topk=24, window=16, device="cpu",
-        calibrate_tokens=512, calibrate_length=64,
-        method={"scorer": "linear", "documents": "none", "slopes": [0.3], "sizes": [0.5]},
+    from verbs import convert
+
+    from sparsek_cli.conversion.calibrate.method import Method
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    recipe = ConvertRecipe(
+        model=str(llama[0]), out=str(tmp_path / "s"), scorers_only=True, topk=24, window=16,
+        device="cpu", calibrate_tokens=512, calibrate_length=64,
     )  # fmt: skip
+    method = Method(scorer="linear", documents="none", slopes=(0.3,), sizes=(0.5,))
+    done = convert(recipe, method=method)
     merged = Path(sparsek.merge(llama[0], done.out, tmp_path / "m").out)
     assert json.loads((merged / "calibration.json").read_text()) == done.calibration
 

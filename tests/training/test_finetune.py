@@ -184,7 +184,7 @@ def test_recall_is_measured_before_and_after(recipe, tmp_path):
     done = finetune(
         recipe("objective.lm=0", "scorer_training=concurrent", "sequence_length=256", "steps=1",
                "batch_size=1", "micro_batch_size=1", "evaluation.questions=4",
-               "evaluation.needles=1", "keep_better=false", "evaluation.every=1",
+               "keep_better=false", "evaluation.every=1",
                model=tmp_path / "sparse")
     )  # fmt: skip
     assert 0 <= done.held_out_recall <= 1 and 0 <= done.start_recall <= 1

@@ -60,7 +60,8 @@ def test_it_runs(name, text_file, tmp_path, sparse_checkpoint, scratch):
 
 SETTLED_BEFORE = {
     "budget_stages": [], "scorers_shape_base": None, "keep_checkpoints": 1, "loss_chunk": 8192,
-    "betas": [0.9, 0.95], "objective": {"lm": 1.0, "temperature": 1.0, "future": 0.0},
+    "betas": [0.9, 0.95], "evaluation": {"needles": 4},
+    "objective": {"lm": 1.0, "temperature": 1.0, "future": 0.0, "outputs": 0.0},
 }  # fmt: skip
 
 
@@ -74,7 +75,8 @@ def test_recipes_of_earlier_versions_run_where_they_ask_for_what_is_done(tmp_pat
     "word",
     [
         "budget_stages=[4,2]", "keep_checkpoints=2", "betas=[0.9,0.99]", "objective.temperature=2",
-        "scorers_shape_base=true", "objective.future=1",
+        "scorers_shape_base=true", "objective.future=1", "objective.outputs=1",
+        "evaluation.needles=2",
     ],
 )  # fmt: skip
 def test_settled_keys_are_refused_with_what_to_do(word):

@@ -7,11 +7,8 @@ scorers/      maps from a layer's input to how much later queries want each key
 rows          which rows of a sequence are looked at, and for what
 sensitivity/  what a choice of keys costs: a layer's output, the whole model's predictions
 head_budgets/ slots, map and slope per KV head
+method        what ablations settled
 effort        how much of all that a device affords
 layers        the search, layer by layer
 run           all of it
 """
-
-from sparsek_cli.conversion.calibrate.run import calibrate
-
-__all__ = ["calibrate"]

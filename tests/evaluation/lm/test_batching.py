@@ -11,11 +11,13 @@ def test_answers_do_not_depend_on_their_neighbours(recipe, console, tmp_path, li
 
     policies = ["dense", "window", "random", "snapkv", "h2o"]
     settings = {"tasks": ["scrolls_qasper", "recall_4"], "baselines": policies}
-    settings |= {"budgets": [limit] if limit else [], "share_prefix": False}
+    settings |= {"budgets": [limit] if limit else []}
     answers, held = {}, {}
     for rows in (1, 3):
         out = tmp_path / str(rows)
-        report = evaluate(recipe(**settings, batch_size=rows, out=str(out)), console)
+        report = evaluate(
+            recipe(**settings, batch_size=rows, out=str(out)), console, share_prefix=False
+        )
         assert len(report["policies"]) == 6
         answers[rows] = {
             str(file.relative_to(out)): [

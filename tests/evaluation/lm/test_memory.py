@@ -77,7 +77,8 @@ def test_a_pile_is_as_large_as_its_largest_cache(recipe, console, monkeypatch):
 
     monkeypatch.setattr(SparsekLM, "_read_end", noted)
     monkeypatch.setattr(SparsekLM, "_together", lambda self, size: asked.append(size) or 99)
-    evaluate(recipe(tasks=["scrolls_qasper"], baselines=["dense"], share_prefix=False), console)
+    wanted = recipe(tasks=["scrolls_qasper"], baselines=["dense"])
+    evaluate(wanted, console, share_prefix=False)
     asked, prompts = asked[: len(asked) // 2], prompts[: len(prompts) // 2]  # the dense ones
     assert len(set(prompts)) > 1
     pair = 2 * 2 * 2 * 8 * 4  # layers, KV heads, key and value, numbers, bytes

@@ -69,13 +69,15 @@ def runs(checkpoints, data, tmp_path_factory):
     from sparsek_cli.console import Console
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
-    def run(name, **keys):
+    def run(name, share_prefix=True, **keys):
         settings = {
             "model": str(checkpoints[1]), "data": str(data), "lengths": [LENGTH], "limit": 4,
             "tasks": TASKS, "max_new_tokens": 6, "device": "cpu", "baselines": ["dense"],
             "out": str(tmp_path_factory.mktemp("runs") / name),
         }  # fmt: skip
-        report = evaluate(EvaluateRecipe(**(settings | keys)), Console(quiet=True))
+        report = evaluate(
+            EvaluateRecipe(**(settings | keys)), Console(quiet=True), share_prefix=share_prefix
+        )
         found = {}
         for unit in report["units"]:
             values = {metric: item["value"] for metric, item in unit["metrics"].items()}

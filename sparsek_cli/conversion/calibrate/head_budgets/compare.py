@@ -97,7 +97,7 @@ class _Comparison:
     @property
     def best(self) -> int:
         """Number of the decision to take."""
-        return self._best(self.plan.calibration.method.recall)
+        return self._best(self.plan.calibration.recall)
 
     @property
     def choices(self) -> list[Choice]:
@@ -107,7 +107,7 @@ class _Comparison:
     @property
     def nats(self) -> np.ndarray:
         """[2], what a nat of text and of answers counts."""
-        recall = self.plan.calibration.method.recall
+        recall = self.plan.calibration.recall
         return np.array([1 - recall, recall]) / np.maximum(self.window, 1e-9)
 
     def run(self, choices: list[Choice], name: str, answer_weight: float) -> None:
@@ -137,7 +137,7 @@ class _Comparison:
         choices = self.choices
         report = {
             **self.tried[self.best],
-            "recall": self.plan.calibration.method.recall,
+            "recall": self.plan.calibration.recall,
             "window_text_loss": float(self.window[0]),
             "window_answer_loss": float(self.window[1]),
             "recall_alone": self.tried[self._best(1.0)],
