@@ -131,6 +131,8 @@ def tokenizer_of(name: str) -> Checkpoint:
         if is_short_name(name):
             _LOG.warning("%s", _two_meanings(name, here=True))
         model_folder.check_special(folder)
+        if said := model_folder.told_apart(folder):
+            _LOG.warning("%s", said)
         return Checkpoint(folder.resolve(), folder.resolve().name, "folder")
     if name.lower() in BUNDLED:
         return bundled(name.lower())

@@ -6,6 +6,7 @@ No weight is ever random, no pickle is read, no code of a checkpoint runs, nothi
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.converted import is_converted
 from sparsek_cli.dialogue.template_steps import check_template
 from sparsek_cli.errors import SparsekError, UsageError, first_line, reason
+from sparsek_cli.families.own_config import own_value
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -24,7 +26,11 @@ if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
 
 _DAMAGED = "the folder is incomplete or damaged: fetch or convert it again"
+_UNFIT = (
+    "correct what its config.json says if the weights are right, else fetch or convert it again"
+)
 _MISFIT = "a package that loading it needs does not fit the installed transformers: upgrade both"
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
 # Buffers that older versions of transformers saved and newer ones compute.
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
@@ -65,13 +71,32 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
 
     Raises:
         SparsekError: it needs code of its own, or is no config that transformers knows.
+        UsageError: it names an activation function that there is none of.
     """
     from transformers import AutoConfig
 
     import sparsek_cli.models  # noqa: F401  (registers the sparsek_* model types)
 
     with readable_errors(name):
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    _check_activations(config, name)
+    return config
+
+
+def _check_activations(config: "PreTrainedConfig", name: str) -> None:
+    """Raises UsageError where a function is named that transformers does not have."""
+    from transformers.activations import ACT2FN
+
+    for key in _ACTIVATIONS:
+        found = own_value(config, key)
+        if isinstance(found, str) and found not in ACT2FN:
+            near = get_close_matches(found, list(ACT2FN), n=1)
+            meant = f"did you mean '{near[0]}'? " if near else ""
+            raise UsageError(
+                f"'{name}': {key} in config.json is {found!r}, no activation function that "
+                "transformers knows",
+                hint=f"{meant}silu, gelu and relu are some",
+            )
 
 
 def load_weights(
@@ -264,7 +289,7 @@ def readable_errors(name: str) -> Iterator[None]:
                 f"'{name}' needs code of its own (auto_map in config.json), which is not run",
                 hint="name a model of a family that transformers knows by itself",
             ) from error
-        hint = _MISFIT if isinstance(error, ImportError) else _DAMAGED
+        hint = _MISFIT if isinstance(error, ImportError) else _UNFIT
         raise SparsekError(f"'{name}' cannot be loaded: {reason(error)}", hint=hint) from error
 
 

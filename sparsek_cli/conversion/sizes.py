@@ -8,6 +8,7 @@ import numpy as np
 
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes.limits import LONGEST
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 # A sixteenth of the context is where selection still keeps recall while a window does not.
@@ -58,6 +59,13 @@ def slots(
             f"budget {written} leaves nothing to select beside {sinks} sinks and a window "
             f"of {window}",
             hint=f"give at least {sinks + window + 1}, or a smaller --window",
+        )
+    if topk > LONGEST:
+        raise UsageError(
+            f"a context of {context:,} tokens gives {topk:,} selected keys per KV head, more than "
+            f"the {LONGEST:,} that make sense",
+            hint="give --budget a number of tokens, or correct max_position_embeddings in the "
+            "model's config.json",
         )
     return max(1, topk), window
 

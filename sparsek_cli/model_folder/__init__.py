@@ -6,6 +6,7 @@ one line that says what it is and what to do. Tensors are not loaded.
 check        all of a folder
 config_file  config.json, read and looked at
 side_files   the small files beside it
+templates    chat templates that are given more than once
 weights      which files hold the weights
 instead      what a path without a model is instead
 """
@@ -14,5 +15,6 @@ from sparsek_cli.model_folder.check import check
 from sparsek_cli.model_folder.config_file import read_config
 from sparsek_cli.model_folder.instead import file_error
 from sparsek_cli.model_folder.side_files import check_special
+from sparsek_cli.model_folder.templates import told_apart
 
-__all__ = ["check", "check_special", "file_error", "read_config"]
+__all__ = ["check", "check_special", "file_error", "read_config", "told_apart"]

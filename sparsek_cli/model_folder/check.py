@@ -12,6 +12,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.config_file import check_config, read_config
 from sparsek_cli.model_folder.instead import MERGE, no_config
 from sparsek_cli.model_folder.side_files import check_side_files, check_special
+from sparsek_cli.model_folder.templates import told_apart
 from sparsek_cli.model_folder.weights import check_no_adapters, check_weights, method_apart
 
 _LOG = logging.getLogger("sparsek_cli")
@@ -20,7 +21,7 @@ _LOG = logging.getLogger("sparsek_cli")
 def check(path: Path, name: str) -> dict[str, Any]:
     """config.json of a folder that holds a causal language model in plain safetensors.
 
-    Weights beside those that are read are named in a warning.
+    Weights and chat templates beside those that are read are named in a warning.
 
     Args:
         path: the folder.
@@ -47,6 +48,7 @@ def check(path: Path, name: str) -> dict[str, Any]:
     check_no_adapters(shards, name)
     check_layers(shards, config, name)
     check_rows(shards, config)
-    if others := left_out(path, (shard.path for shard in shards)):
-        _LOG.warning("%s", others)
+    for said in (left_out(path, (shard.path for shard in shards)), told_apart(path)):
+        if said:
+            _LOG.warning("%s", said)
     return config

@@ -23,6 +23,7 @@ from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
+from sparsek_cli.recipes.limits import LONGEST, MOST_UNITS
 
 GATES = ("straight_through", "log", "kv")
 # linear: scores are a linear map of the attention block's input. mlp: that and a hidden layer.
@@ -157,17 +158,22 @@ def _check_scorer(scorer: Any) -> dict[str, Any]:
         )
     if kind != "mlp":
         return {"type": kind}
-    width = _check_integer("scorer.width", scorer.get("width", MLP_WIDTH), least=1)
+    width = _check_integer("scorer.width", scorer.get("width", MLP_WIDTH), least=1, most=MOST_UNITS)
     return {"type": kind, "width": width}
 
 
-def _check_integer(name: str, value: Any, *, least: int) -> int:
+def _check_integer(name: str, value: Any, *, least: int, most: int = LONGEST) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(
             f"{name} is {value!r}, not a whole number", hint=f"give an integer >= {least}"
         )
     if value < least:
         raise UsageError(f"{name} is {value}", hint=f"{name} must be at least {least}")
+    if value > most:
+        raise UsageError(
+            f"{name} is {value:,}, and {most:,} is the most that makes sense",
+            hint=f'correct {name}, which stands under "sparsek" in a config.json',
+        )
     return value
 
 

@@ -21,6 +21,7 @@ from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, sparse_layers
 from sparsek_cli.models.generation.decoding import can_write, write
 from sparsek_cli.models.generation.prefill import READ_CHUNK, reads_in_chunks
+from sparsek_cli.models.heads import check_heads
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
     RandomScorer,
@@ -42,6 +43,9 @@ def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
     """Turn `dense` attention modules below `base` into `sparse` ones with a scorer.
 
     Layers that slide stay as they are.
+
+    Raises:
+        UsageError: no layer attends to everything, or keys are other than the config says.
     """
     layers = sparse_layers(base.config)
     if not layers:
@@ -51,6 +55,7 @@ def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
         )
     for module in base.modules():
         if type(module) is dense and module.layer_idx in layers:
+            check_heads(module, base.config)
             module.__class__ = sparse
             module.scorer = new_scorer(base.config, module.layer_idx)
 

@@ -12,14 +12,15 @@ from pydantic import (
 )
 
 from sparsek_cli.recipes.earlier_versions import SETTLED_METHOD
+from sparsek_cli.recipes.limits import LONGEST
 
-MOST = (1 << 31) - 1  # slots, tokens: more than any text has, and sizes still fit into numbers
+MOST = (1 << 31) - 1  # tokens of all texts: sizes still fit into numbers
 # A number in quotes or with a fraction is a mistake here, not something to round.
-Count = Annotated[StrictInt, Field(ge=1, le=MOST)]
+Slots = Annotated[StrictInt, Field(ge=1, le=LONGEST)]
 
 
 def _tokens_or_share(value: object) -> object:
-    if value is None or (type(value) is int and 1 <= value <= MOST):
+    if value is None or (type(value) is int and 1 <= value <= LONGEST):
         return value
     if isinstance(value, str):
         part, _, whole = value.partition("/")
@@ -47,17 +48,17 @@ class ConvertRecipe(BaseModel):
         description="all slots per KV head, sinks + topk + window, instead of topk: tokens (512), "
         "or a share of the model's context (1/16, the default)",
     )
-    topk: Count | None = Field(
+    topk: Slots | None = Field(
         None,
         description="selected keys per KV head, a whole number >= 1; default: what window and "
         "sinks leave of the budget",
     )
-    window: Count | None = Field(
+    window: Slots | None = Field(
         None,
         description="newest tokens always seen, itself included, a whole number >= 1; default "
         "a quarter of the budget, at most 128",
     )
-    sinks: Annotated[StrictInt, Field(ge=0, le=MOST)] = Field(
+    sinks: Annotated[StrictInt, Field(ge=0, le=LONGEST)] = Field(
         4, description="first tokens always seen, a whole number >= 0"
     )
     gate: Literal["straight_through", "log", "kv"] = Field(

@@ -11,6 +11,7 @@ from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible
 from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.card import model_card
+from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.conversion.plan import plan as plan_conversion
 from sparsek_cli.conversion.planned import Plan as Conversion
 from sparsek_cli.conversion.run import Converted, write_verified
@@ -19,6 +20,7 @@ from sparsek_cli.conversion.write import Scorer, converted_config
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row
+from sparsek_cli.families.layers import full_layers, idle_window_off, layer_types
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import MODEL
 from sparsek_cli.output.place import check_folder
@@ -95,11 +97,13 @@ def plan(
 
     Raises:
         UsageError: no scorers, another base, or OUT cannot be written.
+        SparsekError: the scorers' settings are none.
     """
     found = scorers_file.read(scorers)
     checkpoint, row = _resolved(base, revision, found)
-    check_config(found.base, row, checkpoint.config(), checkpoint.name)
-    block = found.block
+    config = checkpoint.config()
+    check_config(found.base, row, config, checkpoint.name)
+    block = _settings(found, row, config)
     recipe = ConvertRecipe(
         model=base,
         out=None if out is None else str(out),
@@ -207,6 +211,20 @@ def _row(base: hub.Checkpoint, scorers: Scorers) -> Row:
             "`sparsek export` writes one without scorers",
         )
     return convertible(config)
+
+
+def _settings(scorers: Scorers, row: Row, config: dict[str, Any]) -> dict[str, Any]:
+    """The `sparsek` block beside the scorers, which anybody may have written."""
+    from sparsek_cli.models.config import check_settings
+
+    sizes = geometry(config, row)
+    types = layer_types(row, {**config, **idle_window_off(row, config, sizes.context)})
+    try:
+        return check_settings(
+            scorers.block, layers=sizes.layers, heads=sizes.kv_heads, sparse=full_layers(types)
+        )
+    except UsageError as error:
+        raise _damaged(scorers, error.message) from error
 
 
 def _check_weights(

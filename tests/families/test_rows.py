@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from tiny_families import TINY, tiny_config
+from transformers import AutoModelForCausalLM
 
 import sparsek_cli.models as models
 from sparsek_cli.conversion.geometry import geometry
@@ -129,3 +130,15 @@ def test_a_window_slides_by_the_family_s_own_keys_alone(family, keys, slides):
         off = idle_window_off(row, config, context)
         assert off["sliding_window"] is None
         assert layer_types(row, config | off) == ["full_attention"] * 2
+
+
+@pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "opt", "persimmon", "biogpt"])
+def test_heads_that_a_family_has_no_key_for_are_refused(family, key):
+    """They ended in a kernel's ValueError, or scorers and caches had another size than keys."""
+    config = tiny_config(family)
+    setattr(config, key, 1 if key == "num_key_value_heads" else 2 * models.head_dim(config))
+    sparse = models.sparsek_config_from(config, {"topk": 3, "window": 4})
+    with pytest.raises(UsageError, match="the config says . KV heads") as refusal:
+        AutoModelForCausalLM.from_config(sparse)
+    assert key in refusal.value.hint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from bad_models import INDEX, SINGLE, linked
+from transformers import AutoTokenizer
 
 from sparsek_cli import hub
 from sparsek_cli.app import run
@@ -142,3 +144,59 @@ def test_a_folder_called_as_a_known_model(good, tmp_path, heard, monkeypatch):
     said = len(heard())
     assert hub.tokenizer_of("tiny").path == folder
     assert heard()[said:] == ["'tiny' is the folder here; the model of that short name is not read"]
+
+
+def as_json(value) -> str:
+    return json.dumps({"chat_template": value})
+
+
+A, B = "{{ messages[0].content }}", "{{ messages[0].role }}"
+TEMPLATES = {
+    "file-and-config": (
+        {"chat_template.jinja": A, "tokenizer_config.json": B}, "chat_template.jinja",
+    ),
+    "named-and-config": (
+        {"additional_chat_templates/tool_use.jinja": A, "tokenizer_config.json": B},
+        "additional_chat_templates/",
+    ),
+    "config-and-processors": (
+        {"tokenizer_config.json": A, "chat_template.json": as_json(B)}, "tokenizer_config.json",
+    ),
+    "config-and-folder": (
+        {"tokenizer_config.json": A, "chat_templates/chat_template.jinja": B},
+        "tokenizer_config.json",
+    ),
+    "processors-alone": ({"chat_template.json": as_json(A)}, None),
+}  # fmt: skip
+
+
+def with_templates(good: Path, folder: Path, files: dict[str, str]) -> Path:
+    linked(good, folder, "tokenizer_config.json", "chat_template.jinja")
+    config = json.loads((good / "tokenizer_config.json").read_text())
+    config.pop("chat_template", None)
+    own = files.get("tokenizer_config.json")
+    files = files | {"tokenizer_config.json": json.dumps(config | json.loads(as_json(own)))}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_of_templates_that_differ_the_one_that_counts_is_named(good, tmp_path, heard, kind):
+    """And it is the one that transformers takes."""
+    files, counts = TEMPLATES[kind]
+    folder = with_templates(good, tmp_path / "m", files)
+    hub.resolve(folder)
+    (line,) = heard()
+    assert (f"that of {counts} counts" if counts else "none is read") in line
+    assert all(name.split("/")[0] in line for name in files)
+    loaded = AutoTokenizer.from_pretrained(folder).chat_template
+    taken = loaded["tool_use"] if isinstance(loaded, dict) else loaded
+    assert taken == (A if counts else None)
+
+
+def test_templates_that_say_the_same_are_nothing_to_tell(good, tmp_path, heard):
+    files = {"chat_template.jinja": f"{A}\n", "tokenizer_config.json": A}
+    hub.resolve(with_templates(good, tmp_path / "m", files))
+    assert heard() == []

@@ -164,6 +164,11 @@ def test_tokenizer_loads_here_too(family, sparse_model, dense_checkpoint, tmp_pa
         ({"scorer": {"type": "linear", "width": 8}}, "scorer is"),
         ({"scorer": {"type": "mlp", "depth": 2}}, "scorer is"),
         ({"scorer": {"type": "mlp", "width": 0}}, "scorer.width is 0"),
+        ({"topk": 10**12}, "topk is 1,000,000,000,000"),
+        ({"topk": [3, [1, 10**12]]}, "topk of layer 1 is 1,000,000,000,000"),
+        ({"window": 10**12}, "window is 1,000,000,000,000"),
+        ({"sinks": 1 << 25}, "sinks is 33,554,432"),
+        ({"scorer": {"type": "mlp", "width": 10**9}}, "scorer.width is 1,000,000,000"),
         ({"windows": 3}, "no key `windows`"),
     ],
 )
@@ -171,6 +176,16 @@ def test_settings_are_checked(settings, message, dense_config):
     with pytest.raises(UsageError, match="^" + message.replace("[", "\\[") + "|" + message) as info:
         models.sparsek_config_from(dense_config("llama"), settings)
     assert info.value.hint
+
+
+def test_slots_that_no_memory_holds_are_refused_before_they_are_allocated(dense_config):
+    """The process was ended by the system, or said that memory was out."""
+    config = models.sparsek_config_from(dense_config("llama"), {"window": 1 << 24})
+    wide = [1 << 24] * config.num_key_value_heads
+    config.sparsek["topk"], config.head_dim = [wide] * config.num_hidden_layers, 1 << 14
+    with pytest.raises(UsageError, match="33,554,436 slots per KV head.*GiB of memory"):
+        models.SparseKCache(config)
+    assert models.SparseKCache(models.sparsek_config_from(dense_config("llama"), {}))
 
 
 def test_config_keeps_the_base_and_sets_dropout_to_zero(family, dense_config):

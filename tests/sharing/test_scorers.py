@@ -240,6 +240,40 @@ def test_damaged_scorers_are_refused(scored, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sinks": 10**12},
+        {"sinks": "4"},
+        {"topk": None},
+        {"topk": [8]},
+        {"window": -1},
+        {"gate": "no"},
+        {"scorer": "linear"},
+        {"scorer": {"type": "mlp", "width": 10**9}},
+    ],
+)
+def test_settings_that_are_none_are_refused(scored, tmp_path, change):
+    base, _, scorers = scored
+    found = scorers_file.read(scorers)
+    file = tmp_path / "s.safetensors"
+    scorers_file.write(file, found.tensors(), found.block | change, found.base, {})
+    with pytest.raises(SparsekError, match=f"are damaged: .*{next(iter(change))}"):
+        sparsek.merge(base, file, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_scorers_are_not_taken_with_settings_that_are_none(scored, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(scored[1], bad)
+    config = json.loads((bad / "config.json").read_text())
+    config["sparsek"]["window"] = 10**12
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparsekError, match="window is 1,000,000,000,000"):
+        sparsek.export_scorers(bad, tmp_path / "s.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
 def test_scorers_that_are_no_numbers_go_nowhere(scored, tmp_path):
     base, out, scorers = scored
     found = scorers_file.read(scorers)

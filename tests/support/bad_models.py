@@ -300,6 +300,7 @@ MODELS: dict[str, Maker] = {
     "dtype-of-integers": config(dtype="int8"),
     "dtype-unknown": config(dtype=None, torch_dtype="float7"),
     "end-a-word": config(eos_token_id="</s>"),
+    "activation-unknown": config(hidden_act="sily"),
     "rope-unknown": config(rope_parameters={"rope_type": "who", "rope_theta": 1e4}),
     "sparsek-block-alone": config(sparsek={"topk": 3}),
     # files of the tokenizer that are no JSON objects

@@ -6,12 +6,15 @@ bounded by construction and counted here too.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from sparsek_kernels import cache_bytes
+from sparsek_kernels.state import topk_per_head
 from transformers.cache_utils import LinearAttentionLayer
 
+from sparsek_cli.errors import UsageError
 from sparsek_cli.models.config import (
     LayerBudget,
     head_dim,
@@ -19,6 +22,8 @@ from sparsek_cli.models.config import (
     layer_budget,
     sparse_layers,
 )
+
+_FEW_SLOTS = 1 << 16  # per KV head: no machine is too small for them
 
 
 def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
@@ -35,6 +40,34 @@ def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
         stored = slot_dtype(budget, dtype)
         total += cache_bytes(batch, budget.topk, budget.window, budget.sinks, heads, size, stored)
     return total
+
+
+def check_fits(config: Any) -> None:
+    """Raises UsageError where the slots of one sequence need more memory than this machine has.
+
+    Allocating would end the process, or say nothing but that memory is out.
+    """
+    heads, size = kv_heads(config), head_dim(config)
+    needed, most = 0, 0
+    for layer in sparse_layers(config):
+        budget = layer_budget(config, layer)
+        stored = slot_dtype(budget, torch.float16)  # no wider one is certain here
+        slots = topk_per_head(budget.topk, heads), budget.window, budget.sinks
+        needed += cache_bytes(1, *slots, heads, size, stored)
+        most = max(most, max(slots[0]) + budget.window + budget.sinks)
+    if most > _FEW_SLOTS and needed > _memory():
+        raise UsageError(
+            f"topk, window and sinks are {most:,} slots per KV head: {needed / 2**30:,.0f} GiB for "
+            f"a sequence, and this machine has {_memory() / 2**30:,.0f} GiB of memory",
+            hint='correct them, under "sparsek" in config.json or by set_budget(model, ...)',
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory here, the GPUs' included."""
+    devices = range(torch.cuda.device_count())
+    own = sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    return own + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def slot_dtype(budget: LayerBudget, dtype: torch.dtype) -> torch.dtype:

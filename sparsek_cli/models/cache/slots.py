@@ -20,7 +20,7 @@ from transformers.cache_utils import (
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
-from sparsek_cli.models.cache.bytes import pair_bytes, slot_dtype, state_bytes
+from sparsek_cli.models.cache.bytes import check_fits, pair_bytes, slot_dtype, state_bytes
 from sparsek_cli.models.config import (
     LayerBudget,
     layer_budget,
@@ -253,6 +253,9 @@ class SparseKCache(Cache):
     Args:
         config: a `sparsek_<type>` config; its budget at this moment is the cache's for good.
 
+    Raises:
+        UsageError: slots for one sequence do not fit into this machine's memory.
+
     Attributes:
         given: False for one that `generate` made and nobody else will see.
     """
@@ -260,6 +263,7 @@ class SparseKCache(Cache):
     given = True
 
     def __init__(self, config: Any):
+        check_fits(config)
         super().__init__(layers=cache_layers(config))
 
     @property
