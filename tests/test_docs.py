@@ -23,6 +23,21 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_sections_that_are_cited_are_there():
+    """Code and pages cite sections and traps of docs/method.md by their numbers."""
+    method = (ROOT / "docs/method.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^## (\d+)\.", method, re.M))
+    traps = set(re.findall(r"^(\d+)\. ", method[method.index("## 4.") :], re.M))
+    cited = r"[Mm]ethod(?:\.md)?,? (section|trap)s? (\d+)"
+    found = 0
+    for file in (*PAGES, *(f for top in ("sparsek_cli", "kernels", "tests", "experiments")
+                           for f in (ROOT / top).rglob("*.py"))):  # fmt: skip
+        for kind, number in re.findall(cited, file.read_text(encoding="utf-8")):
+            assert number in (sections if kind == "section" else traps), f"{file}: {kind} {number}"
+            found += 1
+    assert found > 10 and sections and len(traps) == 9
+
+
 def test_the_cli_reference_is_current():
     import cli_reference
 

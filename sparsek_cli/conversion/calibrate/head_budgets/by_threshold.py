@@ -3,7 +3,7 @@
 Of the attention that pairs will get, in every head of every layer, the largest values are taken
 until all slots are spent, so that a head gets as many slots as pairs of it lie above the threshold:
 all of the context where a head looks things up, none where it never does. Averaged over documents
-these shares are constants of the model (method.md section 7).
+these shares are constants of the model (method.md section 5).
 """
 
 from __future__ import annotations
