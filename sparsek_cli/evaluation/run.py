@@ -24,6 +24,7 @@ from sparsek_cli.evaluation.report.store import (
     digest,
     load_unit,
     to_json,
+    working_folder,
 )
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
@@ -121,6 +122,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
         store = Store(folder, fingerprint, resume=plan.resume, overwrite=plan.overwrite)
     with store or nullcontext():
         ranks.wait()  # for the folder; and again before the first result is written into it
+        out, folder = folder, working_folder(folder, digest(record.settings))
         finished = _finished(folder, pairs) if plan.resume else {}
         if finished:
             say(f"resuming: {len(finished)} of {len(pairs)} results are in {folder}")
@@ -131,18 +133,26 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
         except KeyboardInterrupt:
             if ranks.first:
                 _write(folder, record)
-            say(f"stopped; what is finished is in {folder}: go on with --resume")
+            say(f"stopped; {_what_stays(store, out)}")
             raise
         except OSError as error:
             if not is_full(error):
                 raise
             raise SparsekError(
-                f"the disk is full; what was finished before is in {folder}",
-                hint="free some space, then go on with --resume",
+                f"the disk is full; {_what_stays(store, out)}",
+                hint="free some space, then go on with --resume, or start again if nothing stayed",
             ) from error
         if ranks.first:
             _write(folder, record)
-    return Evaluated(record.report() | {"folder": str(folder)})
+            store.complete()
+    return Evaluated(record.report() | {"folder": str(out)})
+
+
+def _what_stays(store: Store | None, out: Path) -> str:
+    """Of a run that is not finished, in words."""
+    if store is None or store.resumable():
+        return f"what is finished is in {store.folder if store else out}: go on with --resume"
+    return f"nothing was finished, and {out} is as it was"
 
 
 def _write(folder: Path, record: Record) -> None:

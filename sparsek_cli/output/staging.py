@@ -47,7 +47,7 @@ def staged(out: Path, *, overwrite: bool = False, contents: Contents = MODEL) ->
             sibling.chmod(0o777 & ~_umask())
             with _terminate_as_interrupt():
                 yield sibling
-                if not _take_name(sibling, out, contents, overwrite=overwrite):
+                if not take_name(sibling, out, contents, overwrite=overwrite):
                     raise _kept_elsewhere(sibling, out)
         except BaseException:
             shutil.rmtree(sibling, ignore_errors=True)
@@ -55,8 +55,15 @@ def staged(out: Path, *, overwrite: bool = False, contents: Contents = MODEL) ->
             raise
 
 
-def _take_name(sibling: Path, out: Path, contents: Contents, *, overwrite: bool) -> bool:
-    """Whether `out` is now what `sibling` was; False: something else stands there."""
+def take_name(sibling: Path, out: Path, contents: Contents, *, overwrite: bool) -> bool:
+    """Gives a finished folder its name; what stood there, if it may be replaced, is removed after.
+
+    Args:
+        sibling: beside `out`. out, contents, overwrite: as of `staged`.
+
+    Returns:
+        Whether `out` is now what `sibling` was; False: something else stands there.
+    """
     if not (overwrite and out.is_dir() and not out.is_symlink() and any(out.iterdir())):
         try:
             # Over an empty folder this is one step, too; over anything else it fails.

@@ -120,7 +120,7 @@ def test_resume_after_a_full_disk(run, recipe, console, tmp_path, monkeypatch, w
     with monkeypatch.context() as patch:
         patch.setattr(store, "write_atomically", full)
         patch.setattr(module, "write", full)
-        with pytest.raises(SparsekError, match="the disk is full; what was finished") as refusal:
+        with pytest.raises(SparsekError, match="the disk is full; what is finished") as refusal:
             run(recipe(**settings), console)
     assert "--resume" in refusal.value.hint
     report = run(recipe(**settings), console, resume=True)  # as hinted

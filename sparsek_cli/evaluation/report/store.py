@@ -4,6 +4,9 @@ results.json              everything below in one file, plus settings and versio
 units/<policy>/<unit>.json    metrics and proof of one task, length and policy
 samples/<policy>/<unit>.jsonl every prompt's end, answer and score
 loss_by_position.png .svg, report.md, report.html
+
+Results that take the place of others are measured in OUT.part, which is called OUT when they are
+whole: until then the old ones stand.
 """
 
 import hashlib
@@ -22,6 +25,7 @@ from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
+from sparsek_cli.output.staging import take_name
 
 RESULTS = "results.json"
 RUN = "run.json"
@@ -55,11 +59,26 @@ def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> N
         )
 
 
+def part_folder(folder: Path) -> Path:
+    """Where results are measured that will replace those in `folder`."""
+    return folder.with_name(f"{folder.name}.part")
+
+
+def working_folder(folder: Path, fingerprint: str) -> Path:
+    """Where a run of this fingerprint has begun: `folder`, or the one beside it."""
+    part = part_folder(folder)
+    return part if _fingerprint_in(part) == fingerprint else folder
+
+
 class Store:
     """One run's folder, held against other processes until its block is left.
 
+    Attributes:
+        out: the result folder.
+        folder: where results are written; `out`, or OUT.part where they replace others.
+
     Args:
-        folder: where; made here.
+        folder: the result folder; made here.
         fingerprint: of everything that the numbers depend on.
         resume: keep what is finished there.
         overwrite: replace what is there, of this run or another.
@@ -70,7 +89,7 @@ class Store:
     """
 
     def __init__(self, folder: Path, fingerprint: str, *, resume: bool, overwrite: bool):
-        self.folder = folder
+        self.out = self.folder = folder
         check_results(folder, resume=resume)
         with ExitStack() as stack:
             try:
@@ -89,7 +108,9 @@ class Store:
             self._held = stack.pop_all()
 
     def _begin(self, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
-        folder = self.folder
+        folder = self.out
+        if self._goes_on_in_part(fingerprint, resume=resume, overwrite=overwrite):
+            return
         before = _fingerprint_in(folder)
         finished = len(list((folder / "units").glob("*/*.json")))
         if finished and before != fingerprint and not overwrite:
@@ -102,19 +123,68 @@ class Store:
                 f"{folder} holds {finished} results of this very run",
                 hint="--resume keeps them and goes on, --overwrite measures them again",
             )
-        if before is not None and (not resume or before != fingerprint):
+        anew = before is not None and (not resume or before != fingerprint)
+        if anew:
             check_results(folder, resume=False)
+        if anew and finished:
+            self.folder = part_folder(folder)
+            self.folder.mkdir()
+        elif anew:
             for name in ("units", "samples"):
                 if (folder / name).is_dir():
                     shutil.rmtree(folder / name)
-        write_atomically(folder / RUN, to_json({"fingerprint": fingerprint}))
+        write_atomically(self.folder / RUN, to_json({"fingerprint": fingerprint}))
+
+    def _goes_on_in_part(self, fingerprint: str, *, resume: bool, overwrite: bool) -> bool:
+        """Whether an earlier run, which was to replace the results, is continued.
+
+        Raises:
+            UsageError: there is one, and nobody said what becomes of it; or others' files.
+        """
+        part = part_folder(self.out)
+        unfinished = _fingerprint_in(part)
+        if unfinished == fingerprint and resume:
+            check_folder(part, RESULTS_FOLDER, overwrite=True)
+            self.folder = part
+            return True
+        if unfinished is not None and not overwrite:
+            raise UsageError(
+                f"a run that was to replace {self.out} is unfinished, in {part}",
+                hint="--resume continues it with the settings it has, --overwrite starts over",
+            )
+        if overwrite and os.path.lexists(part):
+            check_folder(part, RESULTS_FOLDER, overwrite=True)
+            shutil.rmtree(part)
+        return False
 
     def __enter__(self) -> "Store":
         return self
 
     def __exit__(self, *error: object) -> None:
-        """Lets other processes write into the folder."""
+        """Lets other processes write into the folder; a part in which nothing is finished goes."""
+        if not self.resumable():
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._held.close()
+
+    def resumable(self) -> bool:
+        """Whether what is there is kept for --resume: not a part in which nothing is finished."""
+        return self.folder == self.out or any((self.folder / "units").glob("*/*.json"))
+
+    def complete(self) -> None:
+        """Results that replace others take their name.
+
+        Raises:
+            SparsekError: files of others lie there by now; both folders stay.
+        """
+        if self.folder == self.out:
+            return
+        if not take_name(self.folder, self.out, RESULTS_FOLDER, overwrite=True):
+            raise SparsekError(
+                f"{self.out} holds files of others by now and is left as it was: the new results "
+                f"are in {self.folder}",
+                hint="use them from there, or move the others away and give --resume",
+            )
+        self.folder = self.out
 
     def save(
         self, policy: str, unit: str, result: dict[str, Any], samples: Iterable[dict[str, Any]]

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.report.store import Store, load_results
 
 
@@ -63,3 +63,47 @@ def test_one_run_at_a_time(tmp_path):
     with begin(tmp_path, "b"):
         pass
     assert json.loads((tmp_path / "run.json").read_text()) == {"fingerprint": "b"}
+
+
+def stored(folder) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_old_results_stand_until_the_new_ones_are_whole(tmp_path):
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    finish(out)
+    before = stored(out)
+    with begin(out, "b", overwrite=True) as store:
+        assert store.folder == part and stored(out) == before
+    assert stored(out) == before and not part.exists()  # nothing was finished in it
+    with begin(out, "b", overwrite=True) as store:
+        store.save("dense", "ppl@64", {"loss": 2.0}, [])
+    assert stored(out) == before and part.is_dir()  # stopped: that is kept
+    with begin(out, "b", resume=True) as store:
+        assert store.folder == part
+        store.save("dense", "ppl@128", {"loss": 3.0}, [])
+        store.complete()
+        assert store.folder == out
+    assert sorted(path.name for path in out.glob("units/*/*")) == ["ppl@128.json", "ppl@64.json"]
+    assert not part.exists() and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_unfinished_run_beside_is_not_dropped_in_silence(tmp_path):
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    finish(out)
+    with begin(out, "b", overwrite=True) as store:
+        store.save("dense", "ppl@64", {"loss": 2.0}, [])
+    for settings, resume in (("b", False), ("c", False), ("c", True), ("a", True)):
+        with pytest.raises(UsageError, match="is unfinished, in .*out.part"):
+            begin(out, settings, resume=resume)
+    (part / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"thesis\.txt"):
+        begin(out, "c", overwrite=True)
+    (part / "thesis.txt").unlink()
+    with begin(out, "c", overwrite=True) as store:
+        assert not list(part.glob("units/*/*"))
+        store.save("dense", "ppl@32", {"loss": 1.0}, [])
+        (out / "thesis.txt").write_text("mine")
+        with pytest.raises(SparsekError, match="holds files of others by now"):
+            store.complete()
+    assert (out / "thesis.txt").exists() and (part / "units").exists()
