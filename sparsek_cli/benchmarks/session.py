@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparsek_cli.console import set_up_logging
+from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.silence import no_bars
 
@@ -128,9 +129,7 @@ class Session:
         self._write()
 
     def _write(self) -> None:
-        part = self.folder / f"{RESULTS}.part"
-        part.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        part.replace(self.folder / RESULTS)
+        write_atomically(self.folder / RESULTS, json.dumps(self.record, indent=1) + "\n")
 
 
 def _earlier(file: Path, about: dict[str, Any], free: Collection[str]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from sparsek_cli.disk import write_atomically
+
 
 def state_file() -> Path:
     """The one file of state: $SPARSEK_STATE_DIR, else the XDG state directory."""
@@ -19,10 +21,7 @@ def remember(path: str | os.PathLike) -> None:
     """Notes a finished conversion or fine-tuning; a home that cannot be written is no failure."""
     file = state_file()
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"path": str(Path(path).resolve())}), encoding="utf-8")
-        part.replace(file)
+        write_atomically(file, json.dumps({"path": str(Path(path).resolve())}))
     except OSError:
         return
 

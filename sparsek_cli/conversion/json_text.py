@@ -1,8 +1,12 @@
-"""JSON that says one thing: a key given twice is refused, where Python would take the last."""
+"""JSON files: read so that each says one thing, written so that people can read them.
+
+A key given twice is refused, where Python would take the last.
+"""
 
 import json
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 
@@ -18,6 +22,11 @@ def parse(text: str | bytes) -> Any:
         RecursionError: it is nested too deeply.
     """
     return json.loads(text, object_pairs_hook=_object)
+
+
+def write(file: Path, data: Any) -> None:
+    """Puts `data` at `file`, indented, with letters of any script as they are."""
+    file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

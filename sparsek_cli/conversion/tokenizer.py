@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.conversion import json_text
 from sparsek_cli.dialogue.template_steps import check_template
 from sparsek_cli.errors import SparsekError, first_line
 from sparsek_cli.loading import check_tokenizer
@@ -155,7 +156,7 @@ def _name_class(file: Path, base: Any) -> None:
     name = type(base).__name__
     if config.get("tokenizer_class") != name:
         config["tokenizer_class"] = name
-        file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        json_text.write(file, config)
 
 
 def _loads_as(facts: list[Any], folder: Path) -> bool:

@@ -1,7 +1,6 @@
 """Writing a converted checkpoint: links to the base, one small file of scorers, and JSON."""
 
 import errno
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk
+from sparsek_cli.conversion import json_text
 from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.link_weights import Means, link_or_copy
 from sparsek_cli.conversion.planned import Plan
@@ -137,13 +137,13 @@ def _write(
     weight_map.update(dict.fromkeys(tensors, SCORERS))
     total = sum(e.end - e.start for s in plan.shards for e in s.tensors.values())
     total += sum(array.nbytes for array in tensors.values())
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / "config.json", converted_config(plan, scorers))
+    json_text.write(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    json_text.write(folder / "config.json", converted_config(plan, scorers))
     (folder / REMOTE_CODE_FILE).write_text(remote_code_text(), encoding="utf-8")
     copy_missing(plan.side_files, plan.base.path, folder)
     copy_missing(files_in(plan.tokenizer.path), plan.tokenizer.path, folder)
     if report:
-        _write_json(folder / CALIBRATION, report)
+        json_text.write(folder / CALIBRATION, report)
     (folder / CONVERT_RECIPE).write_text(_recipe_text(plan), encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")
     return Written(tuple(means), copied)
@@ -193,10 +193,6 @@ def _recipe_text(plan: Plan) -> str:
 
     head = "# What made this checkpoint; `sparsek convert --recipe sparsek.yaml` makes it again.\n"
     return head + yaml.safe_dump(plan.resolved(), sort_keys=False, allow_unicode=True)
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_error(error: OSError, out: Path) -> SparsekError:

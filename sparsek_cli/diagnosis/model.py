@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparsek_cli import quantised
+from sparsek_cli.converted import is_converted
 from sparsek_cli.diagnosis.check import PACKED_TOLERANCE, REPORT_IT, TOLERANCE, Check
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
     lm = load_model(checkpoint, device=device, dtype=torch.float32)
     yield _tokenizer(checkpoint, lm)
     family_of(lm.config)
-    if getattr(lm.config, "sparsek", None) is None:
+    if not is_converted(lm.config):
         yield Check("model", None, f"{checkpoint.name} is dense: nothing of ours to check in it")
         return
     if how := quantised.described(checkpoint.config()):

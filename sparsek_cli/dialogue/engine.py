@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.dialogue.sampling import Sampling, draw
@@ -48,7 +49,7 @@ class Engine:
     def __init__(self, model: "PreTrainedModel", *, chunk: int = CHUNK, dense: bool = False):
         self.model = model
         self.chunk = chunk
-        self.sparse = getattr(model.config, "sparsek", None) is not None and not dense
+        self.sparse = is_converted(model.config) and not dense
         self.interrupted = False
         self._proven = not self.sparse
         # Learned positions (gpt2) are a table: beyond its end there is nothing to look up.

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
 from sparsek_cli.families.positions import context_length, rope_type
@@ -42,7 +43,7 @@ def load_model(checkpoint: "Checkpoint", how: "Loading", *, sparse: bool) -> tup
             hint='name one of its tokens in its tokenizer_config.json: "eos_token": "..."',
         )
     config = load_config(checkpoint.path, checkpoint.name)
-    own = getattr(config, "sparsek", None) is not None
+    own = is_converted(config)
     kind = None
     if how.yarn is not None:
         stretch(config, how.yarn)

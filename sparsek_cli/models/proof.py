@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.config import ATTENTION
@@ -57,7 +58,7 @@ def proven(model: Any, what: str, *, sparse: bool = True) -> Iterator[None]:
 
 def check_calls(model: Any, calls: Calls, what: str, *, sparse: bool = True) -> None:
     """As `proven`, for calls that were counted already."""
-    if getattr(model.config, "sparsek", None) is None or bool(calls.count) == sparse:
+    if not is_converted(model.config) or bool(calls.count) == sparse:
         return
     name = model.config._attn_implementation
     if sparse:

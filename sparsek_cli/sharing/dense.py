@@ -4,13 +4,13 @@ Weights are linked or streamed as bytes, config.json becomes the base's again, a
 is looked at as any program would: by the family's own class, and tensor by tensor.
 """
 
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparsek_cli import disk, hub
+from sparsek_cli.conversion import json_text
 from sparsek_cli.conversion.base_config import dense_config
 from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.conversion.shards import (
@@ -179,8 +179,8 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Exported:
     with disk.os_errors(), staged(plan.out, overwrite=plan.overwrite) as folder:
         with reporter.progress("writing weights", plan.bytes) as bar:
             means = _write_weights(plan, folder, bar.advance)
-        _write_json(folder / "config.json", plan.config)
-        _write_json(folder / EXPORT_NOTE, _note(plan))
+        json_text.write(folder / "config.json", plan.config)
+        json_text.write(folder / EXPORT_NOTE, _note(plan))
         (folder / "README.md").write_text(_card(plan), encoding="utf-8")
         tokenizer = _bring_side_files(plan, folder)
         reporter.say("verifying")
@@ -219,7 +219,7 @@ def _write_weights(plan: Plan, folder: Path, advance: Any) -> list[str]:
         advance(sum(e.end - e.start for e in shard.tensors.values()))
     if len(plan.shards) > 1:
         index = {"metadata": {"total_size": plan.bytes}, "weight_map": weight_map}
-        _write_json(folder / INDEX, index)
+        json_text.write(folder / INDEX, index)
     return means
 
 
@@ -288,7 +288,3 @@ tokenizer = AutoTokenizer.from_pretrained("{plan.out.name}")
 
 The base model's licence applies to the weights.
 """
-
-
-def _write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import torch
 from sparsek_kernels import sparsek_attention
 from torch import nn
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention.arguments import check_arguments
 from sparsek_cli.models.attention.packed import attend_packed, attend_unpadded
@@ -96,7 +97,7 @@ def sparsek_attention_forward(
     """
     check_arguments(module, kwargs)
     logits = Logits.of(query, scaling, softcap, s_aux)
-    if sparsek_scores is None and getattr(module.config, "sparsek", None) is not None:
+    if sparsek_scores is None and is_converted(module.config):
         return sliding_layer(
             module, query, key, value, attention_mask, logits, sliding_window, cu_seq_lens_q
         )

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.models.output import output_layer
 
@@ -77,7 +78,7 @@ def attach(
         outputs: what compares attention's outputs with the teacher's (see outputs.py).
     """
     decoder = decoder_of(model)
-    sparse = getattr(model.config, "sparsek", None) is not None
+    sparse = is_converted(model.config)
 
     def forward(
         self: Any,

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from sparsek_cli import disk
+from sparsek_cli.conversion import json_text
 from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
@@ -170,7 +171,7 @@ def _link_base(
     disk.readable(folder / SCORERS)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["sparsek"] = model.config.sparsek
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    json_text.write(folder / "config.json", config)
 
 
 def _stored_names(file: Path, model: Any) -> dict[str, str]:
