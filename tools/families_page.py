@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sparsek_cli.families import TABLE
-from sparsek_cli.families.refusals import REFUSED
+from sparsek_cli.families.refusals import REFUSED, SOMETIMES
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 TESTS = "tests/families/test_families.py"
@@ -56,6 +56,12 @@ causal language models in transformers; code that a checkpoint brings along is n
 |---|---|
 {refused}
 
+Some models of a family in the table are refused by what their config.json says:
+
+| families | why |
+|---|---|
+{sometimes}
+
 ## Adding a family
 
 One row of `sparsek_cli/families/table.py` and one line of `tests/support/tiny_families.py`; then
@@ -73,11 +79,16 @@ def page() -> str:
         layers = "those of full attention" if row.mixed else "all"
         ticks = ("rows" if c == "finetune" and name in _STATES else "✓" for c in COLUMNS)
         rows.append(f"| {name} | {layers} | {' | '.join(ticks)} |")
+    tail = _TAIL.format(refused=_reasons(REFUSED), sometimes=_reasons(SOMETIMES))
+    return head + "\n" + "\n".join(rows) + "\n" + tail
+
+
+def _reasons(of: dict[str, str]) -> str:
+    """Lines of a table: families with the same reason, and the reason."""
     by_reason: dict[str, list[str]] = {}
-    for name, why in REFUSED.items():
+    for name, why in of.items():
         by_reason.setdefault(why, []).append(name)
-    refused = "\n".join(f"| {', '.join(names)} | {why} |" for why, names in by_reason.items())
-    return head + "\n" + "\n".join(rows) + "\n" + _TAIL.format(refused=refused)
+    return "\n".join(f"| {', '.join(names)} | {why} |" for why, names in by_reason.items())
 
 
 if __name__ == "__main__":

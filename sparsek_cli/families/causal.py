@@ -16,7 +16,8 @@ def check_causal(config: Mapping[str, Any]) -> None:
     """
     for key, value in (("is_causal", False), ("use_bidirectional_attention", True)):
         found = config.get(key)
-        if found is not None and bool(found) is value:
+        # "vision": images alone are seen ahead, which a text model has none of.
+        if found not in (None, "vision") and bool(found) is value:
             raise UsageError(
                 f"config.json says {key} {str(found).lower()}: tokens see those after them, and "
                 "only causal models can be converted",

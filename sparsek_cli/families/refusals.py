@@ -54,14 +54,17 @@ _REASONS: dict[str, str] = {
     "transformers' class counts positions from zero again at every step of a cache": "bamba",
     "a block of its own stands between its last layer and its logits, which calibration and losses "
     "would leave out": "modernbert-decoder",
-    "its attention class bears another name than its family, by which no row finds it": "ctrl",
+    "its attention class does not bear its family's name, by which a row finds it": "ctrl",
     'transformers runs it by GPT-2\'s classes; as "model_type": "gpt2" in its config.json it is '
     "the same model, and converts": "gpt-sw3",
 }  # fmt: skip
 
 REFUSED: dict[str, str] = {
     name: reason for reason, names in _REASONS.items() for name in names.split()
-} | {name: reasons.general() for name, reasons in REASONS.items()}
+} | {name: reasons.general() for name, reasons in REASONS.items() if reasons.always}
+
+# Those of the table of which not every model converts.
+SOMETIMES = {name: r.general() for name, r in REASONS.items() if not r.always}
 
 
 def why_not(model_type: str, config: Mapping[str, Any] | None = None) -> str | None:

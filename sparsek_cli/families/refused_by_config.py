@@ -14,20 +14,23 @@ class Reasons:
     """Of one family.
 
     Attributes:
-        always: the sentence that holds whatever the config says.
         some: sentences that hold for some configs, each with what says so.
+        always: the sentence that holds whatever the config says; "": others convert.
     """
 
-    always: str
     some: tuple[tuple[str, Callable[[Config], bool]], ...]
+    always: str = ""
 
     def general(self) -> str:
         """What can be said without a config."""
+        if not self.always:
+            return "; ".join(f"by its config: {why}" for why, _ in self.some)
         return "; ".join([self.always, *(f"by its config also: {why}" for why, _ in self.some)])
 
-    def of(self, config: Config) -> str:
-        """What holds for a config.json dictionary."""
-        return "; ".join([*(why for why, holds in self.some if holds(config)), self.always])
+    def of(self, config: Config) -> str | None:
+        """What holds for a config.json dictionary; None: nothing stands against it."""
+        found = [why for why, holds in self.some if holds(config)]
+        return "; ".join([*found, *([self.always] if self.always else [])]) or None
 
 
 def _shares(default: int) -> Callable[[Config], bool]:
@@ -58,7 +61,6 @@ _SHARED = (
     "to serve the queries of many layers, which its scores know nothing of"
 )
 _GEMMA4 = Reasons(
-    "its attention class bears another name than its family, by which no row finds it",
     (
         (
             "its layers that attend to everything have KV heads in a number or width of their own "
@@ -77,9 +79,9 @@ _GEMMA4 = Reasons(
 
 REASONS: dict[str, Reasons] = {
     "gemma3n_text": Reasons(
+        ((_SHARED, _shares(15)),),
         "its layers pass on several states of each token side by side, which calibration reads as "
         "one",
-        ((_SHARED, _shares(15)),),
     ),
     "gemma4_text": _GEMMA4,
     "gemma4_unified_text": _GEMMA4,

@@ -26,6 +26,7 @@ class Row:
         stored: what files call `base`, where transformers renames it on loading.
         layers: list of layers below `base`.
         attention: the attention module inside a layer.
+        attends: what stands between stem and Attention in the name of its class.
         projections: linear maps inside an attention module; the last one is its output.
         decoder: class name of the module inside the base model that its causal language model
             calls, where that is not the base model itself.
@@ -56,6 +57,7 @@ class Row:
     stored: str = ""
     layers: str = "layers"
     attention: str = "self_attn"
+    attends: str = ""
     projections: tuple[str, ...] = SPLIT
     decoder: str = ""
     norm: str = "norm"
@@ -98,7 +100,7 @@ class Row:
     @property
     def attention_class(self) -> str:
         """Class name of the dense attention module."""
-        return f"{self.stem}Attention"
+        return f"{self.stem}{self.attends}Attention"
 
     @property
     def sparsek_names(self) -> tuple[str, ...]:

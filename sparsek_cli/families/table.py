@@ -28,6 +28,8 @@ _LFM2: dict[str, Any] = {
     "dropout": None,
 }
 
+_GEMMA4: dict[str, Any] = {"text": "Text", "attends": "Text", "mixed": True}
+
 _ROWS: dict[str, Row] = {
     row.model_type: row
     for row in (
@@ -144,6 +146,8 @@ _ROWS: dict[str, Row] = {
         Row("aria_text", "AriaText", module="aria"),
         # Layers differ: those that attend to everything are converted, the others stay.
         Row("gemma3_text", "Gemma3", module="gemma3", text="Text", mixed=True),
+        Row("gemma4_text", "Gemma4", module="gemma4", **_GEMMA4),
+        Row("gemma4_unified_text", "Gemma4Unified", module="gemma4_unified", **_GEMMA4),
         Row("gemma2", "Gemma2", mixed=True),
         Row("vaultgemma", "VaultGemma", mixed=True),
         Row("gpt_oss", "GptOss", mixed=True),
