@@ -26,7 +26,7 @@ from sparsek_cli.benchmarks import generate
 from sparsek_cli.benchmarks.timing import copy_bandwidth
 from sparsek_cli.models import SparseKCache, dense_attention, family_of, sparsek_config_from
 from sparsek_cli.models.generation import cuda_graphs as graphs
-from sparsek_cli.models.generation import obstacles
+from sparsek_cli.models.generation import why_eager
 
 SHAPES = {
     False: {
@@ -56,12 +56,12 @@ def build(toy: bool, device: torch.device):
 @contextmanager
 def eager_steps() -> Iterator[None]:
     """No graphs within the block."""
-    before = obstacles.has_graphs
-    obstacles.has_graphs = lambda device: False
+    before = why_eager.has_graphs
+    why_eager.has_graphs = lambda device: False
     try:
         yield
     finally:
-        obstacles.has_graphs = before
+        why_eager.has_graphs = before
 
 
 @contextmanager

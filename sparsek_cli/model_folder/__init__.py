@@ -8,12 +8,12 @@ config_file  config.json, read and looked at
 side_files   the small files beside it
 templates    chat templates that are given more than once
 weights      which files hold the weights
-instead      what a path without a model is instead
+not_a_model  what a path without a model is instead
 """
 
 from sparsek_cli.model_folder.check import check
 from sparsek_cli.model_folder.config_file import read_config
-from sparsek_cli.model_folder.instead import file_error
+from sparsek_cli.model_folder.not_a_model import file_error
 from sparsek_cli.model_folder.side_files import check_special
 from sparsek_cli.model_folder.templates import told_apart
 

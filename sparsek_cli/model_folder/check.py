@@ -10,7 +10,7 @@ from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.conversion.weights_beside import left_out
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.config_file import check_config, read_config
-from sparsek_cli.model_folder.instead import MERGE, no_config
+from sparsek_cli.model_folder.not_a_model import MERGE, no_config
 from sparsek_cli.model_folder.side_files import check_side_files, check_special
 from sparsek_cli.model_folder.templates import told_apart
 from sparsek_cli.model_folder.weights import check_no_adapters, check_weights, method_apart

@@ -8,7 +8,7 @@ from typing import Any
 from sparsek_cli.conversion import json_text
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.families import TABLE
-from sparsek_cli.model_folder.instead import no_config
+from sparsek_cli.model_folder.not_a_model import no_config
 
 ONE_OF_THEM = "keep the one that is meant, or fetch the file again"
 _LONGEST = 4 << 20  # bytes

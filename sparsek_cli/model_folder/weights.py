@@ -6,7 +6,7 @@ from pathlib import Path
 from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard
 from sparsek_cli.conversion.weights_beside import PICKLES, gguf_files
 from sparsek_cli.errors import UsageError
-from sparsek_cli.model_folder.instead import MERGE, SAVE, json_or_nothing, unpack
+from sparsek_cli.model_folder.not_a_model import MERGE, SAVE, json_or_nothing, unpack
 
 
 def check_weights(path: Path, name: str) -> None:

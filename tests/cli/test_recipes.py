@@ -281,3 +281,9 @@ def test_what_is_named_twice_is_measured_once():
     recipe = load_recipe(EvaluateRecipe, None, words, verb="evaluate")
     assert (recipe.lengths, recipe.budgets) == ([64, 32], [14])
     assert recipe.tasks == ["ppl", "recall"]
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_begins_with_a_sentence_that_says_what_it_is_for(name):
+    first = (recipe_folder() / f"{name}.yaml").read_text().split("\n", 1)[0]
+    assert first.startswith("# ") and first.endswith(".") and not first.startswith("# sparsek ")

@@ -10,7 +10,7 @@ import torch
 from sparsek_kernels import sparsek_attention
 
 from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort
-from sparsek_cli.conversion.calibrate.layers import LayerSearch
+from sparsek_cli.conversion.calibrate.layer_search import LayerSearch
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit

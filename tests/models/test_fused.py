@@ -9,7 +9,7 @@ from torch import nn
 
 import sparsek_cli.models as models
 from sparsek_cli.models.generation import cuda_graphs as graphs
-from sparsek_cli.models.generation import obstacles
+from sparsek_cli.models.generation import why_eager
 
 pytestmark = pytest.mark.interpret
 SMALL = {"topk": 4, "window": 4, "sinks": 1, "num_hidden_layers": 1}
@@ -186,8 +186,8 @@ def test_generate_takes_them_where_a_step_is_a_graph(sparse_model, monkeypatch):
         used.append(self.fused is not None)
         run(self)
 
-    monkeypatch.setattr(obstacles, "has_graphs", lambda device: True)
-    monkeypatch.setattr(obstacles.dispatch, "explain", lambda *_: ("triton", "acted"))
+    monkeypatch.setattr(why_eager, "has_graphs", lambda device: True)
+    monkeypatch.setattr(why_eager.dispatch, "explain", lambda *_: ("triton", "acted"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

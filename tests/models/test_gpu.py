@@ -103,7 +103,7 @@ def test_graphs_write_what_the_model_writes(sparse_model):
 def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
     sparse_model, ids, monkeypatch
 ):
-    from sparsek_cli.models.generation import kept_decoders, obstacles
+    from sparsek_cli.models.generation import kept_decoders, why_eager
 
     model = larger(sparse_model, "llama", dtype="bfloat16")
     model.fused_steps = False  # these round differently
@@ -113,7 +113,7 @@ def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
     ended = {"eos_token_id": list(range(30)), "pad_token_id": 0}
     for more in ({"eos_token_id": None}, ended):
         with monkeypatch.context() as patch:
-            patch.setattr(obstacles, "has_graphs", lambda device: False)
+            patch.setattr(why_eager, "has_graphs", lambda device: False)
             expected = model.generate(ids, **options, **more)
         for _ in range(2):
             assert torch.equal(model.generate(ids, **options, **more), expected)

@@ -11,7 +11,7 @@ from transformers import GenerationMixin, LogitsProcessor
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.generation import cuda_graphs as graphs
-from sparsek_cli.models.generation import kept_decoders, obstacles
+from sparsek_cli.models.generation import kept_decoders, why_eager
 from sparsek_cli.models.modeling import SparseKCausalLMMixin
 
 OPTIONS = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
@@ -33,8 +33,8 @@ def acted(monkeypatch):
             made.append(self)
 
     monkeypatch.setattr(SparseKCausalLMMixin, "fused_steps", False)  # kernels do not run here
-    monkeypatch.setattr(obstacles, "has_graphs", lambda device: True)
-    monkeypatch.setattr(obstacles.dispatch, "explain", lambda *_: ("triton", "acted"))
+    monkeypatch.setattr(why_eager, "has_graphs", lambda device: True)
+    monkeypatch.setattr(why_eager.dispatch, "explain", lambda *_: ("triton", "acted"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Counted)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -152,7 +152,7 @@ def test_what_cannot_be_captured_runs_eagerly(acted, monkeypatch, sparse_model, 
         return plain(self, hidden_states, position_ids)
 
     monkeypatch.setattr(type(scorer), "forward", waits)
-    monkeypatch.setattr(obstacles, "_logged", set())
+    monkeypatch.setattr(why_eager, "_logged", set())
     monkeypatch.setattr(kept_decoders, "_graphs", type(kept_decoders._graphs)())
     with caplog.at_level("INFO", logger="sparsek_cli"):
         assert torch.equal(model.generate(ids, **OPTIONS), expected)

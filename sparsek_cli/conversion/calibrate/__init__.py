@@ -9,6 +9,6 @@ sensitivity/  what a choice of keys costs: a layer's output, the whole model's p
 head_budgets/ slots, map and slope per KV head
 method        what ablations settled
 effort        how much of all that a device affords
-layers        the search, layer by layer
+layer_search  candidate maps fitted and compared, layer by layer
 run           all of it
 """

@@ -17,7 +17,7 @@ from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     HeldOut,
     scorers_of,
 )
-from sparsek_cli.conversion.calibrate.layers import LayerSearch
+from sparsek_cli.conversion.calibrate.layer_search import LayerSearch
 from sparsek_cli.conversion.calibrate.scorers.linear import Fit, LinearFit
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences

@@ -18,7 +18,7 @@ from torch import nn
 from sparsek_cli.errors import SparsekError, first_line
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.generation.compiled import compiled_forward
-from sparsek_cli.models.generation.obstacles import say_once, why_eager
+from sparsek_cli.models.generation.why_eager import say_once, why_eager
 
 if TYPE_CHECKING:
     from sparsek_cli.models.generation.fused.modules import FusedModules

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from sparsek_cli.models.generation import obstacles
+from sparsek_cli.models.generation import why_eager
 from sparsek_cli.models.generation.cuda_graphs import Decoder
 
 # Graphs kept per model: each holds its rows' slots and one step's activations.
@@ -34,7 +34,7 @@ def decoder_for(
     Args:
         pick: as in `Decoder`, with a hashable `signature`: equal ones can stand for each other.
     """
-    if not obstacles.has_graphs(model.device):
+    if not why_eager.has_graphs(model.device):
         yield Decoder(model, batch, pick=pick, compiled=compiled)
         return
     mode = torch.is_inference_mode_enabled()  # tensors made in it cannot be written outside of it

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsek_cli.conversion.weights_beside import PICKLES, gguf_files
 from sparsek_cli.errors import UsageError
+from sparsek_cli.gguf.header import is_gguf
 from sparsek_cli.output.contents import SCORERS
 
 SAVE = "from_pretrained(...).save_pretrained(FOLDER)"
@@ -19,7 +20,7 @@ MERGE = (
 def file_error(file: Path) -> UsageError:
     """A single file is no model that can be named."""
     suffix = file.suffix.lower()
-    if suffix == ".gguf" or _is_gguf(file):
+    if suffix == ".gguf" or is_gguf(file):
         return UsageError(
             f"'{file}' is a GGUF file, which only convert reads",
             hint=unpack(file),
@@ -114,11 +115,3 @@ def json_or_nothing(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def _is_gguf(file: Path) -> bool:
-    try:
-        with file.open("rb") as opened:
-            return opened.read(4) == b"GGUF"
-    except OSError:
-        return False
