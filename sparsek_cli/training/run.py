@@ -148,7 +148,8 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
                 result=result, dtype=dtype, base=plan.source, state=state, reporter=reporter,
                 tuner=tuner,
             )  # fmt: skip
-            remove(part)
+            if left := remove(part):
+                reporter.say(left)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -161,7 +162,7 @@ def _kept_on_failure(part: Path, reporter: Reporter) -> Iterator[None]:
     except BaseException:
         kept = leave(part) if is_first() else None
         if kept is not None:
-            reporter.say(f"stopped; {kept} is kept, --resume continues from it")
+            reporter.say(f"stopped; {kept}")
         raise
 
 

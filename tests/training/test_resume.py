@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from verbs import finetune
 
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.reporter import Silent
 from sparsek_cli.training import run
 from sparsek_cli.training.storage.resume import part_folder
 
@@ -96,7 +97,11 @@ def test_killed_again_and_again(recipe, scratch, tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_what_others_lay_into_a_run_s_folder_stays(recipe, scratch, tmp_path, monkeypatch, fails):
-    part = part_folder(tmp_path / "out")
+    part, said = part_folder(tmp_path / "out"), []
+
+    class Listening(Silent):
+        def say(self, message: str) -> None:
+            said.append(message)
 
     def written(*args, **kwargs):
         (part / "notes.txt").write_text("mine")
@@ -105,8 +110,9 @@ def test_what_others_lay_into_a_run_s_folder_stays(recipe, scratch, tmp_path, mo
 
     monkeypatch.setattr(run, "write_model", written)
     with pytest.raises(SparsekError) if fails else nullcontext():
-        finetune(recipe(*scratch, "steps=1"))
+        finetune(recipe(*scratch, "steps=1"), Listening())
     assert [file.name for file in part.iterdir()] == ["notes.txt"]
+    assert f"{part} stays: it holds notes.txt" in said[-1]
 
 
 def test_half_written_checkpoints_are_not_taken(recipe, scratch, tmp_path):

@@ -2,13 +2,14 @@
 
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sparsek_cli.conversion.weights_beside import listed
 from sparsek_cli.devices import is_first
 from sparsek_cli.errors import UsageError
 from sparsek_cli.output.contents import MODEL, RUN, Contents
@@ -128,27 +129,36 @@ def _empty(part: Path) -> None:
         if entry.is_symlink():
             continue
         if entry.is_dir() and any(fnmatchcase(entry.name, name) for name in RUN.folders):
-            shutil.rmtree(entry, ignore_errors=True)
+            shutil.rmtree(entry)
         elif entry.is_file() and RUN.knows(entry.name):
             entry.unlink()
 
 
-def remove(part: Path) -> None:
-    """After a run, on the first process: nothing of it stays, and nothing of others goes."""
-    with suppress(OSError):
+def remove(part: Path) -> str | None:
+    """After a run, on the first process: nothing of it stays, and nothing of others goes.
+
+    Returns:
+        What is still there and why, in words; None: the folder is gone.
+    """
+    try:
         _empty(part)
+        left = sorted(entry.name for entry in part.iterdir())
+        if left:
+            return f"{part} stays: it holds {listed(left)}, which this run did not write"
         part.rmdir()
+    except OSError as error:
+        return f"{part} stays: {error.strerror or error}"
+    return None
 
 
-def leave(part: Path) -> Path | None:
+def leave(part: Path) -> str | None:
     """After a failure, on the first process: only what can be resumed stays.
 
     Returns:
-        The checkpoint that stays, if any.
+        What stays, in words; None: nothing.
     """
     kept = checkpoints_in(part)
     if not kept:
-        remove(part)
-        return None
+        return remove(part)
     shutil.rmtree(part / "writing", ignore_errors=True)
-    return kept[-1]
+    return f"{kept[-1]} is kept, --resume continues from it"
