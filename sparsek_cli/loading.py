@@ -151,6 +151,21 @@ def load_weights(
     return model
 
 
+def check_whole(path: Path, name: str) -> None:
+    """Every weight that a folder's config promises is there, of its shape; none is read.
+
+    Of quantised ones config.json alone is looked at: packed tensors do not tell their shapes.
+
+    Raises:
+        SparsekError: as `load_weights`.
+    """
+    import torch
+
+    config = load_config(path, name)
+    if not quantised.described(config):
+        load_weights(path, name, dtype=torch.float32, device="meta", config=config)
+
+
 def _check_scorers(model: "PreTrainedModel", name: str) -> None:
     """Scores that are no numbers select whatever comes first, and nobody sees it."""
     for key, parameter in model.named_parameters():

@@ -14,6 +14,11 @@ ONE_OF_THEM = "keep the one that is meant, or fetch the file again"
 _LONGEST = 4 << 20  # bytes
 # Where transformers looks for the part of a model that writes text (`get_text_config`).
 _TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
+_SIZES = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "intermediate_size", "vocab_size", "max_position_embeddings", "n_embd", "n_layer", "n_head",
+    "n_positions",
+)  # fmt: skip
 _DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double", "auto")
 
 
@@ -126,6 +131,13 @@ def _check_dtype(config: dict[str, Any], name: str) -> None:
 
 
 def _check_sizes(config: dict[str, Any], name: str) -> None:
+    for key in _SIZES:
+        size = config.get(key)
+        if type(size) is int and size <= 0:
+            raise UsageError(
+                f"'{name}': {key} in config.json is {size}, expected a positive whole number",
+                hint="correct it: the weights were made with another; or fetch the model again",
+            )
     if config.get("return_dict") is False:
         raise UsageError(
             f"'{name}': config.json has return_dict false, and outputs are read by their names",

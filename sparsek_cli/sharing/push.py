@@ -7,7 +7,7 @@ from typing import Any
 from sparsek_cli import hub, model_folder
 from sparsek_cli.conversion.tokenizer import files_in
 from sparsek_cli.errors import SparsekError, UsageError, first_line
-from sparsek_cli.loading import load_config, load_tokenizer
+from sparsek_cli.loading import check_whole, load_tokenizer
 from sparsek_cli.output.contents import (
     ADAPTERS,
     CONVERT_RECIPE,
@@ -94,7 +94,8 @@ def plan(
 
     Raises:
         UsageError: no folder of ours, files in it that are of nobody, or no valid name.
-        SparsekError: a tokenizer that does not load, or scorers that are no numbers.
+        SparsekError: a tokenizer that does not load, weights that are missing or of another shape,
+            or scorers that are no numbers.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -138,7 +139,7 @@ def _check(place: Path) -> None:
     kind = _kind(place)
     if kind is MODEL:
         model_folder.check(place, place.name)
-        load_config(place, place.name)
+        check_whole(place, place.name)
         if files_in(place):
             load_tokenizer(place)
     foreign = kind.foreign(place)

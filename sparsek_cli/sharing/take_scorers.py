@@ -13,7 +13,7 @@ from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row, row_of
 from sparsek_cli.families.layers import full_layers, layer_types
-from sparsek_cli.loading import load_config
+from sparsek_cli.loading import check_whole
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import SCORERS, SCORERS_ALONE
 from sparsek_cli.output.place import absolute, check_file, check_folder, check_not_inside
@@ -103,6 +103,7 @@ def plan(
     Raises:
         UsageError: no converted model, no scorers that are worth keeping, settings out of range,
             or OUT stands.
+        SparsekError: weights are missing, left over or of another shape.
     """
     source = hub.resolve(model, revision)
     if not is_converted(source.config()):
@@ -121,7 +122,7 @@ def plan(
             )
     else:
         check_folder(place, SCORERS_ALONE, overwrite=overwrite, model=source.path)
-    load_config(source.path, source.name)  # what its settings say is written beside the scorers
+    check_whole(source.path, source.name)  # they fit its weights, and are of its settings
     return _plan(source, place, overwrite=overwrite)
 
 

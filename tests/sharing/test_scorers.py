@@ -263,6 +263,24 @@ def test_settings_that_are_none_are_refused(scored, tmp_path, change):
     assert not (tmp_path / "m").exists()
 
 
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 1}, {"model_type": "sparsek_qwen2"}, {"intermediate_size": 8}]
+)
+def test_a_model_that_no_verb_could_load_is_not_sent_nor_its_scorers_taken(
+    scored, tmp_path, change
+):
+    """Its files were sent as they lay there."""
+    bad = tmp_path / "bad"
+    shutil.copytree(scored[1], bad)
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(SparsekError, match="(lacks|holds|has shape|topk has)"):
+        push.plan(bad, "someone/else")
+    with pytest.raises(SparsekError):
+        sparsek.export_scorers(bad, tmp_path / "s.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
 def test_scorers_are_not_taken_with_settings_that_are_none(scored, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(scored[1], bad)

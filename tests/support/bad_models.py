@@ -283,6 +283,8 @@ MODELS: dict[str, Maker] = {
     **{f"nested-{key}": config(**{key: {"num_hidden_layers": 2}}) for key in TEXT_PARTS},
     "remote-code": config(model_type="evil", auto_map=AUTO_MAP),
     "layers-negative": config(num_hidden_layers=-2),
+    "heads-none": config(num_attention_heads=0),
+    "context-none": config(max_position_embeddings=0),
     "layers-many": config(num_hidden_layers=3),
     "layers-thousands": config(num_hidden_layers=200_000),  # minutes, if they were built
     "heads-odd": config(num_attention_heads=5),
