@@ -3,6 +3,7 @@
 import inspect
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -45,6 +46,28 @@ def test_convert_finetune_evaluate_load_chat(converted, text, tmp_path):
     session = sparsek.chat(tuned.out, device="cpu", max_new_tokens=3)
     assert "".join(session.ask("Hello?")) and session.stats().kv_bytes > 0
     assert callable(sparsek.chat)  # which no module of that name has replaced
+
+
+@pytest.mark.slow
+def test_the_example_of_the_api_runs(tmp_path, monkeypatch, capsys):
+    """As it stands in sparsek_cli/api.py, at sizes of a test."""
+    from sparsek_cli import api
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
+    (tmp_path / "my-documents").mkdir()
+    (tmp_path / "my-documents/a.txt").write_text("A boat, a house and a garden. " * 400)
+    lines = [line for line in api.__doc__.splitlines() if line.startswith("    ")]
+    code = textwrap.dedent("\n".join(lines))
+    for given, small in (
+        ("budget=512", 'budget=64, calibrate="none", device="cpu"'),
+        ("steps=100", f"steps=1, **{SMALL}"),
+        ("limit=4", 'limit=1, lengths=[600], baselines=[], device="cpu"'),
+    ):
+        assert given in code
+        code = code.replace(given, small)
+    exec(code, {})
+    assert capsys.readouterr().out.strip()
 
 
 def test_a_wrong_setting_is_named_as_it_was_written(tmp_path):
