@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from sparsek_cli.conversion.run import Converted
     from sparsek_cli.dialogue.session import Session
     from sparsek_cli.evaluation.run import Evaluated
+    from sparsek_cli.scorers_alone.take_scorers import Taken
     from sparsek_cli.sharing.dense import Exported
     from sparsek_cli.sharing.merge import Merged
-    from sparsek_cli.sharing.take_scorers import Taken
     from sparsek_cli.training.run import Trained
 
     Recipe = TypeVar("Recipe", bound=BaseModel)
@@ -163,8 +163,8 @@ def load(
     if scorers is None:
         weights = load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype)
         return weights, tokenizer
+    from sparsek_cli.scorers_alone.find import read
     from sparsek_cli.sharing.merge import load_onto
-    from sparsek_cli.sharing.scorers_file import read
 
     weights = load_onto(
         checkpoint, read(scorers), device=where, dtype=number, cache_dtype=cache_dtype
@@ -216,7 +216,7 @@ def export_scorers(
     Returns:
         `out`, and the hash of the weights that they belong to.
     """
-    from sparsek_cli.sharing.take_scorers import plan, run
+    from sparsek_cli.scorers_alone.take_scorers import plan, run
 
     place = None if out is None else fspath(out)
     return run(plan(fspath(model), place, revision=revision, overwrite=overwrite), reporter)

@@ -1,4 +1,4 @@
-"""Whether a config is that of a converted model."""
+"""Configs of converted models: whether one is, and what it was before."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,3 +18,13 @@ def is_converted(config: Any) -> bool:
     if isinstance(config, Mapping):
         return str(config.get("model_type", "")).startswith("sparsek_") or "sparsek" in config
     return getattr(config, "sparsek", None) is not None
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json as it was before conversion, but for a sliding window that never bound."""
+    ours = ("sparsek", "auto_map", "attn_implementation")
+    dense = {key: config[key] for key in config if key not in ours}
+    dense["model_type"] = dense["model_type"].removeprefix("sparsek_")
+    names = dense.get("architectures") or []
+    dense["architectures"] = [name.removeprefix("SparseK") for name in names]
+    return dense

@@ -43,7 +43,8 @@ def export(
 ) -> None:
     """The way back: the plain dense model in MODEL, for any program, becomes OUT."""
     from sparsek_cli.errors import UsageError
-    from sparsek_cli.sharing import dense, take_scorers
+    from sparsek_cli.scorers_alone import take_scorers
+    from sparsek_cli.sharing import dense
 
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
     if model is None:

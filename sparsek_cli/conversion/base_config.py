@@ -2,20 +2,12 @@
 
 from typing import Any
 
-from sparsek_cli.converted import is_converted
+from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, check_supported
 from sparsek_cli.families.causal import check_causal
 
-
-def dense_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json as it was before conversion, but for a sliding window that never bound."""
-    ours = ("sparsek", "auto_map", "attn_implementation")
-    dense = {key: config[key] for key in config if key not in ours}
-    dense["model_type"] = dense["model_type"].removeprefix("sparsek_")
-    names = dense.get("architectures") or []
-    dense["architectures"] = [name.removeprefix("SparseK") for name in names]
-    return dense
+__all__ = ["convertible", "dense_config"]
 
 
 def convertible(config: dict[str, Any]) -> Row:

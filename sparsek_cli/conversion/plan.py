@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import hub, quantised
-from sparsek_cli.conversion.base_config import convertible, dense_config
+from sparsek_cli.checkpoint_files.shards import Shard, read_shards, stored_dtype, without_scorers
+from sparsek_cli.conversion.base_config import convertible
 from sparsek_cli.conversion.calibrate.method import Method, method_of, with_documents
 from sparsek_cli.conversion.checks import check_room, check_tensors
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.conversion.planned import Calibration, Plan, contents_of
-from sparsek_cli.conversion.shards import Shard, read_shards, stored_dtype, without_scorers
 from sparsek_cli.conversion.sizes import (
     calibration_size,
     slots,
     with_settings_of,
 )
-from sparsek_cli.converted import is_converted
+from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row

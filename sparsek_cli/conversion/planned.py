@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import quantised
+from sparsek_cli.checkpoint_files.shards import Shard
 from sparsek_cli.conversion.calibrate.method import DOCUMENTS, Method
 from sparsek_cli.conversion.geometry import Geometry
-from sparsek_cli.conversion.shards import Shard
 from sparsek_cli.conversion.sizes import fit_length
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import full_layers

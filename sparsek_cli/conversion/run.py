@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli.checkpoint_files.shards import find_nan
 from sparsek_cli.conversion.planned import Plan
-from sparsek_cli.conversion.shards import find_nan
 from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, check_base, verify
 from sparsek_cli.conversion.write import Scorer, Written, neutral_scorers, write_checkpoint
@@ -112,7 +112,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Converted:
 
 def _fill_with_scorers(folder: Path, plan: Plan, reporter: Reporter) -> Converted:
     """The whole model is made beside OUT, of links, and verified; `folder` gets its scorers."""
-    from sparsek_cli.sharing.take_scorers import keep_scorers
+    from sparsek_cli.scorers_alone.take_scorers import keep_scorers
 
     whole = leftovers.make_beside(plan.out)
     try:

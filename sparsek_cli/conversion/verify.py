@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import quantised
+from sparsek_cli.checkpoint_files.shards import read_shards, same_tensors
 from sparsek_cli.conversion.planned import Plan
-from sparsek_cli.conversion.shards import read_shards, same_tensors
 from sparsek_cli.conversion.write import Scorer, Written
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk
-from sparsek_cli.conversion import json_text
+from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.shards import INDEX, write_part
 from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.link_weights import Means, link_or_copy
 from sparsek_cli.conversion.planned import Plan
-from sparsek_cli.conversion.shards import INDEX, write_part
-from sparsek_cli.conversion.tokenizer import copy_missing, files_in
 from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, SCORERS
+from sparsek_cli.output.tokenizer_files import copy_missing, files_in
 
 # Equal scores with any slope > 0 keep the newest tokens; this one is small beside real scores.
 NEUTRAL_SLOPE = 1e-3

@@ -40,8 +40,8 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
 
 def _tokenizer(checkpoint: "Checkpoint", lm: "torch.nn.Module") -> Check:
     """Its ids are rows of the embedding."""
-    from sparsek_cli.conversion.tokenizer import files_in
     from sparsek_cli.loading import check_tokenizer, embedding_rows, load_tokenizer
+    from sparsek_cli.output.tokenizer_files import files_in
 
     if not files_in(checkpoint.path):
         return Check("tokenizer", None, "none beside the weights")

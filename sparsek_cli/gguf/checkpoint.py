@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli.conversion.shards import Shard, TensorEntry
-from sparsek_cli.conversion.weights_beside import gguf_files, listed, weight_files
+from sparsek_cli.checkpoint_files.shards import Shard, TensorEntry
+from sparsek_cli.checkpoint_files.weights_beside import gguf_files, is_gguf, listed, weight_files
 from sparsek_cli.errors import UsageError, first_line
 from sparsek_cli.families import TABLE
-from sparsek_cli.gguf.header import FREQUENCIES, Header, is_gguf, read_header
+from sparsek_cli.gguf.header import FREQUENCIES, Header, read_header
 from sparsek_cli.hub import Checkpoint, is_short_name
 from sparsek_cli.silence import quiet_transformers
 

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparsek_cli.checkpoint_files.weights_beside import is_gguf
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-_MAGIC = b"GGUF"
 # Number formats that hold values; all others hold blocks of packed integers and scales.
 _VALUES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Factors of rotary frequencies, written for Llama 3.1 and later in place of its settings.
@@ -57,15 +57,6 @@ class Header:
     def text(self) -> str:
         """What unpacking makes of it, in words."""
         return f"unpacked from {', '.join(self.formats)} ({self.bytes:,} bytes) to {self.dtype}"
-
-
-def is_gguf(file: Path) -> bool:
-    """Whether a file begins as every GGUF file does."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(_MAGIC)) == _MAGIC
-    except OSError:
-        return False
 
 
 def read_header(file: Path) -> Header:

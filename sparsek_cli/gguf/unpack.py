@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import disk
-from sparsek_cli.conversion import tokenizer as tokenizers
-from sparsek_cli.conversion.shards import read_shards
+from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.errors import SparsekError, first_line
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.leftovers import held, make_beside
+from sparsek_cli.output.tokenizer_files import bring
 from sparsek_cli.reporter import Reporter
 from sparsek_cli.silence import quiet_transformers
 
@@ -92,7 +92,7 @@ def _unpack(base: GgufCheckpoint, folder: Path, *, with_tokenizer: bool) -> None
     if tokenizer is None:
         return
     tokenizer.save_pretrained(folder)
-    if not tokenizers.bring(tokenizer, folder):
+    if not bring(tokenizer, folder):
         raise SparsekError(
             f"the tokenizer in {base.path.name} gives other ids once it is saved",
             hint=_another_tokenizer(),

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.conversion import json_text
+from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.families import TABLE
 from sparsek_cli.model_folder.not_a_model import no_config

@@ -5,9 +5,8 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from sparsek_cli.conversion.weights_beside import PICKLES, gguf_files
+from sparsek_cli.checkpoint_files.weights_beside import PICKLES, gguf_files, is_gguf
 from sparsek_cli.errors import UsageError
-from sparsek_cli.gguf.header import is_gguf
 from sparsek_cli.output.contents import SCORERS
 
 SAVE = "from_pretrained(...).save_pretrained(FOLDER)"
@@ -97,7 +96,7 @@ def _scorers_error(file: Path, name: str) -> UsageError | None:
     """The refusal of scorers alone; None where the file holds none."""
     if not file.is_file():
         return None
-    from sparsek_cli.sharing.scorers_file import header
+    from sparsek_cli.output.scorers_file import header
 
     found = header(file)
     if found is None:

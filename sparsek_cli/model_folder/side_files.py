@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.conversion import json_text
+from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.errors import UsageError
 from sparsek_cli.file_kinds import check_entries
 from sparsek_cli.model_folder.config_file import ONE_OF_THEM, check_length

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.conversion.weights_beside import listed
+from sparsek_cli.checkpoint_files.weights_beside import listed
 
 # As transformers looks for them: its own files take the place of what tokenizer_config.json says.
 _FILES = "chat_template.jinja", "additional_chat_templates"

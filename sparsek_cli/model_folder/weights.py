@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from sparsek_cli.conversion.shards import INDEX, SINGLE, Shard
-from sparsek_cli.conversion.weights_beside import PICKLES, gguf_files
+from sparsek_cli.checkpoint_files.shards import INDEX, SINGLE, Shard
+from sparsek_cli.checkpoint_files.weights_beside import PICKLES, gguf_files
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.not_a_model import MERGE, SAVE, json_or_nothing, unpack
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from sparsek_cli.conversion.tokenizer import FILES as TOKENIZER_FILES
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE
+from sparsek_cli.output.tokenizer_files import FILES as TOKENIZER_FILES
 
 SCORERS = "sparsek.safetensors"
 CALIBRATION = "calibration.json"

@@ -5,7 +5,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
-from sparsek_cli.conversion.shards import Shard, TensorEntry
+from sparsek_cli.checkpoint_files.shards import Shard, TensorEntry
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.quantised.methods import (
     METHODS,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.conversion.shards import read_shards, stored_dtype
+from sparsek_cli.checkpoint_files.shards import read_shards, stored_dtype
 from sparsek_cli.errors import UsageError
 from sparsek_cli.serving.engines import VLLM
 from sparsek_cli.serving.flags import Flags

@@ -10,10 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import disk, hub
-from sparsek_cli.conversion import json_text
-from sparsek_cli.conversion.base_config import dense_config
-from sparsek_cli.conversion.link_weights import link_or_copy
-from sparsek_cli.conversion.shards import (
+from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.shards import (
     INDEX,
     SINGLE,
     Shard,
@@ -22,15 +20,16 @@ from sparsek_cli.conversion.shards import (
     without_scorers,
     write_part,
 )
-from sparsek_cli.conversion.tokenizer import bring, copy_missing
-from sparsek_cli.conversion.tokenizer import files_in as tokenizer_files
-from sparsek_cli.converted import is_converted
+from sparsek_cli.conversion.link_weights import link_or_copy
+from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row, row_of
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import EXPORT_NOTE, MODEL
 from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.output.staging import staged
+from sparsek_cli.output.tokenizer_files import bring, copy_missing
+from sparsek_cli.output.tokenizer_files import files_in as tokenizer_files
 from sparsek_cli.reporter import Reporter, Silent
 
 _SIDE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")

@@ -24,12 +24,12 @@ from sparsek_cli.families.layers import full_layers, idle_window_off, layer_type
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import MODEL
 from sparsek_cli.output.place import check_folder
+from sparsek_cli.output.scorers_file import Scorers
 from sparsek_cli.output.staging import staged
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 from sparsek_cli.reporter import Reporter, Silent
-from sparsek_cli.sharing import scorers_file
-from sparsek_cli.sharing.base_identity import check_config, check_weights, weights_digest
-from sparsek_cli.sharing.scorers_file import Scorers
+from sparsek_cli.scorers_alone.base_identity import check_config, check_weights, weights_digest
+from sparsek_cli.scorers_alone.find import read
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ def plan(
         UsageError: no scorers, another base, or OUT cannot be written.
         SparsekError: the scorers' settings are none.
     """
-    found = scorers_file.read(scorers)
+    found = read(scorers)
     checkpoint, row = _resolved(base, revision, found)
     config = checkpoint.config()
     check_config(found.base, row, config, checkpoint.name)

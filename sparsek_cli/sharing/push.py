@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import hub, model_folder
-from sparsek_cli.conversion.tokenizer import files_in
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.loading import check_whole, load_tokenizer
 from sparsek_cli.output.contents import (
@@ -17,10 +16,11 @@ from sparsek_cli.output.contents import (
     SCORERS_ALONE,
     Contents,
 )
+from sparsek_cli.output.scorers_file import check_finite
+from sparsek_cli.output.tokenizer_files import files_in
 from sparsek_cli.reporter import Reporter, Silent
+from sparsek_cli.scorers_alone.portable_recipe import without_places
 from sparsek_cli.sharing.hub_card import card
-from sparsek_cli.sharing.portable_recipe import without_places
-from sparsek_cli.sharing.scorers_file import check_finite
 
 _LOGIN = "run `hf auth login` (or set HF_TOKEN) with a token that may write"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsek_cli import hub
-from sparsek_cli.conversion.shards import read_shards, stored_dtype
+from sparsek_cli.checkpoint_files.shards import read_shards, stored_dtype
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.mixture import HeldOut, Mixture

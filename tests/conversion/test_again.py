@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from verbs import convert
 
 import sparsek_cli.models  # noqa: F401
-from sparsek_cli.conversion.shards import read_shards
+from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
@@ -82,7 +82,7 @@ def test_a_dense_model_is_converted_as_ever(dense_checkpoint, tmp_path):
 def test_a_file_of_some_tensors_holds_their_bytes(tmp_path):
     from dataclasses import replace
 
-    from sparsek_cli.conversion.shards import same_tensors, write_part
+    from sparsek_cli.checkpoint_files.shards import same_tensors, write_part
 
     generator = torch.Generator().manual_seed(0)
     held = {

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.run import run as convert
-from sparsek_cli.conversion.shards import read_shards
 from sparsek_cli.conversion.write import converted_config, neutral_scorers
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 

@@ -125,7 +125,7 @@ def test_a_tokenizer_that_cannot_be_read_is_named_instead(
 
     file, _ = write_gguf(words=fault == "other ids")
     if fault == "other ids":
-        monkeypatch.setattr(unpack.tokenizers, "bring", lambda *given: False)
+        monkeypatch.setattr(unpack, "bring", lambda *given: False)
     code, _, said, out = convert(file)
     error, hint = said.strip().splitlines()[-2:]
     assert code == 1 and "the tokenizer in model.gguf" in error and not out.exists()

@@ -10,7 +10,7 @@ from bad_models import ENDLESS, both, file, tokenizer_config
 from transformers import AutoTokenizer
 from verbs import convert
 
-from sparsek_cli.dialogue.template_steps import MOST_STEPS, check_template
+from sparsek_cli.checkpoint_files.template_steps import MOST_STEPS, check_template
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 from sparsek_cli.sharing import dense

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sparsek_cli import hub
-from sparsek_cli.conversion.shards import read_shard
+from sparsek_cli.checkpoint_files.shards import read_shard
 from sparsek_cli.errors import SparsekError
 
 PLAIN = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
@@ -60,7 +60,7 @@ def test_headers(lie, tmp_path):
 
 
 def test_headers_of_more_tensors_than_any_model_has(tmp_path, monkeypatch):
-    from sparsek_cli.conversion import shards
+    from sparsek_cli.checkpoint_files import shards
 
     monkeypatch.setattr(shards, "_MOST_TENSORS", 1)
     file = tmp_path / "model.safetensors"

@@ -57,8 +57,8 @@ def test_none_or_a_broken_one_is_refused(content, tmp_path, tokenizer):
 def test_additional_chat_templates_come_along(pair, tmp_path):
     from verbs import convert
 
-    from sparsek_cli.conversion.tokenizer import bring
     from sparsek_cli.output.contents import MODEL
+    from sparsek_cli.output.tokenizer_files import bring
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
     base = tmp_path / "base"

@@ -129,8 +129,8 @@ def loaded_by_finetune(made):
 
 
 def written_by_finetune(made):
-    from sparsek_cli.conversion.tokenizer import bring
     from sparsek_cli.loading import load_tokenizer
+    from sparsek_cli.output.tokenizer_files import bring
 
     again = made.out.with_name(made.out.name + "-again")
     again.mkdir()
@@ -216,7 +216,7 @@ def test_files_that_would_load_otherwise_are_written_anew(pair, tmp_path, monkey
 
 
 def files_of(folder: Path) -> set[str]:
-    from sparsek_cli.conversion.tokenizer import files_in
+    from sparsek_cli.output.tokenizer_files import files_in
 
     return {file.relative_to(folder).as_posix() for file in files_in(folder)}
 

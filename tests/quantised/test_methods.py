@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsek_cli as sparsek
 from sparsek_cli import quantised
-from sparsek_cli.conversion.shards import read_shards
+from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.errors import UsageError
 from sparsek_cli.models import budget, sparsek_attentions
 from sparsek_cli.quantised.gradients import check_gradients

@@ -110,7 +110,7 @@ def test_nothing_is_copied_and_side_files_come_along(llama, tmp_path):
 def test_llama_cpp_s_converter_finds_every_tensor(make_checkpoint, convert, tmp_path, size):
     """It looks for model*.safetensors, wants an index of just what they hold, and knows names."""
     gguf = pytest.importorskip("gguf")
-    from sparsek_cli.conversion.shards import read_shard
+    from sparsek_cli.checkpoint_files.shards import read_shard
 
     base = make_checkpoint(tmp_path / "base", max_shard_size=size)
     dense = Path(sparsek.export(convert(base, tmp_path / "sparse"), tmp_path / "dense").out)

@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 import sparsek_cli as sparsek
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.sharing import push, scorers_file
+from sparsek_cli.output import scorers_file
+from sparsek_cli.scorers_alone.find import read
+from sparsek_cli.sharing import push
 
 IDS = torch.arange(3, 60)[None]
 # What differs in names and shapes: a prefix in files, fused maps, layers of other kinds.
@@ -224,7 +226,7 @@ def test_what_is_not_scorers_is_refused(scored, llama, tmp_path):
 
 def test_damaged_scorers_are_refused(scored, tmp_path):
     base, _, scorers = scored
-    found = scorers_file.read(scorers)
+    found = read(scorers)
     tensors = found.tensors()
     for name, change in [
         ("missing", lambda t: t.pop("layers.1.bias")),
@@ -255,7 +257,7 @@ def test_damaged_scorers_are_refused(scored, tmp_path):
 )
 def test_settings_that_are_none_are_refused(scored, tmp_path, change):
     base, _, scorers = scored
-    found = scorers_file.read(scorers)
+    found = read(scorers)
     file = tmp_path / "s.safetensors"
     scorers_file.write(file, found.tensors(), found.block | change, found.base, {})
     with pytest.raises(SparsekError, match=f"are damaged: .*{next(iter(change))}"):
@@ -294,7 +296,7 @@ def test_scorers_are_not_taken_with_settings_that_are_none(scored, tmp_path):
 
 def test_scorers_that_are_no_numbers_go_nowhere(scored, tmp_path):
     base, out, scorers = scored
-    found = scorers_file.read(scorers)
+    found = read(scorers)
     tensors = found.tensors()
     tensors["layers.0.weight"][0, 0] = float("nan")
     file = tmp_path / "nan.safetensors"

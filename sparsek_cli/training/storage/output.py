@@ -10,13 +10,13 @@ import torch
 import yaml
 
 from sparsek_cli import disk
-from sparsek_cli.conversion import json_text
+from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.conversion.link_weights import link_or_copy
-from sparsek_cli.conversion.tokenizer import bring
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import row_of
 from sparsek_cli.output.contents import ADAPTERS, FINETUNE_RECIPE, MODEL, SCORERS, Contents
 from sparsek_cli.output.staging import staged
+from sparsek_cli.output.tokenizer_files import bring
 from sparsek_cli.training.model import cast_for_saving
 from sparsek_cli.training.parameters import is_scorer
 from sparsek_cli.training.storage.adapters import save_adapters

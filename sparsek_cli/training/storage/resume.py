@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from sparsek_cli.conversion.weights_beside import listed
+from sparsek_cli.checkpoint_files.weights_beside import listed
 from sparsek_cli.devices import is_first
 from sparsek_cli.errors import UsageError
 from sparsek_cli.output.contents import MODEL, RUN, Contents

@@ -7,21 +7,19 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk, hub
-from sparsek_cli.conversion.base_config import dense_config
-from sparsek_cli.conversion.shards import read_shards
-from sparsek_cli.converted import is_converted
+from sparsek_cli.checkpoint_files.shards import read_shards
+from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row, row_of
 from sparsek_cli.families.layers import full_layers, layer_types
 from sparsek_cli.loading import check_whole
-from sparsek_cli.output import leftovers
+from sparsek_cli.output import leftovers, scorers_file
 from sparsek_cli.output.contents import SCORERS, SCORERS_ALONE
 from sparsek_cli.output.place import absolute, check_file, check_folder, check_not_inside
 from sparsek_cli.output.staging import staged
 from sparsek_cli.reporter import Reporter, Silent
-from sparsek_cli.sharing import scorers_file
-from sparsek_cli.sharing.base_identity import comparable, weights_digest
-from sparsek_cli.sharing.portable_recipe import without_places
+from sparsek_cli.scorers_alone.base_identity import comparable, weights_digest
+from sparsek_cli.scorers_alone.portable_recipe import without_places
 
 
 @dataclass(frozen=True)

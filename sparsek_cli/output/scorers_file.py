@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsek_cli import disk, hub
-from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.file_kinds import check_plain
-from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE, SCORERS
+from sparsek_cli import disk
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE
 
 FORMAT = "sparsek-scorers-1"
 TEXTS = (CONVERT_RECIPE, FINETUNE_RECIPE, CALIBRATION)
@@ -91,43 +90,6 @@ def write(
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-
-
-def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
-    """The scorers at a path or in a hub repository.
-
-    Args:
-        place: the file, a folder that holds it as `sparsek.safetensors`, or a hub id.
-        revision: of a hub id.
-
-    Raises:
-        UsageError: there are none; the message says what is there instead.
-        SparsekError: the hub could not be reached, or refused.
-    """
-    name = os.fspath(place)
-    path = Path(os.path.expanduser(name))
-    if not os.path.lexists(path) and hub.is_hub_id(name):
-        path = hub.fetch(name, revision)
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            raise UsageError(
-                f"'{name}' is a whole model, not scorers alone",
-                hint="use it as it is; `sparsek export --scorers` takes the scorers out of one",
-            )
-        path = path / SCORERS
-    check_plain(path, hint=f"name a file or folder of scorers ({SCORERS})")
-    if not path.is_file():
-        raise UsageError(
-            f"there are no scorers at '{name}'",
-            hint=f"name a file or folder that `sparsek export --scorers` wrote ({SCORERS})",
-        )
-    found = header(path)
-    if found is None:
-        raise UsageError(
-            f"'{path}' holds no scorers of a base that it names",
-            hint="`sparsek export --scorers MODEL OUT` writes such a file",
-        )
-    return found
 
 
 def header(file: Path) -> Scorers | None:

@@ -11,7 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.conversion.shards import Shard, TensorEntry, blocks, read_shards, without_scorers
+from sparsek_cli.checkpoint_files.shards import (
+    Shard,
+    TensorEntry,
+    blocks,
+    read_shards,
+    without_scorers,
+)
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import idle_window_off

@@ -12,7 +12,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from sparsek_cli.conversion import json_text
+from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.errors import SparsekError
 
 INDEX = "model.safetensors.index.json"
