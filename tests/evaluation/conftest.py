@@ -109,3 +109,10 @@ def console():
     from sparsek_cli.console import Console
 
     return Console(quiet=True)
+
+
+@pytest.fixture
+def run():
+    from verbs import evaluate
+
+    return evaluate
