@@ -2,10 +2,12 @@
 
     sparsek serve OUT -- --max-num-seqs 64          # in another terminal
     python plugins/vllm/load_test.py --clients 64 --seconds 120 --pid PID-OF-THE-SERVER
+    python plugins/vllm/load_test.py --pid PID --dense-url URL --dense-pid PID-OF-ANOTHER
 
 Every client first asks alone, one after the other: that is its reply. Then all ask at once, again
 and again; some leave in the middle of a stream. A reply that is not the client's own is mixed.
-Needs the package openai. Prints one JSON document; exits 1 where anything went wrong.
+vLLM's own memory grows for a while, so a dense model's server may get the same load afterwards, to
+be compared. Needs the package openai. Prints one JSON document; exits 1 where anything went wrong.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import urllib.error
 import urllib.request
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from openai import APIStatusError, OpenAI
 
@@ -103,24 +106,37 @@ def resident(pid: int | None) -> int:
     return total
 
 
-def memory(held: list[tuple[float, int]]) -> dict[str, float]:
+def memory(held: list[tuple[float, int]], answered: int) -> dict[str, float]:
     """Of (seconds, bytes) while all asked: the least and the most, in MiB, and how it grew.
 
     The slope is of a straight line through the second half, when every part has been used.
+
+    Args:
+        answered: replies in all this time.
     """
     late = held[len(held) // 2 :]
     slope = statistics.linear_regression(*zip(*late, strict=True)).slope if len(late) > 1 else 0.0
+    seconds = held[-1][0] - held[0][0]
     sizes = [size / 2**20 for _, size in held]
     return {
-        "least": min(sizes, default=0.0),
-        "most": max(sizes, default=0.0),
+        "least": min(sizes),
+        "most": max(sizes),
         "growth_per_minute": 60 * slope / 2**20,
+        "growth_per_1000_replies": 1000 * slope * seconds / max(1, answered) / 2**20,
     }
 
 
-def run(args: argparse.Namespace) -> dict[str, object]:
-    api = OpenAI(base_url=args.url, api_key="none", timeout=300, max_retries=0)
-    model = args.model or api.models.list().data[0].id
+def under_load(
+    args: argparse.Namespace, url: str, name: str | None, pid: int | None
+) -> dict[str, Any]:
+    """What happens to one server.
+
+    Args:
+        url: with /v1. name: of its model, or None for the first that it lists.
+        pid: of its process, or None where nobody looks at its memory.
+    """
+    api = OpenAI(base_url=url, api_key="none", timeout=300, max_retries=0)
+    model = name or api.models.list().data[0].id
     clients = [Client(number, args.words) for number in range(args.clients)]
     for client in clients:
         client.wanted = reply(api, model, client, args.tokens)
@@ -150,7 +166,7 @@ def run(args: argparse.Namespace) -> dict[str, object]:
     held = []
     for thread in threads:
         while thread.is_alive():
-            held.append((time.monotonic(), resident(args.pid)))
+            held.append((time.monotonic(), resident(pid)))
             thread.join(timeout=2)
     statuses = malformed(api, model)
     clean = all(400 <= status < 500 for status in statuses.values())
@@ -161,8 +177,17 @@ def run(args: argparse.Namespace) -> dict[str, object]:
         "requests": dict(counts),
         "distinct_replies": len({client.wanted for client in clients}),
         "malformed": statuses,
-        "memory": memory(held),
+        "memory": memory(held, counts["answered"]),
     }
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """The server's load, and then, where one is named, that of a dense model's."""
+    found = under_load(args, args.url, args.model, args.pid)
+    if args.dense_url:
+        found["dense"] = under_load(args, args.dense_url, None, args.dense_pid)
+        found["ok"] = found["ok"] and found["dense"]["ok"]
+    return found
 
 
 def main() -> None:
@@ -174,6 +199,8 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=120)
     parser.add_argument("--tokens", type=int, default=12)
     parser.add_argument("--pid", type=int)
+    parser.add_argument("--dense-url", help="of a second server, to compare memory with")
+    parser.add_argument("--dense-pid", type=int)
     found = run(parser.parse_args())
     print(json.dumps(found, indent=2))
     sys.exit(0 if found["ok"] else 1)

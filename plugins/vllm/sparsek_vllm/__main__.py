@@ -12,11 +12,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 
 from sparsek_cli.console import report_error
 from sparsek_vllm.server import AGAIN, SERVED
 
 PATIENCE = 5.0  # seconds for the server's processes to end after it
+# On a CPU oneDNN keeps what it compiled for every number of tokens that a step had, 1024 of them:
+# for minutes memory grows with each new number. So many serve the matrices of one step as well.
+COMPILED = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 
 def main() -> int:
@@ -37,11 +41,17 @@ def main() -> int:
         signal.signal(number, end)
     # A group of its own: a terminal's Ctrl-C reaches it by way of this process alone.
     command = [sys.executable, "-m", "sparsek_vllm.server", *sys.argv[1:]]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)
+    surroundings = environment(os.environ)
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0, env=surroundings)
     code = server.wait()
     signal.alarm(0)
     _end_group(server.pid)
     return outcome(code, bool(asked))
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """The server's: as given, and with less kept by oneDNN where nothing is said about it."""
+    return {**COMPILED, **given}
 
 
 def outcome(code: int, asked: bool) -> int:

@@ -45,12 +45,17 @@ FLAGS = {
 }  # fmt: skip
 
 
+def free_port() -> int:
+    """A port that nobody listened on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @contextmanager
 def launched(folder: Path, log: Path, engine: str = "vllm") -> Iterator[Server]:
     """A server that does not answer yet; killed afterwards where it still runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with log.open("w") as words:
         process = subprocess.Popen(
             [

@@ -58,3 +58,9 @@ def test_an_end_that_nobody_asked_for_is_an_error(code, asked, shown, said, caps
     assert supervisor.outcome(code, asked) == shown
     told = capsys.readouterr().err.splitlines()
     assert len(told) == (2 if said else 0) and (told or [""])[0].startswith(said)
+
+
+def test_onednn_keeps_little_unless_told_otherwise():
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    assert supervisor.environment({"HOME": "/root"}) == {"HOME": "/root", name: "128"}
+    assert supervisor.environment({name: "7"}) == {name: "7"}

@@ -14,7 +14,7 @@ import pytest
 
 openai = pytest.importorskip("openai")
 from checkpoints import NEW, tokenizer  # noqa: E402
-from servers import LONGEST, complete, members, started  # noqa: E402  needs openai
+from servers import LONGEST, complete, free_port, members, started  # noqa: E402  needs openai
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -67,9 +67,10 @@ def test_a_prompt_that_fills_the_context_is_read_and_a_longer_one_is_refused(ser
 def test_clients_get_their_own_replies_and_a_signal_ends_it(server):
     import load_test as load
 
-    options = {"url": server.url, "model": None, "clients": 16, "seconds": 10, "words": 40}
-    found = load.run(argparse.Namespace(**options, tokens=6, pid=server.process.pid))
+    size = argparse.Namespace(clients=16, seconds=10, words=40, tokens=6)
+    found = load.under_load(size, server.url, None, server.process.pid)
     assert found["ok"], found
+    assert 0 < found["memory"]["least"] <= found["memory"]["most"]
     assert all(400 <= status < 500 for status in found["malformed"].values())
     assert found["distinct_replies"] > 8, "all replies are alike: a mixed one would not be seen"
     assert found["requests"]["answered"] > 16 and found["requests"]["left"] > 0
@@ -101,9 +102,10 @@ def test_transformers_server_answers_to_the_name_that_is_printed(
 def test_transformers_server_that_does_not_start_says_why(checkpoint):
     command = [sys.executable, "-m", "sparsek_cli", "serve", str(checkpoint("qwen3"))]
     options = {"capture_output": True, "text": True, "timeout": 120}
-    flags = ["--engine", "transformers", "--port", "8899", "--json"]
+    port = free_port()
+    flags = ["--engine", "transformers", "--port", str(port), "--json"]
     refused = subprocess.run([*command, *flags, "--", "--attn-implementation", "sdpa"], **options)
-    assert json.loads(refused.stdout)["url"].endswith(":8899/v1"), "and nothing of the server's"
+    assert json.loads(refused.stdout)["url"].endswith(f":{port}/v1"), "and nothing of the server's"
     assert refused.returncode > 0 and "Traceback" not in refused.stderr
     *_, error, hint = refused.stderr.splitlines()
     assert error.startswith("error: ") and "SparseK" in error and hint.startswith("hint: ")
