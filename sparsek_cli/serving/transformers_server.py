@@ -1,13 +1,14 @@
 """`python -m sparsek_cli.serving.transformers_server`: transformers' server, as `serve` starts it.
 
-Left alone it calls Ctrl-C a failure, and a refusal of ours becomes a traceback. All arguments are
-those of `transformers`.
+Left alone it calls Ctrl-C a failure, a refusal of ours becomes a traceback, and /v1/models lists the
+hub's cache on this machine. All arguments are those of `transformers`.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
+import time
 
 from sparsek_cli.console import report_error
 from sparsek_cli.errors import INTERRUPTED
@@ -25,6 +26,21 @@ def _watched(server: type, serving: list[bool]) -> type:
     return Watched
 
 
+def _lists_what_it_serves(manager: type) -> None:
+    """Makes /v1/models name the one model that a server was started with.
+
+    Args:
+        manager: transformers' `ModelManager`.
+    """
+    started = int(time.time())
+
+    def models(self) -> list[dict]:
+        named = {"id": self.force_model, "object": "model", "created": started}
+        return [{**named, "owned_by": "sparsek"}]
+
+    manager.get_gen_models = models
+
+
 def main() -> int:
     """Serves until it is ended; returns the exit code."""
     import uvicorn
@@ -40,6 +56,9 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
+    from transformers.cli.serving.model_manager import ModelManager  # takes seconds
+
+    _lists_what_it_serves(ModelManager)
     return module.run("transformers.cli.transformers") or 0
 
 

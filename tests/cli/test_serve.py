@@ -288,6 +288,18 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
     }.get(kind, [])  # fmt: skip
 
 
+def test_transformers_server_lists_the_model_that_it_serves(monkeypatch):
+    """Not the hub's cache on this machine, without which it would fail."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    monkeypatch.setattr(ModelManager, "get_gen_models", ModelManager.get_gen_models)
+    transformers_server._lists_what_it_serves(ModelManager)
+    manager = ModelManager()
+    manager.force_model = "converted"
+    [listed] = manager.get_gen_models()
+    assert listed["id"] == "converted" and listed["object"] == "model"
+
+
 def test_doctor_says_which_server_would_run(installed):
     from sparsek_cli.diagnosis import installation
 

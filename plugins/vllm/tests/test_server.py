@@ -92,6 +92,7 @@ def test_transformers_server_answers_to_the_name_that_is_printed(
         said = dict(line.split(maxsplit=1) for line in server.log.read_text().splitlines()[:5])
         assert said["model"] == folder.name and said["url"] == server.url
         assert "one request at a time" in said["limit"]
+        assert [model.id for model in server.api.models.list()] == [said["model"]]
         ask = {"model": said["model"], "max_tokens": NEW, "temperature": 0}
         assert server.api.completions.create(prompt=prompt, **ask).choices[0].text == wanted
         server.process.send_signal(number)
