@@ -107,7 +107,7 @@ def shape(rng: random.Random, family: str) -> dict[str, Any]:
     plain, own = tiny_config(family), TINY[family]
     settings: dict[str, Any] = {}
     if rng.random() < 0.7:
-        settings |= _heads(rng, plain, own)
+        settings |= _heads(rng, own)
     for key, most in EXPERTS.items():
         if key in own and rng.random() < 0.6:
             settings[key] = rng.randint(2 if most > 2 else 1, most)
@@ -145,7 +145,7 @@ def stray(rng: random.Random, family: str) -> dict[str, Any]:
     return {key: rng.choice(STRAY[key]) for key in rng.sample(others, min(2, len(others)))}
 
 
-def _heads(rng: random.Random, plain: Any, own: dict[str, Any]) -> dict[str, Any]:
+def _heads(rng: random.Random, own: dict[str, Any]) -> dict[str, Any]:
     """Heads, KV heads and their width; states need the tiny hidden size, whose parts fit."""
     heads, width = rng.choice([2, 4, 6, 8]), rng.choice(WIDTHS)
     kv = {"num_key_value_heads": rng.choice([n for n in range(1, heads + 1) if heads % n == 0])}

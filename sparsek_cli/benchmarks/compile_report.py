@@ -110,6 +110,7 @@ def report(
     from sparsek_kernels.triton import pipeline
     from sparsek_kernels.triton import run as read_prompt
     from sparsek_kernels.triton.decode.step import step
+    from sparsek_kernels.triton.geometry import geometry
 
     recorder = Recorder(10 * capability[0] + capability[1])
     JITFunction.run = lambda kernel, *args, **kwargs: recorder.launch(kernel, *args, **kwargs)
@@ -119,7 +120,7 @@ def report(
     k = torch.zeros(1, groups, length, dim, dtype=dtype)
     scores = torch.zeros(1, groups, length, dtype=torch.float64)
     settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5, softcap)
-    shape = pipeline.prepare(q, k, settings, None)
+    shape = geometry(q.shape, k.shape, q.device)
     sinks = pipeline.sink_mask(shape, 4)
     own = pipeline.hopper_kernels
     for hopper_kernels in {own, lambda *_: None}:  # with Hopper's own kernels and without

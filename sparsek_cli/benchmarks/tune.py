@@ -1,9 +1,10 @@
 """Times launch shapes of the attention kernels on this GPU, to choose the rows of tuning.json.
 
-python -m sparsek_cli.benchmarks.tune [--length 32768] [--kinds forward,dq,dkdv] [--check]
+python -m sparsek_cli.benchmarks.tune [--length 32768] [--kinds forward,dq,dkdv] [--json FILE]
 
 Compiles every candidate first, in parallel, then times each on random data (median of CUDA events)
-and prints milliseconds and achieved TFLOP/s, best first.
+and prints milliseconds and achieved TFLOP/s, best first; `--json` writes the same. A row of
+tuning.json also names the device's capability and the heads it is for: it is written by hand.
 """
 
 import argparse
@@ -16,11 +17,14 @@ from sparsek_kernels.triton import forward as fore
 from sparsek_kernels.triton import pipeline, scores, selection, thresholds
 from sparsek_kernels.triton.backward.key_gradient import key_gradient
 from sparsek_kernels.triton.backward.query_gradient import query_gradient
+from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
 from sparsek_kernels.triton.tuning import Config
 
+from sparsek_cli.errors import first_line
 
-def candidates(kind: str, dim: int) -> list[Config]:
+
+def candidates(kind: str) -> list[Config]:
     """Shapes worth a try; those that do not fit are reported and skipped."""
     if kind == "forward":
         shapes = [(128, 4, 32, 4, 3, 1), (128, 4, 64, 8, 3, 1), (128, 4, 64, 8, 2, 1, 128),
@@ -55,7 +59,7 @@ class Case:
         )
         topk = (min(args.topk, length),) * groups
         self.settings = pipeline.Settings(topk, args.window, 4, args.gate, dim**-0.5)
-        self.shape = pipeline.prepare(self.q, self.k, self.settings, None)
+        self.shape = geometry(self.q.shape, self.k.shape, self.q.device)
         self.sinks = pipeline.sink_mask(self.shape, 4)
         self.end = selection.selection_ends(
             self.e, topk, args.window, self.shape, always=self.sinks
@@ -95,8 +99,12 @@ def compile_one(job) -> str | None:
         Case(4096, args).run(kind, config)
         torch.cuda.synchronize()
     except Exception as error:  # a shape that does not fit is a result, not a failure
-        return f"{kind} {config}: {type(error).__name__} {str(error).splitlines()[0][:80]}"
+        return _failure(kind, config, error)
     return None
+
+
+def _failure(kind: str, config: Config, error: Exception) -> str:
+    return f"{kind} {config}: {type(error).__name__} {first_line(error)[:80]}"
 
 
 def median_ms(call, repeats: int = 12) -> float:
@@ -127,7 +135,7 @@ def main() -> None:
     args = parser.parse_args()
     args.heads = tuple(int(n) for n in args.heads.split("/"))
     kinds = args.kinds.split(",")
-    jobs = [(kind, config, args) for kind in kinds for config in candidates(kind, args.dim)]
+    jobs = [(kind, config, args) for kind in kinds for config in candidates(kind)]
     context = multiprocessing.get_context("spawn")
     with context.Pool(args.workers) as pool:
         failed = [f for f in pool.map(compile_one, jobs, chunksize=1) if f]
@@ -137,10 +145,11 @@ def main() -> None:
     result = []
     for kind in kinds:
         lines = []
-        for config in candidates(kind, args.dim):
+        for config in candidates(kind):
             try:
                 ms = median_ms(lambda kind=kind, config=config: case.run(kind, config))
-            except Exception:
+            except Exception as error:  # what did not compile fails again, and is told again
+                print("skipped", _failure(kind, config, error), file=sys.stderr)
                 continue
             products = {"forward": 2, "dq": 3, "dkdv": 4}[kind]
             work = case.flops * products / 2
@@ -151,9 +160,12 @@ def main() -> None:
                 f" warps {c.warps} stages {c.stages}/{c.masked_stages} {c.registers}"
             )
             result.append(dict(kind=kind, ms=ms, tflops=rate, **vars(c)))
+    unmeasured = [kind for kind in kinds if not any(row["kind"] == kind for row in result)]
     if args.json:
         with open(args.json, "w") as file:
             json.dump(result, file, indent=1)
+    if unmeasured:
+        sys.exit(f"no shape of {', '.join(unmeasured)} ran")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ file that leads there: answer with `trust_remote_code=True` for the model, and w
 ```
 sparsek chat {name}
 sparsek evaluate {name} --tasks ppl,recall --baselines dense,window,random
-sparsek finetune {name}
+sparsek finetune {name} OUT --recipe lora --data FILE
 ```
 
 ## Files

@@ -20,6 +20,7 @@ from sparsek_cli.conversion.sizes import (
     with_settings_of,
 )
 from sparsek_cli.converted import dense_config, is_converted
+from sparsek_cli.data.text.find_files import find_files, is_hub_id
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
@@ -90,6 +91,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
         check_room(existing_parent(out), sum(shard.bytes for shard in shards), packed=packed)
     tokens, length = 0, 0
     if recipe.calibrate != "none":
+        check_text(recipe.calibrate)
         tokens, length = calibration_size(
             sizes,
             topk + window + recipe.sinks,
@@ -132,6 +134,16 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
         seed=recipe.seed,
         request=recipe.model_dump(by_alias=True),
     )
+
+
+def check_text(spec: str) -> None:
+    """Refuses text to calibrate on that is not there.
+
+    Raises:
+        UsageError: no such file or folder, or nothing readable in it.
+    """
+    if spec != "auto" and not is_hub_id(spec):
+        find_files(spec)
 
 
 def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:

@@ -60,6 +60,8 @@ class Converted:
         return self.plan.base_bytes if isinstance(self.plan.base, GgufCheckpoint) else 0
 
     def _base_came(self) -> str:
+        if self.plan.scorers_only:
+            return "scorers, nothing of the base"
         if self.bytes_unpacked:
             return f"base unpacked into OUT, {self.bytes_unpacked:,} bytes"
         means = " and ".join(sorted(set(self.written.means)))
@@ -71,8 +73,9 @@ class Converted:
             self.plan.text(),
             f"written     {self._base_came()}; NaN check: {self.nan_checked}",
             f"verified    {self.verified.text()}",
-            f"tokenizer   {self.tokenizer}",
         ]
+        if not self.plan.scorers_only:
+            lines.append(f"tokenizer   {self.tokenizer}")
         if self.calibration:
             found = self.calibration
             lines.append(

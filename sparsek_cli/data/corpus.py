@@ -181,7 +181,7 @@ def load_corpus(
     max_tokens: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Corpus:
-    """Reads and tokenises what `spec` means (see `read_documents`), once: the result is cached.
+    """Reads and tokenises what `spec` means (see `iterate_texts`), once: the result is cached.
 
     The cache lies in $SPARSEK_CACHE_DIR, else in the XDG cache directory; its key covers files
     (path, size, time of change), tokenizer and settings. Several processes share one result.

@@ -1,10 +1,10 @@
 """How a hidden fact is told and how it is asked for: one row per phrasing.
 
 Statement and question share the key (who or what the fact is about) and little else, so that a
-question cannot be answered by matching its words against the document. In `value_first` rows the
-value stands before the key, which is harder: what tells facts apart comes after them. Answers have
-one form for all phrasings (`ANSWER`): a short sentence in which the value follows a space, as it
-does in the statement, and is the only thing to know.
+question cannot be answered by matching its words against the document. In some rows the value
+stands before the key, which is harder: what tells facts apart comes after them. Answers have one
+form for all phrasings (`ANSWER`): a short sentence in which the value follows a space, as it does
+in the statement, and is the only thing to know.
 
 `split` says who may look at a row:
     "calibration"  training of `tiny` and calibration of conversions
@@ -42,11 +42,6 @@ class Phrasing:
     question: str
     split: Split = "calibration"
     answer: str = ANSWER
-
-    @property
-    def value_first(self) -> bool:
-        """Whether the value is told before the key."""
-        return self.statement.index("{value}") < self.statement.index("{key}")
 
 
 PHRASINGS: tuple[Phrasing, ...] = (

@@ -67,7 +67,7 @@ class Plan:
                 f"baselines  {', '.join(self.rivals.baselines) or 'none'}",
                 f"budgets    {budgets}",
                 f"samples    {self.samples.limit or 'all'} per task and length",
-                f"out        {self.out or 'runs/evaluate/<model>/<settings>'}",
+                f"out        {self.out or f'runs/evaluate/{self.checkpoint.name}/<settings>'}",
             ]
         )
 

@@ -97,7 +97,6 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
         max_length=max_length,
         asked_length=prompts.max_length,
         beyond=beyond,
-        say=say,
     )
     units, refused = refuse_unfit(units, lm, samples, prompts, beyond)
     pairs, unfit = _pairs(units, policies)

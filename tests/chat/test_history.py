@@ -178,7 +178,7 @@ def test_a_budget_starts_anew(repl, said):
 
 
 def test_transcripts_are_lines_that_finetune_reads(repl, tmp_path):
-    from sparsek_cli.data.text.documents import read_documents
+    from sparsek_cli.data.text.documents import iterate_texts
 
     (tmp_path / "books").mkdir()
     (tmp_path / "books" / "b.md").write_text("Second.", encoding="utf-8")
@@ -193,7 +193,7 @@ def test_transcripts_are_lines_that_finetune_reads(repl, tmp_path):
     repl.handle(f"/save {file}")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert [len(row["messages"]) for row in rows] == [2, 4]
-    texts = [row["text"] for row in read_documents(file)]
+    texts = list(iterate_texts(file))
     assert "a.txt:\nFirst." in texts[0] and "Second." in texts[0] and "Secret" not in texts[0]
     assert texts[1].startswith(texts[0][:40]) and "And more?" in texts[1]
 

@@ -57,6 +57,7 @@ def refused(sparsek, tmp_path, monkeypatch):
         (2, [*FINETUNE, "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
         (2, [*FINETUNE, "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
         (1, [*FINETUNE, "nobody/nothing"], "'nobody/nothing' cannot be read from the hub"),
+        (2, ["convert", "tiny", "out", "--calibrate", "nowhere/", "--dry-run"], "no such file or"),
         (2, ["finetune", "tiny", "busy", "--data", "README.md"], "busy"),
         (2, ["finetune", "tinny", "out"], "did you mean 'tiny'"),
         (1, ["finetune", "nobody/nothing", "out"], "not in the cache"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,21 @@ def test_base_is_linked_byte_for_byte(dense_checkpoint, tmp_path):
     assert {"tokenizer.json", "README.md", "sparsek.yaml", "generation_config.json"} <= names
     index = json.loads((plan.out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {n for n in names if n.endswith(".safetensors")}
+
+
+def test_commands_on_the_card_can_be_followed(dense_checkpoint, tmp_path, monkeypatch, capsys):
+    from sparsek_cli.app import run as sparsek
+
+    out = tmp_path / "out"
+    convert(plan_for(dense_checkpoint(), out), QUIET)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("rain on the roof " * 400, encoding="utf-8")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^sparsek (?!chat).*$", card, re.M)
+    assert len(commands) == 2
+    for line in commands:
+        words = line.replace(" FILE", " file.txt").split()[1:]
+        assert sparsek([*words, "--dry-run"]) == 0, capsys.readouterr().err
 
 
 def test_copy_makes_files_of_its_own(dense_checkpoint, tmp_path):

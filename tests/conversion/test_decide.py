@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from sparsek_cli.conversion.calibrate.effort import Effort
 from sparsek_cli.conversion.calibrate.head_budgets import compare, refine
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import (
     FutureAttention,
     threshold_shares,
 )
-from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort, settle
+from sparsek_cli.conversion.calibrate.head_budgets.compare import settle
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     HeldOut,
     decide,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sparsek_kernels import sparsek_attention
 
-from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort
+from sparsek_cli.conversion.calibrate.effort import Effort
 from sparsek_cli.conversion.calibrate.layer_search import LayerSearch
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Recorded

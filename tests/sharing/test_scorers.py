@@ -107,8 +107,10 @@ def test_converting_can_write_scorers_alone(llama, tmp_path):
     merged = CliRunner().invoke(app, ["merge", str(base), str(tmp_path / "s"), str(tmp_path / "m")])
     assert merged.exit_code == 0, merged.output
     assert torch.equal(logits(tmp_path / "m"), logits(out))
-    again = CliRunner().invoke(app, [*words, "--overwrite"])
+    again = CliRunner().invoke(app, [*words[:-2], "--overwrite"])
     assert again.exit_code == 0, again.output
+    assert "scorers, nothing of the base" in again.stdout
+    assert "tokenizer " not in again.stdout and "hard link" not in again.stdout
     shown = CliRunner().invoke(app, [*words[:2], str(tmp_path / "x"), *words[3:], "--dry-run"])
     assert json.loads(shown.stdout)["scorers_only"] and not (tmp_path / "x").exists()
 

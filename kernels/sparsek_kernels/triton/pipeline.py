@@ -1,6 +1,5 @@
 """One call end to end: selection, lists, attention; and its gradient."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import ModuleType
@@ -12,7 +11,7 @@ from sparsek_kernels.triton.backward.key_gradient import key_gradient
 from sparsek_kernels.triton.backward.query_gradient import query_gradient
 from sparsek_kernels.triton.backward.row_products import row_products
 from sparsek_kernels.triton.forward import attend_forward
-from sparsek_kernels.triton.geometry import Geometry, geometry
+from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
 from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
@@ -209,13 +208,3 @@ def backward(
         de = score_gradient(column_sum, row_sum, runs, shape.group)
     own = None if sink_logits is None else sink_gradient(lse, delta, sink_logits)
     return dq, dk.to(k.dtype), dv.to(v.dtype), de, own
-
-
-def prepare(
-    q: torch.Tensor, k: torch.Tensor, settings: Settings, cu_seqlens: torch.Tensor | None
-) -> Geometry:
-    return geometry(q.shape, k.shape, q.device, cu_seqlens)
-
-
-def topk_tuple(topk: int | Sequence[int], heads: int) -> tuple[int, ...]:
-    return (topk,) * heads if isinstance(topk, int) else tuple(topk)

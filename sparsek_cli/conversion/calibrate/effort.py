@@ -6,8 +6,21 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort
+from sparsek_cli.conversion.calibrate.head_budgets.refine import WAYS
 from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What the device affords: proposals run as whole models, and times the best is refined."""
+
+    proposals: int
+    refinements: int
+
+    @property
+    def passes(self) -> int:
+        """Whole models run at most, a plain window's among them."""
+        return 1 + self.proposals + self.refinements * WAYS
 
 
 @dataclass(frozen=True)

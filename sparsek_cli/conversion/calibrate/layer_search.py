@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from sparsek_cli.conversion.calibrate import rows
-from sparsek_cli.conversion.calibrate.effort import affordable
+from sparsek_cli.conversion.calibrate.effort import Effort, affordable
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
-from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     Candidate,
     HeldOut,
@@ -65,8 +64,8 @@ class LayerSearch:
         whole = self.can.whole_tokens // plan.calibrate_length
         refining = self.can.refining if effort.refinements else 0
         few = self.held_out[: max(1, min(_WHOLE, max(2, whole), len(held_out) - refining))]
-        others = held_out[len(few) :][:refining]
-        plain = [part for sequence in others for part in sequence.plain(_REFINING_TURNS)]
+        unread = held_out[len(few) :][:refining]
+        plain = [part for sequence in unread for part in sequence.plain(_REFINING_TURNS)]
         sequences = [*fitting, *held_out, *plain]
         self.sequences = sequences
         self.answers = [torch.from_numpy(s.answer) for s in sequences]
@@ -85,9 +84,10 @@ class LayerSearch:
             self.base = LayerwiseBase(plan, ids, turns, device, dtype)
             self._valued = self._to_value(few)
             self.whole = Whole(self.base, self._counted(few))
-            others = range(self.held_out.stop, len(sequences))
-            self.gradients = Gradients(self.base, self._counted(others))
+            added = range(self.held_out.stop, len(sequences))
+            self.gradients = Gradients(self.base, self._counted(added))
         self.part: dict[int, HeldOut] = {}
+        self.part_inputs: dict[int, torch.Tensor] = {}
 
     def _counted(self, numbers: range) -> dict[int, Rows]:
         """By document the rows at which the whole model's losses count."""

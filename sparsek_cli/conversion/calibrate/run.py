@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from sparsek_cli import quantised
-from sparsek_cli.conversion.calibrate.effort import affordable
+from sparsek_cli.conversion.calibrate.effort import Effort, affordable
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.head_budgets.compare import Effort, settle
+from sparsek_cli.conversion.calibrate.head_budgets.compare import settle
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     HeldOut,
     scorers_of,

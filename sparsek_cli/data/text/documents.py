@@ -2,24 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from sparsek_cli.data.text.find_files import find_files, is_hub_id
 from sparsek_cli.data.text.hub_rows import hub_rows
 from sparsek_cli.data.text.read_files import file_rows
 
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
-
-def read_documents(
+def iterate_texts(
     spec: str | Path | Sequence[str | Path],
     *,
     name: str | None = None,
     split: str = "train",
     column: str | None = None,
-) -> "IterableDataset":
-    """Documents as a stream of {"text": str}, in a fixed order, blank ones left out.
+) -> Iterator[str]:
+    """The texts of documents, in a fixed order, blank ones left out.
 
     A .txt, .md or .py file is one document; each row of a .jsonl or .parquet file is one.
 
@@ -33,27 +29,6 @@ def read_documents(
             with the contents is raised when the document is reached.
         SparsekError: the hub cannot be reached.
     """
-    from datasets import IterableDataset
-
-    if is_hub_id(spec):
-        return IterableDataset.from_generator(
-            hub_rows, gen_kwargs={"hub_id": str(spec), "name": name, "split": split,
-                                   "column": column},
-        )  # fmt: skip
-    files = find_files(spec)
-    return IterableDataset.from_generator(
-        file_rows, gen_kwargs={"files": tuple(map(str, files)), "column": column}
-    )
-
-
-def iterate_texts(
-    spec: str | Path | Sequence[str | Path],
-    *,
-    name: str | None = None,
-    split: str = "train",
-    column: str | None = None,
-) -> Iterator[str]:
-    """The texts of `read_documents` as plain strings, without importing `datasets` for files."""
     if is_hub_id(spec):
         rows = hub_rows(hub_id=str(spec), name=name, split=split, column=column)
     else:

@@ -9,6 +9,8 @@ from sparsek_cli.evaluation.report.paired_stderr import paired_error
 from sparsek_cli.evaluation.report.rows import shown
 from sparsek_cli.evaluation.report.store import load_results, load_samples
 
+# Where a run reads and writes says nothing about its scores; the model has a section of its own.
+_WHERE = ("model", "out", "overwrite")
 # Differences in these make scores incomparable; others are worth a line.
 DECISIVE = (
     "limit", "limits", "data", "text", "lengths", "seed", "truncate", "yarn", "max_new_tokens",
@@ -83,7 +85,7 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     }
     for section, (left, right, keys) in pairs.items():
         for key in sorted(keys or left.keys() | right.keys()):
-            if key in ("output", "model"):
+            if key in _WHERE:
                 continue
             if left.get(key) != right.get(key):
                 found.append(

@@ -55,7 +55,7 @@ def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> N
     if os.path.lexists(folder / RUN) and _fingerprint_in(folder) is None:
         raise UsageError(
             f"'{folder / RUN}' was not written by `sparsek evaluate` and is not replaced",
-            hint="name another --output",
+            hint="name another --out",
         )
 
 
@@ -99,11 +99,11 @@ class Store:
             except BlockingIOError as error:
                 raise UsageError(
                     f"another run is writing in {folder}",
-                    hint="wait for it, or name another --output",
+                    hint="wait for it, or name another --out",
                 ) from error
             except OSError as error:
                 raise SparsekError(
-                    f"cannot write to {folder}: {error.strerror}", hint="name another --output"
+                    f"cannot write to {folder}: {error.strerror}", hint="name another --out"
                 ) from error
             self._held = stack.pop_all()
 
@@ -116,7 +116,7 @@ class Store:
         if finished and before != fingerprint and not overwrite:
             raise UsageError(
                 f"{folder} holds results of other settings",
-                hint="name another --output, or --overwrite to replace them",
+                hint="name another --out, or --overwrite to replace them",
             )
         if finished and before == fingerprint and not (resume or overwrite):
             raise UsageError(

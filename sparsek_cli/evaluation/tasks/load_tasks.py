@@ -1,6 +1,6 @@
 """What a run consists of: one task at one length each; loading them, measuring their prompts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +60,6 @@ def load_units(
     max_length: int,
     beyond: str,
     asked_length: int | None,
-    say: Callable[[str], None],
 ) -> tuple[list[Unit], list[Absent]]:
     """Loads every task at every length; data that is missing is reported, not fatal.
 

@@ -12,7 +12,7 @@ asked for by name.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any
 
@@ -215,11 +215,6 @@ def derived_class(name: str) -> type | None:
     if row is None:
         return None
     return FAMILIES[row.model_type].derived[row.sparsek_names.index(name)]
-
-
-def derived_names() -> Iterator[str]:
-    """The names of all derived classes."""
-    return iter(_BY_CLASS_NAME)
 
 
 def sparsek_config_from(base_config: Any, settings: Mapping[str, Any]) -> PreTrainedConfig:

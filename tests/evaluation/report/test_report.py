@@ -217,6 +217,17 @@ def test_compare_shows_differences(report, tmp_path):
     assert "-0.4" in shown
 
 
+def test_two_equal_runs_in_two_folders_do_not_differ(report, tmp_path):
+    from sparsek_cli.evaluation.report.compare import compare
+
+    runs = []
+    for name in ("a", "b"):
+        one = copy.deepcopy(report)
+        one["recipe"] |= {"out": str(tmp_path / name), "overwrite": name == "b"}
+        runs.append(write(tmp_path / name, one))
+    assert compare(*runs)["differences"] == []
+
+
 def test_compare_pairs_the_same_prompts(report, tmp_path):
     from sparsek_cli.evaluation.report.compare import as_text, compare
     from sparsek_cli.evaluation.report.store import Store

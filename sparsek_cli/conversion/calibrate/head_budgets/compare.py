@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from sparsek_cli.conversion.calibrate.effort import Effort
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import threshold_shares
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
 from sparsek_cli.conversion.calibrate.head_budgets.decide import (
@@ -15,7 +15,7 @@ from sparsek_cli.conversion.calibrate.head_budgets.decide import (
     decide,
     shares_by_errors,
 )
-from sparsek_cli.conversion.calibrate.head_budgets.refine import WAYS, moved_shares, resized
+from sparsek_cli.conversion.calibrate.head_budgets.refine import moved_shares, resized
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import (
     Whole,
     chosen_attention,
@@ -66,19 +66,6 @@ def settle(
             break
     choices, report = compared.outcome()
     return choices, report | {"not_refined": reason}
-
-
-@dataclass(frozen=True)
-class Effort:
-    """What the device affords: proposals run as whole models, and times the best is refined."""
-
-    proposals: int
-    refinements: int
-
-    @property
-    def passes(self) -> int:
-        """Whole models run at most, a plain window's among them."""
-        return 1 + self.proposals + self.refinements * WAYS
 
 
 class _Comparison:
