@@ -1,7 +1,7 @@
 """`python -m sparsek_cli.serving.transformers_server`: transformers' server, as `serve` starts it.
 
-Left alone it calls Ctrl-C a failure, a refusal of ours becomes a traceback, and /v1/models lists the
-hub's cache on this machine. All arguments are those of `transformers`.
+Left alone it calls Ctrl-C a failure, a refusal of ours becomes a traceback, and /v1/models lists
+the hub's cache on this machine. All arguments are those of `transformers`.
 """
 
 from __future__ import annotations
