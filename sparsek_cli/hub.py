@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from sparsek_cli import model_folder
+from sparsek_cli.conversion.weights_beside import PICKLES
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
@@ -153,8 +154,9 @@ def is_short_name(name: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be one on the hub: owner/name, and no path."""
-    return not _looks_like_path(name) and _HUB_ID.fullmatch(name) is not None
+    """Whether a name can be one on the hub: owner/name, and no path or file of weights."""
+    file = name.lower().endswith((".safetensors", ".gguf", *PICKLES))
+    return not file and not _looks_like_path(name) and _HUB_ID.fullmatch(name) is not None
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:

@@ -161,7 +161,7 @@ def load_texts(
     """The text sources by name, and the held-out text (None: no evaluation).
 
     Raises:
-        UsageError: no sources, or a source without text.
+        UsageError: no sources, a source without text, or one of which all is held out.
     """
     if not sources:
         raise UsageError("no training data", hint="give --data FILE or a 'data' block in a recipe")
@@ -177,6 +177,11 @@ def load_texts(
     held: list[Corpus] = []
     for name, corpus in texts.items():
         texts[name], rest = corpus.split(wanted.held_out, seed)
+        if not texts[name].total:
+            raise UsageError(
+                f"evaluation.held_out {wanted.held_out} leaves nothing of data.{name} to train on",
+                hint="set it lower, or give evaluation.files",
+            )
         if sources[name].weight > 0:
             held.append(rest)
     largest = max(held, key=lambda corpus: corpus.total, default=None)

@@ -4,4 +4,5 @@ LONGEST = 1 << 24  # tokens of a sequence, a prompt or a document
 MOST_SEQUENCES = 1 << 16  # side by side
 MOST_OF_A_STEP = 1 << 20  # sequences
 MOST_HEADS = 1 << 12
+MOST_WORKERS = 1 << 8  # processes that prepare data
 MOST_UNITS = 1 << 16  # of a scorer's hidden layer

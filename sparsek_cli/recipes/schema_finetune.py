@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from sparsek_cli.recipes.earlier_versions import SETTLED_FINETUNE, without_settled
-from sparsek_cli.recipes.limits import LONGEST, MOST_OF_A_STEP, MOST_SEQUENCES
+from sparsek_cli.recipes.limits import LONGEST, MOST_OF_A_STEP, MOST_SEQUENCES, MOST_WORKERS
 from sparsek_cli.recipes.schema_sources import Evaluation, Fraction, Source, Strict
 
 Positive = Annotated[float, Field(gt=0.0)]
@@ -208,7 +208,10 @@ class FinetuneRecipe(Strict):
         default_factory=list, description="where the log also goes"
     )
     data_workers: int = Field(
-        0, ge=0, description="processes that prepare sequences; 0: in the training process"
+        0,
+        ge=0,
+        le=MOST_WORKERS,
+        description="processes that prepare sequences; 0: in the training process",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of data, initialisation and dropout")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

@@ -91,6 +91,8 @@ def test_every_short_name_is_a_hub_id_of_a_known_family():
         ("./nowhere", "no such folder: './nowhere'", "check the path"),
         ("/a/b/c", "no such folder", "check the path"),
         ("", "empty", "name a folder"),
+        ("models/q4.gguf", "no such folder: 'models/q4.gguf'", "check the path"),
+        ("models/model.safetensors", "no such folder", "check the path"),
         ("what is this", "unknown model", "--list-models"),
     ],
 )

@@ -319,6 +319,15 @@ def test_documents_of_one_token_teach_nothing(recipe, scratch, tmp_path):
         finetune(recipe(*scratch, f"data.text.files={tmp_path / 'one.jsonl'}"))
 
 
+def test_a_text_of_which_all_is_held_out_is_refused(recipe, scratch, tmp_path):
+    """The first sequence was waited for for ever."""
+    (tmp_path / "one.txt").write_text("A boat and a house. " * 20)
+    with pytest.raises(UsageError, match=r"held_out 1.0 leaves nothing of data\.text"):
+        finetune(
+            recipe(*scratch, f"data.text.files={tmp_path / 'one.txt'}", "evaluation.held_out=1.0")
+        )
+
+
 @pytest.mark.parametrize("family", ["nemotron_h", "gpt2"])
 def test_trained_scorers_have_the_names_of_the_files(family, recipe, sparse_checkpoint, tmp_path):
     """Some files name the base otherwise than the model does, or not at all."""
