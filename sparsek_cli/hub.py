@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from sparsek_cli import model_folder
-from sparsek_cli.conversion.weights_beside import PICKLES
+from sparsek_cli.checkpoint_files.weights_beside import PICKLES
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
