@@ -6,7 +6,7 @@ RESULTS are folders of experiments (or their results.json). FOLDER gets a PNG an
 figure, named after the folder of the results: loss by position (scratch, budgets, conversion), loss
 and recall against budget (budgets, conversion), recall by depth and length (budgets), the effect of
 each part of calibration (ablations), milliseconds by length and by k (cost), tokens per second
-(speed), loss and needles against bytes (docs/results/smollm2).
+(training_step), loss and needles against bytes (docs/results/smollm2).
 """
 
 import argparse
@@ -23,6 +23,7 @@ from sparsek_cli.evaluation.report import plots
 Rows = list[dict[str, Any]]
 # What a figure by position and one by depth show of the budgets: one of them.
 _SHARE = 16
+MIB = 2**20  # bytes
 
 
 def main() -> None:
@@ -206,7 +207,7 @@ def quality_by_bytes(rows: Rows) -> Any:
             here = [row for row in rows if row["context"] == context and key in row]
             points: dict[str, list[tuple[float, float]]] = {}
             for row in sorted(here, key=lambda row: row["cache_bytes"]):
-                place = row["cache_bytes"] / 1e6, row[key]
+                place = row["cache_bytes"] / MIB, row[key]
                 points.setdefault(row["policy"], []).append(place)
             for policy, found in points.items():
                 colour = plots.colour(policy, sorted({row["policy"] for row in rows}))
@@ -215,8 +216,8 @@ def quality_by_bytes(rows: Rows) -> Any:
                 ax.plot(*zip(*found, strict=True), **style)
                 way = found if policy == DENSE else found + points.get(DENSE, [])
                 ax.plot(*zip(*way, strict=True), color=colour, alpha=0.3, zorder=0)
-        ax.set(xscale="log", xlabel="KV cache, MB", ylabel=label)
-        ticks = sorted({round(row["cache_bytes"] / 1e6) for row in rows})
+        ax.set(xscale="log", xlabel="KV cache, MiB", ylabel=label)
+        ticks = sorted({round(row["cache_bytes"] / MIB) for row in rows})
         ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=8)
