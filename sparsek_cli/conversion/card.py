@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsek_cli import quantised
+from sparsek_cli.byte_units import size as byte_size
 from sparsek_cli.conversion.planned import Plan
 
 
@@ -18,7 +19,7 @@ def model_card(plan: Plan, report: Mapping[str, Any] | None, scorers: str = "") 
     size = plan.geometry
     source = plan.base.title
     hub = f"base_model: {source}\n" if "/" in source else ""
-    kept, dense = (plan.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
+    kept, dense = (byte_size(plan.cache_bytes(size.context, dense=d)) for d in (False, True))
     name = plan.out.name
     return f"""---
 {hub}library_name: transformers
@@ -32,8 +33,8 @@ tags:
 
 {source} with SparseK attention (arXiv 2406.16747): each KV head keeps {plan.sinks} first tokens,
 the newest {plan.window}, and {_selected(plan)} that a learned score ranks highest. The cache
-holds {plan.budget} tokens per KV head at any length: {kept:.1f} MiB for the whole model, where the
-dense one holds {dense:.1f} MiB at its context of {size.context:,} tokens.
+holds {plan.budget} tokens per KV head at any length: {kept} in {plan.slot_dtype} for the whole model,
+where the dense one holds {dense} at its context of {size.context:,} tokens.
 
 {scorers or _calibration(plan, report)}
 

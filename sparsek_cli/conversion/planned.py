@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import quantised
+from sparsek_cli.byte_units import size as byte_size
 from sparsek_cli.checkpoint_files.shards import Shard
 from sparsek_cli.conversion.calibrate.method import DOCUMENTS, Method
 from sparsek_cli.conversion.geometry import Geometry
@@ -164,6 +165,11 @@ class Plan:
         return 2 * self.geometry.kv_heads * self.geometry.head_dim * width
 
     @property
+    def slot_dtype(self) -> str:
+        """Number format of the slots: the checkpoint's, or int8."""
+        return self.geometry.dtype if self.cache_dtype == "auto" else self.cache_dtype
+
+    @property
     def _slot_bytes(self) -> int:
         """The same where SparseK holds them: in 8 bits, each with a float32 scale, if asked for."""
         if self.cache_dtype == "auto":
@@ -224,7 +230,7 @@ class Plan:
         if self.scorers_only:
             how = "read and hashed; OUT holds the scorers alone"
         never = "" if self.evicts else f"; nothing is evicted within {size.context:,} tokens"
-        kept, dense = (self.cache_bytes(size.context, dense=d) / 2**20 for d in (False, True))
+        kept, dense = (self.cache_bytes(size.context, dense=d) for d in (False, True))
         if self.calibrate_tokens:
             count = self.calibrate_tokens // self.fit_length
             calibration = (
@@ -241,7 +247,8 @@ class Plan:
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
                 f"{self.budget} slots per KV head, gate {self.gate}{never}",
-                f"cache       {kept:.1f} MiB always; dense at {size.context:,}: {dense:.1f} MiB",
+                f"cache       {byte_size(kept)} always, in {self.slot_dtype}; dense at {size.context:,}: "
+                f"{byte_size(dense)}",
                 f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
                 f"calibration {calibration}",
                 *(() if self.own_tokenizer else (f"tokenizer   {self.tokenizer.path}",)),

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sparsek_cli import quantised
+from sparsek_cli.byte_units import size
 from sparsek_cli.converted import is_converted
 from sparsek_cli.diagnosis.check import PACKED_TOLERANCE, REPORT_IT, TOLERANCE, Check
 
@@ -109,7 +110,8 @@ def _cache_bytes(lm: "torch.nn.Module") -> Iterator[Check]:
     yield Check(
         "cache bytes",
         set(held) == {expected} if exact else None,
-        f"{shown} at 32, 159 and 160 tokens, the formula says {expected:,}"
+        f"{shown} at 32, 159 and 160 tokens, the formula says {expected:,} "
+        f"({size(expected)}, computed in {str(lm.dtype).removeprefix('torch.')})"
         + (f"; {others:,} in layers of other kinds" if others else ""),
         REPORT_IT,
     )

@@ -3,6 +3,8 @@
 import time
 from dataclasses import dataclass
 
+from sparsek_cli.byte_units import size
+
 
 @dataclass
 class Stats:
@@ -32,17 +34,6 @@ class Clock:
         """Of the tokens after the first, which waits for the question to be read."""
         writing = self.seconds - self.first
         return (self.tokens - 1) / writing if writing else 0.0
-
-
-def size(count: int) -> str:
-    """Bytes in binary units, three digits: 1536 -> "1.50 KiB"."""
-    amount = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if amount < 1000 or unit == "TiB":
-            break
-        amount /= 1024
-    digits = 0 if unit == "B" or amount >= 100 else 1 if amount >= 10 else 2
-    return f"{amount:.{digits}f} {unit}"
 
 
 def status_line(stats: Stats, *, sparse: bool, limit: int | None = None) -> str:

@@ -6,8 +6,9 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 
+from sparsek_cli.byte_units import size
 from sparsek_cli.dialogue.compare import dense_reply
-from sparsek_cli.dialogue.figures import size, status_line
+from sparsek_cli.dialogue.figures import status_line
 from sparsek_cli.dialogue.files import ProgressMaker, load_path, save_conversation
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparsek_cli.byte_units import size
 from sparsek_cli.data.pieces import BLOCK
-from sparsek_cli.dialogue.figures import Stats, size, status_line
+from sparsek_cli.dialogue.figures import Stats, status_line
 from sparsek_cli.dialogue.files import load_file, load_path, save_conversation
 from sparsek_cli.dialogue.repl import Repl
 from sparsek_cli.dialogue.sampling import Sampling

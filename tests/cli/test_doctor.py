@@ -37,6 +37,7 @@ def test_healthy(sparsek, converted):
     ):
         assert rows[name]["ok"] is True, rows[name]
     assert rows["torch"]["detail"] and rows["backend"]["detail"]
+    assert rows["cache bytes"]["detail"].endswith(" KiB, computed in float32)")
 
 
 def test_dense_model_is_said_to_be_dense(sparsek, dense_checkpoint):

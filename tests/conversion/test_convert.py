@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from sparsek_cli import byte_units
 from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.console import Console
+from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.run import run as convert
@@ -51,6 +53,16 @@ def test_every_family_converts_and_loads(family, dense_checkpoint, tmp_path):
     ids = torch.arange(3, 19)[None]
     dense = AutoModelForCausalLM.from_pretrained(base)
     assert torch.allclose(model(ids).logits, dense(ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize(("words", "held"), [({}, "float32"), ({"cache_dtype": "int8"}, "int8")])
+def test_the_size_of_the_cache_is_said_with_its_number_format(
+    dense_checkpoint, tmp_path, words, held
+):
+    plan = plan_for(dense_checkpoint(), tmp_path / "out", **words)
+    kept = byte_units.size(plan.cache_bytes(plan.geometry.context, dense=False))
+    assert f"cache       {kept} always, in {held}; dense at" in plan.text()
+    assert f"{kept} in {held} for the whole model" in model_card(plan, None)
 
 
 def test_rows_agree_with_the_model_classes(family, dense_config, dense_checkpoint, tmp_path):

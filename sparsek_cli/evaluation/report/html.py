@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Any
 
+from sparsek_cli.byte_units import size
 from sparsek_cli.evaluation.report import plots, table
 from sparsek_cli.evaluation.report.notes import notes
-from sparsek_cli.evaluation.report.numbers_as_text import beside_dense, number, size
+from sparsek_cli.evaluation.report.numbers_as_text import beside_dense, number
 from sparsek_cli.evaluation.report.rows import rows
 
 # A cell of a table: text, or what page.html.j2 writes as a score.

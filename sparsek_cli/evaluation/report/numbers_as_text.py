@@ -1,4 +1,4 @@
-"""Numbers, bytes and columns as text."""
+"""Numbers and columns as text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,15 +27,6 @@ def _magnitude(value: float) -> int:
 def ratio(share: float) -> str:
     """1/8 for an eighth; 4x where slots outnumber the tokens."""
     return f"1/{1 / share:.3g}" if share <= 1 else f"{share:.3g}x"
-
-
-def size(count: float) -> str:
-    """Bytes with a unit: 1.5 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def layout(grid: Sequence[Sequence[str]], words: Sequence[int] = (0, 3)) -> list[str]:

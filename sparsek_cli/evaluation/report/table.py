@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+from sparsek_cli.byte_units import size
 from sparsek_cli.evaluation.policies.registry import DENSE
 from sparsek_cli.evaluation.report.notes import notes
-from sparsek_cli.evaluation.report.numbers_as_text import beside_dense, layout, number, ratio, size
+from sparsek_cli.evaluation.report.numbers_as_text import beside_dense, layout, number, ratio
 from sparsek_cli.evaluation.report.rows import rows
 
 MAX_COLUMNS = 5  # policies side by side

@@ -65,7 +65,7 @@ def test_table_has_deltas_bytes_and_absent_tasks(report):
     shown = text(report)
     assert re.search(r"recall_4 +4096 +8 +exact +1\.000 ±0\.010 +0\.900 .* \(-0\.1\)", shown)
     assert re.search(r"ppl +4096 +8 +ppl \(lower\) +30\.00 .*33\.33 .*\(\+3\.33\)", shown)
-    assert "1.02 kB (1/8)" in shown
+    assert "1.00 KiB (1/8)" in shown
     assert "not measured: scrolls_qmsum: not there (unzip it)" in shown
     assert "| recall_4 | 4096 | 8 | exact |" in markdown(report)
 
@@ -96,7 +96,7 @@ def test_slots_beyond_the_tokens_are_a_multiple(report):
 
     for unit in report["units"]:
         unit["proof"]["kv_bytes"] = 1000 if unit["policy"] == "dense" else 4000
-    assert "4 kB (4x)" in text(report)
+    assert "3.91 KiB (4x)" in text(report)
 
 
 def test_bytes_stand_beside_the_tokens_that_dense_read(report):
