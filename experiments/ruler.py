@@ -6,7 +6,7 @@
 A small base has never seen RULER's questions. Its rotary positions are stretched by YaRN to the
 longest of `--lengths`; it learns the questions from short samples (260 to 1,600 tokens in text of
 `--train`, recipe small-3-ruler), is converted to `--budget` slots, calibrated on documents of half
-the longest length, and evaluated by `sparsek eval --recipe ruler` in text it has not read.
+the longest length, and evaluated by `sparsek evaluate --recipe ruler` in text it has not read.
 `--no-teaching` measures BASE as it is.
 
 OUT/results.json holds a row per length and policy (mean score of the tasks), OUT/eval what
@@ -112,7 +112,7 @@ class Experiment:
         return self.steps.convert(base, self.out / "sparse", settings)
 
     def evaluate(self) -> None:
-        """`sparsek eval --recipe ruler`, and a row per length and policy."""
+        """`sparsek evaluate --recipe ruler`, and a row per length and policy."""
         from sparsek_cli.evaluation.plan import plan
         from sparsek_cli.evaluation.run import run
 
@@ -120,7 +120,8 @@ class Experiment:
         words += [f"text={json.dumps([self.given.held_out])}"]
         if self.given.smoke:
             words += ["tasks=[ruler_niah_single_1]", "baselines=[dense,window]"]
-        self.session.say(f"$ sparsek eval {self.out / 'sparse'} --recipe ruler {' '.join(words)}")
+        shown = f"{self.out / 'sparse'} --recipe ruler {' '.join(words)}"
+        self.session.say(f"$ sparsek evaluate {shown}")
         flags = {
             "model": str(self.out / "sparse"),
             "out": str(self.out / "eval"),

@@ -263,6 +263,7 @@ def chat(
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    cache_dtype: str | None = None,
 ) -> "Session":
     """A conversation with a model.
 
@@ -279,7 +280,9 @@ def chat(
     from sparsek_cli.dialogue.sampling import Sampling
     from sparsek_cli.dialogue.session import Session
 
-    weights, tokenizer = load(model, revision=revision, device=device, dtype=dtype)
+    weights, tokenizer = load(
+        model, revision=revision, device=device, dtype=dtype, cache_dtype=cache_dtype
+    )
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     return Session(Engine(weights), tokenizer, sampling, system)
 

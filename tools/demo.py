@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     for line in (
         "sparsek convert qwen3-0.6b",
         "sparsek finetune qwen3-0.6b-sparsek --recipe scorers --data my-documents/",
-        "sparsek eval --tasks scrolls --baselines dense,window,random",
+        "sparsek evaluate --tasks scrolls --baselines dense,window,random",
         "sparsek chat --load my-document.txt",
     ):
         print(f"  {line}")

@@ -45,10 +45,7 @@ def chat(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
-    cache_dtype: Annotated[
-        str | None,
-        typer.Option("--cache-dtype", metavar="TYPE", help="What the cache holds: auto or int8."),
-    ] = None,
+    cache_dtype: options.CacheDtype = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,

@@ -80,6 +80,7 @@ def convert(
     seed: options.Seed = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    cache_dtype: options.CacheDtype = None,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -119,6 +120,7 @@ def convert(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "cache_dtype": cache_dtype,
         **{key: _number(text) for key, text in numbers.items()},
     }
     request = load_recipe(ConvertRecipe, recipe, overrides, flags, verb="convert")
@@ -133,7 +135,7 @@ def convert(
         return
     last_model.remember(done.out)
     console.say(f"\nnext: sparsek chat {out}")
-    console.say(f"      sparsek eval {out} --tasks ppl,recall --baselines dense,window,random")
+    console.say(f"      sparsek evaluate {out} --tasks ppl,recall --baselines dense,window,random")
 
 
 def _number(text: str | None) -> int | str | None:

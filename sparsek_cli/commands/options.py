@@ -63,6 +63,10 @@ Dtype = Annotated[
     str | None,
     typer.Option("--dtype", metavar="TYPE", help="auto, bfloat16, float16 or float32 [auto]."),
 ]
+CacheDtype = Annotated[
+    str | None,
+    typer.Option("--cache-dtype", metavar="TYPE", help="What the cache holds: auto or int8."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, do nothing.")]

@@ -12,7 +12,7 @@ def push(
     folder: Annotated[
         str | None,
         typer.Argument(
-            metavar="OUT",
+            metavar="FOLDER",
             help="A folder that sparsek wrote: model, adapters or scorers.",
             show_default=False,
         ),
@@ -32,8 +32,8 @@ def push(
         str | None,
         typer.Option(
             "--evaluation",
-            metavar="FOLDER",
-            help="Results of `sparsek evaluate OUT`, for the card.",
+            metavar="RESULTS",
+            help="Results of `sparsek evaluate FOLDER`, for the card.",
         ),
     ] = None,
     dry_run: options.DryRun = False,
@@ -41,15 +41,15 @@ def push(
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Send OUT to the Hugging Face hub with a card: licence, base, and what was measured."""
+    """Send FOLDER to the Hugging Face hub with a card: licence, base, and what was measured."""
     from sparsek_cli.errors import UsageError
     from sparsek_cli.sharing import push as pushing
 
     console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
     if folder is None or repo is None:
         raise UsageError(
-            f"{'OUT' if folder is None else 'REPO'} is missing",
-            hint="`sparsek push OUT owner/name`",
+            f"{'FOLDER' if folder is None else 'REPO'} is missing",
+            hint="`sparsek push FOLDER owner/name`",
         )
     plan = pushing.plan(folder, repo, public=public, licence=licence, evaluation=evaluation)
     if dry_run:

@@ -45,6 +45,8 @@ def test_convert_finetune_evaluate_load_chat(converted, text, tmp_path):
     assert model(**tokenizer("hello", return_tensors="pt")).logits.isfinite().all()
     session = sparsek.chat(tuned.out, device="cpu", max_new_tokens=3)
     assert "".join(session.ask("Hello?")) and session.stats().kv_bytes > 0
+    coded = sparsek.chat(tuned.out, device="cpu", max_new_tokens=3, cache_dtype="int8")
+    assert "".join(coded.ask("Hello?")) and coded.stats().kv_bytes < session.stats().kv_bytes / 2
     assert callable(sparsek.chat)  # which no module of that name has replaced
 
 

@@ -187,6 +187,13 @@ def test_a_current_folder_that_is_gone(sparsek, monkeypatch, tmp_path, words):
     assert words[0] == "export" or "the folder you are in is gone" in shown.err
 
 
+def test_convert_takes_the_number_format_of_the_cache_as_chat_does(sparsek, tmp_path):
+    words = ["convert", "tiny", tmp_path / "out", "--calibrate", "none", "--dry-run"]
+    assert " always, in int8; dense at" in sparsek(*words, "--cache-dtype", "int8").out
+    refused = sparsek(*words, "--cache-dtype", "int4")
+    assert refused.failed(2) and "cache_dtype" in refused.err
+
+
 def test_no_colour_in_a_pipe_and_errors_on_stderr():
     done = subprocess.run([*PYTHON, "nope"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
