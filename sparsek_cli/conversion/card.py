@@ -33,8 +33,8 @@ tags:
 
 {source} with SparseK attention (arXiv 2406.16747): each KV head keeps {plan.sinks} first tokens,
 the newest {plan.window}, and {_selected(plan)} that a learned score ranks highest. The cache
-holds {plan.budget} tokens per KV head at any length: {kept} in {plan.slot_dtype} for the whole model,
-where the dense one holds {dense} at its context of {size.context:,} tokens.
+holds {plan.budget} tokens per KV head at any length: {kept} in {plan.slot_dtype} for the whole
+model, where the dense one holds {dense} at its context of {size.context:,} tokens.
 
 {scorers or _calibration(plan, report)}
 

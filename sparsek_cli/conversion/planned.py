@@ -247,8 +247,8 @@ class Plan:
                 f"out         {self.out}",
                 f"attention   {self.sinks} sinks + {self.topk} selected + {self.window} window = "
                 f"{self.budget} slots per KV head, gate {self.gate}{never}",
-                f"cache       {byte_size(kept)} always, in {self.slot_dtype}; dense at {size.context:,}: "
-                f"{byte_size(dense)}",
+                f"cache       {byte_size(kept)} always, in {self.slot_dtype}; "
+                f"dense at {size.context:,}: {byte_size(dense)}",
                 f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
                 f"calibration {calibration}",
                 *(() if self.own_tokenizer else (f"tokenizer   {self.tokenizer.path}",)),

@@ -117,7 +117,9 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         ["push", "{sparse}", "owner", DRY], "(owner/name)", ["push", "{sparse}", r"\1", DRY],
     ),
     "push-words": (
-        ["push", "{sparse}"], "`sparsek push FOLDER (owner/name)`", ["push", "{sparse}", r"\1", DRY],
+        ["push", "{sparse}"],
+        "`sparsek push FOLDER (owner/name)`",
+        ["push", "{sparse}", r"\1", DRY],
     ),
     "push-foreign": (
         ["push", "{good}", "a/b", DRY], "wrote|did not write", ["push", "{sparse}", "a/b", DRY],

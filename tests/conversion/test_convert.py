@@ -62,7 +62,7 @@ def test_the_size_of_the_cache_is_said_with_its_number_format(
     plan = plan_for(dense_checkpoint(), tmp_path / "out", **words)
     kept = byte_units.size(plan.cache_bytes(plan.geometry.context, dense=False))
     assert f"cache       {kept} always, in {held}; dense at" in plan.text()
-    assert f"{kept} in {held} for the whole model" in model_card(plan, None)
+    assert f"{kept} in {held} for the whole\nmodel" in model_card(plan, None)
 
 
 def test_rows_agree_with_the_model_classes(family, dense_config, dense_checkpoint, tmp_path):
