@@ -21,6 +21,7 @@ from typing import Any
 
 from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.evaluation.report.stored_shapes import is_report, is_unit
 from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
@@ -230,9 +231,10 @@ def load_samples(folder: Path, policy: str, unit: str) -> list[dict[str, Any]]:
 def load_unit(folder: Path, policy: str, unit: str) -> dict[str, Any] | None:
     """The stored result of one unit, or None when it is not there or not whole."""
     try:
-        return json.loads(_unit_file(folder, policy, unit).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(_unit_file(folder, policy, unit).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
+    return found if is_unit(found) else None
 
 
 def folder_name(parts: Iterable[object]) -> str:
@@ -245,15 +247,20 @@ def load_results(folder: str | Path) -> dict[str, Any]:
     """results.json of a result folder.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or it holds something else.
     """
     file = Path(folder) / RESULTS
     check_plain(file, hint="name a folder written by `sparsek evaluate`")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(
             f"no {RESULTS} in '{folder}'", hint="name a folder written by `sparsek evaluate`"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{file} is not valid JSON", hint="evaluate again") from error
+    if not is_report(found):
+        raise UsageError(
+            f"{file} holds no results of `sparsek evaluate`, or is damaged", hint="evaluate again"
+        )
+    return found

@@ -54,6 +54,7 @@ def report():
         "soundness": {},
         "fingerprint": "0",
         "units": units,
+        "complete": True,
         "absent": [{"task": "scrolls_qmsum", "reason": "not there", "remedy": "unzip it"}],
         "timings": {},
     }

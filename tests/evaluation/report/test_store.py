@@ -6,11 +6,34 @@ import os
 import pytest
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.report.store import Store, load_results
+from sparsek_cli.evaluation.report.store import Store, load_results, load_unit
 
 
 def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:
     return Store(folder, settings, resume=resume, overwrite=overwrite)
+
+
+UNIT = {
+    "task": "ppl", "length": 32, "policy": "dense", "primary": "ppl",
+    "metrics": {"ppl": {"value": 1.0, "stderr": None, "higher_is_better": False}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "{}", '{"units": 3}', "[" * 99999]
+    + [json.dumps(UNIT | {"primary": "other"}), json.dumps(UNIT | {"metrics": {"ppl": 1}})]
+    + [json.dumps(UNIT | {"metrics": {"ppl": UNIT["metrics"]["ppl"] | {"value": None}}})],
+)
+def test_damaged_results_are_measured_again_and_not_compared(tmp_path, content):
+    with begin(tmp_path) as store:
+        store.save("dense", "ppl@32", UNIT, [])
+        assert load_unit(tmp_path, "dense", "ppl@32") == UNIT
+        next(tmp_path.glob("units/*/*")).write_text(content)
+        assert load_unit(tmp_path, "dense", "ppl@32") is None
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(UsageError, match=r"results\.json (holds no results|is not valid JSON)"):
+        load_results(tmp_path)
 
 
 def finish(folder, settings="a") -> None:
