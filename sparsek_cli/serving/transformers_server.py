@@ -1,11 +1,13 @@
 """`python -m sparsek_cli.serving.transformers_server`: transformers' server, as `serve` starts it.
 
-Left alone it calls Ctrl-C a failure, a refusal of ours becomes a traceback, and /v1/models lists
-the hub's cache on this machine. All arguments are those of `transformers`.
+Left alone it calls Ctrl-C a failure and waits for whatever is being written, a refusal of ours
+becomes a traceback, and /v1/models lists the hub's cache on this machine. All arguments are those
+of `transformers`.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -14,13 +16,16 @@ from sparsek_cli.console import report_error
 from sparsek_cli.errors import INTERRUPTED
 from sparsek_cli.serving import module
 
+PATIENCE = 5  # seconds for replies that are being written when the server is told to end
+
 
 def _watched(server: type, serving: list[bool]) -> type:
-    """uvicorn's class, which notes in `serving` that it serves."""
+    """uvicorn's class, which notes in `serving` that it serves, and ends within `PATIENCE`."""
 
     class Watched(server):
         def run(self, *args, **kwargs):
             serving.append(True)
+            self.config.timeout_graceful_shutdown = PATIENCE
             return super().run(*args, **kwargs)
 
     return Watched
@@ -62,5 +67,19 @@ def main() -> int:
     return module.run("transformers.cli.transformers") or 0
 
 
+def _exit() -> None:
+    """Ends the process with `main`'s code, and with it threads that still write a reply.
+
+    Python would wait for them, without end where a reply has none.
+    """
+    try:
+        code = main()
+    except SystemExit as end:
+        code = end.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _exit()
