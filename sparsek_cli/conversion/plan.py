@@ -30,10 +30,9 @@ from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.loading import check_tokenizer, load_tokenizer
+from sparsek_cli.model_folder.side_files import belonging_files
 from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
-
-_SIDE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
 
 
 def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
@@ -99,7 +98,6 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
             length=recipe.calibrate_length,
         )
     selected = topk * sizes.kv_heads * len(full_layers(types))
-    side = {path for pattern in _SIDE_FILES for path in base.path.glob(pattern) if path.is_file()}
     return Plan(
         base=base,
         config=config,
@@ -110,7 +108,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
         sliding_window=_sliding_window(row, config, types),
         prefixed=prefixed,
         shards=shards,
-        side_files=sorted(side),
+        side_files=belonging_files(base.path),
         tokenizer=_tokenizer(recipe, base, config),
         topk=topk,
         window=window,

@@ -11,6 +11,8 @@ from sparsek_cli.model_folder.config_file import ONE_OF_THEM, check_length
 
 # What is read of a checkpoint, by a verb or by transformers.
 READ = ("*.json", "*.jinja", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.yaml")
+# What goes with weights wherever they are written.
+_BELONGING = ("generation_config.json", "LICENSE*", "NOTICE*")
 _TEMPLATES = ("chat_templates", "additional_chat_templates")
 _TOKENIZER_AGAIN = "copy the tokenizer's files of the base model into the folder again"
 # What to do about each that is no JSON object.
@@ -20,6 +22,12 @@ _SIDE_FILES = {
     "special_tokens_map.json": _TOKENIZER_AGAIN,
     "added_tokens.json": _TOKENIZER_AGAIN,
 }
+
+
+def belonging_files(path: Path) -> list[Path]:
+    """The files in the folder `path` that go with its weights: generation settings, licences."""
+    found = {file for pattern in _BELONGING for file in path.glob(pattern) if file.is_file()}
+    return sorted(found)
 
 
 def check_special(path: Path) -> None:

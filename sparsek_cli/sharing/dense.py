@@ -24,6 +24,7 @@ from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row, row_of
+from sparsek_cli.model_folder.side_files import belonging_files
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import EXPORT_NOTE, MODEL
 from sparsek_cli.output.place import absolute, check_folder
@@ -32,7 +33,6 @@ from sparsek_cli.output.tokenizer_files import bring, copy_missing
 from sparsek_cli.output.tokenizer_files import files_in as tokenizer_files
 from sparsek_cli.reporter import Reporter, Silent
 
-_SIDE_FILES = ("generation_config.json", "LICENSE*", "NOTICE*")
 _BUG = "please report this with the model's name; nothing was written"
 
 
@@ -225,9 +225,8 @@ def _write_weights(plan: Plan, folder: Path, advance: Any) -> list[str]:
 def _bring_side_files(plan: Plan, folder: Path) -> str:
     """Copies what belongs to the weights; what was found about the tokenizer, in words."""
     source = plan.source.path
-    for pattern in _SIDE_FILES:
-        for file in source.glob(pattern):
-            shutil.copyfile(file.resolve(), folder / file.name)
+    for file in belonging_files(source):
+        shutil.copyfile(file.resolve(), folder / file.name)
     files = tokenizer_files(source)
     if not files:
         return "none beside the weights"

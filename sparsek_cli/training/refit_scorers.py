@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from sparsek_cli.conversion.calibrate.recorded import Recorded
+from sparsek_cli.conversion.calibrate.rows import end_of_valued
 from sparsek_cli.conversion.calibrate.scorers.linear import LinearFit, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap
 from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
@@ -39,8 +40,6 @@ from sparsek_cli.training.losses.objectives import decoder_of
 EVERY = 50
 # The newest sequences of the run, at most.
 SEQUENCES = 32
-# Keys of the last part have too few later queries for their largest attention to mean much.
-_LAST_PART = 8
 _MAPS = ("text", "all", "answers")
 
 
@@ -167,7 +166,7 @@ def _add(fit: LinearFit, recorded: Recorded, asking: torch.Tensor, budget: Any) 
         # Keys that every answer could have looked at, as far as there are any.
         last = max(int(answers[0]), tokens // 2) - budget.window
     else:
-        last = tokens - budget.window - tokens // _LAST_PART
+        last = end_of_valued(tokens, budget.window)
     if last - budget.sinks < 2:
         return
     pairs = torch.arange(budget.sinks, last)

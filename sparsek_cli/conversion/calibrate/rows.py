@@ -12,6 +12,11 @@ from sparsek_cli.conversion.planned import Plan
 _LAST_PART = 8
 
 
+def end_of_valued(tokens: int, window: int) -> int:
+    """Where the keys of plain text end whose later queries say what they are worth."""
+    return tokens - window - tokens // _LAST_PART
+
+
 def valued_keys(sequence: Sequence, plan: Plan) -> torch.Tensor:
     """int64 places of the keys whose later queries say what they are worth."""
     first, window = plan.sinks, plan.window
@@ -22,7 +27,7 @@ def valued_keys(sequence: Sequence, plan: Plan) -> torch.Tensor:
         # Keys that every answer could have looked at.
         last = int(np.flatnonzero(sequence.answer)[0]) - window
     else:
-        last = sequence.context - window - sequence.context // _LAST_PART
+        last = end_of_valued(sequence.context, window)
     return torch.arange(first, max(first + 1, last))
 
 
