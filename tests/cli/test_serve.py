@@ -254,7 +254,10 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
     handlers = {}
 
     class Server:
+        config = types.SimpleNamespace()
+
         def run(self):
+            assert self.config.timeout_graceful_shutdown == transformers_server.PATIENCE
             handlers[signal.SIGTERM](signal.SIGTERM, None)  # as uvicorn, once it has ended
 
     def run(module, **options):
