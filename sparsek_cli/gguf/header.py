@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _VALUES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Factors of rotary frequencies, written for Llama 3.1 and later in place of its settings.
 FREQUENCIES = "rope_freqs.weight"
-_INSTALL = "pip install 'sparsek[gguf]' (or: pip install gguf)"
+_INSTALL = "pip install gguf (in a checkout: pip install -c constraints.txt -e '.[gguf]')"
 _ANOTHER = "name the checkpoint it was made from, or another GGUF file of the model"
 
 
