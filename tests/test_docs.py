@@ -123,3 +123,5 @@ def test_the_notebook_runs(tmp_path, monkeypatch):
         exec(compile(cell, "first-steps.ipynb", "exec"), names)
     assert names["found"].score("ppl", "dense") > 1
     assert (tmp_path / "tiny-dense" / "model.safetensors").is_file()
+    read = names["session"].stats()
+    assert read.context_tokens > 4000 and read.kv_bytes < read.dense_kv_bytes / 4  # a long text
