@@ -319,7 +319,7 @@ README = ROOT / "README.md"
 def test_the_readme_s_block_serves(sparsek, converted, installed, monkeypatch):
     """The version that it installs, the command, and the request that it sends."""
     (block,) = re.findall(r"```sh\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    install, serve, request = block.replace("\\\n", " ").strip().splitlines()
+    install, *_, serve, request = block.replace("\\\n", " ").strip().splitlines()
     (version,) = re.findall(r"vllm==(\S+)", install)
     plugin = (README.parent / "plugins/vllm/README.md").read_text(encoding="utf-8")
     assert set(re.findall(r"vllm(?:-cpu)?==(\S+?)[`\s]", plugin)) == {version}
