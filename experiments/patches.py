@@ -14,9 +14,9 @@ import torch
 
 from sparsek_cli.conversion.calibrate.scorers.ridge import LinearMap, Moments, ridge
 from sparsek_cli.models.attention.registration import replaced_attention
+from sparsek_cli.models.block_attention import causal_attention
 from sparsek_cli.models.config import ATTENTION, layer_budget
 from sparsek_cli.models.logits import Logits
-from sparsek_cli.models.sliding import causal_attention
 
 # By name, how many heads share a matrix: all of a layer, or one.
 KINDS = ("layer", "head")

@@ -14,7 +14,7 @@ FILES = sorted(file for top, base in SOURCES.items() for file in (base / top).rg
 # Lower floors import nothing of higher ones.
 FLOORS = (
     {"sparsek_kernels"},
-    {"sparsek_cli.errors", "sparsek_cli.reporter", "sparsek_cli.disk", "sparsek_cli.file_kinds",
+    {"sparsek_cli.errors", "sparsek_cli.reporter", "sparsek_cli.disk", "sparsek_cli.plain_files",
      "sparsek_cli.silence", "sparsek_cli.short_names", "sparsek_cli.converted",
      "sparsek_cli.byte_units", "sparsek_cli.console", "sparsek_cli.devices"},
     {"sparsek_cli.families", "sparsek_cli.models", "sparsek_cli.recipes", "sparsek_cli.data",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import check_names
-from sparsek_cli.evaluation.report.store import check_results
+from sparsek_cli.evaluation.result_folder import check_results
 from sparsek_cli.evaluation.settings import (
     Loading,
     Prompts,

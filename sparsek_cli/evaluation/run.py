@@ -10,6 +10,7 @@ from typing import Any
 from sparsek_cli.disk import is_full
 from sparsek_cli.disk import write_atomically as write
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.evaluation.json_values import digest, to_json
 from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens, ways_beyond
 from sparsek_cli.evaluation.measure import run_unit
 from sparsek_cli.evaluation.plan import Plan
@@ -18,12 +19,10 @@ from sparsek_cli.evaluation.policies.registry import DENSE, OWN, plan_policies
 from sparsek_cli.evaluation.processes import Ranks
 from sparsek_cli.evaluation.report import table
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
-from sparsek_cli.evaluation.report.store import (
+from sparsek_cli.evaluation.result_folder import (
     RESULTS,
     Store,
-    digest,
     load_unit,
-    to_json,
     working_folder,
 )
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit

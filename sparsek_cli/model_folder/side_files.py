@@ -6,8 +6,8 @@ from typing import Any
 
 from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.errors import UsageError
-from sparsek_cli.file_kinds import check_entries
 from sparsek_cli.model_folder.config_file import ONE_OF_THEM, check_length
+from sparsek_cli.plain_files import check_entries
 
 # What is read of a checkpoint, by a verb or by transformers.
 READ = ("*.json", "*.jinja", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.yaml")

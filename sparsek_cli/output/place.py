@@ -6,8 +6,8 @@ from pathlib import Path
 
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
-from sparsek_cli.file_kinds import kind_of
 from sparsek_cli.output.contents import RESULTS, RUN, Contents
+from sparsek_cli.plain_files import kind_of
 
 BESIDE = len("..old.xxxxxxxx.part")  # what `leftovers` adds to the name of OUT
 _ANOTHER = "name a folder that does not exist yet"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.file_kinds import check_plain
+from sparsek_cli.plain_files import check_plain
 from sparsek_cli.recipes.earlier_versions import RENAMED
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
-from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.output.scorers_file import Scorers, header
+from sparsek_cli.plain_files import check_plain
 
 
 def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:

@@ -10,8 +10,8 @@ from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE
 from sparsek_cli.evaluation.report.rows import rows
-from sparsek_cli.evaluation.report.store import load_results
 from sparsek_cli.evaluation.report.table import markdown
+from sparsek_cli.evaluation.result_folder import load_results
 from sparsek_cli.output.contents import CONVERT_RECIPE, FINETUNE_RECIPE
 
 # Bases of bases that are followed: tuned of tuned of converted.

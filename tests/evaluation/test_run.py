@@ -93,8 +93,8 @@ def test_resume_after_a_crash_gives_the_same_results(run, recipe, console, tmp_p
 def test_resume_after_a_full_disk(run, recipe, console, tmp_path, monkeypatch, write):
     """While samples, a result, or the table of all is written; the folder's own mark is first."""
     from sparsek_cli import disk
+    from sparsek_cli.evaluation import result_folder
     from sparsek_cli.evaluation import run as module
-    from sparsek_cli.evaluation.report import store
 
     settings = {"tasks": ["ppl"], "limit": 1, "baselines": ["dense"], "out": str(tmp_path / "out")}
     units, writes, real = [], [], module.run_unit
@@ -111,7 +111,7 @@ def test_resume_after_a_full_disk(run, recipe, console, tmp_path, monkeypatch, w
 
     monkeypatch.setattr(module, "run_unit", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "write_atomically", full)
+        patch.setattr(result_folder, "write_atomically", full)
         patch.setattr(module, "write", full)
         with pytest.raises(SparsekError, match="the disk is full; what is finished") as refusal:
             run(recipe(**settings), console)

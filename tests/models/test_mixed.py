@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionL
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.models import sliding
+from sparsek_cli.models import block_attention
 from sparsek_cli.models.cache.bytes import sliding_bytes
 
 SLIDES = {"num_hidden_layers": 3, "sliding_window": 6,
@@ -67,7 +67,7 @@ def test_each_kind_of_layer_is_counted(sparse_model, dense_model, ids):
 def test_a_window_needs_no_mask_however_long_the_text(monkeypatch, sparse_model, dense_model):
     ids = torch.randint(4, 128, (2, 41))
     expected = logits(dense_model("gemma3_text", **SLIDES), ids)
-    monkeypatch.setattr(sliding, "_QUERIES", 7)
+    monkeypatch.setattr(block_attention, "_QUERIES", 7)
     model = sparse_model("gemma3_text", topk=41, **SLIDES)
     torch.testing.assert_close(logits(model, ids), expected, atol=1e-5, rtol=1e-5)
     cache = models.SparseKCache(model.config)

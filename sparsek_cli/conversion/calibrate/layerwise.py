@@ -20,9 +20,9 @@ from sparsek_cli.conversion.calibrate.recorded import Attend, Recorded, dense_at
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention.arguments import check_arguments
+from sparsek_cli.models.block_attention import sliding_attention
 from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.output import output_layer
-from sparsek_cli.models.sliding import sliding_attention
 from sparsek_cli.quantised.weights import weight_of
 
 _RECORDING = "sparsek_recording"

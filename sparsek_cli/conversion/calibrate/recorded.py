@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsek_cli.models.block_attention import causal_attention
 from sparsek_cli.models.logits import Logits, masked_attention
-from sparsek_cli.models.sliding import causal_attention
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from sparsek_cli.data.corpus import cache_folder
 from sparsek_cli.data.filler import split_sentences
 from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.disk import write_atomically
-from sparsek_cli.evaluation.report.store import digest
+from sparsek_cli.evaluation.json_values import digest
 from sparsek_cli.evaluation.tasks import ruler_samples
 from sparsek_cli.evaluation.tasks.local_text import (
     WrongLength,

@@ -10,10 +10,10 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sparsek_cli.models.attention.arguments import check_arguments
-from sparsek_cli.models.attention.packed import flatten
+from sparsek_cli.models.attention.packed_and_padded import flatten
 from sparsek_cli.models.attention.sparsek import sparsek_padding_mask
+from sparsek_cli.models.block_attention import sliding_layer
 from sparsek_cli.models.logits import Logits
-from sparsek_cli.models.sliding import sliding_layer
 
 
 def dense_attention_forward(

@@ -16,11 +16,11 @@ from torch import nn
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention.arguments import check_arguments
-from sparsek_cli.models.attention.packed import attend_packed, attend_unpadded
+from sparsek_cli.models.attention.packed_and_padded import attend_packed, attend_unpadded
+from sparsek_cli.models.block_attention import sliding_layer, sliding_mask
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
 from sparsek_cli.models.config import ATTENTION, layer_budget
 from sparsek_cli.models.logits import Logits
-from sparsek_cli.models.sliding import sliding_layer, sliding_mask
 
 
 class SparseKAttentionMixin:

@@ -20,8 +20,8 @@ from sparsek_kernels import SparseKState
 
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.models.cache.slots import SparseKCache
+from sparsek_cli.plain_files import check_plain
 
 FORMAT = "sparsek-state-1"
 _SLOTS = ("keys", "values", "positions", "scores", "seen")

@@ -231,7 +231,7 @@ def test_two_equal_runs_in_two_folders_do_not_differ(report, tmp_path):
 
 def test_compare_pairs_the_same_prompts(report, tmp_path):
     from sparsek_cli.evaluation.report.compare import as_text, compare
-    from sparsek_cli.evaluation.report.store import Store
+    from sparsek_cli.evaluation.result_folder import Store
 
     other = copy.deepcopy(report)
     for name, run, scores in (("a", report, [1, 1, 0, 0]), ("b", other, [1, 1, 1, 0])):

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.report.store import Store, load_results, load_unit
+from sparsek_cli.evaluation.result_folder import Store, load_results, load_unit
 
 
 def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:

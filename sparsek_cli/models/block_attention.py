@@ -1,7 +1,8 @@
-"""Sliding-window layers of models that mix layers: how they attend, without an N x N mask.
+"""Attention of layers that are not SparseK's, block by block: no N x N mask is made.
 
-They keep transformers' sliding cache, which is bounded by construction; what SparseK bounds is the
-layers that attend to everything.
+Sliding-window layers of models that mix layers keep transformers' sliding cache, which is bounded
+by construction. Attention to everything is here for models that cap their logits, and for
+calibration.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ Results that take the place of others are measured in OUT.part, which is called 
 whole: until then the old ones stand.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,25 +20,16 @@ from typing import Any
 
 from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.evaluation.json_values import to_json
 from sparsek_cli.evaluation.report.stored_shapes import is_report, is_unit
-from sparsek_cli.file_kinds import check_plain
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
 from sparsek_cli.output.staging import take_name
+from sparsek_cli.plain_files import check_plain
 
 RESULTS = "results.json"
 RUN = "run.json"
-
-
-def digest(value: Any) -> str:
-    """Twelve hex digits that change with any part of a JSON-like value."""
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n"
 
 
 def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> None:
