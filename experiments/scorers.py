@@ -218,7 +218,7 @@ def in_place_of_linear(
     """Within the block a converted model keeps what these maps choose, at the sizes they chose.
 
     Args:
-        maps: of each layer. choices: of each layer, see `calibrate.decide`.
+        maps: of each layer. choices: of each layer, see `calibrate/head_budgets`.
     """
     scorers = [_Chosen(*layer) for layer in zip(maps, choices, strict=True)]
     before = set_budget(model, topk=[list(choice.topk) for choice in choices])["topk"]

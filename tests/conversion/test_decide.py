@@ -9,18 +9,19 @@ import pytest
 import torch
 
 from sparsek_cli.conversion.calibrate.effort import Effort
-from sparsek_cli.conversion.calibrate.head_budgets import compare, refine
+from sparsek_cli.conversion.calibrate.head_budgets import decide as module
+from sparsek_cli.conversion.calibrate.head_budgets import refine
+from sparsek_cli.conversion.calibrate.head_budgets.by_error import (
+    choices_with,
+    shares_by_errors,
+    sizes_of,
+)
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import (
     FutureAttention,
     threshold_shares,
 )
-from sparsek_cli.conversion.calibrate.head_budgets.compare import settle
-from sparsek_cli.conversion.calibrate.head_budgets.decide import (
-    HeldOut,
-    decide,
-    shares_by_errors,
-    sizes_of,
-)
+from sparsek_cli.conversion.calibrate.head_budgets.decide import decide
+from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
 from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
@@ -55,7 +56,7 @@ def three_layers(dense_checkpoint, tmp_path):
 def test_slots_go_to_layers_whose_errors_cost_most(three_layers):
     plan, layers = three_layers
     assert shares_by_errors(plan, layers, 0.3).tolist() == [[4], [4], [16]]
-    choices = decide(plan, layers, np.array([[0], [7], [17]]), 0.3)
+    choices = choices_with(plan, layers, np.array([[0], [7], [17]]), 0.3)
     assert [choice.topk for choice in choices] == [(0,), (7,), (17,)]
 
 
@@ -91,13 +92,13 @@ def test_the_whole_model_decides_by_recall_first(three_layers, monkeypatch):
     plan, layers = three_layers
     shape = len(layers), plan.geometry.kv_heads
     proposals = [(str(n), 3.0, np.full(shape, n)) for n in range(1, 11)]
-    monkeypatch.setattr(compare, "_proposals", lambda *_: proposals)
+    monkeypatch.setattr(module, "_proposals", lambda *_: proposals)
 
     def taken(recall: float, *losses: tuple[float, float]) -> tuple[float, float]:
         wanted = replace(plan.calibration, recall=recall)
         whole, effort = Scripted(*losses), Effort(len(losses) - 1, 0)
         made = replace(plan, calibration=wanted)
-        report = settle(made, layers, whole, None, effort, lambda passes: None)[1]
+        report = decide(made, layers, whole, None, effort, lambda passes: None)[1]
         window = report["window_text_loss"], report["window_answer_loss"]
         assert window == losses[0] and len(report["tried"]) == len(losses) - 1
         ends = [report[end]["answer_loss"] for end in ("recall_alone", "text_alone")]
@@ -122,16 +123,16 @@ def test_the_default_takes_what_was_better_in_text_and_facts():
         (0.0417, 0.3408), (0.0474, 0.3068), (0.0387, 0.3339), (0.0487, 1.0011), (0.0660, 2.2206),
     ]  # fmt: skip
     tried = [{"text_loss": text, "answer_loss": answer} for text, answer in rows]
-    taken = compare.best_of(tried, np.asarray([0.0959, 2.3844]), ConvertRecipe().recall)
+    taken = module.best_of(tried, np.asarray([0.0959, 2.3844]), ConvertRecipe().recall)
     assert rows[taken] == (0.0351, 0.3736)
 
 
 def test_one_decision_is_run_once(three_layers):
     plan, layers = three_layers
-    names = [name for name, _, _ in compare._proposals(plan, layers)]
+    names = [name for name, _, _ in module._proposals(plan, layers)]
     assert names[0] == "errors" and names[-1] == "even"
     whole = Scripted(*[(1.0, 1.0)] * 20)
-    tried = settle(plan, layers, whole, None, Effort(len(names), 0), lambda passes: None)[1][
+    tried = decide(plan, layers, whole, None, Effort(len(names), 0), lambda passes: None)[1][
         "tried"
     ]
     assert [row["shares"] for row in tried] == ["errors", "even"]  # all weights share out alike
@@ -149,13 +150,13 @@ def test_slots_move_to_where_the_sparse_model_gains(three_layers, monkeypatch):
     plan, layers = three_layers
     shape = len(layers), plan.geometry.kv_heads
     proposals = [("even", 3.0, np.full(shape, plan.topk))]
-    monkeypatch.setattr(compare, "_proposals", lambda *_: proposals)
+    monkeypatch.setattr(module, "_proposals", lambda *_: proposals)
     monkeypatch.setattr(refine, "chosen_attention", lambda *_: None)
     better = (0.4, 0.9), (0.9, 0.4), (0.5, 0.5), (0.6, 0.6)
     worse = [(0.8, 0.8)] * refine.WAYS
     passes: list[int] = []
     whole = Scripted((1.0, 1.0), (0.9, 0.9), *better, *worse)
-    choices, report = settle(plan, layers, whole, Slope(), Effort(1, 5), passes.append)
+    choices, report = decide(plan, layers, whole, Slope(), Effort(1, 5), passes.append)
     assert (report["text_loss"], report["answer_loss"]) == (0.5, 0.5)  # recall 0.65
     assert report["shares"] == "even, refined" and report["answer_weight"] == 3.0
     first, _, last = (choice.topk[0] for choice in choices)
@@ -170,7 +171,7 @@ def test_a_head_loses_no_slots_that_errors_speak_for(three_layers, monkeypatch):
     even = np.full((3, 1), plan.topk)
 
     def ways() -> tuple[np.ndarray, np.ndarray]:
-        choices = decide(plan, layers, even, 0.3)
+        choices = choices_with(plan, layers, even, 0.3)
         found = refine.moved_shares(plan, layers, choices, Slope(), np.ones(2))
         assert len(found) == refine.WAYS and all(way.sum() <= even.sum() for way in found)
         return found[0], found[len(refine._BELIEVED_BY_BOTH)]
@@ -188,7 +189,7 @@ def test_where_gradients_fail_what_is_best_so_far_stays(three_layers, monkeypatc
     """The first time goes well; the second finds no memory."""
     plan, layers = three_layers
     even = np.full((len(layers), 1), plan.topk)
-    monkeypatch.setattr(compare, "_proposals", lambda *_: [("even", 3.0, even)])
+    monkeypatch.setattr(module, "_proposals", lambda *_: [("even", 3.0, even)])
     monkeypatch.setattr(refine, "chosen_attention", lambda *_: None)
 
     class Short(Slope):
@@ -201,7 +202,7 @@ def test_where_gradients_fail_what_is_best_so_far_stays(three_layers, monkeypatc
             return super().changes(*given)
 
     whole = Scripted((1.0, 1.0), (0.9, 0.9), *[(0.5, 0.5)] * refine.WAYS)
-    choices, report = settle(plan, layers, whole, Short(), Effort(1, 3), lambda passes: None)
+    choices, report = decide(plan, layers, whole, Short(), Effort(1, 3), lambda passes: None)
     assert report["not_refined"] == "CUDA out of memory."
     assert report["shares"] == "even, refined" and report["text_loss"] == 0.5
     assert [choice.topk for choice in choices] != [(plan.topk,)] * 3

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsek_cli.models as models
 from sparsek_cli.console import Console
-from sparsek_cli.conversion.calibrate.head_budgets.decide import scorers_of
+from sparsek_cli.conversion.calibrate.chosen_scorers import scorers_of
 from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.run import search

@@ -11,13 +11,9 @@ import torch
 
 from sparsek_cli.conversion.calibrate import rows
 from sparsek_cli.conversion.calibrate.effort import Effort, affordable
+from sparsek_cli.conversion.calibrate.head_budgets.by_error import shares_by_errors, sizes_of
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
-from sparsek_cli.conversion.calibrate.head_budgets.decide import (
-    Candidate,
-    HeldOut,
-    shares_by_errors,
-    sizes_of,
-)
+from sparsek_cli.conversion.calibrate.head_budgets.held_out import Candidate, HeldOut
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import Fit, Map, Targets

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 
 from sparsek_cli import quantised
+from sparsek_cli.conversion.calibrate.chosen_scorers import scorers_of
 from sparsek_cli.conversion.calibrate.effort import Effort, affordable
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.head_budgets.compare import settle
-from sparsek_cli.conversion.calibrate.head_budgets.decide import (
-    HeldOut,
-    scorers_of,
-)
+from sparsek_cli.conversion.calibrate.head_budgets.decide import decide
+from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
 from sparsek_cli.conversion.calibrate.layer_search import LayerSearch
 from sparsek_cli.conversion.calibrate.scorers.linear import Fit, LinearFit
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
@@ -98,7 +96,7 @@ def search(
                 else:
                     found.base.pass_layer(layer)
         with reporter.progress("comparing whole models", effort.passes) as bar:
-            choices, report = settle(
+            choices, report = decide(
                 plan, layers, found.whole, found.gradients, effort, bar.advance
             )
     if report["not_refined"]:

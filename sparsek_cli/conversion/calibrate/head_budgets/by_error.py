@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
+from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
+from sparsek_cli.conversion.planned import Plan
+
 _BISECTIONS = 60
 
 
@@ -58,3 +62,33 @@ def _spend_the_rest(
             return chosen
         gain = (errors[heads, chosen] - errors[heads, following]) / np.maximum(extra, 1)
         chosen[np.where(fits, gain, -np.inf).argmax()] += 1
+
+
+def sizes_of(plan: Plan) -> tuple[int, ...]:
+    """The sizes of topk to compare, up to all of a document; the mean alone if all get the same."""
+    if not plan.calibration.per_head:
+        return (plan.topk,)
+    longest = max(plan.topk, plan.calibrate_length - plan.window - plan.sinks)
+    sizes = {round(share * plan.topk) for share in (1.0, *plan.calibration.method.sizes)}
+    return tuple(sorted({size for size in sizes if size < longest} | {plan.topk, longest}))
+
+
+def shares_by_errors(plan: Plan, layers: list[HeldOut], answer_weight: float) -> np.ndarray:
+    """Selected pairs of each head, [layers, G], where the output errors fall most."""
+    sizes = sizes_of(plan)
+    curves = np.stack([layer.combined(answer_weight) for layer in layers])  # [layers, C, L, G]
+    smallest = curves.min(1).transpose(0, 2, 1)
+    shape = smallest.shape[:2]
+    taken = allot(smallest.reshape(-1, len(sizes)), sizes, plan.topk * shape[0] * shape[1])
+    return np.asarray(sizes)[taken].reshape(shape)
+
+
+def choices_with(
+    plan: Plan, layers: list[HeldOut], shares: np.ndarray, answer_weight: float
+) -> list[Choice]:
+    """Each head's best map and slope with its share, [layers, G] selected pairs."""
+    sizes = sizes_of(plan)
+    return [
+        layer.choose(topk, sizes, answer_weight)[0]
+        for layer, topk in zip(layers, shares, strict=True)
+    ]

@@ -1,129 +1,189 @@
-"""The budget, map and slope of each KV head, from errors on held-out documents."""
+"""The decision on per-head budgets: proposals, compared by what the whole sparse model loses."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
-import torch
 
-from sparsek_cli.conversion.calibrate.head_budgets.by_error import allot
-from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
+from sparsek_cli.conversion.calibrate.effort import Effort
+from sparsek_cli.conversion.calibrate.head_budgets.by_error import choices_with, shares_by_errors
+from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import threshold_shares
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.scorers.linear import Map
-from sparsek_cli.conversion.calibrate.scorers.mlp import MlpMap
+from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
+from sparsek_cli.conversion.calibrate.head_budgets.refine import moved_shares, resized
+from sparsek_cli.conversion.calibrate.sensitivity.divergence import (
+    Whole,
+    chosen_attention,
+    window_attention,
+)
+from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
 from sparsek_cli.conversion.planned import Plan
-from sparsek_cli.conversion.write import Scorer
 
-Candidate = tuple[str, float]
-
-
-class HeldOut:
-    """What the held-out sequences say about one layer; text and answer rows apart.
-
-    Attributes:
-        maps: the layer's candidate maps. candidates: [C][G] pairs (map, slope in units).
-        unit: a slope of 1 per token. errors: sums [2, C, L, G]. stream: sums [2] of the residual
-            stream's energy. rows: counts [2].
-        worth: [2] what the whole model loses per error, nats; see sensitivity/divergence.py.
-        attention: by document, what will be looked at; see by_threshold.py.
-    """
-
-    def __init__(
-        self,
-        maps: dict[str, Map],
-        candidates: list[list[Candidate]],
-        unit: float,
-        sizes: int,
-        groups: int,
-    ):
-        self.maps, self.candidates, self.unit = maps, candidates, unit
-        self.errors = np.zeros((2, len(candidates), sizes, groups))
-        self.stream = np.zeros(2)
-        self.rows = np.zeros(2)
-        self.worth = np.ones(2)
-        self.attention: list[FutureAttention] = []
-
-    def add(self, errors: torch.Tensor, stream: torch.Tensor, answer: torch.Tensor) -> None:
-        for kind, chosen in enumerate((~answer, answer)):
-            self.errors[kind] += errors[..., chosen].sum(-1).double().cpu().numpy()
-            self.stream[kind] += float(stream[chosen].sum())
-            self.rows[kind] += int(chosen.sum())
-
-    def relative(self) -> np.ndarray:
-        """[2, C, L, G]: mean errors per row, relative to the residual stream's energy.
-
-        A layer normalises its input, so that what counts is the error's share of the stream.
-        """
-        rows = np.maximum(self.rows, 1).reshape(2, 1, 1, 1)
-        return self.errors / rows / (self.stream.sum() / self.rows.sum())
-
-    def combined(self, answer_weight: float) -> np.ndarray:
-        """[C, L, G]: what errors in text and, weighted, those at answers are worth."""
-        text, answers = self.relative() * self.worth.reshape(2, 1, 1, 1)
-        return text + answer_weight * answers
-
-    def choose(
-        self, topk: np.ndarray, sizes: tuple[int, ...], answer_weight: float
-    ) -> tuple[Choice, np.ndarray]:
-        """Each head's best candidate with topk [G] slots; and their errors [2], all heads'.
-
-        Errors are those of the nearest of `sizes`.
-        """
-        heads = np.arange(len(topk))
-        distance = np.abs(np.log1p(topk)[:, None] - np.log1p(np.asarray(sizes)))
-        levels = distance.argmin(1)
-        best = self.combined(answer_weight)[:, levels, heads].argmin(0)
-        picked = [self.candidates[b][head] for head, b in enumerate(best)]
-        maps, slopes = zip(*picked, strict=True)
-        choice = Choice(
-            maps, tuple(slope * self.unit for slope in slopes), tuple(int(k) for k in topk)
-        )
-        return choice, self.relative()[:, best, levels, heads].sum(-1)
-
-
-def sizes_of(plan: Plan) -> tuple[int, ...]:
-    """The sizes of topk to compare, up to all of a document; the mean alone if all get the same."""
-    if not plan.calibration.per_head:
-        return (plan.topk,)
-    longest = max(plan.topk, plan.calibrate_length - plan.window - plan.sinks)
-    sizes = {round(share * plan.topk) for share in (1.0, *plan.calibration.method.sizes)}
-    return tuple(sorted({size for size in sizes if size < longest} | {plan.topk, longest}))
-
-
-def shares_by_errors(plan: Plan, layers: list[HeldOut], answer_weight: float) -> np.ndarray:
-    """Selected pairs of each head, [layers, G], where the output errors fall most."""
-    sizes = sizes_of(plan)
-    curves = np.stack([layer.combined(answer_weight) for layer in layers])  # [layers, C, L, G]
-    smallest = curves.min(1).transpose(0, 2, 1)
-    shape = smallest.shape[:2]
-    taken = allot(smallest.reshape(-1, len(sizes)), sizes, plan.topk * shape[0] * shape[1])
-    return np.asarray(sizes)[taken].reshape(shape)
+# What an error at an answer counts against one in text when slots are shared out by errors: losses
+# of single layers do not quite add up to the whole model's, so several are tried, and means of two.
+_ANSWER_WEIGHTS = (3.0, 0.1, 30.0, 1.0, 10.0)
+_MEANS = ((0.1, 10.0), (0.1, 30.0))
+# The weight that goes with the threshold: for maps and slopes, and in the mean of both.
+_WITH_THRESHOLD = 3.0
+_REFINED = ", refined"
 
 
 def decide(
-    plan: Plan, layers: list[HeldOut], shares: np.ndarray, answer_weight: float
-) -> list[Choice]:
-    """Each head's best map and slope with its share, [layers, G] selected pairs."""
-    sizes = sizes_of(plan)
-    return [
-        layer.choose(topk, sizes, answer_weight)[0]
-        for layer, topk in zip(layers, shares, strict=True)
-    ]
+    plan: Plan,
+    layers: list[HeldOut],
+    whole: Whole,
+    gradients: Gradients,
+    effort: Effort,
+    advance: Callable[[int], Any],
+) -> tuple[list[Choice], dict[str, Any]]:
+    """The decision whose whole model loses least, recall and text weighed; and a report.
+
+    Proposals are compared, and the best one is refined (refine.py) as long as that helps. One that
+    loses more text than a plain window of the same slots is taken only if all do.
+
+    Args:
+        effort: how many are run, the likeliest first.
+        advance: called with 1 after each pass; there are at most `effort.passes`.
+    """
+    compared = _Comparison(plan, layers, whole, advance)
+    for name, answer_weight, shares in _proposals(plan, layers):
+        if len(compared.tried) == effort.proposals:
+            break
+        compared.run(choices_with(plan, layers, shares, answer_weight), name, answer_weight)
+    reason = None
+    for _ in range(effort.refinements):
+        try:
+            moved = moved_shares(plan, layers, compared.choices, gradients, compared.nats)
+        except (RuntimeError, FloatingPointError) as error:  # memory, or a layer has no gradient
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            break
+        if not _refine(compared, moved):
+            break
+    choices, report = compared.outcome()
+    return choices, report | {"not_refined": reason}
 
 
-def scorers_of(layers: list[HeldOut], choices: list[Choice]) -> list[Scorer]:
-    """What is written: each head's row of the map that it got."""
-    return [_scorer(layer.maps, choice) for layer, choice in zip(layers, choices, strict=True)]
+class _Comparison:
+    """Decisions and what their whole models lose; `window`: [2], what a plain window does."""
+
+    def __init__(
+        self, plan: Plan, layers: list[HeldOut], whole: Whole, advance: Callable[[int], Any]
+    ):
+        self.plan, self.layers = plan, layers
+        self._whole, self._advance = whole, advance
+        self.decisions: list[list[Choice]] = []
+        self.tried: list[dict[str, Any]] = []
+        self.window = whole.divergence(dict.fromkeys(plan.sparse_layers, window_attention(plan)))
+        advance(1)
+
+    @property
+    def best(self) -> int:
+        """Number of the decision to take."""
+        return self._best(self.plan.calibration.recall)
+
+    @property
+    def choices(self) -> list[Choice]:
+        """The decision to take."""
+        return self.decisions[self.best]
+
+    @property
+    def nats(self) -> np.ndarray:
+        """[2], what a nat of text and of answers counts."""
+        recall = self.plan.calibration.recall
+        return np.array([1 - recall, recall]) / np.maximum(self.window, 1e-9)
+
+    def run(self, choices: list[Choice], name: str, answer_weight: float) -> None:
+        """Measures a decision, unless it was measured: several weights may lead to one."""
+        if choices in self.decisions:
+            return
+        attend = {
+            number: chosen_attention(self.plan, layer.maps, choice)
+            for number, layer, choice in zip(
+                self.plan.sparse_layers, self.layers, choices, strict=True
+            )
+        }
+        text, answers = self._whole.divergence(attend)
+        self._advance(1)
+        self.decisions.append(choices)
+        self.tried.append(
+            {
+                "shares": name,
+                "answer_weight": answer_weight,
+                "text_loss": float(text),
+                "answer_loss": float(answers),
+            }
+        )
+
+    def outcome(self) -> tuple[list[Choice], dict[str, Any]]:
+        """The decision to take, and the report."""
+        choices = self.choices
+        report = {
+            **self.tried[self.best],
+            "recall": self.plan.calibration.recall,
+            "window_text_loss": float(self.window[0]),
+            "window_answer_loss": float(self.window[1]),
+            "recall_alone": self.tried[self._best(1.0)],
+            "text_alone": self.tried[self._best(0.0)],
+            "tried": self.tried,
+            "layers": [
+                {
+                    "map": list(choice.maps),
+                    "slope": [round(slope / layer.unit, 6) for slope in choice.slopes],
+                    "topk": list(choice.topk),
+                    "worth": [float(worth) for worth in layer.worth],
+                }
+                for layer, choice in zip(self.layers, choices, strict=True)
+            ],
+        }
+        return choices, report
+
+    def _best(self, recall: float) -> int:
+        return best_of(self.tried, self.window, recall)
 
 
-def _scorer(maps: dict[str, Map], choice: Choice) -> Scorer:
-    taken = [maps[name] for name in choice.maps]
-    linear = [map_.linear if isinstance(map_, MlpMap) else map_ for map_ in taken]
-    parts = {
-        "weight": torch.stack([map_.weight[head] for head, map_ in enumerate(linear)]),
-        "bias": torch.stack([map_.bias[head] for head, map_ in enumerate(linear)]),
-    }
-    if isinstance(taken[0], MlpMap):
-        parts["hidden_weight"], parts["hidden_bias"] = taken[0].hidden.weight, taken[0].hidden.bias
-        parts["out_weight"] = torch.stack([map_.out[head] for head, map_ in enumerate(taken)])
-    arrays = {name: tensor.float().cpu().numpy() for name, tensor in parts.items()}
-    return Scorer(slopes=np.asarray(choice.slopes, dtype=np.float32), topk=choice.topk, **arrays)
+def _refine(compared: _Comparison, moved: list[np.ndarray]) -> bool:
+    """Runs the best decision with these slots, each [layers, G]; whether one was better."""
+    before = compared.best
+    choices, row = compared.decisions[before], compared.tried[before]
+    name = row["shares"].removesuffix(_REFINED) + _REFINED
+    for shares in moved:
+        refined = [resized(*pair) for pair in zip(choices, shares, strict=True)]
+        compared.run(refined, name, row["answer_weight"])
+    return compared.best != before
+
+
+def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.ndarray]]:
+    """Shares to compare, those that win most often first.
+
+    Their name, the weight of answers for maps and slopes, and selected pairs [layers, G].
+    """
+    even = np.full((len(layers), plan.geometry.kv_heads), plan.topk)
+    last = [("even", _WITH_THRESHOLD, even)]
+    if not plan.calibration.per_head:
+        return last
+    shares = {weight: shares_by_errors(plan, layers, weight) for weight in _ANSWER_WEIGHTS}
+    errors = [("errors", weight, share) for weight, share in shares.items()]
+    means = []
+    for low, high in _MEANS:
+        mean = (shares[low] + shares[high]) // 2
+        means.append((f"mean of errors {low:g} and {high:g}", high, mean))
+    if all(layer.attention for layer in layers):
+        found = threshold_shares([layer.attention for layer in layers], plan.topk)
+        mean = (found + shares[_WITH_THRESHOLD]) // 2
+        means.append(("mean of threshold and errors", _WITH_THRESHOLD, mean))
+    return [*errors[:1], *means[:1], *errors[1:3], *means[2:], *errors[3:], *means[1:2], *last]
+
+
+def best_of(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int:
+    """Which to take; `window` is what a plain window loses in text and at answers."""
+    numbers = [n for n, row in enumerate(tried) if row["text_loss"] <= window[0]]
+    numbers = numbers or list(range(len(tried)))
+
+    def lost(n: int) -> float:
+        text, answers = (tried[n][kind] for kind in ("text_loss", "answer_loss"))
+        share = text / max(window[0], 1e-9), answers / max(window[1], 1e-9)
+        return (1 - recall) * share[0] + recall * share[1]
+
+    return min(numbers, key=lost)

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from sparsek_cli.conversion.calibrate.head_budgets.by_error import allot
+from sparsek_cli.conversion.calibrate.head_budgets.by_error import allot, sizes_of
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
-from sparsek_cli.conversion.calibrate.head_budgets.decide import HeldOut, sizes_of
+from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import chosen_attention
 from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
 from sparsek_cli.conversion.planned import Plan
