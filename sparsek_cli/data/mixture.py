@@ -236,7 +236,7 @@ def _stream(block: Any, tokenizer: Any) -> Callable:
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"stream '{block.stream}': {error}",
-            hint="the settings are described in sparsek_cli/data/streams.py",
+            hint="`sparsek recipes schema finetune` says which settings there are",
         ) from error
 
 
@@ -252,7 +252,7 @@ def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Calla
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"data options of kind '{block.kind}': {error}",
-            hint="the settings are described in sparsek_cli/data",
+            hint="`sparsek recipes schema finetune` says which settings there are",
         ) from error
 
 

@@ -25,6 +25,12 @@ def sliding_mask(attention_mask: torch.Tensor | None, **kwargs: Any) -> torch.Te
     """The mask of sliding layers: transformers' where there is padding, else none.
 
     `sliding_attention` needs none, so that long sequences cost no N x N mask.
+
+    Args:
+        attention_mask: [B, M], 0 at padding; None: no padding. kwargs: of transformers' sdpa_mask.
+
+    Returns:
+        bool [B, 1, N, M], True where a query may look, or None.
     """
     if attention_mask is None or bool(attention_mask.all()):
         return None
@@ -77,7 +83,9 @@ def causal_attention(
     )
 
 
-def _by_blocks(query, key, value, window: int, logits: Logits) -> torch.Tensor:
+def _by_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, logits: Logits
+) -> torch.Tensor:
     queries, before = query.shape[2], key.shape[2] - query.shape[2]
     parts = []
     for start in range(0, queries, _QUERIES):
@@ -94,6 +102,13 @@ def _by_blocks(query, key, value, window: int, logits: Logits) -> torch.Tensor:
 
 def sliding_layer(module, query, key, value, mask, logits: Logits, window, cu_seqlens):
     """Attention of a converted model's sliding layer, as transformers wants it: the dense model's.
+
+    Args:
+        query: [B, H, N, D]. key, value: [B, G, M, D]. mask, cu_seqlens: as in `sliding_attention`.
+        window: newest keys that a query sees; None: the module's own.
+
+    Returns:
+        [B, N, H, D], and no weights.
 
     Raises:
         SparsekError: it has no window, so it is a layer that should have had a scorer.

@@ -59,7 +59,9 @@ class NeedleBlock(SourceBlock):
     kind: Literal["needles"] = Field(description="text, needles, copies or stream")
     filler: str = Field(description="name of the text source that the filler comes from")
     options: dict[str, Any] = Field(
-        default_factory=dict, description="settings of data/needle_source.py"
+        default_factory=dict,
+        description="needles, facts, questions, documents, splits, key_values, distractors, "
+        "open_words, generated, repeats: how many facts, how they are told and asked for",
     )
     document_length: PositiveInt | None = Field(
         None, description="tokens per document, several packed per sequence; default: one"
@@ -84,7 +86,11 @@ class StreamBlock(SourceBlock):
 
     kind: Literal["stream"] = Field(description="text, needles, copies or stream")
     stream: Literal["nucleotides", "series"] = Field(description="nucleotides or series")
-    options: dict[str, Any] = Field(default_factory=dict, description="settings of data/streams.py")
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="tags, signals: mean number of symbols from one tag (150) or signal (60) to "
+        "the next",
+    )
 
 
 Source = Annotated[TextSource | NeedleBlock | CopyBlock | StreamBlock, Field(discriminator="kind")]

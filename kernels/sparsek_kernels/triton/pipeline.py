@@ -133,7 +133,14 @@ def add_sinks(
 def sink_gradient(
     lse: torch.Tensor, delta: torch.Tensor, sink_logits: torch.Tensor
 ) -> torch.Tensor:
-    """d(sink_logits): its weight carries no value, P = 0 in ds = weight (P - D)."""
+    """d(sink_logits): its weight carries no value, P = 0 in ds = weight (P - D).
+
+    Args:
+        lse, delta: float32 [B, H, N], to the base 2, and D = sum of do * out. sink_logits: [H].
+
+    Returns:
+        [H] in the dtype of sink_logits.
+    """
     weight = (_base_2(sink_logits) - lse).exp2_()
     return weight.mul_(delta).sum((0, 2)).neg_().to(sink_logits.dtype)
 
@@ -143,7 +150,11 @@ def _base_2(sink_logits: torch.Tensor) -> torch.Tensor:
 
 
 def gate_values(scores: torch.Tensor, always: torch.Tensor | None) -> torch.Tensor:
-    """Scores with sinks at +inf, so that their gate is 1."""
+    """Scores [B, G, N] with sinks at +inf, so that their gate is 1.
+
+    Args:
+        always: bool, broadcast to the scores, True at sinks; None: there are none.
+    """
     scores = scores.detach()
     return scores if always is None else scores.masked_fill(always, float("inf"))
 

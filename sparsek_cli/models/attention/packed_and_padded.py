@@ -18,19 +18,50 @@ def unflatten(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     return tensor[0].unflatten(1, (batch, -1)).transpose(0, 1)
 
 
+Attend = Callable[..., torch.Tensor]
+
+
 def attend_packed(
-    attend: Callable, query, key, value, scores, cu_seqlens: torch.Tensor
+    attend: Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
-    """Documents packed over all rows of the batch."""
+    """Documents packed over all rows of the batch.
+
+    Args:
+        attend: from query, key, value, scores of one row and bounds int32 [documents + 1] to its
+            output [1, H, tokens, D].
+        query: [B, H, N, D]. key, value: [B, G, N, D]. scores: [B, G, N].
+        cu_seqlens: [documents + 1], bounds of the documents in B * N tokens.
+
+    Returns:
+        [B, H, N, D] in the output's dtype.
+    """
     cu_seqlens = cu_seqlens.to(device=query.device, dtype=torch.int32)
     packed = [flatten(tensor) for tensor in (query, key, value, scores)]
     return unflatten(attend(*packed, cu_seqlens), query.shape[0])
 
 
 def attend_unpadded(
-    attend: Callable, query, key, value, scores, mask: torch.Tensor
+    attend: Attend,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scores: torch.Tensor,
+    mask: torch.Tensor,
 ) -> torch.Tensor:
-    """Each row is a document without its padding; outputs at padding are 0."""
+    """Each row is a document without its padding; outputs at padding are 0.
+
+    Args:
+        attend, query, key, value, scores: as in `attend_packed`.
+        mask: bool [B, N], True where a token stands.
+
+    Returns:
+        [B, H, N, D] in the query's dtype.
+    """
     lengths = mask.sum(dim=1, dtype=torch.int32)
     cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     (tokens,) = mask.flatten().nonzero(as_tuple=True)

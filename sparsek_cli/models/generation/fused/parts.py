@@ -13,6 +13,7 @@ Forward = Callable[..., Any]
 
 
 def own_forward(module: nn.Module) -> Forward:
+    """The forward of the module's class, bound to it."""
     return type(module).forward.__get__(module)
 
 
@@ -27,6 +28,7 @@ def is_plain(module: Any, *, below: bool = False) -> bool:
 
 
 def is_map(module: Any) -> bool:
+    """A linear map whose weight is a plain tensor, and nothing around it."""
     # torchao's layers are plain, and their weights are not.
     plain = type(module) is nn.Linear and type(module.weight) is nn.Parameter
     return plain and is_plain(module) and module.weight.is_contiguous()
@@ -52,6 +54,7 @@ def norm_of(module: Any):
 
 
 def fused_norm(module: nn.Module, rows: int) -> Forward | None:
+    """A root-mean-square norm of one token of each of `rows` rows."""
     from sparsek_kernels.triton import linears
 
     norm, own = norm_of(module), own_forward(module)
@@ -68,6 +71,7 @@ def fused_norm(module: nn.Module, rows: int) -> Forward | None:
 
 
 def fused_map(module: nn.Module, rows: int) -> Forward | None:
+    """A linear map of one token of each of `rows` rows."""
     from sparsek_kernels.triton import linears
 
     if not is_map(module):
@@ -84,6 +88,7 @@ def fused_map(module: nn.Module, rows: int) -> Forward | None:
 
 
 def gated_parts(module: Any) -> tuple[nn.Linear, nn.Linear, nn.Linear] | None:
+    """Gate, up and down of an MLP silu(gate) * up, or None for other modules."""
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not all(map(is_map, parts)) or not is_plain(module, below=True):
         return None
@@ -99,6 +104,7 @@ def _is_silu(activation: Any) -> bool:
 
 
 def fused_mlp(module: nn.Module, rows: int) -> Forward | None:
+    """A gated MLP of one token of each of `rows` rows, in two launches."""
     from sparsek_kernels.triton import linears
 
     parts, own = gated_parts(module), own_forward(module)
