@@ -43,6 +43,7 @@ def test_every_family_calibrates(family, dense_checkpoint, tmp_path):
     one, two = (load_file(tmp_path / name / "sparsek.safetensors") for name in ("a", "b"))
     assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
     assert reports[0]["text_loss"] == reports[1]["text_loss"] > 0
+    assert reports[0]["not_refined"] is None
     assert all(np.isfinite(array).all() for array in one.values())
     weights = [array for name, array in one.items() if name.endswith("weight")]
     assert all(array.any() for array in weights)

@@ -137,6 +137,7 @@ def test_calibrates(made, checkpoints):
     assert all(abs(array).sum() > 0 for array in weights)
     report = json.loads((checkpoints.out / "calibration.json").read_text())
     assert report["text_loss"] > 0 and report["window_text_loss"] > 0
+    assert report["not_refined"] is None
 
 
 @torch.no_grad()
