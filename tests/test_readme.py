@@ -1,4 +1,4 @@
-"""Every command in the README runs; the long ones as far as --dry-run goes."""
+"""Every command in the README runs: quickly with --dry-run, and whole among the slow tests."""
 
 import re
 import shlex
@@ -57,6 +57,30 @@ def test_sparsek_commands_run_in_order(tmp_path, monkeypatch, capsys):
             block = block.replace(given, less)
         exec(compile(block, "README.md", "exec"), {})
         assert "ppl" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_session_as_it_stands_finds_the_password(tmp_path, monkeypatch, capsys):
+    """Nothing dry, calibration and training whole; only samples of evaluate are fewer."""
+    from sparsek_cli.app import run
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPARSEK_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("README.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    said = {}
+    for line, words in commands():
+        if words[0] not in ("make", "sparsek"):
+            subprocess.run(line, shell=True, check=True)
+        elif words[0] == "sparsek" and not words[-1].startswith("--list"):
+            few = ["--limit", "1", "--device", "cpu"] if words[1] == "evaluate" else []
+            assert run([*words[1:], *few]) == 0, f"{line}\n{capsys.readouterr().err}"
+            said[words[1]] = capsys.readouterr().out
+    assert "divergence from dense" in said["convert"] and "held-out loss" in said["finetune"]
+    assert all(policy in said["evaluate"] for policy in ("dense", "window", "random"))
+    assert "walnut" in said["chat"] and "FAIL" not in said["doctor"]
 
 
 def test_it_can_be_read_in_one_go():
