@@ -31,7 +31,7 @@ def belonging_files(path: Path) -> list[Path]:
 
 
 def check_special(path: Path) -> None:
-    """Raises UsageError where what is called as a file of a model's is a pipe, say, or gone.
+    """Raises UsageError where what is called as a model's file is a pipe, say, gone or no text.
 
     It would pass for a file that is not there, and the model for one without it.
     """
@@ -40,6 +40,20 @@ def check_special(path: Path) -> None:
     for folder in _TEMPLATES:
         if (path / folder).is_dir():
             check_entries(path / folder, ("*.jinja",), hint=hint)
+    for place in (path, *(path / folder for folder in _TEMPLATES)):
+        for file in place.glob("*.jinja"):
+            _check_text(file)
+
+
+def _check_text(file: Path) -> None:
+    """What reads a template that is no text blames the tokenizer."""
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file} is not UTF-8 text",
+            hint="save it as UTF-8, or remove it: it is a chat template",
+        ) from error
 
 
 def check_side_files(path: Path, config: dict[str, Any]) -> None:

@@ -152,6 +152,17 @@ def test_copy_makes_files_of_its_own(dense_checkpoint, tmp_path):
     assert filecmp.cmp(copied, base / "model.safetensors", shallow=False)
 
 
+def test_a_base_of_zeros_equals_its_conversion(dense_checkpoint, tmp_path):
+    """0/0 failed the comparison, and asked for a report."""
+    from safetensors.torch import load_file, save_file
+
+    base = dense_checkpoint()
+    zeros = {name: 0 * weight for name, weight in load_file(base / "model.safetensors").items()}
+    save_file(zeros, base / "model.safetensors", metadata={"format": "pt"})
+    recipe = ConvertRecipe(model=str(base), out=str(tmp_path / "out"), calibrate="none", topk=6)
+    assert convert(make_plan(recipe)).verified.logit_difference == 0
+
+
 def test_links_go_through_symbolic_links_to_the_weights(dense_checkpoint, tmp_path):
     # The hub's cache holds symbolic links to blobs.
     base = dense_checkpoint()

@@ -338,6 +338,7 @@ MODELS: dict[str, Maker] = {
     "fifo-ends": special("generation_config.json", os.mkfifo),
     "fifo-adapter": special("adapter_config.json", os.mkfifo),
     "fifo-weights": special(SINGLE, os.mkfifo),
+    "bytes-template": file("chat_template.jinja", b"\xff\xfe{"),
     "socket-template": special("chat_template.jinja", bind),
     "socket-named-template": special("additional_chat_templates/tools.jinja", bind),
     "device-index": special(INDEX, lambda path: path.symlink_to("/dev/null")),
