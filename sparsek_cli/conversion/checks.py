@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+from sparsek_cli import byte_units
 from sparsek_cli.checkpoint_files.shards import Shard
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import SparsekError
@@ -17,8 +18,8 @@ def check_room(parent: Path, needed: int, *, packed: bool) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise SparsekError(
-            f"not enough space in {parent}: {needed / 2**30:.1f} GiB needed, "
-            f"{free / 2**30:.1f} GiB free",
+            f"not enough space in {parent}: {byte_units.size(needed)} needed, "
+            f"{byte_units.size(free)} free",
             hint="free some space, or choose OUT on another disk"
             if packed
             else "free some space, or choose OUT on the base's filesystem so that it can be linked",

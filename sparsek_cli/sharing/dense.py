@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli import disk, hub
+from sparsek_cli import byte_units, disk, hub
 from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.checkpoint_files.shards import (
     INDEX,
@@ -80,10 +80,11 @@ class Plan:
 
     def text(self) -> str:
         """For a person."""
+        size = byte_units.size(self.bytes)
         return (
             f"model       {self.source.path} ({self.row.sparsek_type})\n"
             f"out         {self.out} ({self.config['architectures'][0]})\n"
-            f"weights     {len(self.shards)} file(s), {self.bytes / 2**30:.2f} GiB, without scorers"
+            f"weights     {len(self.shards)} file(s), {size}, without scorers"
         )
 
 
@@ -197,8 +198,8 @@ def _check_room(plan: Plan) -> None:
     free = disk.free_bytes(plan.out)
     if free < copied:
         raise SparsekError(
-            f"not enough space for {plan.out}: {copied / 2**30:.1f} GiB needed, "
-            f"{free / 2**30:.1f} GiB free",
+            f"not enough space for {plan.out}: {byte_units.size(copied)} needed, "
+            f"{byte_units.size(free)} free",
             hint="free some space, or choose OUT on the model's filesystem so that it is linked",
         )
 

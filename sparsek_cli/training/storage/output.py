@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from sparsek_cli import disk
+from sparsek_cli import byte_units, disk
 from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.errors import SparsekError
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 # processes of the run wait too, and give up after ten minutes.
 PATIENCE = 300.0
 _PAUSE = 5.0
-_GIB = 2**30
 
 
 def contents_of(start: "Start") -> Contents:
@@ -57,9 +56,9 @@ def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
     needed = model + 3 * weights * saves
     free = disk.free_bytes(output) + disk.size(part_folder(output))
     if free < needed:
+        size, room = byte_units.size(needed), byte_units.size(free)
         raise SparsekError(
-            f"the run will write {needed / _GIB:.2f} GiB, and {free / _GIB:.2f} GiB are free in "
-            f"{disk.existing_parent(output)}",
+            f"the run will write {size}, and {room} are free in {disk.existing_parent(output)}",
             hint="free some space, choose another OUT"
             + (", or set save_steps=0 (no checkpoints)" if saves else ""),
         )
