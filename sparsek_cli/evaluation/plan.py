@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import check_names
-from sparsek_cli.evaluation.result_folder import check_results
+from sparsek_cli.evaluation.result_folder import check_part, check_results
 from sparsek_cli.evaluation.settings import (
     Loading,
     Prompts,
@@ -90,6 +90,8 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
     out = Path(os.path.expanduser(recipe.out)) if recipe.out else None
     if out is not None:
         check_results(out, resume=resume, model=checkpoint.path)
+        if recipe.overwrite:
+            check_part(out)
     files = data_fingerprint(recipe.text, recipe.data)
     return Plan(
         request=recipe.model_dump(),

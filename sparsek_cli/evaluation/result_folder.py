@@ -24,12 +24,13 @@ from sparsek_cli.evaluation.json_values import to_json
 from sparsek_cli.evaluation.report.stored_shapes import is_report, is_unit
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
-from sparsek_cli.output.place import check_folder
+from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.output.staging import take_name
 from sparsek_cli.plain_files import check_plain
 
 RESULTS = "results.json"
 RUN = "run.json"
+_REPLACES = "replaces"  # in run.json of OUT.part: the name of OUT
 
 
 def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> None:
@@ -50,15 +51,33 @@ def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> N
         )
 
 
+def check_part(folder: Path) -> None:
+    """Raises UsageError where OUT.part, in which results are measured anew, is something else.
+
+    A folder of results may be called so, too: ours says in its run.json what it will replace.
+    """
+    part = part_folder(folder)
+    if not os.path.lexists(part):
+        return
+    if _run_in(part).get(_REPLACES) != absolute(folder).name:
+        raise UsageError(
+            f"'{part}' is not of a run that was to replace '{folder}'",
+            hint="move it away, or name another --out",
+        )
+    check_folder(part, RESULTS_FOLDER, overwrite=True)
+
+
 def part_folder(folder: Path) -> Path:
     """Where results are measured that will replace those in `folder`."""
+    folder = absolute(folder)
     return folder.with_name(f"{folder.name}.part")
 
 
 def working_folder(folder: Path, fingerprint: str) -> Path:
     """Where a run of this fingerprint has begun: `folder`, or the one beside it."""
     part = part_folder(folder)
-    return part if _fingerprint_in(part) == fingerprint else folder
+    run = {"fingerprint": fingerprint, _REPLACES: absolute(folder).name}
+    return part if _run_in(part) == run else folder
 
 
 class Store:
@@ -81,12 +100,15 @@ class Store:
 
     def __init__(self, folder: Path, fingerprint: str, *, resume: bool, overwrite: bool):
         self.out = self.folder = folder
+        self._fingerprint = fingerprint
         check_results(folder, resume=resume)
         with ExitStack() as stack:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(held(folder))
-                self._begin(fingerprint, resume=resume, overwrite=overwrite)
+                self._begin(resume=resume, overwrite=overwrite)
+                if self.folder != folder:
+                    stack.enter_context(held(self.folder))
             except BlockingIOError as error:
                 raise UsageError(
                     f"another run is writing in {folder}",
@@ -98,11 +120,11 @@ class Store:
                 ) from error
             self._held = stack.pop_all()
 
-    def _begin(self, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
-        folder = self.out
-        if self._goes_on_in_part(fingerprint, resume=resume, overwrite=overwrite):
-            return
+    def _begin(self, *, resume: bool, overwrite: bool) -> None:
+        folder, fingerprint = self.out, self._fingerprint
         before = _fingerprint_in(folder)
+        if self._goes_on_in_part(before, resume=resume, overwrite=overwrite):
+            return
         finished = len(list((folder / "units").glob("*/*.json")))
         if finished and before != fingerprint and not overwrite:
             raise UsageError(
@@ -117,35 +139,46 @@ class Store:
         anew = before is not None and (not resume or before != fingerprint)
         if anew:
             check_results(folder, resume=False)
+        run = {"fingerprint": fingerprint}
         if anew and finished:
             self.folder = part_folder(folder)
             self.folder.mkdir()
+            run[_REPLACES] = absolute(folder).name
         elif anew:
             for name in ("units", "samples"):
                 if (folder / name).is_dir():
                     shutil.rmtree(folder / name)
-        write_atomically(self.folder / RUN, to_json({"fingerprint": fingerprint}))
+        write_atomically(self.folder / RUN, to_json(run))
 
-    def _goes_on_in_part(self, fingerprint: str, *, resume: bool, overwrite: bool) -> bool:
+    def _goes_on_in_part(self, before: str | None, *, resume: bool, overwrite: bool) -> bool:
         """Whether an earlier run, which was to replace the results, is continued.
+
+        Args:
+            before: the fingerprint of what lies in OUT.
 
         Raises:
             UsageError: there is one, and nobody said what becomes of it; or others' files.
         """
         part = part_folder(self.out)
-        unfinished = _fingerprint_in(part)
-        if unfinished == fingerprint and resume:
-            check_folder(part, RESULTS_FOLDER, overwrite=True)
+        if _run_in(part).get(_REPLACES) != absolute(self.out).name:
+            if overwrite:
+                check_part(self.out)
+            return False
+        if resume and _fingerprint_in(part) == self._fingerprint:
+            check_part(self.out)
+            check_folder(self.out, RESULTS_FOLDER, overwrite=True)  # it is to be replaced
             self.folder = part
             return True
-        if unfinished is not None and not overwrite:
+        if resume and before == self._fingerprint:
+            return False
+        if _has_units(part) and not overwrite:
             raise UsageError(
                 f"a run that was to replace {self.out} is unfinished, in {part}",
-                hint="--resume continues it with the settings it has, --overwrite starts over",
+                hint="--resume continues it with the settings it has, --overwrite starts over; "
+                "or move it away",
             )
-        if overwrite and os.path.lexists(part):
-            check_folder(part, RESULTS_FOLDER, overwrite=True)
-            shutil.rmtree(part)
+        check_part(self.out)
+        shutil.rmtree(part)
         return False
 
     def __enter__(self) -> "Store":
@@ -159,7 +192,7 @@ class Store:
 
     def resumable(self) -> bool:
         """Whether what is there is kept for --resume: not a part in which nothing is finished."""
-        return self.folder == self.out or any((self.folder / "units").glob("*/*.json"))
+        return self.folder == self.out or _has_units(self.folder)
 
     def complete(self) -> None:
         """Results that replace others take their name.
@@ -169,13 +202,14 @@ class Store:
         """
         if self.folder == self.out:
             return
-        if not take_name(self.folder, self.out, RESULTS_FOLDER, overwrite=True):
+        if not take_name(self.folder, absolute(self.out), RESULTS_FOLDER, overwrite=True):
             raise SparsekError(
                 f"{self.out} holds files of others by now and is left as it was: the new results "
                 f"are in {self.folder}",
                 hint="use them from there, or move the others away and give --resume",
             )
         self.folder = self.out
+        write_atomically(self.folder / RUN, to_json({"fingerprint": self._fingerprint}))
 
     def save(
         self, policy: str, unit: str, result: dict[str, Any], samples: Iterable[dict[str, Any]]
@@ -186,14 +220,23 @@ class Store:
         write_atomically(_unit_file(self.folder, policy, unit), to_json(result))
 
 
-def _fingerprint_in(folder: Path) -> str | None:
-    """The settings of the run whose results lie there; None: of no run of ours."""
+def _run_in(folder: Path) -> dict[str, Any]:
+    """What run.json says there; empty where it says nothing."""
     try:
         found = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    fingerprint = found.get("fingerprint") if isinstance(found, dict) else None
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _fingerprint_in(folder: Path) -> str | None:
+    """The settings of the run whose results lie there; None: of no run of ours."""
+    fingerprint = _run_in(folder).get("fingerprint")
     return fingerprint if isinstance(fingerprint, str) else None
+
+
+def _has_units(folder: Path) -> bool:
+    return any((folder / "units").glob("*/*.json"))
 
 
 def _name(policy: str) -> str:

@@ -27,6 +27,8 @@ from sparsek_cli.evaluation.result_folder import (
 )
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
+from sparsek_cli.output import leftovers
+from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.reporter import Reporter, Silent
 
 Pair = tuple[Unit, Policy]
@@ -116,6 +118,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     folder = plan.out or default_folder(record)
     store = None
     if ranks.first:
+        leftovers.clear(folder, say, RESULTS_FOLDER)
         fingerprint = digest(record.settings)
         store = Store(folder, fingerprint, resume=plan.resume, overwrite=plan.overwrite)
     with store or nullcontext():

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sparsek_cli.output.contents import MODEL
+from sparsek_cli.output.contents import MODEL, Contents
 from sparsek_cli.output.place import absolute
 
 
@@ -38,8 +38,11 @@ def held(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def clear(out: Path, say: Callable[[str], None]) -> None:
+def clear(out: Path, say: Callable[[str], None], contents: Contents = MODEL) -> None:
     """Removes or puts back what dead owners left beside OUT, and says so.
+
+    Args:
+        contents: what this tool writes there.
 
     Raises:
         OSError: a folder cannot be moved or removed.
@@ -51,16 +54,18 @@ def clear(out: Path, say: Callable[[str], None]) -> None:
     for left in sorted(out.parent.iterdir()):
         match = name.fullmatch(left.name)
         if match and left.is_dir() and not left.is_symlink() and _abandoned(left):
-            _settle(left, out, say, aside=match[1] is not None)
+            _settle(left, out, say, contents, aside=match[1] is not None)
 
 
-def _settle(left: Path, out: Path, say: Callable[[str], None], *, aside: bool) -> None:
+def _settle(
+    left: Path, out: Path, say: Callable[[str], None], contents: Contents, *, aside: bool
+) -> None:
     inner = left / out.name if aside else left
     if aside and inner.is_dir() and not os.path.lexists(out):
         inner.rename(out)
         left.rmdir()
         say(f"put back {out}: a killed run had set it aside")
-    elif inner.is_dir() and MODEL.foreign(inner) is not None:
+    elif inner.is_dir() and contents.foreign(inner) is not None:
         say(f"{left} is of no run that is still there, and holds files of others: look into it")
     else:
         shutil.rmtree(left)

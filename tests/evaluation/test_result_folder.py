@@ -2,11 +2,22 @@
 
 import json
 import os
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.evaluation.result_folder import Store, load_results, load_unit
+from sparsek_cli.evaluation.lm.proof import Proof
+from sparsek_cli.evaluation.result_folder import (
+    Store,
+    check_part,
+    load_results,
+    load_unit,
+    working_folder,
+)
+from sparsek_cli.output import leftovers
+from sparsek_cli.output.contents import RESULTS
 
 
 def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:
@@ -15,15 +26,23 @@ def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:
 
 UNIT = {
     "task": "ppl", "length": 32, "policy": "dense", "primary": "ppl",
-    "metrics": {"ppl": {"value": 1.0, "stderr": None, "higher_is_better": False}},
+    "metrics": {"ppl": {"value": 1.0, "stderr": None, "higher_is_better": False, "samples": 1}},
+    "proof": asdict(Proof()),
 }  # fmt: skip
+
+
+BROKEN = [
+    {"proof": {}},
+    {"primary": "other"},
+    {"metrics": {"ppl": 1}},
+    {"metrics": {"ppl": UNIT["metrics"]["ppl"] | {"value": None}}},
+]
 
 
 @pytest.mark.parametrize(
     "content",
     ["", "{", "[]", "{}", '{"units": 3}', "[" * 99999]
-    + [json.dumps(UNIT | {"primary": "other"}), json.dumps(UNIT | {"metrics": {"ppl": 1}})]
-    + [json.dumps(UNIT | {"metrics": {"ppl": UNIT["metrics"]["ppl"] | {"value": None}}})],
+    + [json.dumps(UNIT | broken) for broken in BROKEN],
 )
 def test_damaged_results_are_measured_again_and_not_compared(tmp_path, content):
     with begin(tmp_path) as store:
@@ -116,7 +135,7 @@ def test_an_unfinished_run_beside_is_not_dropped_in_silence(tmp_path):
     finish(out)
     with begin(out, "b", overwrite=True) as store:
         store.save("dense", "ppl@64", {"loss": 2.0}, [])
-    for settings, resume in (("b", False), ("c", False), ("c", True), ("a", True)):
+    for settings, resume in (("b", False), ("c", False), ("c", True)):
         with pytest.raises(UsageError, match="is unfinished, in .*out.part"):
             begin(out, settings, resume=resume)
     (part / "thesis.txt").write_text("mine")
@@ -130,3 +149,62 @@ def test_an_unfinished_run_beside_is_not_dropped_in_silence(tmp_path):
         with pytest.raises(SparsekError, match="holds files of others by now"):
             store.complete()
     assert (out / "thesis.txt").exists() and (part / "units").exists()
+
+
+def test_results_in_a_folder_called_as_ours_are_not_dropped(tmp_path):
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    finish(out)
+    finish(part, "other")
+    before = stored(part)
+    with pytest.raises(UsageError, match=r"out\.part' is not of a run that was to replace"):
+        begin(out, "b", overwrite=True)
+    with pytest.raises(UsageError, match=r"out\.part' is not of a run that was to replace"):
+        check_part(out)
+    assert stored(part) == before
+    with begin(out, resume=True) as store:  # it is nothing to this run
+        assert store.folder == out
+    assert stored(part) == before
+
+
+def test_a_run_goes_on_whatever_else_was_to_replace_it(tmp_path):
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    finish(out)
+    with begin(out, "b", overwrite=True) as store:
+        store.save("dense", "ppl@64", {"loss": 2.0}, [])
+    with begin(out, resume=True) as store:
+        assert store.folder == out and part.is_dir()
+    for file in part.glob("units/*/*"):
+        file.unlink()  # killed before anything was finished
+    with begin(out, "c", overwrite=True) as store:
+        assert store.folder == part
+
+
+def test_files_of_others_are_told_before_anything_is_measured(tmp_path):
+    out = tmp_path / "out"
+    finish(out)
+    with begin(out, "b", overwrite=True) as store:
+        store.save("dense", "ppl@64", {"loss": 2.0}, [])
+    (out / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"thesis\.txt"):
+        begin(out, "b", resume=True)
+
+
+def test_the_current_folder_holds_results(tmp_path, monkeypatch):
+    finish(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    with begin(Path("."), resume=True) as store:
+        assert store.folder == Path(".")
+    assert working_folder(Path("."), "a") == Path(".")
+
+
+def test_what_a_killed_run_set_aside_is_put_back(tmp_path):
+    out, told = tmp_path / "out", []
+    finish(out)
+    aside = leftovers.make_beside(out, "old.")
+    out.rename(aside / "out")
+    leftovers.clear(out, told.append, RESULTS)
+    assert load_unit(out, "dense", "ppl@32") is None and (out / "units").is_dir()
+    half = leftovers.make_beside(out)
+    (half / "run.json").write_text("{}")
+    leftovers.clear(out, told.append, RESULTS)
+    assert not half.exists() and len(told) == 2

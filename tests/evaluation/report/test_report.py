@@ -60,6 +60,36 @@ def report():
     }
 
 
+def places(value, place=()):
+    """Every key of a report, as the keys that lead to it."""
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield (*place, key)
+        yield from places(inner, (*place, key))
+
+
+def test_a_report_with_any_key_gone_is_refused_or_shown(report):
+    from sparsek_cli.evaluation.report.stored_shapes import is_report
+    from sparsek_cli.evaluation.report.table import markdown, text
+
+    assert is_report(report)
+    refused = 0
+    for place in places(report):
+        damaged = copy.deepcopy(report)
+        inner = damaged
+        for key in place[:-1]:
+            inner = inner[key]
+        if isinstance(inner, list):
+            continue
+        del inner[place[-1]]
+        if is_report(damaged):
+            assert text(damaged) and markdown(damaged), place
+        else:
+            refused += 1
+    assert refused > 20
+
+
 def test_table_has_deltas_bytes_and_absent_tasks(report):
     from sparsek_cli.evaluation.report.table import markdown, text
 
