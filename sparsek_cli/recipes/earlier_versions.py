@@ -48,18 +48,41 @@ SETTLED_EVALUATE: Settled = {
     "share_prefix": ((True,), "leave it out: a document is read once for all questions about it"),
 }
 
-# Keys that a convert recipe had below `method`, and what to do about them.
-_SETTLED_SCORERS = "leave it out: how scorers are found is settled (docs/method.md, section 5)"
-SETTLED_METHOD: dict[str, str] = {
-    "method.recall": "it is called recall now: write recall=... in its place",
-    **{
-        f"method.{key}": _SETTLED_SCORERS
-        for key in (
-            "scorer", "width", "target", "documents", "maps", "slopes", "sizes", "answer_weight",
-        )
-    },
-    "method": _SETTLED_SCORERS,
-}  # fmt: skip
+# The block `method` of convert recipes, which lies beside every model that was converted with it.
+_SCORERS = (
+    "leave the block method out: how scorers are found is settled (docs/method.md, section 5), and "
+    "recall is a key of its own"
+)
+_MAPS = "text", "all", "answers", "blend"
+_SLOPES = 0.0, 0.05, 0.2, 0.7, 2.5
+_SIZES = 0.0, 0.0625, 0.125, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0
+SETTLED_CONVERT: Settled = {
+    "method.scorer": (("mlp",), _SCORERS),
+    "method.width": ((128,), _SCORERS),
+    "method.target": (("max",), _SCORERS),
+    "method.documents": (("auto",), _SCORERS),
+    "method.maps": ((_MAPS, [*_MAPS]), _SCORERS),
+    "method.slopes": ((_SLOPES, [*_SLOPES]), _SCORERS),
+    "method.sizes": ((_SIZES, [*_SIZES]), _SCORERS),
+    "method.answer_weight": ((), _SCORERS),
+    "method.recall": ((), "it is called recall now: write recall=... in its place"),
+    "method": (({},), _SCORERS),
+}
+
+
+def with_recall(given: Any) -> Any:
+    """A convert recipe as written, `method.recall` under the name that it has now.
+
+    It stays, to be refused, where it is no share, or says something else than `recall` beside it.
+    """
+    method = given.get("method") if isinstance(given, dict) else None
+    share = method.get("recall") if isinstance(method, dict) else None
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+        return given
+    if given.get("recall", share) != share:
+        return given
+    rest = {key: value for key, value in method.items() if key != "recall"}
+    return {**given, "recall": share, "method": rest}
 
 
 def without_settled(given: Any, settled: Settled) -> Any:

@@ -1,7 +1,7 @@
 """The recipe of `sparsek convert`: every key, its type, default and meaning."""
 
 from fractions import Fraction
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -9,9 +9,10 @@ from pydantic import (
     ConfigDict,
     Field,
     StrictInt,
+    model_validator,
 )
 
-from sparsek_cli.recipes.earlier_versions import SETTLED_METHOD
+from sparsek_cli.recipes.earlier_versions import SETTLED_CONVERT, with_recall, without_settled
 from sparsek_cli.recipes.limits import LONGEST
 
 MOST = (1 << 31) - 1  # tokens of all texts: sizes still fit into numbers
@@ -33,7 +34,7 @@ class ConvertRecipe(BaseModel):
     """Everything `sparsek convert` does, in one mapping."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
-    settled: ClassVar[dict[str, str]] = SETTLED_METHOD
+    settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED_CONVERT.items()}
 
     model: str | None = Field(None, description="folder, short name or hub id of the base model")
     out: str | None = Field(None, description="folder to write; default <name>-sparsek")
@@ -112,3 +113,9 @@ class ConvertRecipe(BaseModel):
         "auto", description="number format while calibrating: auto, bfloat16, float16, float32"
     )
     seed: int = Field(0, ge=0, lt=2**32, description="seed of the calibration text")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _forget(cls, given: Any) -> Any:
+        """Keys of earlier versions go where they say what is now always done."""
+        return without_settled(with_recall(given), SETTLED_CONVERT)
