@@ -43,7 +43,12 @@ def check_plain(file: Path, *, hint: str) -> None:
 
 
 def check_entries(folder: Path, patterns: Sequence[str], *, hint: str) -> None:
-    """Raises UsageError where something in a folder is called as a file is, and is none."""
+    """Raises UsageError where something in a folder is called as a file is, and is none.
+
+    What a name that begins with a dot hides is nobody's to read: an editor locks config.json by
+    a link `.#config.json` to nothing.
+    """
     for file in sorted(folder.iterdir()):  # not glob, which passes over links to nothing
-        if any(fnmatchcase(file.name, pattern) for pattern in patterns):
+        hidden = file.name.startswith(".")
+        if not hidden and any(fnmatchcase(file.name, pattern) for pattern in patterns):
             check_plain(file, hint=hint)

@@ -32,7 +32,7 @@ def recall() -> Path | None:
         return None
     try:
         path = Path(json.loads(state_file().read_text(encoding="utf-8"))["path"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return path if (path / "config.json").is_file() else None
 

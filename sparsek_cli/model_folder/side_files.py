@@ -5,12 +5,35 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.shards import INDEX
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.config_file import ONE_OF_THEM, check_length
+from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE
 from sparsek_cli.plain_files import check_entries
 
-# What is read of a checkpoint, by a verb or by transformers.
-READ = ("*.json", "*.jinja", "*.safetensors", "*.model", "vocab.txt", "merges.txt", "*.yaml")
+_TEMPLATE = "chat_template.jinja"
+# What is read of a checkpoint, by a verb or by transformers; other files may be what they like.
+READ = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
+    INDEX,
+    "*.safetensors",
+    "tokenizer*.json",  # tokenizer.4.0.0.json, too
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    _TEMPLATE,
+    "chat_template.json",
+    CALIBRATION,
+    CONVERT_RECIPE,
+    FINETUNE_RECIPE,
+)
 # What goes with weights wherever they are written.
 _BELONGING = ("generation_config.json", "LICENSE*", "NOTICE*")
 _TEMPLATES = ("chat_templates", "additional_chat_templates")
@@ -40,8 +63,9 @@ def check_special(path: Path) -> None:
     for folder in _TEMPLATES:
         if (path / folder).is_dir():
             check_entries(path / folder, ("*.jinja",), hint=hint)
-    for place in (path, *(path / folder for folder in _TEMPLATES)):
-        for file in place.glob("*.jinja"):
+    named = (file for folder in _TEMPLATES for file in (path / folder).glob("*.jinja"))
+    for file in (path / _TEMPLATE, *named):
+        if file.is_file():
             _check_text(file)
 
 

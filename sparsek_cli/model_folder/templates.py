@@ -59,7 +59,7 @@ def _in_json(file: Path) -> Templates:
     """Of a `chat_template` key: one text, a list of named ones, or texts by name."""
     try:
         found: Any = json.loads(_text(file))
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     found = found.get("chat_template") if isinstance(found, Mapping) else None
     if isinstance(found, list):

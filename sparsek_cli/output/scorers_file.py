@@ -106,5 +106,7 @@ def header(file: Path) -> Scorers | None:
         if not {"name", "model_type", "config", "weights"} <= base.keys():
             return None
         return Scorers(file, dict(block), dict(base), known)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (SafetensorError, OSError, RecursionError):  # the last of JSON nested too deeply
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError):
         return None

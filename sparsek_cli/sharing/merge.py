@@ -174,7 +174,8 @@ def load_onto(
 
     row = _row(base, scorers)
     check_config(scorers.base, row, base.config(), base.name)
-    size = sum(file.stat().st_size for file in base.path.glob("*.safetensors"))
+    files = (file for file in base.path.glob("*.safetensors") if file.is_file())
+    size = sum(file.stat().st_size for file in files)
     _check_weights(scorers, base, row, size, reporter or Silent())
     config = sparsek_config_from(load_config(base.path, base.name), scorers.block)
     kind = family_of(config).sparsek_causal_lm

@@ -40,7 +40,7 @@ def test_a_named_model_is_not_announced(made):
     assert said == []
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"path": 3}', '{"other": "x"}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"path": 3}', '{"other": "x"}', "[" * 10**5])
 def test_damaged_memory_is_no_memory(content):
     file = last_model.state_file()
     file.parent.mkdir(parents=True)

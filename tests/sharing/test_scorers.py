@@ -244,6 +244,13 @@ def test_damaged_scorers_are_refused(scored, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_a_header_that_is_nested_deeply_is_none(tmp_path):
+    parts = {"format": scorers_file.FORMAT, "sparsek": "[" * 10**5, "base": "{}", "texts": "{}"}
+    save_file({"a": torch.zeros(1).numpy()}, tmp_path / "deep.safetensors", metadata=parts)
+    with pytest.raises(SparsekError, match="deep.safetensors"):
+        read(tmp_path / "deep.safetensors")
+
+
 @pytest.mark.parametrize(
     "change",
     [

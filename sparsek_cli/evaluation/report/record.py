@@ -90,7 +90,7 @@ def settings_of(
     files: Sequence,
 ) -> dict[str, Any]:
     """Everything the numbers depend on; its digest tells runs apart."""
-    weights = sorted(checkpoint.path.glob("*.safetensors"))
+    weights = sorted(f for f in checkpoint.path.glob("*.safetensors") if f.is_file())
     return {
         "recipe": _without(request, "out", "overwrite", "model"),
         "model": str(checkpoint.path),
