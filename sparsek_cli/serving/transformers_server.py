@@ -11,22 +11,32 @@ import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import suppress
 
 from sparsek_cli.console import report_error
 from sparsek_cli.errors import INTERRUPTED
 from sparsek_cli.serving import module
 
-PATIENCE = 5  # seconds for replies that are being written when the server is told to end
+PATIENCE = 5  # seconds that Ctrl-C gives to replies that are being written
 
 
 def _watched(server: type, serving: list[bool]) -> type:
-    """uvicorn's class, which notes in `serving` that it serves, and ends within `PATIENCE`."""
+    """uvicorn's class, which notes in `serving` that it serves, and ends `PATIENCE` after Ctrl-C.
+
+    SIGTERM comes from whoever restarts servers, and kills them after a time of its own: until
+    then replies are written to their end.
+    """
 
     class Watched(server):
         def run(self, *args, **kwargs):
             serving.append(True)
-            self.config.timeout_graceful_shutdown = PATIENCE
             return super().run(*args, **kwargs)
+
+        def handle_exit(self, sig, frame):
+            if sig == signal.SIGINT:
+                self.config.timeout_graceful_shutdown = PATIENCE
+            return super().handle_exit(sig, frame)
 
     return Watched
 
@@ -70,14 +80,20 @@ def main() -> int:
 def _exit() -> None:
     """Ends the process with `main`'s code, and with it threads that still write a reply.
 
-    Python would wait for them, without end where a reply has none.
+    Python would wait for them, without end where a reply has none: whatever `main` ended with, and
+    whether or not anybody still reads what is said.
     """
+    code: object = 1
     try:
         code = main()
     except SystemExit as end:
         code = end.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    except BaseException:
+        with suppress(OSError):
+            traceback.print_exc()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code if isinstance(code, int) else int(code is not None))
 
 

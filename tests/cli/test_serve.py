@@ -3,16 +3,13 @@
 import json
 import re
 import shlex
-import signal
 import socket
 import sys
-import types
 from pathlib import Path
 
 import pytest
 
-from sparsek_cli.errors import SparsekError
-from sparsek_cli.serving import engines, module, transformers_server
+from sparsek_cli.serving import engines
 from sparsek_cli.serving import plan as serving
 from sparsek_cli.serving.flags import Flags
 
@@ -246,61 +243,6 @@ def test_it_becomes_the_server_unless_the_port_is_taken(sparsek, converted, inst
     [(program, command)] = became
     assert program == command[0] == sys.executable and str(port) in command
     assert moved == [(2, 1)], "what the server says goes to stderr, or --json would be no JSON"
-
-
-@pytest.mark.parametrize("kind", ["refused", "broken", "ended while loading", "ended", "no"])
-def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
-    """In one line where we refuse or it is interrupted; its own errors stay as they are."""
-    handlers = {}
-
-    class Server:
-        config = types.SimpleNamespace()
-
-        def run(self):
-            assert self.config.timeout_graceful_shutdown == transformers_server.PATIENCE
-            handlers[signal.SIGTERM](signal.SIGTERM, None)  # as uvicorn, once it has ended
-
-    def run(module, **options):
-        assert module == "transformers.cli.transformers" and options["run_name"] == "__main__"
-        if kind == "ended while loading":
-            handlers[signal.SIGINT](signal.SIGINT, None)
-        if kind == "ended":
-            sys.modules["uvicorn"].Server().run()
-        if kind in ("refused", "broken"):
-            refused = SparsekError("no such attention", hint="leave it out")
-            raise RuntimeError("did not load") from (refused if kind == "refused" else None)
-
-    monkeypatch.setitem(sys.modules, "uvicorn", types.SimpleNamespace(Server=Server))
-    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
-    monkeypatch.setattr(module.runpy, "run_module", run)
-    if kind == "broken":
-        with pytest.raises(RuntimeError, match="did not load"):
-            transformers_server.main()
-        return
-    try:
-        code = transformers_server.main()
-    except SystemExit as end:
-        code = end.code
-    said = capsys.readouterr().err.splitlines()
-    assert code == {"refused": 1, "ended while loading": 130}.get(kind, 0)
-    assert said == {
-        "refused": ["error: no such attention", "hint: leave it out"],
-        "ended while loading": [
-            "error: interrupted before it served", "hint: run the same command again"
-        ],
-    }.get(kind, [])  # fmt: skip
-
-
-def test_transformers_server_lists_the_model_that_it_serves(monkeypatch):
-    """Not the hub's cache on this machine, without which it would fail."""
-    from transformers.cli.serving.model_manager import ModelManager
-
-    monkeypatch.setattr(ModelManager, "get_gen_models", ModelManager.get_gen_models)
-    transformers_server._lists_what_it_serves(ModelManager)
-    manager = ModelManager()
-    manager.force_model = "converted"
-    [listed] = manager.get_gen_models()
-    assert listed["id"] == "converted" and listed["object"] == "model"
 
 
 def test_doctor_says_which_server_would_run(installed):

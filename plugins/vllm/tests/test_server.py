@@ -17,9 +17,12 @@ openai = pytest.importorskip("openai")
 from checkpoints import NEW, tokenizer  # noqa: E402
 from servers import LONGEST, complete, free_port, members, started  # noqa: E402  needs openai
 
+from sparsek_cli.serving.transformers_server import PATIENCE  # noqa: E402
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 COLOURS = ["red", "green"]
+SOME_SECONDS = 8000  # tokens
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,7 @@ def test_clients_get_their_own_replies_and_a_signal_ends_it(server):
 def test_transformers_server_answers_to_the_name_that_is_printed(
     number, checkpoint, expected, tmp_path
 ):
-    """Sparsely, and it ends as asked, be it in the middle of a reply."""
+    """Sparsely, and it ends as asked in the middle of a reply, which SIGTERM leaves whole."""
     folder, prompt = checkpoint("qwen3"), "What colour is the door? " * 4
     [want] = expected(folder, [tokenizer()(prompt).input_ids])
     wanted, dense = (tokenizer().decode(ids) for ids in (want.written, want.dense_written))
@@ -97,14 +100,21 @@ def test_transformers_server_answers_to_the_name_that_is_printed(
         ask = {"model": said["model"], "max_tokens": NEW, "temperature": 0}
         assert server.api.completions.create(prompt=prompt, **ask).choices[0].text == wanted
         asked = server.log.read_text().count("Request received")
+        tokens = 10**6 if number == signal.SIGINT else SOME_SECONDS
         with ThreadPoolExecutor() as pool:
-            waiting = pool.submit(complete, server, max_tokens=10**6)
+            waiting = pool.submit(complete, server, max_tokens=tokens)
             while server.log.read_text().count("Request received") == asked:
-                time.sleep(0.5)
+                time.sleep(0.1)
             server.process.send_signal(number)
+            began = time.monotonic()
             assert server.process.wait(timeout=120) == 0
-            with pytest.raises(openai.APIError):
-                waiting.result()
+            if number == signal.SIGINT:
+                with pytest.raises(openai.APIError):
+                    waiting.result()
+            else:
+                assert waiting.result().usage.completion_tokens == tokens
+                took = time.monotonic() - began
+                assert took > PATIENCE + 1, f"{took} s show nothing: raise SOME_SECONDS"
         said = server.log.read_text()
         assert "Aborted" not in said and "terminate called" not in said and not members(server)
 

@@ -1,0 +1,129 @@
+"""transformers' server as `sparsek serve` starts it: how it ends, and what it says it serves."""
+
+import os
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.serving import module, transformers_server
+
+
+@pytest.mark.parametrize("kind", ["refused", "broken", "ended while loading", "ended", "no"])
+def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
+    """In one line where we refuse or it is interrupted; its own errors stay as they are."""
+    handlers = {}
+
+    class Server:
+        def run(self):
+            handlers[signal.SIGTERM](signal.SIGTERM, None)  # as uvicorn, once it has ended
+
+    def run(module, **options):
+        assert module == "transformers.cli.transformers" and options["run_name"] == "__main__"
+        if kind == "ended while loading":
+            handlers[signal.SIGINT](signal.SIGINT, None)
+        if kind == "ended":
+            sys.modules["uvicorn"].Server().run()
+        if kind in ("refused", "broken"):
+            refused = SparsekError("no such attention", hint="leave it out")
+            raise RuntimeError("did not load") from (refused if kind == "refused" else None)
+
+    monkeypatch.setitem(sys.modules, "uvicorn", types.SimpleNamespace(Server=Server))
+    monkeypatch.setattr(signal, "signal", handlers.__setitem__)
+    monkeypatch.setattr(module.runpy, "run_module", run)
+    if kind == "broken":
+        with pytest.raises(RuntimeError, match="did not load"):
+            transformers_server.main()
+        return
+    try:
+        code = transformers_server.main()
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr().err.splitlines()
+    assert code == {"refused": 1, "ended while loading": 130}.get(kind, 0)
+    assert said == {
+        "refused": ["error: no such attention", "hint: leave it out"],
+        "ended while loading": [
+            "error: interrupted before it served", "hint: run the same command again"
+        ],
+    }.get(kind, [])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "number, seconds", [(signal.SIGINT, transformers_server.PATIENCE), (signal.SIGTERM, None)]
+)
+def test_replies_are_cut_by_ctrl_c_and_not_by_a_restart(number, seconds):
+    """Who sends SIGTERM waits as long as it likes, and kills afterwards."""
+
+    class Server:
+        config = types.SimpleNamespace(timeout_graceful_shutdown=None)
+        ending = []
+
+        def run(self):
+            self.handle_exit(number, None)
+
+        def handle_exit(self, sig, frame):
+            self.ending.append(sig)
+
+    server = transformers_server._watched(Server, [])()
+    server.run()
+    assert server.ending == [number] and server.config.timeout_graceful_shutdown == seconds
+
+
+def test_transformers_server_lists_the_model_that_it_serves(monkeypatch):
+    """Not the hub's cache on this machine, without which it would fail."""
+    from transformers.cli.serving.model_manager import ModelManager
+
+    monkeypatch.setattr(ModelManager, "get_gen_models", ModelManager.get_gen_models)
+    transformers_server._lists_what_it_serves(ModelManager)
+    manager = ModelManager()
+    manager.force_model = "converted"
+    [listed] = manager.get_gen_models()
+    assert listed["id"] == "converted" and listed["object"] == "model"
+
+
+ENDED = """
+import sys, threading, time
+from sparsek_cli.serving import transformers_server as server
+
+def main():
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    print("the last words")
+    {ending}
+
+server.main = main
+server._exit()
+"""
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize(
+    "ending, code, last",
+    [
+        ("return 0", 0, None),
+        ("raise SystemExit(3)", 3, None),
+        ("raise RuntimeError('did not load')", 1, "RuntimeError: did not load"),
+        ("raise KeyboardInterrupt", 1, "KeyboardInterrupt"),
+    ],
+)
+def test_no_writer_of_a_reply_is_waited_for_however_it_ends(ending, code, last, read):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDED.format(ending=ending)],
+        # Written when it ends, and not where `main` prints.
+        env={**os.environ, "PYTHONUNBUFFERED": ""},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        if not read:
+            process.stdout.close()
+            process.stderr.close()
+        assert process.wait(timeout=20) == code
+    finally:
+        process.kill()
+        process.wait()
+    if read:
+        assert process.stdout.read() == "the last words\n"
+        assert (process.stderr.read().splitlines() or [None])[-1] == last
