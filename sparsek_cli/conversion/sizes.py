@@ -40,7 +40,8 @@ def slots(
         topk, window: None where they follow from the budget.
 
     Raises:
-        UsageError: budget and topk together, or a budget with no room to select.
+        UsageError: budget and topk together, a budget with no room to select, or more slots than
+            any text has.
     """
     tokens = max(int(context * _SHARE_OF_CONTEXT), _SMALLEST_BUDGET)
     if budget is not None:
@@ -52,6 +53,13 @@ def slots(
             )
         tokens = budget if isinstance(budget, int) else int(context * Fraction(budget))
     window = window or max(1, min(_LARGEST_WINDOW, int(tokens * _SHARE_OF_WINDOW)))
+    # Of a model that is converted already: "never evict" may stand there as a number.
+    for name, size in {"topk": topk or 0, "window": window, "sinks": sinks}.items():
+        if size > LONGEST:
+            raise UsageError(
+                f"{name} is {size:,}, more than the {LONGEST:,} that can be converted with",
+                hint='write less under "sparsek" in the config.json that it comes from',
+            )
     topk = topk or tokens - window - sinks
     if topk < 1 and budget is not None:
         written = f"{budget}" + ("" if budget == tokens else f" ({tokens} tokens)")
@@ -112,5 +120,5 @@ def with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRec
     if not given & {"topk", "budget"}:
         topk = block["topk"]
         layers = [x for x in topk if x is not None] if isinstance(topk, list) else [topk]
-        settings["topk"] = math.ceil(np.mean([np.mean(layer) for layer in layers]))
+        settings["topk"] = max(1, math.ceil(np.mean([np.mean(layer) for layer in layers])))
     return recipe.model_copy(update=settings)

@@ -23,7 +23,7 @@ from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
-from sparsek_cli.recipes.limits import LONGEST, MOST_UNITS
+from sparsek_cli.recipes.limits import MOST_SLOTS, MOST_UNITS
 
 GATES = ("straight_through", "log", "kv")
 # linear: scores are a linear map of the attention block's input. mlp: that and a hidden layer.
@@ -162,7 +162,7 @@ def _check_scorer(scorer: Any) -> dict[str, Any]:
     return {"type": kind, "width": width}
 
 
-def _check_integer(name: str, value: Any, *, least: int, most: int = LONGEST) -> int:
+def _check_integer(name: str, value: Any, *, least: int, most: int = MOST_SLOTS) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise UsageError(
             f"{name} is {value!r}, not a whole number", hint=f"give an integer >= {least}"
@@ -171,7 +171,7 @@ def _check_integer(name: str, value: Any, *, least: int, most: int = LONGEST) ->
         raise UsageError(f"{name} is {value}", hint=f"{name} must be at least {least}")
     if value > most:
         raise UsageError(
-            f"{name} is {value:,}, and {most:,} is the most that makes sense",
+            f"{name} is {value:,}, and {most:,} is the most that it may be",
             hint=f'correct {name}, which stands under "sparsek" in a config.json',
         )
     return value

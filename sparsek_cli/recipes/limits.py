@@ -1,6 +1,9 @@
 """Where numbers stop meaning anything: beyond them, work would spin or ask for all memory."""
 
 LONGEST = 1 << 24  # tokens of a sequence, a prompt or a document
+# Slots per KV head that a config.json may name: "never evict" is written as a number no text has,
+# and what a cache of them takes is compared with the memory. More than this overflows int32.
+MOST_SLOTS = (1 << 31) - 1
 MOST_SEQUENCES = 1 << 16  # side by side
 MOST_OF_A_STEP = 1 << 20  # sequences
 MOST_HEADS = 1 << 12

@@ -1,6 +1,5 @@
 """Scorers onto their base: a converted checkpoint on disk, or a model in memory."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.conversion.plan import plan as plan_conversion
 from sparsek_cli.conversion.planned import Plan as Conversion
 from sparsek_cli.conversion.run import Converted, write_verified
+from sparsek_cli.conversion.sizes import with_settings_of
 from sparsek_cli.conversion.verify import check_base
 from sparsek_cli.conversion.write import Scorer, converted_config
 from sparsek_cli.converted import is_converted
@@ -108,15 +108,12 @@ def plan(
         model=base,
         out=None if out is None else str(out),
         revision=revision,
-        topk=max(1, _mean(block["topk"])),
-        window=block["window"],
-        sinks=block["sinks"],
-        gate=block["gate"],
         cache_dtype=block.get("cache_dtype", "auto"),
         calibrate="none",
         copy=copy,
         overwrite=overwrite,
     )
+    recipe = with_settings_of(recipe, block)
     scorer = block["scorer"]
     method = Method(scorer=scorer["type"], width=scorer.get("width", 1))
     return Plan(plan_conversion(recipe, method), found)
@@ -279,11 +276,6 @@ def _check_block(plan: Plan, scorers: list[Scorer]) -> None:
 
 def _damaged(scorers: Scorers, what: str) -> SparsekError:
     return SparsekError(f"the scorers in {scorers.file} are damaged: {what}", hint=_DAMAGED)
-
-
-def _mean(topk: Any) -> int:
-    rows = [row for row in topk if row is not None] if isinstance(topk, list) else [topk]
-    return math.ceil(np.mean([np.mean(row) for row in rows]))
 
 
 def _about(scorers: Scorers) -> dict[str, Any]:

@@ -167,7 +167,7 @@ def test_tokenizer_loads_here_too(family, sparse_model, dense_checkpoint, tmp_pa
         ({"topk": 10**12}, "topk is 1,000,000,000,000"),
         ({"topk": [3, [1, 10**12]]}, "topk of layer 1 is 1,000,000,000,000"),
         ({"window": 10**12}, "window is 1,000,000,000,000"),
-        ({"sinks": 1 << 25}, "sinks is 33,554,432"),
+        ({"sinks": 1 << 31}, "sinks is 2,147,483,648"),
         ({"scorer": {"type": "mlp", "width": 10**9}}, "scorer.width is 1,000,000,000"),
         ({"windows": 3}, "no key `windows`"),
     ],
@@ -176,6 +176,15 @@ def test_settings_are_checked(settings, message, dense_config):
     with pytest.raises(UsageError, match="^" + message.replace("[", "\\[") + "|" + message) as info:
         models.sparsek_config_from(dense_config("llama"), settings)
     assert info.value.hint
+
+
+def test_never_evict_is_a_number_that_no_text_has(sparse_model, ids, tmp_path):
+    """Checkpoints say so; what a cache of it takes is another question, asked where one is made."""
+    model = sparse_model("llama", topk=10**9)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).sparsek["topk"] == 10**9
+    assert torch.equal(again(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
 def test_slots_that_no_memory_holds_are_refused_before_they_are_allocated(dense_config):

@@ -244,6 +244,28 @@ def test_damaged_scorers_are_refused(scored, tmp_path):
     assert not (tmp_path / "m").exists()
 
 
+def test_a_model_that_never_evicts_goes_back_to_its_base(scored, tmp_path):
+    """By a number that no text has: the way back to the dense model must stay open."""
+    base, out, _ = scored
+    wide = tmp_path / "wide"
+    shutil.copytree(out, wide)
+    config = json.loads((wide / "config.json").read_text())
+    config["sparsek"]["topk"] = 10**9
+    (wide / "config.json").write_text(json.dumps(config))
+    sparsek.export(wide, tmp_path / "dense")
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    assert torch.equal(dense(IDS).logits, AutoModelForCausalLM.from_pretrained(base)(IDS).logits)
+    scorers = sparsek.export_scorers(wide, tmp_path / "scorers").out
+    assert Path(scorers).is_dir()
+    # What is written anew is verified with a cache of its own.
+    for write in (
+        lambda out: sparsek.merge(base, scorers, out),
+        lambda out: sparsek.convert(wide, out, again=True, calibrate="none"),
+    ):
+        with pytest.raises(UsageError, match="topk is 1,000,000,000, more than the 16,777,216"):
+            write(tmp_path / "out")
+
+
 def test_a_header_that_is_nested_deeply_is_none(tmp_path):
     parts = {"format": scorers_file.FORMAT, "sparsek": "[" * 10**5, "base": "{}", "texts": "{}"}
     save_file({"a": torch.zeros(1).numpy()}, tmp_path / "deep.safetensors", metadata=parts)
