@@ -5,7 +5,8 @@
 Each round starts a run, kills it after a random share of the time that a whole run takes, looks at
 what it left, and lets the same command finish (`--resume` where the verb has it). Of every round:
 
-- OUT is absent, or it is the old one or the new one as a whole; results in it are whole files;
+- OUT is absent, or it is the old one or the new one as a whole; results in it, and in OUT.part,
+  where those that replace it are measured, are whole files;
 - the next run ends with what an uninterrupted run gives: the same weights, the same results;
 - nothing is left beside OUT then.
 
@@ -16,9 +17,7 @@ imported everything, so that a round takes a second or two; the killed process i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
-import json
 import os
 import random
 import shutil
@@ -31,6 +30,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from whole_outputs import digest_of_model, digest_of_results, part_of, whole_model, whole_results
+
 TEXT = "Line {}: the harbour master counted {} crates and wrote them down.\n"
 # What runs would import each for itself.
 EARLY = (
@@ -38,8 +39,6 @@ EARLY = (
     "sparsek_cli.models", "sparsek_cli.conversion.run", "sparsek_cli.evaluation.run",
     "sparsek_cli.training.run",
 )  # fmt: skip
-# What is of the moment: never compared.
-_MOMENTARY = ("seconds", "tokens_per_second", "started", "finished", "date", "time", "version")
 
 
 def make_base(folder: Path) -> None:
@@ -72,48 +71,18 @@ class Verb:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-def digest_of_model(out: Path) -> str:
-    """Weights, config and tokenizer."""
-    found = hashlib.sha256()
-    for file in sorted(out.iterdir()):
-        if file.name.endswith((".safetensors", ".jinja")) or file.name in (
-            "config.json", "tokenizer.json", "model.safetensors.index.json",
-        ):  # fmt: skip
-            found.update(file.name.encode() + file.read_bytes())
-    return found.hexdigest()
+def wrong_with(verb: Verb, out: Path, known: set[str], *, was_there: bool) -> str | None:
+    """What is wrong with what a killed run left, or None.
 
-
-def digest_of_results(out: Path) -> str:
-    """Every number of every unit, but for times."""
-    report = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps(_lasting(report["units"])).encode()).hexdigest()
-
-
-def _lasting(value: object) -> object:
-    if isinstance(value, dict):
-        return {
-            key: _lasting(inner) for key, inner in sorted(value.items())
-            if not any(word in key for word in _MOMENTARY)
-        }  # fmt: skip
-    return [_lasting(inner) for inner in value] if isinstance(value, list) else value
-
-
-def whole_model(out: Path, known: set[str]) -> bool:
-    """OUT is absent, or one of the models that uninterrupted runs give."""
-    return not out.exists() or digest_of_model(out) in known
-
-
-def whole_results(out: Path, known: set[str]) -> bool:
-    """Every JSON file in OUT is whole; a report that is complete is one that was known, and any
-    other one is of units that lie beside it."""
-    files = out.rglob("*.json") if out.exists() else ()
-    whole = {file: json.loads(file.read_text(encoding="utf-8")) for file in files}
-    report = whole.get(out / "results.json")
-    if report is None:
-        return True
-    if report.get("complete", True):
-        return digest_of_results(out) in known
-    return all(unit in whole.values() for unit in report["units"])
+    Args:
+        known: digests of what uninterrupted runs give.
+        was_there: a whole OUT was to be replaced.
+    """
+    if not verb.whole(out, known):
+        return "half-written"
+    if was_there and out.exists() and verb.digest(out) not in known:
+        return "neither the old one nor the new one"
+    return None
 
 
 @contextmanager
@@ -202,7 +171,7 @@ def resumable(verb: Verb, out: Path) -> bool:
     """Whether a killed run left something that --resume goes on from."""
     if verb.name == "evaluate":
         return (out / "run.json").is_file()
-    return verb.resumes and any(out.with_name(f"{out.name}.part").glob("checkpoint-*"))
+    return verb.resumes and any(part_of(out).glob("checkpoint-*"))
 
 
 def rounds(verb: Verb, root: Path, count: int, rng: random.Random) -> dict[str, int]:
@@ -229,8 +198,11 @@ def rounds(verb: Verb, root: Path, count: int, rng: random.Random) -> dict[str, 
         counts["killed" if killed else "ended before"] += 1
         if not killed:  # the machine is less busy than when a whole run was timed
             took = min(took, time.monotonic() - began)
-        if not verb.whole(out, known):
-            raise SystemExit(f"{verb.name}, round {number}: {out} is half-written")
+        wrong = wrong_with(verb, out, known, was_there=was_there)
+        if wrong:
+            raise SystemExit(f"{verb.name}, round {number}: {out} is {wrong}")
+        if verb.name == "evaluate" and part_of(out).exists():
+            counts["in OUT.part"] = counts.get("in OUT.part", 0) + 1
         if verb.name != "evaluate" and was_there and not out.exists():
             counts["set aside"] = counts.get("set aside", 0) + 1
         resumes = resumable(verb, out)
