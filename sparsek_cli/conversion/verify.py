@@ -9,10 +9,11 @@ the rest of the conversion.
 """
 
 import filecmp
+import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import quantised
 from sparsek_cli.checkpoint_files.shards import read_shards, same_tensors
@@ -23,6 +24,9 @@ from sparsek_cli.errors import SparsekError
 from sparsek_cli.loading import load_weights
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.silence import quiet_transformers
+
+if TYPE_CHECKING:
+    import torch
 
 # Largest base, in bytes, whose logits are compared whole.
 SMALL_MODEL = 256 * 2**20
@@ -227,9 +231,15 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
             hint="its weights or numbers in its config.json (rope_parameters, rms_norm_eps) are "
             "damaged: fetch the model again",
         )
-    apart = float((dense - converted).abs().max())
-    # Logits that are all zero are equal, and no scale to measure a difference by.
-    return apart / float(dense.abs().max()) if apart else 0.0
+    return relative_difference(dense, converted)
+
+
+def relative_difference(dense: "torch.Tensor", converted: "torch.Tensor") -> float:
+    """Largest difference over the largest of `dense`, of one shape; NaN or infinite where one is NaN."""
+    apart, scale = float((dense - converted).abs().max()), float(dense.abs().max())
+    if scale:
+        return apart / scale
+    return math.inf if apart else 0.0  # all zero: no scale to measure a difference by
 
 
 def _shorten(config: Any, layers: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.run import run as convert
+from sparsek_cli.conversion.verify import relative_difference
 from sparsek_cli.conversion.write import converted_config, neutral_scorers
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -161,6 +163,18 @@ def test_a_base_of_zeros_equals_its_conversion(dense_checkpoint, tmp_path):
     save_file(zeros, base / "model.safetensors", metadata={"format": "pt"})
     recipe = ConvertRecipe(model=str(base), out=str(tmp_path / "out"), calibrate="none", topk=6)
     assert convert(make_plan(recipe)).verified.logit_difference == 0
+
+
+def test_logits_that_differ_from_zeros_differ():
+    """x/0 ended in a ZeroDivisionError; NaN passes nowhere."""
+    import torch
+
+    zeros = torch.zeros(2, 3)
+    assert relative_difference(zeros, zeros) == 0
+    assert relative_difference(zeros, zeros + 1) == math.inf
+    assert relative_difference(zeros + 2, zeros + 1) == 0.5
+    for dense in (zeros, zeros + 2):
+        assert not relative_difference(dense, zeros + math.nan) <= 1
 
 
 def test_links_go_through_symbolic_links_to_the_weights(dense_checkpoint, tmp_path):
