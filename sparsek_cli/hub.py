@@ -154,9 +154,8 @@ def is_short_name(name: str) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name can be one on the hub: owner/name, and no path or file of weights."""
-    file = name.lower().endswith((".safetensors", ".gguf", *PICKLES))
-    return not file and not _looks_like_path(name) and _HUB_ID.fullmatch(name) is not None
+    """Whether a name can be one on the hub: owner/name, and no path."""
+    return not _looks_like_path(name) and _HUB_ID.fullmatch(name) is not None
 
 
 def fetch(hub_id: str, revision: str | None = None) -> Path:
@@ -238,7 +237,7 @@ def _download(hub_id: str, revision: str | None, wanted: Sequence[str] = WANTED)
             hint=f"see {where}/tree/main for its branches",
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise UsageError(
+        raise _no_such_file(hub_id, "the hub has no model of that name") or UsageError(
             f"the hub has no model '{hub_id}'",
             hint="check the spelling; for a private model run `hf auth login` (or set HF_TOKEN)",
         ) from error
@@ -262,12 +261,20 @@ def _download(hub_id: str, revision: str | None, wanted: Sequence[str] = WANTED)
         raise _unreachable(hub_id) from error
 
 
+def _no_such_file(hub_id: str, why: str) -> UsageError | None:
+    """What is wrong with a name that may be a file of weights here; `why` it is none on the hub."""
+    if not hub_id.lower().endswith((".safetensors", ".gguf", *PICKLES)):
+        return None
+    error = _no_such_name(hub_id, Path(hub_id))
+    return UsageError(f"no such file: '{hub_id}'", hint=f"{error.hint} ({why})")
+
+
 def _unreachable(hub_id: str) -> SparsekError:
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
     why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face hub cannot be reached"
-    return SparsekError(
+    return _no_such_file(hub_id, f"{why}, if it is a name there") or SparsekError(
         f"{why} and '{hub_id}' is not in the cache",
         hint=f"{'unset it' if offline else 'connect'}, or copy config.json, *.safetensors and the "
         "tokenizer files into a folder and name that folder; `tiny` works offline",

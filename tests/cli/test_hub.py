@@ -54,6 +54,25 @@ def test_short_names_and_hub_ids_are_fetched_without_pickles(checkpoint, monkeyp
     assert hub.resolve("owner/some-model").name == "some-model"
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".gguf", ".safetensors"])
+def test_a_repository_may_be_called_as_a_file_is(checkpoint, monkeypatch, suffix):
+    """Only where there is none of that name, it is a file that is missed."""
+    import huggingface_hub
+
+    folder = checkpoint()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert hub.is_hub_id(f"owner/name{suffix}")
+    assert hub.resolve(f"owner/name{suffix}").source == f"owner/name{suffix}"
+
+    def none(*args, **options):
+        raise _hub_errors()[1][0]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", none)
+    with pytest.raises(UsageError, match=f"no such file: 'owner/name{suffix}'") as caught:
+        hub.resolve(f"owner/name{suffix}")
+    assert "the hub has no model of that name" in caught.value.hint
+
+
 def test_of_a_tokenizer_no_weights_are_fetched(checkpoint, monkeypatch):
     import huggingface_hub
 
@@ -91,8 +110,8 @@ def test_every_short_name_is_a_hub_id_of_a_known_family():
         ("./nowhere", "no such folder: './nowhere'", "check the path"),
         ("/a/b/c", "no such folder", "check the path"),
         ("", "empty", "name a folder"),
-        ("models/q4.gguf", "no such folder: 'models/q4.gguf'", "check the path"),
-        ("models/model.safetensors", "no such folder", "check the path"),
+        ("models/q4.gguf", "no such file: 'models/q4.gguf'", "check the path"),
+        ("models/model.safetensors", "no such file", "check the path"),
         ("what is this", "unknown model", "--list-models"),
     ],
 )
