@@ -126,6 +126,23 @@ def test_no_backend_imports_the_other():
                 assert not [name for name in imports(file) if name.startswith(theirs)], module
 
 
+def test_a_name_has_one_home():
+    """Packages offer what their files hold; a file offers nothing of another's."""
+    for module, file in MODULES.items():
+        body = () if file.name == "__init__.py" else parsed(file).body
+        offered: set[str] = set()
+        for node in body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                offered.update(ast.literal_eval(node.value))
+        taken = {
+            alias.asname or alias.name
+            for node in body
+            if isinstance(node, ast.ImportFrom)
+            for alias in node.names
+        }
+        assert not taken & offered, f"{module} re-exports"
+
+
 def test_folders_hold_few_files():
     crowded = {}
     tests = {file.parent for file in (ROOT / "tests").rglob("*.py")}

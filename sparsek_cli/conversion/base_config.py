@@ -2,12 +2,10 @@
 
 from typing import Any
 
-from sparsek_cli.converted import dense_config, is_converted
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, check_supported
 from sparsek_cli.families.causal import check_causal
-
-__all__ = ["convertible", "dense_config"]
 
 
 def convertible(config: dict[str, Any]) -> Row:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig
 from vllm import ModelRegistry
 
-from sparsek_cli.conversion.base_config import dense_config
+from sparsek_cli.converted import dense_config
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
 from sparsek_cli.models.cache.bytes import slot_dtype
