@@ -54,6 +54,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
     base = base or hub.resolve(recipe.model, recipe.revision)
     config = base.config()
     again = recipe.again and is_converted(config)
+    repeatable = method is None
     if again:
         method = method or method_of(config["sparsek"])
         recipe = with_settings_of(recipe, config["sparsek"])
@@ -131,6 +132,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
         overwrite=recipe.overwrite,
         seed=recipe.seed,
         request=recipe.model_dump(by_alias=True),
+        repeatable=repeatable,
     )
 
 

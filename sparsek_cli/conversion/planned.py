@@ -62,6 +62,7 @@ class Plan:
         scorers_only: `out` gets the scorers and no base.
         overwrite: `out` may be there. seed: of everything drawn.
         request: the recipe as plain data, for the record.
+        repeatable: the recipe alone makes the same scorers; not where it came with a method.
     """
 
     base: Checkpoint
@@ -89,6 +90,7 @@ class Plan:
     overwrite: bool
     seed: int
     request: dict[str, Any]
+    repeatable: bool
 
     @property
     def contents(self) -> Contents:

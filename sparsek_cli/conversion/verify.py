@@ -235,7 +235,7 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
 
 
 def relative_difference(dense: "torch.Tensor", converted: "torch.Tensor") -> float:
-    """Largest difference over the largest of `dense`, of one shape; NaN or infinite where one is NaN."""
+    """Largest difference over the largest of `dense`, of one shape; no number where one is NaN."""
     apart, scale = float((dense - converted).abs().max()), float(dense.abs().max())
     if scale:
         return apart / scale

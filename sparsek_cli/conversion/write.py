@@ -191,7 +191,12 @@ def _scorer_block(scorer: Scorer) -> dict[str, Any]:
 def _recipe_text(plan: Plan) -> str:
     import yaml
 
-    head = "# What made this checkpoint; `sparsek convert --recipe sparsek.yaml` makes it again.\n"
+    head = (
+        "# What made this checkpoint; `sparsek convert --recipe sparsek.yaml` makes it again.\n"
+        if plan.repeatable
+        else "# Settings of this checkpoint. They do not say what made its scorers: converting\n"
+        "# with them gives others.\n"
+    )
     return head + yaml.safe_dump(plan.resolved(), sort_keys=False, allow_unicode=True)
 
 

@@ -266,6 +266,18 @@ def test_a_model_that_never_evicts_goes_back_to_its_base(scored, tmp_path):
             write(tmp_path / "out")
 
 
+def test_a_recipe_that_makes_other_scorers_says_so(scored, tmp_path):
+    """Scorers that bring no recipe of their own are merged by settings alone."""
+    base, out, scorers = scored
+    found = read(scorers)
+    file = tmp_path / "s.safetensors"
+    scorers_file.write(file, found.tensors(), found.block, found.base, {})
+    merged = Path(sparsek.merge(base, file, tmp_path / "merged").out)
+    said = (merged / "sparsek.yaml").read_text()
+    assert "converting\n# with them gives others" in said and "makes it again" not in said
+    assert "makes it again" in (out / "sparsek.yaml").read_text()
+
+
 def test_a_header_that_is_nested_deeply_is_none(tmp_path):
     parts = {"format": scorers_file.FORMAT, "sparsek": "[" * 10**5, "base": "{}", "texts": "{}"}
     save_file({"a": torch.zeros(1).numpy()}, tmp_path / "deep.safetensors", metadata=parts)
