@@ -76,10 +76,24 @@ def take_name(sibling: Path, out: Path, contents: Contents, *, overwrite: bool) 
     if contents.foreign(out) is not None or contents.lacks(out) is not None:
         return False
     if exchange(sibling, out):
-        shutil.rmtree(sibling, ignore_errors=True)
+        _remove_replaced(sibling, out)
         return True
     _replace_in_two_steps(sibling, out)
     return True
+
+
+def _remove_replaced(old: Path, out: Path) -> None:
+    """Removes what was `out`; killed meanwhile, the next run knows it by its name and goes on.
+
+    Under the name of a sibling such as OUT.part it would pass for something of others.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # no room for one more folder
+            aside = make_beside(out, "old.")
+            stack.enter_context(held(aside))
+            old.rename(aside / out.name)
+            old = aside
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _replace_in_two_steps(sibling: Path, out: Path) -> None:

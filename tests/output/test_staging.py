@@ -11,6 +11,7 @@ import pytest
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.output import leftovers, staging
+from sparsek_cli.output.contents import MODEL
 from sparsek_cli.output.staging import staged
 from sparsek_cli.output.swap_folders import exchange
 
@@ -109,6 +110,23 @@ def test_killed(tmp_path, moment, stays, says):
     leftovers.clear(out, told.append)
     assert any(says in line for line in told), told
     assert (out / "config.json").read_text() == stays and os.listdir(tmp_path) == ["out"]
+
+
+def test_killed_while_what_was_replaced_is_removed(tmp_path, monkeypatch):
+    """OUT.part, in which results are measured, is no name that `leftovers` would remove."""
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    write(out, "old")
+    write(part, "new")
+
+    def die(folder, **options):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.shutil, "rmtree", die)
+        with pytest.raises(KeyboardInterrupt):
+            staging.take_name(part, out, MODEL, overwrite=True)
+    leftovers.clear(out, [].append)
+    assert os.listdir(tmp_path) == ["out"] and (out / "config.json").read_text() == "new"
 
 
 def _path() -> dict[str, str]:
