@@ -283,3 +283,15 @@ def test_the_readme_s_block_serves(sparsek, converted, installed, monkeypatch):
     monkeypatch.chdir("/")
     plan = json.loads(sparsek("serve", converted, *line[2:]).out)
     assert plan["model"] == str(converted) == plan["command"][4]
+
+
+def test_every_text_installs_vllm_as_the_readme_does():
+    """And what make installs for the tests, which are what was seen to work."""
+    texts = ("README.md", "plugins/vllm/README.md", "docs/guides/serving.md", "Makefile")
+    said = {}
+    for name in texts:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (beside,) = re.findall(r"install (?:--quiet )?(?:vllm==\S+|\$\(VLLM\))((?: [a-z]+)+)", text)
+        (removed,) = re.findall(r"uninstall (?:--quiet --yes )?((?:torch\w+ ?)+)", text)
+        said[name] = {*beside.split()} - {"pytest"}, {*removed.split()}
+    assert len({str(sorted(map(sorted, both))) for both in said.values()}) == 1, said
