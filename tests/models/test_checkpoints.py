@@ -1,6 +1,7 @@
 """Saving and loading: a converted model is an ordinary transformers checkpoint."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -195,6 +196,27 @@ def test_slots_that_no_memory_holds_are_refused_before_they_are_allocated(dense_
     with pytest.raises(UsageError, match="33,554,436 slots per KV head.*GiB of memory"):
         models.SparseKCache(config)
     assert models.SparseKCache(models.sparsek_config_from(dense_config("llama"), {}))
+
+
+def test_slots_must_fit_into_one_memory_and_into_the_share_of_this_process(
+    dense_config, tmp_path, monkeypatch
+):
+    """GPUs and host were added up, and a container's limit was not seen."""
+    config = models.sparsek_config_from(dense_config("llama"), {"window": 1 << 17})
+    needed = models.sparsek_cache_bytes(config, torch.float16)
+    limit = tmp_path / "memory.max"
+    gpu = SimpleNamespace(total_memory=needed - 1)
+    monkeypatch.setattr("sparsek_cli.models.cache.bytes._LIMITS", (tmp_path / "none", limit))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    for text in ("max\n", f"{needed}\n"):
+        limit.write_text(text)
+        assert models.SparseKCache(config)
+    limit.write_text(f"{needed - 1}\n")
+    with pytest.raises(UsageError, match="131,.* slots per KV head"):
+        models.SparseKCache(config)
+    gpu.total_memory = needed
+    assert models.SparseKCache(config)
 
 
 def test_config_keeps_the_base_and_sets_dropout_to_zero(family, dense_config):

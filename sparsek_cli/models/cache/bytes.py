@@ -7,6 +7,7 @@ bounded by construction and counted here too.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ from sparsek_cli.models.config import (
     sparse_layers,
 )
 
+# What a container may take of its machine's memory: control groups, version 2 and 1.
+_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _FEW_SLOTS = 1 << 16  # per KV head: no machine is too small for them
 
 
@@ -43,9 +49,11 @@ def sparsek_cache_bytes(config: Any, dtype: torch.dtype, batch: int = 1) -> int:
 
 
 def check_fits(config: Any) -> None:
-    """Raises UsageError where the slots of one sequence need more memory than this machine has.
+    """Raises UsageError where the slots of one sequence need more memory than there is.
 
-    Allocating would end the process, or say nothing but that memory is out.
+    Allocating would end the process, or say nothing but that memory is out. Whether a cache will
+    lie in the GPUs or beside them is not known yet: what neither of them holds is refused, whether
+    or not others use it; no more is promised.
     """
     heads, size = kv_heads(config), head_dim(config)
     needed, most = 0, 0
@@ -58,16 +66,28 @@ def check_fits(config: Any) -> None:
     if most > _FEW_SLOTS and needed > _memory():
         raise UsageError(
             f"topk, window and sinks are {most:,} slots per KV head: {needed / 2**30:,.0f} GiB for "
-            f"a sequence, and this machine has {_memory() / 2**30:,.0f} GiB of memory",
+            f"a sequence, and there are {_memory() / 2**30:,.0f} GiB of memory",
             hint='correct them, under "sparsek" in config.json or by set_budget(model, ...)',
         )
 
 
 def _memory() -> int:
-    """Bytes of memory here, the GPUs' included."""
+    """Bytes of the larger of two: all GPUs' memory, or what this process may have of the host's."""
     devices = range(torch.cuda.device_count())
-    own = sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
-    return own + os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpus = sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    return max(gpus, _host_memory())
+
+
+def _host_memory() -> int:
+    bounds = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in _LIMITS:
+        try:
+            limit = file.read_text(encoding="ascii").strip()
+        except OSError:
+            continue
+        if limit.isdecimal():  # not "max"
+            bounds.append(int(limit))
+    return min(bounds)
 
 
 def slot_dtype(budget: LayerBudget, dtype: torch.dtype) -> torch.dtype:

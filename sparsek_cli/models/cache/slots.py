@@ -254,7 +254,7 @@ class SparseKCache(Cache):
         config: a `sparsek_<type>` config; its budget at this moment is the cache's for good.
 
     Raises:
-        UsageError: slots for one sequence do not fit into this machine's memory.
+        UsageError: slots for one sequence fit neither into the GPUs' memory nor into the host's.
 
     Attributes:
         given: False for one that `generate` made and nobody else will see.
