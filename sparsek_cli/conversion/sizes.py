@@ -114,9 +114,11 @@ def fit_length(length: int) -> int:
 
 
 def with_settings_of(recipe: ConvertRecipe, block: dict[str, Any]) -> ConvertRecipe:
-    """The request with the slots and the gate that the model has, where it names none."""
+    """The request with the model's own slots, cache_dtype and gate, where it names none."""
     given = recipe.model_fields_set
-    settings = {key: block[key] for key in ("window", "sinks", "gate") if key not in given}
+    has = {"cache_dtype": "auto", **block}
+    kept = ("window", "sinks", "gate", "cache_dtype")
+    settings = {key: has[key] for key in kept if key not in given}
     if not given & {"topk", "budget"}:
         topk = block["topk"]
         layers = [x for x in topk if x is not None] if isinstance(topk, list) else [topk]

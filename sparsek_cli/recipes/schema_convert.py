@@ -97,7 +97,7 @@ class ConvertRecipe(BaseModel):
     again: bool = Field(
         False,
         description="the model is converted already, and perhaps fine-tuned: calibrate scorers for "
-        "the weights it has now; slots and gate stay as they are where none are named",
+        "the weights it has now; slots, cache and gate stay as they are where none are named",
     )
     scorers_only: bool = Field(
         False,

@@ -63,6 +63,15 @@ def test_what_is_named_changes_and_the_rest_stays(dense_checkpoint, tmp_path):
     assert (again / "base-00001.safetensors").samefile(first / "base-00001.safetensors")
 
 
+def test_a_cache_in_8_bits_stays_one(dense_checkpoint, tmp_path):
+    """It became one of twice the bytes, in silence."""
+    sizes = {"topk": 6, "window": 5}
+    first = converted(dense_checkpoint("llama"), tmp_path / "first", cache_dtype="int8", **sizes)
+    assert block(converted(first, tmp_path / "again", again=True)) == block(first)
+    named = converted(first, tmp_path / "named", again=True, cache_dtype="auto")
+    assert "cache_dtype" in block(first) and "cache_dtype" not in block(named)
+
+
 @pytest.mark.slow
 def test_unchanged_weights_give_the_same_scorers(tmp_path):
     settings = dict(calibrate_tokens=2048, calibrate_length=256, calibrate="auto", device="cpu")
