@@ -86,10 +86,11 @@ def test_budgets_without_room_are_refused_before_data_is_read(run, recipe, conso
     assert "29 or more" in caught.value.hint
 
 
-def test_broken_rows_are_named_with_file_and_line(run, recipe, console, tmp_path):
+@pytest.mark.parametrize("row", ['{"id": 1}', "[" * 10**5])
+def test_broken_rows_are_named_with_file_and_line(run, recipe, console, tmp_path, row):
     folder = tmp_path / "broken" / "qasper"
     folder.mkdir(parents=True)
-    (folder / "validation.jsonl").write_text('{"id": 1}\n')
+    (folder / "validation.jsonl").write_text(f"{row}\n")
     with pytest.raises(SparsekError, match=r"validation.jsonl:1: not a SCROLLS row"):
         run(recipe(tasks=["scrolls_qasper"], data=str(tmp_path / "broken")), console)
 

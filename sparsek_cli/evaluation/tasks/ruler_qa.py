@@ -89,7 +89,7 @@ def _local(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             try:
                 row = json.loads(line)
                 yield {key: row[key] for key in ("question", "answers", "documents")}
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise SparsekError(
                     f"{files['validation']}:{number}: not a question ({error})",
                     hint="one object per line: question, answers (list), documents (list)",

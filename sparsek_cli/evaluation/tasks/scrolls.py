@@ -180,7 +180,7 @@ def _rows(file: Path) -> list[dict[str, str]]:
             try:
                 row = json.loads(line)
                 rows.append({key: row[key] for key in ("id", "pid", "input", "output")})
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise SparsekError(
                     f"{file}:{number}: not a SCROLLS row ({error})",
                     hint="each line is a JSON object with id, pid, input and output",

@@ -2,6 +2,7 @@
 
 import pytest
 
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.tasks.catalogue import catalogue, expand
 from sparsek_cli.evaluation.tasks.ruler import process_results
 
@@ -107,6 +108,9 @@ def test_questions_from_local_files(checkpoints, tmp_path):
         assert LENGTH * 0.6 < len(row["input"]) <= LENGTH - 32
     assert score(made[1], ["It is N1."]) == {"score": 1.0}
     assert score(made[1], ["It is n2."]) == {"score": 0.0}
+    (tmp_path / "squad" / "validation.jsonl").write_text("[" * 10**5, encoding="utf-8")
+    with pytest.raises(SparsekError, match=r"validation.jsonl:1: not a question"):
+        dataset(**keys, max_seq_lengths=[LENGTH])
 
 
 def test_needles_are_measured_end_to_end(recipe, console, tmp_path, monkeypatch, figures):
