@@ -203,11 +203,12 @@ def stages(layer: Layer) -> dict[str, Callable[[], Any]]:
 def _triton_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
     """The pipeline's own calls: selection repeated alone, attention with selection given."""
     from sparsek_kernels.triton import pipeline
+    from sparsek_kernels.triton.geometry import geometry
 
     shape, (q, k, v) = layer.shape, layer.data.leaves()[:3]
     topk = (shape.topk,) * shape.kv_heads
     settings = pipeline.Settings(topk, shape.window, shape.sinks, shape.gate, shape.head_dim**-0.5)
-    place = pipeline.geometry(q.shape, k.shape, shape.device)
+    place = geometry(q.shape, k.shape, shape.device)
     run = partial(pipeline.forward, q, k, v, layer.effective(), settings, place)
     calls: dict[str, tuple[Callable[[], Any], Any]] = {}
 
