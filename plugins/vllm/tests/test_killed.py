@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 
 LIMIT = 300  # seconds; by hand 15 were enough, on two idle cores
 LONG = 400  # tokens, which take a while
+TRIES = 5
 STREAM = """
 import sys, openai
 api = openai.OpenAI(base_url=sys.argv[1], api_key="none", timeout=120, max_retries=0)
@@ -63,13 +64,17 @@ def metric(server, name: str) -> float:
 
 def test_a_killed_client_s_request_is_given_up(server):
     alone = complete(server).choices[0].message.content
-    before = metric(server, "vllm:generation_tokens_total")
-    client = streaming(server)
-    client.kill()
-    client.communicate()
-    assert soon(lambda: metric(server, "vllm:num_requests_running") == 0)
-    written = metric(server, "vllm:generation_tokens_total") - before
-    assert 0 < written < LONG, "it was written to its end, for nobody"
+    for _ in range(TRIES):  # a fast engine may come to the end before the client is dead
+        before = metric(server, "vllm:generation_tokens_total")
+        client = streaming(server)
+        client.kill()
+        client.communicate()
+        assert soon(lambda: metric(server, "vllm:num_requests_running") == 0)
+        written = metric(server, "vllm:generation_tokens_total") - before
+        assert written > 0
+        if written < LONG:
+            break
+    assert written < LONG, "it was written to its end, for nobody"
     assert complete(server).choices[0].message.content == alone
 
 
