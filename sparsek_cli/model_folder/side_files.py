@@ -9,6 +9,7 @@ from sparsek_cli.checkpoint_files.shards import INDEX
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.config_file import ONE_OF_THEM, check_length
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE
+from sparsek_cli.output.tokenizer_files import BESIDE as TOKENIZER_BESIDE
 from sparsek_cli.plain_files import check_entries
 
 _TEMPLATE = "chat_template.jinja"
@@ -22,14 +23,8 @@ READ = (
     INDEX,
     "*.safetensors",
     "tokenizer*.json",  # tokenizer.4.0.0.json, too
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "tekken.json",
-    "*.model",
+    *TOKENIZER_BESIDE,
     _TEMPLATE,
-    "chat_template.json",
     CALIBRATION,
     CONVERT_RECIPE,
     FINETUNE_RECIPE,

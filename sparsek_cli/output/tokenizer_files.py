@@ -12,17 +12,21 @@ from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.silence import quiet_transformers
 
 CONFIG = "tokenizer_config.json"
-# Everything that transformers makes a tokenizer of.
-FILES = (
-    "tokenizer*",
+# Files of a tokenizer that are not called after it.
+BESIDE = (
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
     "tekken.json",
     "*.model",
-    "*.jinja",
     "chat_template.json",  # and chat_templates/: not read by transformers, but by others
+)
+# Everything that transformers makes a tokenizer of.
+FILES = (
+    "tokenizer*",
+    *BESIDE,
+    "*.jinja",
     "chat_templates/*.jinja",
     "additional_chat_templates/*.jinja",
 )
