@@ -30,7 +30,7 @@ from sparsek_cli.console import (
     report_error,
     set_up_logging,
 )
-from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError
+from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError, out_of_memory
 
 # What a process may have too little of, and the shell's word for it.
 _LIMITS = {
@@ -162,8 +162,7 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int
             "choose another folder, or change its rights",
             RAN_AND_FAILED,
         )
-    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if full or "can't allocate memory" in text:
+    if out_of_memory(error):
         hint = "take a smaller batch, context or chunk, --dtype bfloat16, or --device cpu"
         return "out of memory", hint, RAN_AND_FAILED
     if isinstance(error, FileNotFoundError) and not error.filename and _nowhere():

@@ -37,6 +37,13 @@ def refusal(error: BaseException | None) -> SparsekError | None:
     return error
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether Python, torch on a GPU or torch on a CPU found no memory."""
+    # By name: torch is not imported for this. Its allocator on CPUs has no class of its own.
+    full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return full or "can't allocate memory" in str(error)
+
+
 def first_line(error: BaseException) -> str:
     """The first line of what a library says, or the name of its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from sparsek_cli.conversion.calibrate.effort import Effort
 from sparsek_cli.conversion.calibrate.head_budgets import decide as module
@@ -23,6 +22,7 @@ from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import (
 from sparsek_cli.conversion.calibrate.head_budgets.decide import decide
 from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
 from sparsek_cli.conversion.calibrate.method import Method
+from sparsek_cli.conversion.calibrate.sensitivity.gradient import NoGradients
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -197,7 +197,7 @@ def test_where_gradients_fail_what_is_best_so_far_stays(three_layers, monkeypatc
 
         def changes(self, *given):
             if not self.left:
-                raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+                raise NoGradients("CUDA out of memory.")
             self.left -= 1
             return super().changes(*given)
 

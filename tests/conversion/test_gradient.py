@@ -15,7 +15,7 @@ from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import Rows, Whole
-from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
+from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients, NoGradients
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
@@ -49,6 +49,51 @@ def mixed(own, other, share: float, group: int):
         return moved.flatten(0, 1)
 
     return attend
+
+
+class Unused:
+    """In place of a base whose layers fail; there is one document."""
+
+    def __init__(self, error: BaseException | None):
+        self.error = error
+
+    def take(self, number: int) -> torch.Tensor:
+        return torch.zeros(LENGTH, 4)
+
+    def run_on(self, number: int, hidden: torch.Tensor, first: int, attend: dict) -> torch.Tensor:
+        if attend and self.error is not None:
+            raise self.error
+        return hidden.detach()  # as from a layer that has no gradient
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+        RuntimeError("a leaf Variable that requires grad is being used in an in-place operation."),
+        NotImplementedError("derivative for aten::_scan is not implemented"),
+        None,
+    ],
+)
+def test_memory_and_layers_without_a_gradient_are_told(error):
+    rows = {0: Rows(torch.arange(2), torch.arange(0))}
+    base = Unused(error)
+    base.divergence = lambda dense, states: states.sum(-1)
+    gradients = Gradients(base, rows)
+    with pytest.raises(NoGradients) as caught:
+        gradients.changes({0: None}, {0: []}, np.ones(2))
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_mistake_of_ours_is_not_taken_for_a_layer_without_a_gradient():
+    gradients = Gradients(
+        Unused(RuntimeError("The size of tensor a (3) must match the size of tensor b (4)")),
+        {0: Rows(torch.arange(2), torch.arange(0))},
+    )
+    with pytest.raises(RuntimeError, match="must match"):
+        gradients.changes({0: None}, {0: []}, np.ones(2))
 
 
 @pytest.mark.parametrize("family", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])

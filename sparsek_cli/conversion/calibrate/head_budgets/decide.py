@@ -18,7 +18,7 @@ from sparsek_cli.conversion.calibrate.sensitivity.divergence import (
     chosen_attention,
     window_attention,
 )
-from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
+from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients, NoGradients
 from sparsek_cli.conversion.planned import Plan
 
 # What an error at an answer counts against one in text when slots are shared out by errors: losses
@@ -56,8 +56,8 @@ def decide(
     for _ in range(effort.refinements):
         try:
             moved = moved_shares(plan, layers, compared.choices, gradients, compared.nats)
-        except (RuntimeError, FloatingPointError) as error:  # memory, or a layer has no gradient
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+        except NoGradients as error:
+            reason = str(error)
             break
         if not _refine(compared, moved):
             break

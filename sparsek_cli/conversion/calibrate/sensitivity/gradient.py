@@ -18,9 +18,16 @@ import torch
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Attend, Recorded
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import Rows
+from sparsek_cli.errors import first_line, out_of_memory
 
 # Whose predictions are differentiated together.
 _ROWS = 1024
+# One of these is in whatever torch says of a layer that it cannot differentiate.
+_AUTOGRADS_WORDS = ("grad", "backward", "derivative", "differentiat", "inplace", "in-place")
+
+
+class NoGradients(Exception):
+    """The sparse model cannot be differentiated here: no memory, or a layer without a gradient."""
 
 
 class Gradients:
@@ -51,17 +58,22 @@ class Gradients:
             weights: [2], what a nat of text and of answers counts.
 
         Raises:
-            FloatingPointError: a gradient is not finite.
+            NoGradients: memory does not suffice, a layer cannot be differentiated, or a gradient
+                is not finite. Other errors are mistakes of ours, and pass.
         """
         total = {number: 0.0 for number in own}
         for number, embedded in self._embedded.items():
-            found = self._changes(
-                number, embedded.to(self._device, copy=True), own, others, weights
-            )
+            hidden = embedded.to(self._device, copy=True)
+            try:
+                found = self._changes(number, hidden, own, others, weights)
+            except (RuntimeError, MemoryError) as error:
+                if out_of_memory(error) or any(word in str(error) for word in _AUTOGRADS_WORDS):
+                    raise NoGradients(first_line(error)) from error
+                raise
             total = {n: total[n] + found[n] for n in own}
         changes = np.stack([total[n].cpu().numpy() for n in own])
         if not np.isfinite(changes).all():
-            raise FloatingPointError("gradients are not finite")
+            raise NoGradients("gradients are not finite")
         return changes
 
     def _changes(
