@@ -31,7 +31,7 @@ from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.data.needles import NeedleDocument, make_document
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.evaluation.loading import load_model
+from sparsek_cli.evaluation.measured_model import load_measured
 from sparsek_cli.evaluation.settings import Loading
 from sparsek_cli.models import SparseKCache, budget, sparsek_cache_bytes
 
@@ -193,7 +193,7 @@ def _arguments() -> argparse.Namespace:
 
 def _model(given: argparse.Namespace, yarn: float | None) -> tuple[Any, Any]:
     how = Loading(given.device, "float32" if given.device == "cpu" else "auto", yarn)
-    model, tokenizer, _ = load_model(hub.resolve(given.model), how, sparse=True)
+    model, tokenizer, _ = load_measured(hub.resolve(given.model), how, sparse=True)
     return model, tokenizer
 
 

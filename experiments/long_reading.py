@@ -145,11 +145,11 @@ def _loaded(given: argparse.Namespace) -> Any:
     dtype = choose_dtype("auto", device)
     if given.yarn is None:
         return load(Path(given.model), device, dtype)
-    from sparsek_cli.evaluation.loading import load_model
+    from sparsek_cli.evaluation.measured_model import load_measured
     from sparsek_cli.evaluation.settings import Loading
 
     how = Loading(given.device, "auto", given.yarn)
-    return load_model(hub.resolve(given.model), how, sparse=True)[0]
+    return load_measured(hub.resolve(given.model), how, sparse=True)[0]
 
 
 def _converse(model: Any, tokenizer: Any, made: NeedleDocument, turns: int) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import quantised
+from sparsek_cli.checkpoint_files.shape_checks import sizes_beyond
 from sparsek_cli.checkpoint_files.shards import read_shards
-from sparsek_cli.checkpoint_files.sizes import sizes_beyond
 from sparsek_cli.checkpoint_files.template_steps import check_template
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError, first_line, reason

@@ -31,8 +31,8 @@ from sparsek_cli.reporter import Silent
 from sparsek_cli.training.assemble import make_trainer
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.parameters import choose_parameters
+from sparsek_cli.training.run_sizes import measure
 from sparsek_cli.training.settings import batch_of, execution_of, rates_of, rhythm_of
-from sparsek_cli.training.sizes import measure
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,

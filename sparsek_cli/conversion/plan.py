@@ -12,13 +12,13 @@ from sparsek_cli.checkpoint_files.shards import Shard, read_shards, stored_dtype
 from sparsek_cli.conversion.base_config import convertible
 from sparsek_cli.conversion.calibrate.method import Method, method_of, with_documents
 from sparsek_cli.conversion.checks import check_room, check_tensors
-from sparsek_cli.conversion.geometry import geometry
-from sparsek_cli.conversion.planned import Calibration, Plan, contents_of
-from sparsek_cli.conversion.sizes import (
+from sparsek_cli.conversion.default_sizes import (
     calibration_size,
     slots,
     with_settings_of,
 )
+from sparsek_cli.conversion.geometry import geometry
+from sparsek_cli.conversion.planned import Calibration, Plan, contents_of
 from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.data.text.find_files import find_files, is_hub_id
 from sparsek_cli.disk import existing_parent

@@ -9,8 +9,8 @@ from sparsek_cli import quantised
 from sparsek_cli.byte_units import size as byte_size
 from sparsek_cli.checkpoint_files.shards import Shard
 from sparsek_cli.conversion.calibrate.method import DOCUMENTS, Method
+from sparsek_cli.conversion.default_sizes import fit_length
 from sparsek_cli.conversion.geometry import Geometry
-from sparsek_cli.conversion.sizes import fit_length
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import full_layers
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint

@@ -10,8 +10,8 @@ with one role per token:
 
 The training loss is `mean over TEXT + answer_weight * mean over ANSWER`. A role belongs to the
 token that is predicted; the shift by one is made where the loss is computed. Recipes name a source
-by `kind` (mixture.py); kind `needles` is `NeedleSource(tokenizer, corpus, **options)` of
-needle_source.py, `corpus` being the filler's training documents.
+by `kind`: `copies` is copy_source.py, `stream` is streams.py, `needles` is needle_source.py.
+Several sources together are one dataset (mixture.py).
 """
 
 IGNORED = 0

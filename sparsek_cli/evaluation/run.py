@@ -11,8 +11,13 @@ from sparsek_cli.disk import is_full
 from sparsek_cli.disk import write_atomically as write
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.json_values import digest, to_json
-from sparsek_cli.evaluation.loading import harness_for, load_model, most_tokens, ways_beyond
 from sparsek_cli.evaluation.measure import run_unit
+from sparsek_cli.evaluation.measured_model import (
+    harness_for,
+    load_measured,
+    most_tokens,
+    ways_beyond,
+)
 from sparsek_cli.evaluation.plan import Plan
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.policies.registry import DENSE, OWN, plan_policies
@@ -77,7 +82,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     reporter = reporter if ranks.first else Silent()
     say = reporter.say
     checkpoint, rivals, samples, prompts = plan.checkpoint, plan.rivals, plan.samples, plan.prompts
-    model, tokenizer, own = load_model(
+    model, tokenizer, own = load_measured(
         checkpoint,
         replace(plan.loading, device=ranks.device(plan.loading.device)),
         sparse=bool(set(rivals.baselines) - {DENSE}),

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import quantised
+from sparsek_cli.checkpoint_files.shape_checks import check_layers, check_rows
 from sparsek_cli.checkpoint_files.shards import read_shards
-from sparsek_cli.checkpoint_files.sizes import check_layers, check_rows
 from sparsek_cli.checkpoint_files.weights_beside import left_out
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.config_file import check_config, read_config

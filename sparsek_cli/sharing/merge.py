@@ -10,11 +10,11 @@ from sparsek_cli import hub
 from sparsek_cli.conversion.base_config import convertible
 from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.card import model_card
+from sparsek_cli.conversion.default_sizes import with_settings_of
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.conversion.plan import plan as plan_conversion
 from sparsek_cli.conversion.planned import Plan as Conversion
 from sparsek_cli.conversion.run import Converted, write_verified
-from sparsek_cli.conversion.sizes import with_settings_of
 from sparsek_cli.conversion.verify import check_base
 from sparsek_cli.conversion.write import Scorer, converted_config
 from sparsek_cli.converted import is_converted

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from sparsek_cli.training.run_sizes import Sizes
 from sparsek_cli.training.settings import Rates, Rhythm
-from sparsek_cli.training.sizes import Sizes
 
 
 def training_arguments(

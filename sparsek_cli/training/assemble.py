@@ -32,9 +32,9 @@ from sparsek_cli.training.model import build_random, load_pretrained, random_con
 from sparsek_cli.training.parameters import choose_parameters, trained_state
 from sparsek_cli.training.progress import ProgressReport, TimeLimit
 from sparsek_cli.training.refit_scorers import Refit
+from sparsek_cli.training.run_sizes import Sizes, logits_chunk
 from sparsek_cli.training.settings import Execution, Rates, Rhythm, Start
 from sparsek_cli.training.sharding import sharding_arguments
-from sparsek_cli.training.sizes import Sizes, logits_chunk
 from sparsek_cli.training.trainer import SparsekTrainer
 
 if TYPE_CHECKING:

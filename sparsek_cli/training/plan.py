@@ -11,7 +11,6 @@ import torch
 
 from sparsek_cli import hub, quantised
 from sparsek_cli.data.corpus import Corpus
-from sparsek_cli.data.mixture import load_texts
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device, choose_dtype, world_size
 from sparsek_cli.errors import UsageError
@@ -19,11 +18,12 @@ from sparsek_cli.families.layers import has_states
 from sparsek_cli.loading import load_config, load_tokenizer, readable_errors
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.reporter import Reporter, Silent
+from sparsek_cli.training.datasets import load_texts
 from sparsek_cli.training.model import random_config
 from sparsek_cli.training.parameters import choose_parameters
+from sparsek_cli.training.run_sizes import Sizes, count_steps, estimate_bytes, measure
 from sparsek_cli.training.settings import Settings, Start, settings_of
 from sparsek_cli.training.sharding import check_launch
-from sparsek_cli.training.sizes import Sizes, count_steps, estimate_bytes, measure
 from sparsek_cli.training.storage.output import contents_of
 from sparsek_cli.training.storage.resume import check_output, checkpoint_to_resume, part_folder
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sparsek_cli.converted import is_converted
-from sparsek_cli.data.mixture import build_mixture, held_out_sequences
 from sparsek_cli.devices import forget_stray_ranks, is_first, meet_others
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
@@ -17,9 +16,10 @@ from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
+from sparsek_cli.training.datasets import build_mixture, held_out_sequences
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan, sizes_of
-from sparsek_cli.training.sizes import Sizes
+from sparsek_cli.training.run_sizes import Sizes
 from sparsek_cli.training.storage.output import check_room, contents_of, write_model
 from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
 from sparsek_cli.training.trainer import SparsekTrainer

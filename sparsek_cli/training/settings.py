@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.training.sizes import Batch
+from sparsek_cli.training.run_sizes import Batch
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import (

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
+from sparsek_cli.data.copy_source import CopySource
 from sparsek_cli.data.corpus import Corpus, load_corpus
-from sparsek_cli.data.mixture import CopySource, Mixture
+from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import PackedDocuments, PackedText, collate
 
 

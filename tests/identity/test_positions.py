@@ -8,7 +8,7 @@ from tiny_families import tiny_config
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.loading import most_tokens, stretch, ways_beyond
+from sparsek_cli.evaluation.measured_model import most_tokens, stretch, ways_beyond
 from sparsek_cli.families import TABLE
 from sparsek_cli.families.positions import check_rotary, context_length
 from sparsek_cli.models import sparsek_config_from

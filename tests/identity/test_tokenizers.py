@@ -111,10 +111,10 @@ def loaded_by_chat(made):
 
 
 def loaded_by_evaluate(made):
-    from sparsek_cli.evaluation.loading import load_model
+    from sparsek_cli.evaluation.measured_model import load_measured
     from sparsek_cli.evaluation.settings import Loading
 
-    model, tokenizer, own = load_model(
+    model, tokenizer, own = load_measured(
         resolve(made.out), Loading("cpu", "float32", None), sparse=False
     )
     assert own

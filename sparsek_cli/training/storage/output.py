@@ -26,8 +26,8 @@ from sparsek_cli.training.storage.resume import part_folder
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
     from sparsek_cli.reporter import Reporter
+    from sparsek_cli.training.run_sizes import Sizes
     from sparsek_cli.training.settings import Start
-    from sparsek_cli.training.sizes import Sizes
 
 # How long a finished run waits for room on a full disk, and how often it looks, in seconds. Other
 # processes of the run wait too, and give up after ten minutes.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.loading import load_model, stretch
+from sparsek_cli.evaluation.measured_model import load_measured, stretch
 from sparsek_cli.evaluation.settings import loading_of
 from sparsek_cli.hub import Checkpoint
 
@@ -16,7 +16,7 @@ def load(checkpoints, recipe):
     def load(which, **keys):
         path = checkpoints[which]
         wanted = recipe(**keys)
-        model, _, _ = load_model(
+        model, _, _ = load_measured(
             Checkpoint(path, path.name, "folder"), replace(loading_of(wanted), device="cpu"),
             sparse=bool(set(wanted.baselines) - {"dense"}),
         )  # fmt: skip

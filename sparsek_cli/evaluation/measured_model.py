@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
 
 
-def load_model(checkpoint: "Checkpoint", how: "Loading", *, sparse: bool) -> tuple[Any, Any, bool]:
+def load_measured(
+    checkpoint: "Checkpoint", how: "Loading", *, sparse: bool
+) -> tuple[Any, Any, bool]:
     """Model in eval mode on its device, tokenizer, and whether the model brings its own scores.
 
     Args:
