@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import check_names
-from sparsek_cli.evaluation.result_folder import check_part, check_results
+from sparsek_cli.evaluation.result_folder import RUNS, check_part, check_results
 from sparsek_cli.evaluation.settings import (
     Loading,
     Prompts,
@@ -21,6 +21,7 @@ from sparsek_cli.evaluation.settings import (
 )
 from sparsek_cli.evaluation.tasks.catalogue import Entry, expand
 from sparsek_cli.evaluation.tasks.local_files import data_fingerprint
+from sparsek_cli.output.place import check_not_inside
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
@@ -67,7 +68,7 @@ class Plan:
                 f"baselines  {', '.join(self.rivals.baselines) or 'none'}",
                 f"budgets    {budgets}",
                 f"samples    {self.samples.limit or 'all'} per task and length",
-                f"out        {self.out or f'runs/evaluate/{self.checkpoint.name}/<settings>'}",
+                f"out        {self.out or RUNS / self.checkpoint.name / '<settings>'}",
             ]
         )
 
@@ -88,6 +89,8 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
     checkpoint = hub.resolve(recipe.model, recipe.revision)
     out = Path(os.path.expanduser(recipe.out)) if recipe.out else None
+    if out is None and not resume:
+        check_not_inside(RUNS, checkpoint.path)
     if out is not None:
         check_results(out, resume=resume, model=checkpoint.path)
         if recipe.overwrite:

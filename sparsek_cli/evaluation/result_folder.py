@@ -28,6 +28,7 @@ from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.output.staging import take_name
 from sparsek_cli.plain_files import check_plain
 
+RUNS = Path("runs") / "evaluate"  # holds the results that no --out names
 RESULTS = "results.json"
 RUN = "run.json"
 _REPLACES = "replaces"  # in run.json of OUT.part: the name of OUT

@@ -63,6 +63,10 @@ class Contents:
                 return " or ".join(names)
         return None
 
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder is of this kind: all marks are there, and weights."""
+        return self.lacks(folder) is None and any(folder.glob("*.safetensors"))
+
 
 MODEL = Contents(
     "a model that sparsek wrote",

@@ -6,7 +6,14 @@ from pathlib import Path
 
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
-from sparsek_cli.output.contents import RESULTS, RUN, Contents
+from sparsek_cli.output.contents import (
+    ADAPTERS,
+    MODEL,
+    RESULTS,
+    RUN,
+    SCORERS_ALONE,
+    Contents,
+)
 from sparsek_cli.plain_files import kind_of
 
 BESIDE = len("..old.xxxxxxxx.part")  # what `leftovers` adds to the name of OUT
@@ -22,8 +29,7 @@ def check_folder(
         out: the folder to write.
         contents: what this tool writes there.
         overwrite: whether the user gave the folder up.
-        model: the folder of the model that is read, which must survive, and into which only
-            results may be written.
+        model: the folder of the model that is read, which must survive.
 
     Raises:
         UsageError: anything else; the message names what stands in the way.
@@ -32,7 +38,7 @@ def check_folder(
     kind = _kind_of(out)
     if contents not in (RESULTS, RUN):  # beside those nothing is staged
         _check_length(out)
-    if model is not None and contents is not RESULTS:
+    if kind in (None, "folder"):
         check_not_inside(out, model)
     if kind is None:
         _check_parents(out)
@@ -84,17 +90,34 @@ def check_file(file: Path, *, overwrite: bool, suffixes: tuple[str, ...]) -> Non
         )
 
 
-def check_not_inside(out: Path, model: Path) -> None:
-    """Raises UsageError where `out` would be added to the model's own folder.
+def check_not_inside(out: Path, model: Path | None) -> None:
+    """Raises UsageError where `out` would be added to the model's folder, or to a model of ours.
 
-    Other programs read or keep that, and a model of ours could not be replaced any more.
+    Other programs read or keep that, and a model of ours could not be replaced any more. Links are
+    followed.
     """
-    real, kept = out.resolve(), model.resolve()
-    if kept.is_dir() and kept in real.parents:
+    kept = None if model is None else model.resolve()
+    for folder in _followed(out).parents:
+        if folder == kept:
+            which = "the model's own folder"
+        elif of := next((c for c in (MODEL, SCORERS_ALONE, ADAPTERS) if c.is_in(folder)), None):
+            which = f"'{folder}', {of.name}"
+        else:
+            continue
         raise UsageError(
-            f"OUT '{out}' lies inside the model's own folder",
-            hint=f"name a folder beside it: {kept.with_name(out.name)}",
+            f"OUT '{out}' lies inside {which}",
+            hint=f"name a folder beside it: {folder.parent / out.name}",
         )
+
+
+def _followed(path: Path) -> Path:
+    """Where `path` is once all links are followed."""
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError) as error:  # the latter of links in a circle
+        raise UsageError(
+            f"'{path}' cannot be written: its links lead nowhere", hint=_ANOTHER
+        ) from error
 
 
 def absolute(path: str | os.PathLike) -> Path:

@@ -9,6 +9,7 @@ import pytest
 
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.lm.proof import Proof
+from sparsek_cli.evaluation.plan import plan
 from sparsek_cli.evaluation.result_folder import (
     Store,
     check_part,
@@ -18,6 +19,7 @@ from sparsek_cli.evaluation.result_folder import (
 )
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import RESULTS
+from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 
 def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:
@@ -208,3 +210,14 @@ def test_what_a_killed_run_set_aside_is_put_back(tmp_path):
     (half / "run.json").write_text("{}")
     leftovers.clear(out, told.append, RESULTS)
     assert not half.exists() and len(told) == 2
+
+
+@pytest.mark.parametrize("out", [None, "results", "../link/results"])
+def test_results_are_not_added_to_the_model(make_checkpoint, tmp_path, monkeypatch, out):
+    """Nor where no --out says so and the model is the folder one is in."""
+    make_checkpoint(tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    monkeypatch.chdir(tmp_path / "model")
+    recipe = EvaluateRecipe(model=str(tmp_path / "model"), out=out, tasks=["ppl"])
+    with pytest.raises(UsageError, match="inside the model's own folder"):
+        plan(recipe)

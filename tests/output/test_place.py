@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.output.contents import MODEL, RESULTS, RUN
+from sparsek_cli.output.contents import ADAPTERS, MODEL, RESULTS, RUN, SCORERS_ALONE
 from sparsek_cli.output.leftovers import make_beside
 from sparsek_cli.output.place import check_file, check_folder
 
@@ -105,17 +105,54 @@ def test_folders_in_use(tmp_path, monkeypatch):
     assert "a mount point" in refused(tmp_path / "mounted")
 
 
-def test_the_model_s_own_folder(tmp_path):
-    """Results may lie in it; no other model."""
-    base = a_model(tmp_path / "base")
+def test_folders_of_models_get_nothing_added(tmp_path):
+    """Neither the one that is read nor one of ours, whose OUT could not be replaced any more."""
+    base, other = tmp_path / "base", a_model(tmp_path / "other")
+    base.mkdir()
+    (base / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(base)
-    for inside in (base / "out", base / "no" / "such", tmp_path / "link" / "out"):
-        assert "inside the model's own folder" in refused(inside, model=base)
-        check_folder(inside, RESULTS, overwrite=False, model=base)
+    (tmp_path / "other-link").symlink_to(other)
+    (base / "empty").mkdir()
+    places = ("base/out", "base/empty", "base/no/such", "link/out", "link/empty")
+    for contents in (MODEL, ADAPTERS, SCORERS_ALONE, RESULTS, RUN):
+        for name in places:
+            assert "inside the model's own folder" in refused(
+                tmp_path / name, model=base, contents=contents
+            )
+        for name in ("other/out", "other/no/such", "other-link/out", "base/../other/out"):
+            assert f"inside '{other}', a model that sparsek wrote" in refused(
+                tmp_path / name, contents=contents
+            )
+    for name in places:  # of a dense model that is not read nobody knows what it is
+        check_folder(tmp_path / name, MODEL, overwrite=False)
     check_folder(tmp_path / "base-sparsek", MODEL, overwrite=False, model=base)
     file = tmp_path / "x.gguf"  # such a model has no folder of its own
     file.write_bytes(b"GGUF")
     check_folder(tmp_path / "out", MODEL, overwrite=False, model=file)
+
+
+def test_a_project_is_no_model(tmp_path):
+    """Files of these names without weights: somebody's settings, in a folder of much else."""
+    for name in ("config.json", "sparsek.yaml", "finetune.yaml", "adapter_config.json"):
+        (tmp_path / name).write_text("{}")
+    check_folder(tmp_path / "out", MODEL, overwrite=False)
+
+
+@pytest.mark.parametrize(
+    "mark", [["sparsek.safetensors"], ["adapter_config.json", "finetune.yaml"]]
+)
+def test_scorers_and_adapters_get_nothing_added(tmp_path, mark):
+    for name in (*mark, "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    assert "lies inside" in refused(tmp_path / "out")
+
+
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for name in ("a", "a/out", "a/no/such"):
+        refused(tmp_path / name, model=tmp_path / "model")
+        refused(tmp_path / name)
 
 
 def test_only_runs_of_ours_are_unfinished_runs(tmp_path):

@@ -171,5 +171,5 @@ LINES: dict[str, list[list[str]]] = {
 }  # fmt: skip
 # Places that nothing may be written on: what --overwrite changes for none of them.
 OUTS = ("{foreign}", "{text}", "{fifo}", "{socket}", "{link}", "{dangling}", "{good}", "{world}",
-        "~", "/", ".", "{text}/below", "{long}", "a\0b", "{fifo}/below",
-        "/proc/nothing", "caf\udce9", "caf\udce9/out")  # fmt: skip
+        "~", "/", ".", "{text}/below", "{long}", "a\0b", "{fifo}/below", "{sparse}/new",
+        "{link}/deep/new", "/proc/nothing", "caf\udce9", "caf\udce9/out")  # fmt: skip

@@ -13,7 +13,7 @@ from sparsek_cli.disk import write_atomically
 from sparsek_cli.evaluation.json_values import digest
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
-from sparsek_cli.evaluation.result_folder import folder_name
+from sparsek_cli.evaluation.result_folder import RUNS, folder_name
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
@@ -141,7 +141,7 @@ def default_folder(record: "Record") -> Path:
         "budgets" + "x".join(map(str, asked["budgets"])) if asked["budgets"] else "",
         digest(record.settings)[:6],
     ]
-    return Path("runs") / "evaluate" / folder_name([record.checkpoint.name]) / folder_name(parts)
+    return RUNS / folder_name([record.checkpoint.name]) / folder_name(parts)
 
 
 def write_reports(folder: Path, report: dict[str, Any]) -> None:
