@@ -31,6 +31,7 @@ from sparsek_cli.console import (
     set_up_logging,
 )
 from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError, out_of_memory
+from sparsek_cli.output.termination import sigterm_interrupts
 
 # What a process may have too little of, and the shell's word for it.
 _LIMITS = {
@@ -96,7 +97,8 @@ def main() -> None:
     set_up_logging(sys.argv[1:])
     # A terminal that has no such letter, or bytes of a file's name: shown, never an error.
     sys.stdout.reconfigure(errors="backslashreplace")
-    code = run()
+    with sigterm_interrupts():
+        code = run()
     try:
         sys.stdout.flush()
     except OSError as error:

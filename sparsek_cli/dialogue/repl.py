@@ -14,6 +14,7 @@ from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.place import absolute, check_file
+from sparsek_cli.output.termination import Terminated
 
 HELP = """\
 /load PATH       read a text file, or a folder's, into the next question
@@ -83,6 +84,8 @@ class Repl:
                 line = read_line()
             except EOFError:
                 return
+            except Terminated:
+                raise
             except KeyboardInterrupt:
                 continue
             if line.strip() in ("/exit", "/quit"):

@@ -34,6 +34,7 @@ from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unf
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
+from sparsek_cli.output.termination import sigterm_interrupts, sigterm_kills
 from sparsek_cli.reporter import Reporter, Silent
 
 Pair = tuple[Unit, Policy]
@@ -75,11 +76,14 @@ class Evaluated:
         return f"{table.text(self.report)}\n\nresults: {self.out}"
 
 
+@sigterm_interrupts()
 def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     """Measures everything that is planned and writes the result folder."""
     reporter = reporter or Silent()
     ranks = Ranks(plan.loading.device, reporter.say)
-    reporter = reporter if ranks.first else Silent()
+    if not ranks.first:
+        reporter = Silent()
+        sigterm_kills()  # the others end it where it waits for them, and it has nothing to tidy
     say = reporter.say
     checkpoint, rivals, samples, prompts = plan.checkpoint, plan.rivals, plan.samples, plan.prompts
     model, tokenizer, own = load_measured(

@@ -3,16 +3,15 @@
 import contextlib
 import os
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.output.contents import MODEL, Contents
 from sparsek_cli.output.leftovers import held, make_beside
 from sparsek_cli.output.place import absolute
 from sparsek_cli.output.swap_folders import exchange
+from sparsek_cli.output.termination import sigterm_interrupts
 
 
 @contextlib.contextmanager
@@ -45,7 +44,7 @@ def staged(out: Path, *, overwrite: bool = False, contents: Contents = MODEL) ->
         try:
             # mkdtemp makes private folders; a checkpoint is as readable as any other new folder.
             sibling.chmod(0o777 & ~_umask())
-            with _terminate_as_interrupt():
+            with sigterm_interrupts():
                 yield sibling
                 if not take_name(sibling, out, contents, overwrite=overwrite):
                     raise _kept_elsewhere(sibling, out)
@@ -131,21 +130,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-@contextlib.contextmanager
-def _terminate_as_interrupt() -> Iterator[None]:
-    """SIGTERM as KeyboardInterrupt, so that both clean up; only the main thread may set it."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -14,6 +14,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
+from sparsek_cli.output.termination import sigterm_interrupts, sigterm_kills
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
 from sparsek_cli.training.datasets import build_mixture, held_out_sequences
@@ -80,6 +81,7 @@ class Trained:
         return "\n".join(lines)
 
 
+@sigterm_interrupts()
 def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     """Trains as planned and writes a complete model folder.
 
@@ -92,6 +94,8 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     meet_others(reporter.say)
     if is_first():
         leftovers.clear(out, reporter.say)
+    else:
+        sigterm_kills()  # the others end it where it waits for them, and it has nothing to tidy
     resumed, where = plan.checkpoint is not None, plan.source.path if plan.source else None
     contents = contents_of(start)
     check_output(  # it may be back

@@ -1,6 +1,8 @@
 """Commands of the conversation at a terminal."""
 
 import json
+import os
+import signal
 from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.output.termination import Terminated, sigterm_interrupts
 
 
 @contextmanager
@@ -44,6 +47,18 @@ def run(repl: Repl, *lines: str) -> None:
             raise EOFError from None
 
     repl.run(read_line)
+
+
+def test_sigterm_at_the_prompt_ends_it(repl):
+    """Ctrl-C there does nothing; who sends SIGTERM would wait, and kill."""
+
+    def read_line() -> str:
+        with sigterm_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise EOFError
+
+    with pytest.raises(Terminated):
+        repl.run(read_line)
 
 
 def test_conversation_commands(repl, said, tmp_path, capsys):

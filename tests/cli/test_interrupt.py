@@ -1,4 +1,4 @@
-"""Ctrl-C in every verb: exit 130, one message, no traceback."""
+"""Ctrl-C in every verb, and SIGTERM: exit 130, one message, no traceback."""
 
 import importlib
 import signal
@@ -36,6 +36,7 @@ TEXT = "a few words and then a few more of them. " * 500
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(
     ("words", "until", "kept"),
     [
@@ -49,7 +50,7 @@ TEXT = "a few words and then a few more of them. " * 500
         ),
     ],
 )
-def test_long_work_in_a_real_process(tmp_path, words, until, kept):
+def test_long_work_in_a_real_process(tmp_path, words, until, kept, number):
     """What a person sees who gives up halfway: two lines, and only what can be resumed."""
     (tmp_path / "text.txt").write_text(TEXT)
     small = ["sequence_length=32", "batch_size=2", "log_steps=1", "evaluation.held_out=0"]
@@ -63,7 +64,7 @@ def test_long_work_in_a_real_process(tmp_path, words, until, kept):
             said += line
             if until in line:
                 break
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, rest = process.communicate(timeout=120)
     finally:
         process.kill()

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 
 import pytest
 
@@ -227,14 +229,15 @@ def test_proof_is_of_the_whole_prompt_where_its_beginning_was_shared(run, recipe
         assert unit["proof"]["kv_tokens"] == unit["proof"]["longest_prompt"]
 
 
-def test_ctrl_c_leaves_a_valid_partial_result(run, recipe, console, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_leaves_a_valid_partial_result(run, recipe, console, tmp_path, monkeypatch, number):
     from sparsek_cli.evaluation import run as module
 
     real = module.run_unit
 
     def stopped(unit, policy, *rest, **limits):
         if policy.label == "sparsek":
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         return real(unit, policy, *rest, **limits)
 
     monkeypatch.setattr(module, "run_unit", stopped)

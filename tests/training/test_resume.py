@@ -1,5 +1,7 @@
 """Ctrl-C or kill -9 at any moment, then --resume: the same model as if nothing had happened."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,9 +15,11 @@ from safetensors.torch import load_file
 from verbs import finetune
 
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.output.termination import Terminated
 from sparsek_cli.reporter import Silent
 from sparsek_cli.training import run
 from sparsek_cli.training.storage.resume import part_folder
+from sparsek_cli.training.trainer import SparsekTrainer
 
 # Dropout, so that the state of the random generators matters; two micro-batches per step.
 WORDS = ["steps=12", "save_steps=3", "architecture.settings.attention_dropout=0.1",
@@ -135,3 +139,25 @@ def test_scorers_resume_without_copying_the_base(recipe, sparse_checkpoint, tmp_
     assert all(".scorer." in name for name in load_file(saved / "trained.safetensors"))
     done = finetune(recipe(*words, model=model), resume=True)
     assert done.loss == whole.loss and done.held_out_loss == whole.held_out_loss
+
+
+@pytest.mark.parametrize("save", [0, 1])
+def test_sigterm_leaves_what_ctrl_c_leaves(recipe, scratch, tmp_path, monkeypatch, save):
+    """A checkpoint to resume, which is named, or nothing."""
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args, **kwargs)
+
+    real = SparsekTrainer.training_step
+    monkeypatch.setattr(SparsekTrainer, "training_step", training_step)
+    said, reporter = [], Silent()
+    reporter.say = said.append
+    with pytest.raises(Terminated):
+        finetune(recipe(*scratch, f"save_steps={save}"), reporter)
+    kept = ["checkpoint-1", "recipe.yaml"] if save else []
+    assert sorted(path.name for path in (tmp_path / "out.part").glob("*")) == kept
+    assert (tmp_path / "out.part").exists() == bool(save)
+    assert any("checkpoint-1 is kept, --resume" in line for line in said) == bool(save)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
