@@ -11,8 +11,7 @@ plots       figures of the results of all of these
 ceiling     what selection alone could reach, seeing what comes
 cached      8-bit slots; YaRN and positions by slot order beyond the trained length
 long_reading  memory and time of a million tokens, a long conversation
-scorers     keys and values in place of the hidden state, and others
-patches     outputs of attention brought nearer to dense ones in closed form
+variants    other scorers, outputs nearer to dense ones in closed form, a further loss
 steps       sparsek's own commands as phases of an experiment
 suite       perplexity and recall of one checkpoint under every policy
 """

@@ -5,11 +5,11 @@
 
 A base is converted once per row, calibration only, at `--share` of `--length`, `--window` of that
 being the newest keys, with one thing changed in the request (the words shown), with another kind of
-scorer, or with outputs patched (experiments/patches.py). Measured are perplexity of windows of
-unseen novels, the share of the loss between a window of the same slots and dense attention that is
-closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in phrasings that
-calibration knows and in others that only the base knows. Dense and window are measured once. Rows
-`seed` say how much of a difference is chance.
+scorer, or with outputs patched (experiments/variants/patches.py). Measured are perplexity of
+windows of unseen novels, the share of the loss between a window of the same slots and dense
+attention that is closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in
+phrasings that calibration knows and in others that only the base knows. Dense and window are
+measured once. Rows `seed` say how much of a difference is chance.
 
 Row `ceiling` shows what selection alone could reach with the default's shares: each query sees the
 keys that are looked at most from then on (experiments/ceiling.py). Rows `future` keep the measured
@@ -32,8 +32,7 @@ from typing import Any
 import torch
 import yaml
 
-from experiments import ceiling, patches
-from experiments.scorers import FITS, in_place_of_linear
+from experiments import ceiling
 from experiments.steps import Steps, of_method
 from experiments.suite import (
     SINKS,
@@ -47,6 +46,8 @@ from experiments.suite import (
     weights_folder,
     with_tokenizer,
 )
+from experiments.variants import patches
+from experiments.variants.scorers import FITS, in_place_of_linear
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.conversion.calibrate.run import search
 from sparsek_cli.conversion.plan import plan as make_plan

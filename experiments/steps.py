@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,9 @@ class Steps:
     def finetune(self, recipe: str, out: Path, *words: str, model: Path | None = None) -> Any:
         """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its Trained.
 
-        The word outputs=WEIGHT is of the settings below recipes (training/settings.py).
+        The word outputs=WEIGHT adds a loss that recipes do not have (variants/output_errors.py).
         """
+        from experiments.variants.output_errors import OutputErrors
         from sparsek_cli.recipes.load import load_recipe
         from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
         from sparsek_cli.training.plan import plan
@@ -41,7 +43,8 @@ class Steps:
         lines = _Lines(self._session)
         planned = plan(load_recipe(FinetuneRecipe, recipe, own, flags, verb="finetune"), lines)
         if weights:
-            planned = replace(planned, settings=replace(planned.settings, outputs=weights[-1]))
+            losses = (partial(OutputErrors, weight=weights[-1]),)
+            planned = replace(planned, settings=replace(planned.settings, layer_losses=losses))
         result = run(planned, lines)
         self._session.say(
             f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} "

@@ -17,7 +17,6 @@ import argparse
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from sparsek_kernels import dispatch, effective_scores, sparsek_attention
@@ -201,41 +200,36 @@ def stages(layer: Layer) -> dict[str, Callable[[], Any]]:
 
 
 def _triton_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
-    """The pipeline's own calls: selection repeated alone, attention with selection given."""
+    """The parts of `pipeline.forward`, for the gate and without the sinks that layers here have."""
     from sparsek_kernels.triton import pipeline
+    from sparsek_kernels.triton.forward import attend_forward
     from sparsek_kernels.triton.geometry import geometry
+    from sparsek_kernels.triton.lists import key_lists
+    from sparsek_kernels.triton.selection import selection_ends
+    from sparsek_kernels.triton.tuning import device_capability, launch_config
 
     shape, (q, k, v) = layer.shape, layer.data.leaves()[:3]
-    topk = (shape.topk,) * shape.kv_heads
-    settings = pipeline.Settings(topk, shape.window, shape.sinks, shape.gate, shape.head_dim**-0.5)
-    place = geometry(q.shape, k.shape, shape.device)
-    run = partial(pipeline.forward, q, k, v, layer.effective(), settings, place)
-    calls: dict[str, tuple[Callable[[], Any], Any]] = {}
+    topk, scale = (shape.topk,) * shape.kv_heads, shape.head_dim**-0.5
+    settings = pipeline.Settings(topk, shape.window, shape.sinks, shape.gate, scale)
+    place, scores = geometry(q.shape, k.shape, shape.device), layer.effective()
+    hopper = pipeline.hopper_kernels(q, settings)
+    size = pipeline.list_size(settings, q, k)
+    if hopper:
+        kernel = hopper.attend_forward
+        size = max(size, hopper.tile_queries(place.group))
+    else:
+        capability, bits = device_capability(q.device), 8 * q.element_size()
+        config = launch_config("forward", capability, shape.head_dim, place.group, bits)
+        kernel = partial(
+            attend_forward, gate=shape.gate, config=config, gate_scores=None, tau=None, softcap=None
+        )
 
-    def watched(name: str) -> Callable[..., Any]:
-        real = getattr(pipeline, name)
+    def select() -> tuple[torch.Tensor, Any]:
+        end = selection_ends(scores, topk, shape.window, place)
+        return end, key_lists(end, topk, shape.window, shape.sinks, place, [size])[0]
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            again = partial(real, *args, **kwargs)
-            calls[name] = again, again()
-            return calls[name][1]
-
-        return call
-
-    names = ("selection_ends", "key_lists")
-    with patch.multiple(pipeline, **{name: watched(name) for name in names}):
-        run()
-
-    def select() -> None:
-        for name in names:
-            calls[name][0]()
-
-    def attend() -> torch.Tensor:
-        known = {name: lambda *_, name=name, **__: calls[name][1] for name in names}
-        with patch.multiple(pipeline, **known):
-            return run()[0]
-
-    return {"selection": select, "attention": attend}
+    attend = partial(kernel, q, k, v, *select(), place, window=shape.window, scale=scale)
+    return {"selection": select, "attention": lambda: attend()[0]}
 
 
 def _pytorch_stages(layer: Layer) -> dict[str, Callable[[], Any]]:

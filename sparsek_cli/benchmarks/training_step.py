@@ -27,12 +27,12 @@ from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device
 from sparsek_cli.models import dense_attention, sparsek_config_from
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
-from sparsek_cli.reporter import Silent
-from sparsek_cli.training.assemble import make_trainer
+from sparsek_cli.training.assemble import Learner, make_trainer
+from sparsek_cli.training.datasets import Datasets
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.run_sizes import measure
-from sparsek_cli.training.settings import batch_of, execution_of, rates_of, rhythm_of
+from sparsek_cli.training.settings import settings_of
 
 SHAPE = {
     "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -105,20 +105,18 @@ class Experiment:
             checkpointing=True, log_steps=1000, device=self.device.type,
         )  # fmt: skip
         choose_parameters(model, recipe.train)
+        settings = settings_of(recipe)
         sizes = measure(
-            model, batch_of(recipe), recipe.steps, name="1B", out=Path("none"),
+            model, settings.batch, recipe.steps, name="1B", out=Path("none"),
             train=recipe.train, text_tokens={}, bf16=self._bf16(), memory=0,
         )  # fmt: skip
         with _kernel(model, attention):
-            trainer = make_trainer(
-                model, None, sizes, self.device, self.session.folder / "part",
-                objective=recipe.objective, rates=rates_of(recipe), rhythm=rhythm_of(recipe),
-                execution=execution_of(recipe), seed=recipe.seed,
-                data=RandomTokens(recipe.steps, length, model.config.vocab_size),
-                held_out=None, reporter=Silent(), bar=Silent(),
-            )  # fmt: skip
             clock = StepClock(self.device)
-            trainer.add_callback(clock)
+            trainer = make_trainer(
+                Learner(model, None, model.dtype), settings, sizes,
+                Datasets(RandomTokens(recipe.steps, length, model.config.vocab_size)),
+                device=self.device, part=self.session.folder / "part", callbacks=[clock],
+            )  # fmt: skip
             try:
                 trainer.train()
             finally:

@@ -1,48 +1,45 @@
 """A model and a trainer that are ready to start, from a run's settings."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from sparsek_cli import hub
 from sparsek_cli.checkpoint_files.shards import read_shards, stored_dtype
-from sparsek_cli.data.corpus import Corpus
-from sparsek_cli.data.filler import Filler
-from sparsek_cli.data.mixture import HeldOut, Mixture
-from sparsek_cli.data.phrasings import phrasings
-from sparsek_cli.data.questions import Question, make_questions
-from sparsek_cli.errors import UsageError
 from sparsek_cli.loading import check_tokenizer, embedding_rows
 from sparsek_cli.quantised.gradients import check_gradients
-from sparsek_cli.reporter import Bar, Reporter
 from sparsek_cli.training.arguments import training_arguments
 from sparsek_cli.training.budgets import DrawnBudgets
+from sparsek_cli.training.datasets import Datasets
 from sparsek_cli.training.losses.future_attention import FutureAttention
-from sparsek_cli.training.losses.objectives import (
-    Objective,
-    Teacher,
-    attach,
-    decoder_of,
-)
-from sparsek_cli.training.losses.outputs import OutputErrors
+from sparsek_cli.training.losses.objectives import Objective, Teacher, attach, decoder_of
 from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 from sparsek_cli.training.model import build_random, load_pretrained, random_config
 from sparsek_cli.training.parameters import choose_parameters, trained_state
-from sparsek_cli.training.progress import ProgressReport, TimeLimit
+from sparsek_cli.training.progress import TimeLimit
 from sparsek_cli.training.refit_scorers import Refit
 from sparsek_cli.training.run_sizes import Sizes, logits_chunk
-from sparsek_cli.training.settings import Execution, Rates, Rhythm, Start
+from sparsek_cli.training.settings import Execution, Settings, Start
 from sparsek_cli.training.sharding import sharding_arguments
 from sparsek_cli.training.trainer import SparsekTrainer
 
-if TYPE_CHECKING:
-    from sparsek_cli.recipes.schema_finetune import Objective as ObjectiveSettings
-    from sparsek_cli.recipes.schema_sources import Evaluation
 
-# Facts per document of the questions that measure held-out recall.
-_FACTS = 4
+@dataclass(frozen=True)
+class Learner:
+    """A model whose learning parameters are chosen.
+
+    Attributes:
+        tuner: PEFT's LoraModel around the model; None: no adapters.
+        dtype: of its weights on disk.
+    """
+
+    model: Any
+    tuner: Any | None
+    dtype: torch.dtype
 
 
 def load(
@@ -51,8 +48,8 @@ def load(
     source: hub.Checkpoint | None,
     bf16: bool,
     device: torch.device,
-) -> tuple[Any, Any, torch.dtype]:
-    """Model with its learning parameters chosen, LoRA's tuner if any, and the dtype to save in."""
+) -> Learner:
+    """The model that a run starts from."""
     shape = start.architecture
     if shape is not None:
         config = random_config(shape, start.attention, start.length, tokenizer)
@@ -71,123 +68,112 @@ def load(
     tuner = choose_parameters(
         model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
     )
-    return model, tuner, stored
+    return Learner(model, tuner, stored)
 
 
 def make_trainer(
-    model: Any,
-    tuner: Any | None,
+    learner: Learner,
+    settings: Settings,
     sizes: Sizes,
+    data: Datasets,
+    *,
     device: torch.device,
     part: Path,
-    *,
-    objective: "ObjectiveSettings",
-    outputs: float = 0.0,
-    rates: Rates,
-    rhythm: Rhythm,
-    execution: Execution,
-    seed: int,
-    scorers: str = "gates",
-    budgets: Sequence[int] = (),
-    minutes: float | None = None,
-    data: Mixture,
-    held_out: HeldOut | None,
-    questions: Sequence[Question] = (),
-    measures_start: bool = False,
-    keeps_better: bool = False,
-    reporter: Reporter,
-    bar: Bar,
+    resumed: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> SparsekTrainer:
     """Everything that trains, ready to start.
 
     Args:
-        model: its learning parameters are chosen. tuner: PEFT's LoraModel, or None.
-        sizes: of the run. part: where checkpoints go.
-        outputs: weight of the error of attention's outputs, see losses/outputs.py.
-        scorers: how they learn, the recipe's `scorer_training`. budgets: see budgets.py.
-        data: what is trained on. held_out: sequences for the held-out loss, or None.
-        questions: for recall, see `held_out_questions`.
-        measures_start: whether the held-out loss is measured before the first step, too.
-        keeps_better: whether the parameters of the start are kept to go back to.
+        part: where checkpoints go. resumed: whether there is one that the run goes on from.
+        callbacks: called before those of the run itself.
     """
+    model, start, rates = learner.model, settings.start, settings.rates
     losses = Objective(
-        **objective.model_dump(),
-        loss_chunk=logits_chunk(model.config.vocab_size),
+        **settings.objective.model_dump(), loss_chunk=logits_chunk(model.config.vocab_size)
     )
-    bf16 = sizes.dtype == "bfloat16"
     args = training_arguments(
-        part, sizes, rates, rhythm, seed=seed, cpu=device.type == "cpu",
-        evaluates=held_out is not None, data_workers=execution.data_workers,
+        part, sizes, rates, settings.rhythm,
+        seed=start.seed, cpu=device.type == "cpu", evaluates=data.held_out is not None,
+        data_workers=settings.execution.data_workers,
         sharding=sharding_arguments(
-            execution.launch, model, bf16=bf16, max_grad_norm=rates.max_grad_norm
+            settings.execution.launch, model,
+            bf16=sizes.dtype == "bfloat16", max_grad_norm=rates.max_grad_norm,
         ),
     )  # fmt: skip
-    start = trained_state(model) if keeps_better and held_out is not None else None
-    args.eval_on_start = held_out is not None and measures_start
-    if execution.checkpointing:
-        # The first name is newer than the oldest transformers supported here.
-        newer = getattr(model, "activation_checkpointing_enable", None)
-        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    if execution.compile:
-        decoder_of(model).compile()
-    future = FutureAttention() if scorers == "concurrent" else None
-    teacher = None
-    if objective.distill or outputs:
-        teacher = _teacher(model, tuner, frozen=sizes.train == "all", bf16=bf16)
-    errors = OutputErrors(model, teacher, outputs) if outputs else None
-    attach(model, losses, teacher, future, errors)
-    callbacks = [ProgressReport(reporter, bar, sizes.tokens_per_step)]
-    if errors is not None:
-        callbacks.append(errors)
-    if budgets:
-        callbacks.append(DrawnBudgets(model, tuple(budgets), sizes.batch.length, seed))
-    if scorers == "refit":
-        callbacks.append(Refit(model, data, sizes.batch.sequences, sizes.batch.micro))
-    if minutes is not None:
-        callbacks.append(TimeLimit(60 * minutes))
+    # To compare the end with; a resumed run has measured it, random weights say nothing.
+    args.eval_on_start = data.held_out is not None and start.architecture is None and not resumed
+    keeps_start = data.held_out is not None and start.train == "scorers" and settings.keep_better
+    before = trained_state(model) if keeps_start else None
+    _execute(model, settings.execution)
+    future = FutureAttention() if start.scorers == "concurrent" else None
     return SparsekTrainer(
         rates=(rates.learning_rate, rates.scorer_learning_rate, rates.weight_decay),
         batch_size=sizes.batch.sequences,
         objective=losses,
         future=future,
-        start=start,
-        questions=questions,
+        start=before,
+        questions=data.questions,
         model=model,
         args=args,
-        train_dataset=data,
-        eval_dataset=held_out,
-        callbacks=callbacks,
+        train_dataset=data.train,
+        eval_dataset=data.held_out,
+        callbacks=[
+            *callbacks,
+            *_attach_losses(learner, settings, sizes, losses, future),
+            *_own_callbacks(model, settings, sizes, data),
+        ],
     )
 
 
-def held_out_questions(
-    wanted: "Evaluation", held_out: Corpus | None, tokenizer: Any, *, length: int, seed: int
-) -> list[Question]:
-    """The questions that `evaluation.questions` asks for.
-
-    Raises:
-        UsageError: the tokenizer has no chat template, or sequences are too short for a document.
-    """
-    if not wanted.questions or held_out is None:
-        return []
-    try:
-        return make_questions(
-            [seed], Filler.from_corpus(held_out, tokenizer),
-            length=length, needles=_FACTS, count=wanted.questions,
-            phrasings=phrasings("calibration"),
-        )  # fmt: skip
-    except ValueError as error:
-        raise UsageError(
-            f"evaluation.questions: {error}", hint="set it to 0, or sequence_length higher"
-        ) from error
+def _execute(model: Any, how: Execution) -> None:
+    """Sets up checkpointing and compiling."""
+    if how.checkpointing:
+        # The first name is newer than the oldest transformers supported here.
+        newer = getattr(model, "activation_checkpointing_enable", None)
+        (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    if how.compile:
+        decoder_of(model).compile()
 
 
-def _teacher(model: Any, tuner: Any | None, *, frozen: bool, bf16: bool) -> Teacher:
+def _attach_losses(
+    learner: Learner,
+    settings: Settings,
+    sizes: Sizes,
+    objective: Objective,
+    future: FutureAttention | None,
+) -> list[TrainerCallback]:
+    """Gives the model its losses; returns those of them that follow the run."""
+    teacher = None
+    if objective.distill or settings.layer_losses:
+        bf16 = sizes.dtype == "bfloat16"
+        teacher = _teacher(learner, frozen=settings.start.train == "all", bf16=bf16)
+    further = [make(learner.model, teacher) for make in settings.layer_losses]
+    attach(learner.model, objective, teacher, [*further, *([future] if future else [])])
+    return [loss for loss in further if isinstance(loss, TrainerCallback)]
+
+
+def _own_callbacks(
+    model: Any, settings: Settings, sizes: Sizes, data: Datasets
+) -> list[TrainerCallback]:
+    """What happens between steps, beside what the caller wants to see."""
+    found: list[TrainerCallback] = []
+    if settings.budgets:
+        length, seed = sizes.batch.length, settings.start.seed
+        found.append(DrawnBudgets(model, settings.budgets, length, seed))
+    if settings.start.scorers == "refit":
+        found.append(Refit(model, data.train, sizes.batch.sequences, sizes.batch.micro))
+    if settings.duration.minutes is not None:
+        found.append(TimeLimit(60 * settings.duration.minutes))
+    return found
+
+
+def _teacher(learner: Learner, *, frozen: bool, bf16: bool) -> Teacher:
     """The model whose predictions are distilled. Made before `forward` is replaced.
 
     Args:
         frozen: the teacher is a copy; else the model itself, its adapters off.
     """
     if frozen:
-        return FrozenTeacher(model, torch.bfloat16 if bf16 else torch.float32)
-    return OwnTeacher(model, tuner)
+        return FrozenTeacher(learner.model, torch.bfloat16 if bf16 else torch.float32)
+    return OwnTeacher(learner.model, learner.tuner)

@@ -1,20 +1,27 @@
 """What a run is trained and measured on, put together from a recipe's blocks of data."""
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.data.copy_source import CopySource
 from sparsek_cli.data.corpus import Corpus, load_corpus
+from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.mixture import HeldOut, Mixture
 from sparsek_cli.data.packing import PackedDocuments, PackedSequence, PackedText
+from sparsek_cli.data.phrasings import phrasings
+from sparsek_cli.data.questions import Question, make_questions
 from sparsek_cli.data.streams import STREAMS, check_tokenizer
 from sparsek_cli.errors import UsageError
+from sparsek_cli.training.settings import Settings
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_sources import Evaluation, Source, TextSource
 
+# Facts per document of the questions that measure held-out recall.
+_FACTS = 4
 _ROLES = {"text": TEXT, "answer": ANSWER, "none": IGNORED}
 
 
@@ -54,6 +61,56 @@ def load_texts(
             held.append(rest)
     largest = max(held, key=lambda corpus: corpus.total, default=None)
     return texts, largest
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a run reads.
+
+    Attributes:
+        train: what is trained on.
+        held_out: sequences for the held-out loss; None: it is not measured.
+        questions: for held-out recall; empty: it is not measured.
+    """
+
+    train: Mixture
+    held_out: HeldOut | None = None
+    questions: Sequence[Question] = ()
+
+
+def make_datasets(
+    settings: Settings,
+    texts: Mapping[str, Corpus],
+    held_out: Corpus | None,
+    tokenizer: Any,
+    *,
+    total: int,
+    keeps_states: bool,
+    say: Callable[[str], None],
+) -> Datasets:
+    """The datasets of a run.
+
+    Args:
+        texts, held_out: of `load_texts`.
+        total: sequences to train on.
+        keeps_states: whether layers carry a state from token to token: then the documents of a
+            held-out sequence cannot be told apart.
+
+    Raises:
+        UsageError: see the parts.
+    """
+    length, seed = settings.start.length, settings.start.seed
+    return Datasets(
+        build_mixture(
+            settings.sources, texts, tokenizer, total,
+            length=length, seed=seed, joined=settings.joined,
+        ),
+        held_out_sequences(
+            settings.sources, settings.held_out, held_out, tokenizer,
+            length=length, seed=seed, say=say, joined=keeps_states,
+        ),
+        held_out_questions(settings.held_out, held_out, tokenizer, length=length, seed=seed),
+    )  # fmt: skip
 
 
 def build_mixture(
@@ -129,6 +186,28 @@ def held_out_sequences(
     own_seed = (seed, zlib.crc32(b"held out"))
     packed = PackedDocuments(_stream(streams[0], tokenizer), length, own_seed)
     return HeldOut(packed, count, joined=joined)
+
+
+def held_out_questions(
+    wanted: "Evaluation", held_out: Corpus | None, tokenizer: Any, *, length: int, seed: int
+) -> list[Question]:
+    """The questions that `evaluation.questions` asks for.
+
+    Raises:
+        UsageError: the tokenizer has no chat template, or sequences are too short for a document.
+    """
+    if not wanted.questions or held_out is None:
+        return []
+    try:
+        return make_questions(
+            [seed], Filler.from_corpus(held_out, tokenizer),
+            length=length, needles=_FACTS, count=wanted.questions,
+            phrasings=phrasings("calibration"),
+        )  # fmt: skip
+    except ValueError as error:
+        raise UsageError(
+            f"evaluation.questions: {error}", hint="set it to 0, or sequence_length higher"
+        ) from error
 
 
 def _corpus(block: "TextSource", tokenizer: Any, say: Callable[[str], None]) -> Corpus:

@@ -16,10 +16,11 @@ from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.termination import sigterm_interrupts, sigterm_kills
 from sparsek_cli.reporter import Reporter, Silent
-from sparsek_cli.training.assemble import held_out_questions, load, make_trainer
-from sparsek_cli.training.datasets import build_mixture, held_out_sequences
+from sparsek_cli.training.assemble import load, make_trainer
+from sparsek_cli.training.datasets import make_datasets
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan, sizes_of
+from sparsek_cli.training.progress import ProgressReport
 from sparsek_cli.training.run_sizes import Sizes
 from sparsek_cli.training.storage.output import check_room, contents_of, write_model
 from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
@@ -101,56 +102,37 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     check_output(  # it may be back
         out, resume=resumed, overwrite=settings.overwrite, model=where, contents=contents
     )
-    model, tuner, dtype = load(start, plan.tokenizer, plan.source, plan.bf16, plan.device)
-    _check_dense(model, settings)
-    length, seed = start.length, start.seed
-    questions = held_out_questions(
-        settings.held_out, plan.held_out, plan.tokenizer, length=length, seed=seed
-    )
+    learner = load(start, plan.tokenizer, plan.source, plan.bf16, plan.device)
+    config = learner.model.config
+    _check_dense(config, settings)
     # Counted again: attention settings of the recipe may have made scorers idle.
-    sizes = sizes_of(model, settings, plan.texts, plan.source, out, plan.bf16)
+    sizes = sizes_of(learner.model, settings, plan.texts, plan.source, out, plan.bf16)
+    data = make_datasets(
+        settings, plan.texts, plan.held_out, plan.tokenizer,
+        total=sizes.steps * sizes.batch.sequences,
+        keeps_states=has_states(getattr(config, "layer_types", None)), say=reporter.say,
+    )  # fmt: skip
     reporter.say(sizes.text())
-    rhythm = settings.rhythm
-    check_room(sizes, dtype, checkpoints=1 if rhythm.save else 0)
+    check_room(sizes, learner.dtype, checkpoints=1 if settings.rhythm.save else 0)
     part = part_folder(out)
     with begun(plan.request, part, resume=resumed), _kept_on_failure(part, reporter):
         with reporter.progress("training", logged=True) as bar:
             trainer = make_trainer(
-                model, tuner, sizes, plan.device, part,
-                objective=settings.objective, outputs=settings.outputs,
-                rates=settings.rates, rhythm=rhythm,
-                execution=settings.execution, seed=seed,
-                scorers=start.scorers, budgets=settings.budgets,
-                minutes=settings.duration.minutes,
-                data=build_mixture(
-                    settings.sources, plan.texts, plan.tokenizer,
-                    sizes.steps * sizes.batch.sequences,
-                    length=length, seed=seed, joined=settings.joined,
-                ),
-                held_out=held_out_sequences(
-                    settings.sources, settings.held_out, plan.held_out, plan.tokenizer,
-                    length=length, seed=seed, say=reporter.say,
-                    joined=has_states(getattr(model.config, "layer_types", None)),
-                ),
-                questions=questions,
-                # To compare the end with; a resumed run has measured it, random weights say
-                # nothing.
-                measures_start=start.architecture is None and not resumed,
-                keeps_better=start.train == "scorers" and settings.keep_better,
-                reporter=reporter, bar=bar,
+                learner, settings, sizes, data, device=plan.device, part=part, resumed=resumed,
+                callbacks=[ProgressReport(reporter, bar, sizes.tokens_per_step)],
             )  # fmt: skip
             result = _train(trainer, sizes, plan.checkpoint, reporter)
         state = trainer.full_state()
         if trainer.is_world_process_zero():
-            model = trainer.accelerator.unwrap_model(trainer.model)
+            model, tuner = trainer.accelerator.unwrap_model(trainer.model), learner.tuner
             detach(model)
             if tuner is not None and start.lora.merge:
                 model, tuner = tuner.merge_and_unload(), None
             write_model(
                 model, plan.tokenizer, out,
                 request=plan.request, start=start, sizes=sizes, overwrite=settings.overwrite,
-                result=result, dtype=dtype, base=plan.source, state=state, reporter=reporter,
-                tuner=tuner,
+                result=result, dtype=learner.dtype, base=plan.source, state=state,
+                reporter=reporter, tuner=tuner,
             )  # fmt: skip
             if left := remove(part):
                 reporter.say(left)
@@ -213,11 +195,11 @@ def _train(
     )
 
 
-def _check_dense(model: Any, wanted: "Settings") -> None:
+def _check_dense(config: Any, wanted: "Settings") -> None:
     """Raises UsageError where a dense model is asked for what only SparseK models have."""
-    if is_converted(model.config):
+    if is_converted(config):
         return
-    if wanted.objective.distill or wanted.outputs:
+    if wanted.objective.distill or wanted.layer_losses:
         raise UsageError(
             "a dense model is its own teacher: nothing to distill",
             hint="set objective.distill=0, or train a converted model",

@@ -1,9 +1,10 @@
 """A training request in parts, each of them all that one place below has to know."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.training.losses.objectives import LayerLoss, Teacher
 from sparsek_cli.training.run_sizes import Batch
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ class Settings:
 
     Attributes:
         objective: what is minimised. sources: what is trained on, by name.
-        outputs: weight of the error of attention's outputs early in a run (losses/outputs.py); no
-            recipe has a key for it, experiments set it.
+        layer_losses: makers of further losses from the model and its teacher; no recipe has a key
+            for them, experiments set them.
         held_out: what the held-out loss is measured on.
         budgets: what steps keep: 1/n of the sequence, n drawn from these; empty: the model's own.
         joined: whether documents of a sequence see each other.
@@ -112,7 +113,7 @@ class Settings:
     joined: bool
     keep_better: bool
     overwrite: bool
-    outputs: float = 0.0
+    layer_losses: tuple[Callable[[Any, Teacher], LayerLoss], ...] = ()
 
 
 def settings_of(recipe: "FinetuneRecipe") -> Settings:

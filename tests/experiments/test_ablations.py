@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from experiments import ablations
-from experiments.scorers import FutureFit, KeyValueFit, LeavingFit, in_place_of_linear
 from experiments.steps import of_method
+from experiments.variants.scorers import FutureFit, KeyValueFit, LeavingFit, in_place_of_linear
 from sparsek_cli.console import Console
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.run import search

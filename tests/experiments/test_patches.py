@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments import patches
+from experiments.variants import patches
 from sparsek_cli.models import dense_attention, sparsek_config_from
 
 

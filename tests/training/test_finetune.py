@@ -4,11 +4,13 @@ import filecmp
 import json
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 from verbs import finetune
 
 from sparsek_cli.errors import UsageError
@@ -71,6 +73,40 @@ def test_lora_teacher_is_the_base(recipe, sparse_checkpoint, tmp_path):
     finetune(made)
     moved = changed(weights(tmp_path / "sparse"), weights(tmp_path / "out"))
     assert moved and all("q_proj" in name for name in moved)
+
+
+class FurtherLoss(TrainerCallback):
+    """The teacher's pass comes first; the model's own scorers feel it."""
+
+    needs_teacher = True
+
+    def __init__(self, model, teacher):
+        self.model, self.teacher, self.begun, self.steps = model, teacher, 0, 0
+
+    def begin(self, roles, bounds):
+        self.begun += 1
+
+    def loss(self):
+        scorers = (p for name, p in self.model.named_parameters() if ".scorer." in name)
+        return sum(p.square().sum() for p in scorers)
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps += 1
+
+
+def test_a_further_loss_of_layers_counts_and_follows_the_run(recipe, sparse_checkpoint):
+    words = ("objective={lm: 1e-9, distill: 0}", "evaluation.held_out=0", "keep_better=false")
+    plan = make_plan(recipe(*words, model=sparse_checkpoint()))
+    made = []
+
+    def make(model, teacher):
+        made.append(FurtherLoss(model, teacher))
+        return made[0]
+
+    done = run(replace(plan, settings=replace(plan.settings, layer_losses=(make,))))
+    (found,) = made
+    assert found.teacher is not None and found.steps == done.steps == 3
+    assert found.begun == 2 * done.steps and done.loss > 1e-3  # two micro-batches a step
 
 
 def test_all_weights(recipe, sparse_checkpoint, tmp_path):

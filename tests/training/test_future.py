@@ -39,7 +39,7 @@ def batch(starts=((0,), (0, 20)), length=48):
 def losses_of(model, made, objective=None):
     """Sums of one batch, and the gradients after them all."""
     future, objective = FutureAttention(), objective or Objective(lm=0.0)
-    attach(model, objective, None, future)
+    attach(model, objective, None, [future])
     with future.attached():
         sums = model(**made)["sums"]
         objective.combine(sums, count_targets(made["roles"])).backward()
@@ -148,7 +148,7 @@ def test_scores_learn_to_hold_what_is_looked_at(dense_config):
     """And a pass without training neither asks nor changes anything."""
     model = sparse_model(dense_config, topk=6)
     future = FutureAttention()
-    attach(model, Objective(lm=0.0), None, future)
+    attach(model, Objective(lm=0.0), None, [future])
     weights = [p for n, p in model.named_parameters() if n.endswith("scorer.weight")]
     optimizer = torch.optim.Adam(weights, lr=0.02)
     losses = []

@@ -57,6 +57,8 @@ class Aims:
 class FutureAttention:
     """The loss of a model's scores at the border of what is kept; see the top of the file."""
 
+    needs_teacher = False
+
     def __init__(self) -> None:
         self._aims: dict[int, list[Aims | None]] = {}
         self._losses: dict[int, torch.Tensor] = {}

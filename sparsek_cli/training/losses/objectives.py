@@ -4,10 +4,10 @@
 computed inside `forward`, so DDP, FSDP and DeepSpeed see one ordinary forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -17,11 +17,6 @@ from sparsek_cli.converted import is_converted
 from sparsek_cli.data import ANSWER, IGNORED, TEXT
 from sparsek_cli.models.output import output_layer
 
-if TYPE_CHECKING:
-    from sparsek_cli.training.losses.future_attention import FutureAttention
-    from sparsek_cli.training.losses.outputs import OutputErrors
-
-
 # From final states [..., C] to logits; see models/output.py.
 OutputLayer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -29,7 +24,7 @@ OutputLayer = Callable[[torch.Tensor], torch.Tensor]
 @dataclass(frozen=True)
 class Objective:
     """What is minimised: lm x (text + a x answers) + distill x the same two means of the KL
-    + the losses that layers have of their own (future.py, outputs.py), weighed already.
+    + the losses that layers have of their own (`LayerLoss`), weighed already.
 
     Attributes:
         lm, distill: weights of the parts.
@@ -59,12 +54,25 @@ class Teacher(Protocol):
     def states(self, **inputs: Any) -> torch.Tensor: ...
 
 
+class LayerLoss(Protocol):
+    """What a model's layers lose of their own, its weight included; such as future_attention.py."""
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the teacher's pass must come before the model's."""
+
+    def begin(self, roles: torch.Tensor, bounds: torch.Tensor | None) -> None:
+        """Before both passes over roles [B, N]; bounds [documents + 1] over all B * N tokens."""
+
+    def loss(self) -> torch.Tensor | float:
+        """Summed over sequences; after the model's pass."""
+
+
 def attach(
     model: Any,
     objective: Objective,
     teacher: Teacher | None = None,
-    future: "FutureAttention | None" = None,
-    outputs: "OutputErrors | None" = None,
+    layer_losses: Sequence[LayerLoss] = (),
 ) -> None:
     """Replaces `model.forward` by one that returns {"sums": [5] float32}; `detach` undoes it.
 
@@ -74,8 +82,7 @@ def attach(
         model: a transformers causal LM.
         objective: which sums are needed.
         teacher: the model that is distilled where `objective.distill` > 0, or compared with.
-        future: what compares scores with the attention of the pass, attached (see future.py).
-        outputs: what compares attention's outputs with the teacher's (see outputs.py).
+        layer_losses: count while the model trains.
     """
     decoder = decoder_of(model)
     sparse = is_converted(model.config)
@@ -92,19 +99,17 @@ def attach(
         inputs = {"input_ids": input_ids, "position_ids": position_ids}
         if sparse and cu_seq_lens is not None:
             inputs["cu_seq_lens_q"] = cu_seq_lens
-        known, aims = None, future if self.training else None
-        errors = outputs if self.training else None
-        if errors is not None:
-            errors.begin(len(roles))
-        compared = objective.distill or (errors is not None and errors.weight)
+        parts = layer_losses if self.training else ()
+        for part in parts:
+            part.begin(roles, cu_seq_lens)
+        known = None
+        compared = objective.distill or any(part.needs_teacher for part in parts)
         if self.training and teacher is not None and compared:
             states = teacher.states(**inputs)
             known = (states, teacher.head) if objective.distill else None
-        if aims is not None:
-            aims.begin(roles, cu_seq_lens)
         hidden = decoder(**inputs, use_cache=False).last_hidden_state
         own = hidden.new_zeros((), dtype=torch.float32)
-        own = own + sum(part.loss() for part in (aims, errors) if part is not None)
+        own = own + sum(part.loss() for part in parts)
         head = output_layer(self)
         sums = loss_sums(hidden, known, head, input_ids, roles, objective)
         return {"sums": torch.cat([sums, own[None]])}

@@ -20,6 +20,8 @@ EARLY = 0.25
 class OutputErrors(TrainerCallback):
     """Compares attention outputs of a model's pass with those of the teacher's pass before it.
 
+    One of `Settings.layer_losses`.
+
     Args:
         model: the SparseK model that is trained. teacher: what runs before it on each batch.
         weight: of the mean error at the first step.
@@ -35,9 +37,14 @@ class OutputErrors(TrainerCallback):
         for module in modules:
             module.register_forward_hook(self._keep)
 
-    def begin(self, batch: int) -> None:
-        """Before the teacher's pass over so many sequences."""
-        self._batch, self._dense, self._errors = batch, {}, {}
+    @property
+    def needs_teacher(self) -> bool:
+        """Until its weight is 0."""
+        return self.weight > 0
+
+    def begin(self, roles: torch.Tensor, bounds: torch.Tensor | None) -> None:
+        """Before the teacher's pass over roles [B, N]."""
+        self._batch, self._dense, self._errors = len(roles), {}, {}
 
     def loss(self) -> torch.Tensor | float:
         """Weight times the mean error over layers, summed over sequences; after the pass."""

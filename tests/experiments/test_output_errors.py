@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from experiments.variants.output_errors import EARLY, OutputErrors
 from sparsek_cli.models import sparsek_config_from
 from sparsek_cli.training.losses.objectives import Objective, attach
-from sparsek_cli.training.losses.outputs import EARLY, OutputErrors
 from sparsek_cli.training.losses.teacher import FrozenTeacher, OwnTeacher
 
 
@@ -26,7 +26,7 @@ def batch():
 def attached(model, own=False, weight=2.0):
     teacher = OwnTeacher(model) if own else FrozenTeacher(model, torch.float32)
     errors = OutputErrors(model, teacher, weight)
-    attach(model.train(), Objective(), teacher, None, errors)
+    attach(model.train(), Objective(), teacher, [errors])
     return errors
 
 
