@@ -1,6 +1,7 @@
 """The checkpoint of a run as a model on its device, and lm-eval's view of it."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.converted import is_converted
@@ -20,6 +21,39 @@ from sparsek_cli.silence import quiet_lm_eval
 if TYPE_CHECKING:
     from sparsek_cli.evaluation.settings import Loading, Prompts
     from sparsek_cli.hub import Checkpoint
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation measures.
+
+    Attributes:
+        lm: lm-eval's view of `model`.
+        own: whether the model brings its own scores.
+        max_length: most tokens of a prompt with its answer. beyond: see `ways_beyond`.
+    """
+
+    model: Any
+    tokenizer: Any
+    lm: Any
+    own: bool
+    max_length: int
+    beyond: str
+
+
+def measured_model(
+    checkpoint: "Checkpoint",
+    how: "Loading",
+    prompts: "Prompts",
+    *,
+    sparse: bool,
+    say: Callable[[str], None],
+) -> Measured:
+    """The checkpoint, loaded and ready to answer; arguments of `load_measured`, `harness_for`."""
+    model, tokenizer, own = load_measured(checkpoint, how, sparse=sparse)
+    max_length = most_tokens(model, tokenizer, prompts.max_length, say)
+    lm = harness_for(model, tokenizer, prompts, max_length)
+    return Measured(model, tokenizer, lm, own, max_length, ways_beyond(model.config))
 
 
 def load_measured(

@@ -11,16 +11,12 @@ from sparsek_cli.disk import is_full
 from sparsek_cli.disk import write_atomically as write
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.json_values import digest, to_json
+from sparsek_cli.evaluation.lm.soundness import check_policies
 from sparsek_cli.evaluation.measure import run_unit
-from sparsek_cli.evaluation.measured_model import (
-    harness_for,
-    load_measured,
-    most_tokens,
-    ways_beyond,
-)
+from sparsek_cli.evaluation.measured_model import measured_model
 from sparsek_cli.evaluation.plan import Plan
 from sparsek_cli.evaluation.policies.policy import Policy
-from sparsek_cli.evaluation.policies.registry import DENSE, OWN, plan_policies
+from sparsek_cli.evaluation.policies.registry import DENSE, plan_policies
 from sparsek_cli.evaluation.processes import Ranks
 from sparsek_cli.evaluation.report import table
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
@@ -86,29 +82,29 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
         sigterm_kills()  # the others end it where it waits for them, and it has nothing to tidy
     say = reporter.say
     checkpoint, rivals, samples, prompts = plan.checkpoint, plan.rivals, plan.samples, plan.prompts
-    model, tokenizer, own = load_measured(
+    measured = measured_model(
         checkpoint,
         replace(plan.loading, device=ranks.device(plan.loading.device)),
+        prompts,
         sparse=bool(set(rivals.baselines) - {DENSE}),
+        say=say,
     )
-    policies = plan_policies(model, rivals.baselines, rivals.budgets, rivals.seed, own=own)
-    if not own:
+    model, lm, max_length = measured.model, measured.lm, measured.max_length
+    policies = plan_policies(model, rivals.baselines, rivals.budgets, rivals.seed, own=measured.own)
+    if not measured.own:
         rows = ", ".join(policy.label for policy in policies)
         say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
-    max_length = most_tokens(model, tokenizer, prompts.max_length, say)
-    beyond = ways_beyond(model.config)
-    lm = harness_for(model, tokenizer, prompts, max_length)
     say(f"preparing {', '.join(plan.request['tasks'])}")
     units, absent = load_units(
         plan.entries,
         samples,
-        tokenizer=tokenizer,
+        tokenizer=measured.tokenizer,
         tokenizer_path=str(checkpoint.path),
         max_length=max_length,
         asked_length=prompts.max_length,
-        beyond=beyond,
+        beyond=measured.beyond,
     )
-    units, refused = refuse_unfit(units, lm, samples, prompts, beyond)
+    units, refused = refuse_unfit(units, lm, samples, prompts, measured.beyond)
     pairs, unfit = _pairs(units, policies)
     for lines, remedy in explained([*absent, *refused, *unfit]):
         for line in lines:
@@ -243,19 +239,3 @@ def _measure(
 def _brief(result: dict[str, Any]) -> str:
     value = result["metrics"][result["primary"]]["value"]
     return f"{result['primary']} {value:.4g}"
-
-
-def check_policies(model: Any, policies: Sequence[Policy], max_length: int) -> dict[str, Any]:
-    """Soundness of the model at each of its own budgets; {} for a dense model.
-
-    Raises:
-        SparsekError: a budget that does not fit, or a model whose numbers would mean nothing.
-    """
-    from sparsek_cli.evaluation.lm.soundness import check_soundness
-
-    checks = {}
-    for policy in policies:
-        with policy.applied(model):
-            if policy.name == OWN:
-                checks[policy.label] = check_soundness(model, limit=max_length)
-    return checks

@@ -7,12 +7,13 @@ import torch
 from sparsek_cli import quantised
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
-from sparsek_cli.loading import load_config, load_weights
+from sparsek_cli.loading import load_config, load_weights, readable_errors
 from sparsek_cli.training.parameters import is_scorer
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
     from sparsek_cli.recipes.schema_finetune import Architecture
+    from sparsek_cli.training.settings import Start
 
 # Projections that write into the residual stream; GPT-2's own initialisation scales its already.
 _WRITERS = ("o_proj.weight", "down_proj.weight", "attention.dense.weight", "dense_4h_to_h.weight")
@@ -63,6 +64,21 @@ def random_config(
             hint="leave vocab_size out, or round it up",
         )
     return config if sparsek is None else sparsek_config_from(config, sparsek)
+
+
+def model_without_weights(start: "Start", tokenizer: Any, source: "Checkpoint | None") -> Any:
+    """The model that a run starts from, on the meta device: shapes and names only."""
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli.models  # noqa: F401  (registers our families)
+
+    if start.architecture is not None:
+        config = random_config(start.architecture, start.attention, start.length, tokenizer)
+    else:
+        config = load_config(source.path, source.name)
+    name = "architecture" if source is None else source.name
+    with torch.device("meta"), readable_errors(name):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def build_random(config: Any, *, seed: int) -> Any:

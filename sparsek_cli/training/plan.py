@@ -15,16 +15,15 @@ from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device, choose_dtype, world_size
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import has_states
-from sparsek_cli.loading import load_config, load_tokenizer, readable_errors
-from sparsek_cli.output.contents import SCORERS
+from sparsek_cli.loading import load_tokenizer
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.datasets import load_texts
-from sparsek_cli.training.model import random_config
+from sparsek_cli.training.model import model_without_weights
 from sparsek_cli.training.parameters import choose_parameters
-from sparsek_cli.training.run_sizes import Sizes, count_steps, estimate_bytes, measure
-from sparsek_cli.training.settings import Settings, Start, settings_of
+from sparsek_cli.training.run_sizes import Sizes, sizes_of
+from sparsek_cli.training.settings import Settings, settings_of
 from sparsek_cli.training.sharding import check_launch
-from sparsek_cli.training.storage.output import contents_of
+from sparsek_cli.training.storage.output import check_scorers_apart, contents_of
 from sparsek_cli.training.storage.resume import check_output, checkpoint_to_resume, part_folder
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def plan(
     check_output(out, resume=resume, overwrite=recipe.overwrite, model=where, contents=contents)
     _check_reporters(recipe.report_to)
     device = choose_device(recipe.device)
-    check_launch(recipe.launch, cpu=device.type == "cpu", looks_inside=_looks_inside(recipe))
+    check_launch(settings, cpu=device.type == "cpu")
     bf16 = choose_dtype(recipe.dtype, device) == torch.bfloat16
     tokenizer = _tokenizer(recipe.tokenizer, source)
     texts, held_out = load_texts(
@@ -97,7 +96,7 @@ def plan(
     # From here on a few words at a time are tokenised, in forked data workers, which would wait
     # for ever for the threads of their parent.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    model = _model_without_weights(start, tokenizer, source)
+    model = model_without_weights(start, tokenizer, source)
     if not settings.joined and has_states(getattr(model.config, "layer_types", None)):
         raise UsageError(
             f"some layers of {model.config.model_type.removeprefix('sparsek_')} keep a state, "
@@ -108,7 +107,7 @@ def plan(
         model.config, start.train, merges=start.lora.merge, processes=world_size()
     )
     if start.train == "scorers" and quantised.stays_packed(model.config):
-        _check_apart(source)
+        check_scorers_apart(source)
     choose_parameters(
         model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
     )
@@ -128,75 +127,8 @@ def plan(
     )
 
 
-def _check_apart(source: hub.Checkpoint) -> None:
-    """Quantised weights are linked into OUT, never written again: scorers need a file of their own.
-
-    Raises:
-        UsageError: they have none.
-    """
-    if not (source.path / SCORERS).is_file():
-        raise UsageError(
-            f"'{source.name}' is quantised, and its scorers are not in a file of their own",
-            hint="convert its base again, or take them out and merge them: `sparsek export "
-            f"{source.path} SCORERS --scorers`, `sparsek merge BASE SCORERS OUT`",
-        )
-
-
-def _looks_inside(recipe: "FinetuneRecipe") -> dict[str, str]:
-    """What of a recipe needs whole layers, and what to set in its place."""
-    found = {}
-    if recipe.scorer_training == "refit":
-        found["scorer_training=refit"] = "scorer_training=concurrent"
-    if recipe.evaluation.questions:
-        found["evaluation.questions"] = "evaluation.questions=0"
-    return found
-
-
 def _base_name(recipe: "FinetuneRecipe") -> str:
     return os.path.basename(os.path.normpath(recipe.model or recipe.architecture.type))
-
-
-def sizes_of(
-    model: Any,
-    settings: Settings,
-    texts: dict[str, Corpus],
-    source: hub.Checkpoint | None,
-    out: Path,
-    bf16: bool,
-) -> Sizes:
-    """What the request comes to for this model and this text."""
-    batch, duration, execution = settings.batch, settings.duration, settings.execution
-    counts = {name: corpus.total for name, corpus in texts.items()}
-    weights = {name: block.weight for name, block in settings.sources.items()}
-    steps = count_steps(
-        batch, counts, weights, steps=duration.steps, tokens=duration.tokens, epochs=duration.epochs
-    )
-    memory = estimate_bytes(
-        model,
-        batch,
-        bf16=bf16,
-        checkpointing=execution.checkpointing,
-    )
-    name = source.name if source else f"{settings.start.architecture.type} (random)"
-    return measure(
-        model, batch, steps,
-        name=name, out=out, train=settings.start.train, text_tokens=counts, bf16=bf16,
-        memory=memory,
-    )  # fmt: skip
-
-
-def _model_without_weights(start: Start, tokenizer: Any, source: hub.Checkpoint | None) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    import sparsek_cli.models  # noqa: F401  (registers our families)
-
-    if start.architecture is not None:
-        config = random_config(start.architecture, start.attention, start.length, tokenizer)
-    else:
-        config = load_config(source.path, source.name)
-    name = "architecture" if source is None else source.name
-    with torch.device("meta"), readable_errors(name):
-        return AutoModelForCausalLM.from_config(config)
 
 
 def _tokenizer(name: str | None, source: hub.Checkpoint | None) -> Any:

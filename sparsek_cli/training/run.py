@@ -19,9 +19,9 @@ from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.assemble import load, make_trainer
 from sparsek_cli.training.datasets import make_datasets
 from sparsek_cli.training.losses.objectives import detach
-from sparsek_cli.training.plan import Plan, sizes_of
+from sparsek_cli.training.plan import Plan
 from sparsek_cli.training.progress import ProgressReport
-from sparsek_cli.training.run_sizes import Sizes
+from sparsek_cli.training.run_sizes import Sizes, sizes_of
 from sparsek_cli.training.storage.output import check_room, contents_of, write_model
 from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
 from sparsek_cli.training.trainer import SparsekTrainer

@@ -4,10 +4,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.devices import world_size
 from sparsek_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from sparsek_cli.data.corpus import Corpus
+    from sparsek_cli.hub import Checkpoint
+    from sparsek_cli.training.settings import Settings
 
 GIB = 2**30
 
@@ -84,6 +89,40 @@ class Sizes:
                 f"memory       about {self.memory_gib:.1f} GiB per process (estimate)",
             ]
         )
+
+
+def sizes_of(
+    model: Any,
+    settings: "Settings",
+    texts: "dict[str, Corpus]",
+    source: "Checkpoint | None",
+    out: Path,
+    bf16: bool,
+) -> Sizes:
+    """What the request comes to for this model and this text.
+
+    Args:
+        model: its parameters have been chosen; may be on the meta device.
+        texts: by name. source: where weights come from; None: random ones.
+    """
+    batch, duration, execution = settings.batch, settings.duration, settings.execution
+    counts = {name: corpus.total for name, corpus in texts.items()}
+    weights = {name: block.weight for name, block in settings.sources.items()}
+    steps = count_steps(
+        batch, counts, weights, steps=duration.steps, tokens=duration.tokens, epochs=duration.epochs
+    )
+    memory = estimate_bytes(
+        model,
+        batch,
+        bf16=bf16,
+        checkpointing=execution.checkpointing,
+    )
+    name = source.name if source else f"{settings.start.architecture.type} (random)"
+    return measure(
+        model, batch, steps,
+        name=name, out=out, train=settings.start.train, text_tokens=counts, bf16=bf16,
+        memory=memory,
+    )  # fmt: skip
 
 
 def count_steps(

@@ -8,16 +8,13 @@ from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_finetune import Launch
+    from sparsek_cli.training.settings import Settings
 
 
-def check_launch(launch: "Launch", *, cpu: bool, looks_inside: dict[str, str]) -> None:
-    """Raises UsageError where a strategy cannot run as it was started.
-
-    Args:
-        cpu: whether there is no GPU.
-        looks_inside: what of the recipe needs whole layers, and what to set in its place.
-    """
-    strategy, processes = launch.strategy, world_size()
+def check_launch(settings: "Settings", *, cpu: bool) -> None:
+    """Raises UsageError where a strategy cannot run as it was started; cpu: there is no GPU."""
+    launch, processes = settings.execution.launch, world_size()
+    strategy = launch.strategy
     if strategy == "ddp":
         if launch.offload:
             raise UsageError(
@@ -39,11 +36,21 @@ def check_launch(launch: "Launch", *, cpu: bool, looks_inside: dict[str, str]) -
             f"launch.strategy={strategy}: DeepSpeed is not installed",
             hint="`pip install deepspeed`, or set launch.strategy=fsdp",
         )
-    for what, instead in looks_inside.items():
+    for what, instead in _looks_inside(settings).items():
         raise UsageError(
             f"{what} looks into layers whose parameters are sharded",
             hint=f"set {instead}, or launch.strategy=ddp",
         )
+
+
+def _looks_inside(settings: "Settings") -> dict[str, str]:
+    """What of a request needs whole layers, and what to set in its place."""
+    found = {}
+    if settings.start.scorers == "refit":
+        found["scorer_training=refit"] = "scorer_training=concurrent"
+    if settings.held_out.questions:
+        found["evaluation.questions"] = "evaluation.questions=0"
+    return found
 
 
 def sharding_arguments(

@@ -48,7 +48,7 @@ def final_loss(self):
 accelerate.state.PartialState.__init__ = like_gpus
 SparsekTrainer.training_step = interrupted
 SparsekTrainer.final_loss = final_loss
-plan.check_launch = lambda launch, **kwargs: None
+plan.check_launch = lambda settings, **kwargs: None
 first = os.environ["RANK"] == "0"
 for _job in json.loads(Path(sys.argv[1]).read_text()):
     sys.argv[1:] = _job["words"]

@@ -5,6 +5,7 @@ two: later tokens reach earlier ones through the selection; the scores do not de
 the cache grows; a prompt read in pieces leaves pairs in the cache twice, or not at all.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,20 @@ MAX_TOKENS = 16_384  # larger budgets are not checked: the passes would cost mor
 # Differences that rounding may cause, in units of the logits' spread.
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 HALF_TOLERANCE = 0.1
+
+
+def check_policies(model: Any, policies: Sequence[Policy], max_length: int) -> dict[str, Any]:
+    """Soundness of the model at each of its own budgets; {} for a dense model.
+
+    Raises:
+        SparsekError: a budget that does not fit, or a model whose numbers would mean nothing.
+    """
+    checks = {}
+    for policy in policies:
+        with policy.applied(model):
+            if policy.name == OWN:
+                checks[policy.label] = check_soundness(model, limit=max_length)
+    return checks
 
 
 def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> dict[str, Any]:

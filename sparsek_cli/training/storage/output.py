@@ -12,7 +12,7 @@ import yaml
 from sparsek_cli import byte_units, disk
 from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.conversion.link_weights import link_or_copy
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import row_of
 from sparsek_cli.output.contents import ADAPTERS, FINETUNE_RECIPE, MODEL, SCORERS, Contents
 from sparsek_cli.output.staging import staged
@@ -38,6 +38,20 @@ _PAUSE = 5.0
 def contents_of(start: "Start") -> Contents:
     """What will lie in OUT."""
     return MODEL if start.train != "lora" or start.lora.merge else ADAPTERS
+
+
+def check_scorers_apart(source: "Checkpoint") -> None:
+    """Quantised weights are linked into OUT, never written again: scorers need a file of their own.
+
+    Raises:
+        UsageError: they have none.
+    """
+    if not (source.path / SCORERS).is_file():
+        raise UsageError(
+            f"'{source.name}' is quantised, and its scorers are not in a file of their own",
+            hint="convert its base again, or take them out and merge them: `sparsek export "
+            f"{source.path} SCORERS --scorers`, `sparsek merge BASE SCORERS OUT`",
+        )
 
 
 def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
