@@ -1,16 +1,21 @@
 """What must hold before work begins: room on the disk, and tensors as config.json says."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sparsek_cli import byte_units
 from sparsek_cli.checkpoint_files.shards import Shard
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import Row
+from sparsek_cli.families.own_config import has_key, own_config
 
 # Maps of an attention module to its keys, alone or with queries and values.
 _KEYS = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
+# Number formats of weights that have the model's shapes, quantised or not.
+_WHOLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
 
 
 def check_room(parent: Path, needed: int, *, packed: bool) -> None:
@@ -27,16 +32,22 @@ def check_room(parent: Path, needed: int, *, packed: bool) -> None:
 
 
 def check_tensors(
-    shards: list[Shard], row: Row, layers: tuple[int, ...], size: Geometry, *, packed: bool = False
+    shards: list[Shard],
+    row: Row,
+    layers: tuple[int, ...],
+    size: Geometry,
+    *,
+    packed: Mapping[str, Any] | None = None,
 ) -> bool:
     """Whether names carry the prefix; attention tensors of these layers must be there, and fit.
 
     Args:
         size: what config.json says.
-        packed: whether weights are quantised, and shapes not those of the model.
+        packed: config.json where weights are quantised, and shapes need not be the model's.
 
     Raises:
         SparsekError: a tensor is missing, or keys have another number of heads or another width.
+        UsageError: so it is by the family's own classes.
     """
     names = {name: entry for shard in shards for name, entry in shard.tensors.items()}
     holders = {name.rpartition(".")[0] for name in names} if packed else set()
@@ -52,9 +63,34 @@ def check_tensors(
                     f"the checkpoint lacks {path}.weight, which its config.json promises",
                     hint="download or save the checkpoint again",
                 )
-            if not packed and projection in _KEYS:
-                _check_heads(f"{path}.weight", names[f"{path}.weight"].shape, row, size)
+            entry = names.get(f"{path}.weight")
+            if projection in _KEYS and entry and (not packed or entry.dtype in _WHOLE):
+                _check_heads(f"{path}.weight", entry.shape, row, size)
+    if packed:
+        _check_foreign_heads(row, packed, layers)
     return prefixed
+
+
+def _check_foreign_heads(row: Row, config: Mapping[str, Any], layers: tuple[int, ...]) -> None:
+    """Raises UsageError where head keys that the family does not have contradict its attention.
+
+    For packed weights, whose shapes tell nothing: the family's own classes are asked, without
+    weights.
+    """
+    keys = [row.key(key) for key in ("num_key_value_heads", "head_dim")]
+    if all(config.get(key) is None or has_key(row, key) for key in keys):
+        return
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sparsek_cli.models.heads import check_heads
+
+    own = own_config(row, {k: v for k, v in config.items() if k != "quantization_config"})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(own)
+    for module in model.modules():
+        if type(module).__name__ == row.attention_class and module.layer_idx in layers:
+            check_heads(module, own)
 
 
 def _check_heads(name: str, shape: tuple[int, ...], row: Row, size: Geometry) -> None:

@@ -84,8 +84,8 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
         shards = without_scorers(shards)
     if not (config.get("dtype") or config.get("torch_dtype")):
         sizes = replace(sizes, dtype=stored_dtype(shards))
-    packed_weights = bool(quantised.described(config))
-    prefixed = check_tensors(shards, row, full_layers(types), sizes, packed=packed_weights)
+    quantised_by = config if quantised.described(config) else None
+    prefixed = check_tensors(shards, row, full_layers(types), sizes, packed=quantised_by)
     linkable = _linkable(recipe, shards, out, packed=packed)
     if not linkable:
         check_room(existing_parent(out), sum(shard.bytes for shard in shards), packed=packed)

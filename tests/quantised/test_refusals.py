@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import sparsek_cli as sparsek
 from sparsek_cli import quantised
+from sparsek_cli.conversion.plan import plan
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.quantised import checks
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +64,6 @@ def test_plain_weights_that_claim_to_be_quantised(method, plain, tmp_path):
 
 @pytest.mark.parametrize("method", [m for m, found in quantised.METHODS.items() if found.needs])
 def test_a_missing_or_old_package_is_named(method, plain, tmp_path, monkeypatch):
-    import torch
-
     mark = f"model.layers.0.mlp.up_proj{quantised.METHODS[method].marks[0]}"
     block = {"quant_method": method}
     if method == "compressed-tensors":
@@ -92,8 +93,6 @@ _GROUP = {"targets": ["Linear"], "weights": _WEIGHTS}
     ],
 )
 def test_what_would_be_unpacked_wrongly(more, why, plain, tmp_path):
-    import torch
-
     block = {"quant_method": "compressed-tensors", **more}
     scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.zeros(4)}
     base = changed(plain, tmp_path / "base", block, **scale)
@@ -101,8 +100,6 @@ def test_what_would_be_unpacked_wrongly(more, why, plain, tmp_path):
 
 
 def test_eight_bits_without_their_scale(plain, tmp_path):
-    import torch
-
     name = "model.layers.0.mlp.up_proj.weight"
     weight = load_file(plain / "model.safetensors")[name].to(torch.float8_e4m3fn)
     other = {"model.layers.0.mlp.down_proj.weight_scale_inv": torch.ones(1, 1), name: weight}
@@ -111,9 +108,34 @@ def test_eight_bits_without_their_scale(plain, tmp_path):
 
 
 def test_families_whose_activations_are_scaled_too(make_checkpoint, tmp_path):
-    import torch
-
     plain = make_checkpoint(tmp_path / "plain", "starcoder2")
     packed = {"model.layers.0.mlp.c_fc.qweight": torch.zeros(4, 4, dtype=torch.int32)}
     base = changed(plain, tmp_path / "base", {"quant_method": "awq"}, **packed)
     assert "activations are scaled" in refusal(base, tmp_path / "out").message
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "stored"),
+    [
+        ("gpt_neox", {"num_key_value_heads": 2}, "uint8"),  # a key that the family does not have
+        ("gpt_neox", {"head_dim": 4}, "uint8"),
+        ("gpt_neox", {"num_key_value_heads": 2}, "float8_e4m3fn"),
+        ("llama", {"num_key_value_heads": 4}, "float8_e4m3fn"),
+    ],
+)
+def test_heads_that_packed_weights_do_not_have(make_checkpoint, tmp_path, family, keys, stored):
+    """By the plan: loading refused them after everything was written."""
+    base, scaled = make_checkpoint(tmp_path / "plain", family), {}
+    for name, weight in load_file(base / "model.safetensors").items():
+        if name.endswith(("query_key_value.weight", "k_proj.weight")):
+            packed = weight.to(getattr(torch, stored))
+            packed = packed.view(-1, 1) if stored == "uint8" else packed  # no shape of the model
+            scaled |= {name: packed, f"{name}_scale_inv": torch.ones(1, 1)}
+    block = {"quant_method": "fp8"}
+    base = changed(base, tmp_path / "base", block, **scaled)
+    plan(ConvertRecipe(model=str(base), out=str(tmp_path / "out"), topk=8, window=8))
+    config = json.loads((base / "config.json").read_text()) | keys
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SparsekError, match="KV heads of") as refused:
+        plan(ConvertRecipe(model=str(base), out=str(tmp_path / "out"), topk=8, window=8))
+    assert "take them out" in refused.value.hint
