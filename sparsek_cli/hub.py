@@ -35,6 +35,7 @@ UNWANTED = (
 )
 HUB_TIMEOUT = 8  # seconds for each answer of the hub; a slow network must not look like a hang
 
+_WEIGHTS = (".safetensors", ".gguf", *PICKLES)  # what the names of files of weights end in
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -110,7 +111,8 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     if short is not None:
         path = _download(short.hub_id, revision)
         return _checked(Checkpoint(path, name.lower(), short.hub_id, revision))
-    if os.path.lexists(folder) or not is_hub_id(name):
+    missed = revision is None and is_missed_here(name)
+    if missed or os.path.lexists(folder) or not is_hub_id(name):
         raise _no_such_name(name, folder)
     path = _download(name, revision)
     return _checked(Checkpoint(path, name.split("/")[1], name, revision))
@@ -143,6 +145,8 @@ def tokenizer_of(name: str) -> Checkpoint:
             f"tokenizer: '{name}' is no folder",
             hint="name a folder with tokenizer.json, a short name or a hub id",
         )
+    if short is None and is_missed_here(name):
+        raise _no_such_name(name, folder)
     hub_id = name if short is None else short.hub_id
     path = _download(hub_id, None, TOKENIZER_WANTED)
     return Checkpoint(path, hub_id.split("/")[1], hub_id)
@@ -182,6 +186,18 @@ def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
 
 
+def is_missed_here(name: str) -> bool:
+    """Whether a name is of a file of weights in a folder that is here, and not of a fetched model.
+
+    The hub is not asked then, which takes seconds; a revision says that it is meant.
+    """
+    if not name.lower().endswith(_WEIGHTS) or not Path(name).parent.is_dir():
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return not isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
 def _two_meanings(name: str, *, here: bool) -> str:
     """Which of two is taken, where a folder is called as a known model is."""
     if here:
@@ -200,7 +216,8 @@ def _no_such_name(name: str, folder: Path) -> UsageError:
         beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = get_close_matches(folder.name, beside, n=1)
         hint = f"did you mean '{folder.parent / near[0]}'?" if near else "check the path"
-        return UsageError(f"no such folder: '{name}'", hint=hint)
+        what = "file" if name.lower().endswith(_WEIGHTS) else "folder"
+        return UsageError(f"no such {what}: '{name}'", hint=hint)
     beside = [p.name for p in Path().iterdir() if p.is_dir()]
     near = get_close_matches(name.lower(), [*BUNDLED, *SHORT_NAMES, *beside], n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
@@ -263,10 +280,10 @@ def _download(hub_id: str, revision: str | None, wanted: Sequence[str] = WANTED)
 
 def _no_such_file(hub_id: str, why: str) -> UsageError | None:
     """What is wrong with a name that may be a file of weights here; `why` it is none on the hub."""
-    if not hub_id.lower().endswith((".safetensors", ".gguf", *PICKLES)):
+    if not hub_id.lower().endswith(_WEIGHTS):
         return None
     error = _no_such_name(hub_id, Path(hub_id))
-    return UsageError(f"no such file: '{hub_id}'", hint=f"{error.hint} ({why})")
+    return UsageError(error.message, hint=f"{error.hint} ({why})")
 
 
 def _unreachable(hub_id: str) -> SparsekError:

@@ -23,7 +23,8 @@ def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
     """
     name = os.fspath(place)
     path = Path(os.path.expanduser(name))
-    if not os.path.lexists(path) and hub.is_hub_id(name):
+    asked = revision is not None or not hub.is_missed_here(name)
+    if not os.path.lexists(path) and hub.is_hub_id(name) and asked:
         path = hub.fetch(name, revision)
     if path.is_dir():
         if (path / "config.json").is_file():

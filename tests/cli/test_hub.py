@@ -8,6 +8,7 @@ import pytest
 
 from sparsek_cli import hub
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.scorers_alone import find
 from sparsek_cli.short_names import SHORT_NAMES
 
 
@@ -73,6 +74,33 @@ def test_a_repository_may_be_called_as_a_file_is(checkpoint, monkeypatch, suffix
     assert "the hub has no model of that name" in caught.value.hint
 
 
+@pytest.mark.parametrize("read", [hub.resolve, hub.tokenizer_of, find.read])
+def test_a_file_that_is_missed_in_a_folder_here_is_not_asked_of_the_hub(
+    checkpoint, tmp_path, monkeypatch, read
+):
+    """It took up to eight seconds; a revision, or the hub's cache, says that it is a name there."""
+    import huggingface_hub
+
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint("owner")
+    (folder / "model-q4.gguf").write_bytes(b"GGUF")
+    asked = []
+
+    def fetch(hub_id, **options):
+        asked.append(hub_id)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(UsageError, match="no such file: 'owner/model-q3.gguf'|no scorers") as error:
+        read("owner/model-q3.gguf")
+    assert "owner/model-q4.gguf" in error.value.hint or read is find.read
+    assert not asked
+    assert hub.resolve("owner/model-q3.gguf", "main").source == "owner/model-q3.gguf"
+    assert hub.resolve("owner/model-q3").source == "owner/model-q3"
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json")
+    assert hub.resolve("owner/model-q3.gguf").source == "owner/model-q3.gguf"
+
+
 def test_of_a_tokenizer_no_weights_are_fetched(checkpoint, monkeypatch):
     import huggingface_hub
 
@@ -112,6 +140,9 @@ def test_every_short_name_is_a_hub_id_of_a_known_family():
         ("", "empty", "name a folder"),
         ("models/q4.gguf", "no such file: 'models/q4.gguf'", "check the path"),
         ("models/model.safetensors", "no such file", "check the path"),
+        ("./deep/q4.gguf", "no such file: './deep/q4.gguf'", "check the path"),
+        ("~/models/q4.GGUF", "no such file", "check the path"),
+        ("a/b/q4.gguf", "no such file: 'a/b/q4.gguf'", "check the path"),
         ("what is this", "unknown model", "--list-models"),
     ],
 )

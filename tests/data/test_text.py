@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from sparsek_cli.data.text.documents import iterate_texts
-from sparsek_cli.data.text.find_files import find_files
+from sparsek_cli.data.text.find_files import find_files, is_hub_id
 from sparsek_cli.errors import SparsekError, UsageError
 
 
@@ -121,3 +121,13 @@ def test_a_message_names_some_columns_of_many(tmp_path):
     file.write_text(json.dumps({f"k{i}": i for i in range(10_000)}) + "\n")
     with pytest.raises(UsageError, match="no column 'text'; it has: k0, k1, .*, k11, [.]{3}"):
         list(iterate_texts(file))
+
+
+def test_a_file_missed_in_a_folder_here_is_no_dataset(tmp_path, monkeypatch):
+    """data/trian.csv was asked of the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    assert not is_hub_id("data/trian.csv") and not is_hub_id("data/corpus.json")
+    assert is_hub_id("data/corpus-v1.1") and is_hub_id("owner/corpus.json")
+    with pytest.raises(UsageError, match="no such file or folder: 'data/trian.csv'"):
+        find_files("data/trian.csv")

@@ -17,6 +17,9 @@ SUFFIXES = (".jsonl", *PLAIN, ".parquet")
 READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+# Names of datasets end in a version, if in anything; beside them no folder of their owner lies.
+_FILE = re.compile(r"\.[A-Za-z]{2,8}$")
+
 
 def is_hub_id(spec: object) -> bool:
     """Whether `spec` can only mean a dataset on the hub."""
@@ -25,6 +28,7 @@ def is_hub_id(spec: object) -> bool:
         and HUB_ID.fullmatch(spec) is not None
         and not spec.endswith(READABLE)
         and not Path(spec).exists()
+        and not (_FILE.search(spec) and Path(spec).parent.is_dir())
     )
 
 
