@@ -298,5 +298,7 @@ def _validated(
     places = {"model": model, "out": out}
     given = {key: fspath(value) for key, value in places.items() if value is not None}
     for key, value in {**settings, **given}.items():
-        draft.set(key, value, f"{key}=")
+        # A number of NumPy's is one of Python's.
+        own = value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
+        draft.set(key, own, f"{key}=")
     return draft.validated(kind)

@@ -121,7 +121,7 @@ def convert(
         "device": device,
         "dtype": dtype,
         "cache_dtype": cache_dtype,
-        **{key: _number(text) for key, text in numbers.items()},
+        **{key: options.number(text) for key, text in numbers.items()},
     }
     request = load_recipe(ConvertRecipe, recipe, overrides, flags, verb="convert")
     plan = make_plan(request)
@@ -136,14 +136,6 @@ def convert(
     last_model.remember(done.out)
     console.say(f"\nnext: sparsek chat {out}")
     console.say(f"      sparsek evaluate {out} --tasks ppl,recall --baselines dense,window,random")
-
-
-def _number(text: str | None) -> int | str | None:
-    """The number that a flag spells, or its text for the recipe to refuse."""
-    try:
-        return None if text is None else int(text)
-    except ValueError:
-        return text
 
 
 def _short_names() -> tuple[str, dict]:

@@ -119,7 +119,7 @@ def evaluate(
         "truncate": truncate,
         "max_length": max_length,
         "yarn": yarn,
-        "batch_size": batch_size,
+        "batch_size": options.number(batch_size),
         "out": out,
         "overwrite": overwrite or None,
         "revision": revision,

@@ -80,6 +80,14 @@ def shown_dry(console: Console, plan: Plan, dry_run: bool) -> bool:
     return dry_run
 
 
+def number(text: str | None) -> int | str | None:
+    """The number that a flag spells, or its text for the recipe to refuse."""
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return text
+
+
 def split_words(
     words: list[str] | None, *names: str, required: int = 0
 ) -> tuple[list[str | None], list[str]]:

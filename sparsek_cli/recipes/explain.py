@@ -58,6 +58,10 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
 def _plain(message: str) -> str:
     message = message.removeprefix("Value error, ").split(", unable to parse")[0]
     message = re.sub(r"a valid dictionary( or .*)?$", "a mapping", message)
+    message = message.replace("a valid tuple", "a list of two")
+    message = re.sub(
+        r"^List should have at least (\d+) items?.*", r"should have \1 or more", message
+    )
     return re.sub(r"^Input should be", "should be", message)
 
 
@@ -118,10 +122,11 @@ def _nearest_key(model_cls: "type[BaseModel]", loc: Loc) -> str:
 
 
 def _models_at(model_cls: "type[BaseModel]", loc: Loc) -> list["type[BaseModel]"]:
-    """The models that may stand at `loc`, whose parts may also be names that users gave."""
-    models = [model_cls]
+    """The models that may stand at `loc`; a name that a user gave may be that of a field, too."""
+    models, given = [model_cls], False
     for part in loc:
-        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        fields = [] if given else [m.model_fields[part] for m in models if part in m.model_fields]
+        given = any(get_origin(field.annotation) is dict for field in fields)
         if fields:
             models = [model for field in fields for model in _models_in(field.annotation)]
     return models

@@ -14,10 +14,9 @@ from pydantic import (
 
 from sparsek_cli.recipes.earlier_versions import SETTLED_CONVERT, with_recall, without_settled
 from sparsek_cli.recipes.limits import LONGEST
+from sparsek_cli.recipes.scalars import Length, Seed, Share, Switch
 
 MOST = (1 << 31) - 1  # tokens of all texts: sizes still fit into numbers
-# A number in quotes or with a fraction is a mistake here, not something to round.
-Slots = Annotated[StrictInt, Field(ge=1, le=LONGEST)]
 
 
 def _tokens_or_share(value: object) -> object:
@@ -49,12 +48,12 @@ class ConvertRecipe(BaseModel):
         description="all slots per KV head, sinks + topk + window, instead of topk: tokens (512), "
         "or a share of the model's context (1/16, the default)",
     )
-    topk: Slots | None = Field(
+    topk: Length | None = Field(
         None,
         description="selected keys per KV head, a whole number >= 1; default: what window and "
         "sinks leave of the budget",
     )
-    window: Slots | None = Field(
+    window: Length | None = Field(
         None,
         description="newest tokens always seen, itself included, a whole number >= 1; default "
         "a quarter of the budget, at most 128",
@@ -81,38 +80,38 @@ class ConvertRecipe(BaseModel):
         description="text that scorers are fitted on: auto (generated, offline), none (neutral "
         "scorers: a plain window until fine-tuned), a file or folder, or a hub dataset",
     )
-    calibrate_tokens: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+    calibrate_tokens: Annotated[StrictInt, Field(ge=1, le=MOST)] | None = Field(
         None, description="tokens of text to fit scorers on; default: by the model's width"
     )
-    calibrate_length: Annotated[int, Field(ge=64)] | None = Field(
+    calibrate_length: Annotated[StrictInt, Field(ge=64, le=LONGEST)] | None = Field(
         None,
         description="tokens of the documents that choices are made on, as long as what will be "
         "read; default: the context, at most 32768 or four times the slots",
     )
-    recall: Annotated[float, Field(ge=0, le=1)] = Field(
+    recall: Share = Field(
         0.65,
         description="how much what stands far back counts, and not running text, when calibration "
         "compares whole models: 1 is recall alone, 0 text alone; the report shows both ends",
     )
-    again: bool = Field(
+    again: Switch = Field(
         False,
         description="the model is converted already, and perhaps fine-tuned: calibrate scorers for "
         "the weights it has now; slots, cache and gate stay as they are where none are named",
     )
-    scorers_only: bool = Field(
+    scorers_only: Switch = Field(
         False,
         description="write the scorers alone, megabytes that name their base; `sparsek merge` puts "
         "them onto it",
     )
-    copy_base: bool = Field(
+    copy_base: Switch = Field(
         False, alias="copy", description="copy the base weights instead of linking them"
     )
-    overwrite: bool = Field(False, description="replace `out` if it exists")
+    overwrite: Switch = Field(False, description="replace `out` if it exists")
     device: str = Field("auto", description="where calibration runs: auto, cpu, cuda, cuda:N")
     dtype: str = Field(
         "auto", description="number format while calibrating: auto, bfloat16, float16, float32"
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of the calibration text")
+    seed: Seed = Field(0, description="seed of the calibration text")
 
     @model_validator(mode="before")
     @classmethod

@@ -2,12 +2,20 @@
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sparsek_cli.recipes.earlier_versions import SETTLED_EVALUATE, without_settled
 from sparsek_cli.recipes.limits import LONGEST, MOST_SEQUENCES
+from sparsek_cli.recipes.scalars import Count, Float, Length, Seed, Switch
 
-Length = Annotated[int, Field(ge=1, le=LONGEST)]
 Names = Annotated[list[str], Field(min_length=1)]
 
 
@@ -29,11 +37,11 @@ class EvaluateRecipe(BaseModel):
         description="same weights under other policies: dense, window, random, snapkv, h2o, "
         "kvpress:NAME",
     )
-    budgets: list[PositiveInt] = Field(
+    budgets: list[Count] = Field(
         [], description="pairs per layer and KV head to try; empty: the checkpoint's own"
     )
-    limit: PositiveInt | None = Field(None, description="samples per task and length; default: all")
-    limits: dict[str, PositiveInt] = Field(
+    limit: Count | None = Field(None, description="samples per task and length; default: all")
+    limits: dict[str, Count] = Field(
         {}, description="samples of single tasks, before `limit`: {ppl: 2, recall_16: 16}"
     )
     lengths: list[Length] = Field(
@@ -48,8 +56,8 @@ class EvaluateRecipe(BaseModel):
     max_length: Length | None = Field(
         None, description="most tokens of prompt and answer together; default: the model's own"
     )
-    yarn: float | None = Field(
-        None, gt=1, description="stretch rotary positions: prompts may be so many times as long"
+    yarn: Annotated[Float, Field(gt=1, le=LONGEST)] | None = Field(
+        None, description="stretch rotary positions: prompts may be so many times as long"
     )
     truncate: Literal["refuse", "left", "middle"] = Field(
         "refuse", description="prompts over max_length: refuse, or cut at the left or in the middle"
@@ -60,18 +68,16 @@ class EvaluateRecipe(BaseModel):
     chat_template: Literal["auto", "on", "off"] = Field(
         "auto", description="auto: for our own tasks when the tokenizer has one; on, off: for all"
     )
-    batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] = Field(
+    batch_size: Annotated[StrictInt, Field(ge=1, le=MOST_SEQUENCES)] | Literal["auto"] = Field(
         "auto", description="prompts scored, answers written side by side; auto or a number"
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     dtype: str = Field("auto", description="auto, bfloat16, float16 or float32")
-    seed: int = Field(
-        0, ge=0, lt=2**32, description="of generated samples and of the random baseline"
-    )
+    seed: Seed = Field(0, description="of generated samples and of the random baseline")
     out: str | None = Field(
         None, description="result folder; default: runs/evaluate/<model>/<settings>"
     )
-    overwrite: bool = Field(False, description="replace the results in `out`")
+    overwrite: Switch = Field(False, description="replace the results in `out`")
 
     @model_validator(mode="before")
     @classmethod
@@ -87,10 +93,12 @@ class EvaluateRecipe(BaseModel):
 
     @field_validator("tasks", "baselines", "budgets", "lengths", "text", mode="before")
     @classmethod
-    def _words(cls, value: object) -> object:
+    def _words(cls, value: object, info: ValidationInfo) -> object:
         """`a,b` and a single value are lists too, so that flags and words need no brackets."""
         if isinstance(value, str):
-            return [part.strip() for part in value.split(",") if part.strip()]
+            parts = [part.strip() for part in value.split(",") if part.strip()]
+            numbers = info.field_name in ("budgets", "lengths")
+            return [int(p) if numbers and p.isdecimal() else p for p in parts]
         return [value] if isinstance(value, int) else value
 
     @field_validator("tasks", "baselines", "budgets", "lengths", "text", mode="after")

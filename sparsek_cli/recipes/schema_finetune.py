@@ -5,20 +5,36 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    NonNegativeFloat,
-    PositiveInt,
+    StrictInt,
     model_validator,
 )
 
 from sparsek_cli.recipes.earlier_versions import SETTLED_FINETUNE, without_settled
-from sparsek_cli.recipes.limits import LONGEST, MOST_OF_A_STEP, MOST_SEQUENCES, MOST_WORKERS
-from sparsek_cli.recipes.schema_sources import Evaluation, Fraction, Source, Strict
+from sparsek_cli.recipes.limits import (
+    LONGEST,
+    MOST_OF_A_STEP,
+    MOST_SEQUENCES,
+    MOST_SLOTS,
+    MOST_WORKERS,
+)
+from sparsek_cli.recipes.scalars import (
+    Count,
+    Length,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Switch,
+    Whole,
+)
+from sparsek_cli.recipes.schema_sources import Evaluation, Source, Strict
 
-Positive = Annotated[float, Field(gt=0.0)]
+Kept = Annotated[StrictInt, Field(ge=0, le=MOST_SLOTS)]
 
 
 def _full_name(value: object) -> object:
-    return {"bf16": "bfloat16", "fp32": "float32"}.get(value, value)
+    names = {"bf16": "bfloat16", "fp32": "float32"}
+    return names.get(value, value) if isinstance(value, str) else value
 
 
 Trained = Annotated[Literal["auto", "bfloat16", "float32"], BeforeValidator(_full_name)]
@@ -37,13 +53,13 @@ class Architecture(Strict):
 class SparseK(Strict):
     """Attention settings; for a converted model the ones given here replace its own."""
 
-    topk: int | list[int] | list[int | list[int]] | None = Field(
+    topk: Kept | list[Kept] | list[Kept | list[Kept]] | None = Field(
         None, description="selected keys per KV head: one number, one per layer, or one per head"
     )
-    window: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="newest tokens always seen, itself included"
+    window: Length | None = Field(None, description="newest tokens always seen, itself included")
+    sinks: Annotated[StrictInt, Field(ge=0, le=LONGEST)] | None = Field(
+        None, description="first tokens always seen"
     )
-    sinks: Annotated[int, Field(ge=0)] | None = Field(None, description="first tokens always seen")
     gate: Literal["straight_through", "log", "kv"] | None = Field(
         None, description="how scores enter attention: straight_through, log or kv (the paper's)"
     )
@@ -62,15 +78,15 @@ class SparseK(Strict):
 class Lora(Strict):
     """Low-rank adapters; used with `train: lora`."""
 
-    rank: PositiveInt = Field(16, description="rank of the adapters")
+    rank: Length = Field(16, description="rank of the adapters")
     alpha: Positive = Field(32.0, description="adapter scale; the update is alpha / rank x B A")
-    dropout: Fraction = Field(0.0, description="dropout on the adapters' input")
+    dropout: Share = Field(0.0, description="dropout on the adapters' input")
     targets: list[str] = Field(
         default_factory=list,
         description="names of the linear layers to adapt; empty: all linear layers of the blocks",
     )
-    scorers: bool = Field(True, description="train the scorers together with the adapters")
-    merge: bool = Field(
+    scorers: Switch = Field(True, description="train the scorers together with the adapters")
+    merge: Switch = Field(
         True,
         description="merge the adapters into the weights at the end; false: OUT holds the adapters "
         "(and trained scorers) alone, for PEFT",
@@ -80,13 +96,13 @@ class Lora(Strict):
 class Objective(Strict):
     """What is minimised: the weighted sum of these losses."""
 
-    lm: NonNegativeFloat = Field(1.0, description="weight of the language-model loss")
-    distill: NonNegativeFloat = Field(
+    lm: NotNegative = Field(1.0, description="weight of the language-model loss")
+    distill: NotNegative = Field(
         0.0,
         description="weight of the KL divergence to the weights a run starts from, with dense "
         "attention",
     )
-    answer_weight: NonNegativeFloat = Field(
+    answer_weight: NotNegative = Field(
         1.0, description="the loss is mean text loss + answer_weight x mean answer loss"
     )
 
@@ -99,7 +115,7 @@ class Launch(Strict):
         description="ddp: every process holds everything; fsdp: parameters, gradients and AdamW "
         "state are sharded (FSDP2); zero2, zero3: the same by DeepSpeed",
     )
-    offload: bool = Field(False, description="keep what is sharded in CPU memory")
+    offload: Switch = Field(False, description="keep what is sharded in CPU memory")
 
 
 class FinetuneRecipe(Strict):
@@ -109,7 +125,7 @@ class FinetuneRecipe(Strict):
 
     model: str | None = Field(None, description="folder, short name or hub id to start from")
     out: str | None = Field(None, description="folder to write; default <name>-finetuned")
-    overwrite: bool = Field(
+    overwrite: Switch = Field(
         False, description="replace `out` if it exists, and forget an unfinished run"
     )
     init: Literal["pretrained", "random"] = Field(
@@ -136,7 +152,7 @@ class FinetuneRecipe(Strict):
         "key, at the border of what is kept; refit: fitted anew in closed form every 50 steps; or "
         "frozen. But for gates, attention sees scores as constants",
     )
-    budgets: list[PositiveInt] = Field(
+    budgets: list[Count] = Field(
         default_factory=list,
         description="each step keeps 1/n of sequence_length, n drawn from these, shared out among "
         "heads as the model's own budget is; []: always the model's own",
@@ -146,7 +162,7 @@ class FinetuneRecipe(Strict):
     data: dict[str, Source] = Field(
         default_factory=dict, description="sources by name; each sequence comes from one of them"
     )
-    sequence_length: Annotated[int, Field(ge=8, le=LONGEST)] = Field(
+    sequence_length: Annotated[StrictInt, Field(ge=8, le=LONGEST)] = Field(
         4096, description="tokens per sequence"
     )
     documents: Literal["separate", "joined"] = Field(
@@ -154,14 +170,14 @@ class FinetuneRecipe(Strict):
         description="separate: a document never sees its neighbours in the sequence; joined: it "
         "does (dense models train several times faster, they need no mask)",
     )
-    batch_size: Annotated[int, Field(ge=1, le=MOST_OF_A_STEP)] = Field(
+    batch_size: Annotated[StrictInt, Field(ge=1, le=MOST_OF_A_STEP)] = Field(
         8, description="sequences per optimiser step, over all processes"
     )
-    micro_batch_size: Annotated[int, Field(ge=1, le=MOST_SEQUENCES)] = Field(
+    micro_batch_size: Annotated[StrictInt, Field(ge=1, le=MOST_SEQUENCES)] = Field(
         1, description="sequences per forward pass and process; the rest is accumulated"
     )
-    steps: PositiveInt | None = Field(None, description="optimiser steps (or give tokens/epochs)")
-    tokens: PositiveInt | None = Field(None, description="training tokens, rounded up to a step")
+    steps: Count | None = Field(None, description="optimiser steps (or give tokens/epochs)")
+    tokens: Count | None = Field(None, description="training tokens, rounded up to a step")
     epochs: Positive | None = Field(None, description="passes over the text sources")
     minutes: Positive | None = Field(
         None, description="end the run after so many minutes, before its last step if need be"
@@ -173,15 +189,13 @@ class FinetuneRecipe(Strict):
     schedule: Literal["cosine", "linear", "constant"] = Field(
         "cosine", description="how the rate falls after the warm-up"
     )
-    min_learning_rate: Fraction = Field(
-        0.0, description="end of the cosine, as a share of the peak"
-    )
-    warmup: Annotated[float, Field(ge=0)] = Field(
+    min_learning_rate: Share = Field(0.0, description="end of the cosine, as a share of the peak")
+    warmup: NotNegative = Field(
         0.03, description="warm-up: a share of the steps if below 1, else steps"
     )
-    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW decay of weight matrices")
-    max_grad_norm: NonNegativeFloat = Field(1.0, description="clip the gradient; 0: never")
-    checkpointing: bool = Field(
+    weight_decay: NotNegative = Field(0.0, description="AdamW decay of weight matrices")
+    max_grad_norm: NotNegative = Field(1.0, description="clip the gradient; 0: never")
+    checkpointing: Switch = Field(
         False, description="recompute activations in the backward pass to save memory"
     )
     dtype: Trained = Field(
@@ -191,8 +205,8 @@ class FinetuneRecipe(Strict):
     save_dtype: Trained = Field(
         "auto", description="weights on disk; auto: as the base has them, else as trained"
     )
-    compile: bool = Field(False, description="torch.compile the model")
-    keep_better: bool = Field(
+    compile: Switch = Field(False, description="torch.compile the model")
+    keep_better: Switch = Field(
         True,
         description="with train: scorers, keep the start if held-out loss or recall got worse",
     )
@@ -202,18 +216,16 @@ class FinetuneRecipe(Strict):
     evaluation: Evaluation = Field(
         default_factory=Evaluation, description="held-out loss during and after training"
     )
-    save_steps: int = Field(0, ge=0, description="checkpoint every so many steps; 0: never")
-    log_steps: PositiveInt = Field(10, description="log every so many steps")
+    save_steps: Whole = Field(0, description="checkpoint every so many steps; 0: never")
+    log_steps: Count = Field(10, description="log every so many steps")
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default_factory=list, description="where the log also goes"
     )
-    data_workers: int = Field(
+    data_workers: Annotated[StrictInt, Field(ge=0, le=MOST_WORKERS)] = Field(
         0,
-        ge=0,
-        le=MOST_WORKERS,
         description="processes that prepare sequences; 0: in the training process",
     )
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of data, initialisation and dropout")
+    seed: Seed = Field(0, description="seed of data, initialisation and dropout")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
     @property

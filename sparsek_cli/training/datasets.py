@@ -225,7 +225,7 @@ def _corpus(block: "TextSource", tokenizer: Any, say: Callable[[str], None]) -> 
 def _stream(block: Any, tokenizer: Any) -> Callable:
     try:
         check_tokenizer(block.stream, tokenizer)
-        return STREAMS[block.stream](**block.options)
+        return STREAMS[block.stream](**block.options.model_dump())
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"stream '{block.stream}': {error}",
@@ -241,7 +241,7 @@ def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Calla
     try:
         from sparsek_cli.data.needle_source import NeedleSource
 
-        return NeedleSource(tokenizer, texts[block.filler], **block.options)
+        return NeedleSource(tokenizer, texts[block.filler], **block.options.model_dump())
     except (TypeError, ValueError) as error:
         raise UsageError(
             f"data options of kind '{block.kind}': {error}",

@@ -1,0 +1,209 @@
+"""Every key of every recipe takes values of its own type, in bounds, and nothing made of another.
+
+`overwrite: "yes"` counted as true, `steps: true` as one step, `limit: "3"` as three samples.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from sparsek_cli import api
+from sparsek_cli.errors import UsageError
+from sparsek_cli.recipes.load import Draft, load_recipe
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
+from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+from sparsek_cli.recipes.schema_sources import (
+    CopyBlock,
+    NeedleBlock,
+    StreamBlock,
+    TextSource,
+)
+
+# Sources by the name that they have in the tree below, and what each cannot be without.
+SOURCES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "text": (TextSource, {"kind": "text", "files": "text.txt"}),
+    "needles": (NeedleBlock, {"kind": "needles", "filler": "text"}),
+    "copies": (CopyBlock, {"kind": "copies", "filler": "text"}),
+    "stream": (StreamBlock, {"kind": "stream", "stream": "series"}),
+}
+RECIPES = {"convert": ConvertRecipe, "finetune": FinetuneRecipe, "evaluate": EvaluateRecipe}
+
+
+def leaves(kind: type[BaseModel], above: str = "") -> Iterator[tuple[str, frozenset[Any]]]:
+    """Keys of a schema and the types that they take; blocks are walked into."""
+    for name, field in kind.model_fields.items():
+        key = f"{above}{field.alias or name}"
+        if key == "data" and kind is FinetuneRecipe:
+            continue
+        types = frozenset(plain(field.annotation))
+        blocks = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
+        for block in blocks:
+            yield from leaves(block, f"{key}.")
+        if not blocks:
+            yield key, types
+
+
+def plain(annotation: Any) -> Iterator[Any]:
+    """The types that a union is of, constraints taken off; a list or mapping is one."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        yield from plain(arguments[0])
+    elif origin in (Union, UnionType):
+        for argument in arguments:
+            yield from plain(argument)
+    else:
+        yield origin or annotation
+
+
+KEYS = [(verb, key, types) for verb, kind in RECIPES.items() for key, types in leaves(kind)]
+KEYS += [
+    ("finetune", f"data.{name}.{key}", types)
+    for name, (kind, _) in SOURCES.items()
+    for key, types in leaves(kind)
+    if key != "kind"
+]
+OPEN = ("architecture.settings",)  # any values, which the family's config class looks at
+HUGE = (10**31, -(10**31), 10**400, 1e300, "1e400")
+WRONG = (True, False, 0.5, 3.0, math.nan, math.inf, -math.inf, -1, -0.5, *HUGE, "3", "yes",
+         "true",
+         "1e-4", "", [], {}, [True], ["3"], [3.0], [-1], [10**31], [[]], {"a": True})  # fmt: skip
+
+
+def draft(verb: str, key: str, value: Any) -> Draft:
+    made = Draft()
+    if key.startswith("data."):
+        for name, (_, block) in SOURCES.items():
+            made.set(f"data.{name}", dict(block), "before")
+    elif key.startswith("architecture."):
+        made.set("init", "random", "before")
+        made.set("train", "all", "before")
+    made.set(key, value, "here")
+    return made
+
+
+def at(recipe: BaseModel, key: str) -> Any:
+    for part in key.split("."):
+        names = {field.alias or name: name for name, field in type(recipe).model_fields.items()} \
+            if isinstance(recipe, BaseModel) else {}  # fmt: skip
+        recipe = recipe[part] if isinstance(recipe, dict) else getattr(recipe, names[part])
+    return recipe
+
+
+def fits(value: Any, types: frozenset[Any]) -> bool:
+    """Whether a value, whatever its size, is of one of the types."""
+    kinds = {
+        bool: (bool,), int: (int, float), float: (float,), str: (str, Literal),
+        list: (list, tuple), dict: (dict,),
+    }  # fmt: skip
+    return any(kind in types for kind in kinds[type(value)])
+
+
+@pytest.mark.parametrize(("verb", "key", "types"), KEYS, ids=[f"{v}-{k}" for v, k, _ in KEYS])
+def test_types(verb, key, types):
+    for value in WRONG:
+        try:
+            found = at(draft(verb, key, value).validated(RECIPES[verb]), key)
+        except UsageError as error:
+            assert "\n" not in error.message and error.hint
+            # What holds of several keys together names them, too.
+            names = ("here: ", "recipe", f"'{key.rpartition('.')[2]}'")
+            assert any(name in error.message for name in names), error.message
+            continue
+        if key in OPEN or any((key, value) == also for also in ALSO):
+            continue
+        if isinstance(value, str) and value == "1e-4" and float in types:
+            assert found == 1e-4
+            continue
+        listed = found == [value] and verb == "evaluate"  # a single value is a list, too
+        assert fits(value, types) or (listed and list in types), (value, found)
+        for number in numbers(found):
+            assert isinstance(number, bool) or 0 <= number <= 1e30, (value, found)
+        same = [value] if listed else value
+        assert (list(found) if isinstance(found, tuple) else found) == same, (value, found)
+
+
+# Words for what a key takes: on and off are booleans to YAML; an empty text is an empty list.
+ALSO = [("chat_template", True), ("chat_template", False), ("lengths", "3"), ("budgets", "3"),
+        *((key, word) for key in ("tasks", "baselines", "budgets", "lengths", "text")
+          for word in ("", "3", "yes", "true", "1e-4", "1e400"))]  # fmt: skip
+
+
+def numbers(value: Any) -> Iterator[Any]:
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from numbers(part)
+    elif isinstance(value, int | float):
+        yield value
+
+
+def test_they_are_all_there():
+    keys = {(verb, key) for verb, key, _ in KEYS}
+    assert len(keys) == len(KEYS) > 110
+    assert sum(bool in types for _, _, types in KEYS) == 12
+    assert ("finetune", "data.needles.options.key_values") in keys
+
+
+def test_a_number_of_numpy_is_a_number():
+    made = api._validated(
+        EvaluateRecipe, Draft(), "tiny", None, {"limit": np.int64(3), "yarn": np.float32(2)}
+    )
+    assert (made.limit, made.yarn) == (3, 2.0) and type(made.limit) is int
+
+
+def test_a_source_may_be_called_as_one_of_its_keys_is():
+    """`stream` of the shipped recipes is: its mistakes were told of data.stream.stream."""
+    words = ["data.stream={kind: stream, stream: series}", "data.stream.weight=true"]
+    with pytest.raises(UsageError) as error:
+        load_recipe(FinetuneRecipe, None, words)
+    assert error.value.message.startswith("'data.stream.weight=true': 'data.stream.weight' should")
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("overwrite: 'yes'", "r.yaml:1: 'overwrite' should be a valid boolean, not 'yes'"),
+        ("steps: true", "r.yaml:1: 'steps' should be a valid integer, not True"),
+        ("steps: '3'", "r.yaml:1: 'steps' should be a valid integer, not '3'"),
+        ("dtype: [bf16]", "r.yaml:1: 'dtype' should be 'auto', 'bfloat16' or 'float32'"),
+    ],
+)
+def test_what_it_took_is_said(tmp_path, word, says):
+    (tmp_path / "r.yaml").write_text(word)
+    with pytest.raises(UsageError) as error:
+        load_recipe(FinetuneRecipe, tmp_path / "r.yaml")
+    assert says in error.value.message and error.value.hint
+
+
+def test_numbers_as_yaml_reads_them(tmp_path):
+    """YAML 1.1 takes 1e-4 for a word, and `yes` for true."""
+    (tmp_path / "r.yaml").write_text("overwrite: yes\nlearning_rate: 1e-4\nepochs: 3\n")
+    made = load_recipe(FinetuneRecipe, tmp_path / "r.yaml")
+    assert (made.overwrite, made.learning_rate, made.epochs) == (True, 1e-4, 3.0)
+    made = load_recipe(
+        EvaluateRecipe, None, ["lengths=512,1024"], {"budgets": "64", "tasks": "ppl"}
+    )
+    assert (made.lengths, made.budgets, made.tasks) == ([512, 1024], [64], ["ppl"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["needles: 3", "needles: [5, 2]", "needles: [a, b]", "questions: -1", "key_values: 2",
+     "splits: [x]", "documents: [0]", "documents: []", "facts: [0, 0]", "what: 1"],
+)  # fmt: skip
+def test_options_of_generators(options):
+    """They were given on as they stood: a TypeError after the text was read, or nothing."""
+    word = f"data.n={{kind: needles, filler: text, options: {{{options}}}}}"
+    words = ["data.text={kind: text, files: a.txt}", word]
+    with pytest.raises(UsageError, match=r"data\.n\.options\."):
+        load_recipe(FinetuneRecipe, None, words)
+    made = load_recipe(FinetuneRecipe, None, [*words[:1], word.replace(options, "facts: [2, 3]")])
+    assert made.data["n"].options.model_dump() == {"facts": (2, 3)}
+    assert FinetuneRecipe.model_validate(made.model_dump(mode="json")) == made
