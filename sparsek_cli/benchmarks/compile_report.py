@@ -28,7 +28,7 @@ TYPES = {
     torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16",
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
-SHOWN = ("GATE", "WINDOW", "KIND", "DOT", "K", "CAPPED")
+SHOWN = ("GATE", "WINDOW", "KIND", "M", "DOT", "EARLY", "K", "CAPPED")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -160,13 +160,23 @@ def _linear_maps(dim: int, dtype: torch.dtype) -> None:
     inner = torch.zeros(128, 2048)
     scorer = linears.Scorer(inner[:8], inner[0, :8], inner, inner[0, :128], inner[:8, :128])
     maps = [(wide[:2048], None), (wide[:512], None), (wide[:512], None)]
-    for rows in (1, 4):
+    early = linears.Shape(8, 512, 4, dot=True, early=True, overlap=True)
+    # As usual, and by the ways that no row count takes by itself.
+    for rows, shape in (
+        (1, None),
+        (4, None),
+        (4, linears.Shape(8, 256, 4)),
+        (4, early),
+        (16, early),
+    ):
+        given = {"shape": shape}
         x = torch.zeros(rows, 2048, dtype=dtype)
         turn = (torch.zeros(rows, dim, dtype=dtype),) * 2
-        q, k, *_ = linears.project(x, maps, dim, norm=norm, turn=turn, scorer=scorer)
-        gated = linears.gated(x, maps[0], maps[0], norm=norm)
-        linears.linear(gated, maps[0][0], residual=x)
-        linears.linear(torch.zeros(rows, 8192, dtype=dtype), wide.view(2048, 8192), residual=x)
+        q, k, *_ = linears.project(x, maps, dim, norm=norm, turn=turn, scorer=scorer, **given)
+        gated = linears.gated(x, maps[0], maps[0], norm=norm, **given)
+        linears.linear(gated, maps[0][0], residual=x, **given)
+        inner = torch.zeros(rows, 8192, dtype=dtype)
+        linears.linear(inner, wide.view(2048, 8192), residual=x, **given)
         linears.norm_rotate(q, k, norm.weight[:dim], norm.weight[:dim], 1e-5, turn)
         linears.rms_norm(x, norm)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.state import SparseKState, StateRows
+from sparsek_kernels.triton import linears
+from sparsek_kernels.triton.linears import Shape
 from state_pool import strided_pool
 
 pytestmark = pytest.mark.gpu
@@ -262,3 +264,38 @@ def test_rows_read_pieces_of_any_lengths_in_one_launch(relative_error, kept):
             first += length
     for name, tensor in StateRows(pool, rows).take().slots.items():
         assert torch.equal(tensor, torch.cat([state.slots[name] for state in alone])), name
+
+
+@pytest.mark.parametrize(
+    "rows, shape",
+    [
+        (1, Shape(2, 2048, 4, overlap=True, ahead=1024)),
+        (3, Shape(8, 256, 4, overlap=True)),
+        (4, Shape(8, 512, 8, overlap=True, ahead=1024)),
+        (4, Shape(16, 256, 4, stages=3, dot=True, overlap=True, ahead=2048)),
+        (4, Shape(8, 512, 4, dot=True, early=True, overlap=True)),
+        (13, Shape(4, 1024, 8, dot=True, early=True, overlap=True, ahead=2048)),
+    ],
+    ids=str,
+)
+def test_maps_of_a_few_rows_one_after_another(relative_error, rows, shape):
+    """Launches that begin early read what the one before them wrote; always to the same bits."""
+    new = torch.Generator("cuda").manual_seed(0)
+    first, second = (
+        torch.randn(n, k, generator=new, device="cuda").div(k**0.5).bfloat16()
+        for n, k in ((3000, 2000), (2000, 3000))
+    )
+    x = torch.randn(rows, 2000, generator=new, device="cuda").bfloat16()
+    runs = []
+    for _ in range(3):
+        y = x
+        for _ in range(4):
+            y = linears.linear(
+                linears.linear(y, first, shape=shape), second, residual=y, shape=shape
+            )
+        runs.append(y)
+    wanted = x
+    for _ in range(4):
+        wanted = wanted + wanted @ first.T @ second.T
+    assert relative_error(runs[0], wanted) < 2e-2  # rounded after every map
+    assert all(torch.equal(run, runs[0]) for run in runs[1:])

@@ -14,15 +14,26 @@ NEAR = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 5e-2}
 SHAPES = {
     "one row": Shape(pairs=4, columns=32, warps=4),
     "at once": Shape(pairs=3 + 1, columns=128, warps=4),
+    "in turn": Shape(pairs=8, columns=32, warps=1, overlap=True),  # four rows of weights a warp
     "few rows": Shape(pairs=16, columns=16, warps=4, stages=2, dot=True),
+    "early": Shape(pairs=4, columns=32, warps=2, dot=True, early=True, overlap=True),
+    "early, at once": Shape(pairs=8, columns=128, warps=4, dot=True, early=True, ahead=128),
 }
 CASES = [
     (1, "one row", torch.float32),
     (1, "one row", torch.bfloat16),
     (1, "at once", torch.float32),
+    (2, "one row", torch.float32),
+    (3, "in turn", torch.float32),
+    (4, "in turn", torch.bfloat16),
+    (4, "at once", torch.float16),
     (1, "few rows", torch.float32),
     (3, "few rows", torch.float32),
     (8, "few rows", torch.float16),
+    (1, "early", torch.float32),
+    (4, "early", torch.float16),
+    (7, "early", torch.float32),
+    (16, "early, at once", torch.float32),
 ]
 cases = pytest.mark.parametrize("rows, name, dtype", CASES, ids=lambda value: str(value))
 
@@ -66,7 +77,7 @@ def test_a_linear_map(rows, name, dtype, outputs, inputs):
 def test_what_torch_multiplies_faster_is_left_to_it(monkeypatch):
     x, weight = new(3, 64, dtype=torch.float32), new(16, 64, dtype=torch.float32, seed=1)
     bias, residual = new(16, dtype=torch.float32, seed=2), new(3, 16, dtype=torch.float32, seed=3)
-    monkeypatch.setattr(launch, "FASTER_IN_TORCH", {(True, 64, 16)})
+    monkeypatch.setattr(launch, "FASTER_IN_TORCH", {(4, 64, 16)})
     monkeypatch.setattr(launch, "_launch", None)  # not called
     expected = F.linear(x, weight, bias)
     assert torch.equal(linears.linear(x, weight, bias), expected)
@@ -155,7 +166,22 @@ def test_the_usual_shapes(rows, inputs, outputs):
         near(linears.linear(x, layer.weight, layer.bias), layer(x), torch.float32)
 
 
-def test_more_rows_than_a_shape_takes_are_refused():
-    x = new(2, 16, dtype=torch.float32)
-    with pytest.raises(ValueError, match="2 rows, and this shape takes 1"):
-        linears.linear(x, x, shape=SHAPES["one row"])
+@pytest.mark.parametrize("name, most", [("one row", 4), ("early", 16)])
+def test_every_number_of_rows_up_to_what_a_shape_takes(name, most):
+    weight = new(11, 40, dtype=torch.float32, seed=1)
+    for rows in range(1, most + 1):
+        x = new(rows, 40, dtype=torch.float32)
+        near(linears.linear(x, weight, shape=SHAPES[name]), F.linear(x, weight), torch.float32)
+    x = new(most + 1, 40, dtype=torch.float32)
+    with pytest.raises(ValueError, match=f"{most + 1} rows, and this shape takes {most}"):
+        linears.linear(x, weight, shape=SHAPES[name])
+
+
+@pytest.mark.parametrize("rows, name", [(4, "in turn"), (4, "early")])
+def test_rows_that_are_no_whole_lines(rows, name):
+    """Rows of a larger tensor, and more outputs than programs of whole tiles give."""
+    x = new(rows, 90, dtype=torch.float32)[:, :70]
+    weight = new(37, 70, dtype=torch.float32, seed=1)
+    norm = Norm(1 + new(70, dtype=torch.float32, seed=4), 1e-5)
+    found = linears.linear(x, weight, norm=norm, shape=SHAPES[name])
+    near(found, F.linear(rms_norm(x, norm), weight), torch.float32)

@@ -1,8 +1,13 @@
 """Linear maps of a few rows: the weights of a decoding step, read once at the memory's speed.
 
-kernel   what runs on the device
-launch   its callers: plain, gated and projecting maps, and norms
-shapes   how a launch is cut into programs
+kernel     what runs on the device: which program computes what
+segments   a map's outputs: products and what stands after them
+products   weights times rows, four ways
+inputs     the rows, and the norm before them
+scores     scores of a step's tokens
+norms      norms by themselves
+launch     callers: plain, gated and projecting maps, and norms
+shapes     how a launch is cut into programs
 """
 
 from sparsek_kernels.triton.linears.launch import (

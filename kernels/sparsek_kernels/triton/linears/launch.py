@@ -7,8 +7,9 @@ import torch
 import triton
 from torch.nn import functional as F
 
-from sparsek_kernels.triton.linears import kernel
-from sparsek_kernels.triton.linears.shapes import FASTER_IN_TORCH, Shape, shape_of
+from sparsek_kernels.triton.linears import kernel, norms, segments
+from sparsek_kernels.triton.linears.scores import add_hidden
+from sparsek_kernels.triton.linears.shapes import FASTER_IN_TORCH, Shape, rows_class, shape_of
 
 MOST_ROWS = 16
 _SCORE_COLUMNS = 1024
@@ -59,14 +60,14 @@ def linear(
     Returns:
         [M, N] in x's dtype.
     """
-    key = (x.shape[0] > 1, x.shape[1], weight.shape[0])
+    key = (rows_class(x.shape[0]), x.shape[1], weight.shape[0])
     if shape is None and norm is None and key in FASTER_IN_TORCH:
         made = F.linear(x, weight, bias)
         return made if residual is None else made + residual
     out = _like(x, weight.shape[0])
     pairs = (weight.shape[0] + 1) // 2
     _launch(
-        x, norm, [(weight, bias)], [out], [weight.shape[0]], [pairs], kernel.PLAIN.value,
+        x, norm, [(weight, bias)], [out], [weight.shape[0]], [pairs], segments.PLAIN.value,
         residual=residual, shape=shape,
     )  # fmt: skip
     return out
@@ -83,7 +84,7 @@ def gated(
     """silu(gate(norm(x))) * up(norm(x)): [M, N] of x [M, K] and two maps of N outputs."""
     n = gate[0].shape[0]
     out = _like(x, n)
-    _launch(x, norm, [gate, up], [out], [n], [n], kernel.GATED.value, shape=shape)
+    _launch(x, norm, [gate, up], [out], [n], [n], segments.GATED.value, shape=shape)
     return out
 
 
@@ -117,7 +118,7 @@ def project(
         hidden = torch.empty(rows, scorer.width, **wide) if scorer.width else None
     _launch(
         x, norm, maps, outs, sizes, [(size + 1) // 2 for size in sizes],
-        kernel.PLAIN.value if turn is None else kernel.ROTARY.value,
+        segments.PLAIN.value if turn is None else segments.ROTARY.value,
         turn=turn, half=head_dim // 2, scorer=scorer, scores=(scores, hidden), shape=shape,
     )  # fmt: skip
     if hidden is not None:
@@ -132,7 +133,7 @@ def _like(x: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def _add_hidden(scores, hidden, scorer: Scorer, overlap: bool) -> None:
     heads = scores.shape[1]
-    kernel.add_hidden[(scores.shape[0],)](
+    add_hidden[(scores.shape[0],)](
         scores, hidden, scorer.out_weight, heads, scorer.width,
         G=triton.next_power_of_2(heads), W=triton.next_power_of_2(scorer.width), WAITS=overlap,
         num_warps=4, **_pdl(overlap),
@@ -143,6 +144,11 @@ def _add_hidden(scores, hidden, scorer: Scorer, overlap: bool) -> None:
 def _may_overlap(device: torch.device) -> bool:
     """Whether launches may begin early there: from sm_90 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _ahead(shape: Shape, device: torch.device) -> int:
+    """Columns that go to the L2 cache: elsewhere there is no such instruction."""
+    return shape.ahead if device.type == "cuda" else 0
 
 
 def _pdl(overlap: bool) -> dict[str, bool]:
@@ -157,9 +163,9 @@ def _launch(
     rows, columns = x.shape
     shape = shape or shape_of(rows, columns, sum(weight.shape[0] for weight, _ in maps))
     overlap = shape.overlap and _may_overlap(x.device)
-    padded = 16 if shape.dot else 1
-    if rows > padded:
-        raise ValueError(f"{rows} rows, and this shape takes {padded}")
+    if rows > shape.most_rows:
+        raise ValueError(f"{rows} rows, and this shape takes {shape.most_rows}")
+    padded = shape.padded(rows)
     spare = [(x, None)] * (3 - len(maps))  # never read
     weights, biases = zip(*maps, *spare, strict=True)
     outs = [*outs, *[x] * (3 - len(outs))]
@@ -178,10 +184,12 @@ def _launch(
         x.stride(0), cos.stride(0) if cos.shape[0] > 1 else 0, *sizes, *tiles, heads, width,
         0.0 if norm is None else norm.eps,
         K=columns, M=rows, BM=padded, BN=shape.pairs, BK=shape.columns,
+        BX=shape.norm_columns(rows, columns),
         BS=min(_SCORE_COLUMNS, triton.next_power_of_2(columns)), KIND=kind, HALF=half,
         SEGMENTS=3 if len(maps) == 3 else 1, NORM=norm is not None, BIASED=biased,
-        RESIDUAL=residual is not None, DOT=shape.dot, STAGES=shape.stages, WAITS=overlap,
-        DEEP=width > 0, num_warps=shape.warps, num_stages=shape.stages, **_pdl(overlap),
+        RESIDUAL=residual is not None, BESIDE=shape.beside, DOT=shape.dot, EARLY=shape.early,
+        STAGES=shape.stages, AHEAD=_ahead(shape, x.device), WAITS=overlap, DEEP=width > 0,
+        num_warps=shape.warps, num_stages=shape.stages, **_pdl(overlap),
     )  # fmt: skip
 
 
@@ -189,7 +197,7 @@ def rms_norm(x: torch.Tensor, norm: Norm, *, overlap: bool = False) -> torch.Ten
     """The norm of x [M, K], in x's dtype."""
     out = _like(x, x.shape[1])
     columns = x.shape[1]
-    kernel.normalise[(x.shape[0],)](
+    norms.normalise[(x.shape[0],)](
         x, norm.weight, out, x.stride(0), norm.eps, K=columns,
         BK=min(_MOST_COLUMNS, triton.next_power_of_2(columns)), WAITS=overlap,
         num_warps=4, **_pdl(overlap),
@@ -214,7 +222,7 @@ def norm_rotate(
     """
     rows, q_heads, dim = q.shape
     cos, sin = turn
-    kernel.turn_heads[(rows, q_heads + k.shape[1])](
+    norms.turn_heads[(rows, q_heads + k.shape[1])](
         q, k, q_norm, k_norm, cos, sin, q_heads, k.shape[1],
         cos.stride(0) if cos.shape[0] > 1 else 0, eps, D=dim,
         HALF=triton.next_power_of_2(dim // 2), WAITS=overlap, num_warps=1, **_pdl(overlap),
