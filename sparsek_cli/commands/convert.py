@@ -53,7 +53,6 @@ Again = Annotated[
 ScorersOnly = Annotated[
     bool, typer.Option("--scorers-only", help="Write the scorers alone; see `sparsek merge`.")
 ]
-Copy = Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")]
 ListModels = Annotated[bool, typer.Option("--list-models", help="Show the short names and stop.")]
 
 
@@ -70,7 +69,7 @@ def convert(
     tokenizer: Tokenizer = None,
     again: Again = False,
     scorers_only: ScorersOnly = False,
-    copy: Copy = False,
+    copy: options.Copy = False,
     overwrite: options.Overwrite = False,
     revision: options.Revision = None,
     recipe: options.Recipe = None,

@@ -31,9 +31,7 @@ def export(
             "in .safetensors [<name>-scorers].",
         ),
     ] = False,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the weights, do not link them.")
-    ] = False,
+    copy: options.Copy = False,
     overwrite: options.Overwrite = False,
     revision: options.Revision = None,
     dry_run: options.DryRun = False,

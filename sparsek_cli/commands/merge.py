@@ -32,7 +32,7 @@ def merge(
             metavar="OUT", help="The folder to write [<name>-sparsek].", show_default=False
         ),
     ] = None,
-    copy: Annotated[bool, typer.Option("--copy", help="Copy the base, do not link it.")] = False,
+    copy: options.Copy = False,
     overwrite: options.Overwrite = False,
     revision: options.Revision = None,
     dry_run: options.DryRun = False,

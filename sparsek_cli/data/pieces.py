@@ -85,6 +85,16 @@ class Reply:
         self.text += rest
         return rest
 
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """Everything that there is to show of these tokens, as soon as it is certain."""
+        for token in tokens:
+            piece = self.add(token)
+            if piece:
+                yield piece
+        rest = self.rest()
+        if rest:
+            yield rest
+
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(
             ids, skip_special_tokens=True, clean_up_tokenization_spaces=False

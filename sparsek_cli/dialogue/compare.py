@@ -27,11 +27,5 @@ def dense_reply(session: Session) -> Iterator[str]:
         engine = Engine(session.engine.model, chunk=session.engine.chunk, dense=True)
         if not engine.feed(text):
             return
-        reply = Reply(session.tokenizer)
-        for token in engine.stream(session.sampling, session.stop_tokens):
-            piece = reply.add(token)
-            if piece:
-                yield piece
-        rest = reply.rest()
-        if rest:
-            yield rest
+        tokens = engine.stream(session.sampling, session.stop_tokens)
+        yield from Reply(session.tokenizer).pieces(tokens)

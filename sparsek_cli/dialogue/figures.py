@@ -1,6 +1,7 @@
 """Figures of a conversation: tokens, bytes and seconds, as measured and as text."""
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from sparsek_cli.byte_units import size
@@ -24,10 +25,13 @@ class Clock:
     def __init__(self) -> None:
         self.tokens, self._start, self.first, self.seconds = 0, time.perf_counter(), 0.0, 0.0
 
-    def tick(self) -> None:
-        self.tokens += 1
-        self.seconds = time.perf_counter() - self._start
-        self.first = self.first or self.seconds
+    def timed(self, tokens: Iterable[int]) -> Iterator[int]:
+        """The same tokens, each counted when it comes."""
+        for token in tokens:
+            self.tokens += 1
+            self.seconds = time.perf_counter() - self._start
+            self.first = self.first or self.seconds
+            yield token
 
     @property
     def rate(self) -> float:

@@ -175,14 +175,8 @@ class Session:
         reply = Reply(self.tokenizer)
         self.reply_start = len(self.engine.heard)
         try:
-            for token in self.engine.stream(self.sampling, self.stop_tokens):
-                self._clock.tick()
-                piece = reply.add(token)
-                if piece:
-                    yield piece
-            rest = reply.rest()
-            if rest:
-                yield rest
+            tokens = self.engine.stream(self.sampling, self.stop_tokens)
+            yield from reply.pieces(self._clock.timed(tokens))
         finally:
             self.messages.append({"role": "assistant", "content": reply.text})
             if self._whole_renders:
