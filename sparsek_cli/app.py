@@ -31,7 +31,7 @@ from sparsek_cli.console import (
     set_up_logging,
 )
 from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError, out_of_memory
-from sparsek_cli.output.termination import sigterm_interrupts
+from sparsek_cli.termination import sigterm_interrupts
 
 # What a process may have too little of, and the shell's word for it.
 _LIMITS = {

@@ -12,7 +12,7 @@ from sparsek_cli import model_folder
 from sparsek_cli.checkpoint_files.weights_beside import PICKLES
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError, first_line
-from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
+from sparsek_cli.model_folder.short_names import BUNDLED, SHORT_NAMES
 
 _LOG = logging.getLogger("sparsek_cli")
 # Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/)
@@ -76,7 +76,7 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
     """Finds or fetches the checkpoint that `name` means, and checks that it is a causal LM.
 
     Args:
-        name: a folder, a short name (see `short_names.py`) or a hub id "owner/name".
+        name: a folder, a short name (see `model_folder.short_names`) or a hub id "owner/name".
         revision: branch, tag or commit on the hub; refused for folders.
 
     Raises:

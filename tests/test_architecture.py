@@ -15,8 +15,9 @@ FILES = sorted(file for top, base in SOURCES.items() for file in (base / top).rg
 FLOORS = (
     {"sparsek_kernels"},
     {"sparsek_cli.errors", "sparsek_cli.reporter", "sparsek_cli.disk", "sparsek_cli.plain_files",
-     "sparsek_cli.silence", "sparsek_cli.short_names", "sparsek_cli.converted",
-     "sparsek_cli.byte_units", "sparsek_cli.console", "sparsek_cli.devices"},
+     "sparsek_cli.silence", "sparsek_cli.converted",
+     "sparsek_cli.byte_units", "sparsek_cli.console", "sparsek_cli.devices",
+     "sparsek_cli.termination"},
     {"sparsek_cli.families", "sparsek_cli.models", "sparsek_cli.recipes", "sparsek_cli.data",
      "sparsek_cli.checkpoint_files", "sparsek_cli.quantised", "sparsek_cli.output",
      "sparsek_cli.model_folder", "sparsek_cli.hub", "sparsek_cli.loading", "sparsek_cli.gguf"},

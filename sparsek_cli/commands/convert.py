@@ -138,7 +138,7 @@ def convert(
 
 
 def _short_names() -> tuple[str, dict]:
-    from sparsek_cli.short_names import BUNDLED, SHORT_NAMES
+    from sparsek_cli.model_folder.short_names import BUNDLED, SHORT_NAMES
 
     rows = [(name, "llama", "bundled, works offline") for name in BUNDLED]
     rows += [

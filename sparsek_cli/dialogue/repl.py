@@ -14,7 +14,7 @@ from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.place import absolute, check_file
-from sparsek_cli.output.termination import Terminated
+from sparsek_cli.termination import Terminated
 
 HELP = """\
 /load PATH       read a text file, or a folder's, into the next question

@@ -30,8 +30,8 @@ from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unf
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
-from sparsek_cli.output.termination import sigterm_interrupts, sigterm_kills
 from sparsek_cli.reporter import Reporter, Silent
+from sparsek_cli.termination import sigterm_interrupts, sigterm_kills
 
 Pair = tuple[Unit, Policy]
 

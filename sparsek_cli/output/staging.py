@@ -11,7 +11,7 @@ from sparsek_cli.output.contents import MODEL, Contents
 from sparsek_cli.output.leftovers import held, make_beside
 from sparsek_cli.output.place import absolute
 from sparsek_cli.output.swap_folders import exchange
-from sparsek_cli.output.termination import sigterm_interrupts
+from sparsek_cli.termination import sigterm_interrupts
 
 
 @contextlib.contextmanager

@@ -96,7 +96,7 @@ def _named_base(folder: Path) -> str | None:
                 continue
             model = found.get(key) if isinstance(found, dict) else None
             if isinstance(model, str):
-                from sparsek_cli.short_names import SHORT_NAMES
+                from sparsek_cli.model_folder.short_names import SHORT_NAMES
 
                 return SHORT_NAMES[model].hub_id if model in SHORT_NAMES else model
     return None

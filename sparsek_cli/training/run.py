@@ -14,8 +14,8 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
-from sparsek_cli.output.termination import sigterm_interrupts, sigterm_kills
 from sparsek_cli.reporter import Reporter, Silent
+from sparsek_cli.termination import sigterm_interrupts, sigterm_kills
 from sparsek_cli.training.assemble import load, make_trainer
 from sparsek_cli.training.datasets import make_datasets
 from sparsek_cli.training.losses.objectives import detach

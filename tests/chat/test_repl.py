@@ -18,7 +18,7 @@ from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.output.termination import Terminated, sigterm_interrupts
+from sparsek_cli.termination import Terminated, sigterm_interrupts
 
 
 @contextmanager

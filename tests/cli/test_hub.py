@@ -8,8 +8,8 @@ import pytest
 
 from sparsek_cli import hub
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.model_folder.short_names import SHORT_NAMES
 from sparsek_cli.scorers_alone import find
-from sparsek_cli.short_names import SHORT_NAMES
 
 
 @pytest.fixture

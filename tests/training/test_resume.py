@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from verbs import finetune
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.output.termination import Terminated
 from sparsek_cli.reporter import Silent
+from sparsek_cli.termination import Terminated
 from sparsek_cli.training import run
 from sparsek_cli.training.storage.resume import part_folder
 from sparsek_cli.training.trainer import SparsekTrainer
