@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from sparsek_kernels.triton.decode import step as attention
 from sparsek_kernels.triton.linears import Shape, shapes
 
 from sparsek_cli.benchmarks import generate_shape
@@ -25,21 +26,25 @@ def time_steps(
     cache = SparseKCache(model.config)
     model(prompt, past_key_values=cache, logits_to_keep=1)
     base = shapes.USUAL[shapes.rows_class(rows)]
-    ways: dict[str, tuple[bool, Any, dict | None, Shape]] = {
-        "as it is": (False, None, None, base),
-        "ours": (True, None, None, base),
-        "ours, best shapes": (True, None, best, base),
+    # Fused or not, torch.compile's options, table and usual shape, whether attention begins early.
+    ways: dict[str, tuple[bool, Any, dict | None, Shape, bool]] = {
+        "as it is": (False, None, None, base, False),
+        "ours": (True, None, None, base, False),
+        "ours, best shapes": (True, None, best, base, False),
     }
     if device.type == "cuda":
         # Launches of what has no shape of its own overlap too, by the usual shape.
-        for label, late in ((", all overlapping", True), (", none overlapping", False)):
+        for label, late in (("none", False), ("all", True)):
             table = {key: replace(shape, overlap=late) for key, shape in best.items()}
-            ways[f"ours, best shapes{label}"] = (True, None, table, replace(base, overlap=late))
+            usual = replace(base, overlap=late)
+            ways[f"ours, best shapes, {label} overlapping"] = (True, None, table, usual, False)
+        ways["ours, best shapes, attention overlapping"] = (True, None, best, base, True)
+        ways["ours, best shapes, all and attention overlapping"] = (True, None, table, usual, True)
         if not quick:
-            ways["compile"] = (False, (), None, base)
-    for label, (fused, compiled, table, usual) in ways.items():
+            ways["compile"] = (False, (), None, base, False)
+    for label, (fused, compiled, table, usual, early) in ways.items():
         model.fused_steps = fused
-        with _cut(rows, table, usual):
+        with _cut(rows, table, usual, early):
             try:
                 print(f"  {label}: {_rate(model, cache, rows, prompt.shape[1], count, compiled)}")
             except Exception as error:
@@ -47,17 +52,22 @@ def time_steps(
 
 
 @contextmanager
-def _cut(rows: int, table: dict[tuple, Shape] | None, usual: Shape) -> Iterator[None]:
-    """Within the block maps of so many rows are cut by a table (None: as shipped), or as usual."""
+def _cut(rows: int, table: dict[tuple, Shape] | None, usual: Shape, early: bool) -> Iterator[None]:
+    """Within the block maps of so many rows are cut by a table (None: as shipped), or as usual.
+
+    early: whether the launches of insertion and attention may begin early.
+    """
     kept = dict(shapes.TUNED), set(shapes.FASTER_IN_TORCH), dict(shapes.USUAL)
     if table is not None:
         shapes.TUNED.clear()
         shapes.TUNED.update(table)
         shapes.FASTER_IN_TORCH.difference_update(table)
     shapes.USUAL[shapes.rows_class(rows)] = usual
+    attention.BEGIN_EARLY = early
     try:
         yield
     finally:
+        attention.BEGIN_EARLY = False
         for held, before in zip(
             (shapes.TUNED, shapes.FASTER_IN_TORCH, shapes.USUAL), kept, strict=True
         ):

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.state import EMPTY, SlotLayout
+from sparsek_kernels.triton.overlap import LINE, to_cache
 from sparsek_kernels.triton.tiles import LOG2_E, capped, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
@@ -45,6 +46,15 @@ def _join_splits(
 
 
 @triton.jit
+def _to_cache(rows, first, end, NUMBERS: tl.constexpr):
+    """Asks for the lines of NUMBERS numbers from `first` on, those before `end`."""
+    BYTES: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
+    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(NUMBERS * BYTES, LINE))
+    at = first + tl.arange(0, LINES) * (LINE // BYTES)
+    to_cache(rows + tl.where(at < end, at, first))
+
+
+@triton.jit
 def attend_slots(
     q, keys, values, key_scale, value_scale, positions, seen, pool_rows, heads_table,
     part_out, part_lse, arrived, out, nothing,
@@ -52,7 +62,7 @@ def attend_slots(
     group, extra, scale, cap, splits, split_slots,
     ROWS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, QUANTIZED: tl.constexpr,
-    POOLED: tl.constexpr, CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    POOLED: tl.constexpr, CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one group's queries (the rows) over `split_slots` slots of a row and KV head.
 
@@ -62,6 +72,10 @@ def attend_slots(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
+        if POOLED:
+            tl.extra.cuda.gdc_wait()  # rows may just have been written
     held_row = tl.load(pool_rows + batch) if POOLED else batch
     keys += held_row * keys_b
     values += held_row * values_b
@@ -73,6 +87,12 @@ def attend_slots(
     size = tl.load(heads_table + 2 * head + 1) + extra
     low = split * split_slots
     high = tl.minimum(low + split_slots, size)
+    if WAITS and not POOLED:
+        for start in range(low, high, BN):
+            first = (base + start) * D
+            _to_cache(keys, first, (base + high) * D, BN * D)
+            _to_cache(values, first, (base + high) * D, BN * D)
+        tl.extra.cuda.gdc_wait()
     lane = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     is_row = lane < group

@@ -43,7 +43,7 @@ def insert(
     keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b, seen_b,
     heads, sinks, window,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SLOPED: tl.constexpr,
-    QUANTIZED: tl.constexpr, POOLED: tl.constexpr,
+    QUANTIZED: tl.constexpr, POOLED: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Puts the token of one row into the slots of one head; nothing has arrived there yet.
 
@@ -51,6 +51,9 @@ def insert(
     """
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
+    if WAITS:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     held_row = tl.load(rows + batch) if POOLED else batch
     keys += held_row * keys_b
     values += held_row * values_b

@@ -16,7 +16,12 @@ import triton
 from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.decode.attend import attend_slots, splits_of
 from sparsek_kernels.triton.decode.insert import insert
+from sparsek_kernels.triton.overlap import launch_options, may_overlap
 from sparsek_kernels.triton.tiles import LOG2_E, cap_of, dot_precision
+
+# Whether both launches may begin early, so that maps after them ask for their weights meanwhile.
+# Not until it is measured; `sparsek_cli.benchmarks.linear_shapes` tries it.
+BEGIN_EARLY = False
 
 
 @cache
@@ -78,6 +83,7 @@ def _step(
     pool_rows = rows if pooled else seen  # else never read
     held = (keys, values, *scales, positions, scores, seen)
     strides = [tensor.stride(0) for tensor in held]
+    overlap = BEGIN_EARLY and may_overlap(device)
     insert[(batch, groups)](
         *held, pool_rows, table, arrived,
         key, value, score, slopes if sloped else score,
@@ -85,7 +91,8 @@ def _step(
         score.stride(0), score.stride(1), *strides, groups, sinks, window,
         D=dim, DP=triton.next_power_of_2(dim),
         BLOCK=min(1024, max(16, triton.next_power_of_2(max(layout.topk)))), SLOPED=sloped,
-        QUANTIZED=quantized, POOLED=pooled, num_warps=4, enable_fp_fusion=False,
+        QUANTIZED=quantized, POOLED=pooled, WAITS=overlap, num_warps=4, enable_fp_fusion=False,
+        **launch_options(overlap),
     )  # fmt: skip
     padded = max(16, triton.next_power_of_2(dim))
     splits, split_slots = splits_of(layout, batch, group, padded)
@@ -101,7 +108,7 @@ def _step(
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
         D=dim, DP=padded, PRECISION=dot_precision(q.dtype), QUANTIZED=quantized,
         POOLED=pooled, CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None,
-        num_warps=4, num_stages=3,
+        WAITS=overlap, num_warps=4, num_stages=3, **launch_options(overlap),
     )  # fmt: skip
     return out
 

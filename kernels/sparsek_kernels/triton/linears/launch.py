@@ -1,6 +1,5 @@
 """Callers of the kernel: arguments checked by whoever recognises a model's modules."""
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch.nn import functional as F
 from sparsek_kernels.triton.linears import kernel, norms, segments
 from sparsek_kernels.triton.linears.scores import add_hidden
 from sparsek_kernels.triton.linears.shapes import FASTER_IN_TORCH, Shape, rows_class, shape_of
+from sparsek_kernels.triton.overlap import launch_options, may_overlap
 
 MOST_ROWS = 16
 _SCORE_COLUMNS = 1024
@@ -123,7 +123,7 @@ def project(
     )  # fmt: skip
     if hidden is not None:
         overlap = (shape or shape_of(rows, x.shape[1], sum(sizes))).overlap
-        _add_hidden(scores, hidden, scorer, overlap and _may_overlap(x.device))
+        _add_hidden(scores, hidden, scorer, overlap and may_overlap(x.device))
     return *outs, scores
 
 
@@ -136,24 +136,13 @@ def _add_hidden(scores, hidden, scorer: Scorer, overlap: bool) -> None:
     add_hidden[(scores.shape[0],)](
         scores, hidden, scorer.out_weight, heads, scorer.width,
         G=triton.next_power_of_2(heads), W=triton.next_power_of_2(scorer.width), WAITS=overlap,
-        num_warps=4, **_pdl(overlap),
+        num_warps=4, **launch_options(overlap),
     )  # fmt: skip
-
-
-@functools.cache
-def _may_overlap(device: torch.device) -> bool:
-    """Whether launches may begin early there: from sm_90 on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def _ahead(shape: Shape, device: torch.device) -> int:
     """Columns that go to the L2 cache: elsewhere there is no such instruction."""
     return shape.ahead if device.type == "cuda" else 0
-
-
-def _pdl(overlap: bool) -> dict[str, bool]:
-    """Option of a launch that may begin before the one before it ends."""
-    return {"launch_pdl": True} if overlap else {}
 
 
 def _launch(
@@ -162,7 +151,7 @@ def _launch(
 ) -> None:  # fmt: skip
     rows, columns = x.shape
     shape = shape or shape_of(rows, columns, sum(weight.shape[0] for weight, _ in maps))
-    overlap = shape.overlap and _may_overlap(x.device)
+    overlap = shape.overlap and may_overlap(x.device)
     if rows > shape.most_rows:
         raise ValueError(f"{rows} rows, and this shape takes {shape.most_rows}")
     padded = shape.padded(rows)
@@ -189,7 +178,7 @@ def _launch(
         SEGMENTS=3 if len(maps) == 3 else 1, NORM=norm is not None, BIASED=biased,
         RESIDUAL=residual is not None, BESIDE=shape.beside, DOT=shape.dot, EARLY=shape.early,
         STAGES=shape.stages, AHEAD=_ahead(shape, x.device), WAITS=overlap, DEEP=width > 0,
-        num_warps=shape.warps, num_stages=shape.stages, **_pdl(overlap),
+        num_warps=shape.warps, num_stages=shape.stages, **launch_options(overlap),
     )  # fmt: skip
 
 
@@ -200,7 +189,7 @@ def rms_norm(x: torch.Tensor, norm: Norm, *, overlap: bool = False) -> torch.Ten
     norms.normalise[(x.shape[0],)](
         x, norm.weight, out, x.stride(0), norm.eps, K=columns,
         BK=min(_MOST_COLUMNS, triton.next_power_of_2(columns)), WAITS=overlap,
-        num_warps=4, **_pdl(overlap),
+        num_warps=4, **launch_options(overlap),
     )  # fmt: skip
     return out
 
@@ -225,5 +214,6 @@ def norm_rotate(
     norms.turn_heads[(rows, q_heads + k.shape[1])](
         q, k, q_norm, k_norm, cos, sin, q_heads, k.shape[1],
         cos.stride(0) if cos.shape[0] > 1 else 0, eps, D=dim,
-        HALF=triton.next_power_of_2(dim // 2), WAITS=overlap, num_warps=1, **_pdl(overlap),
+        HALF=triton.next_power_of_2(dim // 2), WAITS=overlap, num_warps=1,
+        **launch_options(overlap),
     )  # fmt: skip

@@ -15,8 +15,8 @@ from sparsek_kernels.triton.linears.inputs import (
     raw_inputs,
     rounded,
 )
+from sparsek_kernels.triton.overlap import LINE, to_cache
 
-LINE = tl.constexpr(128)  # bytes that one prefetch brings into the L2 cache
 TOGETHER = tl.constexpr(8)  # products that a thread adds up before they join a sum
 
 
@@ -36,11 +36,7 @@ def _to_cache(weight, rows, inside, start, K: tl.constexpr, COLUMNS: tl.constexp
     at = start + tl.arange(0, max(1, COLUMNS // STEP)) * STEP
     at = tl.where(at < K, at, 0)  # an address that is there
     row = tl.where(inside, rows, 0).to(tl.int64)
-    where = weight + row[:, None] * K + at[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [where], dtype=tl.int32, is_pure=False,
-        pack=1,
-    )  # fmt: skip
+    to_cache(weight + row[:, None] * K + at[None, :])
 
 
 @triton.jit
