@@ -10,6 +10,7 @@ from sparsek_cli.converted import is_converted
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.dialogue.sampling import Sampling, draw
+from sparsek_cli.dialogue.saved import check_conversation
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.positions import context_length
 
@@ -210,14 +211,13 @@ class Engine:
         """Goes on where a state file ends; returns its notes.
 
         Raises:
-            UsageError: the file is no state of this model.
+            UsageError: the file is no state of this model, or damaged; nothing has changed.
         """
         from sparsek_cli.models import load_state
 
         self._check_sparse("a state")
         cache, notes = load_state(path, self.model)
-        if not isinstance(notes, dict) or "engine" not in notes:
-            raise UsageError(f"'{path}' is no conversation", hint="name one that chat has saved")
+        check_conversation(notes, path, cache, self.model.get_input_embeddings().weight.shape[0])
         self._settle()
         self.cache, self._logits = cache, None
         engine = notes.pop("engine")

@@ -6,6 +6,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.dialogue.heard import Heard
@@ -13,6 +16,7 @@ from sparsek_cli.dialogue.repl import Repl
 from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import MOMENTS, Session
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.models import SparseKCache, save_state
 
 
 @contextmanager
@@ -104,6 +108,58 @@ def test_a_saved_conversation_goes_on_elsewhere(repl, said, sparse_model, tokeni
     stranger = sparse_model("llama", topk=12, window=8, sinks=2, seed=5)
     with pytest.raises(UsageError, match="another model"):
         Session(Engine(stranger), tokenizer).load_state(file)
+
+
+FORGED = [
+    ("system", 3), ("messages", "hi"), ("messages", [{"role": "user"}]), ("messages", [3]),
+    ("messages", [{"role": "user", "content": 3}]), ("_before", None), ("_opened", 1),
+    ("_documents", [["a"]]), ("_documents", [3]), ("_documents", {}), ("_full", [[]]),
+    ("_fed_ids", ["a"]), ("_fed_ids", [-1]), ("__class__", "str"), ("engine", None),
+    ("engine", {}), ("fed", "40"), ("fed", True), ("fed", 10**30), ("fed", 1), ("unfed", [1.5]),
+    ("unfed", [10**6]), ("heard", [-1]), ("heard", [2**40]), ("heard", 3), ("cache", 3),
+]  # fmt: skip
+
+
+def test_a_forged_conversation_is_refused_and_nothing_is_lost(repl, tmp_path):
+    """Keys and types that chat does not write: a traceback before, or taken over by half."""
+    session, file, forged = repl.session, tmp_path / "state", tmp_path / "forged"
+    ask(session, "What is the code?")
+    repl.handle(f"/save-state {file}")
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    notes, tensors = json.loads(metadata["notes"]), load_file(file)
+    before = session.moment()
+    changed = [notes | {key: value} for key, value in FORGED if key not in notes["engine"]]
+    changed += [
+        notes | {"engine": notes["engine"] | {key: value}}
+        for key, value in FORGED
+        if key in ("fed", "unfed", "heard", "cache")
+    ]
+    changed += [{k: v for k, v in notes.items() if k != key} for key in notes]
+    for made in [None, [], 3, {}, *changed]:
+        save_file(tensors, forged, metadata | {"notes": json.dumps(made)})
+        with pytest.raises(UsageError, match="damaged|no conversation") as refused:
+            repl.handle(f"/load-state {forged}")
+        assert refused.value.hint
+    after = session.moment()
+    assert after.standing == before.standing and after.engine.fed == before.engine.fed
+    assert session.engine.heard.tolist() == notes["engine"]["heard"]
+    repl.handle(f"/load-state {file}")
+
+
+def test_texts_side_by_side_are_no_conversation(repl, tmp_path):
+    model, file = repl.session.engine.model, tmp_path / "two"
+    cache = SparseKCache(model.config)
+    with torch.no_grad():
+        model(torch.randint(4, 128, (2, 30)), past_key_values=cache)
+    ask(repl.session, "What is the code?")
+    repl.handle(f"/save-state {tmp_path / 'one'}")
+    with safe_open(tmp_path / "one", "pt") as opened:
+        notes = json.loads(opened.metadata()["notes"])
+    notes["engine"]["fed"] = 30
+    save_state(cache, file, model, notes=notes)
+    with pytest.raises(UsageError, match="no conversation"):
+        repl.handle(f"/load-state {file}")
 
 
 def test_a_state_is_written_over_no_file_but_its_own(repl, tmp_path):

@@ -1,8 +1,11 @@
 """A saved state continues as the cache did, and is refused where it does not belong."""
 
+import random
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError, UsageError
@@ -82,3 +85,113 @@ def test_what_cannot_be_saved(sparse_model, tmp_path):
     with pytest.raises(SparsekError, match="cannot write"):
         cache = read(model, torch.randint(4, 128, (1, 30)))
         models.save_state(cache, tmp_path / "nowhere" / "state", model)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, make_sparse):
+    """(model, tensors, metadata) by gate and cache dtype, of a state that loads."""
+    folder, made = tmp_path_factory.mktemp("saved"), {}
+    for gate, cache_dtype in (("log", "auto"), ("straight_through", "int8")):
+        model = make_sparse("llama", topk=[[5, 2], 3], window=4, sinks=1, gate=gate)
+        models.set_budget(model, cache_dtype=cache_dtype)
+        file = folder / gate
+        models.save_state(read(model, torch.randint(4, 128, (1, 30))), file, model, notes=[1])
+        with safe_open(file, "pt") as opened:
+            made[gate] = model, load_file(file), opened.metadata()
+    return made
+
+
+LONG = str(10**30)
+METADATA = [
+    *((key, None) for key in ("model", "budgets", "tokens", "heads", "notes", "format")),
+    *((key, text) for key in ("budgets", "tokens", "heads")
+      for text in ("", "{", "[" * 100_000, "null", "3", "[]", "[2]", "[2, 2, 2]", '["2", "2"]',
+                   "[true, true]", "[-1, -1]", f"[{LONG}, {LONG}]", "[NaN, NaN]", "[1.5, 1.5]",
+                   "[[2], [2]]", '{"a": 1}')),
+    ("tokens", "[30, 29]"), ("tokens", "[0, 0]"), ("tokens", "[4, 4]"), ("heads", "[2, 1]"),
+    ("notes", "{"), ("notes", "nonsense"), ("format", "sparsek-state-2"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", ["log", "straight_through"])
+@pytest.mark.parametrize(("key", "text"), METADATA, ids=[f"{k}-{t}"[:40] for k, t in METADATA])
+def test_forged_metadata_is_refused(saved, tmp_path, gate, key, text):
+    model, tensors, metadata = saved[gate]
+    forged = {k: v for k, v in metadata.items() if k != key}
+    save_file(tensors, tmp_path / "state", forged if text is None else forged | {key: text})
+    with pytest.raises(UsageError, match="damaged|no saved state|another (model|budget)") as error:
+        models.load_state(tmp_path / "state", model)
+    assert error.value.hint
+
+
+def filled(value):
+    return lambda tensor: torch.full_like(tensor, value)
+
+
+CHANGES = {
+    "double": lambda t: t.double() if t.dtype != torch.float64 else t.float(),
+    "half": lambda t: t.half(),
+    "bool": lambda t: t.bool(),
+    "longer": lambda t: torch.cat([t, t]),
+    "flat": lambda t: t.flatten(),
+    "scalar": lambda t: torch.zeros((), dtype=t.dtype),
+    "empty": lambda t: t[:0],
+    "wider": lambda t: torch.cat([t, t], dim=-1),
+}
+VALUES = {
+    "nan": (filled(float("nan")), ("keys", "values", "scores", "support", "tau", "key_scale")),
+    "inf": (filled(float("inf")), ("keys", "values", "scores", "support", "tau", "key_scale")),
+    "far": (filled(30), ("positions",)), "below": (filled(-2), ("positions", "seen")),
+    "more": (filled(31), ("seen",)), "huge": (filled(2**62), ("seen",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("gate", ["log", "straight_through"])
+def test_forged_tensors_are_refused(saved, tmp_path, gate):
+    model, tensors, metadata = saved[gate]
+    forged = {}
+    for name in (n for n in tensors if n.startswith("layers.1.")):
+        own = name.rpartition(".")[2]
+        forged[name, "gone"] = {k: v for k, v in tensors.items() if k != name}
+        forged[name, "renamed"] = {**forged[name, "gone"], f"{name}x": tensors[name]}
+        numbers = {n: make for n, (make, names) in VALUES.items() if own in names}
+        if tensors[name].dtype == torch.int8:  # which knows no NaN
+            numbers = {}
+        for change, make in {**CHANGES, **numbers}.items():
+            made = make(tensors[name]).contiguous()
+            same = made.shape == tensors[name].shape and made.dtype == tensors[name].dtype
+            free = own == "support" and change == "wider"  # its width follows the scores
+            if not free and not (same and torch.equal(made, tensors[name])):
+                forged[name, change] = tensors | {name: made}
+    forged["another layer", ""] = tensors | {"layers.2.keys": tensors["layers.1.keys"].clone()}
+    forged["no row", ""] = {name: tensor[:0].contiguous() for name, tensor in tensors.items()}
+    assert len(forged) > 60
+    for case, held in forged.items():
+        save_file(held, tmp_path / "state", metadata)
+        with pytest.raises(UsageError, match="damaged|was saved in") as error:
+            models.load_state(tmp_path / "state", model)
+            pytest.fail(f"loaded: {case}")
+        assert error.value.hint
+    save_file(tensors, tmp_path / "state", metadata)
+    assert models.load_state(tmp_path / "state", model)[1] == [1]
+
+
+def test_bytes_that_flipped(saved, tmp_path):
+    """Refused, or numbers that a state may hold: nothing else comes of it."""
+    model, tensors, metadata = saved["log"]
+    save_file(tensors, tmp_path / "whole", metadata)
+    whole, rng = (tmp_path / "whole").read_bytes(), random.Random(0)
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for number in range(300):
+        made = bytearray(whole)
+        for _ in range(rng.choice([1, 3])):
+            made[rng.randrange(header if number % 3 else len(whole))] = rng.randrange(256)
+        file = tmp_path / "flipped"
+        file.write_bytes(made[: rng.choice([len(made), len(made), rng.randrange(len(made))])])
+        try:
+            cache, _ = models.load_state(file, model)
+        except UsageError as error:
+            assert error.hint
+            continue
+        with torch.no_grad():
+            model(torch.tensor([[5]]), past_key_values=cache)

@@ -16,17 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sparsek_kernels import SparseKState
 
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.models.cache.slots import SparseKCache
+from sparsek_cli.models.cache.state_checks import (
+    SCALES,
+    SLOTS,
+    SUPPORT,
+    Damaged,
+    check_counts,
+    check_tensors,
+    empty_state,
+    metadata_of,
+    names_of,
+)
 from sparsek_cli.plain_files import check_plain
 
 FORMAT = "sparsek-state-1"
-_SLOTS = ("keys", "values", "positions", "scores", "seen")
-# Of gates log and kv; of 8-bit caches.
-_SOMETIMES = ("support", "tau", "key_scale", "value_scale")
 
 
 def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any = None) -> None:
@@ -49,7 +56,7 @@ def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any 
         )
     tensors = {}
     for index, layer in enumerate(cache.layers):
-        for name in (*_SLOTS, *_SOMETIMES):
+        for name in (*SLOTS, *SUPPORT, *SCALES):
             value = getattr(layer.state, name)
             if value is not None:
                 tensors[f"layers.{index}.{name}"] = value.detach().cpu().contiguous()
@@ -96,52 +103,35 @@ def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
                     f"'{path}' is no saved state", hint="name a file that /save-state wrote"
                 )
             cache = SparseKCache(model.config)
-            _check(path, metadata, cache, model)
-            names, heads = set(file.keys()), json.loads(metadata["heads"])
-            dtype = file.get_slice("layers.0.keys").get_dtype()
-            _check_dtype(path, dtype, model)
+            found = metadata_of(metadata)
+            _check(path, found, cache, model)
+            check_counts(found, model.config, len(cache.layers))
+            names = names_of(len(cache.layers), set(file.keys()))
+            _check_dtype(path, file.get_slice("layers.0.keys").get_dtype(), model)
+            batches = {file.get_slice(f"layers.{i}.seen").get_shape()[0] for i in range(len(names))}
             for index, layer in enumerate(cache.layers):
-                tensors = {
-                    name: file.get_tensor(f"layers.{index}.{name}")
-                    for name in (*_SLOTS, *_SOMETIMES)
-                    if f"layers.{index}.{name}" in names
-                }
-                layer.state = _state(layer, heads[index], tensors, path)
-    except (SafetensorError, OSError) as error:
+                tensors = {name: file.get_tensor(f"layers.{index}.{name}") for name in names[index]}
+                state = empty_state(
+                    layer, model, max(batches)
+                )  # where they differ, one will not fit
+                check_tensors(tensors, state, found["tokens"][index])
+                layer.state = dataclasses.replace(state, **tensors)
+                layer.tokens_seen = found["tokens"][index]
+    except Damaged as error:
+        raise UsageError(f"'{path}' is damaged: {error}", hint="name another file") from error
+    except (SafetensorError, OSError, IndexError) as error:
         raise UsageError(
             f"'{path}' is damaged or no saved state: {error}", hint="name another file"
         ) from error
-    for layer, tokens in zip(cache.layers, json.loads(metadata["tokens"]), strict=True):
-        layer.tokens_seen = tokens
-    return cache, json.loads(metadata["notes"])
+    return cache, found["notes"]
 
 
-def _state(layer: Any, heads: int, tensors: dict[str, torch.Tensor], path: Path) -> SparseKState:
-    keys, budget = tensors["keys"], layer.budget
-    state = SparseKState.empty(
-        keys.shape[0],
-        heads,
-        keys.shape[2],
-        topk=budget.topk,
-        window=budget.window,
-        sinks=budget.sinks,
-        dtype=keys.dtype,
-        device="meta",
-    )
-    if any(
-        name not in tensors or tensor.shape != tensors[name].shape
-        for name, tensor in state.slots.items()
-    ):
-        raise UsageError(f"'{path}' is damaged: its slots do not fit", hint="name another file")
-    return dataclasses.replace(state, **tensors)
-
-
-def _check(path: Path, metadata: dict[str, str], cache: SparseKCache, model: Any) -> None:
-    if metadata["model"] != fingerprint(model):
+def _check(path: Path, found: dict[str, Any], cache: SparseKCache, model: Any) -> None:
+    if found["model"] != fingerprint(model):
         raise UsageError(
             f"'{path}' was saved with another model", hint="load the model that wrote it"
         )
-    if json.loads(metadata["budgets"]) != [_budget(layer) for layer in cache.layers]:
+    if found["budgets"] != [_budget(layer) for layer in cache.layers]:
         raise UsageError(
             f"'{path}' was saved under another budget", hint="set the budget it was saved under"
         )
