@@ -133,7 +133,10 @@ def convert(
         console.say(f"\nnext: sparsek merge {quote(request.model)} {out} OUT")
         return
     last_model.remember(done.out)
-    console.say(f"\nnext: sparsek chat {out}")
+    if plan.base.source == "bundled":  # a stranger's first model: "hello" tells nothing of it
+        console.say(f"\nnext: sparsek chat {out} --load FILE  # it answers about a text, no more")
+    else:
+        console.say(f"\nnext: sparsek chat {out}")
     console.say(f"      sparsek evaluate {out} --tasks ppl,recall --baselines dense,window,random")
 
 

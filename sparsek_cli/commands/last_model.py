@@ -49,5 +49,8 @@ def name_or_default(name: str | None, *, say: Callable[[str], None]) -> str:
     if last is not None:
         say(f"model: {last} (the last one made here)")
         return str(last)
-    say("model: tiny (bundled; name a model or run `sparsek convert` for another)")
+    say(
+        "model: tiny (bundled: it recalls facts of a text and follows no instructions; name a "
+        "model, or run `sparsek convert` for another)"
+    )
     return "tiny"

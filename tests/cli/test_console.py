@@ -86,5 +86,7 @@ def test_commands_to_type_next_are_lines_for_a_shell(sparsek, make_checkpoint, t
     shown = done.err[done.err.index("next: sparsek") + len("next: ") :]
     words = [shlex.split(line) for line in shown.strip().splitlines()]
     assert [line[1:3] for line in words] == [["chat", str(out)], ["evaluate", str(out)]]
+    done = sparsek("convert", "tiny", str(out), "--calibrate", "none", "--overwrite")
+    assert "--load FILE  # it answers about a text" in done.err  # a greeting would tell nothing
     dense = sparsek("serve", str(good), "--dry-run")
     assert shlex.split(dense.err.splitlines()[-1])[-3:] == ["sparsek", "convert", str(good)]

@@ -31,7 +31,7 @@ def test_remembered_until_the_folder_is_gone(made):
 def test_without_memory_the_bundled_model():
     said = []
     assert last_model.name_or_default(None, say=said.append) == "tiny"
-    assert "bundled" in said[0]
+    assert "bundled" in said[0] and "follows no instructions" in said[0]
 
 
 def test_a_named_model_is_not_announced(made):
