@@ -75,7 +75,7 @@ def choose(config: Mapping[str, Any] | None, asked: str = "auto") -> tuple[str, 
     if other is not None:
         raise UsageError(
             f"no server can run: {other}" + ("" if asked != "auto" else f"; {obstacle}"),
-            hint="in a checkout: pip install -c constraints.txt -e '.[serve]' (one request at a "
-            "time), or vLLM and sparsek-vllm",
+            hint="pip install 'transformers[serving]' (in a checkout: pip install -c "
+            "constraints.txt -e '.[serve]'), one request at a time; or vLLM and sparsek-vllm",
         )
     return TRANSFORMERS, "asked for" if asked == TRANSFORMERS else str(obstacle)

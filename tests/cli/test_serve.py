@@ -255,6 +255,12 @@ def test_doctor_says_which_server_would_run(installed):
     assert row.ok is None and row.detail.startswith("none: no server can run")
 
 
+def test_without_a_server_the_hint_serves_who_has_no_checkout(sparsek, converted, installed):
+    installed()
+    shown = sparsek("serve", converted)
+    assert shown.code == 2 and "hint: pip install 'transformers[serving]'" in shown.err
+
+
 README = ROOT / "README.md"
 
 
