@@ -17,7 +17,7 @@ from sparsek_cli.dialogue.engine import Engine, Snapshot
 from sparsek_cli.dialogue.figures import Clock, Stats
 from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.dialogue.sampling import Sampling
-from sparsek_cli.dialogue.template import TurnPieces, render, template_error, turn_pieces
+from sparsek_cli.dialogue.template import TurnPieces, check_system, render, stop_tokens, turn_pieces
 from sparsek_cli.errors import SparsekError, UsageError
 
 if TYPE_CHECKING:
@@ -93,13 +93,7 @@ class Session:
                 hint="put the instruction into your text",
             )
         if text:
-            trial = [{"role": "system", "content": text}, {"role": "user", "content": "x"}]
-            reason = template_error(self.tokenizer, trial)
-            if reason is not None or text.strip() not in render(self.tokenizer, trial):
-                raise UsageError(
-                    f"this chat template takes no system message{': ' + reason if reason else ''}",
-                    hint="put the instruction into your first question",
-                )
+            check_system(self.tokenizer, text)
         self.system = text or None
         self.clear()
 
@@ -290,11 +284,13 @@ class Session:
         self._fed_ids: list[int] = []  # kept only for templates that cannot be cut
         self._pieces: TurnPieces | None = None
         self.reply_start: int | None = None  # tokens before the last reply
+        following = None if self.plain else turn_pieces(self.tokenizer, self.system, first=False)
         self._whole_renders = not self.plain and (
-            turn_pieces(self.tokenizer, self.system, first=True) is None
-            or turn_pieces(self.tokenizer, self.system, first=False) is None
+            following is None or turn_pieces(self.tokenizer, self.system, first=True) is None
         )
-        self.stop_tokens = self._find_stop_tokens()
+        # What closes a reply in this template (<|im_end|>, <|eot_id|>) ends one, too.
+        closing = self._encode(following.before, first=False)[:1] if following else []
+        self.stop_tokens = stop_tokens(self.engine.model, self.tokenizer, closing)
 
     def _open_turn(self) -> None:
         if self._opened:
@@ -339,17 +335,6 @@ class Session:
             kept = 0
         self._fed_ids = ids
         return self.engine.feed(ids[kept:])
-
-    def _find_stop_tokens(self) -> frozenset[int]:
-        generation = getattr(self.engine.model, "generation_config", None)
-        eos = getattr(generation, "eos_token_id", None)
-        stops = set(eos if isinstance(eos, list) else [eos]) | {self.tokenizer.eos_token_id}
-        pieces = None if self.plain else turn_pieces(self.tokenizer, self.system, first=False)
-        if pieces is not None and pieces.before:
-            # What closes a reply in this template (<|im_end|>, <|eot_id|>) ends one, too.
-            closing = self._encode(pieces.before, first=False)[:1]
-            stops |= set(closing) & set(self.tokenizer.all_special_ids)
-        return frozenset(token for token in stops if token is not None)
 
 
 def _check_unicode(text: str, what: str) -> None:

@@ -5,10 +5,11 @@ marks gives the pieces around a user turn; the cache then only ever receives the
 what the model said stays in it word for word, whatever the template would make of it later.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.errors import first_line
+from sparsek_cli.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,12 +62,26 @@ def render(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]])
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
-def template_error(
-    tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, str]]
-) -> str | None:
-    """Why this template refuses these messages, or None if it does not."""
+def check_system(tokenizer: "PreTrainedTokenizerBase", text: str) -> None:
+    """Raises UsageError where a template has no place for this system message."""
+    trial = [{"role": "system", "content": text}, {"role": "user", "content": "x"}]
+    why = ""
     try:
-        render(tokenizer, messages)
-    except Exception as error:
-        return first_line(error)
-    return None
+        if text.strip() in render(tokenizer, trial):
+            return
+    except Exception as error:  # templates refuse with any error of their own
+        why = f": {first_line(error)}"
+    raise UsageError(
+        f"this chat template takes no system message{why}",
+        hint="put the instruction into your first question",
+    )
+
+
+def stop_tokens(
+    model: Any, tokenizer: "PreTrainedTokenizerBase", closing: Iterable[int]
+) -> frozenset[int]:
+    """What ends a reply: the model's and the tokenizer's own, and special tokens of `closing`."""
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    stops = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    stops |= set(closing) & set(tokenizer.all_special_ids)
+    return frozenset(token for token in stops if token is not None)

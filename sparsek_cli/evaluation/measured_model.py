@@ -126,11 +126,7 @@ def harness_for(model: Any, tokenizer: Any, prompts: "Prompts", max_length: int)
             tokenizer,
             policy=make_policy(DENSE),
             max_length=max_length,
-            truncate=None if prompts.truncate == "refuse" else prompts.truncate,
-            batch_size=prompts.batch_size or 1,
-            answers_together=prompts.batch_size,
-            share_prefix=prompts.share_prefix,
-            max_new_tokens=prompts.max_new_tokens,
+            prompts=prompts,
         )
 
 

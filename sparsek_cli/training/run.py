@@ -16,7 +16,7 @@ from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.termination import sigterm_interrupts, sigterm_kills
-from sparsek_cli.training.assemble import load, make_trainer
+from sparsek_cli.training.assemble import Learner, load, make_trainer
 from sparsek_cli.training.datasets import make_datasets
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan
@@ -128,12 +128,8 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
             detach(model)
             if tuner is not None and start.lora.merge:
                 model, tuner = tuner.merge_and_unload(), None
-            write_model(
-                model, plan.tokenizer, out,
-                request=plan.request, start=start, sizes=sizes, overwrite=settings.overwrite,
-                result=result, dtype=learner.dtype, base=plan.source, state=state,
-                reporter=reporter, tuner=tuner,
-            )  # fmt: skip
+            trained = Learner(model, tuner, learner.dtype)
+            write_model(plan, trained, sizes, result, state=state, reporter=reporter)
             if left := remove(part):
                 reporter.say(left)
     trainer.accelerator.wait_for_everyone()

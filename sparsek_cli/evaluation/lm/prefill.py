@@ -8,6 +8,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from sparsek_cli.evaluation.lm.proof import Proof
+from sparsek_cli.evaluation.settings import Prompts
 
 if TYPE_CHECKING:
     from sparsek_cli.evaluation.policies.policy import Policy
@@ -20,13 +21,10 @@ class PromptReader(HFLM):
         model: any causal LM in eval mode, on its device.
         tokenizer: its tokenizer.
         policy: what attends and what the cache is.
-        max_length: most tokens of prompt and answer together.
-        truncate: None (refuse), "left" or "middle": what to do with longer prompts.
-        batch_size: prompts without a shared beginning that are scored side by side.
-        answers_together: answers to unrelated prompts that are written side by side; None: one on a
-            CPU, as many as memory allows on a GPU.
-        share_prefix: read shared beginnings once.
-        max_new_tokens: upper bound on answers, below the task's own.
+        max_length: most tokens of prompt and answer together, in place of what `prompts` asks for.
+        prompts: how they are read and answered. Without a batch size, prompts that share no
+            beginning are scored one by one, and their answers written one by one on a CPU, as many
+            together as memory allows on a GPU.
         advance: called with the number of requests finished.
     """
 
@@ -37,11 +35,7 @@ class PromptReader(HFLM):
         *,
         policy: "Policy",
         max_length: int,
-        truncate: str | None = None,
-        batch_size: int = 1,
-        answers_together: int | None = None,
-        share_prefix: bool = True,
-        max_new_tokens: int | None = None,
+        prompts: Prompts,
         advance: Callable[[int], None] = lambda count: None,
     ):
         super().__init__(
@@ -49,14 +43,14 @@ class PromptReader(HFLM):
             tokenizer=tokenizer,
             backend="causal",
             max_length=max_length,
-            batch_size=batch_size,
+            batch_size=prompts.batch_size or 1,
             device=str(model.device),
         )
         self.policy = policy
-        self.truncate = truncate
-        self.answers_together = answers_together
-        self.share_prefix = share_prefix
-        self.max_new_tokens = max_new_tokens
+        self.truncate = None if prompts.truncate == "refuse" else prompts.truncate
+        self.answers_together = prompts.batch_size
+        self.share_prefix = prompts.share_prefix
+        self.max_new_tokens = prompts.max_new_tokens
         self.advance = advance
         self.proof = Proof()
         self._encodings: dict[str, list[int]] = {}

@@ -26,6 +26,8 @@ from sparsek_cli.training.storage.resume import part_folder
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
     from sparsek_cli.reporter import Reporter
+    from sparsek_cli.training.assemble import Learner
+    from sparsek_cli.training.plan import Plan
     from sparsek_cli.training.run_sizes import Sizes
     from sparsek_cli.training.settings import Start
 
@@ -79,36 +81,28 @@ def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
 
 
 def write_model(
-    model: Any,
-    tokenizer: Any,
-    output: Path,
-    *,
-    request: dict[str, Any],
-    start: "Start",
+    plan: "Plan",
+    learner: "Learner",
     sizes: "Sizes",
-    overwrite: bool,
     result: Any,
-    dtype: torch.dtype,
-    base: "Checkpoint | None",
+    *,
     state: dict[str, torch.Tensor] | None,
     reporter: "Reporter",
-    tuner: Any | None = None,
 ) -> None:
-    """Writes `output`.
+    """Writes `plan.out`.
 
     With `train: scorers` the base's shards are linked, not written again. A full disk is not the
     end of a finished run: for `PATIENCE` seconds it is tried again.
 
     Args:
-        request: the recipe as plain data. start: what was trained. sizes: of the run.
-        dtype: of the weights on disk (scorers stay float32).
-        base: the checkpoint that was trained.
+        learner: what was trained; with a tuner, its adapters are all that is written.
         state: the full state dict where the model is sharded, else None.
-        tuner: PEFT's LoraModel whose adapters are all that is written; None: the whole model.
 
     Raises:
         SparsekError: disk full or no permission; nothing is left behind.
     """
+    output, start, base = plan.out, plan.settings.start, plan.source
+    model, tuner = learner.model, learner.tuner
 
     def write(folder: Path) -> None:
         if tuner is not None:
@@ -116,16 +110,16 @@ def write_model(
         elif start.train == "scorers" and (base.path / SCORERS).is_file():
             _link_base(model, base.path, folder, state)
         else:
-            weights = cast_for_saving(model, dtype, state)
+            weights = cast_for_saving(model, learner.dtype, state)
             model.save_pretrained(folder, state_dict=weights)
             for file in folder.glob("*.safetensors"):
                 disk.readable(file)
-        if not bring(tokenizer, folder):
+        if not bring(plan.tokenizer, folder):
             reporter.say(
                 "the tokenizer in OUT is not the one of training: transformers saves it otherwise"
             )
         head = "# What made this model; `sparsek finetune --recipe finetune.yaml` repeats it.\n"
-        kept = {key: value for key, value in request.items() if key != "overwrite"}
+        kept = {key: value for key, value in plan.request.items() if key != "overwrite"}
         settings = yaml.safe_dump(kept, sort_keys=False)
         (folder / FINETUNE_RECIPE).write_text(head + settings, encoding="utf-8")
         (folder / "README.md").write_text(_card(start, sizes, result), encoding="utf-8")
@@ -135,7 +129,9 @@ def write_model(
         try:
             with (
                 disk.os_errors(),
-                staged(output, overwrite=overwrite, contents=contents_of(start)) as folder,
+                staged(
+                    output, overwrite=plan.settings.overwrite, contents=contents_of(start)
+                ) as folder,
             ):
                 write(folder)
             break
