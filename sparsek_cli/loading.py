@@ -4,6 +4,7 @@ No weight is ever random, no pickle is read, no code of a checkpoint runs, nothi
 """
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -16,6 +17,7 @@ from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.checkpoint_files.template_steps import check_template
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError, first_line, reason
+from sparsek_cli.families.layers import stray_types, stray_window
 from sparsek_cli.families.own_config import own_value
 from sparsek_cli.silence import quiet_transformers
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from sparsek_cli.hub import Checkpoint
 
+_LOG = logging.getLogger("sparsek_cli")
 _DAMAGED = "the folder is incomplete or damaged: fetch or convert it again"
 _UNFIT = (
     "correct what its config.json says if the weights are right, else fetch or convert it again"
@@ -71,7 +74,8 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
 
     Raises:
         SparsekError: it needs code of its own, or is no config that transformers knows.
-        UsageError: it names an activation function that there is none of.
+        UsageError: it names an activation function that there is none of, or a window or kinds
+            of layers that the family does not have.
     """
     from transformers import AutoConfig
 
@@ -80,7 +84,28 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
     with readable_errors(name):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _check_activations(config, name)
+    _settle_stray_kinds(config)
     return config
+
+
+def _settle_stray_kinds(config: "PreTrainedConfig") -> None:
+    """A window or kinds of layers of a family that has none: no layer heeds them, its cache does.
+
+    Raises:
+        UsageError: they are in use, and a cache would forget what attention asks for.
+    """
+    kind = config.model_type.removeprefix("sparsek_")
+    types = getattr(config, "layer_types", None)
+    if types != own_value(config, "layer_types") and {*types} != {"full_attention"}:
+        raise stray_types(types, kind)
+    for key in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, key, None)
+        if window is None or own_value(config, key) is not None:
+            continue
+        context = getattr(config, "max_position_embeddings", None) or 0
+        if window < context and getattr(config, "use_sliding_window", True):
+            raise stray_window(key, window, kind)
+        setattr(config, key, None)
 
 
 def _check_activations(config: "PreTrainedConfig", name: str) -> None:
@@ -146,9 +171,25 @@ def load_weights(
             **options,
         )  # fmt: skip
     check_loaded(report, name, scorers_later=scorers_later)
+    _say_untied(model, name)
     if not scorers_later:
         _check_scorers(model, name)
     return model
+
+
+def _say_untied(model: "PreTrainedModel", name: str) -> None:
+    """Where both matrices lie in a file and differ, transformers does not tie them."""
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    weights = [getattr(end, "weight", None) for end in ends]
+    tied = own_value(model.config, "tie_word_embeddings")
+    if not tied or any(weight is None or weight.is_meta for weight in weights):
+        return
+    if weights[0] is not weights[1]:
+        _LOG.warning(
+            "'%s': config.json says tie_word_embeddings, but input and output embeddings differ: "
+            "they are not tied here, and other programs may tie them; set it to false",
+            name,
+        )
 
 
 def check_whole(path: Path, name: str) -> None:

@@ -29,14 +29,41 @@ def has_states(types: Sequence[str] | None) -> bool:
 
 
 def layer_types(row: Row, config: Mapping[str, Any]) -> list[str]:
-    """The types of all layers of a config.json dictionary, after `idle_window_off`."""
+    """The types of all layers of a config.json dictionary, after `idle_window_off`.
+
+    Raises:
+        UsageError: several, of a family that knows one.
+    """
     types = config.get("layer_types")
+    if types and set(types) != {"full_attention"} and not has_key(row, "layer_types"):
+        raise stray_types(types, row.model_type)
     if types and set(types) <= _KNOWN:
         return list(types)
     if row.mixed:
         # How its layers alternate is written in many ways, which its own config class knows.
         return list(own_config(row, config).layer_types)
     return ["full_attention"] * config[row.key("num_hidden_layers")]
+
+
+def stray_types(types: Sequence[str], model_type: str) -> UsageError:
+    """What to raise where `layer_types` names kinds of layers that a family does not have."""
+    kinds = ", ".join(sorted(set(types) - {"full_attention"}))
+    return UsageError(
+        f"config.json says in layer_types that some layers are {kinds}, and all layers of "
+        f"{model_type} models attend to everything",
+        hint="take layer_types out of config.json if the weights were made without, else correct "
+        "its model_type",
+    )
+
+
+def stray_window(key: str, window: int, model_type: str) -> UsageError:
+    """What to raise where a window is named of a family that has none."""
+    what = {"sliding_window": "a sliding window"}.get(key, f"an {key.replace('_', ' ')}")
+    return UsageError(
+        f"config.json names {what} of {window} tokens, and {model_type} models have none",
+        hint=f'if the weights were made without one, set "{key}": null in config.json; else '
+        "correct its model_type",
+    )
 
 
 def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[str, Any]:
@@ -57,12 +84,7 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
     types = config.get("layer_types") or ()
     if window is not None and window < context and _slides(row, config):
         if not has_key(row, "sliding_window"):
-            raise UsageError(
-                f"config.json names a sliding window of {window} tokens, and {row.model_type} "
-                "models have none",
-                hint='if the weights were made without one, set "sliding_window": null in '
-                "config.json; else correct its model_type",
-            )
+            raise stray_window("sliding_window", window, row.model_type)
         if "full_attention" in types and has_key(row, "layer_types"):
             return {}
         raise UsageError(

@@ -69,6 +69,8 @@ def check_config(config: dict[str, Any], name: str) -> None:
     _check_one_model(config, name)
     _check_converted(config, name)
     _check_sizes(config, name)
+    _check_outputs(config, name)
+    _check_attention(config, name)
     _check_dtype(config, name)
 
 
@@ -138,14 +140,35 @@ def _check_sizes(config: dict[str, Any], name: str) -> None:
                 f"'{name}': {key} in config.json is {size}, expected a positive whole number",
                 hint="correct it: the weights were made with another; or fetch the model again",
             )
-    if config.get("return_dict") is False:
-        raise UsageError(
-            f"'{name}': config.json has return_dict false, and outputs are read by their names",
-            hint="take return_dict out of config.json: it changes nothing in the weights",
-        )
     pad, rows = config.get("pad_token_id"), config.get("vocab_size")
     if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
         raise SparsekError(
             f"'{name}': config.json has pad_token_id {pad}, beyond its vocab_size of {rows}",
             hint="set pad_token_id in config.json to the eos token's id, or to null",
         )
+
+
+def _check_outputs(config: dict[str, Any], name: str) -> None:
+    """Settings of what a model returns, which are no matter of its weights."""
+    if config.get("return_dict") is False:
+        raise UsageError(
+            f"'{name}': config.json has return_dict false, and outputs are read by their names",
+            hint="take return_dict out of config.json: it changes nothing in the weights",
+        )
+    if config.get("output_attentions"):
+        raise UsageError(
+            f"'{name}': config.json has output_attentions true, and attention that is fast hands "
+            "no weights out",
+            hint="take output_attentions out of config.json: it changes nothing in the weights",
+        )
+
+
+def _check_attention(config: dict[str, Any], name: str) -> None:
+    """transformers fetches a kernel that is called as a repository is, and runs its code."""
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        if "/" in str(config.get(key)):
+            raise UsageError(
+                f"'{name}': config.json asks for attention from the hub "
+                f"({json.dumps(config[key])[:80]}), whose code is not run",
+                hint=f"take {key} out of config.json: it changes nothing in the weights",
+            )

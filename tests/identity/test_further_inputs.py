@@ -17,7 +17,7 @@ from sparse_path import assert_sparse
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 from verbs import convert
 
-from sparsek_cli import hub, models, quantised
+from sparsek_cli import hub, loading, models, quantised
 from sparsek_cli.data import corpus
 from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import SparsekError, UsageError
@@ -304,3 +304,54 @@ def test_what_a_library_says_of_a_field_is_told_whole(made, tmp_path):
     with pytest.raises(SparsekError, match="field 'eos_token_id': .*expected") as refusal:
         convert(recipe(tmp_path / "base", tmp_path / "out"))
     assert "Strict" not in refusal.value.message
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"sliding_window": 6}, "names a sliding window of 6 tokens, and llama models have none"),
+        ({"attention_chunk_size": 6}, "names an attention chunk size of 6 tokens"),
+        (
+            {"layer_types": ["linear_attention", "full_attention"]},
+            "some layers are linear_attention",
+        ),
+        ({"layer_types": ["sliding_attention"] * 2}, "some layers are sliding_attention"),
+        ({"attn_implementation": "kernels-community/flash-attn"}, "attention from the hub"),
+        ({"_attn_implementation": "paged|owner/kernel"}, "attention from the hub"),
+        ({"output_attentions": True}, "has output_attentions true"),  # the tokenizer was blamed
+    ],
+)
+def test_keys_that_no_layer_heeds_and_something_else_does(make_checkpoint, tmp_path, keys, says):
+    """A cache that slides under attention that does not; code of a kernel from the hub."""
+    base = make_checkpoint(tmp_path / "base", "llama")
+    config(**keys)(base, tmp_path / "edited")
+    with pytest.raises(UsageError, match=says) as refusal:
+        loaded(tmp_path / "edited")
+    assert "take" in refusal.value.hint or "null" in refusal.value.hint
+    with pytest.raises(UsageError, match=says):
+        convert(recipe(tmp_path / "edited", tmp_path / "out"))
+    config(**dict.fromkeys(keys))(tmp_path / "edited", tmp_path / "mended")  # as hinted
+    assert convert(recipe(tmp_path / "mended", tmp_path / "out")).verified
+
+
+@pytest.mark.parametrize(
+    "keys", [{"sliding_window": 10**6}, {"sliding_window": 6, "use_sliding_window": False}]
+)
+def test_a_window_that_is_no_use_of_is_forgotten(make_checkpoint, tmp_path, keys):
+    """transformers' cache would heed it all the same."""
+    base = make_checkpoint(tmp_path / "base", "llama")
+    config(**keys)(base, tmp_path / "edited")
+    assert loaded(tmp_path / "edited").config.sliding_window is None
+
+
+def test_embeddings_that_are_tied_by_the_config_alone_are_told(
+    make_checkpoint, tmp_path, monkeypatch
+):
+    """transformers unties them and says so where nobody hears it."""
+    said = []
+    monkeypatch.setattr(loading._LOG, "warning", lambda text, *of: said.append(text % of))
+    config(tie_word_embeddings=True)(make_checkpoint(tmp_path / "base"), tmp_path / "tied")
+    loaded(tmp_path / "base")
+    assert not said
+    loaded(tmp_path / "tied")
+    assert len(said) == 1 and "input and output embeddings differ" in said[0]
