@@ -1,5 +1,6 @@
 """Ctrl-C or kill -9 at any moment, then --resume: the same model as if nothing had happened."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from verbs import finetune
 
 from sparsek_cli.errors import SparsekError, UsageError
@@ -161,3 +163,64 @@ def test_sigterm_leaves_what_ctrl_c_leaves(recipe, scratch, tmp_path, monkeypatc
     assert (tmp_path / "out.part").exists() == bool(save)
     assert any("checkpoint-1 is kept, --resume" in line for line in said) == bool(save)
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.fixture
+def stopped(recipe, scratch, tmp_path, interrupted):
+    """(recipe, its checkpoint of two steps)."""
+    made = recipe(*scratch, "steps=4", "save_steps=1")
+    interrupted(made, 2)
+    return made, tmp_path / "out.part" / "checkpoint-2"
+
+
+def flat(file: Path, change) -> None:
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file({k: change(v).contiguous() for k, v in load_file(file).items()}, file, metadata)
+
+
+DAMAGE = {
+    "gone": lambda file: file.unlink(),
+    "cut": lambda file: file.write_bytes(file.read_bytes()[: file.stat().st_size // 2]),
+    "empty": lambda file: file.write_bytes(b""),
+    "list": lambda file: file.write_text("[]"),
+    "deep": lambda file: file.write_text("[" * 100_000),
+    "object": lambda file: file.write_text("{}"),
+    "nothing": lambda file: save_file({}, file),
+    "shapes": lambda file: flat(file, lambda t: t.flatten()[:1] if t.dim() else t),
+    "numbers": lambda file: flat(
+        file, lambda t: t * float("nan") if t.is_floating_point() else t[:1]
+    ),
+}
+
+
+def test_damaged_checkpoints_are_named_and_kept(stopped):
+    """They ended as errors of libraries; moments that were gone, and wrong shapes, in silence."""
+    made, checkpoint = stopped
+    whole = {file: file.read_bytes() for file in checkpoint.iterdir()}
+    assert len(whole) == 6
+    for file, content in whole.items():
+        free = {"loss.json", "generators-0.safetensors"} & {file.name}  # absent in some
+        for name, damage in DAMAGE.items():
+            text = name in ("list", "deep", "object")
+            if (name == "gone" and free) or (file.suffix == ".json") != text and name not in (
+                "gone", "cut", "empty"
+            ):  # fmt: skip
+                continue
+            damage(file)
+            with pytest.raises(SparsekError) as refused:
+                finetune(made, resume=True)
+            assert file.name in refused.value.message or "does not fit" in refused.value.message
+            assert "start" in refused.value.hint and checkpoint.is_dir(), (file.name, name)
+            file.write_bytes(content)
+    settings = json.loads(whole[checkpoint / "optimizer.json"])
+    for key, value in (("groups", []), ("groups", 3), ("scheduler", {}), ("numbers", [1])):
+        (checkpoint / "optimizer.json").write_text(json.dumps(settings | {key: value}))
+        with pytest.raises(SparsekError, match=r"optimizer\.json is damaged"):
+            finetune(made, resume=True)
+    (checkpoint / "optimizer.json").write_bytes(whole[checkpoint / "optimizer.json"])
+    checkpoint.rename(checkpoint.with_name("checkpoint-3"))
+    with pytest.raises(SparsekError, match="it is of step 2"):
+        finetune(made, resume=True)
+    checkpoint.with_name("checkpoint-3").rename(checkpoint)
+    assert finetune(made, resume=True).steps == 4

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.training.parameters import changing_parameters
+from sparsek_cli.training.storage.damage import check_tensors, read_json, reading
 from sparsek_cli.training.storage.state import sharded_like
 
 WEIGHTS = "trained.safetensors"
@@ -46,9 +47,10 @@ def load_trained(model: torch.nn.Module, folder: Path) -> None:
     """Puts back what `save_trained` wrote.
 
     Raises:
-        SparsekError: the checkpoint belongs to other parameters.
+        SparsekError: the checkpoint belongs to other parameters, or is damaged.
     """
-    tensors = load_file(folder / WEIGHTS)
+    with reading(folder / WEIGHTS):
+        tensors = load_file(folder / WEIGHTS)
     own = changing_parameters(model)
     if tensors.keys() != own.keys():
         odd = sorted(tensors.keys() ^ own.keys())[0]
@@ -56,6 +58,7 @@ def load_trained(model: torch.nn.Module, folder: Path) -> None:
             f"{folder} does not fit this recipe: parameter {odd} is on one side only",
             hint="resume with the recipe the run was started with, or start over",
         )
+    check_tensors(folder / WEIGHTS, tensors, {name: p.shape for name, p in own.items()})
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(sharded_like(tensor, own[name]))
@@ -69,7 +72,10 @@ def save_loss(loss: float, folder: Path) -> None:
 def load_loss(folder: Path) -> float:
     """What `save_loss` wrote; NaN where an older version did not."""
     file = folder / LOSS
-    return json.loads(file.read_text(encoding="utf-8"))["loss"] if file.is_file() else math.nan
+    if not file.is_file():
+        return math.nan
+    with reading(file):
+        return float(read_json(file)["loss"])
 
 
 def keep_newest(folder: Path, count: int) -> None:

@@ -17,6 +17,7 @@ from sparsek_cli.output.contents import RUN_RECIPE as RECIPE
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
 from sparsek_cli.training.storage.checkpoints import checkpoints_in
+from sparsek_cli.training.storage.damage import check_checkpoint
 
 # What may differ between a run and its continuation: none of it changes a step.
 _FREE = ("save_steps", "log_steps", "report_to", "data_workers", "device",
@@ -70,10 +71,11 @@ def checkpoint_to_resume(recipe: dict[str, Any], part: Path) -> Path:
 
     Raises:
         UsageError: the recipe differs in something that changes the result.
+        SparsekError: the checkpoint is damaged.
     """
     try:
         before = yaml.safe_load((part / RECIPE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         before = None
     if not isinstance(before, dict):
         raise UsageError(
@@ -92,7 +94,9 @@ def checkpoint_to_resume(recipe: dict[str, Any], part: Path) -> Path:
             "checkpoints of DeepSpeed and those of ddp and fsdp are different things",
             hint=f"continue with launch.strategy={before['launch']['strategy']}",
         )
-    return checkpoints_in(part)[-1]
+    newest = checkpoints_in(part)[-1]
+    check_checkpoint(newest)
+    return newest
 
 
 @contextmanager

@@ -13,6 +13,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparsek_cli.training.storage.damage import (
+    check_like,
+    check_tensors,
+    damaged,
+    read_json,
+    reading,
+)
+
 OPTIMIZER = "optimizer.safetensors"
 SETTINGS = "optimizer.json"
 
@@ -54,28 +62,54 @@ def save_optimizer(optimizer: Any, scheduler: Any, folder: Path, *, write: bool 
     rest = {
         "groups": state["param_groups"],
         "numbers": numbers,
+        "tensors": sorted(tensors),
         "scheduler": scheduler.state_dict(),
     }
     (folder / SETTINGS).write_text(json.dumps(rest), encoding="utf-8")
 
 
 def load_optimizer(optimizer: Any, scheduler: Any, folder: Path) -> None:
-    """Puts back what `save_optimizer` wrote; tensors go to their parameters' devices."""
-    rest = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    state: dict[int, dict[str, Any]] = {}
+    """Puts back what `save_optimizer` wrote; tensors go to their parameters' devices.
+
+    Raises:
+        SparsekError: the files are damaged, or of another run.
+    """
+    settings, file = folder / SETTINGS, folder / OPTIMIZER
+    rest = read_json(settings)
+    with reading(file):
+        tensors = load_file(file)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    values = {**load_file(folder / OPTIMIZER), **rest["numbers"]}
-    for key, value in values.items():
+    with reading(settings):
+        if sorted(tensors) != rest.get("tensors", sorted(tensors)):  # 0.1.0 did not count them
+            raise damaged(file, "it lacks tensors, or has others")
+        state = _by_parameter(file, tensors, rest["numbers"], parameters)
+        own = optimizer.state_dict()["param_groups"]
+        check_like(settings, "groups", rest["groups"], own)
+        check_like(settings, "scheduler", rest["scheduler"], scheduler.state_dict())
+        groups = rest["groups"]
+        for group in groups:
+            # JSON has no tuples, and AdamW's `betas` is one.
+            group.update({k: tuple(v) for k, v in group.items() if k == "betas"})
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        scheduler.load_state_dict(rest["scheduler"])
+
+
+def _by_parameter(
+    file: Path,
+    tensors: dict[str, torch.Tensor],
+    numbers: dict[str, Any],
+    parameters: list[torch.Tensor],
+) -> dict[int, dict[str, Any]]:
+    """An optimiser's state by the numbers of its parameters: moments have a parameter's shape."""
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
         index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
         if torch.is_tensor(value):
-            value = sharded_like(value, parameters[int(index)])
+            check_tensors(file, {key: value}, {key: parameter.shape} if value.dim() else {})
+            value = sharded_like(value, parameter)
         state.setdefault(int(index), {})[name] = value
-    groups = rest["groups"]
-    for group in groups:
-        # JSON has no tuples, and AdamW's `betas` is one.
-        group.update({k: tuple(v) for k, v in group.items() if k == "betas"})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.load_state_dict(rest["scheduler"])
+    return state
 
 
 def save_generators(folder: Path, rank: int) -> None:
@@ -94,23 +128,28 @@ def save_generators(folder: Path, rank: int) -> None:
 
 
 def load_generators(folder: Path, rank: int) -> None:
-    """Puts back what `save_generators` wrote; a process that did not exist then keeps its own."""
+    """Puts back what `save_generators` wrote; a process that did not exist then keeps its own.
+
+    Raises:
+        SparsekError: the file is damaged.
+    """
     from safetensors import safe_open
 
     file = _generators(folder, rank)
     if not file.is_file():
         return
-    tensors = load_file(file)
-    with safe_open(file, "pt") as opened:
-        rest = json.loads(opened.metadata()["rest"])
-    version, numbers, cached = rest["python"]
-    random.setstate((version, tuple(numbers), cached))
-    name, position, has_gauss, gauss = rest["numpy"]
-    keys = tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state((name, keys, position, has_gauss, gauss))
-    torch.set_rng_state(tensors["torch"])
-    if "cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["cuda"])
+    with reading(file):
+        tensors = load_file(file)
+        with safe_open(file, "pt") as opened:
+            rest = json.loads(opened.metadata()["rest"])
+        version, numbers, cached = rest["python"]
+        random.setstate((version, tuple(numbers), cached))
+        name, position, has_gauss, gauss = rest["numpy"]
+        keys = tensors["numpy"].numpy().astype(np.uint32)
+        np.random.set_state((name, keys, position, has_gauss, gauss))
+        torch.set_rng_state(tensors["torch"])
+        if "cuda" in tensors and torch.cuda.is_available():
+            torch.cuda.set_rng_state(tensors["cuda"])
 
 
 def _generators(folder: Path, rank: int) -> Path:
