@@ -191,7 +191,8 @@ def is_missed_here(name: str) -> bool:
 
     The hub is not asked then, which takes seconds; a revision says that it is meant.
     """
-    if not name.lower().endswith(_WEIGHTS) or not Path(name).parent.is_dir():
+    file = name.lower().endswith(_WEIGHTS)
+    if not (file and is_hub_id(name) and Path(name).parent.is_dir()):
         return False
     from huggingface_hub import try_to_load_from_cache
 

@@ -52,3 +52,18 @@ def check_entries(folder: Path, patterns: Sequence[str], *, hint: str) -> None:
         hidden = file.name.startswith(".")
         if not hidden and any(fnmatchcase(file.name, pattern) for pattern in patterns):
             check_plain(file, hint=hint)
+
+
+def utf8_text(file: Path) -> str:
+    """A file's text.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{file} is not UTF-8 text (byte {error.start})",
+            hint="save it as UTF-8, or remove it",
+        ) from error

@@ -1,16 +1,24 @@
 """Recipes that leave this machine: what they name by its whole path goes by its last part."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sparsek_cli.recipes.yaml_lines import read_text, read_yaml
 
-def without_places(text: str) -> str:
-    """A recipe's YAML with absolute paths cut to their last part; its comments at the top stay."""
+
+def portable(file: Path) -> str:
+    """A recipe's YAML with absolute paths cut to their last part; its comments at the top stay.
+
+    Raises:
+        UsageError: the file is damaged.
+    """
+    tree, _ = read_yaml(file)
+    text = read_text(file)
     head = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
-    plain = yaml.safe_dump(_cut(yaml.safe_load(text)), sort_keys=False, allow_unicode=True)
-    return head + plain
+    return head + yaml.safe_dump(_cut(tree), sort_keys=False, allow_unicode=True)
 
 
 def _cut(value: Any) -> Any:

@@ -17,9 +17,10 @@ from sparsek_cli.output import leftovers, scorers_file
 from sparsek_cli.output.contents import SCORERS, SCORERS_ALONE
 from sparsek_cli.output.place import absolute, check_file, check_folder, check_not_inside
 from sparsek_cli.output.staging import staged
+from sparsek_cli.plain_files import utf8_text
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.scorers_alone.base_identity import comparable, weights_digest
-from sparsek_cli.scorers_alone.portable_recipe import without_places
+from sparsek_cli.scorers_alone.portable_recipe import portable
 
 
 @dataclass(frozen=True)
@@ -205,8 +206,7 @@ def _write(plan: Plan, file: Path, digest: str, base: str = "") -> None:
 
 
 def _text(file: Path) -> str:
-    text = file.read_text(encoding="utf-8")
-    return without_places(text) if file.suffix == ".yaml" else text
+    return portable(file) if file.suffix == ".yaml" else utf8_text(file)
 
 
 def _tensors(plan: Plan) -> dict[str, np.ndarray]:

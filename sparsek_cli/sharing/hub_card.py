@@ -13,6 +13,7 @@ from sparsek_cli.evaluation.report.rows import rows
 from sparsek_cli.evaluation.report.table import markdown
 from sparsek_cli.evaluation.result_folder import load_results
 from sparsek_cli.output.contents import CONVERT_RECIPE, FINETUNE_RECIPE
+from sparsek_cli.plain_files import utf8_text
 
 # Bases of bases that are followed: tuned of tuned of converted.
 _DEEPEST = 8
@@ -32,14 +33,15 @@ def card(
         UsageError: the results are of another model, or unfinished.
     """
     file = folder / "README.md"
-    own, text = split(file.read_text(encoding="utf-8") if file.is_file() else "")
+    own, text = split(utf8_text(file) if file.is_file() else "")
     base, known = _origin(folder)
     matter = {
         "license": licence or own.get("license") or known,
         "base_model": own.get("base_model") or base,
         **{key: value for key, value in own.items() if key not in ("license", "base_model")},
     }
-    matter["tags"] = sorted({*(own.get("tags") or ()), "sparsek"})
+    tags = own.get("tags") if isinstance(own.get("tags"), list) else []
+    matter["tags"] = sorted({*map(str, tags), "sparsek"})
     if evaluation is not None:
         report = _report(evaluation, folder)
         text = f"{text.rstrip()}\n\n{markdown(report)}"
@@ -54,7 +56,7 @@ def split(text: str) -> tuple[dict[str, Any], str]:
     if text.startswith("---\n") and (end := text.find("\n---", 4)) >= 0:
         try:
             matter = yaml.safe_load(text[4:end])
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):
             matter = None
         if isinstance(matter, dict):
             return matter, text[end + 4 :].lstrip("\n")
@@ -92,7 +94,7 @@ def _named_base(folder: Path) -> str | None:
         if (folder / name).is_file():
             try:
                 found = yaml.safe_load((folder / name).read_text(encoding="utf-8"))
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError, RecursionError):
                 continue
             model = found.get(key) if isinstance(found, dict) else None
             if isinstance(model, str):

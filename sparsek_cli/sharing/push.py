@@ -19,7 +19,7 @@ from sparsek_cli.output.contents import (
 from sparsek_cli.output.scorers_file import check_finite
 from sparsek_cli.output.tokenizer_files import files_in
 from sparsek_cli.reporter import Reporter, Silent
-from sparsek_cli.scorers_alone.portable_recipe import without_places
+from sparsek_cli.scorers_alone.portable_recipe import portable
 from sparsek_cli.sharing.hub_card import card
 
 _LOGIN = "run `hf auth login` (or set HF_TOKEN) with a token that may write"
@@ -106,11 +106,7 @@ def plan(
     _check_scorers(place)
     paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
     recipes = (CONVERT_RECIPE, FINETUNE_RECIPE)
-    texts = {
-        name: without_places((place / name).read_text(encoding="utf-8"))
-        for name in recipes
-        if (place / name).is_file()
-    }
+    texts = {name: portable(place / name) for name in recipes if (place / name).is_file()}
     given = None if evaluation is None else Path(evaluation).expanduser()
     texts["README.md"], matter = card(place, licence=licence, evaluation=given)
     files = {path.relative_to(place).as_posix(): path.stat().st_size for path in paths}

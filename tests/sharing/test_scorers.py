@@ -390,3 +390,38 @@ def test_gguf_bases_are_refused(tmp_path):
         _check_scorers_only(ConvertRecipe(), packed=True)
     with pytest.raises(UsageError, match="both given"):
         _check_scorers_only(ConvertRecipe(copy=True), packed=False)
+
+
+DAMAGED = {"cut": b'{"a": ', "number": b"3", "deep": b"[" * 100_000, "binary": b"\xff\xfe\x00"}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_texts_beside_the_weights_are_named(scored, tmp_path, damage):
+    """A recipe, a report or a card that is none: errors of libraries, from export and push."""
+    binary = damage == "binary"
+    for name, exported, pushed in (
+        ("sparsek.yaml", True, True),
+        ("calibration.json", binary, False),  # copied as it is
+        ("README.md", False, binary),  # scorers get a card of their own
+    ):
+        folder = tmp_path / name
+        shutil.copytree(scored[1], folder)
+        (folder / name).write_bytes(DAMAGED[damage])
+        for verb, refused in (
+            (lambda at: sparsek.export_scorers(at, f"{at}-alone"), exported),
+            (lambda at: push.plan(at, "owner/name"), pushed),
+        ):
+            if not refused:
+                verb(folder)
+                continue
+            with pytest.raises(UsageError, match=name) as error:
+                verb(folder)
+            assert error.value.hint
+
+
+@pytest.mark.parametrize("tags", ["3", "word", "[1, word]", "{a: 1}"])
+def test_a_card_with_odd_tags_is_sent(scored, tmp_path, tags):
+    shutil.copytree(scored[1], tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text(f"---\ntags: {tags}\n---\ntext")
+    found = push.plan(tmp_path / "out", "owner/name").matter["tags"]
+    assert "sparsek" in found and "w" not in found
