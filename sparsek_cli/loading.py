@@ -17,6 +17,7 @@ from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.checkpoint_files.template_steps import check_template
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError, first_line, reason
+from sparsek_cli.families import TABLE
 from sparsek_cli.families.layers import stray_types, stray_window
 from sparsek_cli.families.own_config import own_value
 from sparsek_cli.silence import quiet_transformers
@@ -95,6 +96,8 @@ def _settle_stray_kinds(config: "PreTrainedConfig") -> None:
         UsageError: they are in use, and a cache would forget what attention asks for.
     """
     kind = config.model_type.removeprefix("sparsek_")
+    if kind not in TABLE or TABLE[kind].mixed:
+        return
     types = getattr(config, "layer_types", None)
     if types != own_value(config, "layer_types") and {*types} != {"full_attention"}:
         raise stray_types(types, kind)

@@ -35,7 +35,8 @@ def layer_types(row: Row, config: Mapping[str, Any]) -> list[str]:
         UsageError: several, of a family that knows one.
     """
     types = config.get("layer_types")
-    if types and set(types) != {"full_attention"} and not has_key(row, "layer_types"):
+    one_kind = not types or set(types) == {"full_attention"}
+    if not (one_kind or row.mixed or has_key(row, "layer_types")):
         raise stray_types(types, row.model_type)
     if types and set(types) <= _KNOWN:
         return list(types)

@@ -30,7 +30,7 @@ def own_config(row: Row, config: Mapping[str, Any]) -> Any:
 
 def has_key(row: Row, key: str) -> bool:
     """Whether a key is the family's own, and not one that only some file has. Imports as above."""
-    return key in _class(row).__dataclass_fields__
+    return _has(_class(row), key)
 
 
 def own_value(config: Any, key: str) -> Any:
@@ -38,7 +38,12 @@ def own_value(config: Any, key: str) -> Any:
 
     transformers keeps what it does not know as an attribute, and no model looks at it.
     """
-    return getattr(config, key, None) if key in type(config).__dataclass_fields__ else None
+    return getattr(config, key, None) if _has(type(config), key) else None
+
+
+def _has(kind: Any, key: str) -> bool:
+    """Whether a config class has a field of this name, or another name for one."""
+    return key in kind.__dataclass_fields__ or key in kind.attribute_map
 
 
 def _class(row: Row) -> Any:
