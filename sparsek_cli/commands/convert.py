@@ -137,7 +137,9 @@ def convert(
         console.say(f"\nnext: sparsek chat {out} --load FILE  # it answers about a text, no more")
     else:
         console.say(f"\nnext: sparsek chat {out}")
-    console.say(f"      sparsek evaluate {out} --tasks ppl,recall --baselines dense,window,random")
+    # Four samples a task: all of them take hours of a CPU.
+    rivals = "--baselines dense,window,random --limit 4"
+    console.say(f"      sparsek evaluate {out} --tasks ppl,recall {rivals}")
 
 
 def _short_names() -> tuple[str, dict]:

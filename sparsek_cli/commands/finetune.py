@@ -77,7 +77,7 @@ def finetune(
         return
     last_model.remember(done.out)
     out = quote(str(done.out))
-    console.say(f"\nnext: sparsek evaluate {out} --tasks ppl,recall")
+    console.say(f"\nnext: sparsek evaluate {out} --tasks ppl,recall --limit 4")
     if (
         settings.train != "scorers"
         and settings.scorer_training in ("gates", "frozen")  # others keep up with the base
