@@ -9,6 +9,7 @@ side_files   the small files beside it
 templates    chat templates that are given more than once
 weights      which files hold the weights
 not_a_model  what a path without a model is instead
+short_names  names that people type instead of hub ids
 """
 
 from sparsek_cli.model_folder.check import check

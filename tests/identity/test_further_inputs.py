@@ -17,11 +17,11 @@ from sparse_path import assert_sparse
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline
 from verbs import convert
 
-from sparsek_cli import hub, loading, models, quantised
+from sparsek_cli import hub, models, quantised
 from sparsek_cli.data import corpus
 from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.loading import load_model, load_weights
+from sparsek_cli.loading import load_model, load_weights, weights
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -349,7 +349,7 @@ def test_embeddings_that_are_tied_by_the_config_alone_are_told(
 ):
     """transformers unties them and says so where nobody hears it."""
     said = []
-    monkeypatch.setattr(loading._LOG, "warning", lambda text, *of: said.append(text % of))
+    monkeypatch.setattr(weights._LOG, "warning", lambda text, *of: said.append(text % of))
     config(tie_word_embeddings=True)(make_checkpoint(tmp_path / "base"), tmp_path / "tied")
     loaded(tmp_path / "base")
     assert not said

@@ -1,0 +1,32 @@
+"""A checkpoint on disk becomes a model and its tokenizer: one way for all verbs.
+
+No weight is ever random, no pickle is read, no code of a checkpoint runs, nothing is asked.
+
+weights         the model, every weight of which is there
+configs         config.json as transformers reads it, and what it may not say
+tokenizers      the tokenizer, whose ids fit the model
+library_errors  what libraries raise meanwhile, in one line
+"""
+
+from sparsek_cli.loading.configs import load_config
+from sparsek_cli.loading.library_errors import readable_errors
+from sparsek_cli.loading.tokenizers import check_tokenizer, load_tokenizer
+from sparsek_cli.loading.weights import (
+    check_loaded,
+    check_whole,
+    embedding_rows,
+    load_model,
+    load_weights,
+)
+
+__all__ = [
+    "check_loaded",
+    "check_tokenizer",
+    "check_whole",
+    "embedding_rows",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "load_weights",
+    "readable_errors",
+]

@@ -1,0 +1,73 @@
+"""config.json as transformers reads it, and what it may not say."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.families import TABLE
+from sparsek_cli.families.layers import stray_types, stray_window
+from sparsek_cli.families.own_config import own_value
+from sparsek_cli.loading.library_errors import readable_errors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "mlp_hidden_act")
+
+
+def load_config(path: Path, name: str) -> "PreTrainedConfig":
+    """config.json as transformers reads it.
+
+    Raises:
+        SparsekError: it needs code of its own, or is no config that transformers knows.
+        UsageError: it names an activation function that there is none of, or a window or kinds
+            of layers that the family does not have.
+    """
+    from transformers import AutoConfig
+
+    import sparsek_cli.models  # noqa: F401  (registers the sparsek_* model types)
+
+    with readable_errors(name):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    _check_activations(config, name)
+    _settle_stray_kinds(config)
+    return config
+
+
+def _settle_stray_kinds(config: "PreTrainedConfig") -> None:
+    """A window or kinds of layers of a family that has none: no layer heeds them, its cache does.
+
+    Raises:
+        UsageError: they are in use, and a cache would forget what attention asks for.
+    """
+    kind = config.model_type.removeprefix("sparsek_")
+    if kind not in TABLE or TABLE[kind].mixed:
+        return
+    types = getattr(config, "layer_types", None)
+    if types != own_value(config, "layer_types") and {*types} != {"full_attention"}:
+        raise stray_types(types, kind)
+    for key in ("sliding_window", "attention_chunk_size"):
+        window = getattr(config, key, None)
+        if window is None or own_value(config, key) is not None:
+            continue
+        context = getattr(config, "max_position_embeddings", None) or 0
+        if window < context and getattr(config, "use_sliding_window", True):
+            raise stray_window(key, window, kind)
+        setattr(config, key, None)
+
+
+def _check_activations(config: "PreTrainedConfig", name: str) -> None:
+    """Raises UsageError where a function is named that transformers does not have."""
+    from transformers.activations import ACT2FN
+
+    for key in _ACTIVATIONS:
+        found = own_value(config, key)
+        if isinstance(found, str) and found not in ACT2FN:
+            near = get_close_matches(found, list(ACT2FN), n=1)
+            meant = f"did you mean '{near[0]}'? " if near else ""
+            raise UsageError(
+                f"'{name}': {key} in config.json is {found!r}, no activation function that "
+                "transformers knows",
+                hint=f"{meant}silu, gelu and relu are some",
+            )

@@ -1,0 +1,77 @@
+"""The tokenizer of a checkpoint, whose ids fit the model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsek_cli.checkpoint_files.template_steps import check_template
+from sparsek_cli.errors import SparsekError, first_line
+from sparsek_cli.loading.configs import load_config
+from sparsek_cli.silence import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from sparsek_cli.hub import Checkpoint
+
+
+def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBase":
+    """The tokenizer of a checkpoint, in a folder, or of a hub id.
+
+    Raises:
+        SparsekError: there is none, it cannot be used, or its chat template does not end; or the
+            config.json beside it is none.
+    """
+    from transformers import AutoTokenizer
+
+    import sparsek_cli.models  # noqa: F401  (a sparsek_* config must be known to AutoTokenizer)
+
+    place, name = source, str(source)
+    if not isinstance(source, str | Path):
+        place, name = source.path, source.name
+    if (Path(place) / "config.json").is_file():
+        load_config(Path(place), name)  # AutoTokenizer reads it, too, and would blame itself
+    hint = "copy tokenizer.json and tokenizer_config.json of the base model into its folder"
+    try:
+        # Silenced: a class that is no tokenizer's may load a model, and report on it.
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        probe = tokenizer("a word and 1").input_ids
+    except Exception as error:
+        # Every tokenizer library fails in its own way; all of them mean the same to the user.
+        raise SparsekError(
+            f"'{name}' has no usable tokenizer: {first_line(error)}", hint=hint
+        ) from error
+    if not probe:
+        raise SparsekError(
+            f"'{name}' has no usable tokenizer: it makes no tokens of any text", hint=hint
+        )
+    check_template(tokenizer, name)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) -> None:
+    """The tokenizer's ids must be rows of the embedding.
+
+    A padding token that is none is replaced by the end-of-text token, in memory.
+
+    Args:
+        rows: of the embedding.
+
+    Raises:
+        SparsekError: an id of any other token is beyond them.
+    """
+    # A class may add a token for the unknown that its byte-level vocabulary never gives.
+    vocabulary = {k: v for k, v in tokenizer.get_vocab().items() if k != tokenizer.unk_token}
+    largest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
+    pad = tokenizer.pad_token
+    if largest[1] >= rows and largest[0] == pad and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+        rest = (item for item in vocabulary.items() if item[0] != pad)
+        largest = max(rest, key=lambda item: item[1])
+    if largest[1] >= rows:
+        raise SparsekError(
+            f"the tokenizer of '{name}' has token {largest[0]!r} with id {largest[1]}, and the "
+            f"model has embeddings for {rows} ids",
+            hint="put the tokenizer beside the weights that they were trained with, or resize the "
+            "embeddings: model.resize_token_embeddings(len(tokenizer)), save_pretrained",
+        )
