@@ -73,7 +73,7 @@ def refused(sparsek, tmp_path, monkeypatch):
         (2, [*PPL, "--text", "blank.txt"], "no text in blank.txt"),
         (2, [*PPL, "--text", "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
         (2, [*PPL, "--lengths", "many"], "'lengths' should be a valid integer"),
-        (2, [*PPL, "--limit", "0"], "'limit' should be greater than 0"),
+        (2, [*PPL, "--limit", "0"], "'limit' should be greater than or equal to 1"),
         (2, [*PPL, "--baselines", "windw"], "did you mean 'window'"),
         (2, ["evaluate", "tiny", "--tasks", "pppl"], "did you mean 'ppl'"),
         (2, ["evaluate", "tiny", "--recipe", "evaluate-key.yaml"], "did you mean 'limit'"),
