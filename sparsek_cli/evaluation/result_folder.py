@@ -21,7 +21,7 @@ from typing import Any
 from sparsek_cli.disk import write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.json_values import to_json
-from sparsek_cli.evaluation.report.stored_shapes import is_report, is_unit
+from sparsek_cli.evaluation.report.stored_shapes import is_report, is_sample, is_unit
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import absolute, check_folder
@@ -257,9 +257,10 @@ def load_samples(folder: Path, policy: str, unit: str) -> list[dict[str, Any]]:
     """The stored samples of one unit; [] when they are not there or not whole."""
     try:
         lines = _samples_file(folder, policy, unit).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
-    except (OSError, ValueError):
+        found = [json.loads(line) for line in lines]
+    except (OSError, ValueError, RecursionError):
         return []
+    return found if all(map(is_sample, found)) else []
 
 
 def load_unit(folder: Path, policy: str, unit: str) -> dict[str, Any] | None:

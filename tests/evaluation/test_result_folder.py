@@ -10,10 +10,12 @@ import pytest
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.lm.proof import Proof
 from sparsek_cli.evaluation.plan import plan
+from sparsek_cli.evaluation.report.stored_shapes import is_report
 from sparsek_cli.evaluation.result_folder import (
     Store,
     check_part,
     load_results,
+    load_samples,
     load_unit,
     working_folder,
 )
@@ -55,6 +57,45 @@ def test_damaged_results_are_measured_again_and_not_compared(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
     with pytest.raises(UsageError, match=r"results\.json (holds no results|is not valid JSON)"):
         load_results(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["null", "3", "{}", "[" * 100_000, '{"doc_id": 0}', "\udcff"])
+def test_damaged_samples_are_none(tmp_path, content):
+    """Two runs are then compared by their own errors; it ended as a TypeError."""
+    sample = {"doc_id": 0, "prompt_hash": "a", "filter": "none", "scores": {"ppl": [-1.0, 2]}}
+    with begin(tmp_path) as store:
+        store.save("dense", "ppl@32", UNIT, [sample])
+    assert load_samples(tmp_path, "dense", "ppl@32") == [sample]
+    file = next(tmp_path.glob("samples/*/*"))
+    file.write_bytes(content.encode("utf-8", "surrogateescape"))
+    assert load_samples(tmp_path, "dense", "ppl@32") == []
+
+
+REPORT = {
+    "model": {"name": "m", "path": "m", "type": "sparsek_llama",
+              "sparsek": {"topk": [[3, 4], None], "window": 8, "sinks": 2}},
+    "recipe": {"truncate": "refuse", "tasks": ["ppl"], "budgets": [64], "yarn": None},
+    "environment": {"versions": {}, "dtype": "float32", "device": "cpu"},
+    "policies": ["dense"], "units": [UNIT], "absent": [], "complete": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [("model.sparsek", []), ("model.sparsek.topk", None), ("model.sparsek.topk", [["a"]]),
+     ("model.sparsek.topk", []), ("recipe.tasks", [[]]), ("recipe.budgets", -1),
+     ("recipe.yarn", "four"), ("policies", [3])],
+)  # fmt: skip
+def test_forged_reports_are_refused(tmp_path, place, value):
+    """`push --evaluation` writes them into a card; it ended as a TypeError."""
+    report = json.loads(json.dumps(REPORT))
+    assert is_report(report) and is_report(report | {"recipe": {"truncate": "refuse"}})
+    *above, last = place.split(".")
+    block = report
+    for key in above:
+        block = block[key]
+    block[last] = value
+    assert not is_report(report)
 
 
 def finish(folder, settings="a") -> None:

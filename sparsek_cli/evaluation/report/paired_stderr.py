@@ -49,11 +49,12 @@ def _scores(samples: Sequence[dict[str, Any]], metric: str) -> dict[tuple, Score
 
 
 def _is_number(score: Score) -> bool:
-    return isinstance(score, int | float)
+    return isinstance(score, int | float) and math.isfinite(score)
 
 
 def _is_passage(score: Score) -> bool:
-    return isinstance(score, list) and len(score) == 2 and all(map(_is_number, score))
+    pair = isinstance(score, list) and len(score) == 2 and all(map(_is_number, score))
+    return pair and score[1] > 0 and -score[0] / score[1] < 700  # beyond, exp overflows
 
 
 def _loss(passage: Score) -> float:

@@ -57,7 +57,7 @@ def _group_means(report: dict[str, Any], lines: Sequence[dict[str, Any]]) -> lis
     Only of tasks that were measured alike: same metric, same length, same policies.
     """
     found = []
-    for name in report["recipe"].get("tasks", ()):
+    for name in report["recipe"].get("tasks") or ():
         entry = catalogue().get(name)
         alike: dict[tuple, list[dict[str, Any]]] = {}
         for line in lines if entry is not None else ():
