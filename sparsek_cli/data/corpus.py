@@ -189,17 +189,39 @@ def load_corpus(
     where = {"name": name, "split": split, "column": column}
     key = _key(spec, tokenizer, {**where, "max_tokens": max_tokens})
     file = cache_folder() / key
-    if not (file / "ends.npy").is_file():
+    kept = _kept(file)
+    if kept is None:
         with _locked(file):
-            if not (file / "ends.npy").is_file():
+            kept = _kept(file)
+            if kept is None:
+                if file.is_dir():
+                    say(f"tokenised text in {file} is damaged: it is made anew")
+                    shutil.rmtree(file)
                 say(f"tokenising {spec if isinstance(spec, str) else ', '.join(spec)}")
                 if tokenizer.eos_token_id is None:
                     say("the tokenizer has no end-of-text token: documents end without one")
                 texts = iterate_texts(spec, column=column, name=name, split=split)
-                _store(file, *build_corpus(texts, tokenizer, max_tokens=max_tokens, say=say))
-    tokens = np.load(file / "tokens.npy", mmap_mode="r")
-    ends = np.load(file / "ends.npy")
+                kept = build_corpus(texts, tokenizer, max_tokens=max_tokens, say=say)
+                _store(file, *kept)
+                kept = _kept(file) or kept
+    tokens, ends = kept
     return Corpus(tokens, np.concatenate([[0], ends[:-1]]), ends)
+
+
+def _kept(file: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens and ends in the cache; None where they are not there, or not whole."""
+    try:
+        tokens = np.load(file / "tokens.npy", mmap_mode="r")
+        ends = np.load(file / "ends.npy")
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = (
+        (tokens.ndim, ends.ndim, tokens.dtype.kind, ends.dtype.kind) == (1, 1, "u", "i")
+        and len(ends) > 0
+        and ends[-1] == len(tokens)
+        and bool((np.diff(ends, prepend=0) >= 0).all())
+    )
+    return (tokens, ends) if whole else None
 
 
 def cache_folder() -> Path:

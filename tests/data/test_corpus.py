@@ -96,3 +96,27 @@ def test_another_process_that_takes_too_long_is_named(place, tokenizer, monkeypa
     with FileLock(f"{entry}.lock"), pytest.raises(SparsekError, match="another process") as caught:
         corpus.load_corpus(str(file), tokenizer)
     assert "wait" in caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["tokens.npy", "ends.npy"])
+@pytest.mark.parametrize("damage", ["gone", "empty", "cut", "other bytes", "another's"])
+def test_a_damaged_entry_is_made_anew_and_told(place, tokenizer, name, damage):
+    """It ended as a ValueError; an empty file as Ctrl-C."""
+    file, entry = place
+    made = corpus.load_corpus(str(file), tokenizer)
+    tokens, ends = np.array(made.tokens), made.ends  # a copy: the file is mapped
+    content = (entry / name).read_bytes()
+    if damage == "gone":
+        (entry / name).unlink()
+    elif damage == "another's":
+        np.save(entry / name, np.arange(3, dtype=np.uint16 if name == "tokens.npy" else np.int64))
+    else:
+        bad = {"empty": b"", "cut": content[:-4], "other bytes": b"\xff" * len(content)}[damage]
+        (entry / name).write_bytes(bad)
+    said: list[str] = []
+    again = corpus.load_corpus(str(file), tokenizer, say=said.append)
+    assert "is damaged: it is made anew" in said[0]
+    assert np.array_equal(again.tokens, tokens) and np.array_equal(again.ends, ends)
+    said.clear()
+    corpus.load_corpus(str(file), tokenizer, say=said.append)
+    assert not said
