@@ -58,16 +58,17 @@ def _cut(rows: int, table: dict[tuple, Shape] | None, usual: Shape, early: bool)
     early: whether the launches of insertion and attention may begin early.
     """
     kept = dict(shapes.TUNED), set(shapes.FASTER_IN_TORCH), dict(shapes.USUAL)
+    begin = attention.BEGIN_EARLY
     if table is not None:
         shapes.TUNED.clear()
         shapes.TUNED.update(table)
         shapes.FASTER_IN_TORCH.difference_update(table)
     shapes.USUAL[shapes.rows_class(rows)] = usual
-    attention.BEGIN_EARLY = early
+    attention.BEGIN_EARLY = range(rows, rows + 1) if early else range(0)
     try:
         yield
     finally:
-        attention.BEGIN_EARLY = False
+        attention.BEGIN_EARLY = begin
         for held, before in zip(
             (shapes.TUNED, shapes.FASTER_IN_TORCH, shapes.USUAL), kept, strict=True
         ):

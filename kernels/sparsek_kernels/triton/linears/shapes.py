@@ -72,15 +72,16 @@ USUAL: dict[int, Shape] = {
 TUNED: dict[tuple[int, int, int], Shape] = {
     (1, 2048, 16384): Shape(pairs=1, columns=2048, warps=4, overlap=True),
     (1, 8192, 2048): Shape(pairs=1, columns=2048, warps=4, overlap=True),
-    (4, 2048, 16384): Shape(pairs=32, columns=256, warps=4, stages=3, dot=True),
-    (4, 2048, 3072): Shape(pairs=16, columns=256, warps=4, stages=3, dot=True),
+    (4, 2048, 16384): Shape(pairs=32, columns=256, warps=4, stages=3, dot=True, overlap=True),
+    (4, 8192, 2048): Shape(8, 1024, 8, dot=True, overlap=True, early=True),
+    (4, 2048, 3072): Shape(8, 512, 4, dot=True, overlap=True, early=True),
+    (4, 2048, 2048): Shape(4, 1024, 8, dot=True, overlap=True, early=True),
     (16, 2048, 16384): Shape(pairs=32, columns=256, warps=4, stages=3, dot=True),
     (16, 2048, 3072): Shape(pairs=16, columns=256, warps=4, stages=3, dot=True),
 }
 
-# Where torch's own product, with what is added to it in a second launch, was faster than any shape:
-# few outputs of many inputs leave too few programs.
-FASTER_IN_TORCH: set[tuple[int, int, int]] = {(4, 8192, 2048), (16, 8192, 2048)}
+# Where torch's own product, with what is added to it in a second launch, was faster than any shape.
+FASTER_IN_TORCH: set[tuple[int, int, int]] = {(4, 2048, 128256), (16, 8192, 2048)}
 
 
 def shape_of(rows: int, columns: int, outputs: int) -> Shape:
