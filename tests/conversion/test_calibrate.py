@@ -68,7 +68,7 @@ def p99(probabilities: torch.Tensor) -> torch.Tensor:
 def test_targets_equal_the_definition(recorded, step, reduce, monkeypatch):
     from sparsek_cli.conversion.calibrate.scorers import targets
 
-    monkeypatch.setattr(targets, "_BLOCK", 7)
+    monkeypatch.setattr(targets, "_BLOCK", {"cpu": 7})
     rows = torch.arange(0, TOKENS, step)
     answer = torch.zeros(TOKENS, dtype=torch.bool)
     answer[[21, 30, 36]] = True
@@ -115,7 +115,12 @@ def test_visible_keys_equal_the_definition(sinks):
             assert set(seen[line, number].nonzero().flatten().tolist()) == expected
 
 
-def test_output_error_equals_attention_over_the_kept_keys(recorded):
+@pytest.mark.parametrize("together", [1, 2, 8])
+def test_output_error_equals_attention_over_the_kept_keys(recorded, together, monkeypatch):
+    """However many candidates and sizes are computed at once."""
+    from sparsek_cli.conversion.calibrate.sensitivity import output_error
+
+    monkeypatch.setattr(output_error, "_WEIGHTS", {"cpu": together * HEADS * 2 * TOKENS})
     slots = Slots(WINDOW, sinks=1, sizes=(2, 4, TOKENS))
     effective = torch.randn(2, GROUPS, TOKENS).double()
     out_weight = torch.randn(HEADS * SIZE, 16)

@@ -13,12 +13,13 @@ from sparsek_cli.conversion.calibrate import rows
 from sparsek_cli.conversion.calibrate.effort import Effort, affordable
 from sparsek_cli.conversion.calibrate.head_budgets.by_error import shares_by_errors, sizes_of
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
-from sparsek_cli.conversion.calibrate.head_budgets.held_out import Candidate, HeldOut
+from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import Fit, Map, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
+from sparsek_cli.conversion.calibrate.sensitivity.compile_ahead import Document, compile_ahead
 from sparsek_cli.conversion.calibrate.sensitivity.divergence import Rows, Whole, chosen_attention
 from sparsek_cli.conversion.calibrate.sensitivity.gradient import Gradients
 from sparsek_cli.conversion.calibrate.sensitivity.output_error import Slots, output_errors
@@ -81,6 +82,11 @@ class LayerSearch:
             self._valued = self._to_value(few)
             self.whole = Whole(self.base, self._counted(few))
             added = range(self.held_out.stop, len(sequences))
+            shapes = [Document(s.context, s.turns, s.turn_length) for s in sequences]
+            compile_ahead(
+                plan, self.base.logits, self.base.hidden[0],
+                [shapes[n] for n in few], [shapes[n] for n in added],
+            )  # fmt: skip
             self.gradients = Gradients(self.base, self._counted(added))
         self.part: dict[int, HeldOut] = {}
         self.part_inputs: dict[int, torch.Tensor] = {}
@@ -175,16 +181,14 @@ class LayerSearch:
 
         def compare(number: int, recorded: Recorded) -> None:
             scores = {name: map_.of(recorded) for name, map_ in held_out.maps.items()}
+            effective = _effective(scores, held_out, recorded.positions)
             asked = self.error_rows[number].to(self.device)
-            errors = []
-            for reading in recorded.readings(asked):
-                here = {name: reading.of(score) for name, score in scores.items()}
-                effective = torch.stack(
-                    [_effective(here, row, held_out.unit) for row in held_out.candidates]
+            errors = [
+                output_errors(
+                    reading.recorded, reading.of(effective), reading.rows, slots, out_weight
                 )
-                errors.append(
-                    output_errors(reading.recorded, effective, reading.rows, slots, out_weight)
-                )
+                for reading in recorded.readings(asked)
+            ]
             stream = self.base.hidden[number][0, asked].float().square().sum(-1)
             answer = self.answers[number].to(self.device)[asked]
             held_out.add(torch.cat(errors, -1), stream, answer)
@@ -215,10 +219,17 @@ class LayerSearch:
 
 
 def _effective(
-    scores: dict[str, torch.Tensor], candidates: list[Candidate], unit: float
+    scores: dict[str, torch.Tensor], held_out: HeldOut, positions: torch.Tensor
 ) -> torch.Tensor:
-    """[G, N] float64: each head's score + slope * position, for its own map and slope."""
-    chosen = torch.stack([scores[name][g] for g, (name, _) in enumerate(candidates)]).double()
-    slopes = torch.tensor([slope * unit for _, slope in candidates], device=chosen.device)
-    positions = torch.arange(chosen.shape[-1], device=chosen.device)
-    return chosen + slopes.double()[:, None] * positions.double()
+    """[C, G, N] float64: score + slope * position of every candidate, by KV head.
+
+    Args:
+        scores: [G, N] of each map. positions: [N] int64.
+    """
+    places = {name: place for place, name in enumerate(scores)}
+    maps = [[places[name] for name, _ in row] for row in held_out.candidates]
+    slopes = [[slope * held_out.unit for _, slope in row] for row in held_out.candidates]
+    maps, slopes = (torch.tensor(rows, device=positions.device) for rows in (maps, slopes))
+    every = torch.stack([*scores.values()]).double()
+    chosen = every[maps, torch.arange(every.shape[1], device=positions.device)]
+    return chosen + slopes.double()[..., None] * positions.double()

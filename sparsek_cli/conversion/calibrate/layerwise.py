@@ -45,6 +45,7 @@ class LayerwiseBase:
 
     Attributes:
         hidden: per sequence the input [1, N, hidden] of the next layer; None after `take`.
+        logits: how weights are made in the layer that was run last.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class LayerwiseBase:
         AttentionInterface.register(_RECORDING, self._attend)
         AttentionMaskInterface.register(_RECORDING, lambda *args, **kwargs: None)
         self._last: Recorded | None = None
+        self.logits: Logits | None = None
         self._attend_with: Attend | None = None
         self._inputs: torch.Tensor | None = None
         self._to_the_end = True
@@ -85,7 +87,7 @@ class LayerwiseBase:
         softcap=None, s_aux=None, **kwargs,
     ):  # fmt: skip
         check_arguments(module, {n: kwargs[n] for n in kwargs if n != "dropout"})
-        logits = Logits.of(query, scaling, softcap, s_aux)
+        self.logits = logits = Logits.of(query, scaling, softcap, s_aux)
         if sliding_window is not None:
             out = self._slide(query, key, value, sliding_window, logits)
             return out.transpose(1, 2).contiguous(), None

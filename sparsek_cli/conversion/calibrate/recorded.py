@@ -36,6 +36,14 @@ class Recorded:
         """Tokens of the context."""
         return self.key.shape[1] - self.turns * self.turn_length
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """[N] int64, places of tokens in their reading: every turn goes on from the context."""
+        places = torch.arange(self.key.shape[1], device=self.key.device)
+        context = self.context
+        beyond = context + (places - context) % max(1, self.turn_length)
+        return torch.where(places < context, places, beyond)
+
     def readings(self, rows: torch.Tensor) -> Iterator[Reading]:
         """The plain sequences that `rows` [R] int64, ascending, belong to: context first."""
         if not self.turns:

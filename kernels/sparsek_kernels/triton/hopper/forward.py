@@ -26,6 +26,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     COPIERS,
     HALF,
     ROWS,
+    SIZES,
     copy_rows,
     heads_of_tile,
     items,
@@ -250,7 +251,7 @@ def _compute(
         rows, clear, steps = rows_1, clear_1, steps_1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def _attend_hopper(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     end, sequences, tiles, offsets, counts, listed,

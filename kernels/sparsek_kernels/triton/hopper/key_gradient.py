@@ -26,7 +26,14 @@ from sparsek_kernels.triton.hopper.query_blocks import (
     copy_queries,
     key_of,
 )
-from sparsek_kernels.triton.hopper.tiles import COPIERS, HALF, copy_rows, sequence_at, thread_sums
+from sparsek_kernels.triton.hopper.tiles import (
+    COPIERS,
+    HALF,
+    SIZES,
+    copy_rows,
+    sequence_at,
+    thread_sums,
+)
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
 
@@ -174,7 +181,7 @@ def _compute(
             mbarrier.arrive(free.index(step % STAGES), count=1)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def _key_gradient_hopper(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, column_ptr,
     run_start, run_stop, end, sequences, tiles, offsets, counts, listed,

@@ -21,6 +21,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     COPIERS,
     HALF,
     ROWS,
+    SIZES,
     copy_rows,
     heads_of_tile,
     in_tile,
@@ -184,7 +185,7 @@ def _compute(
     gl.store(at, q_s.load(at.type.layout), mask=exists)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=SIZES)
 def _query_gradient_hopper(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, row_sum_ptr,
     run_start, run_stop, end, sequences, tiles, offsets, counts, listed,

@@ -16,6 +16,8 @@ from sparsek_kernels.triton.tiles import Sequence
 ROWS = 128
 HALF = gl.constexpr(64)  # rows of one computing warpgroup
 COPIERS = gl.constexpr(128)  # threads of the copying warpgroup
+# Sizes that differ from call to call: compiling anew for multiples of 16 would take five seconds.
+SIZES = ("queries", "row_keys", "columns", "window", "first_tile", "tile_step")
 
 
 class Span(NamedTuple):

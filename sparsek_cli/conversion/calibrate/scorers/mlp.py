@@ -147,7 +147,8 @@ def _trained(
         out = nn.Linear(width, maps * groups, bias=False)
     mlp = nn.Sequential(hidden, nn.GELU(), out).to(rows.device)
     nn.init.zeros_(out.weight)
-    optimiser = torch.optim.AdamW(mlp.parameters(), lr=3e-3, weight_decay=1e-2)
+    fused = rows.device.type == "cuda"
+    optimiser = torch.optim.AdamW(mlp.parameters(), lr=3e-3, weight_decay=1e-2, fused=fused)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     generator = torch.Generator(rows.device).manual_seed(0)
     for _ in range(steps):

@@ -13,8 +13,9 @@ import torch
 
 from sparsek_cli.conversion.calibrate.recorded import Reading, Recorded
 
-# Most queries in a block, and most logits in it: 512 MB in float32.
-_BLOCK = 256
+# Most queries in a block, by the kind of device (calls are dear on others than CPUs), and most
+# logits in it: 512 MB in float32.
+_BLOCK = {"cpu": 256, "other": 2048}
 _LOGITS = 1 << 27
 # Log probabilities below this mean "never looked at"; without a floor they dominate the squares.
 FLOOR = -16.0
@@ -39,7 +40,7 @@ def future_attention(
     groups, device = recorded.key.shape[0], recorded.key.device
     best, best_answer = (REDUCTIONS[target](groups, recorded.context, device) for _ in range(2))
     for reading in recorded.readings(rows.cpu()):
-        asked = reading.of(answer.to(device))
+        asked = reading.of(answer.to(device)).cpu()
         look(reading, asked, recorded.context, window, best, best_answer)
     return best.result(), best_answer.result()
 
@@ -60,13 +61,14 @@ def look(
     heads, _, size = recorded.query.shape
     groups, tokens, _ = recorded.key.shape
     key = recorded.key.float()
-    for block in reading.rows.split(max(1, min(_BLOCK, _LOGITS // (heads * tokens)))):
-        last = int(block[-1]) + 1
-        query = (recorded.query[:, block].float() * recorded.logits.scale).reshape(groups, -1, size)
+    most = _BLOCK["cpu" if key.device.type == "cpu" else "other"]
+    for block in reading.rows.split(max(1, min(most, _LOGITS // (heads * tokens)))):
+        last, where = int(block[-1]) + 1, _span(block, key.device)
+        query = (recorded.query[:, where].float() * recorded.logits.scale).reshape(groups, -1, size)
         logits = torch.matmul(query, key[:, :last].transpose(1, 2))
         logits = recorded.logits.capped(logits.view(groups, heads // groups, len(block), last))
         columns = torch.arange(last, device=key.device)
-        first, places = int(block[0]) + 1, block.to(key.device)[:, None]
+        first, places = int(block[0]) + 1, torch.arange(tokens, device=key.device)[where, None]
         # Only columns after the first query can lie in some query's future.
         late = columns[first:] > places
         logits[..., first:].masked_fill_(late, -torch.inf)
@@ -75,9 +77,15 @@ def look(
         logits[..., near:].masked_fill_(columns[near:] > places - window, -torch.inf)
         logits = logits[..., :context]
         best.add(logits)
-        asked = answer[block]
-        if bool(asked.any()):
-            best_answer.add(logits[:, :, asked])
+        asked = answer[block].nonzero()[:, 0]
+        if len(asked):
+            best_answer.add(logits[:, :, _span(asked, key.device)])
+
+
+def _span(rows: torch.Tensor, device: torch.device) -> slice | torch.Tensor:
+    """Ascending rows as an index: a slice, for which a GPU waits for nothing, where they adjoin."""
+    first, stop = int(rows[0]), int(rows[-1]) + 1
+    return slice(first, stop) if stop - first == len(rows) else rows.to(device)
 
 
 class Reduction(Protocol):

@@ -76,7 +76,7 @@ def chosen_attention(plan: Plan, maps: Mapping[str, Map], choice: Choice) -> Att
             each = {name: maps[name].of(recorded) for name in set(choice.maps)}
             scores = torch.stack([each[name][head] for head, name in enumerate(choice.maps)])
         slopes = torch.tensor(choice.slopes, dtype=torch.float32, device=scores.device)
-        return _attention(
+        return sparse_attention(
             recorded, scores, topk=choice.topk, window=plan.window, sinks=plan.sinks, slopes=slopes
         )
 
@@ -88,14 +88,14 @@ def window_attention(plan: Plan) -> Attend:
 
     def attend(recorded: Recorded) -> torch.Tensor:
         scores = torch.zeros(recorded.key.shape[:2], device=recorded.key.device)
-        return _attention(
+        return sparse_attention(
             recorded, scores, topk=0, window=plan.window + plan.topk, sinks=plan.sinks
         )
 
     return attend
 
 
-def _attention(recorded: Recorded, scores: torch.Tensor, **settings) -> torch.Tensor:
+def sparse_attention(recorded: Recorded, scores: torch.Tensor, **settings) -> torch.Tensor:
     """What the converted model computes: turns go on from the state that the context leaves."""
     settings |= recorded.logits.settings
     tensors = (recorded.query, recorded.key, recorded.value, scores)

@@ -13,9 +13,12 @@ import torch
 
 from sparsek_cli.conversion.calibrate.recorded import Recorded
 
-# Elements of the largest temporaries: masks [candidates, G, rows, N] and logits [H, rows, N].
+# Elements of the largest temporaries: masks [candidates, G, rows, N], logits [H, rows, N], and by
+# the kind of device weights [G, candidates * sizes, H / G, rows, N]: a CPU's cache holds one, and
+# on others calls are dear.
 _MASKS = 1 << 26
 _LOGITS = 1 << 27
+_WEIGHTS = {"cpu": 1, "other": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -102,30 +105,37 @@ def _block_errors(
     logits.masked_fill_(positions > rows[:, None], -torch.inf)
     weights = recorded.logits.weights(logits)
     # What a sink logit takes of a query's attention is there whatever is kept.
-    nothing = 0.0
+    nothing = weights.new_zeros(())
     if recorded.logits.sinks is not None:
-        nothing = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)
+        nothing = (1 - weights.sum(-1, keepdim=True)).clamp_min(0)[:, None]
     # A column of ones: its weighted sum is what the kept weights must be divided by.
     value = torch.nn.functional.pad(recorded.value.float(), (0, 1), value=1.0)
 
     def attend(weights: torch.Tensor) -> torch.Tensor:
-        """[G, Q, R, N] -> [G, Q, R, D]."""
-        output = torch.matmul(weights.flatten(1, 2), value).view(*weights.shape[:3], size + 1)
+        """[G, L, Q, R, N] -> [G, L, Q, R, D]."""
+        output = torch.matmul(weights.flatten(1, 3), value).view(*weights.shape[:4], size + 1)
         return output[..., :size] / (output[..., size:] + nothing).clamp_min(1e-20)
 
     def project(output: torch.Tensor) -> torch.Tensor:
-        """[G, Q, R, D] -> squared length after W_o, [G, R]."""
-        joined = output.transpose(1, 2).reshape(groups, len(rows), -1)
-        return torch.matmul(joined, out_weight).square().sum(-1)
+        """[G, L, Q, R, D] -> squared length after W_o, [L, G, R]."""
+        joined = output.transpose(2, 3).flatten(3).flatten(1, 2)
+        lengths = torch.matmul(joined, out_weight).square().sum(-1)
+        return lengths.view(groups, -1, len(rows)).transpose(0, 1)
 
+    weights = weights[:, None]
     dense = attend(weights)
     errors = []
     always = always_visible(tokens, rows, slots)
+    sizes = torch.tensor(slots.sizes, device=rows.device)[:, None, None]
+    room = _WEIGHTS["cpu" if rows.device.type == "cpu" else "other"]
+    together = max(1, room // weights.numel())
     step = max(1, _MASKS // (groups * len(rows) * tokens))
     for chunk in effective.split(step):
         ranks = prefix_ranks(chunk.flatten(0, 1), rows, slots)
-        for ranks_here in ranks.view(*chunk.shape[:2], len(rows), tokens):
-            for size_here in slots.sizes:
-                seen = (ranks_here <= size_here) | always
-                errors.append(project(attend(weights * seen[:, None]) - dense))
-    return torch.stack(errors).unflatten(0, (len(effective), len(slots.sizes)))
+        ranks = ranks.view(len(chunk), groups, len(rows), tokens).transpose(0, 1).contiguous()
+        for some in ranks.split(max(1, together // len(sizes)), dim=1):  # [G, C, R, N]
+            for few in sizes.split(together):
+                seen = (some[:, :, None] <= few) | always  # [G, C, L, R, N]
+                kept = weights * seen.flatten(1, 2)[:, :, None]
+                errors.append(project(attend(kept) - dense))
+    return torch.cat(errors).unflatten(0, (len(effective), len(sizes)))

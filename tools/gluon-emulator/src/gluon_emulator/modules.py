@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -34,6 +35,11 @@ class Kernel:
                 run_program(place, grid, self.function, passed, constants)
 
         return launch
+
+
+def _jit(function: Callable | None = None, **options: Any) -> Callable:
+    """gluon.jit, with or without options: they are the compiler's, and nothing is compiled."""
+    return Kernel if function is None else Kernel(function)
 
 
 def _argument(x):
@@ -100,7 +106,7 @@ def emulated_modules():
     """Inside, `import` of Gluon gives the stand-ins: yields a function that imports a package
     against them, as new modules that nobody else sees."""
     gluon, gl, hopper = ModuleType(GLUON), _language(), _hopper()
-    gluon.jit, gluon.language = Kernel, gl
+    gluon.jit, gluon.language = _jit, gl
     nvidia = ModuleType(f"{GLUON}.language.nvidia")
     gl.nvidia, nvidia.hopper = nvidia, hopper
     stand_ins = {m.__name__: m for m in (gluon, gl, nvidia, hopper)}
