@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.load import Draft
 from sparsek_cli.reporter import Reporter
 
@@ -194,6 +195,7 @@ def export(
     """
     from sparsek_cli.sharing.dense import plan, run
 
+    _check_switches(copy=copy, overwrite=overwrite)
     place = None if out is None else fspath(out)
     made = plan(fspath(model), place, revision=revision, copy=copy, overwrite=overwrite)
     return run(made, reporter)
@@ -218,6 +220,7 @@ def export_scorers(
     """
     from sparsek_cli.scorers_alone.take_scorers import plan, run
 
+    _check_switches(overwrite=overwrite)
     place = None if out is None else fspath(out)
     return run(plan(fspath(model), place, revision=revision, overwrite=overwrite), reporter)
 
@@ -245,6 +248,7 @@ def merge(
     """
     from sparsek_cli.sharing.merge import plan, run
 
+    _check_switches(copy=copy, overwrite=overwrite)
     made = plan(
         fspath(base), fspath(scorers), None if out is None else fspath(out),
         revision=revision, copy=copy, overwrite=overwrite,
@@ -279,12 +283,24 @@ def chat(
     from sparsek_cli.dialogue.engine import Engine
     from sparsek_cli.dialogue.sampling import Sampling
     from sparsek_cli.dialogue.session import Session
+    from sparsek_cli.dialogue.settings import check_sampling
 
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
+    check_sampling(sampling)
     weights, tokenizer = load(
         model, revision=revision, device=device, dtype=dtype, cache_dtype=cache_dtype
     )
-    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     return Session(Engine(weights), tokenizer, sampling, system)
+
+
+def _check_switches(**given: object) -> None:
+    """Raises UsageError for what is neither true nor false: overwrite="no" replaced a folder."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise UsageError(
+                f"{name} should be True or False, not {value!r}",
+                hint=f"give {name}=True, or leave it out",
+            )
 
 
 def _validated(

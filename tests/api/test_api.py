@@ -111,3 +111,23 @@ def test_naming_a_function_imports_no_torch():
 def test_what_does_not_exist_is_no_attribute():
     with pytest.raises(AttributeError, match="no attribute 'conver'"):
         sparsek.conver  # noqa: B018
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_switches_are_true_or_false(tmp_path, value):
+    """overwrite="no" replaced a folder."""
+    for call in (
+        lambda: sparsek.export("tiny", tmp_path / "a", overwrite=value),
+        lambda: sparsek.export("tiny", tmp_path / "a", copy=value),
+        lambda: sparsek.export_scorers("tiny", tmp_path / "a", overwrite=value),
+        lambda: sparsek.merge("tiny", "s", tmp_path / "a", overwrite=value),
+    ):
+        with pytest.raises(UsageError, match="should be True or False"):
+            call()
+
+
+@pytest.mark.parametrize("settings", [{"temperature": float("nan")}, {"max_new_tokens": 0}])
+def test_sampling_that_means_nothing(settings):
+    """It was a RuntimeError of torch at the first word."""
+    with pytest.raises(UsageError, match="out of range"):
+        sparsek.chat("tiny", **settings)
