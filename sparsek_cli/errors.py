@@ -39,9 +39,11 @@ def refusal(error: BaseException | None) -> SparsekError | None:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether Python, torch on a GPU or torch on a CPU found no memory."""
-    # By name: torch is not imported for this. Its allocator on CPUs has no class of its own.
+    # By name: torch is not imported for this. Its allocator on CPUs, Triton and CUDA's libraries
+    # have no class of their own.
     full = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return full or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "out of memory", "ALLOC_FAILED")
+    return full or any(words in str(error) for words in said)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from threading import Event, Timer
 from types import SimpleNamespace
 
 import pytest
@@ -17,8 +19,9 @@ PLAN = SimpleNamespace(
 READ, LEARNT = Document(60, turns=3, turn_length=9), Document(70)
 
 
-def test_a_cpu_compiles_nothing():
-    assert compile_ahead(PLAN, Logits(0.3), torch.zeros(1, 1, 4), [READ], [LEARNT]) is None
+def test_a_cpu_compiles_nothing(monkeypatch):
+    monkeypatch.setattr(module, "Thread", None)
+    compile_ahead(PLAN, Logits(0.3), torch.zeros(1, 1, 4), [READ], [LEARNT])()
 
 
 @pytest.mark.parametrize(("document", "learns"), [(READ, False), (LEARNT, True)])
@@ -44,13 +47,49 @@ def test_documents_are_attended_to_as_in_a_conversion(document, learns, monkeypa
         assert (recorded.query.grad is not None) == learns
 
 
-def test_what_fails_there_fails_nowhere_else(monkeypatch, caplog):
+@pytest.fixture
+def card(monkeypatch):
+    """Something like inputs on the second GPU; a thread's current device is noted."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(entered.append(device)))
+    made = SimpleNamespace(device=torch.device("cuda:1"), free=1 << 40, entered=entered)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (made.free, made.free))
+    return made
+
+
+def test_what_fails_there_fails_nowhere_else(monkeypatch, caplog, card):
     caplog.set_level("INFO", "sparsek_cli")
 
     def fails(*args, **kwargs):
         raise RuntimeError("no ptxas")
 
     monkeypatch.setattr(module, "_attend", fails)
-    like = SimpleNamespace(device=torch.device("cuda"))
-    compile_ahead(PLAN, Logits(0.3), like, [READ, READ], [LEARNT]).join()
-    assert "no ptxas" in caplog.text
+    monkeypatch.setattr(module, "Event", lambda: SimpleNamespace(set=int, is_set=bool))  # not yet
+    compile_ahead(PLAN, Logits(0.3), card, [READ, READ], [LEARNT])()
+    assert "no ptxas" in caplog.text and card.entered == [card.device]
+
+
+@pytest.mark.parametrize(("free", "asked"), [(1 << 40, 4), (1000, 0)])
+def test_each_shape_is_asked_for_twice_where_there_is_room(free, asked, monkeypatch, card):
+    card.free, seen = free, []
+    monkeypatch.setattr(module, "_attend", lambda *args, **how: seen.append((args[3], how)))
+    monkeypatch.setattr(module, "Event", lambda: SimpleNamespace(set=int, is_set=bool))
+    compile_ahead(PLAN, Logits(0.3), card, [READ, READ], [LEARNT])()
+    assert len(seen) == asked
+    assert not seen or [how["odd"] for _, how in seen] == [0, 1, 0, 1]
+
+
+def test_once_it_is_ended_nothing_more_is_compiled(monkeypatch, card):
+    begun, go_on, seen = Event(), Event(), []
+
+    def attend(*args, **how):
+        seen.append(how)
+        begun.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr(module, "_attend", attend)
+    end = compile_ahead(PLAN, Logits(0.3), card, [READ], [LEARNT])
+    assert begun.wait(10)
+    Timer(0.2, go_on.set).start()
+    end()
+    assert len(seen) == 1

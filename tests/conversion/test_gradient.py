@@ -71,6 +71,9 @@ class Unused:
     [
         torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("out of resource: shared memory, Required: 300000"),
         MemoryError(),
         RuntimeError("a leaf Variable that requires grad is being used in an in-place operation."),
         NotImplementedError("derivative for aten::_scan is not implemented"),

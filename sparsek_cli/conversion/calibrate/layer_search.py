@@ -83,7 +83,7 @@ class LayerSearch:
             self.whole = Whole(self.base, self._counted(few))
             added = range(self.held_out.stop, len(sequences))
             shapes = [Document(s.context, s.turns, s.turn_length) for s in sequences]
-            compile_ahead(
+            self.end_compiling = compile_ahead(
                 plan, self.base.logits, self.base.hidden[0],
                 [shapes[n] for n in few], [shapes[n] for n in added],
             )  # fmt: skip

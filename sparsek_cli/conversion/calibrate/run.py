@@ -87,18 +87,21 @@ def search(
     effort = _effort(plan, can.whole_models)
     found = LayerSearch(plan, *sequences, device, dtype, fit, effort)
     depth = len(plan.sparse_layers)
-    with torch.no_grad():
-        with reporter.progress("calibrating", depth * sum(map(len, sequences))) as bar:
-            layers = []
-            for layer in range(found.base.layers):
-                if layer in plan.sparse_layers:
-                    layers.append(found.layer(layer, bar.advance))
-                else:
-                    found.base.pass_layer(layer)
-        with reporter.progress("comparing whole models", effort.passes) as bar:
-            choices, report = decide(
-                plan, layers, found.whole, found.gradients, effort, bar.advance
-            )
+    try:
+        with torch.no_grad():
+            with reporter.progress("calibrating", depth * sum(map(len, sequences))) as bar:
+                layers = []
+                for layer in range(found.base.layers):
+                    if layer in plan.sparse_layers:
+                        layers.append(found.layer(layer, bar.advance))
+                    else:
+                        found.base.pass_layer(layer)
+            with reporter.progress("comparing whole models", effort.passes) as bar:
+                choices, report = decide(
+                    plan, layers, found.whole, found.gradients, effort, bar.advance
+                )
+    finally:
+        found.end_compiling()
     if report["not_refined"]:
         reporter.say(f"budgets were not refined further: {report['not_refined']}")
     return Found(layers, choices, report)

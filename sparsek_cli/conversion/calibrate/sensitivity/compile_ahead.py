@@ -7,8 +7,8 @@ where it is needed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from threading import Thread
+from collections.abc import Callable, Iterable
+from threading import Event, Thread
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,9 @@ from sparsek_cli.models.logits import Logits
 _LOG = logging.getLogger("sparsek_cli")
 # Shares of topk that heads get in turn: what is compiled depends on whether any get nothing.
 _SHARES = (0, 0.5, 1, 4)
+# Queries in float32 that must find room, so that the work beside it is not left without memory.
+_ROOM = 32
+_LAST = 10.0  # seconds that one kernel may still take
 
 
 class Document(NamedTuple):
@@ -37,29 +40,48 @@ def compile_ahead(
     inputs: torch.Tensor,
     read: Iterable[Document],
     differentiated: Iterable[Document],
-) -> Thread | None:
-    """Starts to compile what documents of these shapes will need; None where nothing is compiled.
+) -> Callable[[], None]:
+    """Starts to compile what documents of these shapes will need; on a CPU nothing is compiled.
 
     Args:
         logits: of the model's attention. inputs: any, of its dtype and device.
         read: shapes of documents that are read. differentiated: with a gradient.
+
+    Returns:
+        What ends it, once the kernel under way is done.
     """
     if inputs.device.type != "cuda":
-        return None
+        return lambda: None
+    ended = Event()
     wanted = [(document, False) for document in dict.fromkeys(read)]
     wanted += [(document, True) for document in dict.fromkeys(differentiated)]
 
     def run() -> None:
         try:
-            for document, learns in wanted:
-                for odd in (0, 1):  # kernels differ by what numbers are multiples of 16
-                    _attend(plan, logits, inputs, document, odd=odd, learns=learns)
+            with torch.cuda.device(inputs.device):  # which is a thread's own
+                for document, learns in wanted:
+                    for odd in (0, 1):  # kernels differ by what numbers are multiples of 16
+                        if ended.is_set() or not _has_room(plan, inputs.device, document):
+                            return
+                        _attend(plan, logits, inputs, document, odd=odd, learns=learns)
         except Exception as error:  # whatever it is: it will be met, and told, where it matters
             _LOG.info("kernels were not compiled ahead: %s", error)
 
     thread = Thread(target=run, name="compile-ahead", daemon=True)
     thread.start()
-    return thread
+
+    def end() -> None:
+        ended.set()
+        thread.join(_LAST)
+
+    return end
+
+
+def _has_room(plan: Plan, device: torch.device, document: Document) -> bool:
+    """Whether much more memory is free than attention over one such document takes."""
+    free, _ = torch.cuda.mem_get_info(device)
+    tokens = document.context + document.turns * document.turn_length
+    return free > _ROOM * 4 * tokens * plan.geometry.heads * plan.geometry.head_dim
 
 
 def _attend(

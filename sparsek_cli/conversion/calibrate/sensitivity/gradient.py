@@ -23,7 +23,9 @@ from sparsek_cli.errors import first_line, out_of_memory
 # Whose predictions are differentiated together.
 _ROWS = 1024
 # One of these is in whatever torch says of a layer that it cannot differentiate.
-_AUTOGRADS_WORDS = ("grad", "backward", "derivative", "differentiat", "inplace", "in-place")
+_AUTOGRADS_WORDS = (
+    "grad", "backward", "derivative", "differentiat", "inplace", "in-place", "out of resource",
+)  # fmt: skip
 
 
 class NoGradients(Exception):
