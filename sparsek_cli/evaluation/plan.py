@@ -90,7 +90,7 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
     checkpoint = hub.resolve(recipe.model, recipe.revision)
     out = Path(os.path.expanduser(recipe.out)) if recipe.out else None
     if out is None and not resume:
-        check_not_inside(RUNS, checkpoint.path)
+        check_not_inside(RUNS, checkpoint.path, "--out")
     if out is not None:
         check_results(out, resume=resume, model=checkpoint.path)
         if recipe.overwrite:

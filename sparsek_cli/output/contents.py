@@ -35,9 +35,11 @@ class Contents:
         """Whether a file of this name is written into such a folder."""
         return any(fnmatchcase(file, pattern) for pattern in self.files)
 
-    def foreign(self, folder: Path) -> str | None:
-        """The first entry that no run of this tool wrote, or None."""
+    def foreign(self, folder: Path, besides: str | None = None) -> str | None:
+        """The first entry that no run of this tool wrote, or None; `besides` is not looked at."""
         for entry in sorted(folder.iterdir()):
+            if entry.name == besides:
+                continue
             if entry.is_symlink():
                 return entry.name
             if not entry.is_dir():

@@ -1,6 +1,7 @@
 """The one decision about what a verb may write on: OUT, or a single file."""
 
 import os
+import shlex
 import stat
 from pathlib import Path
 
@@ -90,24 +91,51 @@ def check_file(file: Path, *, overwrite: bool, suffixes: tuple[str, ...]) -> Non
         )
 
 
-def check_not_inside(out: Path, model: Path | None) -> None:
+def check_not_inside(out: Path, model: Path | None, flag: str = "") -> None:
     """Raises UsageError where `out` would be added to the model's folder, or to a model of ours.
 
     Other programs read or keep that, and a model of ours could not be replaced any more. Links are
-    followed.
+    followed. `flag` names another `out`, where the user did not name this one.
     """
     kept = None if model is None else model.resolve()
-    for folder in _followed(out).parents:
+    place = _followed(out)
+    for folder in place.parents:
         if folder == kept:
             which = "the model's own folder"
-        elif of := next((c for c in (MODEL, SCORERS_ALONE, ADAPTERS) if c.is_in(folder)), None):
+        elif of := _of_ours(folder, place.relative_to(folder).parts[0]):
             which = f"'{folder}', {of.name}"
         else:
             continue
+        beside = folder.parent / out.name
         raise UsageError(
             f"OUT '{out}' lies inside {which}",
-            hint=f"name a folder beside it: {folder.parent / out.name}",
+            hint=f"add {flag} {shlex.quote(str(beside))}, or run it from another folder"
+            if flag
+            else f"name a folder beside it: {beside}",
         )
+
+
+def _of_ours(folder: Path, to_out: str) -> Contents | None:
+    """What a folder is that nothing may be added to; `to_out` is its entry that leads to OUT.
+
+    Files of ours may lie among somebody's work. config.json of a model tells it from settings;
+    scorers and adapters have nothing of the kind, so they are alone there, and nobody's workplace.
+    """
+    if MODEL.is_in(folder):
+        alone = MODEL.foreign(folder, to_out) is None
+        return MODEL if alone or _names_a_model(folder / "config.json") else None
+    kind = next((c for c in (SCORERS_ALONE, ADAPTERS) if c.is_in(folder)), None)
+    if kind is None or kind.foreign(folder, to_out) is not None:
+        return None
+    workplace = folder == absolute("~").resolve() or Path.cwd().is_relative_to(folder)
+    return None if workplace else kind
+
+
+def _names_a_model(config: Path) -> bool:
+    try:
+        return b'"model_type"' in config.read_bytes()
+    except OSError:
+        return False
 
 
 def _followed(path: Path) -> Path:

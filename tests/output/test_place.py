@@ -138,11 +138,37 @@ def test_a_project_is_no_model(tmp_path):
     check_folder(tmp_path / "out", MODEL, overwrite=False)
 
 
+def test_a_stray_file_of_ours_makes_no_model_of_a_workplace(tmp_path, monkeypatch):
+    """One sparsek.safetensors in a home or a project refused every OUT below."""
+    home, project, here = (tmp_path / name for name in ("home", "project", "here"))
+    for folder in (home, project, here):
+        (folder / "sub").mkdir(parents=True)
+        (folder / "sparsek.safetensors").write_text("")
+    assert "inside" in refused(home / "sub" / "out")
+    monkeypatch.setenv("HOME", str(home))
+    check_folder(home / "sub" / "out", MODEL, overwrite=False)
+    assert "a folder of scorers" in refused(here / "sub" / "out")
+    monkeypatch.chdir(here)
+    check_folder(Path("sub/out"), MODEL, overwrite=False)
+    assert "a folder of scorers" in refused(project / "sub" / "out")
+    (project / "train.py").write_text("")
+    check_folder(project / "sub" / "out", MODEL, overwrite=False)
+    for name in ("config.json", "sparsek.yaml"):
+        (project / name).write_text("{}")
+    check_folder(project / "sub" / "out", MODEL, overwrite=False)
+    (project / "config.json").write_text('{"model_type": "sparsek_llama"}')
+    assert "a model that sparsek wrote" in refused(project / "sub" / "out")
+
+
 @pytest.mark.parametrize(
-    "mark", [["sparsek.safetensors"], ["adapter_config.json", "finetune.yaml"]]
+    "mark",
+    [
+        ["sparsek.safetensors"],
+        ["adapter_config.json", "finetune.yaml", "adapter_model.safetensors"],
+    ],
 )
 def test_scorers_and_adapters_get_nothing_added(tmp_path, mark):
-    for name in (*mark, "adapter_model.safetensors"):
+    for name in mark:
         (tmp_path / name).write_text("{}")
     assert "lies inside" in refused(tmp_path / "out")
 
