@@ -57,6 +57,25 @@ def stray_types(types: Sequence[str], model_type: str) -> UsageError:
     )
 
 
+def given_window(window: Any, key: str) -> int | None:
+    """Tokens of a window in config.json; None of what says in some families that there is none.
+
+    Args:
+        window: null, false, 0 and less mean none. key: where it stands.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    if window is None or window is False:
+        return None
+    if window is True or not isinstance(window, int | float):
+        raise UsageError(
+            f"{key} in config.json is {window!r}, no number of tokens",
+            hint=f'write it without quotes, or "{key}": null where there is no window',
+        )
+    return window if window > 0 else None
+
+
 def stray_window(key: str, window: int, model_type: str) -> UsageError:
     """What to raise where a window is named of a family that has none."""
     what = {"sliding_window": "a sliding window"}.get(key, f"an {key.replace('_', ' ')}")
@@ -77,13 +96,15 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
 
     Raises:
         UsageError: all layers slide, within the context: the base never learned to look further.
-            Or a family without windows is said to slide.
+            Or a family without windows is said to slide, or the window is no number.
     """
     if row.mixed:
         return {}
     window = config.get("sliding_window", row.window)
     types = config.get("layer_types") or ()
-    if window is not None and window < context and _slides(row, config):
+    none = given_window(window, "sliding_window") is None
+    unused = window is None or (none and not has_key(row, "sliding_window"))
+    if not unused and window < context and _slides(row, config):
         if not has_key(row, "sliding_window"):
             raise stray_window("sliding_window", window, row.model_type)
         if "full_attention" in types and has_key(row, "layer_types"):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE
-from sparsek_cli.families.layers import stray_types, stray_window
+from sparsek_cli.families.layers import given_window, stray_types, stray_window
 from sparsek_cli.families.own_config import own_value
 from sparsek_cli.loading.library_errors import readable_errors
 
@@ -22,7 +22,7 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
     Raises:
         SparsekError: it needs code of its own, or is no config that transformers knows.
         UsageError: it names an activation function that there is none of, or a window or kinds
-            of layers that the family does not have.
+            of layers that the family does not have, or a window that is no number.
     """
     from transformers import AutoConfig
 
@@ -39,7 +39,8 @@ def _settle_stray_kinds(config: "PreTrainedConfig") -> None:
     """A window or kinds of layers of a family that has none: no layer heeds them, its cache does.
 
     Raises:
-        UsageError: they are in use, and a cache would forget what attention asks for.
+        UsageError: they are in use, and a cache would forget what attention asks for; or a window
+            is no number.
     """
     kind = config.model_type.removeprefix("sparsek_")
     if kind not in TABLE or TABLE[kind].mixed:
@@ -52,7 +53,8 @@ def _settle_stray_kinds(config: "PreTrainedConfig") -> None:
         if window is None or own_value(config, key) is not None:
             continue
         context = getattr(config, "max_position_embeddings", None) or 0
-        if window < context and getattr(config, "use_sliding_window", True):
+        window = given_window(window, key)
+        if window is not None and window < context and getattr(config, "use_sliding_window", True):
             raise stray_window(key, window, kind)
         setattr(config, key, None)
 

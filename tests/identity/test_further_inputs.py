@@ -344,6 +344,26 @@ def test_a_window_that_is_no_use_of_is_forgotten(make_checkpoint, tmp_path, keys
     assert loaded(tmp_path / "edited").config.sliding_window is None
 
 
+@pytest.mark.parametrize("none", [0, -1, False])
+@pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
+def test_no_window_is_written_in_many_ways(make_checkpoint, tmp_path, key, none):
+    base = make_checkpoint(tmp_path / "base", "llama")
+    config(**{key: none})(base, tmp_path / "edited")
+    assert getattr(loaded(tmp_path / "edited").config, key) is None
+    assert convert(recipe(tmp_path / "edited", tmp_path / "out")).verified
+
+
+@pytest.mark.parametrize("key", ["sliding_window", "attention_chunk_size"])
+def test_a_window_in_quotes_is_named(make_checkpoint, tmp_path, key):
+    """It was a TypeError."""
+    base = make_checkpoint(tmp_path / "base", "llama")
+    config(**{key: "4096"})(base, tmp_path / "edited")
+    for read in (loaded, lambda path: convert(recipe(path, tmp_path / "out"))):
+        with pytest.raises(UsageError, match=f"{key} in config.json is '4096', no number") as error:
+            read(tmp_path / "edited")
+        assert "quotes" in error.value.hint
+
+
 def test_embeddings_that_are_tied_by_the_config_alone_are_told(
     make_checkpoint, tmp_path, monkeypatch
 ):
