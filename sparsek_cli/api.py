@@ -314,7 +314,17 @@ def _validated(
     places = {"model": model, "out": out}
     given = {key: fspath(value) for key, value in places.items() if value is not None}
     for key, value in {**settings, **given}.items():
-        # A number of NumPy's is one of Python's.
-        own = value.item() if type(value).__module__ == "numpy" and value.ndim == 0 else value
-        draft.set(key, own, f"{key}=")
+        draft.set(key, _own(value), f"{key}=")
     return draft.validated(kind)
+
+
+def _own(value: Any) -> Any:
+    """A value whose numbers are Python's: those of NumPy, and its arrays, count as such."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {_own(key): _own(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [_own(part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value

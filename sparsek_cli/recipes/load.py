@@ -166,4 +166,11 @@ def _assign(tree: dict, origins: dict[Loc, str], key: str, value: Any, origin: s
     loc = (*parents, last)
     for below in [o for o in origins if o[: len(loc)] == loc]:
         del origins[below]
+    _note(origins, loc, value, origin)
+
+
+def _note(origins: dict[Loc, str], loc: Loc, value: Any, origin: str) -> None:
+    """The place of a value and of all keys in it, by which a mistake is named."""
     origins[loc] = origin
+    for key, part in value.items() if isinstance(value, dict) else ():
+        _note(origins, (*loc, key), part, origin)

@@ -1,7 +1,8 @@
 """Switches and numbers of recipes: each of its own type, in bounds, and never made of another one.
 
 A word that is quoted, `true` where a number belongs, or 3.0 where things are counted are mistakes:
-whoever wrote them meant something else, or wrote another key's value.
+whoever wrote them meant something else, or wrote another key's value. Of words one kind is taken
+for a number, quoted or not, for YAML 1.1 makes a word of it: digits with an exponent, as 1e-4.
 """
 
 import re

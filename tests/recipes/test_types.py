@@ -158,6 +158,29 @@ def test_a_number_of_numpy_is_a_number():
     assert (made.limit, made.yarn) == (3, 2.0) and type(made.limit) is int
 
 
+@pytest.mark.parametrize(
+    ("recipe", "settings", "plain"),
+    [
+        (EvaluateRecipe, {"lengths": [np.int64(4)]}, {"lengths": [4]}),
+        (EvaluateRecipe, {"lengths": np.array([4, 5])}, {"lengths": [4, 5]}),
+        (FinetuneRecipe, {"lora": {"rank": np.int64(8)}}, {"lora": {"rank": 8}}),
+        (FinetuneRecipe, {"sparsek": {"topk": np.int64(8)}}, {"sparsek": {"topk": 8}}),
+    ],
+)
+def test_numbers_of_numpy_within_others_are_numbers(recipe, settings, plain):
+    made = [api._validated(recipe, Draft(), "tiny", None, given) for given in (settings, plain)]
+    assert made[0].model_dump() == made[1].model_dump()
+
+
+def test_a_mistake_in_a_mapping_is_told_by_the_key_alone():
+    """'sparsek.topk.constrained-int' was a name of pydantic's."""
+    with pytest.raises(UsageError, match="'sparsek.topk' should") as error:
+        api._validated(FinetuneRecipe, Draft(), "tiny", None, {"sparsek": {"topk": 1.5}})
+    assert "constrained" not in str(error.value)
+    with pytest.raises(UsageError, match="'sparsek.topk' should"):
+        load_recipe(FinetuneRecipe, None, ["sparsek={topk: 1.5}"])
+
+
 def test_a_source_may_be_called_as_one_of_its_keys_is():
     """`stream` of the shipped recipes is: its mistakes were told of data.stream.stream."""
     words = ["data.stream={kind: stream, stream: series}", "data.stream.weight=true"]
