@@ -194,9 +194,12 @@ def is_missed_here(name: str) -> bool:
     file = name.lower().endswith(_WEIGHTS)
     if not (file and is_hub_id(name) and Path(name).parent.is_dir()):
         return False
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import constants
 
-    return not isinstance(try_to_load_from_cache(name, "config.json"), str)
+    # Not asked of their functions, which raise for what is no hub id; and of GGUF, scorers or a
+    # tokenizer there is no config.json to look for.
+    cached = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    return not any(cached.glob("snapshots/*/*"))
 
 
 def _two_meanings(name: str, *, here: bool) -> str:

@@ -105,9 +105,12 @@ def _named_base(folder: Path) -> str | None:
 
 
 def _cached_card(hub_id: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import errors, try_to_load_from_cache
 
-    found = try_to_load_from_cache(hub_id, "README.md")
+    try:
+        found = try_to_load_from_cache(hub_id, "README.md")
+    except errors.HFValidationError:  # a folder's name, say
+        return None
     return Path(found) if isinstance(found, str) else None
 
 

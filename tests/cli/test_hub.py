@@ -97,8 +97,23 @@ def test_a_file_that_is_missed_in_a_folder_here_is_not_asked_of_the_hub(
     assert not asked
     assert hub.resolve("owner/model-q3.gguf", "main").source == "owner/model-q3.gguf"
     assert hub.resolve("owner/model-q3").source == "owner/model-q3"
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: "config.json")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    fetched = tmp_path / "cache" / "models--owner--model-q3.gguf" / "snapshots" / "0"
+    fetched.mkdir(parents=True)
+    (fetched / "model-q3.gguf").write_bytes(b"")  # of such a repository there is no config.json
     assert hub.resolve("owner/model-q3.gguf").source == "owner/model-q3.gguf"
+
+
+@pytest.mark.parametrize("read", [hub.resolve, hub.tokenizer_of, find.read])
+@pytest.mark.parametrize("name", ["owner/model--q3.gguf", "owner/model..gguf"])
+def test_what_is_no_name_on_the_hub_is_a_file_that_is_missed(tmp_path, monkeypatch, read, name):
+    """The hub's library ended in its own HFValidationError."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError):
+        read(name)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(UsageError, match=f"no such file: '{name}'|no scorers"):
+        read(name)
 
 
 def test_of_a_tokenizer_no_weights_are_fetched(checkpoint, monkeypatch):

@@ -128,6 +128,7 @@ def test_a_file_missed_in_a_folder_here_is_no_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     assert not is_hub_id("data/trian.csv") and not is_hub_id("data/corpus.json")
+    assert is_hub_id("data/news.en")  # of wmt, say
     assert is_hub_id("data/corpus-v1.1") and is_hub_id("owner/corpus.json")
     with pytest.raises(UsageError, match="no such file or folder: 'data/trian.csv'"):
         find_files("data/trian.csv")

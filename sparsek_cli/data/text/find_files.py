@@ -17,8 +17,10 @@ SUFFIXES = (".jsonl", *PLAIN, ".parquet")
 READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
-# Names of datasets end in a version, if in anything; beside them no folder of their owner lies.
-_FILE = re.compile(r"\.[A-Za-z]{2,8}$")
+# What names of files with text end in that are not read. A dataset may be called wmt/news.en, with
+# a folder wmt here.
+_UNREAD = (".json", ".csv", ".tsv", ".arrow", ".pdf", ".html", ".xml", ".docx", ".rst", ".tex",
+           ".log", ".text", ".yaml", ".gz", ".zip", ".xz", ".bz2", ".tar")  # fmt: skip
 
 
 def is_hub_id(spec: object) -> bool:
@@ -28,7 +30,7 @@ def is_hub_id(spec: object) -> bool:
         and HUB_ID.fullmatch(spec) is not None
         and not spec.endswith(READABLE)
         and not Path(spec).exists()
-        and not (_FILE.search(spec) and Path(spec).parent.is_dir())
+        and not (spec.endswith(_UNREAD) and Path(spec).parent.is_dir())
     )
 
 
