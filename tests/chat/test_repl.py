@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparsek_cli import termination
 from sparsek_cli.byte_units import size
 from sparsek_cli.data.pieces import BLOCK
 from sparsek_cli.dialogue.figures import Stats, status_line
@@ -54,6 +55,8 @@ def test_sigterm_at_the_prompt_ends_it(repl):
 
     def read_line() -> str:
         with sigterm_interrupts():
+            # Else it would kill the tests' own process.
+            assert signal.getsignal(signal.SIGTERM) is termination._interrupt
             os.kill(os.getpid(), signal.SIGTERM)
         raise EOFError
 
