@@ -71,7 +71,7 @@ def _origin(folder: Path) -> tuple[str | None, str | None]:
         if place is None:
             break
         if not place.is_dir():
-            if hub.is_hub_id(named):
+            if hub.is_hub_id(named) and _is_valid(named):
                 return named, _matter(_cached_card(named)).get("license")
             break
         found = _matter(place / "README.md")
@@ -104,13 +104,21 @@ def _named_base(folder: Path) -> str | None:
     return None
 
 
-def _cached_card(hub_id: str) -> Path | None:
-    from huggingface_hub import errors, try_to_load_from_cache
+def _is_valid(hub_id: str) -> bool:
+    """Whether the hub takes such a name: a folder that is gone may have been owner/model--q3."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
 
     try:
-        found = try_to_load_from_cache(hub_id, "README.md")
-    except errors.HFValidationError:  # a folder's name, say
-        return None
+        validate_repo_id(hub_id)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _cached_card(hub_id: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "README.md")
     return Path(found) if isinstance(found, str) else None
 
 

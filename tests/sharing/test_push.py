@@ -124,6 +124,14 @@ def test_bases_of_the_hub_are_named(model, online, monkeypatch, tmp_path):
         assert (matter["base_model"], matter["license"]) == ("meta/llama", "llama3.2")
 
 
+def test_a_base_that_is_no_name_on_the_hub_is_not_named(model, online):
+    """Its card was looked for in the cache, whose functions raise for such a name."""
+    recipe = model / "sparsek.yaml"
+    base = {"model": "models/llama--mine"}
+    recipe.write_text(yaml.safe_dump(yaml.safe_load(recipe.read_text()) | base))
+    assert "base_model" not in push.plan(model, "me/x").matter
+
+
 def test_scorers_alone_and_dense_models_go_too(model, online, tmp_path):
     for made in (
         sparsek.export_scorers(model, tmp_path / "scorers").out,
