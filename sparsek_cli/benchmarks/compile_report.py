@@ -161,7 +161,7 @@ def _linear_maps(dim: int, dtype: torch.dtype) -> None:
     scorer = linears.Scorer(inner[:8], inner[0, :8], inner, inner[0, :128], inner[:8, :128])
     maps = [(wide[:2048], None), (wide[:512], None), (wide[:512], None)]
     early = linears.Shape(8, 512, 4, dot=True, early=True, overlap=True)
-    # As usual, and by the ways that no row count takes by itself.
+    # As shipped, and by ways that other shapes of a map may take.
     for rows, shape in (
         (1, None),
         (4, None),

@@ -27,9 +27,9 @@ def time_steps(
     model(prompt, past_key_values=cache, logits_to_keep=1)
     base = shapes.USUAL[shapes.rows_class(rows)]
     # Fused or not, torch.compile's options, table and usual shape, whether attention begins early.
-    ways: dict[str, tuple[bool, Any, dict | None, Shape, bool]] = {
-        "as it is": (False, None, None, base, False),
-        "ours": (True, None, None, base, False),
+    ways: dict[str, tuple[bool, Any, dict | None, Shape, bool | None]] = {
+        "as it is": (False, None, None, base, None),
+        "ours": (True, None, None, base, None),
         "ours, best shapes": (True, None, best, base, False),
     }
     if device.type == "cuda":
@@ -41,7 +41,7 @@ def time_steps(
         ways["ours, best shapes, attention overlapping"] = (True, None, best, base, True)
         ways["ours, best shapes, all and attention overlapping"] = (True, None, table, usual, True)
         if not quick:
-            ways["compile"] = (False, (), None, base, False)
+            ways["compile"] = (False, (), None, base, None)
     for label, (fused, compiled, table, usual, early) in ways.items():
         model.fused_steps = fused
         with _cut(rows, table, usual, early):
@@ -52,10 +52,12 @@ def time_steps(
 
 
 @contextmanager
-def _cut(rows: int, table: dict[tuple, Shape] | None, usual: Shape, early: bool) -> Iterator[None]:
+def _cut(
+    rows: int, table: dict[tuple, Shape] | None, usual: Shape, early: bool | None
+) -> Iterator[None]:
     """Within the block maps of so many rows are cut by a table (None: as shipped), or as usual.
 
-    early: whether the launches of insertion and attention may begin early.
+    early: whether the launches of insertion and attention may begin early; None: as shipped.
     """
     kept = dict(shapes.TUNED), set(shapes.FASTER_IN_TORCH), dict(shapes.USUAL)
     begin = attention.BEGIN_EARLY
@@ -64,7 +66,8 @@ def _cut(rows: int, table: dict[tuple, Shape] | None, usual: Shape, early: bool)
         shapes.TUNED.update(table)
         shapes.FASTER_IN_TORCH.difference_update(table)
     shapes.USUAL[shapes.rows_class(rows)] = usual
-    attention.BEGIN_EARLY = range(rows, rows + 1) if early else range(0)
+    if early is not None:
+        attention.BEGIN_EARLY = range(rows, rows + 1) if early else range(0)
     try:
         yield
     finally:

@@ -22,7 +22,8 @@ from sparsek_cli.errors import first_line, out_of_memory
 
 # Whose predictions are differentiated together.
 _ROWS = 1024
-# One of these is in whatever torch says of a layer that it cannot differentiate.
+# One of these is in whatever torch says of a layer that it cannot differentiate, and Triton of a
+# kernel that does not fit the device.
 _AUTOGRADS_WORDS = (
     "grad", "backward", "derivative", "differentiat", "inplace", "in-place", "out of resource",
 )  # fmt: skip
