@@ -8,29 +8,67 @@ from collections.abc import Callable
 
 import torch
 
+Calls = dict[str, Callable[[], object]]
+AHEAD = 8_000_000  # cycles that the device sleeps while a call's launches are queued
+
 
 def interleaved_ms(
-    calls: dict[str, Callable[[], object]], device: torch.device, repeats: int
+    calls: Calls, device: torch.device, repeats: int, ahead: int = AHEAD
 ) -> dict[str, float]:
-    """Median milliseconds of each call; every round times each of them once."""
+    """Median milliseconds of each call; every round times each of them once.
+
+    Args:
+        ahead: cycles for which a CUDA device sleeps before each call. What its launches take
+            beyond that counts.
+    """
+    return _interleaved(calls, lambda call: _once(call, device, ahead), repeats, warm=2)
+
+
+def waited_ms(calls: Calls, device: torch.device, repeats: int) -> dict[str, float]:
+    """As `interleaved_ms`, but from an idle device until it is idle again, launches and all."""
+
+    def once(call: Callable[[], object]) -> float:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize(device)
+        return 1e3 * (time.perf_counter() - start)
+
+    return _interleaved(calls, once, repeats, warm=2)
+
+
+def process_ms(calls: Calls, repeats: int) -> dict[str, float]:
+    """As `interleaved_ms`, but the CPU time of this process, which others hardly change."""
+
+    def once(call: Callable[[], object]) -> float:
+        begin = time.process_time()
+        call()
+        return 1e3 * (time.process_time() - begin)
+
+    return _interleaved(calls, once, repeats, warm=1)
+
+
+def _interleaved(
+    calls: Calls, once: Callable[..., float], repeats: int, warm: int
+) -> dict[str, float]:
     for call in calls.values():
-        for _ in range(2):
+        for _ in range(warm):
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            times[name].append(_once(call, device))
+            times[name].append(once(call))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def _once(call: Callable[[], object], device: torch.device) -> float:
+def _once(call: Callable[[], object], device: torch.device, ahead: int) -> float:
     if device.type != "cuda":
         start = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - start)
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # Work ahead of the clock, so that the launches of a long call overlap with it.
-    torch.cuda._sleep(8_000_000)
+    torch.cuda._sleep(ahead)
     start.record()
     call()
     stop.record()

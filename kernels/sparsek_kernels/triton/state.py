@@ -250,7 +250,8 @@ def next_state(
     take = torch.empty(batch, slots, dtype=torch.int32, device=device)
     effective = keys.effective.contiguous()
     _choose_slots[(batch, heads)](
-        end, effective, shape.sequences, state.seen, head_budgets(layout.topk, device), starts,
+        end, effective, shape.sequences, state.seen.contiguous(),
+        head_budgets(layout.topk, device), starts,
         take, heads, listed, keys.base, slots, layout.sinks, layout.window,
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -113,6 +113,24 @@ def test_rows_of_a_pool_step_in_place(monkeypatch, kept):
     assert pool.seen[[0, 2, 4]].tolist() == [7, 7, 7]
 
 
+@torch.no_grad()
+def test_a_state_of_views_is_read_and_steps_as_another():
+    """A pool whose rows lie apart, given whole: where its rows' counts lay was not asked."""
+    shape = dict(topk=(5, 3), window=4, sinks=2)
+    new = torch.Generator().manual_seed(3)
+    plain = SparseKState.empty(3, 2, 16, **shape)
+    apart = strided_pool(3, 2, 16, **shape)
+    for size in (6, 1, 9, 1):
+        apart.copy_(plain)
+        tensors = [torch.randn(3, heads, size, 16, generator=new) for heads in (4, 2, 2)]
+        tensors.append(torch.randn(3, 2, size, generator=new))
+        expected, plain = sparsek_attention(*tensors, state=plain, backend="triton", **shape)
+        out, left = sparsek_attention(*tensors, state=apart, backend="triton", **shape)
+        assert torch.equal(out, expected)
+        for name, tensor in plain.slots.items():
+            assert torch.equal(left.slots[name], tensor), name
+
+
 @pytest.mark.parametrize("name", ["q", "k", "v", "scores", "slopes", "sink_logits"])
 def test_a_gradient_that_the_kernels_have_not_is_refused(name):
     """Of any argument alone: asked for q's only, those of the others were lost without a word."""
