@@ -4,7 +4,7 @@
 >>> done = sparsek.convert("tiny", "tiny-sparsek", budget=512)  # doctest: +SKIP
 
 Functions are imported when they are first used: `import sparsek_cli` costs nothing. They are
-documented in `sparsek_cli/api.py`: convert, finetune, evaluate, load, chat, export,
+documented in `sparsek_cli/api`: convert, finetune, evaluate, load, chat, export,
 export_scorers, merge.
 """
 

@@ -47,7 +47,9 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 
 def check_name(path: str) -> None:
-    """Raises UsageError where a path holds bytes that are no UTF-8."""
+    """Raises UsageError where a path holds a null byte, or bytes that are no UTF-8."""
+    if "\0" in path:
+        raise UsageError("the name holds a null byte", hint="name a file, a folder or a hub id")
     try:
         path.encode()
     except UnicodeEncodeError as error:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli.data.pieces import Encoder, Reply, pieces_of, safe_cut, stripped
 from sparsek_cli.dialogue.engine import Engine, Snapshot
 from sparsek_cli.dialogue.figures import Clock, Stats
+from sparsek_cli.dialogue.given_text import check_text, checked_parts
 from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.template import TurnPieces, check_system, render, stop_tokens, turn_pieces
@@ -86,7 +87,7 @@ class Session:
         Raises:
             UsageError: the template has no place for one, or it is not valid Unicode.
         """
-        _check_unicode(text or "", "the system message")
+        check_text("" if text is None else text, "the system message")
         if text and self.plain:
             raise UsageError(
                 "this model has no chat template, so no system message",
@@ -115,12 +116,12 @@ class Session:
             False when Ctrl-C stopped it; what was read stays.
 
         Raises:
-            UsageError: it is empty.
+            UsageError: it is empty, no text, or not valid Unicode.
         """
         name = name or "document"
         if isinstance(text, str):
             text = pieces_of(text if text.strip() else "")
-        parts = stripped(text)
+        parts = stripped(checked_parts(text, name))
         first = next(parts, None)
         if first is None:
             raise UsageError(f"the document {name} is empty", hint="name another file")
@@ -153,9 +154,9 @@ class Session:
         Raises:
             UsageError: there is nothing to answer, or it is not valid Unicode.
         """
+        check_text(question, "the question")
         if not question.strip() and not self._documents:
             raise UsageError("nothing to answer", hint="write a question")
-        _check_unicode(question, "the question")
         self._moments = [*self._moments[1 - MOMENTS :], self.moment(question)]
         self._clock = Clock()
         named = [f"[{name}]" for name, _ in self._documents]
@@ -335,14 +336,3 @@ class Session:
             kept = 0
         self._fed_ids = ids
         return self.engine.feed(ids[kept:])
-
-
-def _check_unicode(text: str, what: str) -> None:
-    """Bytes of another encoding arrive as halves of surrogate pairs, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"{what} is not valid UTF-8 (character {error.start})",
-            hint="pipe it in: iconv -f latin1 -t utf-8 FILE | sparsek chat MODEL",
-        ) from error

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from sparsek_cli import hub
+from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.output.scorers_file import Scorers, header
@@ -22,6 +23,7 @@ def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
         SparsekError: the hub could not be reached, or refused.
     """
     name = os.fspath(place)
+    check_name(name)
     path = Path(os.path.expanduser(name))
     asked = revision is not None or not hub.is_missed_here(name)
     if not os.path.lexists(path) and hub.is_hub_id(name) and asked:

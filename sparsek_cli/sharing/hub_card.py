@@ -71,7 +71,7 @@ def _origin(folder: Path) -> tuple[str | None, str | None]:
         if place is None:
             break
         if not place.is_dir():
-            if hub.is_hub_id(named) and _is_valid(named):
+            if hub.is_hub_id(named):  # a folder that is gone may have been owner/model--q3
                 return named, _matter(_cached_card(named)).get("license")
             break
         found = _matter(place / "README.md")
@@ -102,17 +102,6 @@ def _named_base(folder: Path) -> str | None:
 
                 return SHORT_NAMES[model].hub_id if model in SHORT_NAMES else model
     return None
-
-
-def _is_valid(hub_id: str) -> bool:
-    """Whether the hub takes such a name: a folder that is gone may have been owner/model--q3."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    try:
-        validate_repo_id(hub_id)
-    except HFValidationError:
-        return False
-    return True
 
 
 def _cached_card(hub_id: str) -> Path | None:

@@ -52,7 +52,7 @@ def test_convert_finetune_evaluate_load_chat(converted, text, tmp_path):
 
 @pytest.mark.slow
 def test_the_example_of_the_api_runs(tmp_path, monkeypatch, capsys):
-    """As it stands in sparsek_cli/api.py, at sizes of a test."""
+    """As it stands in sparsek_cli/api, at sizes of a test."""
     from sparsek_cli import api
 
     monkeypatch.chdir(tmp_path)
@@ -131,3 +131,33 @@ def test_sampling_that_means_nothing(settings):
     """It was a RuntimeError of torch at the first word."""
     with pytest.raises(UsageError, match="out of range"):
         sparsek.chat("tiny", **settings)
+
+
+ARGUMENTS = {
+    "convert": {"model": "tiny", "out": "o", "recipe": None, "reporter": None},
+    "finetune": {"model": "tiny", "out": "o", "data": "x", "recipe": None, "reporter": None},
+    "evaluate": {"model": "tiny", "out": "o", "recipe": None, "resume": False, "reporter": None},
+    "load": {"model": "tiny", "scorers": "s", "revision": None, "device": "cpu", "dtype": "auto",
+             "cache_dtype": None},
+    "export": {"model": "tiny", "out": "o", "revision": None, "reporter": None},
+    "export_scorers": {"model": "tiny", "out": "o", "revision": None, "reporter": None},
+    "merge": {"base": "tiny", "scorers": "s", "out": "o", "revision": None, "reporter": None},
+    "chat": {"model": "tiny", "system": None, "temperature": 0.0, "top_p": 1.0,
+             "max_new_tokens": 4, "seed": 0, "device": "cpu", "dtype": "auto"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [3.5, ["a"], object()], ids=["number", "list", "object"])
+@pytest.mark.parametrize(
+    ("verb", "name"), [(verb, name) for verb, given in ARGUMENTS.items() for name in given]
+)
+def test_arguments_of_another_kind_are_named(tmp_path, monkeypatch, verb, name, value):
+    """They were TypeErrors of whatever met them first."""
+    monkeypatch.chdir(tmp_path)
+    if name in ("temperature", "top_p") and value == 3.5:
+        pytest.skip("a number")
+    with pytest.raises(UsageError) as caught:
+        getattr(sparsek, verb)(**ARGUMENTS[verb] | {name: value})
+    text = name == "data" and value == ["a"]  # a file that is not there
+    assert text or f"{name} should be" in caught.value.message
+    assert caught.value.hint and not [*tmp_path.iterdir()]

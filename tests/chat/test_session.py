@@ -33,6 +33,19 @@ def fed(session: Session) -> list[int]:
     return [*session.engine.seen, *session.engine._unfed]
 
 
+@pytest.mark.parametrize("given", [3, None, b"words", ["words", 3], "half of a pair: \ud83d"])
+def test_what_is_no_text_is_refused(session, given):
+    """They were errors of whatever met them first, in the middle of a turn."""
+    with pytest.raises(UsageError, match="should be text|not valid UTF-8"):
+        talk(session, given)
+    with pytest.raises(UsageError, match="should be text|not valid UTF-8"):
+        session.load(given)
+    if given is not None:
+        with pytest.raises(UsageError, match="should be text|not valid UTF-8"):
+            session.set_system(given)
+    assert talk(session, "Who are you?")
+
+
 def test_turns_feed_exactly_the_rendered_conversation_once(session):
     for question in ("Who are you?", "And why?", "One more."):
         talk(session, question)

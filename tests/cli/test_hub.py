@@ -116,6 +116,25 @@ def test_what_is_no_name_on_the_hub_is_a_file_that_is_missed(tmp_path, monkeypat
         read(name)
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["o/m", "o/m-1.5_b", "o1/m.gguf", "o/m--q3", "o/m..q3", "o--x/m", "o/m-", "o/m.", "o./m",
+     "o-/m", "o/m.git", f"o/{'m' * 96}", f"o/{'m' * 97}", f"{'o' * 97}/m", "o/mé", "o/m\n"],
+)  # fmt: skip
+def test_a_hub_id_is_what_the_hub_takes_for_one(name):
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    from sparsek_cli.data.text.find_files import is_hub_id as is_dataset
+
+    try:
+        validate_repo_id(name)
+        valid = True
+    except HFValidationError:
+        valid = False
+    assert hub.is_hub_id(name) is valid
+    assert is_dataset(name) is valid
+
+
 def test_of_a_tokenizer_no_weights_are_fetched(checkpoint, monkeypatch):
     import huggingface_hub
 

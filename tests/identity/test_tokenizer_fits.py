@@ -88,7 +88,7 @@ def test_additional_chat_templates_come_along(pair, tmp_path):
 def test_the_hub_is_asked_for_them_and_for_no_other_folder():
     from huggingface_hub.utils import filter_repo_objects
 
-    from sparsek_cli.hub import UNWANTED, WANTED
+    from sparsek_cli.hub.download import UNWANTED, WANTED
 
     there = [
         "config.json", "model.safetensors", "chat_template.jinja", "pytorch_model.bin",

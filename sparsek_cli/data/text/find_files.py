@@ -3,19 +3,18 @@
 import glob
 import logging
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
+from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 
 _LOG = logging.getLogger("sparsek_cli")
 PLAIN = (".txt", ".md", ".py")
 SUFFIXES = (".jsonl", *PLAIN, ".parquet")
 READABLE = tuple(s + z for s in SUFFIXES for z in ("", ".zst"))
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 # What names of files with text end in that are not read. A dataset may be called wmt/news.en, with
 # a folder wmt here.
@@ -27,7 +26,7 @@ def is_hub_id(spec: object) -> bool:
     """Whether `spec` can only mean a dataset on the hub."""
     return (
         isinstance(spec, str)
-        and HUB_ID.fullmatch(spec) is not None
+        and hub.is_hub_id(spec)
         and not spec.endswith(READABLE)
         and not Path(spec).exists()
         and not (spec.endswith(_UNREAD) and Path(spec).parent.is_dir())

@@ -1,0 +1,77 @@
+"""What Python callers give: of the kind that is documented, or an error that names the argument."""
+
+from numbers import Integral, Real
+from os import PathLike, fspath
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.reporter import Reporter
+
+Place = str | PathLike[str]
+
+
+def place(name: str, value: object) -> str:
+    """A path, short name or hub id as text."""
+    found = fspath(value) if isinstance(value, PathLike) else value
+    if not isinstance(found, str):
+        raise _wrong(name, value, "a path or a name")
+    return found
+
+
+def place_or_none(name: str, value: object) -> str | None:
+    """`place` of what may be left out."""
+    return None if value is None else place(name, value)
+
+
+def check_switches(**given: object) -> None:
+    """Raises UsageError for what is neither true nor false: overwrite="no" replaced a folder."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise _wrong(name, value, "True or False")
+
+
+def check_words(**given: object) -> None:
+    """Raises UsageError for what is neither text nor left out."""
+    for name, value in given.items():
+        if not isinstance(value, str | None):
+            raise _wrong(name, value, "text")
+
+
+def check_numbers(**given: object) -> None:
+    """Raises UsageError for what is no number."""
+    for name, value in given.items():
+        if not isinstance(value, Real) or isinstance(value, bool):
+            raise _wrong(name, value, "a number")
+
+
+def check_counts(**given: object) -> None:
+    """Raises UsageError for what is no whole number."""
+    for name, value in given.items():
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise _wrong(name, value, "a whole number")
+
+
+def check_reporter(reporter: object) -> None:
+    """Raises UsageError for what cannot be told how a verb goes on."""
+    methods = [name for name in vars(Reporter) if not name.startswith("_")]
+    if reporter is not None and not all(hasattr(reporter, name) for name in methods):
+        raise _wrong("reporter", reporter, f"an object with {', '.join(methods)}")
+
+
+def plain(value: Any) -> Any:
+    """A setting whose numbers are Python's: those of NumPy, and its arrays, count as such."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, dict):
+        return {plain(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [plain(part) for part in value]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value
+
+
+def _wrong(name: str, value: object, wanted: str) -> UsageError:
+    return UsageError(
+        f"{name} should be {wanted}, not {value!r:.60}",
+        hint=f"`help(sparsek.convert)`, or of another function, says what {name} may be",
+    )

@@ -1,0 +1,16 @@
+"""A name becomes a checkpoint on this machine: a folder, a short name, or a fetched hub id."""
+
+from sparsek_cli.hub.checkpoint import Checkpoint, bundled, resolve, tokenizer_of
+from sparsek_cli.hub.download import fetch
+from sparsek_cli.hub.names import is_hub_id, is_missed_here, is_short_name
+
+__all__ = [
+    "Checkpoint",
+    "bundled",
+    "fetch",
+    "is_hub_id",
+    "is_missed_here",
+    "is_short_name",
+    "resolve",
+    "tokenizer_of",
+]
