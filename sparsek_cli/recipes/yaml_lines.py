@@ -19,6 +19,8 @@ MOST_VALUES = 100_000  # of a recipe
 # YAML 1.1 also knows 010, which is eight, and 1:30, which is ninety.
 _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
+_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+
 
 def read_text(file: Path) -> str:
     """A recipe's file.
@@ -69,7 +71,7 @@ def parse_yaml(text: str, where: str, hint: str) -> tuple[Any, dict[Loc, int]]:
     import yaml
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader(text)
         node = loader.get_single_node()
         lines: dict[Loc, int] = {}
         for loc, line in _lines(node, (), where):
@@ -91,6 +93,17 @@ def parse_yaml(text: str, where: str, hint: str) -> tuple[Any, dict[Loc, int]]:
     except (yaml.YAMLError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UsageError(f"{where}: not valid YAML: {why}", hint=hint) from error
+
+
+def _loader(text: str) -> "yaml.SafeLoader":
+    """One that takes 1e-4 for a number, of which YAML 1.1 makes a word for want of a dot or sign."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """SafeLoader's own table of what plain scalars are stays as it is."""
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    return Loader(text)
 
 
 def _lines(
