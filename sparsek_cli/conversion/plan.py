@@ -24,7 +24,13 @@ from sparsek_cli.data.text.find_files import find_files, is_hub_id
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
-from sparsek_cli.families.layers import full_layers, idle_window_off, layer_types
+from sparsek_cli.families.layers import (
+    full_layers,
+    given_window,
+    idle_window_off,
+    layer_types,
+    no_width,
+)
 from sparsek_cli.families.own_config import own_config
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.gguf.checkpoint import find as find_gguf
@@ -186,4 +192,9 @@ def _check_scorers_only(recipe: ConvertRecipe, *, packed: bool) -> None:
 def _sliding_window(row: Row, config: dict[str, Any], types: list[str]) -> int:
     if "sliding_attention" not in types:
         return 0
-    return config.get("sliding_window") or own_config(row, config).sliding_window
+    window = config.get("sliding_window")
+    if window is None:
+        window = own_config(row, config).sliding_window
+    if given_window(window, "sliding_window") is None:
+        raise no_width(window)
+    return window

@@ -6,6 +6,7 @@ a state instead of keys, stay what they are, with a cache of their own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,15 @@ def stray_window(key: str, window: int, model_type: str) -> UsageError:
     )
 
 
+def no_width(window: Any) -> UsageError:
+    """What to raise where layers slide over a window that holds not even the token itself."""
+    return UsageError(
+        f"sliding_window in config.json is {json.dumps(window)}, and layers of the model slide",
+        hint="name the window that the weights were made with; where no layer slides, "
+        '"sliding_window": null says so',
+    )
+
+
 def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[str, Any]:
     """Config keys that switch a sliding window off where no text ever fills it.
 
@@ -107,6 +117,8 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
     if not unused and window < context and _slides(row, config):
         if not has_key(row, "sliding_window"):
             raise stray_window("sliding_window", window, row.model_type)
+        if none:
+            raise no_width(window)
         if "full_attention" in types and has_key(row, "layer_types"):
             return {}
         raise UsageError(
@@ -135,4 +147,6 @@ def _slides(row: Row, config: Mapping[str, Any]) -> bool:
     if types and (stray or has_key(row, "layer_types")):
         return "sliding_attention" in types
     switched_on = config.get("use_sliding_window", True)
+    if switched_on and not stray and has_key(row, "layer_types"):
+        return "sliding_attention" in own_config(row, config).layer_types
     return switched_on or not (stray or has_key(row, "use_sliding_window"))

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from sparsek_cli.errors import UsageError
 
 _PARTS = ("partial_rotary_factor", "rotary_pct")
+_SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3")
+# Of such a block; what is left out, or null, transformers fills in or misses by name.
+_POSITIVE = (
+    "factor", "rope_theta", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
 
 
 def context_length(own: int, rope: Any) -> int:
@@ -45,10 +52,14 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
         head_dim: features of a head.
 
     Raises:
-        UsageError: the part of a head that is turned is an odd number of features.
+        UsageError: the part of a head that is turned is an odd number of features; or positions
+            are scaled by what transformers only warns of, and computes nonsense with.
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     blocks = [config, rope, *rope.values()] if isinstance(rope, Mapping) else [config]
+    for block in blocks[1:]:
+        if rope_type(block) in _SCALED:
+            _check_scaling(block)
     widths = [config.get("rotary_dim")]
     for block in blocks:
         if isinstance(block, Mapping) and rope_type(block) != "proportional":
@@ -63,6 +74,34 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
             hint="correct partial_rotary_factor (rotary_pct, rotary_dim) or head_dim: the weights "
             "were not made with these",
         )
+
+
+def _check_scaling(block: Mapping[str, Any]) -> None:
+    """Raises UsageError for numbers that scale no positions."""
+    kind = rope_type(block)
+    for key in _POSITIVE:
+        value = block.get(key)
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (numeric and 0 < value < math.inf):
+            raise _wrong_scaling(kind, f"{key} {value!r}", "it is a number above 0")
+    ends = {
+        "yarn": ("beta_slow", block.get("beta_slow") or 1,
+                 "beta_fast", block.get("beta_fast") or 32),
+        "llama3": ("low_freq_factor", block.get("low_freq_factor"),
+                   "high_freq_factor", block.get("high_freq_factor")),
+    }.get(kind)  # fmt: skip
+    if ends is None or None in ends:
+        return
+    low, least, high, most = ends
+    if least > most or (least == most and kind == "llama3"):
+        raise _wrong_scaling(kind, f"{low} {least} and {high} {most}", f"{low} is the smaller one")
+
+
+def _wrong_scaling(kind: str | None, what: str, rule: str) -> UsageError:
+    return UsageError(
+        f"config.json scales rotary positions ({kind}) with {what}, and {rule}",
+        hint="correct it in rope_parameters (rope_scaling): the weights were made with another",
+    )
 
 
 def _part(head_dim: int, factor: Any) -> int | None:

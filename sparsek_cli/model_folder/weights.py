@@ -8,6 +8,8 @@ from sparsek_cli.checkpoint_files.weights_beside import PICKLES, gguf_files
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.not_a_model import MERGE, SAVE, json_or_nothing, unpack
 
+_WRAPPED = "base_model.model."
+
 
 def check_weights(path: Path, name: str) -> None:
     """Exactly one set of weights, where transformers looks for it."""
@@ -46,12 +48,19 @@ def check_weights(path: Path, name: str) -> None:
 
 
 def check_no_adapters(shards: Iterable[Shard], name: str) -> None:
-    """No tensor is an adapter's."""
+    """No tensor is an adapter's, or called as PEFT calls those of a model that it wraps."""
     for shard in shards:
         for tensor in shard.tensors:
             if ".lora_A." in tensor or ".lora_B." in tensor:
                 raise UsageError(
                     f"'{name}' holds adapter weights ({tensor}) among its own", hint=MERGE
+                )
+            if tensor.startswith(_WRAPPED):
+                raise UsageError(
+                    f"'{name}' was saved from within PEFT's wrapper: its tensors have names such "
+                    f"as {tensor}",
+                    hint="save what is in the wrapper: model.merge_and_unload().save_pretrained("
+                    "OUT), the tokenizer too, then name OUT",
                 )
 
 

@@ -96,7 +96,7 @@ def parse_yaml(text: str, where: str, hint: str) -> tuple[Any, dict[Loc, int]]:
 
 
 def _loader(text: str) -> "yaml.SafeLoader":
-    """One that takes 1e-4 for a number, of which YAML 1.1 makes a word for want of a dot or sign."""
+    """One that takes 1e-4 for a number; YAML 1.1 makes a word of it, for want of a dot."""
     import yaml
 
     class Loader(yaml.SafeLoader):

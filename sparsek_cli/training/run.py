@@ -22,6 +22,7 @@ from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan
 from sparsek_cli.training.progress import ProgressReport
 from sparsek_cli.training.run_sizes import Sizes, sizes_of
+from sparsek_cli.training.storage.damage import CannotResume
 from sparsek_cli.training.storage.output import check_room, contents_of, write_model
 from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
 from sparsek_cli.training.trainer import SparsekTrainer
@@ -138,12 +139,12 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
 
 @contextmanager
 def _kept_on_failure(part: Path, reporter: Reporter) -> Iterator[None]:
-    """What can be resumed stays when the block fails, and is named."""
+    """What can be resumed stays when the block fails, and is named, unless that is what failed."""
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         kept = leave(part) if is_first() else None
-        if kept is not None:
+        if kept is not None and not isinstance(error, CannotResume):
             reporter.say(f"stopped; {kept}")
         raise
 

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from bad_models import MODELS
 
 from sparsek_cli import hub
 from sparsek_cli.errors import SparsekError, UsageError
@@ -280,3 +281,15 @@ def test_a_cache_that_cannot_be_written_is_not_called_a_network_error(monkeypatc
     with pytest.raises(SparsekError, match=raised.strerror) as caught:
         hub.resolve("owner/model")
     assert "cache" in caught.value.message and "HF_HOME" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [("adapter-within", "holds adapter weights"), ("peft-wrapped", "from within PEFT's wrapper")],
+)
+def test_tensors_of_peft_are_told_as_such(make_checkpoint, tmp_path, kind, says):
+    """Names with a prefix were told as weights that are lacking."""
+    MODELS[kind](make_checkpoint(tmp_path / "good"), tmp_path / "bad")
+    with pytest.raises(UsageError, match=f"{says}.*base_model.model") as refused:
+        hub.resolve(tmp_path / "bad")
+    assert "merge_and_unload" in refused.value.hint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 
 import pytest
@@ -11,11 +12,13 @@ from transformers import AutoModelForCausalLM
 
 import sparsek_cli.models as models
 from sparsek_cli.conversion.geometry import geometry
+from sparsek_cli.conversion.plan import plan
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, table
 from sparsek_cli.families.layers import idle_window_off, layer_types
 from sparsek_cli.families.refusals import SOMETIMES
 from sparsek_cli.models.output import output_layer
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
 @pytest.mark.parametrize("family", TINY)
@@ -132,6 +135,36 @@ def test_a_window_slides_by_the_family_s_own_keys_alone(family, keys, slides):
         off = idle_window_off(row, config, context)
         assert off["sliding_window"] is None
         assert layer_types(row, config | off) == ["full_attention"] * 2
+
+
+@pytest.mark.parametrize("window", [0, -1])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "mixtral", "qwen2", "qwen3"])
+def test_a_window_without_width_is_what_transformers_makes_of_it(family, window, make_dense):
+    """Where it would slide, transformers computes nothing; where no layer does, nobody asks."""
+    config = tiny_config(family).to_dict() | {"sliding_window": window, "use_sliding_window": True}
+    config.pop("layer_types", None)
+    row, context = TABLE[family], config["max_position_embeddings"]
+    model = make_dense(family, **{k: config[k] for k in ("sliding_window", "use_sliding_window")})
+    ids = torch.arange(3, 20)[None]
+    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ["sliding_attention"]):
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            model(ids)
+        with pytest.raises(UsageError, match=f"is {window}, and layers of the model") as refusal:
+            idle_window_off(row, config, context)
+        assert '"sliding_window": null' in refusal.value.hint
+    else:
+        model(ids)
+        assert idle_window_off(row, config, context)["sliding_window"] is None
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_layers_that_slide_have_a_window(tmp_path, make_checkpoint, window):
+    """Of models whose layers differ the plan passed, and the logits of the base failed."""
+    base = make_checkpoint(tmp_path / "base", "gemma2")
+    config = json.loads((base / "config.json").read_text()) | {"sliding_window": window}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"sliding_window in config.json is {window}"):
+        plan(ConvertRecipe(model=str(base), out=str(tmp_path / "out"), calibrate="none"))
 
 
 @pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim"])

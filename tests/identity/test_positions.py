@@ -59,6 +59,50 @@ def test_rotary_positions_turn_pairs(config, width, odd):
     assert "partial_rotary_factor" in refusal.value.hint
 
 
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rope", "says"),
+    [
+        (YARN | {"factor": -4.0}, "yarn\\) with factor -4.0, and it is a number above 0"),
+        (YARN | {"factor": 0}, "factor 0"),
+        (YARN | {"factor": float("nan")}, "factor nan"),
+        (YARN | {"factor": "four"}, "factor 'four'"),
+        (YARN | {"beta_fast": 1, "beta_slow": 32}, "beta_slow 32 and beta_fast 1, and beta_slow"),
+        (YARN | {"original_max_position_embeddings": -1}, "original_max_position_embeddings -1"),
+        ({"rope_type": "linear", "factor": -2}, "linear\\) with factor -2"),
+        ({"type": "dynamic", "factor": 0.0}, "dynamic\\) with factor 0.0"),
+        (
+            LLAMA3 | {"low_freq_factor": 4.0, "high_freq_factor": 1.0},
+            "low_freq_factor 4.0 and high",
+        ),
+        (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor 4.0 and high_freq_factor 4.0"),
+        ({"full_attention": YARN | {"factor": -4}, "sliding_attention": PLAIN}, "factor -4"),
+        (YARN | {"beta_fast": None, "attention_factor": None}, None),
+        (YARN | {"factor": 0.5}, None),  # unusual, and computed as it says
+        (LLAMA3, None),
+        (PLAIN | {"factor": -1}, None),  # nobody reads it
+    ],
+)
+def test_scaling_that_is_nonsense_is_refused(dense_config, rope, says):
+    """transformers warns, and computes with it."""
+    for key in ("rope_parameters", "rope_scaling"):
+        if says is None:
+            check_rotary({key: rope}, 8)
+            continue
+        with pytest.raises(UsageError, match=says) as refusal:
+            check_rotary({key: rope}, 8)
+        assert refusal.value.hint
+    if says is not None and "rope_type" in rope:
+        config = dense_config("llama").to_dict() | {"rope_parameters": rope}
+        with pytest.raises(UsageError, match=says):
+            geometry(config, TABLE["llama"])
+
+
 @pytest.mark.parametrize(
     ("family", "width", "share"),
     [("phi", 4, 0.25), ("phi", 12, 0.25), ("stablelm", 5, None), ("gpt_neox", 12, 0.25)],

@@ -127,6 +127,11 @@ def _adapter(found: dict[str, Any]) -> None:
     found["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
 
 
+def _wrapped(found: dict[str, Any]) -> None:
+    for name in [*found]:
+        found[f"base_model.model.{name}"] = found.pop(name)
+
+
 def _truncated(good: Path, folder: Path) -> None:
     linked(good, folder, SINGLE)
     (folder / SINGLE).write_bytes((good / SINGLE).read_bytes()[:-100])
@@ -250,6 +255,7 @@ MODELS: dict[str, Maker] = {
     "adapter": alone({"adapter_config.json": ADAPTER, "adapter_model.safetensors": b""}),
     "adapter-beside": file("adapter_config.json", ADAPTER),
     "adapter-within": tensors(_adapter),
+    "peft-wrapped": tensors(_wrapped),
     # other formats
     "pickle": _pickle,
     "pickle-beside-other-names": _pickle_beside,

@@ -197,6 +197,8 @@ DAMAGE = {
 def test_damaged_checkpoints_are_named_and_kept(stopped):
     """They ended as errors of libraries; moments that were gone, and wrong shapes, in silence."""
     made, checkpoint = stopped
+    said, reporter = [], Silent()
+    reporter.say = said.append
     whole = {file: file.read_bytes() for file in checkpoint.iterdir()}
     assert len(whole) == 6
     for file, content in whole.items():
@@ -209,7 +211,7 @@ def test_damaged_checkpoints_are_named_and_kept(stopped):
                 continue
             damage(file)
             with pytest.raises(SparsekError) as refused:
-                finetune(made, resume=True)
+                finetune(made, reporter, resume=True)
             assert file.name in refused.value.message or "does not fit" in refused.value.message
             assert "start" in refused.value.hint and checkpoint.is_dir(), (file.name, name)
             file.write_bytes(content)
@@ -217,10 +219,11 @@ def test_damaged_checkpoints_are_named_and_kept(stopped):
     for key, value in (("groups", []), ("groups", 3), ("scheduler", {}), ("numbers", [1])):
         (checkpoint / "optimizer.json").write_text(json.dumps(settings | {key: value}))
         with pytest.raises(SparsekError, match=r"optimizer\.json is damaged"):
-            finetune(made, resume=True)
+            finetune(made, reporter, resume=True)
     (checkpoint / "optimizer.json").write_bytes(whole[checkpoint / "optimizer.json"])
     checkpoint.rename(checkpoint.with_name("checkpoint-3"))
     with pytest.raises(SparsekError, match="it is of step 2"):
-        finetune(made, resume=True)
+        finetune(made, reporter, resume=True)
     checkpoint.with_name("checkpoint-3").rename(checkpoint)
+    assert said and not any("is kept, --resume" in line for line in said)
     assert finetune(made, resume=True).steps == 4

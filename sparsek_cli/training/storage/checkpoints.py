@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.training.parameters import changing_parameters
-from sparsek_cli.training.storage.damage import check_tensors, read_json, reading
+from sparsek_cli.training.storage.damage import CannotResume, check_tensors, read_json, reading
 from sparsek_cli.training.storage.state import sharded_like
 
 WEIGHTS = "trained.safetensors"
@@ -47,14 +47,14 @@ def load_trained(model: torch.nn.Module, folder: Path) -> None:
     """Puts back what `save_trained` wrote.
 
     Raises:
-        SparsekError: the checkpoint belongs to other parameters, or is damaged.
+        CannotResume: the checkpoint belongs to other parameters, or is damaged.
     """
     with reading(folder / WEIGHTS):
         tensors = load_file(folder / WEIGHTS)
     own = changing_parameters(model)
     if tensors.keys() != own.keys():
         odd = sorted(tensors.keys() ^ own.keys())[0]
-        raise SparsekError(
+        raise CannotResume(
             f"{folder} does not fit this recipe: parameter {odd} is on one side only",
             hint="resume with the recipe the run was started with, or start over",
         )

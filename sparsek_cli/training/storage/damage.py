@@ -19,9 +19,16 @@ _WHAT = "a run goes on from whole files alone: put a copy in its place, or --ove
 _NEEDED = {"lr", "initial_lr", "params", "betas", "weight_decay", "last_epoch", "base_lrs"}
 
 
-def damaged(file: Path, why: str) -> SparsekError:
-    """What to raise of a file that a run cannot go on from."""
-    return SparsekError(f"{file} is damaged: {why}", hint=_WHAT)
+class CannotResume(SparsekError):
+    """A checkpoint that a run cannot go on from."""
+
+    def __init__(self, message: str, *, hint: str = _WHAT):
+        super().__init__(message, hint=hint)
+
+
+def damaged(file: Path, why: str) -> CannotResume:
+    """What to raise of a file that is there, and not what a run wrote."""
+    return CannotResume(f"{file} is damaged: {why}")
 
 
 @contextlib.contextmanager
@@ -29,12 +36,12 @@ def reading(file: Path) -> Iterator[None]:
     """Whatever fails in the block is the file's fault.
 
     Raises:
-        SparsekError: it is missing, or not what a run wrote.
+        CannotResume: it is missing, or not what a run wrote.
     """
     try:
         yield
     except FileNotFoundError as error:
-        raise SparsekError(f"{file} is missing", hint=_WHAT) from error
+        raise CannotResume(f"{file} is missing") from error
     except torch.OutOfMemoryError:
         raise
     except (
@@ -44,7 +51,7 @@ def reading(file: Path) -> Iterator[None]:
 
 
 def check_checkpoint(folder: Path) -> None:
-    """Raises SparsekError where a checkpoint lacks a file, or one is cut short or no JSON.
+    """Raises CannotResume where a checkpoint lacks a file, or one is cut short or no JSON.
 
     Args:
         folder: `checkpoint-<steps>`.
@@ -66,14 +73,14 @@ def check_checkpoint(folder: Path) -> None:
             with reading(file):
                 read_shard(file)
         except SparsekError as error:
-            raise SparsekError(error.message, hint=_WHAT) from error
+            raise CannotResume(error.message) from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
     Raises:
-        SparsekError: it is none, or is missing.
+        CannotResume: it is none, or is missing.
     """
     with reading(file):
         try:
@@ -88,7 +95,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_tensors(
     file: Path, tensors: Mapping[str, torch.Tensor], shapes: Mapping[str, torch.Size]
 ) -> None:
-    """Raises SparsekError where tensors are of other shapes, or no numbers.
+    """Raises CannotResume where tensors are of other shapes, or no numbers.
 
     Args:
         shapes: that each must have; of those that are left out any will do.
@@ -103,7 +110,7 @@ def check_tensors(
 
 
 def check_like(file: Path, what: str, found: Any, own: Any) -> None:
-    """Raises SparsekError where settings lack keys of the run's, or have values of other kinds.
+    """Raises CannotResume where settings lack keys of the run's, or have values of other kinds.
 
     Numbers may be of either kind, and finite; what is None on one side may be anything.
     """
