@@ -32,7 +32,7 @@ class Server:
 
     @property
     def api(self):
-        return openai.OpenAI(base_url=self.url, api_key="none", timeout=120, max_retries=0)
+        return openai.OpenAI(base_url=self.url, api_key="none", timeout=300, max_retries=0)
 
 
 FLAGS = {
