@@ -25,10 +25,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from openai import APIStatusError, OpenAI
+import httpx
+from openai import APIStatusError, DefaultHttpxClient, OpenAI
 
 _NAMES = ("Riverton", "Ashford", "Millbrook", "Fairview", "Oakdale", "Stanton", "Marlow", "Hadley")
 _WORDS = ("walnut", "copper", "lantern", "saddle", "barley", "anchor", "velvet", "cinder")
+# vLLM closes what was idle for five seconds, after which OpenAI's client would forget it, too: a
+# request that is sent just then is lost.
+_LIMITS = httpx.Limits(max_connections=1000, keepalive_expiry=2)
 _FILLER = "The road went on between the fields, and nobody spoke for a long while. "
 
 
@@ -135,7 +139,8 @@ def under_load(
         url: with /v1. name: of its model, or None for the first that it lists.
         pid: of its process, or None where nobody looks at its memory.
     """
-    api = OpenAI(base_url=url, api_key="none", timeout=300, max_retries=0)
+    web = DefaultHttpxClient(limits=_LIMITS, timeout=300)
+    api = OpenAI(base_url=url, api_key="none", http_client=web, timeout=300, max_retries=0)
     model = name or api.models.list().data[0].id
     clients = [Client(number, args.words) for number in range(args.clients)]
     for client in clients:

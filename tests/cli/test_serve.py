@@ -297,7 +297,9 @@ def test_every_text_installs_vllm_as_the_readme_does():
     said = {}
     for name in texts:
         text = (ROOT / name).read_text(encoding="utf-8")
-        (beside,) = re.findall(r"install (?:--quiet )?(?:vllm==\S+|\$\(VLLM\))((?: [a-z]+)+)", text)
+        (beside,) = re.findall(
+            r"install (?:--quiet --no-compile )?(?:vllm==\S+|\$\(VLLM\))((?: [a-z]+)+)", text
+        )
         (removed,) = re.findall(r"uninstall (?:--quiet --yes )?((?:torch\w+ ?)+)", text)
         said[name] = {*beside.split()} - {"pytest"}, {*removed.split()}
     assert len({str(sorted(map(sorted, both))) for both in said.values()}) == 1, said

@@ -9,6 +9,8 @@ from sparsek_vllm import server
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.serving import module
 
+pytestmark = pytest.mark.core
+
 
 def test_vllm_finds_the_plugin():
     pytest.importorskip("vllm", reason="vLLM is not installed here: run `make vllm-test`")

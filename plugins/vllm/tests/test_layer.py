@@ -14,6 +14,8 @@ from sparsek_vllm.sizes import request_bytes
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
 
+pytestmark = pytest.mark.core
+
 PARTS = 7  # tensors of a state, each of which may be padded
 
 

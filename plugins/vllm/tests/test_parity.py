@@ -42,7 +42,12 @@ def assert_same(outputs, wanted, batch) -> None:
     assert fooled <= len(batch) // 2, "dense attention writes the same: nothing is proved"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+def core_where(chosen, names):
+    """Parameters, of which the chosen ones belong to the repository's `make test`."""
+    return [pytest.param(n, marks=[pytest.mark.core] if n in chosen else []) for n in names]
+
+
+@pytest.mark.parametrize("family", core_where(["qwen3"], FAMILIES))
 def test_families(family, checkpoint, expected, run_engine):
     folder = checkpoint(family)
     if family in NOT_ON_LOWEST and not vllm.__version__.startswith(VERSIONS[1]):
@@ -63,7 +68,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", core_where(["chunks of 24", "prefix caching"], WAYS))
 def test_ways_to_run(way, checkpoint, expected, run_engine):
     folder = checkpoint("qwen3")
     with run_engine(folder, **WAYS[way]) as llm:
