@@ -200,35 +200,16 @@ def stages(layer: Layer) -> dict[str, Callable[[], Any]]:
 
 
 def _triton_stages(layer: Layer) -> dict[str, Callable[[], Any]]:
-    """The parts of `pipeline.forward`, for the gate and without the sinks that layers here have."""
+    """For the gate and without the sinks that layers here have."""
     from sparsek_kernels.triton import pipeline
-    from sparsek_kernels.triton.forward import attend_forward
     from sparsek_kernels.triton.geometry import geometry
-    from sparsek_kernels.triton.lists import key_lists
-    from sparsek_kernels.triton.selection import selection_ends
-    from sparsek_kernels.triton.tuning import device_capability, launch_config
 
     shape, (q, k, v) = layer.shape, layer.data.leaves()[:3]
     topk, scale = (shape.topk,) * shape.kv_heads, shape.head_dim**-0.5
     settings = pipeline.Settings(topk, shape.window, shape.sinks, shape.gate, scale)
-    place, scores = geometry(q.shape, k.shape, shape.device), layer.effective()
-    hopper = pipeline.hopper_kernels(q, settings)
-    size = pipeline.list_size(settings, q, k)
-    if hopper:
-        kernel = hopper.attend_forward
-        size = max(size, hopper.tile_queries(place.group))
-    else:
-        capability, bits = device_capability(q.device), 8 * q.element_size()
-        config = launch_config("forward", capability, shape.head_dim, place.group, bits)
-        kernel = partial(
-            attend_forward, gate=shape.gate, config=config, gate_scores=None, tau=None, softcap=None
-        )
-
-    def select() -> tuple[torch.Tensor, Any]:
-        end = selection_ends(scores, topk, shape.window, place)
-        return end, key_lists(end, topk, shape.window, shape.sinks, place, [size])[0]
-
-    attend = partial(kernel, q, k, v, *select(), place, window=shape.window, scale=scale)
+    place = geometry(q.shape, k.shape, shape.device)
+    select = partial(pipeline.select, q, k, layer.effective(), settings, place)
+    attend = partial(pipeline.attend, q, k, v, select(), settings, place)
     return {"selection": select, "attention": lambda: attend()[0]}
 
 

@@ -12,7 +12,7 @@ from sparsek_kernels.triton.backward.query_gradient import query_gradient
 from sparsek_kernels.triton.backward.row_products import row_products
 from sparsek_kernels.triton.forward import attend_forward
 from sparsek_kernels.triton.geometry import Geometry
-from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
+from sparsek_kernels.triton.lists import SUPER_TILE, KeyLists, key_lists
 from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.thresholds import prefix_thresholds
@@ -31,6 +31,21 @@ class Settings:
     gate: str
     scale: float
     softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which keys each query sees.
+
+    Attributes:
+        end: int32 [B, G, M], see `selection_ends`. lists: the keys of tiles of queries.
+        tau, gate_scores: for the gates log and kv.
+    """
+
+    end: torch.Tensor
+    lists: KeyLists
+    tau: torch.Tensor | None = None
+    gate_scores: torch.Tensor | None = None
 
 
 def sink_mask(geometry: Geometry, sinks: int) -> torch.Tensor | None:
@@ -85,6 +100,24 @@ def forward(
         sink_logits: [H] or None.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
+    found = select(q, k, scores, settings, shape, always=always, never=never)
+    out, lse = attend(q, k, v, found, settings, shape)
+    if sink_logits is not None:
+        out, lse = add_sinks(out, lse, sink_logits)
+    return out, lse, found.end, found.tau
+
+
+def select(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scores: torch.Tensor,
+    settings: Settings,
+    shape: Geometry,
+    *,
+    always: torch.Tensor | None = None,
+    never: torch.Tensor | None = None,
+) -> Selection:
+    """The first part of `forward`, whose arguments it takes; of q and k only shapes are read."""
     end = selection_ends(scores, settings.topk, settings.window, shape, always=always, never=never)
     tau = gate_scores = None
     if settings.gate != "straight_through":
@@ -95,18 +128,27 @@ def forward(
     if hopper:
         size = max(size, hopper.tile_queries(shape.group))
     (lists,) = key_lists(end, settings.topk, settings.window, settings.sinks, shape, [size])
+    return Selection(end, lists, tau, gate_scores)
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    found: Selection,
+    settings: Settings,
+    shape: Geometry,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second part of `forward`: out and lse, without the sinks' logits; q, k and v by rows."""
     common = dict(window=settings.window, scale=settings.scale)
+    hopper = hopper_kernels(q, settings)
     if hopper:
-        out, lse = hopper.attend_forward(q, k, v, end, lists, shape, **common)
-    else:
-        out, lse = attend_forward(
-            q, k, v, end, lists, shape, gate=settings.gate,
-            config=_config("forward", q, shape.group), gate_scores=gate_scores, tau=tau,
-            softcap=settings.softcap, **common,
-        )  # fmt: skip
-    if sink_logits is not None:
-        out, lse = add_sinks(out, lse, sink_logits)
-    return out, lse, end, tau
+        return hopper.attend_forward(q, k, v, found.end, found.lists, shape, **common)
+    return attend_forward(
+        q, k, v, found.end, found.lists, shape, gate=settings.gate,
+        config=_config("forward", q, shape.group), gate_scores=found.gate_scores, tau=found.tau,
+        softcap=settings.softcap, **common,
+    )  # fmt: skip
 
 
 def hopper_kernels(q: torch.Tensor, settings: Settings) -> ModuleType | None:
