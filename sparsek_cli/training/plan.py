@@ -23,7 +23,7 @@ from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.run_sizes import Sizes, sizes_of
 from sparsek_cli.training.settings import Settings, settings_of
 from sparsek_cli.training.sharding import check_launch
-from sparsek_cli.training.storage.output import check_scorers_apart, contents_of
+from sparsek_cli.training.storage.output import check_scorers_apart
 from sparsek_cli.training.storage.resume import check_output, checkpoint_to_resume, part_folder
 
 if TYPE_CHECKING:
@@ -83,8 +83,9 @@ def plan(
     where = None if source is None else source.path
     settings = settings_of(recipe)
     start = settings.start
-    contents = contents_of(start)
-    check_output(out, resume=resume, overwrite=recipe.overwrite, model=where, contents=contents)
+    check_output(
+        out, resume=resume, overwrite=recipe.overwrite, model=where, contents=start.contents
+    )
     _check_reporters(recipe.report_to)
     device = choose_device(recipe.device)
     check_launch(settings, cpu=device.type == "cpu")

@@ -23,7 +23,7 @@ from sparsek_cli.training.plan import Plan
 from sparsek_cli.training.progress import ProgressReport
 from sparsek_cli.training.run_sizes import Sizes, sizes_of
 from sparsek_cli.training.storage.damage import CannotResume
-from sparsek_cli.training.storage.output import check_room, contents_of, write_model
+from sparsek_cli.training.storage.output import check_room, write_model
 from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
 from sparsek_cli.training.trainer import SparsekTrainer
 
@@ -99,9 +99,8 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     else:
         sigterm_kills()  # the others end it where it waits for them, and it has nothing to tidy
     resumed, where = plan.checkpoint is not None, plan.source.path if plan.source else None
-    contents = contents_of(start)
     check_output(  # it may be back
-        out, resume=resumed, overwrite=settings.overwrite, model=where, contents=contents
+        out, resume=resumed, overwrite=settings.overwrite, model=where, contents=start.contents
     )
     learner = load(start, plan.tokenizer, plan.source, plan.bf16, plan.device)
     config = learner.model.config

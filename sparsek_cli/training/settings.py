@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli.output.contents import ADAPTERS, MODEL, Contents
 from sparsek_cli.training.losses.objectives import LayerLoss, Teacher
 from sparsek_cli.training.run_sizes import Batch
 
@@ -29,6 +30,7 @@ class Start:
         scorers: how they learn: gates, concurrent, refit or frozen.
         length: tokens per sequence, a random model's positions.
         save_dtype: of the weights on disk; auto: as the base has them.
+        contents: what will lie in OUT.
     """
 
     architecture: "Architecture | None"
@@ -39,6 +41,7 @@ class Start:
     scorers: str
     length: int
     save_dtype: str
+    contents: Contents
     seed: int
 
 
@@ -146,6 +149,7 @@ def start_of(recipe: "FinetuneRecipe") -> Start:
         scorers=recipe.scorer_training,
         length=recipe.sequence_length,
         save_dtype=recipe.save_dtype,
+        contents=MODEL if recipe.train != "lora" or recipe.lora.merge else ADAPTERS,
         seed=recipe.seed,
     )
 

@@ -37,11 +37,6 @@ PATIENCE = 300.0
 _PAUSE = 5.0
 
 
-def contents_of(start: "Start") -> Contents:
-    """What will lie in OUT."""
-    return MODEL if start.train != "lora" or start.lora.merge else ADAPTERS
-
-
 def check_scorers_apart(source: "Checkpoint") -> None:
     """Quantised weights are linked into OUT, never written again: scorers need a file of their own.
 
@@ -130,7 +125,7 @@ def write_model(
             with (
                 disk.os_errors(),
                 staged(
-                    output, overwrite=plan.settings.overwrite, contents=contents_of(start)
+                    output, overwrite=plan.settings.overwrite, contents=start.contents
                 ) as folder,
             ):
                 write(folder)
@@ -210,7 +205,7 @@ def _card(start: "Start", sizes: "Sizes", result: Any) -> str:
         "all": "all weights were trained",
     }[start.train]
     return f"""---
-library_name: {"transformers" if contents_of(start) is MODEL else "peft"}
+library_name: {"transformers" if start.contents is MODEL else "peft"}
 pipeline_tag: text-generation
 tags:
 - sparsek
@@ -223,12 +218,12 @@ Made from {sizes.model} with `sparsek finetune`: {what}.
 {losses}
 To repeat it: `sparsek finetune --recipe {FINETUNE_RECIPE}` (the recipe beside this card).
 
-{_use(start, Path(result.out).name)}"""
+{_use(start.contents, Path(result.out).name)}"""
 
 
-def _use(start: "Start", name: str) -> str:
+def _use(contents: Contents, name: str) -> str:
     """The lines of Python that load the model."""
-    if contents_of(start) is ADAPTERS:
+    if contents is ADAPTERS:
         return f"""```python
 import sparsek_cli.models
 from peft import AutoPeftModelForCausalLM
