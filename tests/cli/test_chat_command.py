@@ -7,8 +7,11 @@ import select
 import signal
 import sys
 import time
+from typing import NoReturn
 
 import pytest
+
+from sparsek_cli.app import main
 
 
 @pytest.fixture
@@ -98,16 +101,28 @@ def test_last_model_is_taken_and_named(sparsek, model):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo terminal")
+def chat_in_a_fork(*words: str) -> NoReturn:
+    """What `python -m sparsek_cli` does at this terminal, without the seconds of imports."""
+    ended = 1
+    try:
+        sys.argv = ["sparsek", *words]
+        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
+        main()
+    except SystemExit as end:
+        ended = end.code or 0
+    finally:
+        os._exit(ended)
+
+
 def test_conversation_at_a_terminal(model, tmp_path):
     """A person types: a question, a wrong command, /stats, Ctrl-D."""
     child, terminal = pty.fork()
     if child == 0:
         os.environ.update(TERM="xterm", COLUMNS="100", LINES="30")
-        words = ["chat", str(model), "--max-new-tokens", "4", "--device", "cpu"]
-        os.execv(sys.executable, [sys.executable, "-m", "sparsek_cli", *words])
+        chat_in_a_fork("chat", str(model), "--max-new-tokens", "4", "--device", "cpu")
     shown = ""
 
-    def wait_for(text: str, seconds: float = 60) -> None:
+    def wait_for(text: str, seconds: float = 300) -> None:
         """Reads until `text`; what came before it is gone afterwards."""
         nonlocal shown
         end = time.monotonic() + seconds
@@ -132,11 +147,12 @@ def test_conversation_at_a_terminal(model, tmp_path):
         wait_for("dense would hold")
         wait_for("(dense, grows)")
         os.write(terminal, b"\x04")
-        end = time.monotonic() + 60
-        while os.waitpid(child, os.WNOHANG) == (0, 0):
+        end = time.monotonic() + 300
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             assert time.monotonic() < end, "Ctrl-D does not leave"
             time.sleep(0.1)
         child = 0
+        assert os.waitstatus_to_exitcode(ended[1]) == 0
     finally:
         os.close(terminal)
         if child:

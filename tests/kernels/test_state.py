@@ -61,19 +61,19 @@ KINDS = [
 @pytest.mark.parametrize(("kind", "gate"), KINDS)
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_pieces_equal_the_whole(settings, kind, gate, make_inputs, relative_error):
-    inputs = make_inputs(140, batch=2, heads=4, groups=2, kind=kind, grad=False)
+    inputs = make_inputs(110, batch=2, heads=4, groups=2, kind=kind, grad=False)
     slopes = torch.tensor([0.0, 0.01]) if kind == "normal" else None
     more = dict(gate=gate, slopes=slopes)
     first_case = ("ties", SETTINGS[0])
     whole = sparsek_attention(*inputs, **settings, **more)
-    once, final = feed(inputs, settings, [140], start(inputs, settings), **more)
+    once, final = feed(inputs, settings, [110], start(inputs, settings), **more)
     assert relative_error(once, whole) < 1e-12
-    for cuts in ([1] * 140, [1, 63, 1, 1, 70, 4], [5] * 28, [139, 1]):
+    for cuts in ([1] * 110, [1, 45, 1, 1, 58, 4], [5] * 22, [109, 1]):
         if gate != "straight_through" and len(cuts) > 100 and (kind, settings) != first_case:
             continue  # one case shows that soft gates decode token by token, too
         pieces, state = feed(inputs, settings, cuts, start(inputs, settings), **more)
         assert relative_error(pieces, whole) < 1e-12, cuts
-        assert state.seen.tolist() == [140, 140]
+        assert state.seen.tolist() == [110, 110]
         for a, b in zip(content(state), content(final), strict=True):
             assert torch.equal(a[0], b[0])
             assert torch.equal(a[1], b[1])

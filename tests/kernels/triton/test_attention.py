@@ -115,8 +115,14 @@ def test_deterministic_mode_agrees(make_inputs, relative_error):
         assert torch.equal(b, c)
 
 
-@pytest.mark.parametrize("gate", ["straight_through", "log", "kv"])
-@pytest.mark.parametrize("share, topk", [(0.4, 6), (0.9, 12)])
+@pytest.mark.parametrize(
+    "gate, share, topk",
+    [("straight_through", 0.9, 12), ("log", 0.4, 6), ("kv", 0.9, 12)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("straight_through", 0.4, 6), ("log", 0.9, 12), ("kv", 0.4, 6))
+    ],
+)
 def test_minus_infinity_is_never_selected(make_inputs, relative_error, gate, share, topk):
     """Also where there is room for it, and gradients stay finite."""
     inputs = make_inputs(60, heads=2, groups=2, dim=16, dtype=torch.float32, grad=False)

@@ -114,11 +114,20 @@ def check_slots(state, row, tensors, *, topk, window, sinks) -> None:
 QUIET = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=QUIET)
-@given(drawn=splits(most=20))
+ENDING_EARLY = [[5, 0, 7], [0, 3, 1], [9, 2, 0]]  # and beginning late, and passing over a chunk
+
+
+@pytest.mark.parametrize(
+    "topk, window, sinks, kept, steps, tail",
+    [
+        ((3, 0), 2, 1, torch.float32, ENDING_EARLY, 2),
+        ((0, 5), 4, 0, torch.int8, [[1, 14], [3, 0]], 5),
+        ((7, 7), 1, 4, torch.float32, [[0, 1, 20, 2]], 0),
+    ],
+)
 @torch.no_grad()
-def test_any_split_ends_as_one_pass(drawn, relative_error):
-    check(*drawn, relative_error)
+def test_a_split_ends_as_one_pass(topk, window, sinks, kept, steps, tail, relative_error):
+    check(dict(topk=topk, window=window, sinks=sinks), kept, steps, tail, relative_error)
 
 
 @pytest.mark.slow
