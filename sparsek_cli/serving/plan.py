@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ class ServePlan:
         host, port: where it listens.
         dtype: of weights and cache.
         cost: a request's cache, whatever the request's length.
+        memory: what keeps the server's memory from growing; empty where nothing is changed.
         command: to be run in place of this process.
     """
 
@@ -41,6 +43,7 @@ class ServePlan:
     port: int
     dtype: str
     cost: Cost
+    memory: str
     command: tuple[str, ...]
 
     def text(self) -> str:
@@ -52,6 +55,8 @@ class ServePlan:
             f"server   {self.engine} ({self.why})",
             f"cache    {self.cost.text()} ({self.dtype})",
         ]
+        if self.memory:
+            rows.append(f"memory   {self.memory}")
         if self.engine == TRANSFORMERS:
             rows.append("limit    one request at a time: others wait")
         return "\n".join(rows)
@@ -68,6 +73,7 @@ class ServePlan:
             "request_bytes": self.cost.request_bytes,
             "requests_per_gib": self.cost.requests_per_gib,
             "bytes_unknown": self.cost.unknown,
+            "memory": self.memory or None,
             "command": list(self.command),
         }
 
@@ -116,8 +122,16 @@ def plan(
         port=port,
         dtype=kept,
         cost=cost(config, name, kept, given),
+        memory=_memory(name),
         command=(sys.executable, *command, *given.words),
     )
+
+
+def _memory(engine: str) -> str:
+    """What the plugin will say to the server's allocator, by this process's environment."""
+    if engine == TRANSFORMERS:
+        return ""
+    return importlib.import_module("sparsek_vllm.allocator").choice(os.environ)[1]
 
 
 def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:

@@ -86,6 +86,18 @@ def test_bytes_are_the_cache_s_in_the_dtype_that_the_server_is_told(sparsek, con
         assert f"torch.{command[command.index('--dtype') + 1]}" == str(kept)
 
 
+def test_it_says_what_keeps_the_server_s_memory_flat(sparsek, converted, installed, monkeypatch):
+    installed(*ALL)
+    import sparsek_vllm.allocator as allocator
+
+    words = ["serve", converted, "--dry-run"]
+    for said in ("what is free goes back", ""):
+        monkeypatch.setattr(allocator, "choice", lambda given, said=said: ({}, said))
+        assert ("memory   what is free goes back" in sparsek(*words).out) == bool(said)
+        assert json.loads(sparsek(*words, "--json").out)["memory"] == (said or None)
+    assert "memory  " not in sparsek(*words, "--engine", "transformers").out
+
+
 def test_a_checkpoint_that_names_no_dtype_is_served_in_that_of_its_weights(
     sparsek, converted, installed
 ):

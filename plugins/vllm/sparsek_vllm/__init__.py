@@ -13,6 +13,7 @@ it with `sparsek_kernels`, as transformers does.
 | heads.py | which rank of tensor parallelism has which heads |
 | sizes.py | bytes of a request's blocks, without vLLM |
 | limits.py | what is refused, and what to do instead |
+| allocator.py | how free memory goes back to the system |
 | server.py | vLLM's server, which ends with one line where this package refuses |
 | __main__.py | sees that server to its end |
 """
@@ -38,8 +39,10 @@ def register() -> None:
     from packaging.version import Version
     from vllm import __version__
 
+    from sparsek_vllm.allocator import give_back
     from sparsek_vllm.models import register_models
 
+    give_back()
     lowest, highest = map(Version, VERSIONS)
     if not lowest.release <= Version(__version__).release <= highest.release:
         logging.getLogger(__name__).warning(

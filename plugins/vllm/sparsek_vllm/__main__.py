@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 
 from sparsek_cli.console import report_error
+from sparsek_vllm.allocator import choice
 from sparsek_vllm.server import AGAIN, SERVED
 
 PATIENCE = 5.0  # seconds for the server's processes to end after it
@@ -50,8 +51,8 @@ def main() -> int:
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """The server's: as given, and with less kept by oneDNN where nothing is said about it."""
-    return {**COMPILED, **given}
+    """The server's: as given, and where nothing is said about it, so that memory stays flat."""
+    return {**COMPILED, **given, **choice(given)[0]}
 
 
 def outcome(code: int, asked: bool) -> int:

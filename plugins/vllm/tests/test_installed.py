@@ -62,7 +62,9 @@ def test_an_end_that_nobody_asked_for_is_an_error(code, asked, shown, said, caps
     assert len(told) == (2 if said else 0) and (told or [""])[0].startswith(said)
 
 
-def test_onednn_keeps_little_unless_told_otherwise():
+def test_onednn_keeps_little_unless_told_otherwise(monkeypatch):
+    monkeypatch.setattr(supervisor, "choice", lambda given: ({"LD_PRELOAD": "it"}, ""))
     name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
-    assert supervisor.environment({"HOME": "/root"}) == {"HOME": "/root", name: "128"}
-    assert supervisor.environment({name: "7"}) == {name: "7"}
+    expected = {"HOME": "/root", name: "128", "LD_PRELOAD": "it"}
+    assert supervisor.environment({"HOME": "/root"}) == expected
+    assert supervisor.environment({name: "7"})[name] == "7"
