@@ -53,11 +53,14 @@ class Words:
         plain: lower-case words that may stand in for nouns.
         names: capitalised words that may stand in for names of people and places.
         share: probability of taking one of these.
+        codes: probability that a value is none of a list's, nor a short number, but a long number
+            or a code: many tokens of which each has to be kept.
     """
 
     plain: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     share: float = 0.0
+    codes: float = 0.0
 
     @classmethod
     def from_text(cls, text: str, *, share: float, limit: int = 30_000) -> Words:
@@ -119,11 +122,25 @@ def _draw_key(rng: np.random.Generator, phrasing: Phrasing, words: Words) -> str
 
 
 def _draw_value(rng: np.random.Generator, phrasing: Phrasing, words: Words) -> str:
+    if words.codes and rng.random() < words.codes:
+        return draw_code(rng)
     if phrasing.value == "number":
         return str(int(rng.integers(100, 10 ** int(rng.integers(3, 6)))))
     if words.plain and rng.random() < words.share:
         return _pick(rng, words.plain)
     return _pick(rng, vocabulary.NOUNS)
+
+
+def draw_code(rng: np.random.Generator) -> str:
+    """A number of 6 to 10 digits, or up to five groups of letters and digits."""
+    if rng.random() < 0.5:
+        return str(int(rng.integers(10**5, 10 ** int(rng.integers(6, 11)))))
+    letters = "0123456789abcdef" if rng.random() < 0.5 else "0123456789ABCDEFGHJKLMNPQRSTUVWXYZ"
+    groups = (
+        "".join(letters[i] for i in rng.integers(len(letters), size=int(rng.integers(4, 9))))
+        for _ in range(int(rng.integers(1, 6)))
+    )
+    return "-".join(groups)
 
 
 def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 
@@ -39,6 +41,17 @@ def test_sequences_mark_what_stands_far_back(tokenizer):
         for start, end in zip(starts[:2], ends[:2], strict=True):
             answer = tokenizer.decode(sequence.ids[start + 2 : end + 2])
             assert answer in tokenizer.decode(sequence.ids[: start + 1])
+
+
+@pytest.mark.parametrize("documents", ["told_and_asked", "retold"])
+def test_documents_hold_codes_that_are_asked_for(tokenizer, documents):
+    """Long numbers and codes are what heads lose first: each of their tokens has to be kept."""
+    sizes = {"fitting": 0, "fit_length": 4096, "held_out": 3, "lengths": (4096,)}
+    _, made = calibration_sequences(tokenizer, "auto", **sizes, documents=documents, seed=4)
+    wanted = re.compile(r"(?<![\w-])(?=[\w-]*\d)[0-9a-zA-Z]{4,8}(?:-[0-9a-zA-Z]{4,8})+")
+    codes = [match for sequence in made for match in wanted.findall(tokenizer.decode(sequence.ids))]
+    told_twice = {code for code in codes if codes.count(code) > 1}
+    assert len(told_twice) >= 3
 
 
 @pytest.mark.parametrize("documents", ["questions", "statements", "told_and_asked", "none"])

@@ -14,7 +14,7 @@ from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST, r
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence, plain_text
 from sparsek_cli.conversion.calibrate.sequences.texts import GENERATED_SENTENCES, calibration_texts
 from sparsek_cli.data.chat_format import ChatFormat
-from sparsek_cli.data.facts import Fact
+from sparsek_cli.data.facts import Fact, Words
 from sparsek_cli.data.filler import Filler, encode
 from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.data.needles import make_document
@@ -29,6 +29,8 @@ _DOCUMENTS = 64
 _MOST_NEEDLES = 40
 _TOKENS_PER_NEEDLE = 160
 _TOKENS_PER_QUESTION = 50
+# So often a value is a long number or a code, of which every token counts.
+_CODES = 0.12
 # In documents to compare on, half of the facts stand here: what is furthest away is what a
 # preference for the new loses first, and evenly spread facts hardly show it.
 _EARLY = 0.1
@@ -154,6 +156,7 @@ def _recall(
         needles=count,
         phrasings=phrasings("calibration"),
         depths=depths.tolist(),
+        words=Words(codes=_CODES),
     )
     ids: list[int] = [*chat.start, *document.ids.tolist()]
     known = [False] * len(ids)

@@ -4,6 +4,9 @@ A context is read, and then told once more from its own text, a part at a time (
 the idea of KVzip, arXiv 2505.23416). Nothing is asked and no wording of ours decides what matters:
 every token of the context is needed once, by the heads that look things up. Each part is a turn of
 its own that goes on from the end of the context, as a reader's question would.
+
+Numbers and codes stand in the text now and then. Of them each token has to be kept, while much of a
+sentence follows from its beginning: text told again hardly shows what it costs to lose a name.
 """
 
 from typing import Any
@@ -12,6 +15,7 @@ import numpy as np
 
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence, plain_text
 from sparsek_cli.data.chat_format import ChatFormat
+from sparsek_cli.data.facts import draw_code
 from sparsek_cli.data.filler import Filler, encode
 from sparsek_cli.errors import SparsekError
 
@@ -20,6 +24,8 @@ _PARTS = 8
 LONGEST = 1024
 # The first tokens of a turn could be any of the text; they are not counted.
 _LEAD = 8
+# For so many tokens of a context there is one number or code, which nothing but itself tells.
+_TOKENS_PER_CODE = 400
 _REQUEST = "\n\nRepeat the previous context exactly."
 
 
@@ -55,7 +61,7 @@ def retold(
             f"calibration documents of {length} tokens are too short to be told again",
             hint="give a larger --calibrate-length, or --calibrate none",
         )
-    text = plain_text(rng, filler, room)
+    text, coded = _with_codes(rng, plain_text(rng, filler, room), tokenizer)
     parts = np.arange(room // told)
     if turns is not None and turns < len(parts):
         parts = np.sort(np.append(rng.permutation(parts[1:])[: turns - 1], 0))
@@ -67,6 +73,9 @@ def retold(
         answer.append(np.append(known[1:], False))
         asked.append(~answer[-1])
     nowhere = np.zeros(len(start) + room, dtype=bool)
+    # Rows that predict what nobody can foresee say nothing of text.
+    unforeseen = nowhere.copy()
+    unforeseen[len(start) - 1 + np.flatnonzero(coded)] = True
     known_again = nowhere.copy()
     for part in parts:
         first = len(start) + part * told
@@ -74,8 +83,24 @@ def retold(
     return Sequence(
         np.concatenate(ids).astype(np.int64),
         np.concatenate([nowhere, *answer]),
-        np.concatenate([nowhere, *asked]),
+        np.concatenate([unforeseen, *asked]),
         turns=len(parts),
         turn_length=size,
         told=known_again,
     )
+
+
+def _with_codes(
+    rng: np.random.Generator, text: np.ndarray, tokenizer: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """As many tokens of the text with numbers and codes in between, and which tokens are theirs."""
+    count = len(text) // _TOKENS_PER_CODE
+    codes = encode(tokenizer, [f" {draw_code(rng)}" for _ in range(count)]) if count else []
+    pieces, ours, taken = [], [], 0
+    for place, code in zip(np.sort(rng.integers(1, len(text), count)), codes, strict=True):
+        pieces += [text[taken:place], code]
+        ours += [np.zeros(place - taken, dtype=bool), np.ones(len(code), dtype=bool)]
+        taken = place
+    pieces.append(text[taken:])
+    ours.append(np.zeros(len(text) - taken, dtype=bool))
+    return np.concatenate(pieces)[: len(text)], np.concatenate(ours)[: len(text)]
