@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from sparsek_cli.commands import doctor as doctor_command
 from sparsek_cli.errors import SparsekError
@@ -200,6 +202,16 @@ def test_no_colour_in_a_pipe_and_errors_on_stderr():
     assert done.stderr.startswith("error: ") and "\x1b" not in done.stderr
 
 
+def wait_until_idle(process: subprocess.Popen) -> None:
+    """Until it sleeps, and does so whenever it is looked at for a second."""
+    until, idle = time.monotonic() + PATIENCE, 0
+    while idle < 20:
+        assert process.poll() is None and time.monotonic() < until
+        state = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        idle = idle + 1 if state == "S" else 0
+        time.sleep(0.05)
+
+
 def test_ctrl_c_in_a_real_process():
     """`chat` waits for its pipe; Ctrl-C ends it with 130 and without a traceback."""
     process = subprocess.Popen(
@@ -209,8 +221,8 @@ def test_ctrl_c_in_a_real_process():
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(2)  # imports; it then blocks on stdin for as long as nobody writes
+    wait_until_idle(process)  # after its imports, on stdin, to which nobody writes
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, (out, err)
     assert err.startswith("error: interrupted") and "Traceback" not in err

@@ -10,6 +10,7 @@ import time
 from typing import NoReturn
 
 import pytest
+from patience import PATIENCE
 
 from sparsek_cli.app import main
 
@@ -122,7 +123,7 @@ def test_conversation_at_a_terminal(model, tmp_path):
         chat_in_a_fork("chat", str(model), "--max-new-tokens", "4", "--device", "cpu")
     shown = ""
 
-    def wait_for(text: str, seconds: float = 300) -> None:
+    def wait_for(text: str, seconds: float = PATIENCE) -> None:
         """Reads until `text`; what came before it is gone afterwards."""
         nonlocal shown
         end = time.monotonic() + seconds
@@ -147,7 +148,7 @@ def test_conversation_at_a_terminal(model, tmp_path):
         wait_for("dense would hold")
         wait_for("(dense, grows)")
         os.write(terminal, b"\x04")
-        end = time.monotonic() + 300
+        end = time.monotonic() + PATIENCE
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             assert time.monotonic() < end, "Ctrl-D does not leave"
             time.sleep(0.1)

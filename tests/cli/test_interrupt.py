@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from patience import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -65,7 +66,7 @@ def test_long_work_in_a_real_process(tmp_path, words, until, kept, number):
             if until in line:
                 break
         process.send_signal(number)
-        out, rest = process.communicate(timeout=120)
+        out, rest = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     last = rest.strip().splitlines()[-2:]

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from patience import PATIENCE
 
 from sparsek_cli.conversion.calibrate.sensitivity import compile_ahead as module
 from sparsek_cli.conversion.calibrate.sensitivity.compile_ahead import Document, compile_ahead
@@ -85,11 +86,11 @@ def test_once_it_is_ended_nothing_more_is_compiled(monkeypatch, card):
     def attend(*args, **how):
         seen.append(how)
         begun.set()
-        go_on.wait(10)
+        go_on.wait(PATIENCE)
 
     monkeypatch.setattr(module, "_attend", attend)
     end = compile_ahead(PLAN, Logits(0.3), card, [READ], [LEARNT])
-    assert begun.wait(10)
+    assert begun.wait(PATIENCE)
     Timer(0.2, go_on.set).start()
     end()
     assert len(seen) == 1

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 TASKS = "recall_1,recall_4,ppl"
 
@@ -45,7 +46,7 @@ def start(checkpoints, data, tmp_path):
 
 def wait_for(folder: Path, count: int, process: subprocess.Popen) -> None:
     """Until `count` results are stored."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while len(list(folder.glob("units/*/*.json"))) < count:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -60,14 +61,14 @@ def results(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_kill_and_resume_gives_the_same_results(start, tmp_path):
-    assert start("whole").wait(timeout=240) == 0
+    assert start("whole").wait(timeout=PATIENCE) == 0
     killed = start("killed")
     wait_for(tmp_path / "killed", 3, killed)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "killed").glob("units/*/*.json")}
     assert 3 <= len(before) < 11
-    assert start("killed", "--resume").wait(timeout=240) == 0
+    assert start("killed", "--resume").wait(timeout=PATIENCE) == 0
     assert results(tmp_path / "killed") == results(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == when for path, when in before.items())
     assert not list((tmp_path / "killed").rglob("*.part"))
@@ -79,7 +80,7 @@ def test_ctrl_c_leaves_results_and_a_report(start, tmp_path):
     process = start("stopped")
     wait_for(tmp_path / "stopped", 2, process)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=240)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "go on with --resume" in said
     report = results(tmp_path / "stopped")

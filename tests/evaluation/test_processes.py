@@ -9,6 +9,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from patience import PATIENCE
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation import processes
@@ -46,7 +47,7 @@ def test_two_processes_measure_once(checkpoints, tmp_path):
     done = subprocess.run(
         [sys.executable, *launched, "-m", "sparsek_cli", *words],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, timeout=500,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results: ") == 1

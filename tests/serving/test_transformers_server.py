@@ -7,6 +7,7 @@ import sys
 import types
 
 import pytest
+from patience import PATIENCE
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.serving import module, transformers_server
@@ -120,7 +121,7 @@ def test_no_writer_of_a_reply_is_waited_for_however_it_ends(ending, code, last, 
         if not read:
             process.stdout.close()
             process.stderr.close()
-        assert process.wait(timeout=20) == code
+        assert process.wait(timeout=PATIENCE) == code
     finally:
         process.kill()
         process.wait()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import PATIENCE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sparsek_cli as sparsek
@@ -40,7 +41,7 @@ assert not any(name.startswith("sparsek") for name in sys.modules)
 def run_plain(pairs: list[tuple[Path, Path]]) -> None:
     words = json.dumps([[str(a), str(b)] for a, b in pairs])
     done = subprocess.run(
-        [sys.executable, "-c", _PLAIN, words], capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", _PLAIN, words], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from patience import PATIENCE
 from safetensors.torch import load_file
 from verbs import finetune
 
@@ -46,7 +47,7 @@ def launch(*program: str, by: tuple[str, ...] = TORCHRUN) -> str:
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", *(word.format(port=port) for word in by), *program]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert ran.returncode == 0, ran.stderr[-12_000:]
     return ran.stdout
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 
 @pytest.mark.slow
@@ -31,7 +32,7 @@ def test_two_processes_find_what_one_finds(checkpoints, data, tmp_path):
         done = subprocess.run(
             [sys.executable, *launcher, *words, "--output", str(tmp_path / name)],
             env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("results: ") == 1  # one of them speaks
