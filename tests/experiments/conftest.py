@@ -27,3 +27,25 @@ def novels(tmp_path):
         file.write_text("\n".join(rows) + "\n")
         files.append(str(file))
     return files
+
+
+@pytest.fixture(scope="session")
+def two_layers(tmp_path_factory) -> str:
+    """A model with the tokenizer of `tiny` and random weights, for toy runs."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparsek_cli.hub import bundled
+    from sparsek_cli.loading import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("two-layers")
+    tiny = bundled()
+    config = AutoConfig.from_pretrained(tiny.path)
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 64, 16
+    config.num_attention_heads, config.num_key_value_heads = 4, 2
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    load_tokenizer(tiny).save_pretrained(folder)
+    return str(folder)
