@@ -121,6 +121,9 @@ def idle_window_off(row: Row, config: Mapping[str, Any], context: int) -> dict[s
             raise no_width(window)
         if "full_attention" in types and has_key(row, "layer_types"):
             return {}
+        found = _own_types(row, config)
+        if "full_attention" in found:
+            return {"layer_types": found}
         raise UsageError(
             f"every layer of the model uses a sliding window of {window} tokens",
             hint="its cache is bounded already, and SparseK takes layers that attend to "
@@ -147,6 +150,18 @@ def _slides(row: Row, config: Mapping[str, Any]) -> bool:
     if types and (stray or has_key(row, "layer_types")):
         return "sliding_attention" in types
     switched_on = config.get("use_sliding_window", True)
-    if switched_on and not stray and has_key(row, "layer_types"):
-        return "sliding_attention" in own_config(row, config).layer_types
+    if switched_on and (found := _own_types(row, config)):
+        return "sliding_attention" in found
     return switched_on or not (stray or has_key(row, "use_sliding_window"))
+
+
+def _own_types(row: Row, config: Mapping[str, Any]) -> list[str]:
+    """What the family's class makes of a file that leaves `layer_types` out; empty: nothing.
+
+    Qwen2 counts the first layers that do not slide, say.
+    """
+    if config.get("layer_types") or not has_key(row, "sliding_window"):
+        return []
+    if not has_key(row, "layer_types"):
+        return []
+    return list(own_config(row, config).layer_types or ())

@@ -57,15 +57,16 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
     """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     blocks = [config, rope, *rope.values()] if isinstance(rope, Mapping) else [config]
-    for block in blocks[1:]:
-        if rope_type(block) in _SCALED:
-            _check_scaling(block)
     widths = [config.get("rotary_dim")]
     for block in blocks:
         if isinstance(block, Mapping) and rope_type(block) != "proportional":
             widths += [_part(head_dim, block.get(key)) for key in _PARTS]
     if config.get("rope_parameters"):
         widths.append(next((width for width in widths if width is not None), head_dim))
+    turned = next((width for width in widths if isinstance(width, int)), head_dim)
+    for block in blocks[1:]:
+        if rope_type(block) in _SCALED:
+            _check_scaling(block, turned)
     odd = next((width for width in widths if isinstance(width, int) and width % 2), None)
     if odd is not None:
         raise UsageError(
@@ -76,14 +77,22 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
         )
 
 
-def _check_scaling(block: Mapping[str, Any]) -> None:
-    """Raises UsageError for numbers that scale no positions."""
+def _check_scaling(block: Mapping[str, Any], turned: int) -> None:
+    """Raises UsageError for numbers that scale no positions.
+
+    Args:
+        turned: features of a head; each pair of them has a factor of its own in longrope.
+    """
     kind = rope_type(block)
     for key in _POSITIVE:
         value = block.get(key)
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (numeric and 0 < value < math.inf):
             raise _wrong_scaling(kind, f"{key} {value!r}", "it is a number above 0")
+    for key in ("short_factor", "long_factor"):
+        each = block.get(key)
+        if kind == "longrope" and isinstance(each, list | tuple) and len(each) != turned // 2:
+            raise _wrong_scaling(kind, f"{len(each)} numbers in {key}", f"it takes {turned // 2}")
     ends = {
         "yarn": ("beta_slow", block.get("beta_slow") or 1,
                  "beta_fast", block.get("beta_fast") or 32),

@@ -64,6 +64,8 @@ def no_such_name(name: str, folder: Path) -> UsageError:
         beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = get_close_matches(folder.name, beside, n=1)
         hint = f"did you mean '{folder.parent / near[0]}'?" if near else "check the path"
+        if _HUB_ID.fullmatch(name) and not is_hub_id(name):
+            hint += "; a name on the hub has no -- and no .., and ends in a letter or a digit"
         what = "file" if name.lower().endswith(_WEIGHTS) else "folder"
         return UsageError(f"no such {what}: '{name}'", hint=hint)
     beside = [p.name for p in Path().iterdir() if p.is_dir()]

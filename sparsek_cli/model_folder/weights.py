@@ -8,7 +8,12 @@ from sparsek_cli.checkpoint_files.weights_beside import PICKLES, gguf_files
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.not_a_model import MERGE, SAVE, json_or_nothing, unpack
 
-_WRAPPED = "base_model.model."
+# What names begin with, what wrapped the model, and how it comes out of there; PEFT's are first.
+_WRAPPERS = (
+    ("base_model.", "PEFT's wrapper", "model.merge_and_unload()"),
+    ("module.", "torch's DataParallel", "model.module"),
+    ("_orig_mod.", "torch.compile", "model._orig_mod"),
+)
 
 
 def check_weights(path: Path, name: str) -> None:
@@ -48,20 +53,21 @@ def check_weights(path: Path, name: str) -> None:
 
 
 def check_no_adapters(shards: Iterable[Shard], name: str) -> None:
-    """No tensor is an adapter's, or called as PEFT calls those of a model that it wraps."""
+    """No tensor is an adapter's, or called as within something that wraps a model."""
     for shard in shards:
         for tensor in shard.tensors:
             if ".lora_A." in tensor or ".lora_B." in tensor:
                 raise UsageError(
                     f"'{name}' holds adapter weights ({tensor}) among its own", hint=MERGE
                 )
-            if tensor.startswith(_WRAPPED):
-                raise UsageError(
-                    f"'{name}' was saved from within PEFT's wrapper: its tensors have names such "
-                    f"as {tensor}",
-                    hint="save what is in the wrapper: model.merge_and_unload().save_pretrained("
-                    "OUT), the tokenizer too, then name OUT",
-                )
+            for begin, wrapper, inner in _WRAPPERS:
+                if tensor.startswith(begin) or ".base_layer." in tensor:
+                    raise UsageError(
+                        f"'{name}' was saved from within {wrapper}: its tensors have names such "
+                        f"as {tensor}",
+                        hint=f"save what is in there: {inner}.save_pretrained(OUT), the tokenizer "
+                        "too, then name OUT",
+                    )
 
 
 def method_apart(path: Path) -> str | None:

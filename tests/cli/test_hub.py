@@ -285,11 +285,17 @@ def test_a_cache_that_cannot_be_written_is_not_called_a_network_error(monkeypatc
 
 @pytest.mark.parametrize(
     ("kind", "says"),
-    [("adapter-within", "holds adapter weights"), ("peft-wrapped", "from within PEFT's wrapper")],
+    [
+        ("adapter-within", "holds adapter weights .base_model.model"),
+        ("peft-wrapped", "from within PEFT's wrapper.*such as base_model."),
+        ("peft-layers", "from within PEFT's wrapper.*q_proj.base_layer"),
+        ("parallel-wrapped", "from within torch's DataParallel.*such as module."),
+        ("compiled", "from within torch.compile.*such as _orig_mod."),
+    ],
 )
-def test_tensors_of_peft_are_told_as_such(make_checkpoint, tmp_path, kind, says):
+def test_tensors_within_a_wrapper_are_told_as_such(make_checkpoint, tmp_path, kind, says):
     """Names with a prefix were told as weights that are lacking."""
     MODELS[kind](make_checkpoint(tmp_path / "good"), tmp_path / "bad")
-    with pytest.raises(UsageError, match=f"{says}.*base_model.model") as refused:
+    with pytest.raises(UsageError, match=says) as refused:
         hub.resolve(tmp_path / "bad")
-    assert "merge_and_unload" in refused.value.hint
+    assert "save_pretrained(OUT)" in refused.value.hint

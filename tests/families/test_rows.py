@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_families import TINY, tiny_config
 from transformers import AutoModelForCausalLM
+from verbs import convert
 
 import sparsek_cli.models as models
 from sparsek_cli.conversion.geometry import geometry
@@ -155,6 +156,19 @@ def test_a_window_without_width_is_what_transformers_makes_of_it(family, window,
     else:
         model(ids)
         assert idle_window_off(row, config, context)["sliding_window"] is None
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_a_file_may_count_the_layers_that_do_not_slide(tmp_path, make_checkpoint, family):
+    """They were refused as if every layer slid."""
+    base = make_checkpoint(tmp_path / "base", family)
+    config = json.loads((base / "config.json").read_text())
+    del config["layer_types"]
+    config |= {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+    (base / "config.json").write_text(json.dumps(config))
+    recipe = {"model": str(base), "out": str(tmp_path / "out"), "calibrate": "none"}
+    done = convert(ConvertRecipe(**recipe, topk=6, window=4))
+    assert done.plan.types == ("full_attention", "sliding_attention") and done.verified
 
 
 @pytest.mark.parametrize("window", [0, -1])

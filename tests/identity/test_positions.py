@@ -64,6 +64,11 @@ LLAMA3 = {
     "high_freq_factor": 4.0, "original_max_position_embeddings": 64,
 }  # fmt: skip
 
+LONG = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 64, "factor": 2.0,
+}  # fmt: skip
+
 
 @pytest.mark.parametrize(
     ("rope", "says"),
@@ -82,6 +87,11 @@ LLAMA3 = {
         ),
         (LLAMA3 | {"low_freq_factor": 4.0}, "low_freq_factor 4.0 and high_freq_factor 4.0"),
         ({"full_attention": YARN | {"factor": -4}, "sliding_attention": PLAIN}, "factor -4"),
+        (
+            LONG | {"short_factor": [1.0]},
+            "with 1 numbers in short_factor, and it takes 4",
+        ),
+        (LONG, None),
         (YARN | {"beta_fast": None, "attention_factor": None}, None),
         (YARN | {"factor": 0.5}, None),  # unusual, and computed as it says
         (LLAMA3, None),

@@ -127,9 +127,18 @@ def _adapter(found: dict[str, Any]) -> None:
     found["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 32)
 
 
-def _wrapped(found: dict[str, Any]) -> None:
+def _within(wrapper: str) -> Callable[[dict[str, Any]], None]:
+    def rename(found: dict[str, Any]) -> None:
+        for name in [*found]:
+            found[wrapper + name] = found.pop(name)
+
+    return rename
+
+
+def _base_layers(found: dict[str, Any]) -> None:
     for name in [*found]:
-        found[f"base_model.model.{name}"] = found.pop(name)
+        if "q_proj" in name:
+            found[name.replace("q_proj", "q_proj.base_layer")] = found.pop(name)
 
 
 def _truncated(good: Path, folder: Path) -> None:
@@ -255,7 +264,10 @@ MODELS: dict[str, Maker] = {
     "adapter": alone({"adapter_config.json": ADAPTER, "adapter_model.safetensors": b""}),
     "adapter-beside": file("adapter_config.json", ADAPTER),
     "adapter-within": tensors(_adapter),
-    "peft-wrapped": tensors(_wrapped),
+    "peft-wrapped": tensors(_within("base_model.model.")),
+    "peft-layers": tensors(_base_layers),
+    "parallel-wrapped": tensors(_within("module.")),
+    "compiled": tensors(_within("_orig_mod.")),
     # other formats
     "pickle": _pickle,
     "pickle-beside-other-names": _pickle_beside,
