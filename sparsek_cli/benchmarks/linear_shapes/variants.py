@@ -17,6 +17,7 @@ def variants(rows: int, place: Place, quick: bool, toy: bool) -> Iterator[Shape]
     if toy:
         yield from (Shape(4, 32, 4), Shape(8, 32, 1)) if rows <= 4 else ()
         yield Shape(16, 16, 4, 2, dot=True)
+        yield Shape(16, 16, 4, 2, dot=True, held=True)
         yield Shape(8, 32, 2, dot=True, early=True)
         return
     if rows == 1:
@@ -28,6 +29,8 @@ def variants(rows: int, place: Place, quick: bool, toy: bool) -> Iterator[Shape]
     if 1 < rows <= 4:
         yield from few_rows_variants(quick)
     yield from early_variants(quick)
+    if rows > 1:
+        yield from held_variants(quick)
     if quick:
         yield shapes.shape_of(16, columns, place.key[2])
         return
@@ -57,6 +60,14 @@ def early_variants(quick: bool) -> Iterator[Shape]:
         yield Shape(pairs, step, warps, dot=True, early=True)
 
 
+def held_variants(quick: bool) -> Iterator[Shape]:
+    """With tensor cores, through shared memory, the first tiles in registers before the wait."""
+    some = ((64, 128, 8, 4), (32, 256, 4, 3))
+    more = ((32, 128, 4, 5), (32, 256, 8, 3), (16, 256, 4, 3), (8, 512, 4, 3))
+    for pairs, step, warps, stages in some if quick else some + more:
+        yield Shape(pairs, step, warps, stages, dot=True, held=True)
+
+
 def overlapping(shape: Shape, columns: int) -> Iterator[Shape]:
     """A shape's launches begin early, without and with more weights on their way to the cache."""
     yield replace(shape, overlap=True)
@@ -67,5 +78,6 @@ def overlapping(shape: Shape, columns: int) -> Iterator[Shape]:
 def text(shape: Shape) -> str:
     kind = "early dot" if shape.early else f"dot {shape.stages} stages" if shape.dot else "row"
     late = ", overlapping" if shape.overlap else ""
+    late += ", held" if shape.held else ""
     late += f", {shape.ahead} ahead" if shape.ahead else ""
     return f"{kind}, {shape.pairs} pairs x {shape.columns}, {shape.warps} warps{late}"

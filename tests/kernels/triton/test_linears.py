@@ -16,6 +16,7 @@ SHAPES = {
     "at once": Shape(pairs=3 + 1, columns=128, warps=4),
     "in turn": Shape(pairs=8, columns=32, warps=1, overlap=True),  # four rows of weights a warp
     "few rows": Shape(pairs=16, columns=16, warps=4, stages=2, dot=True),
+    "few rows, held": Shape(pairs=16, columns=16, warps=4, stages=2, dot=True, held=True),
     "early": Shape(pairs=4, columns=32, warps=2, dot=True, early=True, overlap=True),
     "early, at once": Shape(pairs=8, columns=128, warps=4, dot=True, early=True, ahead=128),
 }
@@ -185,3 +186,18 @@ def test_rows_that_are_no_whole_lines(rows, name):
     norm = Norm(1 + new(70, dtype=torch.float32, seed=4), 1e-5)
     found = linears.linear(x, weight, norm=norm, shape=SHAPES[name])
     near(found, F.linear(rms_norm(x, norm), weight), torch.float32)
+
+
+@pytest.mark.parametrize("shared, stages", [(232448, 4), (101376, 3), (65536, 2), (1024, 1)])
+def test_a_shape_has_the_stages_that_fit(monkeypatch, shared, stages):
+    """Gate and up of a 1B model take 115,456 bytes, more than some devices have."""
+    monkeypatch.setattr(launch, "_shared", lambda device: shared)
+    made = []
+    taken = {"__getitem__": lambda self, grid: lambda *_, **options: made.append(options)}
+    monkeypatch.setattr(launch.kernel, "linears", type("Taken", (), taken)())
+    x = torch.zeros(4, 2048, dtype=torch.bfloat16)
+    weight = torch.zeros(8192, 2048, dtype=torch.bfloat16)
+    linears.gated(x, (weight, None), (weight, None))
+    assert made[0]["STAGES"] == made[0]["num_stages"] == stages
+    early = Shape(8, 1024, 8, dot=True, early=True)
+    assert early.within(2, 0) == early

@@ -23,7 +23,7 @@ def linears(
     BS: tl.constexpr, KIND: tl.constexpr, HALF: tl.constexpr, SEGMENTS: tl.constexpr,
     NORM: tl.constexpr, BIASED: tl.constexpr, RESIDUAL: tl.constexpr, DEEP: tl.constexpr,
     BX: tl.constexpr, BESIDE: tl.constexpr, DOT: tl.constexpr, EARLY: tl.constexpr,
-    STAGES: tl.constexpr, AHEAD: tl.constexpr, WAITS: tl.constexpr,
+    STAGES: tl.constexpr, AHEAD: tl.constexpr, HELD: tl.constexpr, WAITS: tl.constexpr,
 ):  # fmt: skip
     """Up to three maps of the same rows (the first two with rotary positions), and scores."""
     if WAITS:
@@ -36,7 +36,7 @@ def linears(
             program, x, x_s, norm, eps, weight_0, high_weight, bias_0, high_bias, out_0, residual,
             cos, sin, cos_s, n_0, False,
             K, M, BM, BN, BK, KIND, HALF, NORM, BIASED, RESIDUAL, BX, BESIDE, DOT, EARLY, STAGES,
-            AHEAD, WAITS,
+            AHEAD, HELD, WAITS,
         )  # fmt: skip
     elif program < tiles_0 + tiles_1 + tiles_2:
         first, second = program < tiles_0, program < tiles_0 + tiles_1
@@ -49,7 +49,7 @@ def linears(
             program - before, x, x_s, norm, eps, weight, weight, bias, bias, out, residual,
             cos, sin, cos_s, n, second,
             K, M, BM, BN, BK, KIND, HALF, NORM, BIASED, False, BX, BESIDE, DOT, EARLY, STAGES,
-            AHEAD, WAITS,
+            AHEAD, HELD, WAITS,
         )  # fmt: skip
     else:
         score_head(

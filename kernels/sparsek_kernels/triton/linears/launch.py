@@ -1,10 +1,12 @@
 """Callers of the kernel: arguments checked by whoever recognises a model's modules."""
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 from torch.nn import functional as F
+from triton.runtime import driver
 
 from sparsek_kernels.triton.linears import kernel, norms, segments
 from sparsek_kernels.triton.linears.scores import add_hidden
@@ -140,6 +142,14 @@ def _add_hidden(scores, hidden, scorer: Scorer, overlap: bool) -> None:
     )  # fmt: skip
 
 
+@functools.cache
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory that Triton gives a program there."""
+    if device.type != "cuda":
+        return 1 << 30
+    return driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
 def _ahead(shape: Shape, device: torch.device) -> int:
     """Columns that go to the L2 cache: elsewhere there is no such instruction."""
     return shape.ahead if device.type == "cuda" else 0
@@ -150,7 +160,9 @@ def _launch(
     scores=(None, None), shape=None,
 ) -> None:  # fmt: skip
     rows, columns = x.shape
-    shape = shape or shape_of(rows, columns, sum(weight.shape[0] for weight, _ in maps))
+    if shape is None:
+        shape = shape_of(rows, columns, sum(weight.shape[0] for weight, _ in maps))
+        shape = shape.within(x.element_size(), _shared(x.device))
     overlap = shape.overlap and may_overlap(x.device)
     if rows > shape.most_rows:
         raise ValueError(f"{rows} rows, and this shape takes {shape.most_rows}")
@@ -177,8 +189,8 @@ def _launch(
         BS=min(_SCORE_COLUMNS, triton.next_power_of_2(columns)), KIND=kind, HALF=half,
         SEGMENTS=3 if len(maps) == 3 else 1, NORM=norm is not None, BIASED=biased,
         RESIDUAL=residual is not None, BESIDE=shape.beside, DOT=shape.dot, EARLY=shape.early,
-        STAGES=shape.stages, AHEAD=_ahead(shape, x.device), WAITS=overlap, DEEP=width > 0,
-        num_warps=shape.warps, num_stages=shape.stages, **launch_options(overlap),
+        STAGES=shape.stages, AHEAD=_ahead(shape, x.device), HELD=shape.held, WAITS=overlap,
+        DEEP=width > 0, num_warps=shape.warps, num_stages=shape.stages, **launch_options(overlap),
     )  # fmt: skip
 
 

@@ -158,20 +158,27 @@ def _few_products(
 
 @triton.jit
 def _many_products(
-    x, x_s, norm, eps, low_weight, high_weight, low, high, low_in, high_in,
+    held_a, held_b, x, x_s, norm, eps, low_weight, high_weight, low, high, low_in, high_in,
     K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    BX: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr,
+    BX: tl.constexpr, NORM: tl.constexpr, STAGES: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """[BM, BN] each, by tensor cores; weights pass through shared memory, STAGES tiles ahead."""
+    """[BM, BN] each, by tensor cores; weights pass through shared memory, STAGES tiles ahead.
+
+    HELD: the first tiles are in registers already; they are multiplied last.
+    """
     scale = norm_scale(x, x_s, eps, K, M, BM, BX, NORM)
     low_sum = tl.zeros([BM, BN], tl.float32)
     high_sum = tl.zeros([BM, BN], tl.float32)
-    for start in tl.range(0, K, BK, num_stages=STAGES):
+    for start in tl.range(BK if HELD else 0, K, BK, num_stages=STAGES):
         a = _weights(low_weight, low, low_in, start, K, BK)
         b = _weights(high_weight, high, high_in, start, K, BK)
         part = inputs(x, x_s, scale, norm, start, K, M, BM, BK, NORM).to(a.dtype)
         low_sum = tl.dot(part, tl.trans(a), low_sum, input_precision="ieee")
         high_sum = tl.dot(part, tl.trans(b), high_sum, input_precision="ieee")
+    if HELD:
+        part = inputs(x, x_s, scale, norm, 0, K, M, BM, BK, NORM).to(held_a.dtype)
+        low_sum = tl.dot(part, tl.trans(held_a), low_sum, input_precision="ieee")
+        high_sum = tl.dot(part, tl.trans(held_b), high_sum, input_precision="ieee")
     return low_sum, high_sum
 
 
@@ -220,11 +227,11 @@ def _early_products(
 @triton.jit
 def first_weights(
     low_weight, high_weight, low, high, low_in, high_in, K: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr,
+    DOT: tl.constexpr, EARLY: tl.constexpr, AHEAD: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """The first two tiles, where a way takes them; AHEAD columns are on their way to the cache."""
     a, b = 0.0, 0.0
-    if EARLY or not DOT:
+    if EARLY or HELD or not DOT:
         a = _weights(low_weight, low, low_in, 0, K, BK)
         b = _weights(high_weight, high, high_in, 0, K, BK)
     if AHEAD:
@@ -238,7 +245,7 @@ def products(
     a, b, x, x_s, norm, eps, low_weight, high_weight, low, high, low_in, high_in,
     K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     BX: tl.constexpr, NORM: tl.constexpr, BESIDE: tl.constexpr, DOT: tl.constexpr,
-    EARLY: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+    EARLY: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """Two tiles [BM, BN] float32: the rows `low` of one weight and `high` of another times x."""
     if EARLY:
@@ -248,8 +255,8 @@ def products(
         )  # fmt: skip
     elif DOT:
         low_sum, high_sum = _many_products(
-            x, x_s, norm, eps, low_weight, high_weight, low, high, low_in, high_in,
-            K, M, BM, BN, BK, BX, NORM, STAGES,
+            a, b, x, x_s, norm, eps, low_weight, high_weight, low, high, low_in, high_in,
+            K, M, BM, BN, BK, BX, NORM, STAGES, HELD,
         )  # fmt: skip
     elif M > 1:
         low_sum, high_sum = _few_products(

@@ -24,7 +24,8 @@ def segment(
     K: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     KIND: tl.constexpr, HALF: tl.constexpr, NORM: tl.constexpr, BIASED: tl.constexpr,
     RESIDUAL: tl.constexpr, BX: tl.constexpr, BESIDE: tl.constexpr, DOT: tl.constexpr,
-    EARLY: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, WAITS: tl.constexpr,
+    EARLY: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, HELD: tl.constexpr,
+    WAITS: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one map: `BN` pairs of them, of n outputs (n pairs where it is gated).
 
@@ -43,7 +44,7 @@ def segment(
         low, high = pair, pair + half
         low_in, high_in = pair < half, (pair < half) & (high < n)
     a, b = first_weights(
-        low_weight, high_weight, low, high, low_in, high_in, K, BK, DOT, EARLY, AHEAD
+        low_weight, high_weight, low, high, low_in, high_in, K, BK, DOT, EARLY, AHEAD, HELD
     )
     if WAITS:
         tl.extra.cuda.gdc_wait()
@@ -54,7 +55,7 @@ def segment(
         high_more = tl.load(residual + m * n + high[None, :], mask=high_mask)
     low_sum, high_sum = products(
         a, b, x, x_s, norm, eps, low_weight, high_weight, low, high, low_in, high_in,
-        K, M, BM, BN, BK, BX, NORM, BESIDE, DOT, EARLY, STAGES, AHEAD,
+        K, M, BM, BN, BK, BX, NORM, BESIDE, DOT, EARLY, STAGES, AHEAD, HELD,
     )  # fmt: skip
     low_y = _biased(low_sum, low_bias, low, low_in, x, BIASED)
     high_y = _biased(high_sum, high_bias, high, high_in, x, BIASED)

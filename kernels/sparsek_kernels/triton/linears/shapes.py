@@ -18,6 +18,8 @@ class Shape:
         asked for before the launch before this one has ended.
     ahead: how many columns of its weights (a power of two) a program asks the L2 cache for before
         it waits for anything, and then stays ahead by; 0: none.
+    held: with `dot`, through shared memory: the first tiles are asked for before the wait, and stay
+        in registers until the rest has been multiplied.
     """
 
     pairs: int
@@ -28,6 +30,7 @@ class Shape:
     overlap: bool = False
     early: bool = False
     ahead: int = 0
+    held: bool = False
 
     @property
     def most_rows(self) -> int:
@@ -39,6 +42,17 @@ class Shape:
         if self.dot:
             return self.warps
         return min(self.pairs, max(1, 256 * self.warps // self.columns))
+
+    def within(self, size: int, shared: int) -> "Shape":
+        """With as many stages as fit in `shared` bytes, of weights of `size` bytes a number.
+
+        Triton takes tiles of both weights, of rows and of a norm for each stage but one.
+        """
+        if not self.dot or self.early:
+            return self
+        line = self.columns * size
+        fit = 1 + (shared - 16 * line) // (line * (2 * self.pairs + 16 + 1))
+        return replace(self, stages=max(1, min(self.stages, fit)))
 
     def padded(self, rows: int) -> int:
         """Rows of a tile: a power of two, and through shared memory what tensor cores take."""
@@ -72,10 +86,10 @@ USUAL: dict[int, Shape] = {
 TUNED: dict[tuple[int, int, int], Shape] = {
     (1, 2048, 16384): Shape(pairs=1, columns=2048, warps=4, overlap=True),
     (1, 8192, 2048): Shape(pairs=1, columns=2048, warps=4, overlap=True),
-    (4, 2048, 16384): Shape(pairs=32, columns=256, warps=4, stages=3, dot=True, overlap=True),
+    (4, 2048, 16384): Shape(64, 128, 8, stages=4, dot=True, overlap=True, held=True),
     (4, 8192, 2048): Shape(8, 1024, 8, dot=True, overlap=True, early=True),
     (4, 2048, 3072): Shape(8, 512, 4, dot=True, overlap=True, early=True),
-    (4, 2048, 2048): Shape(4, 1024, 8, dot=True, overlap=True, early=True),
+    (4, 2048, 2048): Shape(8, 1024, 8, dot=True, overlap=True, early=True),
     (16, 2048, 16384): Shape(pairs=32, columns=256, warps=4, stages=3, dot=True),
     (16, 2048, 3072): Shape(pairs=16, columns=256, warps=4, stages=3, dot=True),
 }
