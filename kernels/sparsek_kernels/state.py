@@ -133,6 +133,9 @@ class SparseKState:
     value_scale: Tensor | None = None
     support: Tensor | None = None
     tau: Tensor | None = None
+    _arrivals: dict[int, Tensor] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @classmethod
     def empty(
@@ -186,6 +189,20 @@ class SparseKState:
     @property
     def batch(self) -> int:
         return self.seen.shape[0]
+
+    def arrivals(self, batch: int) -> Tensor | None:
+        """int32 [batch, G + 1], zeros: where programs of a launch over `batch` rows are counted.
+
+        Every launch leaves zeros behind, and launches over one state never overlap. None where they
+        would be made while a CUDA graph is captured, which writes them only when it is replayed.
+        """
+        if batch not in self._arrivals:
+            device = self.seen.device
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None
+            size = batch, self.layout.heads + 1
+            self._arrivals[batch] = torch.zeros(size, dtype=torch.int32, device=device)
+        return self._arrivals[batch]
 
     @property
     def nbytes(self) -> int:

@@ -131,7 +131,6 @@ def report(
             score_grad=True, deterministic=False,
         )  # fmt: skip
     pipeline.hopper_kernels = own
-    state = SparseKState.empty(2, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
     if gate == "straight_through":  # a prompt with a state takes no other on Triton
         layout = SlotLayout((topk,) * groups, window, 4)
         read = SparseKState.empty(1, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
@@ -139,14 +138,15 @@ def report(
             q, k, k, scores, layout=layout, slopes=None, gate=gate, cu_seqlens=None, state=read,
             scale=1.0, softcap=softcap, sink_logits=None,
         )  # fmt: skip
-    token = torch.zeros(2, groups, 1, dim, dtype=dtype)
-    query = torch.zeros(2, heads, 1, dim, dtype=dtype)
-    score, slopes = torch.zeros(2, groups, 1), torch.zeros(groups)
     own_logits = None if softcap is None else torch.zeros(heads)
-    step(
-        query, token, token, score, slopes, state,
-        scale=1.0, softcap=softcap, sink_logits=own_logits,
-    )  # fmt: skip
+    for rows in (2, 8):  # in one launch and in two
+        held = SparseKState.empty(rows, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
+        token = torch.zeros(rows, groups, 1, dim, dtype=dtype)
+        query = torch.zeros(rows, heads, 1, dim, dtype=dtype)
+        step(
+            query, token, token, torch.zeros(rows, groups, 1), torch.zeros(groups), held,
+            scale=1.0, softcap=softcap, sink_logits=own_logits,
+        )  # fmt: skip
     _linear_maps(dim, dtype)
     return list(recorder.rows.values())
 

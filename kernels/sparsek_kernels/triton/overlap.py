@@ -6,11 +6,15 @@ every kernel of a chain waits, so have all launches before that one.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 import triton
 import triton.language as tl
 
+_states_rest: ContextVar[bool] = ContextVar("states_rest", default=False)
 LINE = tl.constexpr(128)  # bytes that one prefetch brings into the L2 cache
 
 
@@ -23,6 +27,25 @@ def may_overlap(device: torch.device) -> bool:
 def launch_options(overlap: bool) -> dict[str, bool]:
     """Options of a launch that may begin before the one before it ends."""
     return {"launch_pdl": True} if overlap else {}
+
+
+@contextmanager
+def states_at_rest() -> Iterator[None]:
+    """Within the block no launch that is still under way changes a state that is stepped.
+
+    The caller promises that between two steps of one state something is launched that waits for all
+    before it (whatever torch launches does). Then a step may read its state before it waits.
+    """
+    token = _states_rest.set(True)
+    try:
+        yield
+    finally:
+        _states_rest.reset(token)
+
+
+def are_states_at_rest() -> bool:
+    """Whether the caller promised it, see `states_at_rest`."""
+    return _states_rest.get()
 
 
 @triton.jit

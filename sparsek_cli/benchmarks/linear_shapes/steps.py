@@ -26,25 +26,25 @@ def time_steps(
     cache = SparseKCache(model.config)
     model(prompt, past_key_values=cache, logits_to_keep=1)
     base = shapes.USUAL[shapes.rows_class(rows)]
-    # Fused or not, torch.compile's options, table and usual shape, whether attention begins early.
-    ways: dict[str, tuple[bool, Any, dict | None, Shape, bool | None]] = {
-        "as it is": (False, None, None, base, None),
-        "ours": (True, None, None, base, None),
-        "ours, best shapes": (True, None, best, base, False),
+    few = attention.ONE_LAUNCH_ROWS
+    # Fused or not, torch.compile's options, table and usual shape, most rows of one launch.
+    ways: dict[str, tuple[bool, Any, dict | None, Shape, int]] = {
+        "as it is": (False, None, None, base, few),
+        "ours": (True, None, None, base, few),
+        "ours, insertion and attention in two launches": (True, None, None, base, 0),
+        "ours, best shapes": (True, None, best, base, few),
     }
     if device.type == "cuda":
         # Launches of what has no shape of its own overlap too, by the usual shape.
         for label, late in (("none", False), ("all", True)):
             table = {key: replace(shape, overlap=late) for key, shape in best.items()}
             usual = replace(base, overlap=late)
-            ways[f"ours, best shapes, {label} overlapping"] = (True, None, table, usual, False)
-        ways["ours, best shapes, attention overlapping"] = (True, None, best, base, True)
-        ways["ours, best shapes, all and attention overlapping"] = (True, None, table, usual, True)
+            ways[f"ours, best shapes, {label} overlapping"] = (True, None, table, usual, few)
         if not quick:
-            ways["compile"] = (False, (), None, base, None)
-    for label, (fused, compiled, table, usual, early) in ways.items():
+            ways["compile"] = (False, (), None, base, few)
+    for label, (fused, compiled, table, usual, few) in ways.items():
         model.fused_steps = fused
-        with _cut(rows, table, usual, early):
+        with _cut(rows, table, usual, few):
             try:
                 print(f"  {label}: {_rate(model, cache, rows, prompt.shape[1], count, compiled)}")
             except Exception as error:
@@ -52,31 +52,28 @@ def time_steps(
 
 
 @contextmanager
-def _cut(
-    rows: int, table: dict[tuple, Shape] | None, usual: Shape, early: bool | None
-) -> Iterator[None]:
+def _cut(rows: int, table: dict[tuple, Shape] | None, usual: Shape, few: int) -> Iterator[None]:
     """Within the block maps of so many rows are cut by a table (None: as shipped), or as usual.
 
-    early: whether the launches of insertion and attention may begin early; None: as shipped.
+    few: up to how many rows insertion and attention are one launch.
     """
     kept = dict(shapes.TUNED), set(shapes.FASTER_IN_TORCH), dict(shapes.USUAL)
-    begin = attention.BEGIN_EARLY
+    before = attention.ONE_LAUNCH_ROWS
     if table is not None:
         shapes.TUNED.clear()
         shapes.TUNED.update(table)
         shapes.FASTER_IN_TORCH.difference_update(table)
     shapes.USUAL[shapes.rows_class(rows)] = usual
-    if early is not None:
-        attention.BEGIN_EARLY = range(rows, rows + 1) if early else range(0)
+    attention.ONE_LAUNCH_ROWS = few
     try:
         yield
     finally:
-        attention.BEGIN_EARLY = begin
-        for held, before in zip(
+        attention.ONE_LAUNCH_ROWS = before
+        for held, old in zip(
             (shapes.TUNED, shapes.FASTER_IN_TORCH, shapes.USUAL), kept, strict=True
         ):
             held.clear()
-            held.update(before)
+            held.update(old)
 
 
 def _rate(model, cache, rows: int, place: int, count: int, compiled) -> str:

@@ -5,7 +5,6 @@ import torch
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.state import SparseKState, StateRows
 from sparsek_kernels.triton import linears
-from sparsek_kernels.triton.decode import step
 from sparsek_kernels.triton.linears import Shape
 from state_pool import strided_pool
 
@@ -300,24 +299,3 @@ def test_maps_of_a_few_rows_one_after_another(relative_error, rows, shape):
         wanted = wanted + wanted @ first.T @ second.T
     assert relative_error(runs[0], wanted) < 2e-2  # rounded after every map
     assert all(torch.equal(run, runs[0]) for run in runs[1:])
-
-
-@pytest.mark.parametrize("kept", [torch.bfloat16, torch.int8])
-def test_steps_that_begin_early_are_the_same_to_the_bit(monkeypatch, kept):
-    options = {"topk": (300, 40), "window": 70, "sinks": 4}
-    new = torch.Generator("cuda").manual_seed(0)
-    q = torch.randn(3, 8, 600, 64, generator=new, device="cuda", dtype=torch.bfloat16)
-    k = torch.randn(3, 2, 600, 64, generator=new, device="cuda", dtype=torch.bfloat16)
-    scores = torch.randn(3, 2, 600, generator=new, device="cuda")
-    outs, states = [], []
-    for early in (range(0), range(3, 4)):
-        monkeypatch.setattr(step, "BEGIN_EARLY", early)
-        state = SparseKState.empty(3, 2, 64, dtype=kept, device="cuda", **options)
-        for at in range(600):
-            part = [x[:, :, at : at + 1] for x in (q, k, k, scores)]
-            out, state = sparsek_attention(*part, state=state, **options)
-            outs.append(out)
-        states.append(state)
-    assert all(torch.equal(a, b) for a, b in zip(outs[:600], outs[600:], strict=True))
-    for name in ("keys", "values", "positions", "scores", "seen"):
-        assert torch.equal(*(getattr(state, name) for state in states)), name

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.state import EMPTY, SlotLayout
-from sparsek_kernels.triton.overlap import LINE, to_cache
 from sparsek_kernels.triton.tiles import LOG2_E, capped, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
@@ -16,7 +15,7 @@ JOINED_NUMBERS = 8192  # float32 that the program which joins the splits holds a
 
 
 @triton.jit
-def _join_splits(
+def join_splits(
     part_out, part_lse, out, nothing, row_head, head, group, splits, d,
     D: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
@@ -29,12 +28,12 @@ def _join_splits(
     # Written by other multiprocessors: not from this one's own cache.
     top = tl.load(part_lse + 2 * at, mask=inside, other=_LOW, cache_modifier=".cg")
     total = tl.load(part_lse + 2 * at + 1, mask=inside, other=0.0, cache_modifier=".cg")
-    highest = tl.max(top, 0)
-    share = tl.exp2(top - highest[None, :])
-    whole = tl.sum(total * share, 0)
     where = part_out + (at * D)[:, :, None] + d[None, None, :]
     real = inside[:, :, None] & (d < D)[None, None, :]
     acc = tl.load(where, mask=real, other=0.0, cache_modifier=".cg")
+    highest = tl.max(top, 0)
+    share = tl.exp2(top - highest[None, :])
+    whole = tl.sum(total * share, 0)
     lane = tl.arange(0, GROUP)
     if SINK_LOGITS:
         logit = tl.load(nothing + head * group + lane, mask=lane < group, other=0.0).to(tl.float32)
@@ -46,15 +45,6 @@ def _join_splits(
 
 
 @triton.jit
-def _to_cache(rows, first, end, NUMBERS: tl.constexpr):
-    """Asks for the lines of NUMBERS numbers from `first` on, those before `end`."""
-    BYTES: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
-    LINES: tl.constexpr = triton.next_power_of_2(triton.cdiv(NUMBERS * BYTES, LINE))
-    at = first + tl.arange(0, LINES) * (LINE // BYTES)
-    to_cache(rows + tl.where(at < end, at, first))
-
-
-@triton.jit
 def attend_slots(
     q, keys, values, key_scale, value_scale, positions, seen, pool_rows, heads_table,
     part_out, part_lse, arrived, out, nothing,
@@ -62,7 +52,7 @@ def attend_slots(
     group, extra, scale, cap, splits, split_slots,
     ROWS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, QUANTIZED: tl.constexpr,
-    POOLED: tl.constexpr, CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr, WAITS: tl.constexpr,
+    POOLED: tl.constexpr, CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one group's queries (the rows) over `split_slots` slots of a row and KV head.
 
@@ -72,10 +62,6 @@ def attend_slots(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
-    if WAITS:
-        tl.extra.cuda.gdc_launch_dependents()
-        if POOLED:
-            tl.extra.cuda.gdc_wait()  # rows may just have been written
     held_row = tl.load(pool_rows + batch) if POOLED else batch
     keys += held_row * keys_b
     values += held_row * values_b
@@ -87,12 +73,6 @@ def attend_slots(
     size = tl.load(heads_table + 2 * head + 1) + extra
     low = split * split_slots
     high = tl.minimum(low + split_slots, size)
-    if WAITS and not POOLED:
-        for start in range(low, high, BN):
-            first = (base + start) * D
-            _to_cache(keys, first, (base + high) * D, BN * D)
-            _to_cache(values, first, (base + high) * D, BN * D)
-        tl.extra.cuda.gdc_wait()
     lane = tl.arange(0, ROWS)
     d = tl.arange(0, DP)
     is_row = lane < group
@@ -136,7 +116,7 @@ def attend_slots(
     tl.debug_barrier()  # all of the program's stores come before its arrival
     before = tl.atomic_add(arrived + batch * heads + head, 1, sem="acq_rel")
     if before == splits - 1:
-        _join_splits(
+        join_splits(
             part_out, part_lse, out, nothing, batch * heads + head, head, group, splits, d,
             D, SPLITS, GROUP, SINK_LOGITS,
         )  # fmt: skip

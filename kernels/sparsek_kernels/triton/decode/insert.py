@@ -13,15 +13,54 @@ _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 
 
 @triton.jit
-def _store_row(rows, scales, target, x, d, mask, D: tl.constexpr, QUANTIZED: tl.constexpr):
-    """A new key or value [D] into slot `target`; codes are those of quantization.quantize."""
+def coded(x, rows, QUANTIZED: tl.constexpr):
+    """A new key or value [D] as `rows` hold it, and its scale; see quantization.quantize."""
     if QUANTIZED:
         x = x.to(tl.float32)
         scale = tl.div_rn(tl.max(tl.abs(x), 0), tl.full([], _LARGEST, tl.float32))
         scale = tl.maximum(scale, _LEAST_SCALE)
         x = tl.floor(tl.div_rn(x, scale + tl.zeros_like(x)) + 0.5)
+        return x.to(rows.dtype.element_ty), scale
+    else:
+        return x.to(rows.dtype.element_ty), 0.0
+
+
+@triton.jit
+def _store_row(rows, scales, target, x, d, mask, D: tl.constexpr, QUANTIZED: tl.constexpr):
+    """A new key or value [D] into slot `target`."""
+    row, scale = coded(x, rows, QUANTIZED)
+    if QUANTIZED:
         tl.store(scales + target, scale)
-    tl.store(rows + target * D + d, x.to(rows.dtype.element_ty), mask=mask)
+    tl.store(rows + target * D + d, row, mask=mask)
+
+
+@triton.jit
+def worst_slot(positions, scores, first, k, BLOCK: tl.constexpr):
+    """(slot, score) of the worst of the k selected slots from `first` on.
+
+    An empty one is worse than any key; of equal scores the latest token is the worst. With k = 0
+    nobody may use the slot.
+    """
+    worst = tl.full([], float("inf"), tl.float64)
+    latest = -1
+    loser = first
+    for start in range(0, k, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        inside = slot < k
+        position = tl.load(positions + first + slot, mask=inside, other=0)
+        score = tl.load(scores + first + slot, mask=inside, other=float("inf"))
+        score = tl.where(inside & (position == _EMPTY), -float("inf"), score)
+        low = tl.min(score, 0)
+        rival = tl.where(inside & (score == low), position, _EMPTY - 1).to(tl.int64)
+        # One reduction for both: no two of them share a position, but for empty slots.
+        chosen = tl.max(rival * _WIDE + slot, 0)
+        last = (chosen >> 32).to(tl.int32)
+        place = (chosen & (_WIDE - 1)).to(tl.int32)
+        better = (low < worst) | ((low == worst) & (last > latest))
+        loser = tl.where(better, first + place, loser)
+        latest = tl.where(better, last, latest)
+        worst = tl.where(better, low, worst)
+    return loser, worst
 
 
 @triton.jit
@@ -43,7 +82,7 @@ def insert(
     keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b, seen_b,
     heads, sinks, window,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, SLOPED: tl.constexpr,
-    QUANTIZED: tl.constexpr, POOLED: tl.constexpr, WAITS: tl.constexpr,
+    QUANTIZED: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
     """Puts the token of one row into the slots of one head; nothing has arrived there yet.
 
@@ -51,9 +90,6 @@ def insert(
     """
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    if WAITS:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     held_row = tl.load(rows + batch) if POOLED else batch
     keys += held_row * keys_b
     values += held_row * values_b
@@ -73,27 +109,7 @@ def insert(
     leaving_score = tl.load(scores + ring)
     d = tl.arange(0, DP)
     mask = d < D
-    # The worst selected slot; an empty one is worse than any key.
-    worst = tl.full([], float("inf"), tl.float64)
-    latest = -1
-    loser = base
-    for start in range(0, k, BLOCK):
-        slot = start + tl.arange(0, BLOCK)
-        inside = slot < k
-        at = base + sinks + slot
-        position = tl.load(positions + at, mask=inside, other=0)
-        score = tl.load(scores + at, mask=inside, other=float("inf"))
-        score = tl.where(inside & (position == _EMPTY), -float("inf"), score)
-        low = tl.min(score, 0)
-        rival = tl.where(inside & (score == low), position, _EMPTY - 1).to(tl.int64)
-        # One reduction for both: no two of them share a position, but for empty slots.
-        chosen = tl.max(rival * _WIDE + slot, 0)
-        last = (chosen >> 32).to(tl.int32)
-        place = (chosen & (_WIDE - 1)).to(tl.int32)
-        better = (low < worst) | ((low == worst) & (last > latest))
-        loser = tl.where(better, base + sinks + place, loser)
-        latest = tl.where(better, last, latest)
-        worst = tl.where(better, low, worst)
+    loser, worst = worst_slot(positions, scores, base + sinks, k, BLOCK)
     moves = (k > 0) & (leaving_position != _EMPTY) & (leaving_score > worst)
     _move_row(keys, key_scale, ring, loser, moves, d, mask, D, QUANTIZED)
     _move_row(values, value_scale, ring, loser, moves, d, mask, D, QUANTIZED)

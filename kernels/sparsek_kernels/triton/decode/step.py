@@ -1,7 +1,7 @@
 """One token for every row of a state: insertion into the slots, attention over them.
 
-Two launches, and all shapes are those of the state, whatever the context: a step can be captured in
-a CUDA graph.
+One launch for a few rows, two for more, and all shapes are those of the state, whatever the
+context: a step can be captured in a CUDA graph.
 Insertion keeps exactly the set that prefix selection keeps: the token that leaves the window takes
 the slot of the worst selected key if its score is larger; of equal scores the latest token is the
 worst, so a leaving token, later than all of them, needs a strictly larger one.
@@ -14,14 +14,16 @@ import torch
 import triton
 
 from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
-from sparsek_kernels.triton.decode.attend import attend_slots, splits_of
+from sparsek_kernels.triton.decode.attend import JOINED_NUMBERS, attend_slots, splits_of
 from sparsek_kernels.triton.decode.insert import insert
-from sparsek_kernels.triton.overlap import launch_options, may_overlap
+from sparsek_kernels.triton.decode.one_launch import insert_and_attend
+from sparsek_kernels.triton.overlap import are_states_at_rest, launch_options, may_overlap
 from sparsek_kernels.triton.tiles import LOG2_E, cap_of, dot_precision
 
-# Rows at which both launches may begin early, so that maps after them ask for weights meanwhile:
-# on an H200 four rows gain 3 % of a step by it; one and sixteen lose 2 and 3 %.
-BEGIN_EARLY = range(2, 5)
+# A layer of up to so many rows took 43 to 59 % less by one launch on an H200; of 16 rows, more.
+ONE_LAUNCH_ROWS = 4
+_TILE_BYTES = 32768  # of keys, and of values, that a program of one launch holds in registers
+_WARPS = 8
 
 
 @cache
@@ -62,12 +64,85 @@ def step(
         pool.keys, pool.values, pool.key_scale, pool.value_scale,
         pool.positions, pool.scores, pool.seen, rows, sink_logits,
     )  # fmt: skip
-    run = _step_op if torch.compiler.is_compiling() else _step
     settings = layout.topk, layout.window, layout.sinks, scale, softcap
-    return run(q, key, value, score, slopes, *tensors, *settings)
+    if torch.compiler.is_compiling():
+        return _step_op(q, key, value, score, slopes, *tensors, *settings)
+    if _is_one_launch(q, layout):
+        arrived = pool.arrivals(q.shape[0])
+        return _one_launch(q, key, value, score, slopes, *tensors, *settings, arrived)
+    return _two_launches(q, key, value, score, slopes, *tensors, *settings)
 
 
-def _step(
+def _tile_rows(group: int) -> int:
+    """Rows of a tile of a KV head's queries: what tensor cores take at least."""
+    return max(16, triton.next_power_of_2(group))
+
+
+def _is_one_launch(q: torch.Tensor, layout: SlotLayout) -> bool:
+    """Few rows, and heads whose tiles and sums fit in the registers of a program."""
+    batch, heads, _, dim = q.shape
+    padded = triton.next_power_of_2(dim)
+    few = batch <= ONE_LAUNCH_ROWS and padded * q.element_size() <= 512
+    return few and _tile_rows(heads // layout.heads) * padded <= 4096
+
+
+def _cut(width: int, group: int, padded: int, size: int) -> tuple[int, int, int]:
+    """(programs of a head, slots of a block, blocks of a program) of one launch.
+
+    Args:
+        width: slots of a head. padded: numbers of a key, each of `size` bytes where multiplied.
+    """
+    tile = min(256, _TILE_BYTES // (padded * size), 8192 // _tile_rows(group))
+    # One program joins the sums of all.
+    least = width * triton.next_power_of_2(group) * padded // JOINED_NUMBERS
+    slots = max(tile, triton.next_power_of_2(least))
+    return triton.cdiv(width, slots), tile, slots // tile
+
+
+def _one_launch(
+    q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
+    rows, sink_logits, topk, window, sinks, scale, softcap, arrived,
+) -> torch.Tensor:  # fmt: skip
+    layout, device = SlotLayout(tuple(topk), window, sinks), q.device
+    batch, q_heads, _, dim = q.shape
+    groups, group = layout.heads, q_heads // layout.heads
+    q, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, key, value))
+    if arrived is None:
+        arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=device)
+    sloped, quantized = slopes is not None, key_scale is not None
+    scales = (key_scale, value_scale) if quantized else (scores, scores)  # else never read
+    pooled = rows is not None
+    held = (keys, values, *scales, positions, scores, seen)
+    overlap = may_overlap(device)
+    padded = max(16, triton.next_power_of_2(dim))
+    splits, tile, blocks = _cut(layout.width, group, padded, q.element_size())
+    part_out = torch.empty(batch, q_heads, splits, dim, dtype=torch.float32, device=device)
+    part_lse = torch.empty(batch, q_heads, splits, 2, dtype=torch.float32, device=device)
+    out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
+    insert_and_attend[(splits, groups, batch)](
+        q, key, value, score, slopes if sloped else score,
+        *held, rows if pooled else seen, _heads_table(layout, device),
+        part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
+        q.stride(0), q.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        score.stride(0), score.stride(1), *(tensor.stride(0) for tensor in held),
+        group, sinks, window, scale * LOG2_E, cap_of(softcap), splits,
+        ROWS=_tile_rows(group), BN=tile, BLOCKS=blocks,
+        SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
+        D=dim, DP=padded, BLOCK=_scanned(layout),
+        PRECISION=dot_precision(q.dtype), SLOPED=sloped, QUANTIZED=quantized, POOLED=pooled,
+        CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None, WAITS=overlap,
+        AT_REST=not pooled and are_states_at_rest(), num_warps=_WARPS, num_stages=1,
+        enable_fp_fusion=False, **launch_options(overlap),
+    )  # fmt: skip
+    return out
+
+
+def _scanned(layout: SlotLayout) -> int:
+    """Selected slots of a head that are looked at together."""
+    return min(1024, max(16, triton.next_power_of_2(max(layout.topk))))
+
+
+def _two_launches(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
     rows, sink_logits, topk, window, sinks, scale, softcap,
 ) -> torch.Tensor:  # fmt: skip
@@ -83,16 +158,13 @@ def _step(
     pool_rows = rows if pooled else seen  # else never read
     held = (keys, values, *scales, positions, scores, seen)
     strides = [tensor.stride(0) for tensor in held]
-    overlap = batch in BEGIN_EARLY and may_overlap(device)
     insert[(batch, groups)](
         *held, pool_rows, table, arrived,
         key, value, score, slopes if sloped else score,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         score.stride(0), score.stride(1), *strides, groups, sinks, window,
-        D=dim, DP=triton.next_power_of_2(dim),
-        BLOCK=min(1024, max(16, triton.next_power_of_2(max(layout.topk)))), SLOPED=sloped,
-        QUANTIZED=quantized, POOLED=pooled, WAITS=overlap, num_warps=4, enable_fp_fusion=False,
-        **launch_options(overlap),
+        D=dim, DP=triton.next_power_of_2(dim), BLOCK=_scanned(layout), SLOPED=sloped,
+        QUANTIZED=quantized, POOLED=pooled, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     padded = max(16, triton.next_power_of_2(dim))
     splits, split_slots = splits_of(layout, batch, group, padded)
@@ -104,11 +176,11 @@ def _step(
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
         q.stride(0), q.stride(1), *strides[:5], strides[6],
         group, sinks + window, scale * LOG2_E, cap_of(softcap), splits, split_slots,
-        ROWS=max(16, triton.next_power_of_2(group)), BN=32 if padded > 128 else 64,
+        ROWS=_tile_rows(group), BN=32 if padded > 128 else 64,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
         D=dim, DP=padded, PRECISION=dot_precision(q.dtype), QUANTIZED=quantized,
         POOLED=pooled, CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None,
-        WAITS=overlap, num_warps=4, num_stages=3, **launch_options(overlap),
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -139,7 +211,7 @@ def _step_op(
     softcap: float | None,
 ) -> torch.Tensor:
     """`step` as torch.compile sees it: one opaque node that changes the state in place."""
-    return _step(
+    return _two_launches(
         q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
         rows, sink_logits, topk, window, sinks, scale, softcap,
     )  # fmt: skip

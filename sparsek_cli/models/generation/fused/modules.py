@@ -1,7 +1,7 @@
 """A decoding step by fewer launches: modules whose weights our own kernels read, one row or a few.
 
-A Llama-like layer becomes one launch for its norm, projections, positions and scores, insertion and
-attention, and one each for the output projection, gate and up, and down; what stands alone (a head,
+A Llama-like layer becomes one launch for its norm, projections, positions and scores, one for insertion
+and attention, and one each for the output projection, gate and up, and down; what stands alone (a head,
 a norm, a map of another kind of layer) is taken by itself. Nothing is believed by name: a module is
 taken if it has the parts, and then computes what the kernels compute on random rows, to rounding.
 The rest runs as it is.
@@ -76,11 +76,18 @@ class FusedModules:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Within the block the model's forward takes the replacements."""
+        """Within the block the model's forward takes the replacements, once.
+
+        A step begins with an embedding, which torch launches: it waits for all before it, so that
+        states are at rest between two steps of theirs.
+        """
+        from sparsek_kernels.triton.overlap import states_at_rest
+
         for module, forward in self._forwards:
             module.__dict__["forward"] = forward
         try:
-            yield
+            with states_at_rest():
+                yield
         finally:
             for module, _ in self._forwards:
                 module.__dict__.pop("forward", None)
