@@ -109,6 +109,7 @@ def report(
     from sparsek_kernels.state import SlotLayout, SparseKState
     from sparsek_kernels.triton import pipeline
     from sparsek_kernels.triton import run as read_prompt
+    from sparsek_kernels.triton.decode.likeliest import likeliest
     from sparsek_kernels.triton.decode.step import step
     from sparsek_kernels.triton.geometry import geometry
 
@@ -147,6 +148,7 @@ def report(
             query, token, token, torch.zeros(rows, groups, 1), torch.zeros(groups), held,
             scale=1.0, softcap=softcap, sink_logits=own_logits,
         )  # fmt: skip
+    likeliest(torch.zeros(2, 128256, dtype=dtype))
     _linear_maps(dim, dtype)
     return list(recorder.rows.values())
 
@@ -179,6 +181,9 @@ def _linear_maps(dim: int, dtype: torch.dtype) -> None:
         linears.linear(inner, wide.view(2048, 8192), residual=x, **given)
         linears.norm_rotate(q, k, norm.weight[:dim], norm.weight[:dim], 1e-5, turn)
         linears.rms_norm(x, norm)
+        linears.rotary(
+            torch.zeros(rows, dtype=torch.int64), norm.weight[: dim // 2].float(), 1.0, dtype
+        )
 
 
 def main() -> None:

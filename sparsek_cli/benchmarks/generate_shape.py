@@ -27,6 +27,7 @@ from sparsek_cli.benchmarks.timing import copy_bandwidth
 from sparsek_cli.models import SparseKCache, dense_attention, family_of, sparsek_config_from
 from sparsek_cli.models.generation import cuda_graphs as graphs
 from sparsek_cli.models.generation import why_eager
+from sparsek_cli.models.generation.likeliest import likeliest
 
 SHAPES = {
     False: {
@@ -158,9 +159,7 @@ def _wait(device: torch.device) -> None:
 
 def steps_per_s(model, cache, batch: int, place: int, count: int, *, compiled: bool = False):
     """(steps per second by the decoder alone, seconds until it could replay)."""
-    decoder = graphs.Decoder(
-        model, batch, pick=lambda logits: logits.argmax(-1), compiled=() if compiled else None
-    )
+    decoder = graphs.Decoder(model, batch, pick=likeliest, compiled=() if compiled else None)
     device = model.device
     places = torch.full((batch,), place, device=device)
     with torch.no_grad(), decoder.over(cache, places):
@@ -228,9 +227,7 @@ def profile(model, compiled: bool) -> None:
     cache = SparseKCache(model.config)
     prompt = torch.randint(model.config.vocab_size, (1, 2000), device=model.device)
     model(prompt, past_key_values=cache, logits_to_keep=1)
-    decoder = graphs.Decoder(
-        model, 1, pick=lambda logits: logits.argmax(-1), compiled=() if compiled else None
-    )
+    decoder = graphs.Decoder(model, 1, pick=likeliest, compiled=() if compiled else None)
     with decoder.over(cache, torch.full((1,), 2000, device=model.device)):
         for _ in range(3):
             decoder.step()

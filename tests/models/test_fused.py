@@ -9,9 +9,11 @@ from torch import nn
 
 import sparsek_cli.models as models
 from sparsek_cli.models.generation import cuda_graphs as graphs
+from sparsek_cli.models.generation import likeliest as picks
 from sparsek_cli.models.generation import why_eager
 
 pytestmark = pytest.mark.interpret
+_LOGITS = torch.tensor([[1.0, 3.0, 3.0, -1.0], [torch.nan, 2.0, torch.nan, 5.0]])
 SMALL = {"topk": 4, "window": 4, "sinks": 1, "num_hidden_layers": 1}
 
 
@@ -51,7 +53,8 @@ def test_a_step_is_the_models_own(sparse_model, family, rows):
     model = sparse_model(family, **SMALL, tie_word_embeddings=False)
     fused, plain, found = both(model, rows)
     torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
-    assert sum(fused.taken.values()) == 3 and not fused.left  # the layer, the norm and the head
+    # The layer, the norm, the head and rotary positions.
+    assert sum(fused.taken.values()) == 4 and not fused.left
     assert fused.taken[type(model.model.layers[0]).__name__] == 1
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -73,7 +76,7 @@ def test_another_kind_of_layer_keeps_its_own_forward(sparse_model, caplog):
     """gpt_neox has two biased norms and a plain MLP: its maps are taken one by one."""
     with caplog.at_level(logging.INFO, logger="sparsek_cli"):
         fused, plain, found = both(sparse_model("gpt_neox", **SMALL), 1)
-    assert set(fused.taken) == {"Linear"}
+    assert set(fused.taken) == {"Linear", "GPTNeoXRotaryEmbedding"}
     torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
     assert caplog.text.count("fused for steps of 1 rows") == 1
 
@@ -96,7 +99,7 @@ def test_a_module_that_computes_something_else_is_left(sparse_model):
     fused, plain, found = both(model, 1)
     assert {"Doubled", "Halved"} == set(fused.left)
     # All maps one by one, and the norms: the layer's two and the last.
-    assert fused.taken == {"Linear": 8, "LlamaRMSNorm": 3}
+    assert fused.taken == {"Linear": 8, "LlamaRMSNorm": 3, "LlamaRotaryEmbedding": 1}
     torch.testing.assert_close(found, plain, atol=2e-5, rtol=1e-4)
 
 
@@ -121,7 +124,43 @@ def test_another_activation_is_seen_however_small_its_inputs(sparse_model, size)
     with torch.no_grad():
         mlp.gate_proj.weight.mul_(size)
     fused = fused_of(model, 1)
-    assert fused.taken == {"Linear": 8, "LlamaRMSNorm": 3}
+    assert fused.taken == {"Linear": 8, "LlamaRMSNorm": 3, "LlamaRotaryEmbedding": 1}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "rope, taken",
+    [
+        ({"rope_type": "default"}, True),
+        ({"rope_type": "yarn", "factor": 4.0}, True),  # cosines and sines are scaled
+        ({"rope_type": "dynamic", "factor": 4.0}, False),  # other frequencies later on
+    ],
+    ids=["default", "yarn", "dynamic"],
+)
+def test_rotary_positions_of_fixed_frequencies_are_taken(sparse_model, rope, taken):
+    model = sparse_model("llama", **SMALL, rope_parameters={"rope_theta": 1e4, **rope})
+    rotary = model.model.rotary_emb
+    fused = fused_of(model, 2)
+    assert fused.taken["LlamaRotaryEmbedding"] == taken
+    x, places = torch.zeros(2, 1, 64), torch.tensor([[5], [70_000]])
+    expected = rotary(x, places)
+    with fused.installed():
+        assert ("forward" in vars(rotary)) == taken
+        for part, wanted in zip(rotary(x, places), expected, strict=True):
+            torch.testing.assert_close(part, wanted, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_rotary_positions_that_are_others_are_left(sparse_model):
+    model = sparse_model("llama", **SMALL)
+    kind = type(model.model.rotary_emb)
+
+    class Swapped(kind):
+        def forward(self, x, position_ids):
+            return super().forward(x, position_ids)[::-1]
+
+    model.model.rotary_emb.__class__ = Swapped
+    assert fused_of(model, 1).left["Swapped"] == 1
 
 
 def test_hooks_and_wrapped_forwards_are_not_passed_by(sparse_model):
@@ -187,7 +226,8 @@ def test_generate_takes_them_where_a_step_is_a_graph(sparse_model, monkeypatch):
         run(self)
 
     monkeypatch.setattr(why_eager, "has_graphs", lambda device: True)
-    monkeypatch.setattr(why_eager.dispatch, "explain", lambda *_: ("triton", "acted"))
+    for module in (why_eager.dispatch, picks):
+        monkeypatch.setattr(module, "explain", lambda *_: ("triton", "acted"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Replayed)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
@@ -199,3 +239,28 @@ def test_generate_takes_them_where_a_step_is_a_graph(sparse_model, monkeypatch):
     model.fused_steps = True
     assert torch.equal(model.generate(ids, **options), expected)
     assert all(used) and made[-1].replays == 2
+
+
+@pytest.mark.parametrize(
+    "logits, own",
+    [
+        (_LOGITS, True),
+        (_LOGITS.bfloat16(), True),
+        (_LOGITS.double(), False),
+        (_LOGITS.T.contiguous().T, False),
+    ],
+    ids=["float32", "bfloat16", "float64", "columns"],
+)
+def test_our_own_kernel_picks_where_triton_runs(monkeypatch, logits, own):
+    from sparsek_kernels.triton.decode import likeliest as kernels
+
+    calls = []
+
+    def noted(logits, kernel=kernels.likeliest):
+        calls.append(logits)
+        return kernel(logits)
+
+    monkeypatch.setattr(kernels, "likeliest", noted)
+    assert picks.likeliest(logits).tolist() == [1, 0] and not calls  # a CPU
+    monkeypatch.setattr(picks, "explain", lambda *_: ("triton", "acted"))
+    assert picks.likeliest(logits).tolist() == [1, 0] and len(calls) == own

@@ -14,6 +14,7 @@ from sparsek_kernels.triton.linears import Shape, shapes
 from sparsek_cli.benchmarks import generate_shape
 from sparsek_cli.models import SparseKCache
 from sparsek_cli.models.generation import cuda_graphs as graphs
+from sparsek_cli.models.generation.likeliest import likeliest
 
 
 @torch.no_grad()
@@ -77,7 +78,7 @@ def _cut(rows: int, table: dict[tuple, Shape] | None, usual: Shape, few: int) ->
 
 
 def _rate(model, cache, rows: int, place: int, count: int, compiled) -> str:
-    decoder = graphs.Decoder(model, rows, pick=lambda logits: logits.argmax(-1), compiled=compiled)
+    decoder = graphs.Decoder(model, rows, pick=likeliest, compiled=compiled)
     own = cache if model.device.type == "cuda" else None
     places = torch.full((rows,), place, device=model.device)
     with decoder.over(cache, places):

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
 from sparsek_cli.models.generation.cuda_graphs import Decoder
+from sparsek_cli.models.generation.likeliest import likeliest
 
 
 def fork(cache: SparseKCache, copies: int = 1) -> SparseKCache:
@@ -79,7 +80,7 @@ class DecodingBatch:
 
     def __init__(self, model: Any, rows: int):
         self.model, self.rows = model, rows
-        self._decoder = Decoder(model, rows, pick=lambda logits: logits.argmax(dim=-1))
+        self._decoder = Decoder(model, rows, pick=likeliest)
         self._cache: SparseKCache | None = None
         self._positions = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self._words = torch.zeros_like(self._positions)

@@ -30,14 +30,13 @@ class Decoder:
     Args:
         model: a causal LM with SparseK attention, in eval mode; held weakly.
         batch: number of rows B.
-        pick: what follows in the same graph: logits [B, V] float32 -> the next tokens [B], which
-            become `words`. It must only launch work, and keep its tensors where they are.
+        pick: what follows in the same graph: logits [B, V], of the model's dtype -> the next tokens
+            [B], which become `words`. It must only launch work, and leave its tensors in place.
         compiled: torch.compile's options if it shall fuse the step (the first one then takes
             long), see `compile_options`.
 
     Attributes:
         words: [B] int64, the tokens that the next `step` reads.
-        logits: [B, V] float32 after the last `step`; the next one may overwrite them.
         eager: why steps are not a graph, None while they are or will be.
         fused: the modules that own kernels replace in a graph, see `fused`; None: none.
     """
@@ -55,7 +54,7 @@ class Decoder:
         self.compiled = compiled
         self.batch = batch
         self.words = torch.zeros(batch, dtype=torch.int64, device=model.device)
-        self.logits: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None
         self.eager: str | None = None
         self.signature: tuple[Any, ...] | None = None
         self.fused: FusedModules | None = None
@@ -67,6 +66,11 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._steps = 0
         self._warm = False
+
+    @property
+    def logits(self) -> torch.Tensor | None:
+        """[B, V] float32 after the last `step`; the next one may overwrite them."""
+        return None if self._logits is None else self._logits.float()
 
     @contextmanager
     def over(
@@ -176,10 +180,10 @@ class Decoder:
             logits_to_keep=1,
             return_dict=True,
         )
-        self.logits = output.logits[:, -1].float()
+        self._logits = output.logits[:, -1]
         self._positions.add_(self._advance)
         if self.pick is not None:
-            self.words.copy_(self.pick(self.logits))
+            self.words.copy_(self.pick(self._logits))
 
     def _capture(self) -> None:
         """Captures a step, which does not run it, and replays it once; eager where it fails."""

@@ -28,6 +28,7 @@ from transformers.generation import (
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.generation.compiled import compile_options
 from sparsek_cli.models.generation.kept_decoders import decoder_for
+from sparsek_cli.models.generation.likeliest import likeliest
 
 # They look at the logits alone and only launch work, so that they can be part of a graph.
 _GRAPH_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -76,8 +77,10 @@ class Choice:
         )
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """Tokens [B] of logits [B, V]."""
-        return self.of(self.processors(self._nothing, logits))
+        """Tokens [B] of logits [B, V], of any floating dtype."""
+        if self.sample or len(self.processors):
+            logits = self.processors(self._nothing, logits.float())
+        return self.of(logits)
 
     def of(self, scores: torch.Tensor) -> torch.Tensor:
         """Tokens [B] of processed scores [B, V]."""
@@ -86,7 +89,7 @@ class Choice:
             weights = nn.functional.softmax(scores, dim=-1)
             words = (weights / torch.empty_like(weights).exponential_(1)).argmax(dim=-1)
         else:
-            words = scores.argmax(dim=-1)
+            words = likeliest(scores)
         if self.ends is not None:
             words = words * self.running + self.pad * (1 - self.running)
             self.running.mul_((words[:, None] != self.ends).all(dim=1))

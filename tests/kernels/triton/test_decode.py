@@ -1,11 +1,13 @@
-"""Decoding steps: in one launch and in two the same slots to the bit."""
+"""Decoding steps: in one launch and in two the same slots to the bit; the likeliest token."""
 
 import pytest
 import torch
+from logits import cases
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.decode import attend
 from sparsek_kernels.triton.decode import step as steps
+from sparsek_kernels.triton.decode.likeliest import likeliest
 from sparsek_kernels.triton.overlap import states_at_rest
 from state_pool import strided_pool
 
@@ -158,3 +160,10 @@ def test_states_are_at_rest_only_where_it_is_promised():
     with states_at_rest():
         assert are_states_at_rest()
     assert not are_states_at_rest()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("count", [1, 5, 2048, 2049, 6000])
+def test_the_likeliest_token_is_argmax(count, dtype):
+    for logits in cases(count, dtype):
+        assert torch.equal(likeliest(logits), logits.argmax(-1))

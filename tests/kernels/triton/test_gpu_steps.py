@@ -1,12 +1,15 @@
-"""Decoding steps on a CUDA device: one launch and two."""
+"""Decoding steps on a CUDA device: one launch and two, rotary positions, the likeliest token."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
+from logits import cases
 from sparsek_kernels.attention import sparsek_attention
 from sparsek_kernels.state import SparseKState
+from sparsek_kernels.triton import linears
 from sparsek_kernels.triton.decode import step
+from sparsek_kernels.triton.decode.likeliest import likeliest
 from sparsek_kernels.triton.overlap import states_at_rest
 
 pytestmark = pytest.mark.gpu
@@ -64,3 +67,22 @@ def test_one_launch_of_any_head_is_pytorch(relative_error, dim, dtype):
         assert torch.equal(states[0].seen, states[1].seen)
     held = [state.positions.sort(1).values for state in states]
     assert torch.equal(*held)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("count", [1, 2049, 50257, 128256])
+def test_the_likeliest_is_argmax(count, dtype):
+    for logits in cases(count, dtype):
+        logits = logits.cuda()
+        assert torch.equal(likeliest(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rotary_positions(dtype):
+    frequencies = (1.0 / 10000.0 ** (torch.arange(32) / 32)).cuda()
+    places = torch.tensor([0, 1, 777, 65_536, 1_048_575, 16_000_000]).cuda()
+    angles = (places[:, None].float() * frequencies).repeat(1, 2)
+    found = linears.rotary(places, frequencies, 0.75, dtype)
+    for part, wanted in zip(found, (angles.cos() * 0.75, angles.sin() * 0.75), strict=True):
+        atol = 3e-7 if dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(part, wanted.to(dtype), atol=atol, rtol=0)

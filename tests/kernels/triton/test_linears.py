@@ -188,6 +188,19 @@ def test_rows_that_are_no_whole_lines(rows, name):
     near(found, F.linear(rms_norm(x, norm), weight), torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("half", [4, 5, 32])
+def test_rotary_positions_are_torchs(dtype, half):
+    """Near and far: angles are rounded to float32 as torch rounds them."""
+    frequencies = 1.0 / 10000.0 ** (torch.arange(half) / half)
+    places = torch.tensor([0, 1, 2, 777, 65_536, 1_048_575, 16_000_000])
+    angles = (places[:, None].float() * frequencies).repeat(1, 2)
+    found = linears.rotary(places, frequencies, 0.75, dtype)
+    for part, wanted in zip(found, (angles.cos() * 0.75, angles.sin() * 0.75), strict=True):
+        atol = 2e-7 if dtype == torch.float32 else 4e-3
+        torch.testing.assert_close(part, wanted.to(dtype), atol=atol, rtol=0)
+
+
 @pytest.mark.parametrize("shared, stages", [(232448, 4), (101376, 3), (65536, 2), (1024, 1)])
 def test_a_shape_has_the_stages_that_fit(monkeypatch, shared, stages):
     """Gate and up of a 1B model take 115,456 bytes, more than some devices have."""

@@ -6,6 +6,7 @@ products   weights times rows, four ways
 inputs     the rows, and the norm before them
 scores     scores of a step's tokens
 norms      norms by themselves
+rotary     cosines and sines of rotary positions
 launch     callers: plain, gated and projecting maps, and norms
 shapes     how a launch is cut into programs
 """
@@ -20,6 +21,7 @@ from sparsek_kernels.triton.linears.launch import (
     project,
     rms_norm,
 )
+from sparsek_kernels.triton.linears.rotary import rotary
 from sparsek_kernels.triton.linears.shapes import Shape
 
 __all__ = [
@@ -32,4 +34,5 @@ __all__ = [
     "norm_rotate",
     "project",
     "rms_norm",
+    "rotary",
 ]

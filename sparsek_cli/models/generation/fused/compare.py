@@ -42,6 +42,19 @@ def same_module(model: nn.Module, module: nn.Module, forward: Forward, rows: int
     return _near(forward(x), own_forward(module)(x))
 
 
+def same_rotary(model: nn.Module, module: nn.Module, forward: Forward, rows: int) -> bool:
+    """The same for rotary positions, near and far."""
+    x = torch.zeros(rows, 1, 1, device=model.device, dtype=model.dtype)
+    for place in (1, 1000, 1_000_000):
+        positions = place + 7 * torch.arange(rows, device=model.device)[:, None]
+        found, wanted = (call(x, positions) for call in (forward, own_forward(module)))
+        if not isinstance(wanted, tuple) or len(wanted) != 2:
+            return False
+        if not all(_near(*pair) for pair in zip(found, wanted, strict=True)):
+            return False
+    return True
+
+
 def same_layer(model: nn.Module, module: Any, forward: Forward, rows: int) -> bool:
     """The same for a layer, over several tokens, with what both leave in the cache."""
     rotary = getattr(model.base_model, "rotary_emb", None)

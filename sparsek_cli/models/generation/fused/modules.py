@@ -1,10 +1,10 @@
 """A decoding step by fewer launches: modules whose weights our own kernels read, one row or a few.
 
-A Llama-like layer becomes one launch for its norm, projections, positions and scores, one for insertion
-and attention, and one each for the output projection, gate and up, and down; what stands alone (a head,
-a norm, a map of another kind of layer) is taken by itself. Nothing is believed by name: a module is
-taken if it has the parts, and then computes what the kernels compute on random rows, to rounding.
-The rest runs as it is.
+A Llama-like layer becomes one launch for its norm, projections, positions and scores, insertion and
+attention, and one each for the output projection, gate and up, and down; what stands alone (a head,
+a norm, rotary positions, a map of another kind of layer) is taken by itself. Nothing is believed by
+name: a module is taken if it has the parts, and then computes what the kernels compute on random
+rows, to rounding. The rest runs as it is.
 """
 
 from __future__ import annotations
@@ -18,11 +18,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparsek_cli.models.generation.fused.compare import TOLERANCE, same_layer, same_module
+from sparsek_cli.models.generation.fused.compare import (
+    TOLERANCE,
+    same_layer,
+    same_module,
+    same_rotary,
+)
 from sparsek_cli.models.generation.fused.layer import fused_layer
-from sparsek_cli.models.generation.fused.parts import Forward, fused_map, fused_mlp, fused_norm
+from sparsek_cli.models.generation.fused.parts import (
+    Forward,
+    fused_map,
+    fused_mlp,
+    fused_norm,
+    fused_rotary,
+)
 
 _LOG = logging.getLogger("sparsek_cli")
+
+
+# What replaces a module, and what finds whether it computes the same.
+_TAKEN = (
+    (fused_layer, same_layer),
+    (fused_mlp, same_module),
+    (fused_map, same_module),
+    (fused_norm, same_module),
+    (fused_rotary, same_rotary),
+)
 
 
 class FusedModules:
@@ -57,12 +78,7 @@ class FusedModules:
 
     def _look(self, model: nn.Module, module: nn.Module, rows: int) -> None:
         """Replaces a module, or what can be replaced below it."""
-        for make, equal in (
-            (fused_layer, same_layer),
-            (fused_mlp, same_module),
-            (fused_map, same_module),
-            (fused_norm, same_module),
-        ):
+        for make, equal in _TAKEN:
             forward = make(module, rows)
             if forward is None:
                 continue

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 Forward = Callable[..., Any]
+# Of transformers' rotary positions; the others change frequencies with the position.
+_FIXED_FREQUENCIES = {"default", "linear", "llama3", "yarn"}
 
 
 def own_forward(module: nn.Module) -> Forward:
@@ -66,6 +68,29 @@ def fused_norm(module: nn.Module, rows: int) -> Forward | None:
         if part is None or part.shape[1] != norm.weight.shape[0]:
             return own(x, *args, **kwargs)
         return linears.rms_norm(part, norm).view_as(x)
+
+    return forward
+
+
+def fused_rotary(module: nn.Module, rows: int) -> Forward | None:
+    """Cosines and sines of rotary positions of one token of each of `rows` rows."""
+    from sparsek_kernels.triton import linears
+
+    frequencies = getattr(module, "inv_freq", None)
+    scaling = getattr(module, "attention_scaling", None)
+    if not (torch.is_tensor(frequencies) and isinstance(scaling, float) and is_plain(module)):
+        return None
+    if frequencies.ndim != 1 or frequencies.dtype != torch.float32:
+        return None
+    if getattr(module, "rope_type", None) not in _FIXED_FREQUENCIES:
+        return None
+    own = own_forward(module)
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, **kwargs: Any):
+        if kwargs or position_ids.shape != (rows, 1) or torch.is_grad_enabled():
+            return own(x, position_ids, **kwargs)
+        turn = linears.rotary(position_ids[:, 0], module.inv_freq, scaling, x.dtype)
+        return tuple(part[:, None] for part in turn)
 
     return forward
 
