@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparsek_cli.errors import UsageError
 
+HALF_WRITTEN = re.compile(r"\..+\.[0-9]+\.part")  # names of what a kill leaves of an atomic write
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.disk import write_atomically
+from sparsek_cli.disk import HALF_WRITTEN, write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.json_values import to_json
 from sparsek_cli.evaluation.report.stored_shapes import is_report, is_sample, is_unit
@@ -110,6 +110,7 @@ class Store:
                 self._begin(resume=resume, overwrite=overwrite)
                 if self.folder != folder:
                     stack.enter_context(held(self.folder))
+                _remove_half_written(self.folder)
             except BlockingIOError as error:
                 raise UsageError(
                     f"another run is writing in {folder}",
@@ -234,6 +235,14 @@ def _fingerprint_in(folder: Path) -> str | None:
     """The settings of the run whose results lie there; None: of no run of ours."""
     fingerprint = _run_in(folder).get("fingerprint")
     return fingerprint if isinstance(fingerprint, str) else None
+
+
+def _remove_half_written(folder: Path) -> None:
+    """What a killed run was writing; the folder is held, so that nobody goes on with it."""
+    for place in ("", "units/*/", "samples/*/"):
+        for file in folder.glob(f"{place}.*.part"):
+            if HALF_WRITTEN.fullmatch(file.name) and file.is_file() and not file.is_symlink():
+                file.unlink()
 
 
 def _has_units(folder: Path) -> bool:

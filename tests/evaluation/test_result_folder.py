@@ -266,3 +266,22 @@ def test_results_are_not_added_to_the_model(make_checkpoint, tmp_path, monkeypat
     if out is None:
         beside = shlex.split(error.value.hint.split("--out ")[1].split(", or run")[0])[0]
         assert plan(recipe.model_copy(update={"out": beside})).out == Path(beside)  # as hinted
+
+
+@pytest.mark.parametrize("how", [{"resume": True}, {}, {"overwrite": True}])
+def test_what_a_killed_run_was_writing_goes(tmp_path, how):
+    """kill -9 within a write left a hidden file, which nothing ever removed."""
+    out = tmp_path / "out"
+    with begin(out) as store:
+        if "resume" in how:
+            store.save("dense", "ppl@32", UNIT, [])
+    half = [out / ".results.json.123.part"]
+    half += [out / folder / "dense" / f".ppl@32.{end}.77.part"
+             for folder, end in (("units", "json"), ("samples", "jsonl"))]  # fmt: skip
+    for file in half:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{")
+    (out / ".mine.part").write_text("of somebody else")
+    with begin(out, **how):
+        assert not any(file.exists() for file in half)
+        assert (out / ".mine.part").exists()
