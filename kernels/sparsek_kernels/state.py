@@ -133,8 +133,8 @@ class SparseKState:
     value_scale: Tensor | None = None
     support: Tensor | None = None
     tau: Tensor | None = None
-    _arrivals: dict[int, Tensor] = dataclasses.field(
-        default_factory=dict, init=False, repr=False, compare=False
+    _arrivals: list[Tensor] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
     )
 
     @classmethod
@@ -190,19 +190,19 @@ class SparseKState:
     def batch(self) -> int:
         return self.seen.shape[0]
 
-    def arrivals(self, batch: int) -> Tensor | None:
-        """int32 [batch, G + 1], zeros: where programs of a launch over `batch` rows are counted.
+    def arrivals(self) -> Tensor | None:
+        """int32 [B, G + 1], zeros: where the programs of a step over all rows are counted.
 
-        Every launch leaves zeros behind, and launches over one state never overlap. None where they
+        Every launch leaves zeros behind, and steps of one state never overlap. None where they
         would be made while a CUDA graph is captured, which writes them only when it is replayed.
         """
-        if batch not in self._arrivals:
-            device = self.seen.device
+        device = self.seen.device
+        if not self._arrivals:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None
-            size = batch, self.layout.heads + 1
-            self._arrivals[batch] = torch.zeros(size, dtype=torch.int32, device=device)
-        return self._arrivals[batch]
+            size = self.batch, self.layout.heads + 1
+            self._arrivals.append(torch.zeros(size, dtype=torch.int32, device=device))
+        return self._arrivals[0]
 
     @property
     def nbytes(self) -> int:

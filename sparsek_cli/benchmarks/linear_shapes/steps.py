@@ -43,9 +43,9 @@ def time_steps(
             ways[f"ours, best shapes, {label} overlapping"] = (True, None, table, usual, few)
         if not quick:
             ways["compile"] = (False, (), None, base, few)
-    for label, (fused, compiled, table, usual, few) in ways.items():
+    for label, (fused, compiled, table, usual, together) in ways.items():
         model.fused_steps = fused
-        with _cut(rows, table, usual, few):
+        with _cut(rows, table, usual, together):
             try:
                 print(f"  {label}: {_rate(model, cache, rows, prompt.shape[1], count, compiled)}")
             except Exception as error:

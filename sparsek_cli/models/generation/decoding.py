@@ -202,7 +202,9 @@ def write(
             if words is not decoder.words:
                 decoder.words.copy_(words)
             decoder.step()
-            words, logits = decoder.words, decoder.logits
+            words = decoder.words
+            if not in_graph:
+                logits = decoder.logits
     if streamer is not None:
         streamer.end()
     return recorder.result(text.ids, cache) if config.return_dict_in_generate else text.ids

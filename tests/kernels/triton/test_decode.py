@@ -68,7 +68,7 @@ def test_one_launch_is_two(relative_error, monkeypatch, cut, kept, more):
             outs.append(sparsek_attention(*token, state=state, **options)[0])
         assert relative_error(*outs) < 1e-5
     same(*states)
-    assert not any(counts.any() for counts in states[0]._arrivals.values())
+    assert not states[0].arrivals().any()
 
 
 @torch.no_grad()
@@ -102,7 +102,23 @@ def test_rows_of_a_pool_in_one_launch(cut):
         ]
         assert torch.equal(*outs)
     same(held.take(), alone)
+    assert not pool._arrivals, "other rows may be stepped beside these: each call counts for itself"
     assert pool.seen[[0, 2, 4]].tolist() == [7, 7, 7]
+
+
+@torch.no_grad()
+def test_a_step_counts_for_itself_where_its_state_may_not(monkeypatch, cut):
+    """As where a CUDA graph is captured before any step has run."""
+    states = [filled(2), filled(2)]
+    monkeypatch.setattr(type(states[0]), "arrivals", lambda state: None)
+    options = dict(SHAPE, backend="triton")
+    for token in tokens(2):
+        outs = []
+        for state, rows in zip(states, (4, 0), strict=True):
+            monkeypatch.setattr(steps, "ONE_LAUNCH_ROWS", rows)
+            outs.append(sparsek_attention(*token, state=state, **options)[0])
+        torch.testing.assert_close(*outs)
+    same(*states)
 
 
 @torch.no_grad()
@@ -120,8 +136,8 @@ def test_other_numbers_of_rows_and_copies_count_apart(relative_error):
     ]
     assert relative_error(*outs) < 1e-5
     same(wider, twin)
-    assert state.arrivals(2).shape == (2, 3) and wider.arrivals(4).shape == (4, 3)
-    assert wider.arrivals(4) is wider.arrivals(4)
+    assert state.arrivals().shape == (2, 3) and wider.arrivals().shape == (4, 3)
+    assert wider.arrivals() is wider.arrivals()
 
 
 @torch.no_grad()

@@ -68,7 +68,8 @@ def step(
     if torch.compiler.is_compiling():
         return _step_op(q, key, value, score, slopes, *tensors, *settings)
     if _is_one_launch(q, layout):
-        arrived = pool.arrivals(q.shape[0])
+        # Calls over other rows of a pool may run beside this one: each counts for itself.
+        arrived = pool.arrivals() if rows is None else None
         return _one_launch(q, key, value, score, slopes, *tensors, *settings, arrived)
     return _two_launches(q, key, value, score, slopes, *tensors, *settings)
 

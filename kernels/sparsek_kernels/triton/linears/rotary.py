@@ -25,10 +25,10 @@ def _cosine_and_sine(x):
 @triton.jit
 def turns(
     positions, frequencies, cos, sin, positions_s, half, scaling, HALF: tl.constexpr,
-    EARLY: tl.constexpr,
+    BEGINS: tl.constexpr,
 ):  # fmt: skip
     """Cosines and sines [2 * half] of one row's angles [half], twice each."""
-    if EARLY:  # it begins late itself, so that whoever follows may begin early
+    if BEGINS:  # it begins late itself, so that whoever follows may begin early
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0)
     lane = tl.arange(0, HALF)
@@ -62,6 +62,6 @@ def rotary(
     cos, sin = torch.empty(2, rows, 2 * half, dtype=dtype, device=positions.device)
     turns[(rows,)](
         positions, frequencies, cos, sin, positions.stride(0), half, scaling,
-        HALF=triton.next_power_of_2(half), EARLY=may_overlap(positions.device), num_warps=1,
+        HALF=triton.next_power_of_2(half), BEGINS=may_overlap(positions.device), num_warps=1,
     )  # fmt: skip
     return cos, sin

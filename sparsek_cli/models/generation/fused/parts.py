@@ -1,4 +1,4 @@
-"""Norms, linear maps and gated MLPs by own kernels; each maker gives None for other modules."""
+"""Own kernels for norms, maps, gated MLPs and rotary positions; None for other modules."""
 
 from __future__ import annotations
 
