@@ -212,6 +212,7 @@ def wait_until_idle(process: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="needs the states of processes")
 def test_ctrl_c_in_a_real_process():
     """`chat` waits for its pipe; Ctrl-C ends it with 130 and without a traceback."""
     process = subprocess.Popen(

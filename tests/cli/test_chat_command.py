@@ -10,6 +10,7 @@ import time
 from typing import NoReturn
 
 import pytest
+import torch
 from patience import PATIENCE
 
 from sparsek_cli.app import main
@@ -101,11 +102,13 @@ def test_last_model_is_taken_and_named(sparsek, model):
     assert shown.code == 0 and f"model: {model}" in shown.err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo terminal")
 def chat_in_a_fork(*words: str) -> NoReturn:
     """What `python -m sparsek_cli` does at this terminal, without the seconds of imports."""
     ended = 1
     try:
+        # Threads do not outlive a fork: libgomp would wait for those of its parent for ever.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
         sys.argv = ["sparsek", *words]
         sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
         main()
@@ -115,6 +118,7 @@ def chat_in_a_fork(*words: str) -> NoReturn:
         os._exit(ended)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a pseudo terminal")
 def test_conversation_at_a_terminal(model, tmp_path):
     """A person types: a question, a wrong command, /stats, Ctrl-D."""
     child, terminal = pty.fork()
