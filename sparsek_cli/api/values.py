@@ -1,5 +1,6 @@
 """What Python callers give: of the kind that is documented, or an error that names the argument."""
 
+from collections.abc import Iterable
 from numbers import Integral, Real
 from os import PathLike, fspath
 from typing import Any
@@ -15,7 +16,13 @@ def place(name: str, value: object) -> str:
     found = fspath(value) if isinstance(value, PathLike) else value
     if not isinstance(found, str):
         raise _wrong(name, value, "a path or a name")
-    return found
+    return str(found)  # NumPy's text is a kind of str, which YAML does not write
+
+
+def places(name: str, value: object) -> list[str]:
+    """One `place`, or each of what can be walked through: a glob, a set, an array of NumPy."""
+    several = isinstance(value, Iterable) and not isinstance(value, str | PathLike)
+    return [place(name, each) for each in (value if several else [value])]
 
 
 def place_or_none(name: str, value: object) -> str | None:

@@ -1,14 +1,14 @@
 """convert, finetune and evaluate: a recipe and settings on top, planned and run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sparsek_cli.api.values import (
     Place,
     check_reporter,
     check_switches,
-    place,
     place_or_none,
+    places,
     plain,
 )
 from sparsek_cli.recipes.load import Draft
@@ -56,7 +56,7 @@ def finetune(
     model: Place | None = None,
     out: Place | None = None,
     *,
-    data: str | Sequence[str] | None = None,
+    data: Place | Iterable[Place] | None = None,
     recipe: str | None = None,
     resume: bool = False,
     reporter: Reporter | None = None,
@@ -67,7 +67,8 @@ def finetune(
     Args:
         model: what to start from; None with a recipe that says init: random.
         out: the folder to write; default: `<name>-finetuned`.
-        data: text to train on: files, folders, globs, or one hub id, in place of the recipe's.
+        data: text to train on: one or several files, folders and globs, or one hub id, in place of
+            the recipe's; or a mapping: the recipe's own key.
         recipe: a recipe's name or file, below the settings.
         resume: go on with an unfinished run of the same settings.
         reporter: where progress goes; default: nowhere.
@@ -85,8 +86,7 @@ def finetune(
     if isinstance(data, Mapping):
         settings["data"] = data
     elif data is not None:
-        given = data if isinstance(data, list | tuple) else [data]
-        set_text(draft, [place("data", each) for each in given], "data")
+        set_text(draft, places("data", data), "data")
     made = _validated(FinetuneRecipe, draft, model, out, settings)
     return run(plan(made, reporter, resume=resume), reporter)
 

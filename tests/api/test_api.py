@@ -4,7 +4,9 @@ import inspect
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sparsek_cli as sparsek
@@ -85,6 +87,19 @@ def test_a_recipe_stands_below_the_settings(text, tmp_path):
     recipe.write_text("steps: 7\nseed: 3\ndata: {mine: {kind: text, files: nowhere.txt}}\n")
     with pytest.raises(UsageError, match="nothing to resume"):  # so everything else was right
         sparsek.finetune("tiny", tmp_path / "out", data=text, recipe=str(recipe), resume=True)
+
+
+@pytest.mark.parametrize(
+    "several",
+    [lambda files: files, iter, set, np.array, lambda files: dict.fromkeys(files).keys(),
+     lambda files: (Path(file) for file in files), lambda files: Path(files[0])],
+    ids=["list", "iterator", "set", "array", "view", "generator", "path"],
+)  # fmt: skip
+def test_data_is_one_place_or_any_that_can_be_walked_through(text, tmp_path, several):
+    with pytest.raises(UsageError, match="nothing to resume"):  # so everything else was right
+        sparsek.finetune("tiny", tmp_path / "out", data=several([text]), resume=True)
+    with pytest.raises(UsageError, match="data should be a path or a name, not 3"):
+        sparsek.finetune("tiny", tmp_path / "out", data=iter([text, 3]))
 
 
 @pytest.mark.parametrize("name", [n for n in sparsek.__all__ if n != "__version__"])
