@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from sparsek_cli.api import values
 from sparsek_cli.api.values import (
     Place,
     check_counts,
@@ -12,6 +13,7 @@ from sparsek_cli.api.values import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from sparsek_cli.dialogue.session import Session
@@ -22,7 +24,7 @@ def load(
     *,
     scorers: Place | None = None,
     revision: str | None = None,
-    device: str = "auto",
+    device: "str | int | torch.device" = "auto",
     dtype: str = "auto",
     cache_dtype: str | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -32,7 +34,8 @@ def load(
         model: folder, short name or hub id.
         scorers: file, folder or hub id of scorers alone, to put onto a dense `model`, which must
             be the one that they were made for. revision: of `model`, a hub id.
-        device: auto, cpu, cuda or cuda:N. dtype: auto, bfloat16, float16 or float32.
+        device: auto, cpu, cuda, cuda:N, a torch.device, or N alone.
+        dtype: auto, bfloat16, float16 or float32.
         cache_dtype: what a converted model's cache holds: auto (`dtype`) or int8; None: as
             converted.
     """
@@ -40,12 +43,9 @@ def load(
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.loading import load_model, load_tokenizer
 
-    check_words(
-        revision=revision, dtype=dtype, cache_dtype=cache_dtype,
-        **({} if type(device).__module__ == "torch" else {"device": device}),
-    )  # fmt: skip
-    added = place_or_none("scorers", scorers)
-    checkpoint, where = hub.resolve(place("model", model), revision), choose_device(device)
+    check_words(revision=revision, dtype=dtype, cache_dtype=cache_dtype)
+    added, named = place_or_none("scorers", scorers), values.device(device)
+    checkpoint, where = hub.resolve(place("model", model), revision), choose_device(named)
     tokenizer, number = load_tokenizer(checkpoint), choose_dtype(dtype, where)
     if added is None:
         weights = load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype)
@@ -68,7 +68,7 @@ def chat(
     max_new_tokens: int = 256,
     seed: int = 0,
     revision: str | None = None,
-    device: str = "auto",
+    device: "str | int | torch.device" = "auto",
     dtype: str = "auto",
     cache_dtype: str | None = None,
 ) -> "Session":

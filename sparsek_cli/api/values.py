@@ -1,12 +1,16 @@
 """What Python callers give: of the kind that is documented, or an error that names the argument."""
 
+import sys
 from collections.abc import Iterable
 from numbers import Integral, Real
 from os import PathLike, fspath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.reporter import Reporter
+
+if TYPE_CHECKING:
+    import torch
 
 Place = str | PathLike[str]
 
@@ -30,10 +34,20 @@ def place_or_none(name: str, value: object) -> str | None:
     return None if value is None else place(name, value)
 
 
+def device(value: object) -> "str | torch.device":
+    """What `choose_device` takes: text, a torch.device, or torch's own number of a GPU."""
+    torch = sys.modules.get("torch")  # who holds a device of it has imported it
+    if isinstance(value, str) or (torch is not None and isinstance(value, torch.device)):
+        return value
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return f"cuda:{value}"
+    raise _wrong("device", value, "auto, cpu, cuda, cuda:N or a torch.device")
+
+
 def check_switches(**given: object) -> None:
     """Raises UsageError for what is neither true nor false: overwrite="no" replaced a folder."""
     for name, value in given.items():
-        if not isinstance(value, bool):
+        if not isinstance(plain(value), bool):
             raise _wrong(name, value, "True or False")
 
 

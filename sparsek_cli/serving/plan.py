@@ -131,7 +131,15 @@ def _memory(engine: str) -> str:
     """What the plugin will say to the server's allocator, by this process's environment."""
     if engine == TRANSFORMERS:
         return ""
-    return importlib.import_module("sparsek_vllm.allocator").choice(os.environ)[1]
+    try:
+        allocator = importlib.import_module("sparsek_vllm.allocator")
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"the plugin sparsek-vllm is older than this sparsek: it has no {error.name}",
+            hint="update it to this version (docs/guides/serving.md; in a checkout: pip install "
+            "--no-deps -e plugins/vllm), or give --engine transformers",
+        ) from error
+    return allocator.choice(os.environ)[1]
 
 
 def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:

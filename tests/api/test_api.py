@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import sparsek_cli as sparsek
 from sparsek_cli.errors import UsageError
@@ -146,6 +147,26 @@ def test_sampling_that_means_nothing(settings):
     """It was a RuntimeError of torch at the first word."""
     with pytest.raises(UsageError, match="out of range"):
         sparsek.chat("tiny", **settings)
+
+
+def test_devices_are_named_as_in_torch():
+    """A type of torch's was a bare TypeError; 0 is torch's cuda:0."""
+    with pytest.raises(UsageError, match="device should be auto, cpu, .*not torch.float32"):
+        sparsek.load("tiny", device=torch.float32)
+    with pytest.raises(UsageError, match="device should be"):
+        sparsek.load("tiny", device=True)
+    with pytest.raises(UsageError, match="device 'cuda:99' is not there"):
+        sparsek.load("tiny", device=99)
+    model, _ = sparsek.load("tiny", device=torch.device("cpu"))
+    assert model.device.type == "cpu"
+
+
+def test_a_switch_of_numpy_is_one(tmp_path):
+    for value in (np.True_, np.False_):
+        with pytest.raises(UsageError, match="a plain dense model already"):
+            sparsek.export("tiny", tmp_path / "a", overwrite=value, copy=value)
+    with pytest.raises(UsageError, match="should be True or False"):
+        sparsek.export("tiny", tmp_path / "a", overwrite=np.int64(1))
 
 
 ARGUMENTS = {

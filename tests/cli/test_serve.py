@@ -98,6 +98,15 @@ def test_it_says_what_keeps_the_server_s_memory_flat(sparsek, converted, install
     assert "memory  " not in sparsek(*words, "--engine", "transformers").out
 
 
+def test_an_older_plugin_is_told_to_be_updated(sparsek, converted, installed, monkeypatch):
+    """Without the file that this sparsek asks it was a ModuleNotFoundError."""
+    installed(*ALL)
+    monkeypatch.setitem(sys.modules, "sparsek_vllm.allocator", None)
+    shown = sparsek("serve", converted, "--dry-run")
+    assert shown.failed(2) and "sparsek-vllm is older" in shown.err and "update it" in shown.err
+    assert sparsek("serve", converted, "--dry-run", "--engine", "transformers").code == 0
+
+
 def test_a_checkpoint_that_names_no_dtype_is_served_in_that_of_its_weights(
     sparsek, converted, installed
 ):
