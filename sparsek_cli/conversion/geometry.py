@@ -11,7 +11,7 @@ from typing import Any
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.own_config import own_config
-from sparsek_cli.families.positions import check_rotary, context_length
+from sparsek_cli.families.positions import check_rotary, context_length, rope_blocks, rope_type
 
 _OPTIONAL = ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _CONTEXT = 2048
@@ -78,6 +78,11 @@ def _with_rotary_part(config: dict[str, Any], row: Row, head_dim: int) -> dict[s
     """The config with the share of a head that is rotated, which files may leave to the class.
 
     The classes' own shares are quarters, halves and wholes: of widths that eight divides all of
-    them are even, and nobody is asked.
+    them are even, and nobody is asked but where each pair has a factor of its own.
     """
-    return config if head_dim % 8 == 0 else {**own_config(row, config).to_dict(), **config}
+    longrope = any(rope_type(block) == "longrope" for block in rope_blocks(config))
+    if head_dim % 8 == 0 and not longrope:
+        return config
+    own = own_config(row, config).to_dict()
+    turned = own.get("rope_parameters") or config.get("rope_parameters")
+    return {**own, **config, "rope_parameters": turned}

@@ -9,12 +9,18 @@ from typing import Any
 from sparsek_cli.errors import UsageError
 
 _PARTS = ("partial_rotary_factor", "rotary_pct")
-_SCALED = ("linear", "dynamic", "yarn", "longrope", "llama3")
-# Of such a block; what is left out, or null, transformers fills in or misses by name.
-_POSITIVE = (
-    "factor", "rope_theta", "original_max_position_embeddings", "attention_factor",
-    "beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor",
-)  # fmt: skip
+_BOTH = ("factor", "rope_theta")
+_STRETCHED = (*_BOTH, "original_max_position_embeddings")
+# The numbers above 0 that transformers reads of a block of each kind; what is left out, or null, it
+# fills in or misses by name.
+_POSITIVE = {
+    "linear": _BOTH,
+    "dynamic": _BOTH,
+    "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow"),
+    "longrope": (*_STRETCHED, "attention_factor"),
+    "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
+}
+_ZERO_IS_NONE = ("beta_fast", "beta_slow")
 
 
 def context_length(own: int, rope: Any) -> int:
@@ -41,6 +47,16 @@ def rope_type(rope: Any) -> str | None:
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
+def rope_blocks(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The blocks of a config that scale rotary positions: one, or one for each type of layer."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    if not isinstance(rope, Mapping):
+        return []
+    nested = [block for block in rope.values() if isinstance(block, Mapping)]
+    flat = not nested or "rope_type" in rope or "type" in rope
+    return [rope, *nested] if flat else nested
+
+
 def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
     """Rotary positions turn features in pairs.
 
@@ -55,19 +71,18 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
         UsageError: the part of a head that is turned is an odd number of features; or positions
             are scaled by what transformers only warns of, and computes nonsense with.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    blocks = [config, rope, *rope.values()] if isinstance(rope, Mapping) else [config]
-    widths = [config.get("rotary_dim")]
-    for block in blocks:
-        if isinstance(block, Mapping) and rope_type(block) != "proportional":
-            widths += [_part(head_dim, block.get(key)) for key in _PARTS]
-    if config.get("rope_parameters"):
-        widths.append(next((width for width in widths if width is not None), head_dim))
-    turned = next((width for width in widths if isinstance(width, int)), head_dim)
-    for block in blocks[1:]:
-        if rope_type(block) in _SCALED:
+    shared = [*_parts(config, head_dim), config.get("rotary_dim")]
+    shared = [width for width in shared if isinstance(width, int)]
+    widths = list(shared)
+    for block in rope_blocks(config):
+        own = _parts(block, head_dim)
+        # Each block says it for its own layers, and the config for all that do not.
+        turned = [*own, *shared, head_dim][0]
+        if str(rope_type(block)) in _POSITIVE:
             _check_scaling(block, turned)
-    odd = next((width for width in widths if isinstance(width, int) and width % 2), None)
+        if rope_type(block) != "proportional":
+            widths += [turned] if config.get("rope_parameters") else own
+    odd = next((width for width in widths if width % 2), None)
     if odd is not None:
         raise UsageError(
             f"config.json: rotary positions turn {odd} of the {head_dim} features of a head, and "
@@ -84,8 +99,10 @@ def _check_scaling(block: Mapping[str, Any], turned: int) -> None:
         turned: features of a head; each pair of them has a factor of its own in longrope.
     """
     kind = rope_type(block)
-    for key in _POSITIVE:
+    for key in _POSITIVE[kind]:
         value = block.get(key)
+        if key in _ZERO_IS_NONE and not value:
+            continue
         numeric = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (numeric and 0 < value < math.inf):
             raise _wrong_scaling(kind, f"{key} {value!r}", "it is a number above 0")
@@ -113,10 +130,11 @@ def _wrong_scaling(kind: str | None, what: str, rule: str) -> UsageError:
     )
 
 
-def _part(head_dim: int, factor: Any) -> int | None:
-    """Features that a share of a head has; None where it is no share."""
-    numeric = isinstance(factor, int | float) and not isinstance(factor, bool)
-    return int(head_dim * factor) if numeric and 0 < factor <= 1 else None
+def _parts(block: Mapping[str, Any], head_dim: int) -> list[int]:
+    """Features that the shares of a head have which a block names."""
+    shares = [block.get(key) for key in _PARTS]
+    numeric = [s for s in shares if isinstance(s, int | float) and not isinstance(s, bool)]
+    return [int(head_dim * share) for share in numeric if 0 < share <= 1]
 
 
 def _stretched(own: int, block: Mapping[str, Any]) -> int:

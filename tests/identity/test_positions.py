@@ -92,6 +92,18 @@ LONG = {
             "with 1 numbers in short_factor, and it takes 4",
         ),
         (LONG, None),
+        (YARN | {"beta_slow": 0}, None),  # 0 is as if it were left out
+        (YARN | {"beta_fast": 0}, None),
+        (YARN | {"attention_factor": 0}, "attention_factor 0"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 0, "low_freq_factor": -1}, None),
+        (
+            {"sliding_attention": PLAIN | {"partial_rotary_factor": 0.5}, "full_attention": LONG},
+            None,  # its layers turn whole heads
+        ),
+        (
+            {"sliding_attention": PLAIN, "full_attention": LONG | {"partial_rotary_factor": 0.5}},
+            "4 numbers in short_factor, and it takes 2",
+        ),
         (YARN | {"beta_fast": None, "attention_factor": None}, None),
         (YARN | {"factor": 0.5}, None),  # unusual, and computed as it says
         (LLAMA3, None),
@@ -130,6 +142,41 @@ def test_an_odd_part_is_refused_before_anything_is_written(dense_config, family,
         geometry(files, TABLE[family])
     with pytest.raises(UsageError, match=f"turn {odd} of the {width} features"):
         sparsek_config_from(type(config).from_dict(files), {})
+
+
+@pytest.mark.parametrize("family", ["phi", "stablelm", "llama"])
+def test_a_share_that_the_file_leaves_to_the_class_counts(dense_config, family):
+    """What transformers makes of it was refused, and what it cannot compute was taken."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    made = dense_config(family, hidden_size=64)
+    files, width = made.to_dict(), 16
+    pairs = int(width * {"phi": 0.5, "stablelm": 0.25, "llama": 1.0}[family]) // 2
+    for count in (pairs, width // 2, width // 4):
+        rope = LONG | {"short_factor": [1.0] * count, "long_factor": [2.0] * count}
+        config = {**files, "rope_parameters": rope}
+        theirs = type(made).from_dict(config)
+        if count == pairs:
+            geometry(config, TABLE[family])
+            frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](theirs)
+            assert len(frequencies) == pairs
+            continue
+        with pytest.raises(RuntimeError, match="size of tensor"):
+            ROPE_INIT_FUNCTIONS["longrope"](theirs)
+        with pytest.raises(UsageError, match=f"{count} numbers in .*it takes {pairs}"):
+            geometry(config, TABLE[family])
+
+
+@pytest.mark.parametrize("key", ["beta_slow", "beta_fast"])
+def test_zero_is_what_transformers_reads_as_left_out(dense_config, key):
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    made = [
+        dense_config("llama", rope_parameters={"rope_theta": 1e4, **YARN, **more})
+        for more in ({}, {key: 0})
+    ]
+    left, zero = (ROPE_INIT_FUNCTIONS["yarn"](config)[0] for config in made)
+    assert left.equal(zero)
 
 
 def test_every_verb_counts_with_it(dense_model, tokenizer):
