@@ -196,5 +196,5 @@ def _sliding_window(row: Row, config: dict[str, Any], types: list[str]) -> int:
     if window is None:
         window = own_config(row, config).sliding_window
     if given_window(window, "sliding_window") is None:
-        raise no_width(window)
+        raise no_width(window, mixed=row.mixed)
     return window

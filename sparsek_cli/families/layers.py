@@ -87,12 +87,18 @@ def stray_window(key: str, window: int, model_type: str) -> UsageError:
     )
 
 
-def no_width(window: Any) -> UsageError:
-    """What to raise where layers slide over a window that holds not even the token itself."""
+def no_width(window: Any, *, mixed: bool = False) -> UsageError:
+    """What to raise where layers slide over a window that holds not even the token itself.
+
+    Args:
+        window: as in config.json. mixed: layers differ by design, whatever the window is.
+    """
+    none = '"sliding_window": null says so'
+    if mixed:
+        none = 'name "full_attention" for each in layer_types'
     return UsageError(
         f"sliding_window in config.json is {json.dumps(window)}, and layers of the model slide",
-        hint="name the window that the weights were made with; where no layer slides, "
-        '"sliding_window": null says so',
+        hint=f"name the window that the weights were made with; where no layer slides, {none}",
     )
 
 

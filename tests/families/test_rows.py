@@ -171,14 +171,20 @@ def test_a_file_may_count_the_layers_that_do_not_slide(tmp_path, make_checkpoint
     assert done.plan.types == ("full_attention", "sliding_attention") and done.verified
 
 
-@pytest.mark.parametrize("window", [0, -1])
+@pytest.mark.parametrize("window", [0, -1, None])
 def test_layers_that_slide_have_a_window(tmp_path, make_checkpoint, window):
     """Of models whose layers differ the plan passed, and the logits of the base failed."""
     base = make_checkpoint(tmp_path / "base", "gemma2")
     config = json.loads((base / "config.json").read_text()) | {"sliding_window": window}
     (base / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UsageError, match=f"sliding_window in config.json is {window}"):
-        plan(ConvertRecipe(model=str(base), out=str(tmp_path / "out"), calibrate="none"))
+    recipe = ConvertRecipe(model=str(base), out=str(tmp_path / "out"), calibrate="none")
+    said = f"sliding_window in config.json is {json.dumps(window)}"
+    with pytest.raises(UsageError, match=said) as refusal:
+        plan(recipe)
+    assert "null" not in refusal.value.hint and "layer_types" in refusal.value.hint
+    config["layer_types"] = ["full_attention"] * len(config["layer_types"])  # as the hint says
+    (base / "config.json").write_text(json.dumps(config))
+    assert set(plan(recipe).types) == {"full_attention"}
 
 
 @pytest.mark.parametrize("key", ["num_key_value_heads", "head_dim"])
