@@ -11,7 +11,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.short_names import BUNDLED, SHORT_NAMES
 
 _WEIGHTS = (".safetensors", ".gguf", *PICKLES)  # what the names of files of weights end in
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _LONGEST = 96  # characters of an owner's name, and of a repository's
 _NEVER = re.compile(r"--|\.\.|[-.](/|$)|\.git$")
 
@@ -65,7 +65,10 @@ def no_such_name(name: str, folder: Path) -> UsageError:
         near = get_close_matches(folder.name, beside, n=1)
         hint = f"did you mean '{folder.parent / near[0]}'?" if near else "check the path"
         if _HUB_ID.fullmatch(name) and not is_hub_id(name):
-            hint += "; a name on the hub has no -- and no .., and ends in a letter or a digit"
+            hint += (
+                "; a name on the hub has no --, no .. and no .git at its end, ends in a letter, a "
+                f"digit or _, and either part has at most {_LONGEST} characters"
+            )
         what = "file" if name.lower().endswith(_WEIGHTS) else "folder"
         return UsageError(f"no such {what}: '{name}'", hint=hint)
     beside = [p.name for p in Path().iterdir() if p.is_dir()]

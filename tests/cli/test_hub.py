@@ -120,7 +120,8 @@ def test_what_is_no_name_on_the_hub_is_a_file_that_is_missed(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "name",
     ["o/m", "o/m-1.5_b", "o1/m.gguf", "o/m--q3", "o/m..q3", "o--x/m", "o/m-", "o/m.", "o./m",
-     "o-/m", "o/m.git", f"o/{'m' * 96}", f"o/{'m' * 97}", f"{'o' * 97}/m", "o/mé", "o/m\n"],
+     "o-/m", "o/m.git", f"o/{'m' * 96}", f"o/{'m' * 97}", f"{'o' * 97}/m", "o/mé", "o/m\n",
+     "_o/m", "o/_m", "_/_", "o_/m_", ".o/m", "o/.m", "-o/m", "o/-m", "_.o/m"],
 )  # fmt: skip
 def test_a_hub_id_is_what_the_hub_takes_for_one(name):
     from huggingface_hub.utils import HFValidationError, validate_repo_id
@@ -179,6 +180,8 @@ def test_every_short_name_is_a_hub_id_of_a_known_family():
         ("~/models/q4.GGUF", "no such file", "check the path"),
         ("a/b/q4.gguf", "no such file: 'a/b/q4.gguf'", "check the path"),
         ("what is this", "unknown model", "--list-models"),
+        ("o/m.git", "no such folder: 'o/m.git'", "no .git at its end"),
+        (f"o/{'m' * 97}", "no such folder", "at most 96 characters"),
     ],
 )
 def test_unknown_names(name, error, hint, tmp_path, monkeypatch):
