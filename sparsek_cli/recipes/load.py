@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.explain import Loc, explain
 from sparsek_cli.recipes.shipped import find_recipe
-from sparsek_cli.recipes.yaml_lines import parse_yaml, read_yaml
+from sparsek_cli.recipes.yaml_lines import Spelled, parse_yaml, read_yaml
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
     Recipe = TypeVar("Recipe", bound=BaseModel)
 
+_TEXT_MISSED = ("string_type", "list_type")  # a list may be written as `a,b`
 WORD = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
 
@@ -86,9 +87,31 @@ class Draft:
         from pydantic import ValidationError
 
         try:
-            return model_cls.model_validate(self._tree)
+            return model_cls.model_validate(_settled(model_cls, self._tree))
         except ValidationError as error:
             raise explain(model_cls, error, self._origins) from error
+
+
+def _settled(model_cls: "type[BaseModel]", tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree whose 1e4 are numbers, and the words that they were where a setting is text."""
+    from pydantic import ValidationError
+
+    words: set[int] = set()
+    try:
+        model_cls.model_validate(tree)
+    except ValidationError as error:
+        words = {id(p["input"]) for p in error.errors() if p["type"] in _TEXT_MISSED}
+
+    def settled(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: settled(part) for key, part in value.items()}
+        if isinstance(value, list):
+            return [settled(part) for part in value]
+        if isinstance(value, Spelled):
+            return value.text if id(value) in words else float(value)
+        return value
+
+    return settled(tree)
 
 
 def read_recipe(

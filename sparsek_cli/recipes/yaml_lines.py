@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
     Recipe = TypeVar("Recipe", bound=BaseModel)
 
+_SPELLED = "tag:yaml.org,2002:float-without-a-dot"  # ours
 LARGEST = 1 << 20  # bytes of a recipe
 MOST_VALUES = 100_000  # of a recipe
 # YAML 1.1 also knows 010, which is eight, and 1:30, which is ninety.
 _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
-_EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+_EXPONENT = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$")
+
+
+class Spelled(float):
+    """A number that YAML 1.1 takes for a word: `text` is the word, for settings that are text."""
+
+    text: str
 
 
 def read_text(file: Path) -> str:
@@ -102,7 +109,13 @@ def _loader(text: str) -> "yaml.SafeLoader":
     class Loader(yaml.SafeLoader):
         """SafeLoader's own table of what plain scalars are stays as it is."""
 
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789"))
+    def number(loader: Loader, node: yaml.ScalarNode) -> Spelled:
+        made = Spelled(loader.construct_yaml_float(node))
+        made.text = node.value
+        return made
+
+    Loader.add_implicit_resolver(_SPELLED, _EXPONENT, list("-+.0123456789"))
+    Loader.add_constructor(_SPELLED, number)
     return Loader(text)
 
 
@@ -131,6 +144,8 @@ def _lines(
         seen: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
+            if key.tag == _SPELLED:
+                key.tag = "tag:yaml.org,2002:str"  # keys are names
             name = str(key.value)
             if name in seen:
                 raise UsageError(

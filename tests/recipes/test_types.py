@@ -219,6 +219,29 @@ def test_numbers_as_yaml_reads_them(tmp_path):
     assert (made.lengths, made.budgets, made.tasks) == ([512, 1024], [64], ["ppl"])
 
 
+def test_a_word_that_looks_like_a_number_is_one_where_text_belongs(tmp_path):
+    """YAML 1.1 takes 12e5678 for a word; read as a number it was inf, and no revision."""
+    (tmp_path / "r.yaml").write_text(
+        "device: 12e5678\nout: 3e8\nlearning_rate: .5e-3\n"
+        "data:\n  1e4: {kind: text, files: [1e2, a.txt], weight: 1e1}\n"
+    )
+    made = load_recipe(FinetuneRecipe, tmp_path / "r.yaml", ["model=1E6"])
+    assert (made.device, made.out, made.model) == ("12e5678", "3e8", "1E6")
+    assert made.data["1e4"].files == ["1e2", "a.txt"]
+    numbers = (made.learning_rate, made.data["1e4"].weight)
+    assert numbers == (5e-4, 10.0) and {type(number) for number in numbers} == {float}
+    (tmp_path / "r.yaml").write_text("learning_rate: 12e5678\nout: 3e8\n")
+    with pytest.raises(UsageError, match="r.yaml:1: 'learning_rate' should"):
+        load_recipe(FinetuneRecipe, tmp_path / "r.yaml")
+    made = load_recipe(EvaluateRecipe, None, ["text=1e3", "tasks=[1e2]", "lengths=[100]"])
+    assert (made.text, made.tasks) == (["1e3"], ["1e2"])
+    assert load_recipe(ConvertRecipe, None, ["model=m", "revision=12e5678"]).revision == "12e5678"
+    settings = "architecture={type: llama, settings: {rope_theta: 1e4}}"
+    words = ["init=random", "train=all", "tokenizer=tiny", settings]
+    kept = load_recipe(FinetuneRecipe, None, words).architecture.settings["rope_theta"]
+    assert type(kept) is float and kept == 1e4
+
+
 @pytest.mark.parametrize(
     "options",
     ["needles: 3", "needles: [5, 2]", "needles: [a, b]", "questions: -1", "key_values: 2",
