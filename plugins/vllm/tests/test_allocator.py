@@ -10,7 +10,7 @@ from sparsek_vllm import allocator
 pytestmark = pytest.mark.core
 
 FREED = """
-import ctypes, os, time
+import ctypes, os, sys, time
 from pathlib import Path
 from sparsek_vllm import allocator
 
@@ -30,7 +30,9 @@ for place in held:
 for number, place in enumerate(held):
     if number % 10:  # what stays lies between, so that the heap cannot shrink at its end
         library.free(place)
-time.sleep(2)
+until = time.monotonic() + float(sys.argv[1])
+while resident() - before >= 20 << 20 and time.monotonic() < until:
+    time.sleep(0.1)
 print((resident() - before) >> 20)
 """
 
@@ -88,9 +90,9 @@ def test_nothing_is_changed_on_a_gpu(installed, cpu, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="malloc_trim is glibc's")
 def test_what_lies_free_between_goes_back():
     left = {}
-    for told in "01":
+    for told, patience in (("0", 2), ("1", 120)):  # seconds: a machine that is slow is no failure
         surroundings = {**os.environ, allocator.SWITCH: told}
         surroundings.pop("LD_PRELOAD", None)
-        command = [sys.executable, "-c", FREED]
+        command = [sys.executable, "-c", FREED, str(patience)]
         left[told] = int(subprocess.check_output(command, env=surroundings, text=True))
     assert left["0"] > 50 and left["1"] < 20, left
