@@ -1,0 +1,122 @@
+"""What is fetched for a name, and what is said where the hub or its cache refuses."""
+
+import errno
+
+import pytest
+
+from sparsek_cli import hub
+from sparsek_cli.errors import SparsekError, UsageError
+
+
+def test_short_names_and_hub_ids_are_fetched_without_pickles(checkpoint, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def fetch(hub_id, **options):
+        asked.update(hub_id=hub_id, **options)
+        return str(folder)
+
+    folder = checkpoint()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    found = hub.resolve("Qwen3-4B", "v1")
+    assert (found.name, found.source) == ("qwen3-4b", "Qwen/Qwen3-4B")
+    assert asked["hub_id"] == "Qwen/Qwen3-4B" and asked["revision"] == "v1"
+    assert "*.bin" in asked["ignore_patterns"] and "*.safetensors" in asked["allow_patterns"]
+    assert hub.resolve("owner/some-model").name == "some-model"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".bin", ".gguf", ".safetensors"])
+def test_a_repository_may_be_called_as_a_file_is(checkpoint, monkeypatch, suffix):
+    """Only where there is none of that name, it is a file that is missed."""
+    import huggingface_hub
+
+    folder = checkpoint()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    assert hub.is_hub_id(f"owner/name{suffix}")
+    assert hub.resolve(f"owner/name{suffix}").source == f"owner/name{suffix}"
+
+    def none(*args, **options):
+        raise _hub_errors()[1][0]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", none)
+    with pytest.raises(UsageError, match=f"no such file: 'owner/name{suffix}'") as caught:
+        hub.resolve(f"owner/name{suffix}")
+    assert "the hub has no model of that name" in caught.value.hint
+
+
+def test_of_a_tokenizer_no_weights_are_fetched(checkpoint, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(hub_id, **options):
+        asked.append((hub_id, options["allow_patterns"]))
+        return str(folder)
+
+    folder = checkpoint()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert hub.tokenizer_of("qwen3-4B").source == "Qwen/Qwen3-4B"
+    assert hub.tokenizer_of("owner/some-model").name == "some-model"
+    assert [name for name, _ in asked] == ["Qwen/Qwen3-4B", "owner/some-model"]
+    assert all("tokenizer*" in p and "*.safetensors" not in p for _, p in asked)
+    assert hub.tokenizer_of(str(folder)).path == folder and len(asked) == 2
+    assert hub.tokenizer_of("tiny").source == "bundled"
+
+
+def test_offline_says_how_to_place_the_files():
+    with pytest.raises(SparsekError, match="not in the cache") as caught:
+        hub.resolve("nobody/never-cached-model")
+    assert "copy config.json" in caught.value.hint and caught.value.exit_code == 1
+
+
+def _hub_errors():
+    from huggingface_hub import errors
+
+    def http(kind):
+        error = kind.__new__(kind)
+        Exception.__init__(error, "403 Client Error\nmore")
+        return error
+
+    return [
+        (http(errors.GatedRepoError), "gated", "hf auth login"),
+        (http(errors.RepositoryNotFoundError), "no model", "check the spelling"),
+        (http(errors.RevisionNotFoundError), "no revision", "branches"),
+        (http(errors.HfHubHTTPError), "refused", "try again"),
+        (errors.HFValidationError("bad"), "no valid hub id", "owner/name"),
+        (ConnectionError("no route"), "not in the cache", "copy config.json"),
+        (TimeoutError("slow"), "not in the cache", "copy config.json"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_what_the_hub_may_answer(monkeypatch, case):
+    import huggingface_hub
+
+    error, message, hint = _hub_errors()[case]
+
+    def fetch(*args, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(SparsekError, match=message) as caught:
+        hub.resolve("owner/model")
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "raised",
+    [OSError(errno.ENOSPC, "No space left on device"),
+     NotADirectoryError(errno.ENOTDIR, "Not a directory", "/a/file/token"),
+     PermissionError(errno.EACCES, "Permission denied", "/locked/hub")],
+)  # fmt: skip
+def test_a_cache_that_cannot_be_written_is_not_called_a_network_error(monkeypatch, raised):
+    import huggingface_hub
+
+    def fetch(*args, **options):
+        raise raised
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(SparsekError, match=raised.strerror) as caught:
+        hub.resolve("owner/model")
+    assert "cache" in caught.value.message and "HF_HOME" in caught.value.hint
