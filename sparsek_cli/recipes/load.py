@@ -127,6 +127,7 @@ def read_recipe(
     if parent is None:
         return tree, origins
     where = origins.pop(("extends",))
+    parent = parent.text if isinstance(parent, Spelled) else parent
     if not isinstance(parent, str):
         raise UsageError(
             f"{where}: 'extends' should be a recipe's name, not {parent!r}",

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from sparsek_cli.recipes.yaml_lines import read_text, read_yaml
+from sparsek_cli.recipes.yaml_lines import Spelled, read_text, read_yaml
 
 
 def portable(file: Path) -> str:
@@ -26,6 +26,8 @@ def _cut(value: Any) -> Any:
         return {key: _cut(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [_cut(inner) for inner in value]
+    if isinstance(value, Spelled):
+        return value.text  # 1e-4 is written as it was, without quotes
     if isinstance(value, str) and (os.path.isabs(value) or value.startswith("~")):
         return os.path.basename(value.rstrip("/"))
     return value

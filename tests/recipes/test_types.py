@@ -26,6 +26,7 @@ from sparsek_cli.recipes.schema_sources import (
     StreamBlock,
     TextSource,
 )
+from sparsek_cli.scorers_alone.portable_recipe import portable
 
 # Sources by the name that they have in the tree below, and what each cannot be without.
 SOURCES: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
@@ -240,6 +241,14 @@ def test_a_word_that_looks_like_a_number_is_one_where_text_belongs(tmp_path):
     words = ["init=random", "train=all", "tokenizer=tiny", settings]
     kept = load_recipe(FinetuneRecipe, None, words).architecture.settings["rope_theta"]
     assert type(kept) is float and kept == 1e4
+
+
+def test_such_words_are_written_again_as_they_were(tmp_path):
+    (tmp_path / "r.yaml").write_text("learning_rate: 1e-4\nrevision: 12e5678\n1e4: a\n")
+    assert portable(tmp_path / "r.yaml") == (tmp_path / "r.yaml").read_text()
+    (tmp_path / "1e3.yaml").write_text("extends: 1e4\n")
+    (tmp_path / "1e4.yaml").write_text("seed: 3\n")
+    assert load_recipe(FinetuneRecipe, tmp_path / "1e3.yaml").seed == 3
 
 
 @pytest.mark.parametrize(
