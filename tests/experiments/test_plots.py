@@ -84,11 +84,17 @@ def test_figures_show_what_was_measured():
     assert curves["sparsek"] == [3.5, 3.6, 3.7, 3.8] and curves["dense"][0] == 3.0
     loss, needles = figures(ROWS["smollm2"], "a")["by_bytes"].axes
     assert lines_of(loss)["window, 4,096 tokens"] == [3.603, 3.534]
-    assert lines_of(needles)["sparsek, 4,096 tokens"] == [0.273, 0.513]
+    assert lines_of(needles)["sparsek, 4,096 tokens"] == [0.393, 0.488, 0.613]
     assert "snapkv, 4,096 tokens" in lines_of(needles) and "snapkv, 4,096 tokens" not in lines_of(
         loss
     )
-    assert loss.get_xlabel() == "KV cache, MiB" and loss.get_xticks().tolist() == [6, 12, 90, 180]
+    assert loss.get_xlabel() == "KV cache, MiB" and loss.get_xticks().tolist() == [
+        6,
+        12,
+        24,
+        90,
+        180,
+    ]
     parts = lines_of(figures(ROWS["cost"], "a")["by_length"].axes[0])
     assert parts["scorer"] == [0.1, 0.1] and parts["dense"] == [9.0, 9.0]
 
