@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +21,8 @@ def own_config(row: Row, config: Mapping[str, Any]) -> Any:
     """
     kind = _class(row)
     try:
-        return kind.from_dict(kind._decode_special_floats(dict(config)))
+        # It fills in what blocks within leave out, and the file's own stay as they are.
+        return kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(config))))
     except Exception as error:  # each field's own
         raise SparsekError(
             f"config.json is none of a {row.model_type} model: {reason(error)}",

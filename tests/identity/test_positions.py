@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from tiny_families import tiny_config
 
@@ -155,9 +157,10 @@ def test_a_share_that_the_file_leaves_to_the_class_counts(dense_config, family):
     for count in (pairs, width // 2, width // 4):
         rope = LONG | {"short_factor": [1.0] * count, "long_factor": [2.0] * count}
         config = {**files, "rope_parameters": rope}
-        theirs = type(made).from_dict(config)
+        theirs = type(made).from_dict(copy.deepcopy(config))  # which writes its share into it
         if count == pairs:
             geometry(config, TABLE[family])
+            assert rope == config["rope_parameters"] and "partial_rotary_factor" not in rope
             frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](theirs)
             assert len(frequencies) == pairs
             continue
