@@ -62,10 +62,12 @@ $(VLLM_STAMP): plugins/vllm/pyproject.toml
 VLLM_PYTEST = cd plugins/vllm && PYTHONPATH=$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/plugins/vllm \
 	$(abspath $(VLLM_VENV))/bin/python -m pytest
 
+# Lines that name make itself run even where it only shows what it would do, hence a variable.
+MAKE_VLLM = timeout $(VLLM_LIMIT) $(MAKE) --no-print-directory $(VLLM_STAMP)
+
 # A minute's choice of them, part of `make test`; never fails for want of the environment.
 vllm-core:
-	@if test -f $(VLLM_STAMP) || { test -n "$(CI)" && \
-		timeout $(VLLM_LIMIT) $(MAKE) --no-print-directory $(VLLM_STAMP); }; then \
+	@if test -f $(VLLM_STAMP) || { test -n "$(CI)" && $(MAKE_VLLM); }; then \
 		$(VLLM_PYTEST) -m core; \
 	else \
 		echo "skipped: the tests on vLLM, which is not installed in $(VLLM_VENV)$(if $(CI), and could not be);" \
