@@ -8,6 +8,7 @@ from typing import Any
 # Fields that many families have, and what they may be.
 CHOICES: dict[str, list[Any]] = {
     "attention_bias": [True, False],
+    "attention_k_eq_v": [True, False],
     "attention_dropout": [0.0, 0.1],
     "attention_multiplier": [0.1, 0.5],
     "bias": [True, False],
@@ -157,6 +158,9 @@ def _heads(rng: random.Random, own: dict[str, Any]) -> dict[str, Any]:
         hidden = heads * width
         return {"num_attention_heads": heads, "hidden_size": hidden, "word_embed_proj_dim": hidden}
     settings = {"num_attention_heads": heads, **kv}
+    if "global_head_dim" in own:  # of some layers, and their KV heads where values are keys
+        few = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+        settings |= {"global_head_dim": rng.choice(WIDTHS), "num_global_key_value_heads": few}
     if "head_dim" in own:
         return {**settings, "head_dim": width, "hidden_size": heads * 8}
     if own.get("layer_types", ["full_attention"])[0] in ("full_attention", "sliding_attention"):

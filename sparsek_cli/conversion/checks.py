@@ -14,6 +14,7 @@ from sparsek_cli.families.own_config import has_key, own_config
 
 # Maps of an attention module to its keys, alone or with queries and values.
 _KEYS = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
+_VALUES = "v_proj"
 # Number formats of weights that have the model's shapes, quantised or not.
 _WHOLE = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "I8")
 
@@ -54,6 +55,8 @@ def check_tensors(
     prefixed = any(name.startswith(f"{row.stored}.") for name in names)
     for layer in layers:
         for projection in row.projections:
+            if projection == _VALUES and size.values_are_keys:
+                continue
             path = f"{row.attention_path(layer)}.{projection}"
             if not prefixed:
                 path = path.removeprefix(f"{row.stored}.")

@@ -10,7 +10,8 @@ from typing import Any
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
-from sparsek_cli.families.own_config import own_config
+from sparsek_cli.families.by_layer import pair_features, sizes_by_layer
+from sparsek_cli.families.own_config import own_config, own_value
 from sparsek_cli.families.positions import check_rotary, context_length, rope_blocks, rope_type
 
 _OPTIONAL = ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
@@ -19,7 +20,14 @@ _CONTEXT = 2048
 
 @dataclass(frozen=True)
 class Geometry:
-    """The sizes that decide scorers and cache: all counts, head_dim in features."""
+    """The sizes that decide scorers and cache: all counts, head_dim in features.
+
+    Attributes:
+        kv_heads, head_dim: of the layers that are converted.
+        sliding_features: of the keys that a token has in all layers that slide; None: as many in
+            each of them as in the others.
+        values_are_keys: layers that are converted have no projection of values.
+    """
 
     layers: int
     hidden: int
@@ -28,6 +36,8 @@ class Geometry:
     head_dim: int
     context: int
     dtype: str
+    sliding_features: int | None = None
+    values_are_keys: bool = False
 
 
 def geometry(config: dict[str, Any], row: Row) -> Geometry:
@@ -38,6 +48,10 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
             an odd number of features.
     """
 
+    alone: dict[str, Any] = {}
+    if row.by_layer:
+        own = own_config(row, config)
+        config, alone = {**config, **sizes_by_layer(own)}, _apart(own)
     left_out = [name for name in _OPTIONAL if config.get(row.key(name)) is None]
     if left_out and not row.plain_sizes:
         own = own_config(row, config)
@@ -71,7 +85,17 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
             config.get("rope_parameters") or config.get("rope_scaling"),
         ),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+        **alone,
     )
+
+
+def _apart(own: Any) -> dict[str, Any]:
+    """What `Geometry` says beyond other families of one whose layers differ."""
+    slide = [n for n, kind in enumerate(own.layer_types) if kind == "sliding_attention"]
+    return {
+        "sliding_features": sum(pair_features(own, layer) for layer in slide),
+        "values_are_keys": bool(own_value(own, "attention_k_eq_v")),
+    }
 
 
 def _with_rotary_part(config: dict[str, Any], row: Row, head_dim: int) -> dict[str, Any]:

@@ -158,13 +158,19 @@ class Plan:
         """KV bytes of the layers that slide, after so many tokens; None: their windows are full."""
         kept = max(self.sliding_window - 1, 0)  # the last of a window is the query's own
         kept = kept if tokens is None else min(kept, tokens)
+        if self.geometry.sliding_features is not None:
+            return 2 * self.geometry.sliding_features * kept * self._number_bytes
         return self.types.count("sliding_attention") * kept * self._pair_bytes
 
     @property
+    def _number_bytes(self) -> int:
+        """Of a feature, in the checkpoint's number format."""
+        return 4 if self.geometry.dtype in ("float32", "float") else 2
+
+    @property
     def _pair_bytes(self) -> int:
-        """Of a key and value in every KV head of a layer."""
-        width = 4 if self.geometry.dtype in ("float32", "float") else 2
-        return 2 * self.geometry.kv_heads * self.geometry.head_dim * width
+        """Of a key and value in every KV head of a layer that is converted."""
+        return 2 * self.geometry.kv_heads * self.geometry.head_dim * self._number_bytes
 
     @property
     def slot_dtype(self) -> str:

@@ -4,6 +4,7 @@ table     one row per family: add a family here
 positions the longest text that a model was made for
 row       what a row says
 layers    which layers of a model attend to everything
+by_layer  heads of single layers, where layers differ in them
 causal    whether tokens see those after them, which no converted model does
 refusals  families that cannot be converted, and why
 refused_by_config  those whose reasons a config.json decides

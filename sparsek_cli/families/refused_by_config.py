@@ -38,44 +38,12 @@ def _shares(default: int) -> Callable[[Config], bool]:
     return lambda config: config.get("num_kv_shared_layers", default) != 0
 
 
-def _own_heads(config: Config) -> bool:
-    """Whether layers that attend to everything have other KV heads than the rest, as Gemma 4's."""
-    number, width = config.get("num_key_value_heads", 4), config.get("head_dim", 256)
-    layers = config.get("per_layer_config")
-    if isinstance(layers, Mapping):
-        own = [layer for layer in layers.values() if isinstance(layer, Mapping)]
-    else:
-        own = [{"head_dim": config.get("global_head_dim", 512)}]
-        given = config.get("num_global_key_value_heads")
-        if given is not None and config.get("attention_k_eq_v"):
-            own[0]["num_key_value_heads"] = given
-    return any(
-        layer.get("head_dim", width) != width or layer.get("num_key_value_heads", number) != number
-        for layer in own
-    )
-
-
 _SHARED = (
     "its last layers have no keys and values of their own (num_kv_shared_layers): they attend to "
     "those of the last layer before them that has some, whole, so that a layer's slots would have "
     "to serve the queries of many layers, which its scores know nothing of"
 )
-_GEMMA4 = Reasons(
-    (
-        (
-            "its layers that attend to everything have KV heads in a number or width of their own "
-            "(num_global_key_value_heads, global_head_dim), where conversion reads one for the "
-            "whole model",
-            _own_heads,
-        ),
-        (
-            "its layers that attend to everything have no values but their keys "
-            "(attention_k_eq_v), where conversion looks for a projection of each",
-            lambda config: bool(config.get("attention_k_eq_v")),
-        ),
-        (_SHARED, _shares(0)),
-    ),
-)
+_GEMMA4 = Reasons(((_SHARED, _shares(0)),))
 
 REASONS: dict[str, Reasons] = {
     "gemma3n_text": Reasons(

@@ -45,6 +45,8 @@ class Row:
             bounds of packed documents reach it another way.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
+        by_layer: sizes of heads are those of single layers (by_layer.py), which the family's own
+            config knows.
     """
 
     model_type: str
@@ -71,6 +73,7 @@ class Row:
     logit_factors: tuple[str, ...] = ("logit_scale", "lm_head_multiplier")
     drops_arguments: bool = False
     mixed: bool = False
+    by_layer: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or self.model_type)

@@ -28,7 +28,7 @@ _LFM2: dict[str, Any] = {
     "dropout": None,
 }
 
-_GEMMA4: dict[str, Any] = {"text": "Text", "attends": "Text", "mixed": True}
+_GEMMA4: dict[str, Any] = {"text": "Text", "attends": "Text", "mixed": True, "by_layer": True}
 
 _ROWS: dict[str, Row] = {
     row.model_type: row

@@ -21,6 +21,7 @@ from typing import Any
 
 from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.by_layer import head_dim_of, kv_heads_of
 from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.recipes.limits import MOST_SLOTS, MOST_UNITS
@@ -82,13 +83,18 @@ def own_attention(name: str | None) -> str:
 
 
 def kv_heads(config: Any) -> int:
-    """Number of KV heads per layer, for families that do and do not name it."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    """Number of KV heads of each layer with SparseK attention."""
+    return kv_heads_of(config, _first(config))
 
 
 def head_dim(config: Any) -> int:
-    """Size of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Size of one head of the layers with SparseK attention."""
+    return head_dim_of(config, _first(config))
+
+
+def _first(config: Any) -> int:
+    """A layer whose sizes those of all with SparseK attention are."""
+    return next(iter(sparse_layers(config)), 0)
 
 
 def sparse_layers(config: Any) -> tuple[int, ...]:

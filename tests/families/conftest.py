@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_families import TINY
+from tiny_families import KINDS, VARIANTS, family_name
 
 TOKENS = 40
 # Calibrated with all there is: sharing out slots compares nine whole models, and documents that are
@@ -25,7 +25,7 @@ _WHOLE = (
 # What is done with a converted model depends on its kinds of layers, not on its row.
 _DONE = ("calibrates", "finetuning_reaches_every_scorer", "saves_and_reloads", "evaluates", "chats")
 _VERBS = tuple(f"test_families.py::test_{done}[" for done in _DONE)
-_OF_A_KIND = {*_WHOLE, "gpt2", "gpt_neox", "phi3", "mixtral", "cohere2", "olmo2"}
+_OF_A_KIND = {*_WHOLE, "gpt2", "gpt_neox", "phi3", "mixtral", "cohere2", "olmo2", *VARIANTS}
 _OF_A_KIND -= {"granitemoehybrid"}  # Mamba beside attention, as in Nemotron-H
 
 
@@ -40,7 +40,11 @@ def pytest_collection_modifyitems(items) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """A family's tiny models: `dense`, and `sparse` with its weights and random scorers."""
+    """A family's tiny models: `dense`, and `sparse` with its weights and random scorers.
+
+    Attributes:
+        family: its model type.
+    """
 
     family: str
     dense: Any
@@ -55,7 +59,7 @@ class Checkpoints:
     out: Path
 
 
-@pytest.fixture(scope="module", params=TINY)
+@pytest.fixture(scope="module", params=KINDS)
 def every_family(request) -> str:
     """Runs the tests of a module once per family, one family after the other."""
     return request.param
@@ -108,7 +112,7 @@ def cli():
 @pytest.fixture(scope="module")
 def made(every_family, make_dense, make_sparse) -> Made:
     """The family's models; what takes pairs away: 1 sink, 3 selected, a window of 4."""
-    return Made(every_family, make_dense(every_family), make_sparse(every_family))
+    return Made(family_name(every_family), make_dense(every_family), make_sparse(every_family))
 
 
 @pytest.fixture(scope="module")

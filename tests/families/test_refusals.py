@@ -7,7 +7,7 @@ import json
 import pytest
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.families import TABLE, row_of
+from sparsek_cli.families import TABLE
 from sparsek_cli.families.refusals import REFUSED, SOMETIMES, why_not
 
 
@@ -19,7 +19,6 @@ from sparsek_cli.families.refusals import REFUSED, SOMETIMES, why_not
         ("gptj", "written out in its own block"),
         ("bloom", "written out in its own block"),
         ("gemma3n_text", "its last layers have no keys and values of their own"),
-        ("gemma4_text", "KV heads in a number or width of their own"),
         ("gemma4", "one part of a model that also sees or hears"),
         ("bert", "only decoder-only models"),
         ("mamba2", "bounded already"),
@@ -44,29 +43,17 @@ def test_the_reason_is_said(model_type, why, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-SAME = {"global_head_dim": 256}  # as the class's head_dim
-OTHERS = (
-    "no keys and values of their own", "number or width of their own", "no values but their keys",
-)  # fmt: skip
+OTHERS = ("no keys and values of their own",)
 
 
 @pytest.mark.parametrize(
     ("model_type", "config", "says"),
     [
-        ("gemma3n_text", {}, OTHERS[:1]),
+        ("gemma3n_text", {}, OTHERS),
         ("gemma3n_text", {"num_kv_shared_layers": 0}, ()),
-        ("gemma4_text", {}, OTHERS[1:2]),
-        ("gemma4_text", SAME, ()),
-        ("gemma4_text", SAME | {"num_global_key_value_heads": 2}, ()),  # attention_k_eq_v's alone
-        (
-            "gemma4_text",
-            SAME | {"num_global_key_value_heads": 2, "attention_k_eq_v": True},
-            OTHERS[1:],
-        ),
-        ("gemma4_text", SAME | {"per_layer_config": {"1": {"head_dim": 512}}}, OTHERS[1:2]),
-        ("gemma4_text", SAME | {"per_layer_config": {}}, ()),
-        ("gemma4_text", SAME | {"attention_k_eq_v": True}, OTHERS[2:]),
-        ("gemma4_unified_text", SAME | {"num_kv_shared_layers": 2}, OTHERS[:1]),
+        ("gemma4_text", {}, ()),
+        ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 2}, ()),
+        ("gemma4_unified_text", {"num_kv_shared_layers": 2}, OTHERS),
     ],
 )
 def test_what_is_said_is_true_of_the_config(model_type, config, says):
@@ -79,14 +66,20 @@ def test_what_is_said_is_true_of_the_config(model_type, config, says):
         assert found.split("; ")[-1] in general  # what holds for all of them
 
 
-@pytest.mark.parametrize("given", [{}, {"attention_k_eq_v": True, "num_global_key_value_heads": 2}])
-def test_gemma_4s_defaults_are_those_of_its_class(given):
-    from transformers import AutoConfig
+def test_heads_that_differ_among_the_layers_that_would_be_converted(dense_config):
+    """Scorers and budgets have one number of KV heads, slots one width."""
+    from sparsek_cli.conversion.geometry import geometry
+    from sparsek_cli.models import sparsek_config_from
 
-    config = AutoConfig.for_model("gemma4_text", **given)
-    assert why_not("gemma4_text", config.to_dict()) == why_not("gemma4_text", given)
-    with pytest.raises(UsageError, match="number or width of their own"):
-        row_of(config)
+    types = {"layer_types": ["full_attention"] * 2}
+    config = dense_config("gemma4_text", **types, per_layer_config={"1": {"head_dim": 16}})
+    row = TABLE["gemma4_text"]
+    for attempt in (
+        lambda: sparsek_config_from(config, {}),
+        lambda: geometry(json.loads(config.to_json_string()), row),
+    ):
+        with pytest.raises(UsageError, match="different numbers or widths .* 2 of 8, 2 of 16"):
+            attempt()
 
 
 @pytest.mark.parametrize(

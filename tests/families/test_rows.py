@@ -17,7 +17,6 @@ from sparsek_cli.conversion.plan import plan
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, table
 from sparsek_cli.families.layers import idle_window_off, layer_types
-from sparsek_cli.families.refusals import SOMETIMES
 from sparsek_cli.models.output import output_layer
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -31,8 +30,7 @@ def test_sizes_that_are_left_out_are_the_config_class_own(family):
     if not row.mixed:
         small[row.key("hidden_size")] = 64  # so that a quarter of a head is two features
     if row.mixed:  # their sizes must fit each other
-        # Gemma 4's default is another head_dim in some of its layers, which is refused.
-        left_out = ("num_key_value_heads", "" if family in SOMETIMES else "head_dim")
+        left_out = ("num_key_value_heads", "head_dim")
         small |= {name: value for name, value in TINY[family].items() if name not in left_out}
     config = models.FAMILIES[family].config(**small)
     sizes = geometry(small, row)

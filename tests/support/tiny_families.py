@@ -121,6 +121,17 @@ TINY: dict[str, dict[str, Any]] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, **_ROUTED},
 }  # fmt: skip
 
+# By family and a word: what its models may be beyond the lines above, by config fields.
+VARIANTS: dict[str, dict[str, Any]] = {
+    # As the dense and the routed ones: heads of their own number and width, values that are keys.
+    "gemma4_text-routed": {
+        "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4,
+        "top_k_experts": 2, "moe_intermediate_size": 16},
+}  # fmt: skip
+# All that the families' tests go through.
+KINDS = (*TINY, *VARIANTS)
+
 _SHARED = {
     "vocab_size": VOCAB_SIZE,
     "pad_token_id": 0,
@@ -138,15 +149,22 @@ _SIZES = {
 }
 
 
+def family_name(kind: str) -> str:
+    """The family of one of `KINDS`."""
+    return kind.partition("-")[0]
+
+
 def tiny_config(family: str, **overrides: Any):
     """The dense config of a tiny model: 2 layers, 4 query heads of 8, 2 KV heads where it can.
 
     Args:
-        family: a key of `TINY`.
+        family: one of `KINDS`.
         overrides: config fields by the family's own names, e.g. `num_hidden_layers=3`.
     """
     from transformers import AutoConfig
 
+    overrides = VARIANTS.get(family, {}) | overrides
+    family = family_name(family)
     own = TINY[family]
     sizes = {} if "n_embd" in own else _SIZES
     fields = {**_SHARED, **sizes, **own}

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from transformers.cache_utils import LinearAttentionLayer
 
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.families.by_layer import kv_heads_of
 
 
 @dataclass
@@ -53,9 +55,14 @@ class Proof:
             return
         pairs, size = held(cache, row, padding)
         self.kv_tokens, self.kv_pairs, self.kv_bytes = tokens, pairs, size
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        layers = sum(hasattr(layer, "keys") for layer in cache.layers)  # others keep a state
-        self.kept_share = round(pairs / (layers * heads * tokens), 6)
+        with_pairs = [n for n, layer in enumerate(cache.layers) if _holds_pairs(layer)]
+        heads = sum(kv_heads_of(config, layer) for layer in with_pairs)
+        self.kept_share = round(pairs / (heads * tokens), 6)
+
+
+def _holds_pairs(layer: Any) -> bool:
+    """Others keep a state, or nothing: experts alone, or keys that are another layer's."""
+    return getattr(layer, "keys", None) is not None
 
 
 def held(cache: Any, row: int = 0, padding: int = 0) -> tuple[int, int]:
@@ -80,9 +87,9 @@ def held(cache: Any, row: int = 0, padding: int = 0) -> tuple[int, int]:
             kept = int((places[row] >= 0).sum())
             pairs += kept
             size += kept * (layer.keys.nbytes + layer.values.nbytes) // places.numel()
-        elif not hasattr(layer, "keys"):
+        elif isinstance(layer, LinearAttentionLayer) and not _holds_pairs(layer):
             size += state_bytes(layer) // layer.conv_states[0].shape[0]
-        else:
+        elif _holds_pairs(layer):
             rows, heads, columns, _ = layer.keys.shape
             pairs += heads * (columns - padding)
             column = (layer.keys.nbytes + layer.values.nbytes) // (rows * columns)
@@ -104,8 +111,9 @@ def row_bytes(cache: Any, more: int = 0) -> int:
         if state is not None:  # all its slots are there from the start
             size += layer.nbytes // state.batch
             continue
-        if not hasattr(layer, "keys"):
-            size += state_bytes(layer) // layer.conv_states[0].shape[0]
+        if not _holds_pairs(layer):
+            if isinstance(layer, LinearAttentionLayer):
+                size += state_bytes(layer) // layer.conv_states[0].shape[0]
             continue
         rows, _, columns, _ = layer.keys.shape
         whole = sum(t.nbytes for t in vars(layer).values() if isinstance(t, torch.Tensor)) // rows

@@ -16,6 +16,7 @@ from sparsek_kernels.state import topk_per_head
 from transformers.cache_utils import LinearAttentionLayer
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.by_layer import kv_heads_of, pair_features
 from sparsek_cli.models.config import (
     LayerBudget,
     head_dim,
@@ -124,14 +125,24 @@ def sliding_bytes(config: Any, tokens: int | None, dtype: torch.dtype, batch: in
 
     The window's last token is the query's own: one less is kept.
     """
-    return 2 * batch * sliding_pairs(config, tokens) * head_dim(config) * dtype.itemsize
+    features = sum(pair_features(config, layer) for layer in _sliding_layers(config))
+    return 2 * batch * features * _in_window(config, tokens) * dtype.itemsize
 
 
 def sliding_pairs(config: Any, tokens: int | None = None) -> int:
     """Pairs of one sequence in all heads of the sliding layers; arguments of `sliding_bytes`."""
+    heads = sum(kv_heads_of(config, layer) for layer in _sliding_layers(config))
+    return heads * _in_window(config, tokens)
+
+
+def _sliding_layers(config: Any) -> list[int]:
     types = getattr(config, "layer_types", None) or ()
-    count = sum(kind == "sliding_attention" for kind in types)
-    if not count:
+    return [layer for layer, kind in enumerate(types) if kind == "sliding_attention"]
+
+
+def _in_window(config: Any, tokens: int | None) -> int:
+    """Tokens that a sliding layer holds after `tokens` of them; arguments of `sliding_bytes`."""
+    if not _sliding_layers(config):
         return 0
     kept = config.sliding_window - 1
-    return count * kv_heads(config) * (kept if tokens is None else min(tokens, kept))
+    return kept if tokens is None else min(tokens, kept)

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, row_of
+from sparsek_cli.families.by_layer import sizes_by_layer
 from sparsek_cli.families.causal import check_causal
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.positions import check_rotary
@@ -241,6 +242,8 @@ def sparsek_config_from(base_config: Any, settings: Mapping[str, Any]) -> PreTra
         )
     fields = base_config.to_dict()
     check_causal(fields)
+    if family.row.by_layer:
+        sizes_by_layer(base_config)
     check_rotary(fields, head_dim(base_config))
     for name in ("model_type", "transformers_version", "auto_map", "architectures"):
         fields.pop(name, None)
