@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import torch
 
+from sparsek_kernels.triton.documents.tables import segments_in_order
+
 SEQUENCE_FIELDS = 6  # batch item, first query, queries, first key, keys, first key of the window
 
 
@@ -156,11 +158,9 @@ def descending_order(flat: torch.Tensor, geometry: Geometry, per_key: int = 1) -
     segments = geometry.rows * (geometry.count if geometry.packed else 1)
     if segments == 1:
         return order
-    segment = order.div(geometry.keys * per_key, rounding_mode="floor")
-    if geometry.packed:
-        starts = geometry.sequences[:, 3].contiguous()
-        key = order.div(per_key, rounding_mode="floor") - segment * geometry.keys
-        document = torch.searchsorted(starts, key, right=True) - 1
-        segment = segment * geometry.count + document
     small = torch.uint8 if segments <= 256 else torch.int16 if segments <= 2**15 else torch.int32
-    return order[torch.sort(segment.to(small), stable=True).indices]
+    if geometry.packed:
+        segment = segments_in_order(order, geometry.sequences, geometry.keys, per_key, small)
+    else:
+        segment = order.div(geometry.keys * per_key, rounding_mode="floor").to(small)
+    return order[torch.sort(segment, stable=True).indices]

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.documents.tables import tile_tables
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
 from sparsek_kernels.triton.tiles import sequence_at
 
@@ -34,6 +35,7 @@ class KeyLists:
         counts: int32 [T*G, 2]: entries at the front (whole tile) and at the back (part of it).
         keys: int32, key indices inside their row. ends: the same for their `end`, or None.
         capacity: an upper bound on front + back.
+        first: int32 [S], first tile of each sequence.
     """
 
     size: int
@@ -43,6 +45,7 @@ class KeyLists:
     keys: torch.Tensor
     ends: torch.Tensor | None
     capacity: int
+    first: torch.Tensor
 
 
 @triton.jit
@@ -156,6 +159,11 @@ def _row_offsets(rows: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.arange(rows + 1, dtype=torch.int64, device=device) * keys
 
 
+@lru_cache(maxsize=256)
+def _first_rows(count: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
 def _ever_selected(end: torch.Tensor, window: int, geometry: Geometry) -> KeyLists:
     """One list per row: its keys that are selected at any time, usually a small part of all."""
     rows, keys, device = geometry.rows, geometry.keys, end.device
@@ -172,7 +180,8 @@ def _ever_selected(end: torch.Tensor, window: int, geometry: Geometry) -> KeyLis
     )  # fmt: skip
     # One "tile" per sequence, larger than any sequence.
     offsets = _row_offsets(rows, keys, device)
-    return KeyLists(1 << 30, geometry.sequences, offsets, counts, kept, kept_ends, keys)
+    first = _first_rows(geometry.count, device)
+    return KeyLists(1 << 30, geometry.sequences, offsets, counts, kept, kept_ends, keys, first)
 
 
 def key_lists(
@@ -212,17 +221,17 @@ def key_lists(
 def _lists_of_size(end, runs, topk, window, sinks, geometry, size, parent, keep_ends) -> KeyLists:
     device = end.device
     run_start, run_stop = runs or (end, end)
-    tiles = geometry.tiles(size)
-    offsets, total, capacity = _room(topk, window, sinks, geometry, size, tiles)
+    room = _room(topk, window, sinks, geometry, size)
+    tiles, offsets = room.tiles, room.offsets
     lists = tiles.shape[0] * geometry.heads
     counts = torch.empty(lists, 2, dtype=torch.int32, device=device)
-    keys = torch.empty(max(total, 1), dtype=torch.int32, device=device)
+    keys = torch.empty(max(room.total, 1), dtype=torch.int32, device=device)
     ends = torch.empty_like(keys) if keep_ends else None
-    made = KeyLists(size, tiles, offsets, counts, keys, ends, capacity)
+    made = KeyLists(size, tiles, offsets, counts, keys, ends, room.capacity, room.first)
     above = parent or made
     _build[(tiles.shape[0], geometry.heads)](
         end, geometry.sequences, tiles, offsets, counts, keys, keys if ends is None else ends,
-        _first_tiles(geometry, above.size), above.offsets, above.counts, above.keys,
+        above.first, above.offsets, above.counts, above.keys,
         above.keys if above.ends is None else above.ends, run_start, run_stop,
         geometry.heads, geometry.keys, window,
         SIZE=size, RATIO=above.size // size, FROM_PARENT=parent is not None,
@@ -231,50 +240,63 @@ def _lists_of_size(end, runs, topk, window, sinks, geometry, size, parent, keep_
     return made
 
 
-_CACHE: dict[tuple, tuple] = {}
+@dataclass(frozen=True)
+class Room:
+    """Where the lists of tiles of one size lie.
+
+    Attributes:
+        tiles, offsets, capacity: see `KeyLists`. first: int32 [S], first tile of each sequence.
+        total: entries that all lists hold together, an upper bound.
+    """
+
+    tiles: torch.Tensor
+    offsets: torch.Tensor
+    first: torch.Tensor
+    total: int
+    capacity: int
 
 
-def _first_tiles(geometry: Geometry, size: int) -> torch.Tensor:
-    """int32 [S]: index of the first tile of each sequence."""
-    key = ("first", geometry.batch, geometry.queries, size, geometry.sequences.device)
-    if not geometry.packed and key in _CACHE:
-        return _CACHE[key]
-    counts = (geometry.sequences[:, 2] + size - 1) // size
-    first = (counts.cumsum(0) - counts).to(torch.int32)
-    if not geometry.packed:
-        _CACHE[key] = first
-    return first
+_ROOMS: dict[tuple, Room] = {}
 
 
-def _room(topk, window, sinks, geometry, size, tiles) -> tuple[torch.Tensor, int, int]:
-    """Offsets of the lists, their total room and the longest list, without asking the device.
+def _room(topk, window, sinks, geometry, size) -> Room:
+    """The room of lists, without asking the device how long documents are.
 
     A tile sees at most k + sinks keys at its first query and one more with each further query; and
     never more than the keys older than the window at its last query.
     """
-    key = ("room", geometry.batch, geometry.heads, geometry.queries, geometry.keys, tuple(topk),
-           window, sinks, size, tiles.device)  # fmt: skip
-    if not geometry.packed and key in _CACHE:
-        return _CACHE[key]
-    device = tiles.device
-    most = [k + sinks + size for k in topk]
-    budget = head_budgets(tuple(most), device)
-    line = geometry.sequences[tiles[:, 0].clamp(min=0).long()]
-    length = line[:, 4] - line[:, 2] + torch.minimum((tiles[:, 1] + 1) * size, line[:, 2])
-    older = (length - window).clamp(min=0) * (tiles[:, 0] >= 0)
-    room = torch.minimum(older[:, None], budget[None, :])
-    offsets = torch.zeros(room.numel() + 1, dtype=torch.int64, device=device)
-    offsets[1:] = room.reshape(-1).cumsum(0)
+    device, most = geometry.sequences.device, [k + sinks + size for k in topk]
     longest = max(geometry.longest - window, 0)
     per_list = [min(m, longest) for m in most]
     if geometry.packed:
         # First tiles of documents hold at most their own keys; the others are N / size at most.
-        total = sum(per_list) * (geometry.queries // size) + geometry.keys * geometry.heads
-    else:
-        total = sum(per_list) * tiles.shape[0]
-    found = (offsets, total, max(per_list))
-    if not geometry.packed:
-        if len(_CACHE) > 512:
-            _CACHE.clear()
-        _CACHE[key] = found
-    return found
+        whole = geometry.queries // size
+        total = sum(per_list) * whole + geometry.keys * geometry.heads
+        tables = tile_tables(
+            geometry.sequences, head_budgets(tuple(most), device), whole + geometry.count, size,
+            window,
+        )  # fmt: skip
+        return Room(*tables, total, max(per_list))
+    key = (geometry.batch, geometry.heads, geometry.queries, geometry.keys, tuple(topk),
+           window, sinks, size, device)  # fmt: skip
+    if key not in _ROOMS:
+        if len(_ROOMS) > 512:
+            _ROOMS.clear()
+        tables = plain_tile_tables(geometry, most, size, window)
+        _ROOMS[key] = Room(*tables, sum(per_list) * tables[0].shape[0], max(per_list))
+    return _ROOMS[key]
+
+
+def plain_tile_tables(
+    geometry: Geometry, most: Sequence[int], size: int, window: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tiles, offsets and first tiles, see `Room`; most: what a list of each head holds at most."""
+    tiles = geometry.tiles(size)
+    line = geometry.sequences[tiles[:, 0].clamp(min=0).long()]
+    length = line[:, 4] - line[:, 2] + torch.minimum((tiles[:, 1] + 1) * size, line[:, 2])
+    older = (length - window).clamp(min=0) * (tiles[:, 0] >= 0)
+    room = torch.minimum(older[:, None], head_budgets(tuple(most), tiles.device)[None, :])
+    offsets = torch.zeros(room.numel() + 1, dtype=torch.int64, device=tiles.device)
+    offsets[1:] = room.reshape(-1).cumsum(0)
+    counts = (geometry.sequences[:, 2] + size - 1) // size
+    return tiles, offsets, (counts.cumsum(0) - counts).to(torch.int32)

@@ -6,8 +6,9 @@ from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.decode.step import step
+from sparsek_kernels.triton.documents.listing import list_documents
 from sparsek_kernels.triton.ops import attention
-from sparsek_kernels.triton.state import list_documents, list_rows, next_state
+from sparsek_kernels.triton.state import list_rows, next_state, slot_places
 
 MAX_HEAD_DIM = 256
 
@@ -82,7 +83,8 @@ def _read(
     """Several tokens of each row of a state: batch items, or documents packed in one row."""
     state.support = state.tau = None
     if cu_seqlens is not None:
-        keys, shape = list_documents(q, k, v, scores, slopes, cu_seqlens, layout, state)
+        starts, _ = slot_places(layout, q.device)
+        keys, shape = list_documents(q, k, v, scores, slopes, cu_seqlens, layout, state, starts)
     else:
         keys, shape = list_rows(q, k, v, scores, slopes, layout, state, fresh=fresh)
     if fresh and cu_seqlens is None:

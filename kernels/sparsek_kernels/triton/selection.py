@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.documents.tables import segment_tables
 from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets, ragged_index
 
 CHUNK = 64  # ranks resolved by one program
@@ -284,29 +285,33 @@ def _segment_tables(geometry: Geometry, topk: tuple[int, ...], device: torch.dev
     A line is one chunk of ranks; line 0 of a segment stands for its first k ranks. Segments with at
     most k keys have no line: nothing is ever evicted there.
     """
+    per_head = [-(-max(0, geometry.longest - k) // CHUNK) for k in topk]
+    if geometry.packed:
+        total = sum(per_head) + geometry.heads * 2 * geometry.count
+        budgets = head_budgets(topk, device)
+        return segment_tables(geometry.sequences, budgets, geometry.keys, total, CHUNK)
     key = (geometry.batch, geometry.heads, geometry.keys, topk, device)
-    if not geometry.packed and key in _TABLES:
-        return _TABLES[key]
-    k = head_budgets(topk, device)
+    if key not in _TABLES:
+        if len(_TABLES) > 256:
+            _TABLES.clear()
+        total = geometry.batch * sum(n + 1 for n in per_head if n)
+        _TABLES[key] = plain_segment_tables(geometry, topk, total, device)
+    return _TABLES[key]
+
+
+def plain_segment_tables(
+    geometry: Geometry, topk: tuple[int, ...], total: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `_segment_tables`; of `total` lines of chunks, an upper bound."""
     sequence = geometry.sequences
     head = torch.arange(geometry.heads, device=device, dtype=torch.int32)
     row = sequence[:, :1] * geometry.heads + head
     first = row * geometry.keys + sequence[:, 3:4]
     size = sequence[:, 4:5].expand_as(first)
-    k = k.expand_as(first)
+    k = head_budgets(topk, device).expand_as(first)
     segments = torch.stack((first, size, k), dim=-1).reshape(-1, 3).to(torch.int32).contiguous()
     left = (size - k).clamp(min=0).reshape(-1)
     counts = torch.where(left > 0, (left + CHUNK - 1) // CHUNK + 1, 0)
-    per_head = [-(-max(0, geometry.longest - kk) // CHUNK) for kk in topk]
-    if geometry.packed:
-        total = sum(per_head) + geometry.heads * 2 * geometry.count
-    else:
-        total = geometry.batch * sum(n + 1 for n in per_head if n)
-    chunks = ragged_index(counts, total)
     lines = torch.zeros(counts.shape[0] + 1, dtype=torch.int32, device=device)
     lines[1:] = counts.cumsum(0)
-    if not geometry.packed:
-        if len(_TABLES) > 256:
-            _TABLES.clear()
-        _TABLES[key] = (segments, chunks, lines)
-    return segments, chunks, lines
+    return segments, ragged_index(counts, total), lines

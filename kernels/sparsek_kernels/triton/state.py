@@ -1,8 +1,7 @@
 """The keys of a call that continues states, and the states it leaves behind.
 
-Twins of what `sparsek_kernels.keys` does: documents packed along one row are listed as they are,
-and a new state takes two launches, which key goes into which slot, and the copying; some fifty of
-PyTorch are too many where a short prompt is read.
+Twins of what `sparsek_kernels.keys` does: a new state takes two launches, which key goes into which
+slot, and the copying; some fifty of PyTorch are too many where a short prompt is read.
 """
 
 import dataclasses
@@ -14,8 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsek_kernels.keys import KeyList, list_keys, list_new_keys
-from sparsek_kernels.quantization import quantize
-from sparsek_kernels.rows import document_lengths
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
 from sparsek_kernels.triton.geometry import Geometry, geometry, head_budgets
@@ -58,80 +55,9 @@ def list_rows(
     return keys, geometry(q.shape, keys.keys.shape, q.device, window_start=window_start)
 
 
-def list_documents(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scores: Tensor,
-    slopes: Tensor | None,
-    cu_seqlens: Tensor,
-    layout: SlotLayout,
-    state: SparseKState,
-) -> tuple[KeyList, Geometry]:
-    """The keys of all documents in one row, [slots | tokens] of each, and who sees which.
-
-    So one launch of every kernel does for documents of any lengths, none is padded to the length
-    of another, and nobody asks the device how long they are.
-
-    Args:
-        q [1, H, N, D], k and v [1, G, N, D], scores [1, G, N].
-        cu_seqlens: [docs + 1] bounds of the documents along N.
-        state: one row for each document.
-
-    Raises:
-        ValueError: the bounds, where they are on the CPU, are not 0 .. N in order.
-    """
-    n, device = q.shape[2], q.device
-    if cu_seqlens.device.type == "cpu":  # on a GPU they are believed: to look is to wait
-        document_lengths(cu_seqlens, n)
-    bounds = cu_seqlens.to(device=device, dtype=torch.int64)
-    token = torch.arange(n, device=device)
-    document = torch.searchsorted(bounds, token, right=True) - 1
-    positions = token - bounds[document] + state.seen[document]
-    effective = effective_scores(scores, slopes, positions)
-    effective = effective.masked_fill(positions < layout.sinks, torch.inf)
-    held = _slots_alone(k, v, layout, state)
-    width = held.keys.shape[2]
-    before = torch.arange(state.batch + 1, device=device) * width
-    slots = ((bounds + before)[:-1, None] + torch.arange(width, device=device)).flatten()
-    tokens = token + before[1:][document]
-
-    def joined(held: Tensor, new: Tensor) -> Tensor:
-        """Slots [docs, G, width, ...] and tokens [1, G, N, ...] in one row."""
-        row = held.new_empty(held.shape[1], slots.numel() + n, *held.shape[3:])
-        row[:, slots] = held.transpose(0, 1).flatten(1, 2)
-        row[:, tokens] = new[0].to(row.dtype)
-        return row[None]
-
-    keys, values = joined(held.keys, k), joined(held.values, v)
-    stored = {"keys": keys, "values": values}
-    if state.quantized:
-        new = {}
-        for name, x in (("key", k), ("value", v)):
-            new[f"{name}s"], new[f"{name}_scale"] = quantize(x)
-        stored = {name: joined(part, new[name]) for name, part in held.stored.items()}
-    listed = KeyList(
-        keys, values, stored,
-        joined(held.effective, effective),
-        joined(held.positions, positions.expand(1, layout.heads, -1)),
-        held.base, held.slots, n,
-    )  # fmt: skip
-    first = bounds + before
-    window = first[:-1] + width - _window_held(state)
-    shape = geometry(q.shape, keys.shape, device, bounds, cu_keys=first, window_start=window)
-    return listed, shape
-
-
 def _window_held(state: SparseKState) -> Tensor:
     """[B] int64, tokens that each row's window holds: those since max(sinks, seen - window)."""
     return (state.seen - state.layout.sinks).clamp(0, state.layout.window)
-
-
-def _slots_alone(k: Tensor, v: Tensor, layout: SlotLayout, state: SparseKState) -> KeyList:
-    """What each state holds, and no token."""
-    none = (x.new_empty(state.batch, layout.heads, 0, x.shape[3]) for x in (k, v))
-    scores = k.new_empty(state.batch, layout.heads, 0, dtype=torch.float64)
-    return list_keys(*none, scores, state.seen.new_empty(state.batch, 0), layout, state)
 
 
 @triton.jit
@@ -222,7 +148,7 @@ def _copy_slots(
 
 
 @lru_cache(maxsize=64)
-def _places(layout: SlotLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def slot_places(layout: SlotLayout, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """int32: the first slot of each head [G], and the head of each slot [S]."""
     sizes = torch.tensor([layout.sinks + k + layout.window for k in layout.topk])
     starts = (sizes.cumsum(0) - sizes).to(torch.int32)
@@ -246,7 +172,7 @@ def next_state(
     """
     heads, listed = keys.effective.shape[1:]
     batch, device, slots, size = state.batch, keys.keys.device, layout.total, keys.keys.shape[3]
-    starts, owner = _places(layout, device)
+    starts, owner = slot_places(layout, device)
     take = torch.empty(batch, slots, dtype=torch.int32, device=device)
     effective = keys.effective.contiguous()
     _choose_slots[(batch, heads)](
