@@ -256,11 +256,15 @@ def test_our_own_kernel_picks_where_triton_runs(monkeypatch, logits, own):
 
     calls = []
 
-    def noted(logits, kernel=kernels.likeliest):
+    def noted(logits, *ending, kernel=kernels.likeliest):
         calls.append(logits)
-        return kernel(logits)
+        return kernel(logits, *ending)
 
     monkeypatch.setattr(kernels, "likeliest", noted)
     assert picks.likeliest(logits).tolist() == [1, 0] and not calls  # a CPU
     monkeypatch.setattr(picks, "explain", lambda *_: ("triton", "acted"))
     assert picks.likeliest(logits).tolist() == [1, 0] and len(calls) == own
+    ending = picks.Ending(torch.tensor([1, 1]), ends=torch.tensor([1]), pad=torch.tensor(3))
+    assert picks.likeliest(logits, ending).tolist() == [1, 0]
+    assert picks.likeliest(logits, ending).tolist() == [3, 0] and len(calls) == 3 * own
+    assert ending.running.tolist() == [0, 1]

@@ -28,7 +28,7 @@ from transformers.generation import (
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.generation.compiled import compile_options
 from sparsek_cli.models.generation.kept_decoders import decoder_for
-from sparsek_cli.models.generation.likeliest import likeliest
+from sparsek_cli.models.generation.likeliest import Ending, likeliest
 
 # They look at the logits alone and only launch work, so that they can be part of a graph.
 _GRAPH_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -64,9 +64,12 @@ class Choice:
         device: torch.device,
     ):
         self.processors, self.sample = processors, sample
-        self.ends = None if ends is None else ends.to(device)
-        self.pad = None if pad is None else pad.to(device)
         self.running = torch.ones(batch, dtype=torch.int64, device=device)
+        self._ending = None
+        if ends is not None:
+            self._ending = Ending(
+                self.running, ends.to(device, torch.int64), pad.to(device, torch.int64)
+            )
         self.in_graph = all(type(one) in _GRAPH_PROCESSORS for one in processors)
         self._nothing = torch.empty(batch, 0, dtype=torch.int64, device=device)
         self.signature = (
@@ -84,16 +87,12 @@ class Choice:
 
     def of(self, scores: torch.Tensor) -> torch.Tensor:
         """Tokens [B] of processed scores [B, V]."""
-        if self.sample:
-            # torch.multinomial's own draw, without its look at the sums, which waits.
-            weights = nn.functional.softmax(scores, dim=-1)
-            words = (weights / torch.empty_like(weights).exponential_(1)).argmax(dim=-1)
-        else:
-            words = likeliest(scores)
-        if self.ends is not None:
-            words = words * self.running + self.pad * (1 - self.running)
-            self.running.mul_((words[:, None] != self.ends).all(dim=1))
-        return words
+        if not self.sample:
+            return likeliest(scores, self._ending)
+        # torch.multinomial's own draw, without its look at the sums, which waits.
+        weights = nn.functional.softmax(scores, dim=-1)
+        words = (weights / torch.empty_like(weights).exponential_(1)).argmax(dim=-1)
+        return words if self._ending is None else self._ending.follow(words)
 
 
 class _Ended:

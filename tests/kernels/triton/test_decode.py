@@ -183,3 +183,15 @@ def test_states_are_at_rest_only_where_it_is_promised():
 def test_the_likeliest_token_is_argmax(count, dtype):
     for logits in cases(count, dtype):
         assert torch.equal(likeliest(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("ends", [[5], [0, 2, 5]], ids=len)
+def test_rows_that_have_ended_get_padding(ends):
+    """As torch does it: padding for rows that ended before, and a row ends with its end."""
+    words = torch.tensor([5, 1, 2, 5, 0, 3])
+    logits = torch.nn.functional.one_hot(words, 7).float()
+    running, ends, pad = torch.tensor([1, 1, 1, 0, 0, 0]), torch.tensor(ends), torch.tensor(6)
+    expected = words * running + pad * (1 - running)
+    left = running * (expected[:, None] != ends).all(dim=1)
+    assert torch.equal(likeliest(logits, (running, ends, pad)), expected)
+    assert torch.equal(running, left) and left.tolist() != [1, 1, 1, 0, 0, 0]

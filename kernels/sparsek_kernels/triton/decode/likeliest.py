@@ -39,22 +39,36 @@ def best_of_parts(logits, best, x_s, V, PART: tl.constexpr, WAITS: tl.constexpr)
 
 
 @triton.jit
-def best_of_all(best, words, parts, PARTS: tl.constexpr, WAITS: tl.constexpr):
-    """The word whose rank is a row's best."""
+def best_of_all(
+    best, words, running, ends, pad, parts, count,
+    PARTS: tl.constexpr, ENDS: tl.constexpr, WAITS: tl.constexpr,
+):  # fmt: skip
+    """The word whose rank is a row's best; with ENDS, padding for a row that runs no more."""
     if WAITS:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     row = tl.program_id(0)
     part = tl.arange(0, PARTS)
     ranks = tl.load(best + row * parts + part, mask=part < parts, other=_NOTHING)
-    tl.store(words + row, (tl.max(ranks, 0) & _LAST) ^ _LAST)
+    word = (tl.max(ranks, 0) & _LAST) ^ _LAST
+    if ENDS:
+        runs = tl.load(running + row)
+        word = tl.where(runs != 0, word, tl.load(pad))
+        at = tl.arange(0, ENDS)
+        end = tl.load(ends + at, mask=at < count, other=-1)
+        tl.store(running + row, tl.where(tl.max((end == word).to(tl.int32), 0) != 0, 0, runs))
+    tl.store(words + row, word)
 
 
-def likeliest(logits: torch.Tensor) -> torch.Tensor:
+def likeliest(
+    logits: torch.Tensor, ending: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+) -> torch.Tensor:
     """torch.argmax(logits, -1): NaN before all, of equals the first.
 
     Args:
         logits: [B, V] bfloat16, float16 or float32, rows contiguous.
+        ending: running [B] int64, 1 for a row that has not ended, changed in place; the words that
+            end a row, [E] int64; what follows them, a 0-d int64 tensor. None: no row ends.
 
     Returns:
         [B] int64.
@@ -68,8 +82,11 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
         logits, best, logits.stride(0), count, PART=_PART, WAITS=overlap, num_warps=4,
         **launch_options(overlap),
     )  # fmt: skip
+    running, ends, pad = ending or (words, words, words)
     best_of_all[(rows,)](
-        best, words, parts, PARTS=triton.next_power_of_2(parts), WAITS=overlap, num_warps=1,
+        best, words, running, ends, pad, parts, ends.numel(),
+        PARTS=triton.next_power_of_2(parts), WAITS=overlap, num_warps=1,
+        ENDS=0 if ending is None else triton.next_power_of_2(ends.numel()),
         **launch_options(overlap),
     )  # fmt: skip
     return words
