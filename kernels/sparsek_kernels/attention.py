@@ -87,18 +87,12 @@ def sparsek_attention(
         plain=softcap is None and sink_logits is None,
         gradient=gradient,
     )  # fmt: skip
-    held = state
-    if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
-        held = state.take()  # reading makes new tensors in any case; one token is put in place
     more = {"fresh": True} if fresh and isinstance(state, SparseKState) else {}
     out, new = run(
         q, k, v, scores,
-        layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=held, scale=scale,
+        layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
         softcap=softcap, sink_logits=sink_logits, **more,
     )  # fmt: skip
-    if isinstance(state, StateRows) and held is not state:
-        state.put(new)
-        new = state
     return out if state is None else (out, new)
 
 

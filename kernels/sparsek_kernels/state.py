@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -293,7 +293,8 @@ class StateRows:
     @property
     def seen(self) -> Tensor:
         """[B] int64; a copy."""
-        return self.pool.seen.index_select(0, self.rows)
+        seen = self.pool.seen.index_select(0, self.rows)
+        return seen if self.fresh is None else seen.masked_fill_(self.fresh, 0)
 
     def take(self) -> SparseKState:
         """The rows as a state of their own; a copy."""
@@ -304,6 +305,14 @@ class StateRows:
                 fresh = self.fresh.view(-1, *[1] * (held.dim() - 1))
                 held.masked_fill_(fresh, EMPTY if name == "positions" else 0)
         return state
+
+    def through(
+        self, call: Callable[[SparseKState], tuple[Tensor, SparseKState]]
+    ) -> tuple[Tensor, StateRows]:
+        """What a call makes of a copy of the rows, which then are what it made of their states."""
+        out, state = call(self.take())
+        self.put(state)
+        return out, self
 
     def put(self, state: SparseKState) -> None:
         """Takes over a state of as many rows, in place."""

@@ -35,6 +35,14 @@ def run(
 
     `fresh` changes nothing: empty slots are looked at, and not found.
     """
+    if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
+        return state.through(
+            lambda own: run(
+                q, k, v, scores,
+                layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=own,
+                scale=scale, softcap=softcap, sink_logits=sink_logits,
+            )
+        )  # fmt: skip
     if state is None and torch.compiler.is_compiling():
         tensors = q, k, v, scores, slopes, sink_logits, cu_seqlens
         settings = layout.topk, layout.window, layout.sinks, gate, scale, softcap

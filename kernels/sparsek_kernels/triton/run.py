@@ -55,13 +55,19 @@ def run(
             layout.topk, layout.window, layout.sinks, gate, scale, softcap,
         )  # fmt: skip
         return out, None
+    pooled = isinstance(state, StateRows)
     if cu_seqlens is None and n == 1:
         logits = dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
         return step(q, k, v, scores, slopes, state, **logits), state
-    return _read(
-        q, k, v, scores, cu_seqlens, state, layout=layout, slopes=slopes, scale=scale,
-        softcap=softcap, sink_logits=sink_logits, fresh=fresh,
-    )  # fmt: skip
+
+    def read(own: SparseKState | StateRows):
+        return _read(
+            q, k, v, scores, cu_seqlens, own, layout=layout, slopes=slopes, scale=scale,
+            softcap=softcap, sink_logits=sink_logits, fresh=fresh,
+        )  # fmt: skip
+
+    # Rows of a pool are read in place as documents, as batch items by way of a copy.
+    return state.through(read) if pooled and cu_seqlens is None else read(state)
 
 
 def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor | None:
@@ -81,7 +87,8 @@ def _read(
     *, layout: SlotLayout, slopes, scale, softcap, sink_logits, fresh: bool,
 ):  # fmt: skip
     """Several tokens of each row of a state: batch items, or documents packed in one row."""
-    state.support = state.tau = None
+    pool = state.pool if isinstance(state, StateRows) else state
+    pool.support = pool.tau = None
     if cu_seqlens is not None:
         starts, _ = slot_places(layout, q.device)
         keys, shape = list_documents(q, k, v, scores, slopes, cu_seqlens, layout, state, starts)

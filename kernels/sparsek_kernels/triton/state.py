@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparsek_kernels.keys import KeyList, list_keys, list_new_keys
 from sparsek_kernels.scores import effective_scores
-from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
+from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.geometry import Geometry, geometry, head_budgets
 from sparsek_kernels.triton.selection import FOREVER
 from sparsek_kernels.triton.tiles import rows_of, sequence_at
@@ -112,11 +112,12 @@ def _choose_slots(
 
 @triton.jit
 def _copy_slots(
-    take, owner, sequences, keys, values, effective, positions,
-    new_keys, new_values, new_scores, new_positions,
+    take, owner, sequences, keys, values, key_scale, value_scale, effective, positions, pool_rows,
+    new_keys, new_values, new_key_scale, new_value_scale, new_positions, new_scores,
+    keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b,
     heads, listed, slots, size,
     key_row, key_head, key_step, value_row, value_head, value_step, place_row, place_head,
-    ROWS: tl.constexpr, SIZE: tl.constexpr,
+    ROWS: tl.constexpr, SIZE: tl.constexpr, QUANTIZED: tl.constexpr, POOLED: tl.constexpr,
 ):  # fmt: skip
     """Copies what `take` names into the slots; empty ones get zeros and position EMPTY."""
     row = tl.program_id(0).to(tl.int64)
@@ -124,27 +125,34 @@ def _copy_slots(
     slot = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = slot < slots
     index = tl.load(take + row * slots + slot, mask=inside, other=-1)
+    to_row = tl.load(pool_rows + row) if POOLED else row
     head = tl.load(owner + slot, mask=inside, other=0).to(tl.int64)
     there = index >= 0
     index += its.first_key
-    score = tl.load(effective + (its.batch * heads + head) * listed + index, mask=there, other=0.0)
+    line = (its.batch * heads + head) * listed + index
+    score = tl.load(effective + line, mask=there, other=0.0)
     score = tl.where(score == float("inf"), 0.0, score)  # a sink's score is never read
-    tl.store(new_scores + row * slots + slot, score, mask=inside)
+    tl.store(new_scores + to_row * scores_b + slot, score, mask=inside)
     place = tl.load(
         positions + its.batch * place_row + head * place_head + index, mask=there, other=_EMPTY
     )
-    tl.store(new_positions + row * slots + slot, place.to(tl.int32), mask=inside)
+    tl.store(new_positions + to_row * positions_b + slot, place.to(tl.int32), mask=inside)
     dim = tl.arange(0, SIZE)[None, :]
     wanted = there[:, None] & (dim < size)
-    to = (row * slots + slot)[:, None] * size + dim
+    to = slot.to(tl.int64)[:, None] * size + dim
     index = index.to(tl.int64)
     from_key = its.batch * key_row + head * key_head + index * key_step
     from_value = its.batch * value_row + head * value_head + index * value_step
     stored = inside[:, None] & (dim < size)
-    tl.store(new_keys + to, tl.load(keys + from_key[:, None] + dim, mask=wanted, other=0.0),
-             mask=stored)  # fmt: skip
-    tl.store(new_values + to, tl.load(values + from_value[:, None] + dim, mask=wanted, other=0.0),
-             mask=stored)  # fmt: skip
+    key = tl.load(keys + from_key[:, None] + dim, mask=wanted, other=0.0)
+    tl.store(new_keys + to_row * keys_b + to, key, mask=stored)
+    value = tl.load(values + from_value[:, None] + dim, mask=wanted, other=0.0)
+    tl.store(new_values + to_row * values_b + to, value, mask=stored)
+    if QUANTIZED:
+        scale = tl.load(key_scale + line, mask=there, other=0.0)
+        tl.store(new_key_scale + to_row * key_scale_b + slot, scale, mask=inside)
+        scale = tl.load(value_scale + line, mask=there, other=0.0)
+        tl.store(new_value_scale + to_row * value_scale_b + slot, scale, mask=inside)
 
 
 @lru_cache(maxsize=64)
@@ -161,9 +169,9 @@ def next_state(
     layout: SlotLayout,
     end: torch.Tensor,
     shape: Geometry,
-    state: SparseKState,
-) -> SparseKState:
-    """The state after the new tokens of each sequence; tensors are new.
+    state: SparseKState | StateRows,
+) -> SparseKState | StateRows:
+    """The state after the new tokens of each sequence: new tensors, or rows of a pool in place.
 
     Args:
         keys: of batch items, or of documents packed along one row.
@@ -174,35 +182,37 @@ def next_state(
     batch, device, slots, size = state.batch, keys.keys.device, layout.total, keys.keys.shape[3]
     starts, owner = slot_places(layout, device)
     take = torch.empty(batch, slots, dtype=torch.int32, device=device)
-    effective = keys.effective.contiguous()
+    effective, seen = keys.effective.contiguous(), state.seen
     _choose_slots[(batch, heads)](
-        end, effective, shape.sequences, state.seen.contiguous(),
+        end, effective, shape.sequences, seen.contiguous(),
         head_budgets(layout.topk, device), starts,
         take, heads, listed, keys.base, slots, layout.sinks, layout.window,
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    new = dataclasses.replace(
-        state,
-        keys=torch.empty(batch, slots, size, dtype=state.keys.dtype, device=device),
-        values=torch.empty(batch, slots, size, dtype=state.values.dtype, device=device),
-        positions=torch.empty(batch, slots, dtype=torch.int32, device=device),
-        scores=torch.empty(batch, slots, dtype=torch.float64, device=device),
-        seen=state.seen + shape.sequences[:, 2],
-        support=None,
-        tau=None,
-    )
+    seen = seen + shape.sequences[:, 2]
+    pooled, quantized = isinstance(state, StateRows), state.quantized
+    if pooled:
+        new = state.pool
+        new.seen.index_copy_(0, state.rows, seen)
+    else:
+        made = {
+            name: torch.empty(held.shape, dtype=held.dtype, device=device)
+            for name, held in state.slots.items()
+            if name != "seen"
+        }
+        new = dataclasses.replace(state, **made, seen=seen, support=None, tau=None)
     k, v = rows_of(keys.stored["keys"]), rows_of(keys.stored["values"])
     places = keys.positions.expand(-1, heads, -1)
+    scales, new_scales = (effective,) * 2, (new.scores,) * 2  # else neither read nor written
+    if quantized:
+        scales = [keys.stored[name].contiguous() for name in ("key_scale", "value_scale")]
+        new_scales = (new.key_scale, new.value_scale)
+    held = (new.keys, new.values, *new_scales, new.positions, new.scores)
     _copy_slots[(batch, triton.cdiv(slots, ROWS))](
-        take, owner, shape.sequences, k, v, effective, places,
-        new.keys, new.values, new.scores, new.positions,
+        take, owner, shape.sequences, k, v, *scales, effective, places,
+        state.rows if pooled else take, *held, *(tensor.stride(0) for tensor in held),
         heads, listed, slots, size, *k.stride()[:3], *v.stride()[:3], *places.stride()[:2],
-        ROWS=ROWS, SIZE=triton.next_power_of_2(size), num_warps=4,
+        ROWS=ROWS, SIZE=triton.next_power_of_2(size), QUANTIZED=quantized, POOLED=pooled,
+        num_warps=4,
     )  # fmt: skip
-    if state.quantized:
-        lines = shape.sequences[:, :1] * heads + owner
-        place = lines.long() * listed + shape.sequences[:, 3:4] + take
-        for name in ("key_scale", "value_scale"):
-            held = keys.stored[name].flatten()[place.clamp(min=0)]
-            setattr(new, name, held.masked_fill(take < 0, 0))
-    return new
+    return state if pooled else new

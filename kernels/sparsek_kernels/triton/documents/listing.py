@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsek_kernels.keys import KeyList
 from sparsek_kernels.quantization import LARGEST, LEAST_SCALE
 from sparsek_kernels.rows import document_lengths
-from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState
+from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.geometry import SEQUENCE_FIELDS, Geometry, head_budgets
 from sparsek_kernels.triton.tiles import load_rows, rows_of
 
@@ -89,31 +89,38 @@ def _held_rows(
 
 @triton.jit
 def _list_slots(
-    held_keys, held_values, held_key_scale, held_value_scale, held_positions, held_scores,
+    held_keys, held_values, held_key_scale, held_value_scale, held_positions, held_scores, fresh,
     keys, values, key_codes, value_codes, key_scale, value_scale, effective, positions,
-    bounds, seen, base, k, number, blocks, line, slots, widest, sinks, window,
+    bounds, seen, base, k, number, blocks, line, widest, sinks, window,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    QUANTIZED: tl.constexpr,
+    QUANTIZED: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
-    """Some slots of one document: sinks, selected ones by position, the window by age."""
+    """Some slots of one document: sinks, selected ones by position, the window by age.
+
+    The pointers are those of the document's row.
+    """
     document = number // blocks
     item = number % blocks * ROWS + tl.arange(0, ROWS)
     width = sinks + widest + window
     is_selected = (item >= sinks) & (item < sinks + widest)
     is_window = (item >= sinks + widest) & (item < width)
     real = (item < width) & ((is_selected == 0) | (item < sinks + k))
-    first = document.to(tl.int64) * slots + base
+    held_k = k
+    if FRESH:  # whatever stands in the row, it holds nothing
+        is_fresh = tl.load(fresh + document) != 0
+        real &= is_fresh == 0
+        held_k = tl.where(is_fresh, 0, k)
     place = item
     if (number % blocks * ROWS < sinks + widest) & (number % blocks * ROWS + ROWS > sinks):
         order = _places(
-            held_positions + first + sinks, item - sinks, real & is_selected, widest, k, BLOCK
+            held_positions + base + sinks, item - sinks, real & is_selected, widest, held_k, BLOCK
         )
         place = tl.where(is_selected, sinks + order, place)
     ring = item - sinks - widest
     age = (ring - tl.load(seen + document) % window + window) % window
     place = tl.where(is_window, sinks + widest + age.to(tl.int32), place)
     at = line + tl.load(bounds + document).to(tl.int64) + document * width + place
-    slot = first + tl.where(is_window, sinks + k + ring, item)
+    slot = base + tl.where(is_window, sinks + k + ring, item)
     position = tl.load(held_positions + slot, mask=real, other=_EMPTY)
     score = tl.load(held_scores + slot, mask=real, other=0.0)
     score = tl.where(position == _EMPTY, -float("inf"), score)
@@ -136,12 +143,13 @@ def _list_slots(
 @triton.jit
 def _list_documents(
     held_keys, held_values, held_key_scale, held_value_scale, held_positions, held_scores, seen,
-    bounds, budgets, starts, new_keys, new_values, new_scores, slopes,
+    pool_rows, fresh, bounds, budgets, starts, new_keys, new_values, new_scores, slopes,
     keys, values, key_codes, value_codes, key_scale, value_scale, effective, positions, sequences,
+    keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b,
     nk_h, nk_n, nv_h, nv_n, ns_h, ns_n,
-    documents, tokens, listed, blocks, slots, widest, sinks, window,
+    documents, tokens, listed, blocks, widest, sinks, window,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SLOPED: tl.constexpr, QUANTIZED: tl.constexpr,
+    SLOPED: tl.constexpr, QUANTIZED: tl.constexpr, POOLED: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """Some keys of one head: slots of a document, or tokens of any of them.
 
@@ -152,11 +160,15 @@ def _list_documents(
     width = sinks + widest + window
     line = head.to(tl.int64) * listed
     if number < documents * blocks:
+        held_row = (number // blocks).to(tl.int64)
+        held_row = tl.load(pool_rows + held_row) if POOLED else held_row
         _list_slots(
-            held_keys, held_values, held_key_scale, held_value_scale, held_positions, held_scores,
+            held_keys + held_row * keys_b, held_values + held_row * values_b,
+            held_key_scale + held_row * key_scale_b, held_value_scale + held_row * value_scale_b,
+            held_positions + held_row * positions_b, held_scores + held_row * scores_b, fresh,
             keys, values, key_codes, value_codes, key_scale, value_scale, effective, positions,
-            bounds, seen, tl.load(starts + head), tl.load(budgets + head), number, blocks, line,
-            slots, widest, sinks, window, ROWS, BLOCK, D, DP, QUANTIZED,
+            bounds, seen, tl.load(starts + head).to(tl.int64), tl.load(budgets + head), number,
+            blocks, line, widest, sinks, window, ROWS, BLOCK, D, DP, QUANTIZED, FRESH,
         )  # fmt: skip
         if (head == 0) & (number % blocks == 0):
             its = number // blocks
@@ -164,13 +176,13 @@ def _list_documents(
             first = (low + its * width).to(tl.int32)
             inside = tl.maximum(tl.load(seen + its) - sinks, 0)
             inside = tl.minimum(inside, window).to(tl.int32)
-            row = sequences + 6 * its
-            tl.store(row, 0)
-            tl.store(row + 1, low.to(tl.int32))
-            tl.store(row + 2, (high - low).to(tl.int32))
-            tl.store(row + 3, first)
-            tl.store(row + 4, (high - low).to(tl.int32) + width)
-            tl.store(row + 5, first + width - inside)
+            fields = sequences + 6 * its
+            tl.store(fields, 0)
+            tl.store(fields + 1, low.to(tl.int32))
+            tl.store(fields + 2, (high - low).to(tl.int32))
+            tl.store(fields + 3, first)
+            tl.store(fields + 4, (high - low).to(tl.int32) + width)
+            tl.store(fields + 5, first + width - inside)
         return
     token = (number - documents * blocks) * ROWS + tl.arange(0, ROWS)
     inside = token < tokens
@@ -207,7 +219,7 @@ def list_documents(
     slopes: Tensor | None,
     cu_seqlens: Tensor,
     layout: SlotLayout,
-    state: SparseKState,
+    state: SparseKState | StateRows,
     starts: Tensor,
 ) -> tuple[KeyList, Geometry]:
     """The keys of all documents in one row, [slots | tokens] of each, and who sees which.
@@ -218,7 +230,7 @@ def list_documents(
     Args:
         q [1, H, N, D], k and v [1, G, N, D], scores [1, G, N].
         cu_seqlens: [docs + 1] bounds of the documents along N.
-        state: one row for each document.
+        state: one row for each document; rows of a pool are read where they stand.
         starts: int32 [G], first slot of each head.
 
     Raises:
@@ -244,18 +256,22 @@ def list_documents(
     sequences = torch.empty(documents, SEQUENCE_FIELDS, dtype=torch.int32, device=device)
     k, v = rows_of(k.detach()), rows_of(v.detach())
     blocks = triton.cdiv(layout.width, ROWS)
-    held_scales = (state.key_scale, state.value_scale) if quantized else (state.scores,) * 2
+    seen, pool, rows, fresh = state.seen, state, None, None
+    if isinstance(state, StateRows):
+        pool, rows, fresh = state.pool, state.rows, state.fresh
+    held_scales = (pool.key_scale, pool.value_scale) if quantized else (pool.scores,) * 2
+    held = (pool.keys, pool.values, *held_scales, pool.positions, pool.scores)
     _list_documents[(documents * blocks + triton.cdiv(n, ROWS), heads)](
-        state.keys.contiguous(), state.values.contiguous(),
-        *(scale.contiguous() for scale in held_scales),
-        state.positions.contiguous(), state.scores.contiguous(), state.seen.contiguous(),
+        *held, seen.contiguous(), seen if rows is None else rows, seen if fresh is None else fresh,
         cu_seqlens.to(device).contiguous(), head_budgets(layout.topk, device), starts,
         k, v, scores.detach(), scores if slopes is None else slopes.detach(),
         keys, values, stored["keys"], stored["values"], *scales, effective, positions, sequences,
+        *(tensor.stride(0) for tensor in held),
         *k.stride()[1:3], *v.stride()[1:3], *scores.stride()[1:],
-        documents, n, listed, blocks, layout.total, max(layout.topk), layout.sinks, layout.window,
+        documents, n, listed, blocks, max(layout.topk), layout.sinks, layout.window,
         ROWS=ROWS, BLOCK=BLOCK, D=size, DP=triton.next_power_of_2(size),
-        SLOPED=slopes is not None, QUANTIZED=quantized, num_warps=4, enable_fp_fusion=False,
+        SLOPED=slopes is not None, QUANTIZED=quantized, POOLED=rows is not None,
+        FRESH=fresh is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     base = layout.sinks + max(layout.topk)
     found = KeyList(keys, values, stored, effective, positions, base, max(layout.topk), n)
