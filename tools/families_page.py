@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from sparsek_cli.families import TABLE
-from sparsek_cli.families.refusals import REFUSED, SOMETIMES
+from sparsek_cli.families.refusals import REFUSED
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 TESTS = "tests/families/test_families.py"
@@ -38,8 +38,10 @@ reading, left padding, packed documents, and saving and loading. The models are 
 tests show that a family is computed rightly, not how well a large model keeps its facts.
 
 Layers: `all`, or where layers differ only those that attend to everything; the others stay as they
-are, with a cache of their own. A layer that keeps a state knows no documents: batches that pack
-several into a row, as `sparsek finetune` makes them, are refused there (finetune: rows).
+are, with a cache of their own. Layers without keys of their own (`num_kv_shared_layers`) attend by
+the scores and slots of the layer whose keys they read. A layer that keeps a state knows no
+documents: batches that pack several into a row, as `sparsek finetune` makes them, are refused there
+(finetune: rows).
 """
 # Families whose other layers keep a state; the test's rows are one document each.
 _STATES = (
@@ -55,12 +57,6 @@ causal language models in transformers; code that a checkpoint brings along is n
 | families | why |
 |---|---|
 {refused}
-
-Some models of a family in the table are refused by what their config.json says:
-
-| families | why |
-|---|---|
-{sometimes}
 
 ## Adding a family
 
@@ -79,16 +75,12 @@ def page() -> str:
         layers = "those of full attention" if row.mixed else "all"
         ticks = ("rows" if c == "finetune" and name in _STATES else "✓" for c in COLUMNS)
         rows.append(f"| {name} | {layers} | {' | '.join(ticks)} |")
-    tail = _TAIL.format(refused=_reasons(REFUSED), sometimes=_reasons(SOMETIMES))
-    return head + "\n" + "\n".join(rows) + "\n" + tail
-
-
-def _reasons(of: dict[str, str]) -> str:
-    """Lines of a table: families with the same reason, and the reason."""
     by_reason: dict[str, list[str]] = {}
-    for name, why in of.items():
+    for name, why in REFUSED.items():
         by_reason.setdefault(why, []).append(name)
-    return "\n".join(f"| {', '.join(names)} | {why} |" for why, names in by_reason.items())
+    refused = (f"| {', '.join(names)} | {why} |" for why, names in by_reason.items())
+    tail = _TAIL.format(refused="\n".join(refused))
+    return head + "\n" + "\n".join(rows) + "\n" + tail
 
 
 if __name__ == "__main__":

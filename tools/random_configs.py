@@ -159,7 +159,7 @@ def read_from_files(family: str, dense: Any, model: Any, ids: Any) -> str:
     if (sizes.kv_heads, sizes.head_dim) != (models.kv_heads(dense), models.head_dim(dense)):
         return f"fault: config.json says {sizes}"
     types = layer_types(row, {**config, **idle_window_off(row, config, sizes.context)})
-    if full_layers(types) != models.sparse_layers(model.config):
+    if full_layers(types, sizes.shared) != models.sparse_layers(model.config):
         return f"fault: config.json says layers {types}"
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         model.save_pretrained(folder)

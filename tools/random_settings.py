@@ -118,6 +118,8 @@ def shape(rng: random.Random, family: str) -> dict[str, Any]:
         kinds = [full, *(rng.choice([full, *others]) for _ in range(rng.randint(1, 3)))]
         rng.shuffle(kinds)
         settings |= {"layer_types": kinds, "num_hidden_layers": len(kinds)}
+        if hasattr(plain, "num_kv_shared_layers"):
+            settings["num_kv_shared_layers"] = _shared(rng, kinds)
     if own.get("sliding_window"):  # without one transformers refuses layers that slide
         settings["sliding_window"] = rng.choice([2, 6, 100])
     if hasattr(plain, "intermediate_size") and rng.random() < 0.3:
@@ -133,6 +135,12 @@ def shape(rng: random.Random, family: str) -> dict[str, Any]:
                 {} if kept is None else {"partial_rotary_factor": kept}
             )
     return settings
+
+
+def _shared(rng: random.Random, kinds: list[str]) -> int:
+    """How many of the last layers read keys of earlier ones, which there are of each kind."""
+    may = [n for n in range(len(kinds)) if set(kinds[len(kinds) - n :]) <= set(kinds[: -n or None])]
+    return rng.choice(may)
 
 
 def stray(rng: random.Random, family: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """SparseK attention: operator, prefix selection, attention, decode."""
 
-from sparsek_kernels.attention import GATES, sparsek_attention
+from sparsek_kernels.attention import GATES, attend_to_state, sparsek_attention
 from sparsek_kernels.operator import sparsek
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import SparseKState, StateRows, cache_bytes
@@ -9,6 +9,7 @@ __all__ = [
     "GATES",
     "SparseKState",
     "StateRows",
+    "attend_to_state",
     "cache_bytes",
     "effective_scores",
     "sparsek",

@@ -96,6 +96,44 @@ def sparsek_attention(
     return out if state is None else (out, new)
 
 
+def attend_to_state(
+    q: Tensor,
+    state: SparseKState,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sink_logits: Tensor | None = None,
+) -> Tensor:
+    """What one query per row sees of a state that holds its own token already: nothing is put in.
+
+    For layers that share keys: the first of them inserts a token and attends in one call of
+    `sparsek_attention`, and those after it attend to the state that it left. Gate
+    `straight_through`; not differentiable in the state.
+
+    Args:
+        q: [B, H, 1, D], H a multiple of the state's KV heads.
+        state: as `sparsek_attention` left it. scale, softcap, sink_logits: as there.
+
+    Returns:
+        [B, H, 1, D] in q's dtype.
+
+    Raises:
+        ValueError: the query does not fit the state.
+    """
+    from sparsek_kernels.pytorch.decode import decode
+
+    rows, heads = state.batch, state.layout.heads
+    if q.dim() != 4 or q.shape[0] != rows or q.shape[2] != 1 or q.shape[1] % heads:
+        raise ValueError(
+            f"q must be [{rows}, a multiple of {heads}, 1, D] for this state, got {tuple(q.shape)}"
+        )
+    if q.shape[3] != state.keys.shape[-1]:
+        raise ValueError(f"the state's head size is {state.keys.shape[-1]}, q's {q.shape[3]}")
+    _check_logits(q, softcap, sink_logits)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    return decode(q, state, scale=scale, softcap=softcap, sink_logits=sink_logits)
+
+
 def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state) -> SlotLayout:
     for name, x, dims in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("scores", scores, 3)):
         if not torch.is_tensor(x) or not x.is_floating_point():

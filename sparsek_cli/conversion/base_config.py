@@ -22,7 +22,7 @@ def convertible(config: dict[str, Any]) -> Row:
             "this checkpoint is already converted",
             hint="use it: `sparsek chat`; --again calibrates scorers for the weights it has now",
         )
-    check_supported(model_type, config)
+    check_supported(model_type)
     causal = [name for name in architectures if name.endswith(("ForCausalLM", "LMHeadModel"))]
     if architectures and not causal:
         raise UsageError(

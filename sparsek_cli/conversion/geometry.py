@@ -10,7 +10,7 @@ from typing import Any
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
-from sparsek_cli.families.by_layer import pair_features, sizes_by_layer
+from sparsek_cli.families.by_layer import pair_features, shared_layers, sizes_by_layer
 from sparsek_cli.families.own_config import own_config, own_value
 from sparsek_cli.families.positions import check_rotary, context_length, rope_blocks, rope_type
 
@@ -27,6 +27,7 @@ class Geometry:
         sliding_features: of the keys that a token has in all layers that slide; None: as many in
             each of them as in the others.
         values_are_keys: layers that are converted have no projection of values.
+        shared: how many of the last layers have no keys of their own.
     """
 
     layers: int
@@ -38,6 +39,7 @@ class Geometry:
     dtype: str
     sliding_features: int | None = None
     values_are_keys: bool = False
+    shared: int = 0
 
 
 def geometry(config: dict[str, Any], row: Row) -> Geometry:
@@ -91,10 +93,13 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
 
 def _apart(own: Any) -> dict[str, Any]:
     """What `Geometry` says beyond other families of one whose layers differ."""
-    slide = [n for n, kind in enumerate(own.layer_types) if kind == "sliding_attention"]
+    shared = shared_layers(own)
+    types = own.layer_types[: len(own.layer_types) - shared]
+    slide = [n for n, kind in enumerate(types) if kind == "sliding_attention"]
     return {
         "sliding_features": sum(pair_features(own, layer) for layer in slide),
         "values_are_keys": bool(own_value(own, "attention_k_eq_v")),
+        "shared": shared,
     }
 
 

@@ -68,7 +68,8 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
     row = convertible(config)
     sizes = geometry(config, row)
     types = layer_types(row, {**config, **idle_window_off(row, config, sizes.context)})
-    if not full_layers(types):
+    converted = full_layers(types, sizes.shared)
+    if not converted:
         raise UsageError(
             "no layer of the model attends to everything: there is nothing to convert",
             hint="its cache is bounded already",
@@ -91,7 +92,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
     if not (config.get("dtype") or config.get("torch_dtype")):
         sizes = replace(sizes, dtype=stored_dtype(shards))
     quantised_by = config if quantised.described(config) else None
-    prefixed = check_tensors(shards, row, full_layers(types), sizes, packed=quantised_by)
+    prefixed = check_tensors(shards, row, converted, sizes, packed=quantised_by)
     linkable = _linkable(recipe, shards, out, packed=packed)
     if not linkable:
         check_room(existing_parent(out), sum(shard.bytes for shard in shards), packed=packed)
@@ -104,7 +105,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
             tokens=recipe.calibrate_tokens,
             length=recipe.calibrate_length,
         )
-    selected = topk * sizes.kv_heads * len(full_layers(types))
+    selected = topk * sizes.kv_heads * len(converted)
     return Plan(
         base=base,
         config=config,

@@ -12,7 +12,7 @@ from sparsek_cli.conversion.calibrate.method import DOCUMENTS, Method
 from sparsek_cli.conversion.default_sizes import fit_length
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.families import Row
-from sparsek_cli.families.layers import full_layers
+from sparsek_cli.families.layers import full_layers, storing_layers
 from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.contents import MODEL, SCORERS_ALONE, Contents
@@ -104,8 +104,13 @@ class Plan:
 
     @property
     def sparse_layers(self) -> tuple[int, ...]:
-        """The layers that are converted: those that attend to everything."""
-        return full_layers(self.types)
+        """The layers that get scorers: those that attend to everything, in keys of theirs."""
+        return full_layers(self.types, self.geometry.shared)
+
+    @property
+    def stored_by(self) -> dict[int, int]:
+        """By layer that attends to everything in another one's keys: that other one."""
+        return storing_layers(self.types, self.geometry.shared)
 
     @property
     def budget(self) -> int:
@@ -218,11 +223,13 @@ class Plan:
         }
 
     def _layers(self) -> str:
-        kept = Counter(self.types[i] for i in set(range(len(self.types))) - {*self.sparse_layers})
-        if not kept:
-            return f"{self.geometry.layers} layers"
+        full = full_layers(self.types)
+        kept = Counter(kind for i, kind in enumerate(self.types) if i not in full)
+        what = f"{len(full)} of {self.geometry.layers} layers" if kept else f"{len(full)} layers"
+        if self.stored_by:
+            what += f" ({len(self.stored_by)} of them by the keys of another)"
         others = ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kept.items())
-        return f"{len(self.sparse_layers)} of {self.geometry.layers} layers; as they are: {others}"
+        return f"{what}; as they are: {others}" if others else what
 
     def _quantised(self) -> str:
         how = quantised.described(self.config)

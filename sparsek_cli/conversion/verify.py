@@ -5,7 +5,8 @@ has the size of the formula, and attention with topk >= length equals dense atte
 model's geometry. Then the logits: of the whole model where it is small, of its first two layers
 where calibration has imported transformers anyway. A large uncalibrated model is left at the
 first four: its base files are the same bytes, and importing transformers alone takes longer than
-the rest of the conversion.
+the rest of the conversion. So is one that keeps parts of all its layers in one tensor: it cannot be
+loaded in part.
 """
 
 import filecmp
@@ -21,6 +22,7 @@ from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.write import Scorer, Written
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.families.own_config import own_config, own_value
 from sparsek_cli.loading import load_weights
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.silence import quiet_transformers
@@ -91,7 +93,7 @@ def verify(plan: Plan, scorers: list[Scorer], folder: Path, written: Written) ->
     kv_bytes = _check_cache_bytes(plan, scorers)
     if plan.base_bytes <= SMALL_MODEL:
         layers, label = plan.geometry.layers, "all layers"
-    elif plan.calibrate_tokens:
+    elif plan.calibrate_tokens and not _weights_of_all_layers(plan):
         layers = min(plan.sparse_layers[0] + _LAYERS_OF_LARGE, plan.geometry.layers)
         label = f"first {layers} layers"
     else:
@@ -240,6 +242,14 @@ def relative_difference(dense: "torch.Tensor", converted: "torch.Tensor") -> flo
     if scale:
         return apart / scale
     return math.inf if apart else 0.0  # all zero: no scale to measure a difference by
+
+
+def _weights_of_all_layers(plan: Plan) -> bool:
+    """Whether tensors hold parts of all layers, as Gemma 3n's and 4's embeddings for each layer."""
+    if not plan.row.by_layer:
+        return False
+    own = own_config(plan.row, plan.config)
+    return bool(own_value(own, "hidden_size_per_layer_input"))
 
 
 def _shorten(config: Any, layers: int) -> None:

@@ -7,7 +7,6 @@ layers    which layers of a model attend to everything
 by_layer  heads of single layers, where layers differ in them
 causal    whether tokens see those after them, which no converted model does
 refusals  families that cannot be converted, and why
-refused_by_config  those whose reasons a config.json decides
 remote_code  the small file beside every converted checkpoint
 
 Whoever needs something per family (registration, PEFT's targets, tests) iterates over

@@ -19,9 +19,19 @@ FULL = ("full_attention", "hybrid")
 _KNOWN = {*FULL, "sliding_attention", "linear_attention", "conv", "moe", "mlp"}
 
 
-def full_layers(types: Sequence[str]) -> tuple[int, ...]:
-    """Indices of the layers that attend to everything."""
-    return tuple(layer for layer, kind in enumerate(types) if kind in FULL)
+def full_layers(types: Sequence[str], shared: int = 0) -> tuple[int, ...]:
+    """Indices of the layers that attend to everything; without the last `shared` layers."""
+    own = types[: len(types) - shared]
+    return tuple(layer for layer, kind in enumerate(own) if kind in FULL)
+
+
+def storing_layers(types: Sequence[str], shared: int) -> dict[int, int]:
+    """By layer that attends to everything in another one's keys: that other one.
+
+    Of the last `shared` layers, which read the last one before them of their kind.
+    """
+    own = full_layers(types, shared)
+    return {layer: own[-1] for layer in full_layers(types)[len(own) :]}
 
 
 def has_states(types: Sequence[str] | None) -> bool:

@@ -5,11 +5,6 @@ Together with the table these are all causal language models that transformers k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from sparsek_cli.families.refused_by_config import REASONS
-
 # By reason, the types it holds for.
 _REASONS: dict[str, str] = {
     "its attention is written out in its own block, which hands nothing to transformers' "
@@ -54,6 +49,8 @@ _REASONS: dict[str, str] = {
     "transformers' class counts positions from zero again at every step of a cache": "bamba",
     "a block of its own stands between its last layer and its logits, which calibration and losses "
     "would leave out": "modernbert-decoder",
+    "its layers pass on several states of each token side by side, which calibration reads as one":
+        "gemma3n_text",
     "its attention class does not bear its family's name, by which a row finds it": "ctrl",
     'transformers runs it by GPT-2\'s classes; as "model_type": "gpt2" in its config.json it is '
     "the same model, and converts": "gpt-sw3",
@@ -61,18 +58,4 @@ _REASONS: dict[str, str] = {
 
 REFUSED: dict[str, str] = {
     name: reason for reason, names in _REASONS.items() for name in names.split()
-} | {name: reasons.general() for name, reasons in REASONS.items() if reasons.always}
-
-# Those of the table of which not every model converts.
-SOMETIMES = {name: r.general() for name, r in REASONS.items() if not r.always}
-
-
-def why_not(model_type: str, config: Mapping[str, Any] | None = None) -> str | None:
-    """Why a family cannot be converted; None where nothing is known against it.
-
-    Args:
-        config: its config.json dictionary, where there is one: some reasons depend on it.
-    """
-    if config is not None and model_type in REASONS:
-        return REASONS[model_type].of(config)
-    return REFUSED.get(model_type)
+}

@@ -45,8 +45,8 @@ class Row:
             bounds of packed documents reach it another way.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
-        by_layer: sizes of heads are those of single layers (by_layer.py), which the family's own
-            config knows.
+        by_layer: heads are those of single layers, or other layers' (by_layer.py), which the
+            family's own config knows.
     """
 
     model_type: str
@@ -106,10 +106,19 @@ class Row:
         return f"{self.stem}{self.attends}Attention"
 
     @property
+    def reading_class(self) -> str:
+        """What names the attention of layers that read another one's keys, once converted."""
+        return f"Reading{self.attention_class}"
+
+    @property
     def sparsek_names(self) -> tuple[str, ...]:
-        """Class names of the converted config, base model, causal LM, attention, and decoder."""
+        """Class names of the converted config, base model, causal LM, attention, and decoder.
+
+        And of the attention of layers without keys of their own.
+        """
         names = (self.config, self.model, self.causal_lm, self.attention_class)
         names += (self.decoder,) if self.decoder else ()
+        names += (self.reading_class,) if self.by_layer else ()
         return tuple(f"SparseK{name}" for name in names)
 
     def key(self, name: str) -> str:

@@ -7,12 +7,11 @@ saving, gradients, calibration and conversion.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import installed
-from sparsek_cli.families.refusals import why_not
+from sparsek_cli.families.refusals import REFUSED
 from sparsek_cli.families.row import Row
 
 _GPT2_KEYS = {
@@ -191,18 +190,15 @@ _ROWS: dict[str, Row] = {
 TABLE: dict[str, Row] = {name: row for name, row in _ROWS.items() if installed.has(row.module)}
 
 
-def check_supported(model_type: str, config: Mapping[str, Any] | None = None) -> None:
+def check_supported(model_type: str) -> None:
     """Says why a family cannot be converted, where that is known.
-
-    Args:
-        config: the config.json dictionary, of which some reasons depend.
 
     Raises:
         UsageError: the reason, one sentence.
     """
-    if reason := why_not(model_type, config):
+    if model_type in REFUSED:
         raise UsageError(
-            f"models of type {model_type!r} cannot be converted: {reason}",
+            f"models of type {model_type!r} cannot be converted: {REFUSED[model_type]}",
             hint="docs/families.md lists those that can",
         )
     name = model_type.removeprefix("sparsek_")
@@ -220,7 +216,7 @@ def row_of(config: Any) -> Row:
         UsageError: the family is not supported; names those that are.
     """
     model_type = config if isinstance(config, str) else getattr(config, "model_type", None)
-    check_supported(str(model_type), None if isinstance(config, str) else config.to_dict())
+    check_supported(str(model_type))
     row = TABLE.get(str(model_type).removeprefix("sparsek_"))
     if row is None:
         raise UsageError(

@@ -21,7 +21,7 @@ from typing import Any
 
 from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import UsageError
-from sparsek_cli.families.by_layer import head_dim_of, kv_heads_of
+from sparsek_cli.families.by_layer import head_dim_of, kv_heads_of, shared_layers
 from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.recipes.limits import MOST_SLOTS, MOST_UNITS
@@ -98,9 +98,14 @@ def _first(config: Any) -> int:
 
 
 def sparse_layers(config: Any) -> tuple[int, ...]:
-    """The layers that have SparseK attention: those that attend to everything."""
+    """The layers that have SparseK attention: those that attend to everything, in keys of theirs.
+
+    Layers that read the keys of one of these attend by its scores and slots.
+    """
     types = getattr(config, "layer_types", None)
-    return full_layers(types) if types else tuple(range(config.num_hidden_layers))
+    if not types:
+        return tuple(range(config.num_hidden_layers))
+    return full_layers(types, shared_layers(config))
 
 
 def layer_budget(config: Any, layer: int) -> LayerBudget:

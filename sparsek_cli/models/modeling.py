@@ -15,7 +15,8 @@ from transformers import initialization as init
 from transformers.generation import GenerationMode
 
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.families.layers import has_states
+from sparsek_cli.families.by_layer import shared_layers
+from sparsek_cli.families.layers import has_states, storing_layers
 from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, sparse_layers
@@ -39,10 +40,10 @@ _GENERATION_MODES = (
 )
 
 
-def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
+def add_scorers(base: nn.Module, dense: type, sparse: type, reading: type | None) -> None:
     """Turn `dense` attention modules below `base` into `sparse` ones with a scorer.
 
-    Layers that slide stay as they are.
+    Those without keys of their own become `reading` ones. Layers that slide stay as they are.
 
     Raises:
         UsageError: no layer attends to everything, or keys are other than the config says.
@@ -53,11 +54,16 @@ def add_scorers(base: nn.Module, dense: type, sparse: type) -> None:
             "no layer of the model attends to everything: there is nothing to convert",
             hint="its cache is bounded already",
         )
+    types = getattr(base.config, "layer_types", None) or ()
+    readers = storing_layers(types, shared_layers(base.config))
     for module in base.modules():
         if type(module) is dense and module.layer_idx in layers:
             check_heads(module, base.config)
             module.__class__ = sparse
             module.scorer = new_scorer(base.config, module.layer_idx)
+            module.is_read = module.layer_idx in readers.values()
+        elif type(module) is dense and module.layer_idx in readers:
+            module.__class__ = reading
 
 
 def sparsek_attentions(model: nn.Module) -> list[nn.Module]:
@@ -172,6 +178,15 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
                 "continue a text by one token at a time",
                 hint="pass logits_to_keep=1 to the causal language model, which then does so",
             )
+
+    def _maybe_slice_kv_shared_inputs(
+        self, hidden_states, per_layer_inputs, position_embeddings, causal_mask_mapping, *args, **_
+    ):
+        """Gemma 4 leaves out tokens whose logits nobody wants: its queries are fewer than its keys.
+
+        Here layers that read others' keys see whole passes.
+        """
+        return hidden_states, per_layer_inputs, position_embeddings, causal_mask_mapping
 
     @staticmethod
     def _prepare_packing(kwargs: dict[str, Any]) -> None:

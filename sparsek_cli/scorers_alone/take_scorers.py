@@ -11,7 +11,9 @@ from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row, row_of
+from sparsek_cli.families.by_layer import shared_layers
 from sparsek_cli.families.layers import full_layers, layer_types
+from sparsek_cli.families.own_config import own_config
 from sparsek_cli.loading import check_whole
 from sparsek_cli.output import leftovers, scorers_file
 from sparsek_cli.output.contents import SCORERS, SCORERS_ALONE
@@ -136,7 +138,9 @@ def _plan(source: hub.Checkpoint, place: Path, *, overwrite: bool) -> Plan:
     shards = read_shards(source.path)
     held = {name: (shard.path, e) for shard in shards for name, e in shard.tensors.items()}
     names, size = {}, 0
-    for layer in full_layers(layer_types(row, dense_config(config))):
+    dense = dense_config(config)
+    shared = shared_layers(own_config(row, dense)) if row.by_layer else 0
+    for layer in full_layers(layer_types(row, dense), shared):
         path = f"{row.attention_path(layer)}.scorer."
         for start in (path, path.removeprefix(f"{row.stored}.")):
             for name in (name for name in held if name.startswith(start)):

@@ -219,7 +219,10 @@ def _settings(scorers: Scorers, row: Row, config: dict[str, Any]) -> dict[str, A
     types = layer_types(row, {**config, **idle_window_off(row, config, sizes.context)})
     try:
         return check_settings(
-            scorers.block, layers=sizes.layers, heads=sizes.kv_heads, sparse=full_layers(types)
+            scorers.block,
+            layers=sizes.layers,
+            heads=sizes.kv_heads,
+            sparse=full_layers(types, sizes.shared),
         )
     except UsageError as error:
         raise _damaged(scorers, error.message) from error

@@ -27,6 +27,7 @@ from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
 from sparsek_cli.models import sparsek_attentions
 from sparsek_cli.models.attention.registration import replaced_attention
+from sparsek_cli.models.attention.sharing import layer_of_scores
 from sparsek_cli.models.config import ATTENTION, layer_budget
 from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.scorer import SparseKMlpScorer, SparseKScorer
@@ -102,7 +103,11 @@ def _use(
     key: torch.Tensor,
     logits: Logits,
 ) -> None:
-    """Adds what one layer sees of a batch to its fit."""
+    """Adds what one layer, or one that reads its keys, sees of a batch to the layer's fit.
+
+    Args:
+        module: the attention module that has the scorer.
+    """
     layer, features = module.layer_idx, _features(module.scorer, inputs)
     if layer not in fits:
         fits[layer] = LinearFit(features.shape[-1], key.shape[1], _MAPS, key.device)
@@ -114,7 +119,10 @@ def _use(
 
 @contextmanager
 def _seen(attentions: dict[int, Any], use: Callable) -> Iterator[None]:
-    """Within the block `use` gets each layer's module, scorer inputs, query, key and `Logits`."""
+    """Within the block `use` gets each layer's module, scorer inputs, query, key and `Logits`.
+
+    A layer that reads another's keys comes as that one, with queries of its own.
+    """
     inputs: dict[int, torch.Tensor] = {}
 
     def keeper(layer: int) -> Callable:
@@ -127,8 +135,9 @@ def _seen(attentions: dict[int, Any], use: Callable) -> Iterator[None]:
         def look(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> Any:
             if kwargs.get("sparsek_scores") is not None:
                 logits = Logits.given(query, kwargs)
+                layer = layer_of_scores(module, kwargs)
                 with torch.autocast(query.device.type, enabled=False):
-                    use(module, inputs.pop(module.layer_idx), query, key, logits)
+                    use(attentions[layer], inputs[layer], query, key, logits)
             return attend(module, query, key, value, mask, **kwargs)
 
         return look

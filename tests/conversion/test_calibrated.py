@@ -72,13 +72,14 @@ def test_methods_that_can_be_chosen(dense_checkpoint, tmp_path, method):
     )
 
 
-def test_the_report_says_what_the_converted_model_loses(dense_checkpoint, tmp_path):
+@pytest.mark.parametrize("family", ["gpt2", "gemma4_text-shared"])
+def test_the_report_says_what_the_converted_model_loses(family, dense_checkpoint, tmp_path):
     """Its text and answer losses are those of the model on disk, on the same documents."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from sparsek_cli.models import budget, dense_attention
 
-    base, slots = dense_checkpoint("gpt2"), {"topk": 24, "window": 16}
+    base, slots = dense_checkpoint(family), {"topk": 24, "window": 16}
     report = calibrated(
         base, tmp_path / "out", **slots, calibrate_tokens=2048, calibrate_length=512,
         method=Method(documents="statements"),

@@ -99,7 +99,9 @@ def test_a_mistake_of_ours_is_not_taken_for_a_layer_without_a_gradient():
         gradients.changes({0: None}, {0: []}, np.ones(2))
 
 
-@pytest.mark.parametrize("family", ["qwen3", pytest.param("gemma2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen3", "gemma4_text-shared", pytest.param("gemma2", marks=pytest.mark.slow)]
+)
 def test_changes_are_slopes_of_the_loss(dense_checkpoint, tmp_path, family):
     recipe = ConvertRecipe(model=str(dense_checkpoint(family)), out=str(tmp_path / "out"))
     plan = make_plan(recipe)

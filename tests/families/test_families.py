@@ -50,8 +50,9 @@ def test_decoding_and_chunks_equal_prefill(made, ids):
     row, states = TABLE[made.family], has_states(types)
     parts = ids.split([9] + 31 * [1] if row.reads_once else [9, 1, 11, 1, 1, 17], dim=1)
     pieces = [made.sparse(part, past_key_values=cache).logits for part in parts]
-    # transformers' own recurrent and parallel forms of a state differ by that much.
-    assert relative(torch.cat(pieces, 1), whole) < (2e-4 if states else 1e-5)
+    # transformers' own recurrent and parallel forms of a state differ by that much; other sums by
+    # their order.
+    assert relative(torch.cat(pieces, 1), whole) < (2e-4 if states else 3e-5)
     assert bool(cache.state_bytes) == states
     assert cache.get_seq_length() == ids.shape[1]
     bounded = models.sparsek_cache_bytes(made.sparse.config, torch.float32, 2)

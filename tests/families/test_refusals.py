@@ -8,7 +8,7 @@ import pytest
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE
-from sparsek_cli.families.refusals import REFUSED, SOMETIMES, why_not
+from sparsek_cli.families.refusals import REFUSED
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from sparsek_cli.families.refusals import REFUSED, SOMETIMES, why_not
         ("falcon", "written out in its own block"),
         ("gptj", "written out in its own block"),
         ("bloom", "written out in its own block"),
-        ("gemma3n_text", "its last layers have no keys and values of their own"),
+        ("gemma3n_text", "several states of each token side by side"),
         ("gemma4", "one part of a model that also sees or hears"),
         ("bert", "only decoder-only models"),
         ("mamba2", "bounded already"),
@@ -43,29 +43,6 @@ def test_the_reason_is_said(model_type, why, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-OTHERS = ("no keys and values of their own",)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "config", "says"),
-    [
-        ("gemma3n_text", {}, OTHERS),
-        ("gemma3n_text", {"num_kv_shared_layers": 0}, ()),
-        ("gemma4_text", {}, ()),
-        ("gemma4_text", {"attention_k_eq_v": True, "num_global_key_value_heads": 2}, ()),
-        ("gemma4_unified_text", {"num_kv_shared_layers": 2}, OTHERS),
-    ],
-)
-def test_what_is_said_is_true_of_the_config(model_type, config, says):
-    found, general = why_not(model_type, config), {**REFUSED, **SOMETIMES}[model_type]
-    assert [text for text in OTHERS if text in (found or "")] == list(says)
-    assert all(text in general for text in says)
-    if model_type in SOMETIMES:
-        assert (found is None) == (not says)
-    else:
-        assert found.split("; ")[-1] in general  # what holds for all of them
-
-
 def test_heads_that_differ_among_the_layers_that_would_be_converted(dense_config):
     """Scorers and budgets have one number of KV heads, slots one width."""
     from sparsek_cli.conversion.geometry import geometry
@@ -79,6 +56,25 @@ def test_heads_that_differ_among_the_layers_that_would_be_converted(dense_config
         lambda: geometry(json.loads(config.to_json_string()), row),
     ):
         with pytest.raises(UsageError, match="different numbers or widths .* 2 of 8, 2 of 16"):
+            attempt()
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [{"num_kv_shared_layers": 2}, {"num_kv_shared_layers": -1}, {"num_kv_shared_layers": 1}],
+    ids=["all of them", "fewer than none", "of a kind before them that no layer is"],
+)
+def test_keys_that_no_layer_has_to_share(shared, dense_config):
+    from sparsek_cli.conversion.geometry import geometry
+    from sparsek_cli.models import sparsek_config_from
+
+    config = dense_config("gemma4_text", **shared)
+    row = TABLE["gemma4_text"]
+    for attempt in (
+        lambda: sparsek_config_from(config, {}),
+        lambda: geometry(json.loads(config.to_json_string()), row),
+    ):
+        with pytest.raises(UsageError, match="of 2 layers share keys .num_kv_shared_layers"):
             attempt()
 
 
@@ -120,5 +116,5 @@ def test_every_causal_model_of_transformers_converts_or_is_refused_with_a_reason
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     types = {name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith("sparsek_")}
-    assert not set(REFUSED) & set(TABLE) and set(SOMETIMES) <= set(TABLE)
+    assert not set(REFUSED) & set(TABLE)
     assert types == set(REFUSED) | set(TABLE)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsek_kernels import GATES, SparseKState, StateRows, cache_bytes, sparsek_attention
+from sparsek_kernels import (
+    GATES,
+    SparseKState,
+    StateRows,
+    attend_to_state,
+    cache_bytes,
+    sparsek_attention,
+)
 from state_pool import strided_pool
 
 SETTINGS = [
@@ -126,6 +133,32 @@ def test_soft_gates_keep_scores_of_the_support_only(make_inputs):
     assert 6 <= alive < 60
     assert (state.support[state.support > -torch.inf] > state.tau).all()
     assert state.keys.shape[1] == 18
+
+
+@pytest.mark.parametrize("logits", [{}, {"scale": 0.7, "softcap": 2.0}], ids=["plain", "capped"])
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_other_queries_see_a_state_and_leave_it(settings, logits, make_inputs, relative_error):
+    """A second layer that reads the first one's keys: what it would see had it inserted them."""
+    q, *kept = make_inputs(40, batch=2, heads=4, groups=2, grad=False)
+    other = torch.randn_like(q)
+    state, own = start((q, *kept), settings), start((q, *kept), settings)
+    for at in range(40):
+        here = [x[:, :, at : at + 1] for x in (q, *kept)]
+        out, state = sparsek_attention(*here, state=state, **settings, **logits)
+        held = {name: x.clone() for name, x in state.slots.items()}
+        assert relative_error(attend_to_state(here[0], state, **logits), out) < 1e-12
+        query = other[:, :, at : at + 1]
+        expected, own = sparsek_attention(query, *here[1:], state=own, **settings, **logits)
+        assert relative_error(attend_to_state(query, state, **logits), expected) < 1e-12
+        assert all(torch.equal(held[name], x) for name, x in state.slots.items())
+
+
+def test_queries_that_do_not_fit_a_state(make_inputs):
+    q, *kept = make_inputs(3, batch=2, heads=4, groups=2, grad=False)
+    _, state = sparsek_attention(q, *kept, state=start((q, *kept), SETTINGS[0]), **SETTINGS[0])
+    for wrong in (q, q[:1, :, :1], q[:, :3, :1], q[..., :1, :2]):
+        with pytest.raises(ValueError, match="for this state|head size"):
+            attend_to_state(wrong, state)
 
 
 def test_selecting_and_copying_rows(make_inputs, relative_error):

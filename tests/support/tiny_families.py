@@ -128,6 +128,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4,
         "top_k_experts": 2, "moe_intermediate_size": 16},
+    # As the small ones: the last layers of both kinds read what earlier ones store.
+    "gemma4_text-shared": {
+        "global_head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True, "layer_types": 2 * _SLIDING["layer_types"]},
 }  # fmt: skip
 # All that the families' tests go through.
 KINDS = (*TINY, *VARIANTS)

@@ -16,10 +16,14 @@ from sparsek_cli.training.losses.objectives import Objective, attach, count_targ
 WINDOW = 4
 
 
-def sparse_model(dense_config, **settings):
+# Of the second one a layer without keys of its own reads the scores of another.
+FAMILIES = ("llama", "gemma4_text-shared")
+
+
+def sparse_model(dense_config, family="llama", **settings):
     block = {"topk": 2, "window": WINDOW, "sinks": 1, **settings}
     torch.manual_seed(0)
-    config = sparsek_config_from(dense_config("llama"), block)
+    config = sparsek_config_from(dense_config(family), block)
     return AutoModelForCausalLM.from_config(config).train()
 
 
@@ -126,8 +130,9 @@ def test_packed_documents_are_weighed_by_their_length(dense_config):
     assert together[4].item() == pytest.approx(sum(apart).item() / 2, abs=1e-4)
 
 
-def test_only_scorers_feel_it_and_they_feel_nothing_else(dense_config):
-    model = sparse_model(dense_config)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_scorers_feel_it_and_they_feel_nothing_else(family, dense_config):
+    model = sparse_model(dense_config, family)
     for attention in sparsek_attentions(model):
         attention.scorer.shapes_input = False
     _, alone = losses_of(model, batch())
@@ -144,9 +149,23 @@ def test_only_scorers_feel_it_and_they_feel_nothing_else(dense_config):
     assert all(torch.allclose(again[name], both[name], atol=1e-5) for name in both)
 
 
-def test_scores_learn_to_hold_what_is_looked_at(dense_config):
+def test_layers_that_read_a_layer_s_keys_pull_at_its_scores(dense_config):
+    """As many losses as layers that attend to them, their mean, each by its own queries."""
+    model, made = sparse_model(dense_config, FAMILIES[1]), batch()
+    together = losses_of(model, made)[0][4].item()
+    future, alone = FutureAttention(), {}
+    attach(model, Objective(lm=0.0), None, [future])
+    with future.attached():
+        model(**made)
+        alone |= {layer: loss.item() for layer, loss in future._losses.items()}
+    assert [*alone] == [1, 3] and alone[1] != pytest.approx(alone[3], rel=1e-3)
+    assert together == pytest.approx(sum(alone.values()) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_learn_to_hold_what_is_looked_at(family, dense_config):
     """And a pass without training neither asks nor changes anything."""
-    model = sparse_model(dense_config, topk=6)
+    model = sparse_model(dense_config, family, topk=6)
     future = FutureAttention()
     attach(model, Objective(lm=0.0), None, [future])
     weights = [p for n, p in model.named_parameters() if n.endswith("scorer.weight")]

@@ -17,10 +17,10 @@ ADAPT = ["train=all", "objective={lm: 0.1, distill: 1}", "budgets=[8, 4]", "step
          "save_steps=2", "min_learning_rate=0.2"]  # fmt: skip
 
 
-def sparse_model(dense_config, **settings):
+def sparse_model(dense_config, family="llama", **settings):
     block = {"topk": [[8, 24], [0, 4]], "window": 4, "sinks": 2, **settings}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(sparsek_config_from(dense_config("llama"), block))
+    return AutoModelForCausalLM.from_config(sparsek_config_from(dense_config(family), block))
 
 
 def test_budgets_grow_and_shrink_alike_and_a_step_decides(dense_config):
@@ -39,6 +39,23 @@ def test_budgets_grow_and_shrink_alike_and_a_step_decides(dense_config):
         assert model.config.sparsek["topk"] == [[8, 24], [0, 4]]
         assert model.config.sparsek["window"] == 4
     assert len(set(seen)) == 2 and seen[-1] == seen[3]
+
+
+def test_queries_of_layers_that_read_a_layer_s_keys_are_fitted_too(dense_config, monkeypatch):
+    model, seen = sparse_model(dense_config, "gemma4_text-shared", topk=3), []
+    rng = np.random.default_rng(0)
+    item = {"input_ids": rng.integers(3, 128, 40), "roles": np.ones(40, np.int8), "starts": (0,)}
+    use = refit._use
+
+    def noted(fits, documents, asking, module, inputs, query, *rest):
+        seen.append((module, inputs, query))
+        return use(fits, documents, asking, module, inputs, query, *rest)
+
+    monkeypatch.setattr(refit, "_use", noted)
+    refit.refit(model, [collate([{**item, "index": 0}])], torch.device("cpu"))
+    (own,) = sparsek_attentions(model)
+    assert len(seen) == 2 and all(module is own for module, _, _ in seen)
+    assert seen[0][1] is seen[1][1] and not torch.equal(seen[0][2], seen[1][2])
 
 
 @pytest.mark.parametrize("scorer", ["linear", "mlp"])

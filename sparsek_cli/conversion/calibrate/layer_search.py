@@ -15,7 +15,7 @@ from sparsek_cli.conversion.calibrate.head_budgets.by_error import shares_by_err
 from sparsek_cli.conversion.calibrate.head_budgets.by_threshold import FutureAttention
 from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
-from sparsek_cli.conversion.calibrate.recorded import Recorded
+from sparsek_cli.conversion.calibrate.recorded import Reading, Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import Fit, Map, Targets
 from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import future_attention
@@ -177,19 +177,19 @@ class LayerSearch:
         self, layer: int, numbers: range, slots: Slots, held_out: HeldOut, advance: Any = None
     ) -> None:
         """Adds the errors of `held_out.candidates`; with `advance` the layer is then done."""
-        out_weight = self.base.output_weight(layer)
+        readers = [one for one, stored in self.plan.stored_by.items() if stored == layer]
+        out_weights = [self.base.output_weight(one) for one in (layer, *readers)]
 
         def compare(number: int, recorded: Recorded) -> None:
             scores = {name: map_.of(recorded) for name, map_ in held_out.maps.items()}
             effective = _effective(scores, held_out, recorded.positions)
             asked = self.error_rows[number].to(self.device)
+            stream = self.base.stream(self.base.hidden[number])[asked]
+            shares = [stream.sum() / one.stream[asked].sum() for one in recorded.readers]
             errors = [
-                output_errors(
-                    reading.recorded, reading.of(effective), reading.rows, slots, out_weight
-                )
+                _errors(reading, reading.of(effective), slots, out_weights, [1.0, *shares])
                 for reading in recorded.readings(asked)
             ]
-            stream = self.base.hidden[number][0, asked].float().square().sum(-1)
             answer = self.answers[number].to(self.device)[asked]
             held_out.add(torch.cat(errors, -1), stream, answer)
             if advance is not None:
@@ -216,6 +216,26 @@ class LayerSearch:
         pairs = rows.valued_keys(self.sequences[number], self.plan)
         answered = answered[:, pairs] if bool(answer.any()) else None
         fit.add(recorded, Targets(pairs.to(self.device), everywhere[:, pairs], answered))
+
+
+def _errors(
+    reading: Reading,
+    effective: torch.Tensor,
+    slots: Slots,
+    out_weights: list[torch.Tensor],
+    shares: list[torch.Tensor | float],
+) -> torch.Tensor:
+    """`output_errors` of all layers that read the keys, together.
+
+    Args:
+        effective: [C, G, tokens] float64. out_weights: W_o of each of these layers.
+        shares: what an error of each counts: it is one of its own residual stream.
+    """
+    each = zip(reading.recorded.by_reader(), out_weights, shares, strict=True)
+    return sum(
+        share * output_errors(one, effective, reading.rows, slots, out_weight)
+        for one, out_weight, share in each
+    )
 
 
 def _effective(

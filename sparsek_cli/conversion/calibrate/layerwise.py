@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsek_cli import quantised
-from sparsek_cli.conversion.calibrate.recorded import Attend, Recorded, dense_attention
+from sparsek_cli.conversion.calibrate.recorded import (
+    Attend,
+    Reader,
+    Recorded,
+    dense_attention,
+)
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention.arguments import check_arguments
@@ -75,7 +81,8 @@ class LayerwiseBase:
         self._vocabulary = model.config.vocab_size
         self._norm = self._base.get_submodule(plan.row.norm)
         self._layers = self._base.get_submodule(plan.row.layers)
-        self._sparse = plan.sparse_layers
+        self._sparse, self._stored_by = plan.sparse_layers, plan.stored_by
+        self._stored: torch.Tensor | None = None  # what the layer that stores keys was given
         self.hidden: list[torch.Tensor | None] = []
         self._turns, self._turns_now = turns, (0, 0)
         # By sequence, then by layer: layers of different kinds get different arguments.
@@ -184,21 +191,38 @@ class LayerwiseBase:
 
         With `advance` their residual streams become the layer's output. Without it, and in the last
         layer, dense attention is left out: nothing needs its result, and it is most of the work.
+        Where later layers read its keys, these are run as far, for their queries.
         """
-        block = self._layers[layer]
-        self._to_the_end = advance and layer < self._sparse[-1]
-        with self._recording(block.get_submodule(self._attention_name)):
-            for number in numbers:
-                rest, kwargs = self._arguments[number][layer]
-                self._turns_now = self._turns[number]
-                try:
-                    output = block(self.hidden[number], *rest, **kwargs)
-                except _Stop:
-                    output = None
-                use(number, self._last)
-                if output is not None:
-                    self.hidden[number] = output[0] if isinstance(output, tuple) else output
+        attention = self._layers[layer].get_submodule(self._attention_name)
+        readers = [one for one, stored in self._stored_by.items() if stored == layer]
+        for number in numbers:
+            self._to_the_end = bool(readers) or (advance and layer < self._sparse[-1])
+            output = None
+            with suppress(_Stop), self._recording(attention):
+                output = self._output(layer, number, self.hidden[number])
+            recorded = self._last
+            if readers:
+                found = tuple(self._read_by(readers, layer + 1, number, output))
+                recorded = replace(recorded, readers=found)
+            use(number, recorded)
+            if advance and output is not None:
+                self.hidden[number] = output
         self._last = self._inputs = None
+
+    def _read_by(
+        self, readers: list[int], first: int, number: int, hidden: torch.Tensor
+    ) -> Iterator[Reader]:
+        """Runs a sequence from layer `first` on to the last of `readers`, and hands on these."""
+        for layer in range(first, readers[-1] + 1):
+            before, self._to_the_end = hidden, layer < readers[-1]
+            with suppress(_Stop):
+                hidden = self._output(layer, number, before)
+            if layer in readers:
+                yield Reader(layer, self._last.query, self.stream(before))
+
+    def stream(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[N] float32, energy of the residual stream, whose states before a layer are `hidden`."""
+        return hidden[0].float().square().sum(-1)
 
     def pass_layer(self, layer: int) -> None:
         """Advances all residual streams by a layer that is not to be converted."""
@@ -231,7 +255,8 @@ class LayerwiseBase:
             attend: what takes attention's place, by layer.
         """
         for layer in range(first, self.layers):
-            run = partial(self._output_with, layer, number, attend.get(layer))
+            stored = self._stored_by.get(layer, layer)
+            run = partial(self._output_with, layer, number, attend.get(stored))
             hidden = (
                 checkpoint(run, hidden, use_reentrant=False)
                 if hidden.requires_grad
@@ -242,14 +267,21 @@ class LayerwiseBase:
     def _output_with(
         self, layer: int, number: int, attend: Attend | None, hidden: torch.Tensor
     ) -> torch.Tensor:
-        """A layer's output with `attend` in its attention's place; None: dense."""
+        """A layer's output with `attend` in its attention's place; None: dense.
+
+        A layer that reads keys of another selects by that layer's scores, of that layer's inputs.
+        """
         self._to_the_end, self._attend_with, recording = True, attend, nullcontext()
         if layer in self._sparse:
             recording = self._recording(self._layers[layer].get_submodule(self._attention_name))
+        elif layer in self._stored_by:
+            self._inputs = self._stored
         try:
             with recording:
                 return self._output(layer, number, hidden)
         finally:  # running a layer again for its gradient ends early, by an exception
+            if layer in self._stored_by.values() and self._inputs is not None:
+                self._stored = self._inputs.detach()
             self._attend_with = self._last = self._inputs = None
 
     def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:

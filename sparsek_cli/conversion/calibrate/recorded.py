@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from sparsek_cli.models.block_attention import causal_attention
 from sparsek_cli.models.logits import Logits, masked_attention
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that attends to the keys of another one.
+
+    Attributes:
+        layer: its number. query: [H, N, D]. stream: [N] float32, energy of its input.
+    """
+
+    layer: int
+    query: torch.Tensor
+    stream: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -21,6 +34,7 @@ class Recorded:
         logits: how weights are made of query and key.
         turns, turn_length: the last turns * turn_length tokens are that many turns, each of which
             sees the context and itself, and not the others.
+        readers: later layers that attend to these keys with queries of their own.
     """
 
     inputs: torch.Tensor
@@ -30,6 +44,13 @@ class Recorded:
     logits: Logits
     turns: int = 0
     turn_length: int = 0
+    readers: tuple[Reader, ...] = ()
+
+    def by_reader(self) -> Iterator[Recorded]:
+        """The same keys with the queries of each layer that reads them, their own first."""
+        yield replace(self, readers=())
+        for reader in self.readers:
+            yield replace(self, query=reader.query, readers=())
 
     @property
     def context(self) -> int:
@@ -61,6 +82,10 @@ class Recorded:
             plain = Recorded(
                 self.inputs[index], self.query[:, index], self.key[:, index],
                 self.value[:, index], self.logits,
+                readers=tuple(
+                    replace(one, query=one.query[:, index], stream=one.stream[index])
+                    for one in self.readers
+                ),
             )  # fmt: skip
             yield Reading(plain, local, index)
 

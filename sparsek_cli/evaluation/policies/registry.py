@@ -75,7 +75,8 @@ def plan_policies(
         own: whether the model's scores mean something, so that its own row belongs in the table.
 
     Raises:
-        UsageError: a budget that has no room for the model's window and sinks.
+        UsageError: a budget that has no room for the model's window and sinks, or a rule that
+            evicts from layers of another kind.
     """
     if not is_converted(model.config):
         return [make_policy(DENSE)]
@@ -88,6 +89,8 @@ def plan_policies(
     for policy in rows:
         if policy.budget is not None:
             policy.topk(model)
+        if policy.evicts_after_prompt:
+            policy.new_cache(model)  # refused where its rule does not know the model's layers
     return rows
 
 

@@ -17,9 +17,10 @@ from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention.arguments import check_arguments
 from sparsek_cli.models.attention.packed_and_padded import attend_packed, attend_unpadded
+from sparsek_cli.models.attention.sharing import Stored, hand_on, layer_of_scores
 from sparsek_cli.models.block_attention import sliding_layer, sliding_mask
 from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
-from sparsek_cli.models.config import ATTENTION, layer_budget
+from sparsek_cli.models.config import ATTENTION, GATES, layer_budget
 from sparsek_cli.models.logits import Logits
 
 
@@ -31,9 +32,11 @@ class SparseKAttentionMixin:
 
     Attributes:
         bounds: `cu_seq_lens_q` of the call at hand, where layers drop it: see `hand_on_bounds`.
+        is_read: later layers without keys of their own read those of this one, see sharing.py.
     """
 
     bounds: torch.Tensor | None = None
+    is_read = False
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any):
         """As the family's attention; hidden_states [B, N, hidden_size]."""
@@ -43,10 +46,14 @@ class SparseKAttentionMixin:
             cache = kwargs.get("past_key_values")
             if cache is None:
                 cache = kwargs.get("layer_past")  # GPT-NeoX's name
-            kwargs["sparsek_cache"] = None if cache is None else cache.layers[self.layer_idx]
-            kwargs["sparsek_scores"], kwargs["sparsek_slopes"] = self.scorer(
-                hidden_states, position_ids=kwargs.get("position_ids")
-            )
+            layer = None if cache is None else cache.layers[self.layer_idx]
+            scores, slopes = self.scorer(hidden_states, position_ids=kwargs.get("position_ids"))
+            kwargs |= {
+                "sparsek_cache": layer, "sparsek_scores": scores, "sparsek_slopes": slopes
+            }  # fmt: skip
+            if self.is_read:
+                kwargs["sparsek_stores"] = Stored(self.layer_idx, scores, slopes, layer)
+                hand_on(kwargs["shared_kv_states"], kwargs["sparsek_stores"])
         return super().forward(hidden_states, *args, **kwargs)
 
 
@@ -69,6 +76,8 @@ def sparsek_attention_forward(
     sparsek_scores: torch.Tensor | None = None,
     sparsek_slopes: torch.Tensor | None = None,
     sparsek_cache: SparseKCacheLayer | None = None,
+    sparsek_stores: Stored | None = None,
+    sparsek_reads: Stored | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -85,6 +94,8 @@ def sparsek_attention_forward(
         dropout: must be 0: a dropped pair would be one the selection paid for.
         sparsek_scores: [B, G, N] float32. sparsek_slopes: [G].
         sparsek_cache: the layer's cache, whose state is advanced; None without a cache.
+        sparsek_stores: where it leaves its state for layers that read it, see sharing.py.
+        sparsek_reads: what an earlier layer stored; key, value and scores are that layer's.
         cu_seq_lens_q: int32 [documents + 1], bounds of packed documents over all B * N tokens.
         softcap, s_aux: soft cap of the logits and sink logits [H], see `Logits`.
 
@@ -107,7 +118,8 @@ def sparsek_attention_forward(
             hint="convert the model first (sparsek convert)",
         )
     _check_call(module, attention_mask, dropout, sliding_window, cu_seq_lens_q)
-    budget = layer_budget(module.config, module.layer_idx)
+    layer = layer_of_scores(module, {"sparsek_reads": sparsek_reads})
+    budget = layer_budget(module.config, layer)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # As autocast does for sdpa: rotary positions leave q and k in float32, v is in bf16.
@@ -126,9 +138,14 @@ def sparsek_attention_forward(
         }
         # Inside, some sums are float32 on purpose: autocast must not turn them into bf16.
         with torch.autocast(q.device.type, enabled=False):
+            if sparsek_reads is not None:
+                return sparsek_reads.attend(q, k, v, scores, settings)
             if sparsek_cache is None:
                 return sparsek_attention(q, k, v, scores, **settings)
             _check_layer(sparsek_cache, budget, k.dtype)
+            if sparsek_stores is not None:
+                wanted = (q, k, v, scores, sparsek_slopes)
+                sparsek_stores.keep_state(steps=_in_place(wanted, budget.gate, cu_seqlens))
             out, sparsek_cache.state = sparsek_attention(
                 q, k, v, scores, state=sparsek_cache.state, fresh=sparsek_cache.fresh, **settings
             )
@@ -141,6 +158,12 @@ def sparsek_attention_forward(
     else:
         out = attend(query, key, value, sparsek_scores, None)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _in_place(tensors: tuple[torch.Tensor, ...], gate: str, bounds: torch.Tensor | None) -> bool:
+    """Whether a call puts one token of each row into its slot, and attends to all slots then."""
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return tensors[0].shape[2] == 1 and bounds is None and gate == GATES[0] and not learns
 
 
 def _check_call(module, attention_mask, dropout, sliding_window, cu_seq_lens_q) -> None:

@@ -40,11 +40,7 @@ def join(caches: Sequence[SparseKCache]) -> SparseKCache:
     for cache in caches:
         if cache.batch_size < 0:
             raise SparsekError("an empty cache has no rows", hint="read a prompt into it first")
-        if not cache.all_slots:
-            raise SparsekError(
-                "caches of models with other layers beside SparseK's cannot be joined",
-                hint="read the prompts as one batch, padded on the left",
-            )
+        _check_slots(cache)
         if [layer.budget for layer in cache.layers] != [layer.budget for layer in first.layers]:
             raise SparsekError(
                 "the caches were made for different budgets", hint="join those of one model"
@@ -53,6 +49,14 @@ def join(caches: Sequence[SparseKCache]) -> SparseKCache:
     columns = zip(*(cache.layers for cache in caches), strict=True)
     Cache.__init__(whole, layers=[_joined(column) for column in columns])
     return whole
+
+
+def _check_slots(cache: SparseKCache) -> None:
+    if not cache.all_slots:
+        raise SparsekError(
+            "caches of models with other layers beside SparseK's cannot be joined",
+            hint="read the prompts as one batch, padded on the left",
+        )
 
 
 def _joined(layers: Sequence[SparseKCacheLayer]) -> SparseKCacheLayer:
@@ -98,8 +102,10 @@ class DecodingBatch:
             The row's number, by which `step` names it until it leaves.
 
         Raises:
-            SparsekError: no row is free, or the cache does not hold one sequence.
+            SparsekError: no row is free, or the cache does not hold one sequence, or not in slots
+                alone.
         """
+        _check_slots(cache)
         if cache.batch_size != 1:
             raise SparsekError(
                 f"the cache holds {max(cache.batch_size, 0)} sequences",

@@ -16,7 +16,7 @@ from sparsek_kernels.state import topk_per_head
 from transformers.cache_utils import LinearAttentionLayer
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.families.by_layer import kv_heads_of, pair_features
+from sparsek_cli.families.by_layer import kv_heads_of, pair_features, shared_layers
 from sparsek_cli.models.config import (
     LayerBudget,
     head_dim,
@@ -136,8 +136,10 @@ def sliding_pairs(config: Any, tokens: int | None = None) -> int:
 
 
 def _sliding_layers(config: Any) -> list[int]:
+    """Those that hold keys of their own."""
     types = getattr(config, "layer_types", None) or ()
-    return [layer for layer, kind in enumerate(types) if kind == "sliding_attention"]
+    own = types[: len(types) - shared_layers(config)]
+    return [layer for layer, kind in enumerate(own) if kind == "sliding_attention"]
 
 
 def _in_window(config: Any, tokens: int | None) -> int:

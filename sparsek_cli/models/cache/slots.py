@@ -19,6 +19,7 @@ from transformers.cache_utils import (
 )
 
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.families.by_layer import shared_layers
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.cache.bytes import check_fits, pair_bytes, slot_dtype, state_bytes
 from sparsek_cli.models.config import (
@@ -217,7 +218,8 @@ def cache_layers(config: Any, make: Callable[[int], Any] | None = None) -> list[
         make: what layers with SparseK attention get instead of slots, by the layer's number.
 
     Raises:
-        UsageError: `make`, for layers that keep a state beside their attention.
+        UsageError: `make`, for layers that keep a state beside their attention, or whose keys
+            other layers read.
     """
     sparse = set(sparse_layers(config))
     given, make = make, make or (lambda layer: SparseKCacheLayer(layer_budget(config, layer)))
@@ -228,6 +230,12 @@ def cache_layers(config: Any, make: Callable[[int], Any] | None = None) -> list[
     if given is not None and "hybrid" in config.layer_types:
         raise UsageError(
             f"{config.model_type.removeprefix('sparsek_')} keeps a state beside each layer's keys",
+            hint="compare with dense, window and random, which SparseK's own cache can stand for",
+        )
+    if given is not None and shared_layers(config):
+        raise UsageError(
+            f"layers of {config.model_type.removeprefix('sparsek_')} read keys of other layers "
+            "(num_kv_shared_layers), whose queries this baseline does not count",
             hint="compare with dense, window and random, which SparseK's own cache can stand for",
         )
     kinds, options = get_layer_types_and_kwargs(config)

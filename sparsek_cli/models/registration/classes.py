@@ -24,6 +24,7 @@ from sparsek_cli.families.by_layer import sizes_by_layer
 from sparsek_cli.families.causal import check_causal
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.positions import check_rotary
+from sparsek_cli.models.attention.sharing import ReadingAttentionMixin
 from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, hand_on_bounds
 from sparsek_cli.models.config import SparseKConfigMixin, head_dim
 from sparsek_cli.models.modeling import (
@@ -118,6 +119,17 @@ class Family:
         )
 
     @cached_property
+    def reading_attention(self) -> type | None:
+        """For layers without keys of their own, in families that have such."""
+        if not self.row.by_layer:
+            return None
+        return type(
+            f"SparseK{self.row.reading_class}",
+            (ReadingAttentionMixin, self.attention),
+            {**_MODULE, "__doc__": f"{self.row.attention_class} that reads another layer's keys."},
+        )
+
+    @cached_property
     def sparsek_model(self) -> type:
         def build(model, config):
             self.model.__init__(model, config)
@@ -154,7 +166,7 @@ class Family:
         if self.row.decoder:
             inner = base.get_submodule(self.row.layers.rpartition(".")[0])
             inner.__class__ = self.sparsek_decoder
-        add_scorers(base, self.attention, self.sparsek_attention)
+        add_scorers(base, self.attention, self.sparsek_attention, self.reading_attention)
         if self.row.drops_arguments:
             for layer in base.get_submodule(self.row.layers):
                 layer.register_forward_pre_hook(hand_on_bounds, with_kwargs=True)
@@ -190,6 +202,7 @@ class Family:
             self.sparsek_causal_lm,
             self.sparsek_attention,
             *((self.sparsek_decoder,) if self.sparsek_decoder else ()),
+            *((self.reading_attention,) if self.reading_attention else ()),
         )
 
 

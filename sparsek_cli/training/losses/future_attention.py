@@ -5,7 +5,8 @@ bring it back. But every query and key of the model's own pass is there: at some
 document, the largest attention that later queries would give each key (as calibration measures it,
 see conversion/calibrate/scorers/targets.py) says which keys a head should still hold. Scores are
 pulled to the right side of the threshold that its budget sets among them, keys near it most.
-Nothing of it reaches hidden states, and attention sees scores as constants.
+Nothing of it reaches hidden states, and attention sees scores as constants. Layers that read keys
+of another one pull at that one's scores, each by its own queries.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from sparsek_cli.conversion.calibrate.scorers.ridge import SPREAD
 from sparsek_cli.conversion.calibrate.scorers.targets import FLOOR, look
 from sparsek_cli.data import ANSWER
 from sparsek_cli.models.attention.registration import replaced_attention
+from sparsek_cli.models.attention.sharing import layer_of_scores
 from sparsek_cli.models.config import ATTENTION, LayerBudget, layer_budget
 from sparsek_cli.models.logits import Logits
 
@@ -94,7 +96,8 @@ class FutureAttention:
                 slopes, layer = kwargs["sparsek_slopes"].detach(), module.layer_idx
                 if layer not in self._aims:
                     logits = Logits.given(query, kwargs)
-                    self._aims[layer] = self._look(module, query, key, logits)
+                    budget = layer_budget(module.config, layer_of_scores(module, kwargs))
+                    self._aims[layer] = self._look(budget, query, key, logits)
                 with torch.autocast(scores.device.type, enabled=False):
                     loss = self._layer(scores, slopes, self._aims[layer])
                 self._losses.setdefault(layer, loss)
@@ -105,9 +108,8 @@ class FutureAttention:
 
     @torch.no_grad()
     def _look(
-        self, module: Any, query: torch.Tensor, key: torch.Tensor, logits: Logits
+        self, budget: LayerBudget, query: torch.Tensor, key: torch.Tensor, logits: Logits
     ) -> list[Aims | None]:
-        budget = layer_budget(module.config, module.layer_idx)
         found = []
         with torch.autocast(query.device.type, enabled=False):
             for group in self._documents:

@@ -116,3 +116,19 @@ def test_budget_below_window_and_sinks_is_refused(model):
 def test_a_dense_model_has_one_row(dense_model):
     labels = [p.label for p in plan_policies(dense_model("llama"), ["dense", "window"], [], seed=0)]
     assert labels == ["dense"]
+
+
+def test_rules_that_evict_do_not_know_layers_that_share_keys(sparse_model):
+    """Before anything is measured; those of SparseK's own cache hold the same bytes."""
+    from sparsek_cli.evaluation.lm.proof import held
+
+    shared = sparse_model("gemma4_text-shared", topk=8)
+    for name in ("snapkv", "h2o", "kvzip:shared"):
+        with pytest.raises(UsageError, match="whose queries this baseline does not count") as no:
+            plan_policies(shared, ["window", name], [], seed=0)
+        assert "dense, window and random" in no.value.hint
+    names = [p.name for p in plan_policies(shared, ["window", "random", "dense"], [], seed=0)]
+    rows = {name: held(read(shared, make_policy(name))[0]) for name in names}
+    assert len(rows) == 4 and len({row for name, row in rows.items() if name != "dense"}) == 1
+    assert rows["sparsek"][0] == 2 * 13 + 2 * 5  # slots, and a window of 6 less the query's own
+    assert rows["dense"][0] > rows["sparsek"][0]

@@ -7,6 +7,7 @@ percentile. Computed over blocks of queries: no N x N tensor exists, but for the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ def future_attention(
     """log attention probability per key over the given queries beyond the window, reduced.
 
     Args:
-        recorded: one sequence in one layer.
+        recorded: one sequence in one layer, and queries of all that read its keys.
         rows: [R] int64, ascending: the queries looked at.
         answer: [N] bool, queries that count in the second result.
         window: keys closer than this to a query do not count there.
@@ -41,7 +42,9 @@ def future_attention(
     best, best_answer = (REDUCTIONS[target](groups, recorded.context, device) for _ in range(2))
     for reading in recorded.readings(rows.cpu()):
         asked = reading.of(answer.to(device)).cpu()
-        look(reading, asked, recorded.context, window, best, best_answer)
+        for one in reading.recorded.by_reader():
+            own = replace(reading, recorded=one)
+            look(own, asked, recorded.context, window, best, best_answer)
     return best.result(), best_answer.result()
 
 

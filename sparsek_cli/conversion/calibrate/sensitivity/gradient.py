@@ -122,7 +122,8 @@ def _probing(
 ) -> Attend:
     """`own`, which puts into found[layer] what each of the others would change, [G, L].
 
-    In `kept` lies what the layer saw when it was run last: just before its gradient comes.
+    In `kept` lies what the layer saw when it was run last: just before its gradient comes. What
+    layers with the same keys would change is added up.
     """
 
     def attend(recorded: Recorded) -> torch.Tensor:
@@ -141,6 +142,7 @@ def _probing(
             ((other(seen) - as_it_is).float() * gradient.float()).reshape(groups, -1).sum(-1)
             for other in others
         ]
-        found[layer] = torch.stack(gained, -1).double()
+        # Layers that read one layer's keys come here one by one.
+        found[layer] = found.get(layer, 0) + torch.stack(gained, -1).double()
 
     return attend
