@@ -9,6 +9,7 @@ worst, so a leaving token, later than all of them, needs a strictly larger one.
 
 from collections.abc import Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -100,39 +101,84 @@ def _cut(width: int, group: int, padded: int, size: int) -> tuple[int, int, int]
     return triton.cdiv(width, slots), tile, slots // tile
 
 
+class _Prepared(NamedTuple):
+    """What both ways give their kernels.
+
+    Attributes:
+        q: its last dimension dense, as those of the token.
+        token: key, value, score and slopes (anything, where there are none); strides: of the first
+            three, by row and head.
+        held: the state's tensors in the kernels' order; held_strides: from row to row of each.
+        rows: which of them the call means (anything, where it means all).
+        table: see `_heads_table`.
+        flags: which of all these are there.
+    """
+
+    q: torch.Tensor
+    token: tuple[torch.Tensor, ...]
+    strides: tuple[int, ...]
+    held: tuple[torch.Tensor, ...]
+    held_strides: tuple[int, ...]
+    rows: torch.Tensor
+    table: torch.Tensor
+    flags: dict[str, bool]
+
+
+def _prepared(
+    q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
+    rows, layout: SlotLayout,
+) -> _Prepared:  # fmt: skip
+    q, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, key, value))
+    quantized = key_scale is not None
+    scales = (key_scale, value_scale) if quantized else (scores, scores)  # else never read
+    held = (keys, values, *scales, positions, scores, seen)
+    return _Prepared(
+        q,
+        token=(key, value, score, score if slopes is None else slopes),
+        strides=(*key.stride()[:2], *value.stride()[:2], *score.stride()[:2]),
+        held=held,
+        held_strides=tuple(tensor.stride(0) for tensor in held),
+        rows=seen if rows is None else rows,
+        table=_heads_table(layout, q.device),
+        flags=dict(SLOPED=slopes is not None, QUANTIZED=quantized, POOLED=rows is not None),
+    )
+
+
+def _sums(q: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Room for each split's sums and for its logits and totals, and for what they join to."""
+    batch, heads, _, dim = q.shape
+    part_out = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
+    part_lse = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device)
+    return part_out, part_lse, torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
 def _one_launch(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
     rows, sink_logits, topk, window, sinks, scale, softcap, arrived,
 ) -> torch.Tensor:  # fmt: skip
-    layout, device = SlotLayout(tuple(topk), window, sinks), q.device
+    layout = SlotLayout(tuple(topk), window, sinks)
+    given = _prepared(
+        q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores,
+        seen, rows, layout,
+    )  # fmt: skip
     batch, q_heads, _, dim = q.shape
     groups, group = layout.heads, q_heads // layout.heads
-    q, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, key, value))
     if arrived is None:
-        arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=device)
-    sloped, quantized = slopes is not None, key_scale is not None
-    scales = (key_scale, value_scale) if quantized else (scores, scores)  # else never read
-    pooled = rows is not None
-    held = (keys, values, *scales, positions, scores, seen)
-    overlap = may_overlap(device)
+        arrived = torch.zeros(batch, groups + 1, dtype=torch.int32, device=q.device)
+    overlap = may_overlap(q.device)
     padded = max(16, triton.next_power_of_2(dim))
     splits, tile, blocks = _cut(layout.width, group, padded, q.element_size())
-    part_out = torch.empty(batch, q_heads, splits, dim, dtype=torch.float32, device=device)
-    part_lse = torch.empty(batch, q_heads, splits, 2, dtype=torch.float32, device=device)
-    out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
+    part_out, part_lse, out = _sums(q, splits)
     insert_and_attend[(splits, groups, batch)](
-        q, key, value, score, slopes if sloped else score,
-        *held, rows if pooled else seen, _heads_table(layout, device),
+        given.q, *given.token, *given.held, given.rows, given.table,
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
-        q.stride(0), q.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        score.stride(0), score.stride(1), *(tensor.stride(0) for tensor in held),
+        given.q.stride(0), given.q.stride(1), *given.strides, *given.held_strides,
         group, sinks, window, scale * LOG2_E, cap_of(softcap), splits,
         ROWS=_tile_rows(group), BN=tile, BLOCKS=blocks,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
-        D=dim, DP=padded, BLOCK=_scanned(layout),
-        PRECISION=dot_precision(q.dtype), SLOPED=sloped, QUANTIZED=quantized, POOLED=pooled,
+        D=dim, DP=padded, BLOCK=_scanned(layout), PRECISION=dot_precision(q.dtype), **given.flags,
         CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None, WAITS=overlap,
-        AT_REST=not pooled and are_states_at_rest(), num_warps=_WARPS, num_stages=1,
+        AT_REST=rows is None and are_states_at_rest(), num_warps=_WARPS, num_stages=1,
         enable_fp_fusion=False, **launch_options(overlap),
     )  # fmt: skip
     return out
@@ -147,40 +193,33 @@ def _two_launches(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
     rows, sink_logits, topk, window, sinks, scale, softcap,
 ) -> torch.Tensor:  # fmt: skip
-    layout, device = SlotLayout(tuple(topk), window, sinks), q.device
+    layout = SlotLayout(tuple(topk), window, sinks)
+    given = _prepared(
+        q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores,
+        seen, rows, layout,
+    )  # fmt: skip
     batch, q_heads, _, dim = q.shape
     groups, group = layout.heads, q_heads // layout.heads
-    q, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (q, key, value))
-    table = _heads_table(layout, device)
-    arrived = torch.empty(batch, groups, dtype=torch.int32, device=device)
-    sloped, quantized = slopes is not None, key_scale is not None
-    scales = (key_scale, value_scale) if quantized else (scores, scores)  # else never read
-    pooled = rows is not None
-    pool_rows = rows if pooled else seen  # else never read
-    held = (keys, values, *scales, positions, scores, seen)
-    strides = [tensor.stride(0) for tensor in held]
+    arrived = torch.empty(batch, groups, dtype=torch.int32, device=q.device)
     insert[(batch, groups)](
-        *held, pool_rows, table, arrived,
-        key, value, score, slopes if sloped else score,
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        score.stride(0), score.stride(1), *strides, groups, sinks, window,
-        D=dim, DP=triton.next_power_of_2(dim), BLOCK=_scanned(layout), SLOPED=sloped,
-        QUANTIZED=quantized, POOLED=pooled, num_warps=4, enable_fp_fusion=False,
+        *given.held, given.rows, given.table, arrived, *given.token,
+        *given.strides, *given.held_strides, groups, sinks, window,
+        D=dim, DP=triton.next_power_of_2(dim), BLOCK=_scanned(layout), **given.flags,
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     padded = max(16, triton.next_power_of_2(dim))
     splits, split_slots = splits_of(layout, batch, group, padded)
-    part_out = torch.empty(batch, q_heads, splits, dim, dtype=torch.float32, device=device)
-    part_lse = torch.empty(batch, q_heads, splits, 2, dtype=torch.float32, device=device)
-    out = torch.empty(batch, q_heads, 1, dim, dtype=q.dtype, device=device)
+    part_out, part_lse, out = _sums(q, splits)
+    slots, flags = given.held[:5], {name: given.flags[name] for name in ("QUANTIZED", "POOLED")}
     attend_slots[(splits, groups, batch)](
-        q, keys, values, *scales, positions, seen, pool_rows, table,
+        given.q, *slots, seen, given.rows, given.table,
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
-        q.stride(0), q.stride(1), *strides[:5], strides[6],
+        given.q.stride(0), given.q.stride(1), *given.held_strides[:5], given.held_strides[6],
         group, sinks + window, scale * LOG2_E, cap_of(softcap), splits, split_slots,
         ROWS=_tile_rows(group), BN=32 if padded > 128 else 64,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
-        D=dim, DP=padded, PRECISION=dot_precision(q.dtype), QUANTIZED=quantized,
-        POOLED=pooled, CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None,
+        D=dim, DP=padded, PRECISION=dot_precision(q.dtype), **flags,
+        CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
