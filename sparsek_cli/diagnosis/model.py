@@ -55,15 +55,21 @@ def _sparse_path(lm: "torch.nn.Module") -> Iterator[Check]:
     """What a plain forward pass calls, and the cache that it leaves."""
     import torch
 
+    from sparsek_cli.families.by_layer import shared_layers
+    from sparsek_cli.families.layers import storing_layers
     from sparsek_cli.models import SparseKCache, counted_calls, sparsek_attentions
 
     with torch.inference_mode(), counted_calls() as calls:
         cache = lm(_random_ids(lm, 8), use_cache=True).past_key_values
-    layers = len(sparsek_attentions(lm))
+    types = getattr(lm.config, "layer_types", None) or ()
+    readers = len(storing_layers(types, shared_layers(lm.config)))
+    layers = len(sparsek_attentions(lm)) + readers
+    of_them = f" ({readers} of them by the keys of another)" if readers else ""
     yield Check(
         "sparse path",
         calls.count == layers and type(cache) is SparseKCache,
-        f"{calls.count} calls of SparseK attention in {layers} layers, {type(cache).__name__}",
+        f"{calls.count} calls of SparseK attention in {layers} layers{of_them}, "
+        f"{type(cache).__name__}",
         REPORT_IT,
     )
 

@@ -49,8 +49,6 @@ _REASONS: dict[str, str] = {
     "transformers' class counts positions from zero again at every step of a cache": "bamba",
     "a block of its own stands between its last layer and its logits, which calibration and losses "
     "would leave out": "modernbert-decoder",
-    "its layers pass on several states of each token side by side, which calibration reads as one":
-        "gemma3n_text",
     "its attention class does not bear its family's name, by which a row finds it": "ctrl",
     'transformers runs it by GPT-2\'s classes; as "model_type": "gpt2" in its config.json it is '
     "the same model, and converts": "gpt-sw3",

@@ -45,6 +45,8 @@ class Row:
             bounds of packed documents reach it another way.
         mixed: layers differ by design, as attention that slides and attention that does not: types
             of layers come from the family's own config, and never change.
+        streams: the config key of which one attention reads, where layers pass on several states of
+            each token side by side, [states, batch, tokens, hidden]; "": there is one.
         by_layer: heads are those of single layers, or other layers' (by_layer.py), which the
             family's own config knows.
     """
@@ -74,6 +76,7 @@ class Row:
     drops_arguments: bool = False
     mixed: bool = False
     by_layer: bool = False
+    streams: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or self.model_type)

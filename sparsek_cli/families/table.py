@@ -27,7 +27,7 @@ _LFM2: dict[str, Any] = {
     "dropout": None,
 }
 
-_GEMMA4: dict[str, Any] = {"text": "Text", "attends": "Text", "mixed": True, "by_layer": True}
+_SHARING: dict[str, Any] = {"text": "Text", "attends": "Text", "mixed": True, "by_layer": True}
 
 _ROWS: dict[str, Row] = {
     row.model_type: row
@@ -145,8 +145,9 @@ _ROWS: dict[str, Row] = {
         Row("aria_text", "AriaText", module="aria"),
         # Layers differ: those that attend to everything are converted, the others stay.
         Row("gemma3_text", "Gemma3", module="gemma3", text="Text", mixed=True),
-        Row("gemma4_text", "Gemma4", module="gemma4", **_GEMMA4),
-        Row("gemma4_unified_text", "Gemma4Unified", module="gemma4_unified", **_GEMMA4),
+        Row("gemma3n_text", "Gemma3n", module="gemma3n", streams="altup_active_idx", **_SHARING),
+        Row("gemma4_text", "Gemma4", module="gemma4", **_SHARING),
+        Row("gemma4_unified_text", "Gemma4Unified", module="gemma4_unified", **_SHARING),
         Row("gemma2", "Gemma2", mixed=True),
         Row("vaultgemma", "VaultGemma", mixed=True),
         Row("gpt_oss", "GptOss", mixed=True),

@@ -17,6 +17,7 @@ from transformers.generation import GenerationMode
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.by_layer import shared_layers
 from sparsek_cli.families.layers import has_states, storing_layers
+from sparsek_cli.models.attention.sharing import last_token, reads_slots
 from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, check_cache
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, sparse_layers
@@ -31,6 +32,8 @@ from sparsek_cli.models.scorer import (
     new_scorer,
 )
 
+# What is asked of all tokens, whatever logits are wanted.
+_RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
 # Modes that only ever append tokens or reorder rows.
 _GENERATION_MODES = (
     GenerationMode.GREEDY_SEARCH,
@@ -179,14 +182,19 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
                 hint="pass logits_to_keep=1 to the causal language model, which then does so",
             )
 
-    def _maybe_slice_kv_shared_inputs(
-        self, hidden_states, per_layer_inputs, position_embeddings, causal_mask_mapping, *args, **_
-    ):
-        """Gemma 4 leaves out tokens whose logits nobody wants: its queries are fewer than its keys.
+    def _maybe_slice_kv_shared_inputs(self, *inputs: Any, past_key_values: Any = None, **kwargs):
+        """Gemma 4 leaves out tokens whose logits nobody wants where only keys of others are read.
 
-        Here layers that read others' keys see whole passes.
+        Here all but the last one, whose keys are those that the cache then holds, or none.
+
+        Args:
+            inputs: states of all tokens and what goes with them, and `logits_to_keep`.
         """
-        return hidden_states, per_layer_inputs, position_embeddings, causal_mask_mapping
+        *whole, kept = inputs
+        tokens, recorded = whole[0].shape[1], any(kwargs.get(name) for name in _RECORDED)
+        if type(kept) is not int or kept != 1 or tokens == 1 or recorded:
+            return tuple(whole)
+        return last_token(whole) if reads_slots(self.config, past_key_values, whole) else whole
 
     @staticmethod
     def _prepare_packing(kwargs: dict[str, Any]) -> None:

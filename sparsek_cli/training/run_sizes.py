@@ -229,6 +229,7 @@ def estimate_bytes(model: Any, batch: Batch, *, bf16: bool, checkpointing: bool)
     )
     tokens = batch.micro * batch.length
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = max(inner) if isinstance(inner, list | tuple) else inner  # of each layer
     layer = tokens * unit * (16 * config.hidden_size + 4 * inner)
     if checkpointing:
         activations = config.num_hidden_layers * tokens * unit * config.hidden_size + layer

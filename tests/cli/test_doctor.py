@@ -40,6 +40,13 @@ def test_healthy(sparsek, converted):
     assert rows["cache bytes"]["detail"].endswith(" KiB, computed in float32)")
 
 
+def test_layers_that_read_another_s_keys_attend_too(sparse_model):
+    from sparsek_cli.diagnosis.model import _sparse_path
+
+    (check,) = _sparse_path(sparse_model("gemma4_text-shared"))
+    assert check.ok and check.detail.startswith("2 calls of SparseK attention in 2 layers (1 of")
+
+
 def test_dense_model_is_said_to_be_dense(sparsek, dense_checkpoint):
     shown = sparsek("doctor", dense_checkpoint(), "--device", "cpu")
     assert shown.code == 0 and "is dense" in shown.out

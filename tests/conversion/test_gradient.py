@@ -100,7 +100,12 @@ def test_a_mistake_of_ours_is_not_taken_for_a_layer_without_a_gradient():
 
 
 @pytest.mark.parametrize(
-    "family", ["qwen3", "gemma4_text-shared", pytest.param("gemma2", marks=pytest.mark.slow)]
+    "family",
+    [
+        "qwen3",
+        "gemma3n_text-shared",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma2", "gemma4_text-shared")),
+    ],
 )
 def test_changes_are_slopes_of_the_loss(dense_checkpoint, tmp_path, family):
     recipe = ConvertRecipe(model=str(dense_checkpoint(family)), out=str(tmp_path / "out"))

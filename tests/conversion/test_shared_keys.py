@@ -16,17 +16,19 @@ from sparsek_cli.conversion.calibrate.sensitivity.output_error import Slots, out
 from sparsek_cli.conversion.plan import plan as make_plan
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
-KIND = "gemma4_text-shared"
+KIND, STREAMS = "gemma4_text-shared", "gemma3n_text-shared"
 # Of 6 layers the last 3 share: 1 stores what 3 and 5 read.
 SIZES = {"num_hidden_layers": 6, "num_kv_shared_layers": 3,
          "layer_types": 3 * ["sliding_attention", "full_attention"]}  # fmt: skip
+# Of Gemma 3n layers have sizes of their own, too.
+MORE = {KIND: {}, STREAMS: {"intermediate_size": 48, "activation_sparsity_pattern": 6 * [0.5]}}
 TOKENS, TURNS, LENGTH = 48, 2, 5
 
 
-@pytest.fixture
-def base_and_recordings(make_checkpoint, tmp_path):
+@pytest.fixture(params=[KIND, STREAMS])
+def base_and_recordings(request, make_checkpoint, tmp_path):
     """The base as layers, and the recording of two sequences; the second one ends in turns."""
-    folder = make_checkpoint(tmp_path / "base", KIND, **SIZES)
+    folder = make_checkpoint(tmp_path / "base", request.param, **SIZES, **MORE[request.param])
     plan = make_plan(ConvertRecipe(model=str(folder), out=str(tmp_path / "out")))
     ids = [torch.arange(3, 3 + TOKENS), torch.arange(4, 4 + TOKENS + TURNS * LENGTH)]
     recorded = {}
@@ -56,6 +58,8 @@ def test_all_that_read_are_recorded(base_and_recordings):
     with torch.no_grad():
         model(ids[0][None])
     for number in recorded:
+        streams = base.stream(base.hidden[number])
+        assert streams.shape == recorded[number].key.shape[1:2]
         assert [reader.layer for reader in recorded[number].readers] == [3, 5]
     for layer, one in zip((1, 3, 5), recorded[0].by_reader(), strict=True):
         mine = dense_attention(one).transpose(0, 1).flatten(1)
@@ -99,7 +103,8 @@ def test_errors_of_all_that_read_count(base_and_recordings, number):
 @pytest.mark.parametrize(
     ("kind", "more", "compared"),
     [
-        (KIND, SIZES, "not compared"),  # parts of all layers in one tensor
+        (KIND, SIZES, "not compared"),
+        (STREAMS, {}, "not compared"),  # parts of all layers in one tensor
         ("gemma4_text-routed", {"num_hidden_layers": 4, "layer_types": 4 * ["full_attention"]},
          "first 2 layers"),
     ],

@@ -18,7 +18,6 @@ from sparsek_cli.families.refusals import REFUSED
         ("falcon", "written out in its own block"),
         ("gptj", "written out in its own block"),
         ("bloom", "written out in its own block"),
-        ("gemma3n_text", "several states of each token side by side"),
         ("gemma4", "one part of a model that also sees or hears"),
         ("bert", "only decoder-only models"),
         ("mamba2", "bounded already"),

@@ -19,12 +19,21 @@ CLOSE = 1e-8
 PIECES = [9, 1, 11, 1, 1, 17]
 
 
-@pytest.fixture
-def make(sparse_model):
+KINDS = {
+    "gemma4_text-shared": {},
+    "gemma3n_text-shared": {"intermediate_size": 48, "activation_sparsity_pattern": 6 * [0.5]},
+}
+
+
+@pytest.fixture(
+    params=["gemma4_text-shared", pytest.param("gemma3n_text-shared", marks=pytest.mark.slow)]
+)
+def make(request, sparse_model):
     """In float64, so that only what is read wrongly makes a difference."""
 
     def made(**options):
-        return sparse_model("gemma4_text-shared", **{"dtype": "float64", **SIZES, **options})
+        kind = request.param
+        return sparse_model(kind, **{"dtype": "float64", **SIZES, **KINDS[kind], **options})
 
     return made
 
@@ -239,3 +248,41 @@ def test_a_model_cut_short_says_what_is_missing():
     """Layers run one by one, as some tools do, have nobody to hand them keys."""
     with pytest.raises(SparsekError, match="did not run before it"):
         sharing.take({})
+
+
+@pytest.mark.parametrize("kind", ["gemma4_text-shared", "gemma4_unified_text-shared"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_where_one_token_s_logits_are_wanted_readers_see_one(kind, padded, sparse_model, ids):
+    """As in the dense model; what the slots hold after a pass is what its last token sees."""
+    model, counts = sparse_model(kind, dtype="float64"), []
+    mask = torch.ones_like(ids)
+    mask[0, : 13 * padded] = 0
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+
+    def watched(attend):
+        def look(module, query, *args, **kwargs):
+            if kwargs.get("sparsek_reads") is not None:
+                counts.append(query.shape[2])
+            return attend(module, query, *args, **kwargs)
+
+        return look
+
+    whole = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
+    cache, end = models.SparseKCache(model.config), 0
+    with replaced_attention(models.ATTENTION, watched):
+        for part in ids.split([20, 13, 1, 6], dim=1):
+            start, end = end, end + part.shape[1]
+            last = model(
+                part, attention_mask=mask[:, :end], position_ids=places[:, start:end],
+                past_key_values=cache, logits_to_keep=1,
+            ).logits  # fmt: skip
+            assert last.shape[1] == 1 and apart(last, whole[:, end - 1 : end]) < CLOSE
+    assert counts == [1] * 4
+    # What is asked of all tokens is computed of all.
+    out = model(ids, use_cache=True, logits_to_keep=1, output_hidden_states=True)
+    assert all(states.shape[1] == ids.shape[1] for states in out.hidden_states)
+    for gate in ("log", "kv"):
+        soft = sparse_model(kind, dtype="float64", gate=gate)
+        last = soft(ids, use_cache=True, logits_to_keep=1).logits
+        assert apart(last, logits(soft, ids)[:, -1:]) < CLOSE

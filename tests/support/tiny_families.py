@@ -68,6 +68,9 @@ TINY: dict[str, dict[str, Any]] = {
     "minimax_m2": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
                    "rotary_dim": 4},
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, **_SLIDING},
+    "gemma3n_text": {"head_dim": 8, "hidden_size_per_layer_input": 4, "laurel_rank": 4,
+                     "vocab_size_per_layer_input": VOCAB_SIZE, "num_kv_shared_layers": 0,
+                     **_SLIDING},
     "gemma4_text": {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 4,
                     "vocab_size_per_layer_input": VOCAB_SIZE, **_SLIDING},
     "gemma4_unified_text": {"head_dim": 8, "global_head_dim": 8, **_SLIDING},
@@ -128,6 +131,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
         "hidden_size_per_layer_input": 0, "enable_moe_block": True, "num_experts": 4,
         "top_k_experts": 2, "moe_intermediate_size": 16},
+    "gemma3n_text-shared": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2, "altup_active_idx": 1,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0],
+        "intermediate_size": [48, 32, 48, 32], "layer_types": 2 * _SLIDING["layer_types"]},
+    "gemma4_unified_text-shared": {
+        "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "layer_types": 2 * _SLIDING["layer_types"]},
     # As the small ones: the last layers of both kinds read what earlier ones store.
     "gemma4_text-shared": {
         "global_head_dim": 16, "num_hidden_layers": 4, "num_kv_shared_layers": 2,

@@ -22,11 +22,11 @@ from sparsek_cli.conversion.calibrate.recorded import (
     Reader,
     Recorded,
     dense_attention,
+    sliding,
 )
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.loading import load_weights
 from sparsek_cli.models.attention.arguments import check_arguments
-from sparsek_cli.models.block_attention import sliding_attention
 from sparsek_cli.models.logits import Logits
 from sparsek_cli.models.output import output_layer
 from sparsek_cli.quantised.weights import weight_of
@@ -50,7 +50,8 @@ class LayerwiseBase:
         device: where layers run. dtype: their number format.
 
     Attributes:
-        hidden: per sequence the input [1, N, hidden] of the next layer; None after `take`.
+        hidden: per sequence the input [1, N, hidden] of the next layer; None after `take`. Of
+            `Row.streams` [states, 1, N, hidden], here and wherever states go from layer to layer.
         logits: how weights are made in the layer that was run last.
     """
 
@@ -80,14 +81,16 @@ class LayerwiseBase:
         self._base, self._head = model.base_model, output_layer(model)
         self._vocabulary = model.config.vocab_size
         self._norm = self._base.get_submodule(plan.row.norm)
+        self._active = getattr(model.config, plan.row.streams) if plan.row.streams else None
         self._layers = self._base.get_submodule(plan.row.layers)
         self._sparse, self._stored_by = plan.sparse_layers, plan.stored_by
         self._stored: torch.Tensor | None = None  # what the layer that stores keys was given
         self.hidden: list[torch.Tensor | None] = []
+        self._sequences, self._device = sequences, device
         self._turns, self._turns_now = turns, (0, 0)
         # By sequence, then by layer: layers of different kinds get different arguments.
         self._arguments: list[list[tuple[tuple, dict]]] = []
-        self._embed(sequences, device)
+        self._embed()
 
     def _attend(
         self, module, query, key, value, attention_mask, scaling=None, sliding_window=None,
@@ -96,7 +99,7 @@ class LayerwiseBase:
         check_arguments(module, {n: kwargs[n] for n in kwargs if n != "dropout"})
         self.logits = logits = Logits.of(query, scaling, softcap, s_aux)
         if sliding_window is not None:
-            out = self._slide(query, key, value, sliding_window, logits)
+            out = sliding(query, key, value, sliding_window, logits, *self._turns_now)
             return out.transpose(1, 2).contiguous(), None
         self._last = Recorded(self._inputs, query[0], key[0], value[0], logits, *self._turns_now)
         if self._attend_with is not None:
@@ -105,25 +108,7 @@ class LayerwiseBase:
             raise _Stop
         return dense_attention(self._last).transpose(0, 1)[None].contiguous(), None
 
-    def _slide(self, query, key, value, window: int, logits: Logits) -> torch.Tensor:
-        """Attention of a layer that slides, [1, H, N, D]; arguments [1, heads, N, D]."""
-        turns, length = self._turns_now
-        if not turns:
-            return sliding_attention(query, key, value, window=window, logits=logits)
-        end = query.shape[2] - turns * length
-        parts = [(x[:, :, :end], x[0, :, end:].unflatten(1, (turns, length)).transpose(0, 1))
-                 for x in (query, key, value)]  # fmt: skip
-        context = sliding_attention(*(part[0] for part in parts), window=window, logits=logits)
-        # A turn sees the end of the context and itself.
-        tails = [part[0][:, :, max(0, end - window + 1) :].expand(turns, -1, -1, -1)
-                 for part in parts[1:]]  # fmt: skip
-        keys, values = (
-            torch.cat([tail, part[1]], 2) for tail, part in zip(tails, parts[1:], strict=True)
-        )
-        told = sliding_attention(parts[0][1], keys, values, window=window, logits=logits)
-        return torch.cat([context, told.transpose(0, 1).flatten(1, 2)[None]], 2)
-
-    def _embed(self, sequences: list[torch.Tensor], device: torch.device) -> None:
+    def _embed(self) -> None:
         """What each layer is called with; none but the first of the first sequence computes."""
         calls: list[tuple[tuple, dict]] = []
 
@@ -143,25 +128,36 @@ class LayerwiseBase:
                 raise _Stop
             return states if beside is None else (states, *beside)
 
-        for layer in self._layers:
-            layer.forward = keep
-        try:
-            for ids, (turns, length) in zip(sequences, self._turns, strict=True):
-                place = torch.arange(len(ids))
-                context = len(ids) - turns * length
-                if turns:
-                    place[context:] = context + (place[context:] - context) % length
+        with self._layers_that(keep):
+            for number in range(len(self._sequences)):
                 calls.clear()
                 with suppress(_Stop):
-                    self._base(
-                        input_ids=ids[None].to(device),
-                        position_ids=place[None].to(device),
-                        use_cache=False,
-                    )
+                    self._read(number)
                 self._arguments.append(list(calls))
+
+    @contextmanager
+    def _layers_that(self, forward: Callable) -> Iterator[None]:
+        """Within the block every layer does this instead."""
+        for layer in self._layers:
+            layer.forward = forward
+        try:
+            yield
         finally:
             for layer in self._layers:
                 del layer.forward
+
+    def _read(self, number: int):
+        """What the base puts out for a sequence, whose turns all go on from its context."""
+        ids, (turns, length) = self._sequences[number], self._turns[number]
+        place = torch.arange(len(ids))
+        context = len(ids) - turns * length
+        if turns:
+            place[context:] = context + (place[context:] - context) % length
+        return self._base(
+            input_ids=ids[None].to(self._device),
+            position_ids=place[None].to(self._device),
+            use_cache=False,
+        )
 
     @contextmanager
     def _recording(self, attention: torch.nn.Module) -> Iterator[None]:
@@ -222,7 +218,8 @@ class LayerwiseBase:
 
     def stream(self, hidden: torch.Tensor) -> torch.Tensor:
         """[N] float32, energy of the residual stream, whose states before a layer are `hidden`."""
-        return hidden[0].float().square().sum(-1)
+        read = hidden if self._active is None else hidden[self._active]
+        return read[0].float().square().sum(-1)
 
     def pass_layer(self, layer: int) -> None:
         """Advances all residual streams by a layer that is not to be converted."""
@@ -262,7 +259,12 @@ class LayerwiseBase:
                 if hidden.requires_grad
                 else run(hidden)
             )
-        return self._norm(hidden)[0]
+        return self._norm(hidden)[0] if self._active is None else self._end(number, hidden)
+
+    def _end(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Final states [N, hidden] of several side by side: what the base itself makes of them."""
+        with self._layers_that(lambda *_, **__: hidden):
+            return self._read(number).last_hidden_state[0]
 
     def _output_with(
         self, layer: int, number: int, attend: Attend | None, hidden: torch.Tensor

@@ -1,4 +1,4 @@
-"""What the attention of one layer sees of one sequence, and dense attention over it."""
+"""What the attention of one layer sees of one sequence, and dense and sliding attention over it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sparsek_cli.models.block_attention import causal_attention
+from sparsek_cli.models.block_attention import causal_attention, sliding_attention
 from sparsek_cli.models.logits import Logits, masked_attention
 
 
@@ -137,3 +137,29 @@ def dense_attention(recorded: Recorded) -> torch.Tensor:
     length, context = recorded.turn_length, recorded.context
     seen = torch.ones(length, context + length, dtype=torch.bool, device=out.device).tril(context)
     return recorded.join(out, masked_attention(queries, keys, values, seen, recorded.logits))
+
+
+def sliding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    logits: Logits,
+    turns: int,
+    length: int,
+) -> torch.Tensor:
+    """Attention of a layer that slides, [1, H, N, D]; arguments [1, heads, N, D]."""
+    if not turns:
+        return sliding_attention(query, key, value, window=window, logits=logits)
+    end = query.shape[2] - turns * length
+    parts = [(x[:, :, :end], x[0, :, end:].unflatten(1, (turns, length)).transpose(0, 1))
+             for x in (query, key, value)]  # fmt: skip
+    context = sliding_attention(*(part[0] for part in parts), window=window, logits=logits)
+    # A turn sees the end of the context and itself.
+    tails = [part[0][:, :, max(0, end - window + 1) :].expand(turns, -1, -1, -1)
+             for part in parts[1:]]  # fmt: skip
+    keys, values = (
+        torch.cat([tail, part[1]], 2) for tail, part in zip(tails, parts[1:], strict=True)
+    )
+    told = sliding_attention(parts[0][1], keys, values, window=window, logits=logits)
+    return torch.cat([context, told.transpose(0, 1).flatten(1, 2)[None]], 2)

@@ -8,7 +8,7 @@ what the storing one selects, sees what it sees, and puts nothing into a cache.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ import torch
 from sparsek_kernels import SparseKState, attend_to_state, sparsek_attention
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.cache.slots import SparseKCacheLayer
-from sparsek_cli.models.config import ATTENTION
+from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.config import ATTENTION, GATES
 
 _KEY = "sparsek"  # in the dictionary, beside kinds of layers
 
@@ -70,13 +70,14 @@ class Stored:
         """Attention of a reading layer; the state stays as the storing layer left it.
 
         Args:
-            query: [B, H, N, D]. key, value: [B, G, N, D], of the pass. scores: [B, G, N].
+            query: [B, H, N, D], or the last one alone. key, value: [B, G, N, D], of the pass.
+            scores: [B, G, N].
             settings: of `sparsek_attention`.
 
         Returns:
-            [B, H, N, D].
+            As query.
         """
-        if self.stepped:
+        if self.stepped or query.shape[2] < key.shape[2]:  # the last token alone, see `last_token`
             names = ("scale", "softcap", "sink_logits")
             state = self.cache.state.to(query.device)
             return attend_to_state(query, state, **{name: settings[name] for name in names})
@@ -127,3 +128,33 @@ def take(shared: Mapping[str, Any]) -> Stored:
             hint="run all layers of the model in one pass",
         )
     return shared[_KEY][0]
+
+
+def reads_slots(config: Any, cache: Any, inputs: Sequence[Any]) -> bool:
+    """Whether the last token of a pass sees what the cache holds after it, in every row.
+
+    Args:
+        inputs: as `last_token` takes them.
+    """
+    held = isinstance(cache, SparseKCache) and config.sparsek["gate"] == GATES[0]
+    mask = inputs[-1]["full_attention"]
+    ends = mask is None or bool(mask[:, -1].all())
+    return held and ends and not torch.is_grad_enabled()
+
+
+def last_token(inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """What a pass hands to its last layers, of its last token.
+
+    Args:
+        inputs: tensors [B, N, ...], or none; rotary factors [B, N, D] by kind of layer, and masks:
+            [B, N] of layers that attend to everything, [B, 1, N, M] of those that slide.
+    """
+    *tensors, turns, masks = inputs
+    return (
+        *(x if x is None else x[:, -1:] for x in tensors),
+        {kind: tuple(part[:, -1:] for part in pair) for kind, pair in turns.items()},
+        {
+            kind: None if mask is None or mask.dim() == 2 else mask[:, :, -1:]
+            for kind, mask in masks.items()
+        },
+    )
