@@ -34,6 +34,18 @@ FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2")
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 
 
+@functools.cache
+def _seeding() -> Callable[[int], Any]:
+    import torch
+
+    return torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
+def seed_torch(seed: int) -> None:
+    """`torch.manual_seed`, which without CUDA writes down stack traces, a millisecond's worth."""
+    _seeding()(seed)
+
+
 def tiny_dense_model(family: str, *, seed: int = 0, dtype: str = "float32", **overrides: Any):
     """A random dense causal LM of `family` in eval mode; the same seed gives the same weights."""
     import torch
@@ -41,7 +53,7 @@ def tiny_dense_model(family: str, *, seed: int = 0, dtype: str = "float32", **ov
 
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        seed_torch(seed)
         model = AutoModelForCausalLM.from_config(config)
     return model.to(getattr(torch, dtype)).eval()
 
@@ -69,7 +81,7 @@ def tiny_sparse_model(
     settings = {"topk": topk, "window": window, "sinks": sinks, "gate": gate}
     config = models.sparsek_config_from(dense.config, settings)
     with torch.random.fork_rng():
-        torch.manual_seed(seed + 1)
+        seed_torch(seed + 1)
         model = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
     assert not loaded.unexpected_keys
@@ -216,7 +228,11 @@ def dense_checkpoint(tmp_path: Path) -> Callable[..., Path]:
 
 
 def pytest_collection_finish() -> None:
-    """What imports and collection made stays: trainers collect garbage, which read all of it."""
+    """What imports and collection made stays: trainers collect garbage, which read all of it.
+
+    Models and graphs of tiny tensors are made by the thousand, and hardly any is garbage.
+    """
+    gc.set_threshold(20_000, 20, 20)
     gc.collect()
     gc.freeze()
 
@@ -291,4 +307,4 @@ def _seeded():
     import sys
 
     if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(0)
+        seed_torch(0)

@@ -1,5 +1,6 @@
 """A tiny converted checkpoint beside its dense base, and small local data."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -17,6 +18,24 @@ _spec.loader.exec_module(shared)
 
 SPARSEK = {"topk": 40, "window": 24, "sinks": 4}
 LENGTH = 640  # tokens, which are characters for the tests' tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _task_files_are_read_once():
+    """lm-eval reads those of a folder again for every task and length, for a tenth of a second."""
+    from lm_eval.tasks import manager
+
+    read, known = manager.TaskIndex.build, {}
+
+    def build(paths, **options):
+        key = (*map(str, paths), *options.items())
+        if key not in known:
+            known[key] = read(paths, **options)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manager.TaskIndex, "build", staticmethod(build))
+        yield
 
 
 def words(count: int, seed: int = 0) -> str:

@@ -1,8 +1,9 @@
 """Triton's interpreter without what it does again and again: half of the time of its tests.
 
 Every launch, and within it every call of a device function, looks through all of triton.language
-for what to replace; every operation builds a table of NumPy's types; and every sum is computed a
-second time in int64, for an assertion that is off. What is replaced, and by what, stays as it is.
+for what to replace; every operation builds a table of NumPy's types, and the type and shape of its
+result piece by piece; and every sum is computed a second time in int64, for an assertion that is
+off. What is replaced, and by what, stays as it is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def quick_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         _replace_once_a_launch(interpreter, patch)
         _remember_types(interpreter, patch)
+        _remember_shapes(interpreter.tl.core, patch)
         builder = interpreter.interpreter_builder
         if not builder.options.debug:
             options = dataclasses.replace(builder.options, sanitize_overflow=False)
@@ -41,13 +43,18 @@ def _replace_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
     languages = (interpreter.tl, interpreter.tl.core)
     replaced: set[int] = set()  # of the launch that runs
     builtins: dict[Any, list[tuple[str, Any]]] = {}
+    within: dict[tuple[int, int], tuple[Any, set[int]]] = {}  # by the names of a module
 
     def fresh_launch(self, *args, **kwargs):
         replaced.clear()
         return launch(self, *args, **kwargs)
 
     def replace_if_new(fn):
-        seen = {id(value) for value in fn.__globals__.values() if value in languages}
+        names = fn.__globals__
+        if (id(names), len(names)) not in within:
+            found = {id(value) for value in names.values() if any(value is x for x in languages)}
+            within[id(names), len(names)] = names, found
+        seen = within[id(names), len(names)][1]
         if seen and seen <= replaced:
             return interpreter._LangPatchScope()
         scope = replace(fn)
@@ -77,3 +84,32 @@ def _remember_types(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
         return found[key]
 
     patch.setattr(interpreter, "_get_np_dtype", remembered)
+
+
+def _remember_shapes(core: Any, patch: pytest.MonkeyPatch) -> None:
+    """Of block types by element and shape, of tensors by their type: neither changes once made."""
+    make_type, make_tensor = core.block_type.__init__, core.tensor.__init__
+    types: dict[tuple[int, ...], dict[str, Any]] = {}
+
+    def block_type(self, element_ty, shape):
+        sizes = [x.value if type(x) is core.constexpr else x for x in shape]
+        if not all(type(size) is int for size in sizes):
+            make_type(self, element_ty, shape)
+            return
+        key = id(element_ty), *sizes  # which what is remembered keeps alive
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key])
+
+    def tensor(self, handle, type):
+        known = type.__dict__.get("of_tensors")
+        if known is None:
+            make_tensor(self, handle, type)
+            type.__dict__["of_tensors"] = self.shape, self.numel, self.dtype
+        else:
+            self.handle, self.type = handle, type
+            self.shape, self.numel, self.dtype = known
+
+    patch.setattr(core.block_type, "__init__", block_type)
+    patch.setattr(core.tensor, "__init__", tensor)

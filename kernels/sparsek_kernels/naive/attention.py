@@ -15,12 +15,12 @@ def naive_selection(effective: Tensor, k: int, window: int, sinks: int) -> Tenso
 
     A score of -inf is never selected.
     """
-    n = effective.shape[0]
+    n, values = effective.shape[0], effective.tolist()
     chosen = torch.zeros(n, n, dtype=torch.bool)
     for t in range(n):
         last = t - window
-        candidates = (j for j in range(sinks, last + 1) if effective[j] > -torch.inf)
-        order = sorted(candidates, key=lambda j: (-float(effective[j]), j))
+        candidates = (j for j in range(sinks, last + 1) if values[j] > -math.inf)
+        order = sorted(candidates, key=lambda j: (-values[j], j))
         chosen[t, order[:k]] = True
     return chosen
 
