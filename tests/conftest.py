@@ -66,18 +66,20 @@ def tiny_sparse_model(
     sinks: int = 1,
     gate: str = "straight_through",
     seed: int = 0,
+    dense: Any = None,
     **options: Any,
 ):
     """`tiny_dense_model(family, seed=, **options)` with SparseK attention, in eval mode.
 
-    Its scorers are random with slope 0, so that no order of keys is special.
+    Its scorers are random with slope 0, so that no order of keys is special. `dense`: that model,
+    where it is there already.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     import sparsek_cli.models as models
 
-    dense = tiny_dense_model(family, seed=seed, **options)
+    dense = dense or tiny_dense_model(family, seed=seed, **options)
     settings = {"topk": topk, "window": window, "sinks": sinks, "gate": gate}
     config = models.sparsek_config_from(dense.config, settings)
     with torch.random.fork_rng():
@@ -131,7 +133,12 @@ def tiny_tokenizer(chat: bool = True):
 
 
 def save_tiny_checkpoint(
-    folder: str | Path, family: str = "llama", *, max_shard_size: str | None = None, **options: Any
+    folder: str | Path,
+    family: str = "llama",
+    *,
+    max_shard_size: str | None = None,
+    model: Any = None,
+    **options: Any,
 ) -> Path:
     """Write a complete dense checkpoint (weights, config, tokenizer) and return its folder.
 
@@ -139,10 +146,11 @@ def save_tiny_checkpoint(
         folder: where to write; created.
         family: a key of `tiny_families.TINY`.
         max_shard_size: e.g. "20KB", to get several shards and an index.
+        model: what `tiny_dense_model` gives, where it is there already.
         options: passed to `tiny_dense_model` (seed, dtype, config overrides).
     """
     folder = Path(folder)
-    model = tiny_dense_model(family, **options)
+    model = model or tiny_dense_model(family, **options)
     extra = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     model.save_pretrained(folder, **extra)
     tiny_tokenizer().save_pretrained(folder)
@@ -276,6 +284,26 @@ def _one_command_line():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(typer.main, "get_command", built)
         patch.setattr(typer.testing, "_get_command", built)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_is_drawn_for_the_meta_device():
+    """Where weights have no values, PyTorch works out in Python how they would be drawn."""
+    real = {}
+
+    def drawn(name: str) -> Callable[..., Any]:
+        def draw(tensor, *args, **kwargs):
+            return tensor if tensor.is_meta else real[name](tensor, *args, **kwargs)
+
+        return functools.wraps(real[name])(draw)
+
+    from torch.nn import init
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_no_grad_normal_", "_no_grad_uniform_", "kaiming_uniform_"):
+            real[name] = getattr(init, name)
+            patch.setattr(init, name, drawn(name))
         yield
 
 

@@ -54,6 +54,8 @@ def test_requests_are_read_alike_by_all_ways_and_timed(read, new):
 def test_our_kernels_pass_the_same_checks(read, new, monkeypatch):
     budget = Shape.budget.fget
     monkeypatch.setattr(Shape, "budget", property(lambda own: budget(own) | {"backend": "triton"}))
+    for module in (reading, rows):  # how long an interpreter takes says nothing
+        monkeypatch.setattr(module, "process_ms", lambda calls, repeats: dict.fromkeys(calls, 1.0))
     assert read(new)
 
 

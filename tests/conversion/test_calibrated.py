@@ -113,21 +113,22 @@ def test_the_report_says_what_the_converted_model_loses(family, dense_checkpoint
             assert losses() == pytest.approx(window, rel=1e-3, abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("parts", "together"), [(1, True), pytest.param(12, False, marks=pytest.mark.slow)]
+)
 def test_neighbouring_layers_of_a_deep_model_are_valued_together(
-    dense_checkpoint, tmp_path, monkeypatch
+    dense_checkpoint, tmp_path, monkeypatch, parts, together
 ):
     from dataclasses import replace
 
     from sparsek_cli.conversion.calibrate import effort
 
     options = {"topk": 8, "window": 8, "calibrate_tokens": 2048, "calibrate_length": 256}
-    base = dense_checkpoint("qwen2")
-    for parts, together in ((12, False), (1, True)):
-        monkeypatch.setattr(effort, "CPU", replace(effort.CPU, parts=parts))
-        report = calibrated(base, tmp_path / str(parts), **options).calibration
-        worths = [layer["worth"] for layer in report["layers"]]
-        assert len(worths) > 1 and all(min(worth) > 0 for worth in worths)
-        assert (worths[0] == worths[-1]) == together
+    monkeypatch.setattr(effort, "CPU", replace(effort.CPU, parts=parts))
+    report = calibrated(dense_checkpoint("qwen2"), tmp_path / "out", **options).calibration
+    worths = [layer["worth"] for layer in report["layers"]]
+    assert len(worths) > 1 and all(min(worth) > 0 for worth in worths)
+    assert (worths[0] == worths[-1]) == together
 
 
 @pytest.mark.slow

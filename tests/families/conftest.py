@@ -113,13 +113,15 @@ def cli():
 @pytest.fixture(scope="module")
 def made(every_family, make_dense, make_sparse) -> Made:
     """The family's models; what takes pairs away: 1 sink, 3 selected, a window of 4."""
-    return Made(family_name(every_family), make_dense(every_family), make_sparse(every_family))
+    dense = make_dense(every_family)
+    return Made(family_name(every_family), dense, make_sparse(every_family, dense=dense))
 
 
 @pytest.fixture(scope="module")
-def base(every_family, make_checkpoint, tmp_path_factory) -> Path:
+def base(every_family, made, make_checkpoint, tmp_path_factory) -> Path:
     """The family's dense checkpoint."""
-    return make_checkpoint(tmp_path_factory.mktemp(every_family) / "base", every_family)
+    folder = tmp_path_factory.mktemp(every_family) / "base"
+    return make_checkpoint(folder, every_family, model=made.dense)
 
 
 @pytest.fixture(scope="module")

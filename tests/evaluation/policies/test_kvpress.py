@@ -161,7 +161,8 @@ def test_a_run_names_it_and_says_when_it_chose(recipe, console, tmp_path):
 
     name = "kvpress:input"
     tasks = ["recall_4", "scrolls_contractnli"]
-    report = evaluate(recipe(tasks=tasks, baselines=["dense", name], budgets=[68, 2048]), console)
+    settings = {"tasks": tasks, "baselines": ["dense", name], "budgets": [68, 2048], "limit": 2}
+    report = evaluate(recipe(**settings), console)
     rows = {(u["task"], u["policy"]): u for u in report["units"]}
     assert rows["recall_4", f"{name}-68"]["proof"]["kv_pairs"] == 2 * 2 * 68
     for task in tasks:
