@@ -42,6 +42,9 @@ are, with a cache of their own. Layers without keys of their own (`num_kv_shared
 the scores and slots of the layer whose keys they read. A layer that keeps a state knows no
 documents: batches that pack several into a row, as `sparsek finetune` makes them, are refused there
 (finetune: rows).
+
+On GPUs the Triton kernels take heads of up to 256 features; wider ones, as Gemma 4's of full
+attention (512), are computed by PyTorch there, which a log line says.
 """
 # Families whose other layers keep a state; the test's rows are one document each.
 _STATES = (

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsek_cli.errors import SparsekError, reason
+from sparsek_cli.families.positions import rotary_error
 from sparsek_cli.families.row import Row
 
 
@@ -18,12 +19,15 @@ def own_config(row: Row, config: Mapping[str, Any]) -> Any:
 
     Raises:
         SparsekError: it is no config of this family.
+        UsageError: only its rotary positions are wrong.
     """
     kind = _class(row)
     try:
         # It fills in what blocks within leave out, and the file's own stay as they are.
         return kind.from_dict(kind._decode_special_floats(copy.deepcopy(dict(config))))
     except Exception as error:  # each field's own
+        if told := rotary_error(str(error)):
+            raise told from error
         raise SparsekError(
             f"config.json is none of a {row.model_type} model: {reason(error)}",
             hint="fetch or convert the model again",

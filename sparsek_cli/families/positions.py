@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from sparsek_cli.errors import UsageError
@@ -14,6 +16,8 @@ _STRETCHED = (*_BOTH, "original_max_position_embeddings")
 # The numbers above 0 that transformers reads of a block of each kind; what is left out, or null, it
 # fills in or misses by name.
 _POSITIVE = {
+    "default": ("rope_theta",),
+    "proportional": ("rope_theta",),
     "linear": _BOTH,
     "dynamic": _BOTH,
     "yarn": (*_STRETCHED, "attention_factor", "beta_fast", "beta_slow"),
@@ -21,6 +25,10 @@ _POSITIVE = {
     "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
 }
 _ZERO_IS_NONE = ("beta_fast", "beta_slow")
+_OLD = ("su",)  # what longrope was called
+# What transformers says of a block whose factors are too many or too few.
+_COUNTED = re.compile(r"(\w+) field must have length (\d+), got (\d+)")
+_LISTED = re.compile(r"(\w+) field must be a list of numbers, got (.+)")
 
 
 def context_length(own: int, rope: Any) -> int:
@@ -68,18 +76,16 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
         head_dim: features of a head.
 
     Raises:
-        UsageError: the part of a head that is turned is an odd number of features; or positions
-            are scaled by what transformers only warns of, and computes nonsense with.
+        UsageError: the part of a head that is turned is an odd number of features; or as
+            `check_scaling`.
     """
-    shared = [*_parts(config, head_dim), config.get("rotary_dim")]
-    shared = [width for width in shared if isinstance(width, int)]
+    check_scaling(config, head_dim)
+    shared = _shared_parts(config, head_dim)
     widths = list(shared)
     for block in rope_blocks(config):
         own = _parts(block, head_dim)
         # Each block says it for its own layers, and the config for all that do not.
         turned = [*own, *shared, head_dim][0]
-        if str(rope_type(block)) in _POSITIVE:
-            _check_scaling(block, turned)
         if rope_type(block) != "proportional":
             widths += [turned] if config.get("rope_parameters") else own
     odd = next((width for width in widths if width % 2), None)
@@ -90,6 +96,66 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
             hint="correct partial_rotary_factor (rotary_pct, rotary_dim) or head_dim: the weights "
             "were not made with these",
         )
+
+
+def check_scaling(config: Mapping[str, Any], head_dim: int) -> None:
+    """How positions are scaled is known, and by numbers that scale them.
+
+    Args:
+        config: a config as a dictionary. head_dim: features of a head.
+
+    Raises:
+        UsageError: transformers has no such way, or computes nonsense with such numbers, of which
+            it only warns.
+    """
+    theta = config.get("rope_theta")
+    if theta is not None and not _is_positive(theta):
+        raise _wrong_theta(theta)
+    shared = _shared_parts(config, head_dim)
+    for block in rope_blocks(config):
+        kind = rope_type(block)
+        if not isinstance(kind, str) or kind not in _POSITIVE:
+            _check_known(kind)
+            continue
+        _check_scaling(block, [*_parts(block, head_dim), *shared, head_dim][0])
+
+
+def _check_known(kind: Any) -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes seconds
+
+    if kind in ROPE_INIT_FUNCTIONS or kind in _OLD:
+        return
+    known = [*ROPE_INIT_FUNCTIONS]
+    near = get_close_matches(str(kind), known, n=1)
+    raise UsageError(
+        f"config.json scales rotary positions in a way ({kind!r}) that transformers does not have",
+        hint=f"did you mean {near[0]!r}?"
+        if near
+        else f'the ways are {", ".join(known)}; without one it is "rope_type": "default"',
+    )
+
+
+def rotary_error(text: str) -> UsageError | None:
+    """What to raise for what a config class of transformers says; None: nothing of positions."""
+    if found := _COUNTED.search(text):
+        key, takes, has = found.groups()
+        return _wrong_scaling("longrope", f"{has} numbers in {key}", f"it takes {takes}")
+    if found := _LISTED.search(text):
+        key, has = found.groups()
+        return _wrong_scaling("longrope", f"{key} {has[:60]}", "it is a list of numbers")
+    return None
+
+
+def _is_positive(value: Any) -> bool:
+    numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return numeric and 0 < value < math.inf
+
+
+def _wrong_theta(value: Any) -> UsageError:
+    return UsageError(
+        f"config.json: rope_theta is {value!r}, and it is a number above 0",
+        hint="correct it, and write it without quotes: the weights were made with one",
+    )
 
 
 def _check_scaling(block: Mapping[str, Any], turned: int) -> None:
@@ -103,9 +169,11 @@ def _check_scaling(block: Mapping[str, Any], turned: int) -> None:
         value = block.get(key)
         if key in _ZERO_IS_NONE and not value:
             continue
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (numeric and 0 < value < math.inf):
-            raise _wrong_scaling(kind, f"{key} {value!r}", "it is a number above 0")
+        if value is None or _is_positive(value):
+            continue
+        if key == "rope_theta":
+            raise _wrong_theta(value)
+        raise _wrong_scaling(kind, f"{key} {value!r}", "it is a number above 0")
     for key in ("short_factor", "long_factor"):
         each = block.get(key)
         if kind == "longrope" and isinstance(each, list | tuple) and len(each) != turned // 2:
@@ -128,6 +196,12 @@ def _wrong_scaling(kind: str | None, what: str, rule: str) -> UsageError:
         f"config.json scales rotary positions ({kind}) with {what}, and {rule}",
         hint="correct it in rope_parameters (rope_scaling): the weights were made with another",
     )
+
+
+def _shared_parts(config: Mapping[str, Any], head_dim: int) -> list[int]:
+    """Features that are turned, by what a config says of all its blocks; the first one counts."""
+    shared = [*_parts(config, head_dim), config.get("rotary_dim")]
+    return [width for width in shared if isinstance(width, int)]
 
 
 def _parts(block: Mapping[str, Any], head_dim: int) -> list[int]:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING
 
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE
+from sparsek_cli.families.by_layer import head_dim_of
 from sparsek_cli.families.layers import given_window, stray_types, stray_window
 from sparsek_cli.families.own_config import own_value
+from sparsek_cli.families.positions import check_scaling
 from sparsek_cli.loading.library_errors import readable_errors
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
     Raises:
         SparsekError: it needs code of its own, or is no config that transformers knows.
         UsageError: it names an activation function that there is none of, or a window or kinds
-            of layers that the family does not have, or a window that is no number.
+            of layers that the family does not have, or a window that is no number; or rotary
+            positions are scaled by what scales none.
     """
     from transformers import AutoConfig
 
@@ -32,6 +35,8 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _check_activations(config, name)
     _settle_stray_kinds(config)
+    if config.model_type.removeprefix("sparsek_") in TABLE:
+        check_scaling(config.to_dict(), head_dim_of(config, 0))
     return config
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from sparsek_cli.errors import SparsekError, first_line, reason
+from sparsek_cli.families.positions import rotary_error
 
 DAMAGED = "the folder is incomplete or damaged: fetch or convert it again"
 _UNFIT = (
@@ -48,5 +49,7 @@ def readable_errors(name: str) -> Iterator[None]:
                 f"'{name}' needs code of its own (auto_map in config.json), which is not run",
                 hint="name a model of a family that transformers knows by itself",
             ) from error
+        if told := rotary_error(text):
+            raise told from error
         hint = _MISFIT if isinstance(error, ImportError) else _UNFIT
         raise SparsekError(f"'{name}' cannot be loaded: {reason(error)}", hint=hint) from error

@@ -52,6 +52,9 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
     value = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
     described = _field(model_cls, loc)
     hint = getattr(described, "description", None) or "`sparsek recipes show NAME` has examples"
+    if problem["type"] == "string_type" and loc[-1:] == ("revision",):
+        # Of digits alone YAML makes a number, without the zeros in front.
+        hint = f'write a commit of digits in quotes: revision: "..." ({hint})'
     return UsageError(f"{where}'{key}' {message}{value}{tail}", hint=hint)
 
 

@@ -123,3 +123,19 @@ def test_a_large_model_is_compared_in_part_where_it_can_be(
         budgets="uniform",
     )
     assert convert(recipe, method=Method(documents="none")).verified.logits == compared
+
+
+def test_keys_that_files_hold_for_layers_that_share_are_nobodys(make_checkpoint, tmp_path):
+    """Checkpoints come with projections of layers that read others' keys: no model takes them."""
+    from safetensors.torch import load_file, save_file
+
+    base = make_checkpoint(tmp_path / "base", KIND)
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if ".layers.1.self_attn." in name]:
+        if name.split(".")[-2] in ("k_proj", "v_proj", "k_norm"):
+            tensors[name.replace("layers.1.", "layers.3.")] = torch.randn_like(tensors[name])
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    recipe = ConvertRecipe(
+        model=str(base), out=str(tmp_path / "out"), topk=8, window=8, calibrate="none"
+    )
+    assert convert(recipe).verified.logits == "all layers"

@@ -286,7 +286,7 @@ def test_adapters_keep_it_sparse_and_one_of_another_base_fails(made, tmp_path, d
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-300}},
         {"rms_norm_eps": -10.0},
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 from tiny_families import tiny_config
@@ -13,6 +14,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.measured_model import most_tokens, stretch, ways_beyond
 from sparsek_cli.families import TABLE
 from sparsek_cli.families.positions import check_rotary, context_length
+from sparsek_cli.loading.configs import load_config
 from sparsek_cli.models import sparsek_config_from
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -110,6 +112,14 @@ LONG = {
         (YARN | {"factor": 0.5}, None),  # unusual, and computed as it says
         (LLAMA3, None),
         (PLAIN | {"factor": -1}, None),  # nobody reads it
+        (PLAIN | {"rope_theta": "10000"}, "rope_theta is '10000', and it is a number above 0"),
+        (YARN | {"rope_theta": "1e4"}, "rope_theta is '1e4', and it is a number above 0"),
+        (PLAIN | {"rope_theta": 0}, "rope_theta is 0, and"),
+        (PLAIN | {"rope_theta": None}, None),
+        ({"rope_type": "who", "factor": 2.0}, "a way \\('who'\\) that transformers does not have"),
+        ({"rope_type": 3}, "a way \\(3\\) that transformers"),
+        ({"sliding_attention": PLAIN, "full_attention": YARN | {"rope_type": "Yarn"}}, "'Yarn'"),
+        ({"type": "su", "short_factor": [1.0] * 4}, None),  # Phi-3's first name of longrope
     ],
 )
 def test_scaling_that_is_nonsense_is_refused(dense_config, rope, says):
@@ -125,6 +135,36 @@ def test_scaling_that_is_nonsense_is_refused(dense_config, rope, says):
         config = dense_config("llama").to_dict() | {"rope_parameters": rope}
         with pytest.raises(UsageError, match=says):
             geometry(config, TABLE["llama"])
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "says"),
+    [
+        ("llama", {"rope_parameters": None, "rope_theta": "10000"}, "rope_theta is '10000'"),
+        ("llama", {"rope_parameters": PLAIN | {"rope_type": "yarm"}}, "a way ('yarm')"),
+        ("llama", {"rope_parameters": LONG | {"long_factor": [1.0] * 3}}, "3 numbers in long_fac"),
+        ("phi3", {"rope_parameters": LONG | {"short_factor": [1.0] * 3}}, "3 numbers in short_fac"),
+        (
+            "phi3",
+            {"rope_parameters": LONG | {"short_factor": ["a"] * 4}},
+            "it is a list of numbers",
+        ),
+    ],
+)
+def test_a_file_s_positions_are_told_by_whoever_reads_it(family, given, says, make_checkpoint,
+                                                         tmp_path):  # fmt: skip
+    """They ended in transformers' own words: a KeyError, a validator's name, a power of text."""
+    folder = make_checkpoint(tmp_path / "base", family)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | given
+    file.write_text(json.dumps(config))
+    for read in (lambda: load_config(folder, "base"), lambda: geometry(config, TABLE[family])):
+        with pytest.raises(UsageError) as refusal:
+            read()
+        assert says in refusal.value.message and refusal.value.hint
+        assert "Error" not in refusal.value.message
+    if "yarm" in says:
+        assert refusal.value.hint == "did you mean 'yarn'?"
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,16 @@ def test_a_word_that_looks_like_a_number_is_one_where_text_belongs(tmp_path):
     assert type(kept) is float and kept == 1e4
 
 
+def test_a_commit_of_digits_alone_is_told_to_be_quoted(tmp_path):
+    (tmp_path / "r.yaml").write_text("model: m\nrevision: 1234567\n")
+    for recipe, words in ((tmp_path / "r.yaml", []), (None, ["model=m", "revision=1234567"])):
+        with pytest.raises(UsageError, match="'revision' should be .*, not 1234567") as refusal:
+            load_recipe(ConvertRecipe, recipe, words)
+        assert 'in quotes: revision: "..."' in refusal.value.hint
+    (tmp_path / "r.yaml").write_text('model: m\nrevision: "0123456"\n')
+    assert load_recipe(ConvertRecipe, tmp_path / "r.yaml").revision == "0123456"
+
+
 def test_such_words_are_written_again_as_they_were(tmp_path):
     (tmp_path / "r.yaml").write_text("learning_rate: 1e-4\nrevision: 12e5678\n1e4: a\n")
     assert portable(tmp_path / "r.yaml") == (tmp_path / "r.yaml").read_text()

@@ -12,6 +12,7 @@ from sparsek_cli.data.questions import make_questions
 from sparsek_cli.hub import bundled
 from sparsek_cli.loading import load_model, load_tokenizer
 from sparsek_cli.training.measure import recalled, token_losses, windows
+from sparsek_cli.training.run_sizes import Batch, estimate_bytes
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +67,14 @@ def test_windows_stay_inside_their_documents():
     assert found[:, 0].tolist() == [0, 10, 20, 40, 50, 60, 70, 80, 90]
     assert windows(corpus, 10, 3)[:, 0].tolist() == [0, 50, 90]
     assert windows(corpus, 70, 3).shape == (0, 70)
+
+
+def test_memory_is_estimated_where_layers_have_sizes_of_their_own(sparse_model):
+    """Gemma 3n's config has a list of them: the widest layer's activations count."""
+    batch = Batch(length=64, sequences=2, micro=1)
+    model = sparse_model("gemma3n_text-shared")
+    found = {c: estimate_bytes(model, batch, bf16=False, checkpointing=c) for c in (True, False)}
+    model.config.intermediate_size = max(model.config.intermediate_size)
+    for checkpointing, size in found.items():
+        own = estimate_bytes(model, batch, bf16=False, checkpointing=checkpointing)
+        assert size == own > 0
