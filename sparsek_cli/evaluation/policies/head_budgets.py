@@ -23,8 +23,12 @@ def slots_per_head(model: Any) -> int:
 
 def scaled(per_head: list[list[int]], mean: int) -> list[list[int]]:
     """The same proportions with `mean` pairs on average, to the pair."""
+    return _summing_to(per_head, mean * sum(map(len, per_head)))
+
+
+def _summing_to(per_head: list[list[int]], wanted: int) -> list[list[int]]:
+    """The same proportions with `wanted` pairs in all."""
     flat = [k for row in per_head for k in row]
-    wanted = mean * len(flat)
     exact = [k * wanted / max(1, sum(flat)) for k in flat]
     whole = [int(k) for k in exact]
     # What rounding down left over goes to those that lost most by it.
@@ -48,16 +52,19 @@ def evenly(model: Any) -> Iterator[int | None]:
     """The model's selected pairs spread evenly over all heads: uneven ones are SparseK's own idea.
 
     Yields:
-        Pairs per head; None where they do not divide evenly, and the spread stays as it is.
+        Pairs per head; None where they do not divide: some heads then have one more than others.
     """
     from sparsek_cli import models
 
-    flat = [k for row in per_head(model) for k in row]
-    if sum(flat) % len(flat):
-        yield None
+    rows = per_head(model)
+    total, heads = sum(map(sum, rows)), sum(map(len, rows))
+    if total % heads:
+        equal = [[1] * len(row) for row in rows]
+        with models.budget(model, topk=by_layer(model, _summing_to(equal, total))):
+            yield None
     else:
-        with models.budget(model, topk=sum(flat) // len(flat)):
-            yield sum(flat) // len(flat)
+        with models.budget(model, topk=total // heads):
+            yield total // heads
 
 
 @contextmanager
@@ -70,7 +77,7 @@ def as_window(model: Any) -> Iterator[None]:
         if topk is not None:
             with models.budget(model, topk=0, window=window + topk):
                 yield
-        else:  # budgets differ by head, windows cannot: the newest pairs win by their scores
+        else:  # budgets differ by a pair, windows cannot: the newest pairs win by their scores
             with models.replaced_scorers(model, recency):
                 yield
 

@@ -83,6 +83,10 @@ def test_uneven_budgets_are_kept_by_the_model_alone(model, topk, budget):
     if sum(map(sum, topk)) % 4 == 0 or budget:
         assert slots["window"] == [0, 0]
         assert slots["random"] == [20 if budget else 40] * 2
+    else:
+        # As even as the total can be: never the shares that calibration chose.
+        for name in ("window", "random"):
+            assert sorted(k for row in slots[name] for k in row) == [40, 40, 40, 41]
 
 
 def test_random_depends_on_its_seed_alone(model):
