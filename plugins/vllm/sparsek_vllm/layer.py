@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sparsek_kernels import StateRows, sparsek_attention
+from sparsek_kernels import SparseKState, StateRows, sparsek_attention
 from sparsek_kernels.state import SlotLayout
 from torch import nn
 
@@ -97,7 +97,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         # Not a submodule: its weights are named as the block's, and stand there once.
         self._scorer = [scorer]
         self.kv_cache = (torch.tensor([]),)
-        self._pool = None
+        self._pool: tuple[torch.Tensor, SparseKState] | None = None
         self.register_buffer("head_index", torch.tensor(heads), persistent=False)
 
     @property
@@ -121,9 +121,13 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             num_speculative_blocks=plain.num_speculative_blocks,
         )
 
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        super().bind_kv_cache(kv_cache)
-        self._pool = pool_of(self.kv_cache[0], self.layout, self.head_dim, self.dtype)
+    @property
+    def pool(self) -> SparseKState:
+        """The blocks that vLLM gave this layer, in whatever way: `kv_cache` is what it sets."""
+        blocks = self.kv_cache[0]
+        if self._pool is None or self._pool[0] is not blocks:
+            self._pool = blocks, pool_of(blocks, self.layout, self.head_dim, self.dtype)
+        return self._pool[1]
 
     def forward(
         self,
@@ -144,12 +148,14 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         Rows beyond the last token, which vLLM adds to fill a graph, belong to its null block.
         """
         scores, slopes = self._scorer[0](hidden_states[None])
-        scores = scores[0].index_select(0, self.head_index)  # [G, N]
+        scores = scores[0]  # [G, N]
+        if len(self.heads) < scores.shape[0] or self.heads != sorted(self.heads):
+            scores, slopes = (x.index_select(0, self.head_index) for x in (scores, slopes))
         settings = {
             "topk": self.layout.topk,
             "window": self.layout.window,
             "sinks": self.layout.sinks,
-            "slopes": slopes.index_select(0, self.head_index),
+            "slopes": slopes,
             "scale": self.scale,
         }
         q = query.unflatten(-1, (self.query_heads, self.head_dim))
@@ -162,7 +168,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             part, _ = sparsek_attention(
                 *(x[:decodes, :, None] for x in (q, k, v)),
                 scores[:, :decodes].T[:, :, None],
-                state=StateRows(self._pool, rows),
+                state=StateRows(self.pool, rows),
                 **settings,
             )
             out[:decodes] = part[:, :, 0]
@@ -174,7 +180,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
                 *(x[tokens].transpose(0, 1)[None] for x in (q, k, v)),
                 scores[None, :, tokens],
                 cu_seqlens=metadata.query_start_loc_p,
-                state=StateRows(self._pool, rows, fresh=~metadata.has_initial_states_p),
+                state=StateRows(self.pool, rows, fresh=~metadata.has_initial_states_p),
                 **settings,
             )
             out[tokens] = part[0].transpose(0, 1)
@@ -193,7 +199,7 @@ def _serve(
     """A layer as torch.compile sees it: one opaque node. The layer's state is no argument of it."""
     context = engine.get_forward_context()
     metadata = context.attn_metadata
-    if metadata is None:  # vLLM measures memory: no request is there
+    if not metadata:  # vLLM measures memory, or tunes a GPU: no request is there
         output.zero_()
         return
     layer = context.no_compile_layers[name]

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from checkpoints import SINKS, TOPK, WINDOW
 from sparsek_kernels import cache_bytes
 from sparsek_kernels.state import SlotLayout
+from sparsek_vllm import engine
 from sparsek_vllm.blocks import BLOCK, PART, block_bytes, pool_of
 from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
+from sparsek_vllm.layer import SparseKLayer
 from sparsek_vllm.sizes import request_bytes
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
+from sparsek_cli.models.config import LayerBudget
+from sparsek_cli.models.scorer import SparseKScorer
 
 pytestmark = pytest.mark.core
 
@@ -38,6 +44,45 @@ def test_blocks_that_lie_apart_hold_separate_states(dtype):
     assert not memory[:, :64].any() and not memory[:, 64 + size :].any()
     for number, tensor in enumerate(pool.slots.values(), start=1):
         assert (tensor[1] == number).all(), "two tensors share bytes"
+
+
+def a_layer() -> SparseKLayer:
+    return SparseKLayer(
+        "layer",
+        budget=LayerBudget((3, 5), 4, 1, "straight_through"),
+        heads=[0, 1],
+        all_heads=2,
+        query_heads=4,
+        head_dim=8,
+        scale=1.0,
+        dtype=torch.float32,
+        bytes_per_block=block_bytes(SlotLayout((3, 5), 4, 1), 8, torch.float32),
+        scorer=SparseKScorer(16, 2),
+    )
+
+
+def test_a_layer_s_pool_is_what_vllm_bound_last():
+    layer = a_layer()
+    for blocks in (2, 3):  # vLLM binds once to measure its graphs' memory, and once more to serve
+        memory = torch.zeros(blocks, layer.bytes_per_block, dtype=torch.int8)
+        layer.kv_cache = (memory,)
+        layer.pool.keys.fill_(1)
+        assert layer.pool.batch == blocks and memory.any()
+        assert layer.pool is layer.pool
+
+
+def test_a_step_without_requests_is_answered_with_zeros(monkeypatch):
+    """vLLM names none where it measures memory, and no layer of states where it tunes a GPU."""
+    context = SimpleNamespace(no_compile_layers={"layer": SimpleNamespace(attend=pytest.fail)})
+    monkeypatch.setattr(engine, "get_forward_context", lambda: context)
+    query, key, hidden = torch.ones(2, 32), torch.ones(2, 16), torch.ones(2, 16)
+    for context.attn_metadata in (None, {}):
+        output = torch.full_like(query, torch.nan)
+        torch.ops.sparsek.serve(query, key, key, hidden, output, "layer")
+        assert not output.any()
+    context.attn_metadata = {"another": "requests, but none of this layer"}
+    with pytest.raises(KeyError, match="layer"):
+        torch.ops.sparsek.serve(query, key, key, hidden, output, "layer")
 
 
 def test_vllm_s_blocks_are_the_formula_s(checkpoint, run_engine):
