@@ -23,7 +23,10 @@ _WHOLE = (
 
 
 # What is done with a converted model depends on its kinds of layers, not on its row.
-_DONE = ("calibrates", "finetuning_reaches_every_scorer", "saves_and_reloads", "evaluates", "chats")
+_DONE = (
+    "calibrates", "finetuning_reaches_every_scorer", "saves_and_reloads", "evaluates", "chats",
+    "generates_what_prefill_says", "packed_documents_do_not_see_each_other",
+)  # fmt: skip
 _VERBS = tuple(f"test_families.py::test_{done}[" for done in _DONE)
 _OF_A_KIND = {*_WHOLE, "gpt2", "gpt_neox", "phi3", "mixtral", "cohere2", "olmo2"}
 _OF_A_KIND |= {"gemma4_text-routed", "gemma3n_text-shared"}

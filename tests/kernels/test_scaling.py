@@ -45,7 +45,7 @@ seconds, kib = [], []
 for n in lengths:
     seconds.append(call(n))
     kib.append(memory("VmHWM") - base)
-for _ in range(4):  # in rounds: what runs beside this slows every length, not one
+for _ in range(3):  # in rounds: what runs beside this slows every length, not one
     seconds = [min(best, call(n)) for best, n in zip(seconds, lengths)]
 print(json.dumps(list(zip(seconds, kib))))
 """
