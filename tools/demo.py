@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 SEED = 7  # of the document, unless --seed says otherwise
 ALLOWANCE = 2  # facts that SparseK may find less than dense attention
 BUDGET = "1/16"  # of tiny's context: 512 slots instead of 8192
-TOKENS = 65536  # of calibration, half of what convert takes by itself: enough for these facts
 LENGTH = 8192  # tokens of the document, and of what is measured
 TEXTS = ("train.jsonl", "validation.jsonl", "document.txt")
 
@@ -52,8 +51,7 @@ def main(arguments: Sequence[str] = ()) -> int:
     converted, tuned, results = folder / "tiny-sparsek", folder / "tiny-tuned", folder / "results"
 
     _run("1/5  convert: learn which keys to keep, the model itself unchanged",
-         "convert", "tiny", converted, "--budget", BUDGET, "--calibrate-tokens", TOKENS,
-         "--overwrite")  # fmt: skip
+         "convert", "tiny", converted, "--budget", BUDGET, "--overwrite")  # fmt: skip
     _run("2/5  fine-tune: a few steps on text found on this machine",
          "finetune", converted, tuned, "--recipe", "demo", f"data.text.files={texts['train']}",
          "--overwrite")  # fmt: skip
