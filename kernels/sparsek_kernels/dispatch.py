@@ -29,6 +29,12 @@ _LOG = logging.getLogger("sparsek_kernels")
 _logged: set[tuple[str, str]] = set()
 
 
+def _constant(function: Callable) -> Callable:
+    """`torch.compiler.assume_constant_result`, which would import the compiler: seconds."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def backend(
     name: str | None,
     q: torch.Tensor,
@@ -88,13 +94,13 @@ def _is_dense(q, layout: SlotLayout, cu_seqlens, state) -> bool:
     return fits and cu_seqlens is None and state is None and q.dtype != torch.float64
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _not_by_itself(device: torch.device) -> str | None:
     """Why Triton is not chosen where nobody insists on it, or None."""
     return f"device {device.type}" if device.type != "cuda" else _no_triton(device)
 
 
-@torch.compiler.assume_constant_result
+@_constant
 def _no_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on the device, or None; a constant to torch.compile."""
     return _obstacle(device)

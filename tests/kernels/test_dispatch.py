@@ -1,6 +1,8 @@
 """Which backend is chosen, what insisting on one does, and what doctor is told."""
 
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -62,3 +64,11 @@ def test_triton_is_chosen_on_cuda_where_it_runs(monkeypatch):
     assert dispatch.explain(cuda, torch.float64)[0] == "pytorch"
     monkeypatch.setattr(dispatch, "_no_triton", lambda device: "Triton is not installed")
     assert dispatch.explain(cuda, torch.bfloat16) == ("pytorch", "Triton is not installed")
+
+
+def test_the_compiler_is_not_imported_before_it_is_used():
+    code = "import sys, sparsek_kernels; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    marked = torch.compiler.assume_constant_result(lambda device: None)
+    for function in (dispatch._not_by_itself, dispatch._no_triton):
+        assert vars(marked).items() <= vars(function).items(), "torch marks it in another way"
