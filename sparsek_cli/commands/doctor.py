@@ -23,17 +23,17 @@ def doctor(
     quiet: options.Quiet = False,
 ) -> None:
     """Check the installation, and with MODEL a converted checkpoint; exit 1 if a check fails."""
-    from sparsek_cli import hub
-
-    console = Console(as_json=json, quiet=quiet, verbose=verbose)
-    checkpoint = None if model is None else hub.resolve(model, revision)
-
-    from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.diagnosis.diagnose import diagnose
 
-    where = choose_device(device)
+    console = Console(as_json=json, quiet=quiet or json, verbose=verbose)
     checks = []
-    for check in diagnose(checkpoint, where, choose_dtype(dtype, where)):
+    for check in diagnose(
+        model,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        say=lambda text: console.say(f"...  {text}"),
+    ):
         checks.append(check)
         if not json:
             mark = {None: "    ", True: "ok  ", False: "FAIL"}[check.ok]

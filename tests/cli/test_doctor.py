@@ -1,6 +1,8 @@
 """Doctor passes on a healthy installation and fails, with exit 1, on a sick one."""
 
 import json
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -78,6 +80,43 @@ def test_shadowing_is_noticed(monkeypatch):
     monkeypatch.setattr(installation.importlib.util, "find_spec", lambda name: spec)
     [check] = installation.shadowing()
     assert check.ok is False and "source root" in check.hint
+
+
+def test_what_needs_no_import_is_said_before_pytorch_is_loaded():
+    code = (
+        "import sys; from sparsek_cli.diagnosis.diagnose import diagnose\n"
+        "for check in diagnose(None, device='cpu', say=print):\n"
+        "    print(check.name, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    loading, checking = lines.index("loading PyTorch"), lines.index("checking the kernels on cpu")
+    assert {"sparsek False", "torch False", "shadowing False"} < set(lines[:loading]), done
+    assert {"cpu True", "backend True"} < set(lines[loading:checking]), done
+    assert lines[checking + 1 :] == ["operator True", "attention True", "decode True"], done
+
+
+def test_rows_are_printed_as_they_come(sparsek, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(diagnose, "choose_device", interrupted)
+    shown = sparsek("doctor")
+    assert shown.code == 130 and "     torch  " in shown.out and "shadowing" in shown.out
+    assert shown.err.splitlines()[0] == "...  loading PyTorch"
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--quiet"]])
+def test_who_wants_no_progress_gets_none(sparsek, words):
+    shown = sparsek("doctor", "--device", "cpu", *words)
+    assert shown.code == 0 and shown.err == ""
+    assert words != ["--json"] or json.loads(shown.out)["ok"]
+
+
+def test_without_pytorch_the_rest_is_not_asked(sparsek, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it could not be imported
+    shown = sparsek("doctor")
+    assert shown.failed(1) and "FAIL pytorch" in shown.out and "operator" not in shown.out
 
 
 def test_unknown_model(sparsek):
