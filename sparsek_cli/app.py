@@ -10,19 +10,7 @@ from typing import Annotated
 import typer
 
 from sparsek_cli import __version__
-from sparsek_cli.commands import (
-    bench,
-    chat,
-    convert,
-    doctor,
-    evaluate,
-    export,
-    finetune,
-    merge,
-    push,
-    recipes,
-    serve,
-)
+from sparsek_cli.commands.verbs import Verbs
 from sparsek_cli.console import (
     escaped,
     forget,
@@ -42,6 +30,7 @@ _LIMITS = {
 
 app = typer.Typer(
     name="sparsek",
+    cls=Verbs,
     help="Convert, fine-tune, evaluate and chat with language models under SparseK attention.",
     invoke_without_command=True,
     suggest_commands=False,
@@ -72,20 +61,6 @@ def root(
     if context.invoked_subcommand is None:
         typer.echo(context.get_help(), err=True)
         raise typer.Exit(USAGE)
-
-
-app.command("convert")(convert.convert)
-app.command("finetune")(finetune.finetune)
-app.command("evaluate")(evaluate.evaluate)
-app.command("eval", hidden=True)(evaluate.evaluate)
-app.command("chat")(chat.chat)
-app.command("serve")(serve.serve)
-app.command("export")(export.export)
-app.command("merge")(merge.merge)
-app.command("push")(push.push)
-app.command("bench")(bench.bench)
-app.command("doctor")(doctor.doctor)
-app.add_typer(recipes.app, name="recipes")
 
 
 def main() -> None:
@@ -204,7 +179,7 @@ def _usage(error: Exception, words: Sequence[str]) -> tuple[str, str]:
         if possible:
             return f"no such option: {unknown}", f"did you mean '{possible[0]}'?"
         return f"no such option: {unknown}", f"`{verb} --help` lists the options"
-    wrong = re.match(r"No such command '(.*)'", message)
+    wrong = re.match(r"No such command '(.*?)'", message)
     if wrong:
         from difflib import get_close_matches
 

@@ -13,6 +13,9 @@ app = typer.Typer(
     help="List, show and copy recipes.",
     invoke_without_command=True,
     suggest_commands=False,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Recipe name or file.")]
