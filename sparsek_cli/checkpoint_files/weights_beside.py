@@ -7,10 +7,8 @@ named the folder hears of the others, since the one that was meant may be among 
 from collections.abc import Iterable
 from pathlib import Path
 
-GGUF = ".gguf"
-_MAGIC = b"GGUF"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-_WEIGHTS = (".safetensors", GGUF, *PICKLES, ".h5", ".msgpack", ".ot")
+_WEIGHTS = (".safetensors", ".gguf", *PICKLES, ".h5", ".msgpack", ".ot")
 # What trainers leave beside weights.
 _STATES = (
     "training_args",
@@ -31,20 +29,6 @@ def weight_files(folder: Path) -> list[Path]:
         for file in folder.iterdir()
         if file.suffix.lower() in _WEIGHTS and not file.name.startswith(_STATES) and file.is_file()
     )
-
-
-def gguf_files(folder: Path) -> list[Path]:
-    """The GGUF files at the top of a folder, by name."""
-    return [file for file in weight_files(folder) if file.suffix.lower() == GGUF]
-
-
-def is_gguf(file: Path) -> bool:
-    """Whether a file begins as every GGUF file does."""
-    try:
-        with file.open("rb") as opened:
-            return opened.read(len(_MAGIC)) == _MAGIC
-    except OSError:
-        return False
 
 
 def left_out(folder: Path, read: Iterable[Path]) -> str | None:

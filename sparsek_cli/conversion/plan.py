@@ -17,6 +17,8 @@ from sparsek_cli.conversion.default_sizes import (
     slots,
     with_settings_of,
 )
+from sparsek_cli.conversion.from_gguf.checkpoint import GgufCheckpoint
+from sparsek_cli.conversion.from_gguf.checkpoint import find as find_gguf
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.conversion.planned import Calibration, Plan, contents_of
 from sparsek_cli.converted import dense_config, is_converted
@@ -32,8 +34,6 @@ from sparsek_cli.families.layers import (
     no_width,
 )
 from sparsek_cli.families.own_config import own_config
-from sparsek_cli.gguf.checkpoint import GgufCheckpoint
-from sparsek_cli.gguf.checkpoint import find as find_gguf
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.loading import check_tokenizer, load_tokenizer
 from sparsek_cli.model_folder.side_files import belonging_files

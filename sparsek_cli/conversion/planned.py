@@ -10,10 +10,10 @@ from sparsek_cli.byte_units import size as byte_size
 from sparsek_cli.checkpoint_files.shards import Shard
 from sparsek_cli.conversion.calibrate.method import DOCUMENTS, Method
 from sparsek_cli.conversion.default_sizes import fit_length
+from sparsek_cli.conversion.from_gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import full_layers, storing_layers
-from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.contents import MODEL, SCORERS_ALONE, Contents
 

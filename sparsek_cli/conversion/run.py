@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.checkpoint_files.shards import find_nan
+from sparsek_cli.conversion.from_gguf.checkpoint import GgufCheckpoint
+from sparsek_cli.conversion.from_gguf.unpack import unpacked
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.tokenizer import settle
 from sparsek_cli.conversion.verify import Verified, check_base, verify
 from sparsek_cli.conversion.write import Scorer, Written, neutral_scorers, write_checkpoint
-from sparsek_cli.gguf.checkpoint import GgufCheckpoint
-from sparsek_cli.gguf.unpack import unpacked
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.place import check_folder

@@ -1,1 +1,1 @@
-"""GGUF files as bases of a conversion: found, checked by their headers, unpacked."""
+"""GGUF files: recognised, and their headers read; `conversion/from_gguf` makes bases of them."""

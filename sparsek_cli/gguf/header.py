@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparsek_cli.checkpoint_files.weights_beside import is_gguf
 from sparsek_cli.errors import SparsekError, UsageError, first_line
+from sparsek_cli.gguf.recognise import begins_as_gguf
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -67,7 +67,7 @@ def read_header(file: Path) -> Header:
             unpacked, a rotary scaling that would be lost; or the package `gguf` is missing.
         SparsekError: the file is damaged.
     """
-    if not is_gguf(file):
+    if not begins_as_gguf(file):
         raise UsageError(f"'{file}' is not a GGUF file", hint="name a model's .gguf file")
     if importlib.util.find_spec("gguf") is None:
         raise UsageError(

@@ -5,8 +5,9 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from sparsek_cli.checkpoint_files.weights_beside import PICKLES, gguf_files, is_gguf
+from sparsek_cli.checkpoint_files.weights_beside import PICKLES
 from sparsek_cli.errors import UsageError
+from sparsek_cli.gguf.recognise import gguf_files, is_gguf
 from sparsek_cli.output.contents import SCORERS
 
 SAVE = "from_pretrained(...).save_pretrained(FOLDER)"
@@ -19,7 +20,7 @@ MERGE = (
 def file_error(file: Path) -> UsageError:
     """A single file is no model that can be named."""
     suffix = file.suffix.lower()
-    if suffix == ".gguf" or is_gguf(file):
+    if is_gguf(file):
         return UsageError(
             f"'{file}' is a GGUF file, which only convert reads",
             hint=unpack(file),

@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sparsek_cli.checkpoint_files.shards import INDEX, SINGLE, Shard
-from sparsek_cli.checkpoint_files.weights_beside import PICKLES, gguf_files
+from sparsek_cli.checkpoint_files.weights_beside import PICKLES
 from sparsek_cli.errors import UsageError
+from sparsek_cli.gguf.recognise import gguf_files
 from sparsek_cli.model_folder.not_a_model import MERGE, SAVE, json_or_nothing, unpack
 
 # What names begin with, what wrapped the model, and how it comes out of there; PEFT's are first.

@@ -15,7 +15,8 @@ import torch
 pytest.importorskip("gguf")
 
 from sparsek_cli.app import run
-from sparsek_cli.gguf import checkpoint, header, unpack
+from sparsek_cli.conversion.from_gguf import checkpoint, unpack
+from sparsek_cli.gguf import header
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 from sparsek_cli import hub
 from sparsek_cli.app import run
-from sparsek_cli.gguf import checkpoint
+from sparsek_cli.conversion.from_gguf import checkpoint
 
 # Beside whole weights: what is not read and must be named.
 BESIDE = {

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli.checkpoint_files.shards import Shard, TensorEntry
-from sparsek_cli.checkpoint_files.weights_beside import gguf_files, is_gguf, listed, weight_files
+from sparsek_cli.checkpoint_files.weights_beside import listed, weight_files
 from sparsek_cli.errors import UsageError, first_line
 from sparsek_cli.families import TABLE
 from sparsek_cli.gguf.header import FREQUENCIES, Header, read_header
+from sparsek_cli.gguf.recognise import gguf_files, is_gguf
 from sparsek_cli.hub import Checkpoint, is_short_name
 from sparsek_cli.silence import quiet_transformers
 
@@ -101,7 +102,7 @@ def find(name: str, revision: str | None = None) -> GgufCheckpoint | None:
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "config.json").is_file() and not is_short_name(name):
         path = _only_file(path) or path
-    if not path.is_file() or not (path.suffix.lower() == ".gguf" or is_gguf(path)):
+    if not path.is_file() or not is_gguf(path):
         return None
     if revision is not None:
         raise UsageError(

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import disk
 from sparsek_cli.checkpoint_files.shards import read_shards
+from sparsek_cli.conversion.from_gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.errors import SparsekError, first_line
-from sparsek_cli.gguf.checkpoint import GgufCheckpoint
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.output.leftovers import held, make_beside
 from sparsek_cli.output.tokenizer_files import bring

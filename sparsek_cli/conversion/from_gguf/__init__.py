@@ -1,0 +1,1 @@
+"""A GGUF file as the base of a conversion: found, planned with, unpacked."""
