@@ -19,6 +19,8 @@ def diagnose(
 ) -> Iterator[Check]:
     """All checks, each as soon as it is known: first what needs no import, a model last.
 
+    A name is looked up before all else: one that means nothing is refused without a row.
+
     Args:
         model: its name, as `hub.resolve` takes it. revision: of a hub model.
         device, dtype: as flags say them.
@@ -28,13 +30,13 @@ def diagnose(
         UsageError: the model, the device or the dtype means nothing.
         SparsekError: the hub could not be reached, or refused.
     """
-    yield from _guarded("versions", versions)
-    yield from _guarded("shadowing", shadowing)
     checkpoint = None
     if model is not None:
         from sparsek_cli import hub
 
         checkpoint = hub.resolve(model, revision)
+    yield from _guarded("versions", versions)
+    yield from _guarded("shadowing", shadowing)
     say("loading PyTorch")
     broken = [*_guarded("pytorch", pytorch)]
     yield from broken
