@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 LARGEST = 127  # of a code; -128 is not used
+# A scale is the largest number times this. Not divided by LARGEST: PyTorch multiplies by the inverse
+# of a number on CUDA devices and divides on others, and everybody should get the same scale.
+STEP = 1 / LARGEST
 LEAST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros divides by it
 
 
@@ -24,7 +27,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         scale / 2.
     """
     x = x.to(torch.float32)
-    scale = (x.abs().amax(-1) / LARGEST).clamp(min=LEAST_SCALE)
+    scale = (x.abs().amax(-1) * STEP).clamp(min=LEAST_SCALE)
     codes = torch.floor(x / scale[..., None] + 0.5)
     return codes.to(torch.int8), scale
 

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from sparsek_kernels.quantization import LARGEST, LEAST_SCALE
+from sparsek_kernels.quantization import LEAST_SCALE, STEP
 from sparsek_kernels.state import EMPTY
 
 _EMPTY = tl.constexpr(EMPTY)
 _WIDE = tl.constexpr(1 << 32)
-_LARGEST = tl.constexpr(LARGEST)
+_STEP = tl.constexpr(STEP)
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 
 
@@ -17,7 +17,7 @@ def coded(x, rows, QUANTIZED: tl.constexpr):
     """A new key or value [D] as `rows` hold it, and its scale; see quantization.quantize."""
     if QUANTIZED:
         x = x.to(tl.float32)
-        scale = tl.div_rn(tl.max(tl.abs(x), 0), tl.full([], _LARGEST, tl.float32))
+        scale = tl.max(tl.abs(x), 0) * _STEP
         scale = tl.maximum(scale, _LEAST_SCALE)
         x = tl.floor(tl.div_rn(x, scale + tl.zeros_like(x)) + 0.5)
         return x.to(rows.dtype.element_ty), scale

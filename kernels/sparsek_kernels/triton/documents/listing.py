@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsek_kernels.keys import KeyList
-from sparsek_kernels.quantization import LARGEST, LEAST_SCALE
+from sparsek_kernels.quantization import LEAST_SCALE, STEP
 from sparsek_kernels.rows import document_lengths
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.geometry import SEQUENCE_FIELDS, Geometry, head_budgets
@@ -20,7 +20,7 @@ ROWS = 32  # keys that a program copies
 BLOCK = 128  # slots or documents that it looks at together
 _EMPTY = tl.constexpr(EMPTY)
 _LAST = tl.constexpr(2**31 - 1)
-_LARGEST = tl.constexpr(LARGEST)
+_STEP = tl.constexpr(STEP)
 _LEAST_SCALE = tl.constexpr(LEAST_SCALE)
 
 
@@ -29,9 +29,7 @@ def _codes(x, QUANTIZED: tl.constexpr):
     """Rows [ROWS, D] as a state of 8 bits holds them, and scales; see quantization.quantize."""
     if QUANTIZED:
         x = x.to(tl.float32)
-        scale = tl.max(tl.abs(x), 1)
-        scale = tl.div_rn(scale, tl.full(scale.shape, _LARGEST, tl.float32))
-        scale = tl.maximum(scale, _LEAST_SCALE)
+        scale = tl.maximum(tl.max(tl.abs(x), 1) * _STEP, _LEAST_SCALE)
         codes = tl.floor(tl.div_rn(x, scale[:, None] + tl.zeros_like(x)) + 0.5)
         return codes.to(tl.int8), scale
     else:
