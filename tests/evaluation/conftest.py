@@ -23,6 +23,9 @@ LENGTH = 640  # tokens, which are characters for the tests' tokenizer
 @pytest.fixture(scope="session", autouse=True)
 def _task_files_are_read_once():
     """lm-eval reads those of a folder again for every task and length, for a tenth of a second."""
+    if importlib.util.find_spec("lm_eval") is None:  # kernels' tests on a bare machine
+        yield
+        return
     from lm_eval.tasks import manager
 
     read, known = manager.TaskIndex.build, {}
