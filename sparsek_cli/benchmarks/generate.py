@@ -23,6 +23,9 @@ from sparsek_cli.models.attention.registration import replaced_attention
 from sparsek_cli.models.attention.sparsek import check_cache
 from sparsek_cli.models.config import DENSE_ATTENTION
 
+# Relative difference between the logits of a step by two kernels, in bfloat16, that is rounding.
+SAME_LOGITS = 0.05
+
 
 def measure(
     model, lengths: Iterable[int], *, batch: int, tokens: int, repeats: int, seed: int,
@@ -149,7 +152,7 @@ def _dense_rate(model, prompt, word, cache, tokens: int) -> dict[str, Any]:
     step = Step(model, word, prompt.shape[1], cache)
     kept = cache if prompt.is_cuda else copy.deepcopy(cache)
     decode = _graphed(step) if prompt.is_cuda else step
-    expected = _first_word(model, word, prompt.shape[1], kept)
+    expected = _first_logits(model, word, prompt.shape[1], kept)
     rates: dict[str, Any] = {"tokens_per_s": _rate(decode, prompt, tokens)}
     # Frozen, the cache holds the same prompt still, and has the same place for the next token.
     other = Step(model, word, prompt.shape[1], kept)
@@ -157,8 +160,7 @@ def _dense_rate(model, prompt, word, cache, tokens: int) -> dict[str, Any]:
         with replaced_attention(DENSE_ATTENTION, lambda _: split_keys(prompt.is_cuda)):
             decode = _captured(other) if prompt.is_cuda else other
             decode()
-            if other.word.tolist() != expected:
-                raise SparsekError("another token than sdpa's", hint="please report this")
+            _check_logits(other.logits, expected)
             rates["split_tokens_per_s"] = _rate(decode, prompt, tokens)
     except Exception as error:  # whatever its compiler says: the rest of the table stands
         lines = str(error).splitlines() or [""]
@@ -166,12 +168,21 @@ def _dense_rate(model, prompt, word, cache, tokens: int) -> dict[str, Any]:
     return rates
 
 
-def _first_word(model, word: torch.Tensor, position: int, cache: Any) -> list[list[int]]:
-    """What follows `word`, from a copy of the cache unless that is frozen."""
+def _first_logits(model, word: torch.Tensor, position: int, cache: Any) -> torch.Tensor:
+    """What `word` leads to, [B, vocabulary], from a copy of the cache unless that is frozen."""
     frozen = all(type(layer).__name__ == "Frozen" for layer in cache.layers)
     step = Step(model, word, position, cache if frozen else copy.deepcopy(cache))
     step()
-    return step.word.tolist()
+    return step.logits.clone()
+
+
+def _check_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """That two kernels computed one step: of likely tokens that are as good as equal, as those of
+    random weights in bfloat16 are, either may come first."""
+    found, expected = found.double(), expected.double()
+    error = ((found - expected).norm() / expected.norm()).item()
+    if not error < SAME_LOGITS:
+        raise SparsekError(f"logits {error:.1%} from sdpa's", hint="please report this")
 
 
 def _rate(decode: Callable[[], None], prompt: torch.Tensor, tokens: int) -> float:
@@ -203,7 +214,8 @@ def split_keys(compiled: bool) -> Callable:
 
 
 class Step:
-    """One step of greedy decoding in place: `word` [B, 1] becomes the next one.
+    """One step of greedy decoding in place: `word` [B, 1] becomes the next one, the likeliest of
+    `logits` [B, vocabulary].
 
     Args:
         word: the tokens to read first. position: their place. cache: what precedes them.
@@ -218,7 +230,8 @@ class Step:
             self.word, position_ids=self.position, past_key_values=self.cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
-        self.word.copy_(out.logits[:, -1:].argmax(-1))
+        self.logits = out.logits[:, -1]
+        self.word.copy_(self.logits.argmax(-1, keepdim=True))
         self.position.add_(1)
 
 

@@ -1,4 +1,4 @@
-"""Milliseconds and bytes of calls, measured fairly: warmed up, interleaved, medians."""
+"""Milliseconds and bytes of calls, measured fairly: warmed up, settled, interleaved, medians."""
 
 from __future__ import annotations
 
@@ -10,18 +10,38 @@ import torch
 
 Calls = dict[str, Callable[[], object]]
 AHEAD = 8_000_000  # cycles that the device sleeps while a call's launches are queued
+# Seconds for which a call has the device to itself before it is timed. A dense rival of a quarter
+# of a second draws all the power there is, and whatever came right after it ran at its low clocks.
+SETTLE = 0.2
 
 
 def interleaved_ms(
-    calls: Calls, device: torch.device, repeats: int, ahead: int = AHEAD
+    calls: Calls,
+    device: torch.device,
+    repeats: int,
+    ahead: int = AHEAD,
+    settle: float | None = None,
 ) -> dict[str, float]:
     """Median milliseconds of each call; every round times each of them once.
 
     Args:
         ahead: cycles for which a CUDA device sleeps before each call. What its launches take
             beyond that counts.
+        settle: seconds for which a call is repeated before it is timed, so that it runs at the
+            clocks that it has by itself; None is `SETTLE` on a CUDA device, else 0.
     """
-    return _interleaved(calls, lambda call: _once(call, device, ahead), repeats, warm=2)
+    cuda = device.type == "cuda"
+    seconds = (SETTLE if cuda else 0.0) if settle is None else settle
+
+    def once(call: Callable[[], object]) -> float:
+        until = time.perf_counter() + seconds
+        while time.perf_counter() < until:
+            call()
+            if cuda:
+                torch.cuda.synchronize(device)
+        return _once(call, device, ahead)
+
+    return _interleaved(calls, once, repeats, warm=2)
 
 
 def waited_ms(calls: Calls, device: torch.device, repeats: int) -> dict[str, float]:

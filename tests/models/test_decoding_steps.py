@@ -99,6 +99,20 @@ def test_a_rival_that_fails_is_named_and_the_row_stands(sparse_model, monkeypatc
     assert len(generate_line(row).splitlines()) == 3
 
 
+def test_a_rival_that_attends_to_something_else_has_no_rate(sparse_model, monkeypatch):
+    def first_key_alone(compiled):
+        def forward(module, query, key, value, attention_mask, **kwargs):
+            out = value[:, :, :1].repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+            return out.transpose(1, 2).contiguous(), None
+
+        return forward
+
+    monkeypatch.setattr(generate, "split_keys", first_key_alone)
+    model = sparse_model("llama", topk=4, window=4, sinks=1)
+    (row,) = measure(model, [24], batch=2, tokens=2, repeats=1, seed=0, say=print)
+    assert "from sdpa's" in row["missing"]["split"] and "split_tokens_per_s" not in row
+
+
 def models_of(row):
     return {key.removesuffix("_first_s") for key in row if key.endswith("_first_s")}
 
