@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 LARGEST = 127  # of a code; -128 is not used
-# A scale is the largest number times this. Not divided by LARGEST: PyTorch multiplies by the inverse
-# of a number on CUDA devices and divides on others, and everybody should get the same scale.
+# A scale is the largest number times this. Not divided by LARGEST: PyTorch multiplies by a number's
+# inverse on CUDA devices and divides on others, and everybody should get the same scale.
 STEP = 1 / LARGEST
 LEAST_SCALE = 2.0**-126  # the smallest normal float32: a row of zeros divides by it
 
