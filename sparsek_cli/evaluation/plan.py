@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli import hub
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import check_names
-from sparsek_cli.evaluation.result_folder import RUNS, check_part, check_results
+from sparsek_cli.evaluation.result_files import RUNS
+from sparsek_cli.evaluation.result_folder import check_part, check_results
 from sparsek_cli.evaluation.settings import (
     Loading,
     Prompts,

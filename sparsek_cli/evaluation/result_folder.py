@@ -11,7 +11,6 @@ whole: until then the old ones stand.
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -21,16 +20,12 @@ from typing import Any
 from sparsek_cli.disk import HALF_WRITTEN, write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.json_values import to_json
-from sparsek_cli.evaluation.report.stored_shapes import is_report, is_sample, is_unit
+from sparsek_cli.evaluation.result_files import RUN, samples_file, unit_file
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.output.staging import take_name
-from sparsek_cli.plain_files import check_plain
 
-RUNS = Path("runs") / "evaluate"  # holds the results that no --out names
-RESULTS = "results.json"
-RUN = "run.json"
 _REPLACES = "replaces"  # in run.json of OUT.part: the name of OUT
 
 
@@ -218,8 +213,8 @@ class Store:
     ) -> None:
         """Stores one unit: samples first, so that a stored result always has them."""
         lines = "".join(json.dumps(s, ensure_ascii=False, default=str) + "\n" for s in samples)
-        write_atomically(_samples_file(self.folder, policy, unit), lines)
-        write_atomically(_unit_file(self.folder, policy, unit), to_json(result))
+        write_atomically(samples_file(self.folder, policy, unit), lines)
+        write_atomically(unit_file(self.folder, policy, unit), to_json(result))
 
 
 def _run_in(folder: Path) -> dict[str, Any]:
@@ -247,64 +242,3 @@ def _remove_half_written(folder: Path) -> None:
 
 def _has_units(folder: Path) -> bool:
     return any((folder / "units").glob("*/*.json"))
-
-
-def _name(policy: str) -> str:
-    """A policy's folder; not every file system takes a colon."""
-    return policy.replace(":", "-")
-
-
-def _unit_file(folder: Path, policy: str, unit: str) -> Path:
-    return folder / "units" / _name(policy) / f"{unit}.json"
-
-
-def _samples_file(folder: Path, policy: str, unit: str) -> Path:
-    return folder / "samples" / _name(policy) / f"{unit}.jsonl"
-
-
-def load_samples(folder: Path, policy: str, unit: str) -> list[dict[str, Any]]:
-    """The stored samples of one unit; [] when they are not there or not whole."""
-    try:
-        lines = _samples_file(folder, policy, unit).read_text(encoding="utf-8").splitlines()
-        found = [json.loads(line) for line in lines]
-    except (OSError, ValueError, RecursionError):
-        return []
-    return found if all(map(is_sample, found)) else []
-
-
-def load_unit(folder: Path, policy: str, unit: str) -> dict[str, Any] | None:
-    """The stored result of one unit, or None when it is not there or not whole."""
-    try:
-        found = json.loads(_unit_file(folder, policy, unit).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return found if is_unit(found) else None
-
-
-def folder_name(parts: Iterable[object]) -> str:
-    """Parts joined into one readable folder name."""
-    words = [re.sub(r"[^\w.+=-]+", "-", str(part)).strip("-") for part in parts if part]
-    return "_".join(words)[:120]
-
-
-def load_results(folder: str | Path) -> dict[str, Any]:
-    """results.json of a result folder.
-
-    Raises:
-        UsageError: there is none, or it holds something else.
-    """
-    file = Path(folder) / RESULTS
-    check_plain(file, hint="name a folder written by `sparsek evaluate`")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(
-            f"no {RESULTS} in '{folder}'", hint="name a folder written by `sparsek evaluate`"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is not valid JSON", hint="evaluate again") from error
-    if not is_report(found):
-        raise UsageError(
-            f"{file} holds no results of `sparsek evaluate`, or is damaged", hint="evaluate again"
-        )
-    return found

@@ -20,12 +20,8 @@ from sparsek_cli.evaluation.policies.registry import DENSE, plan_policies
 from sparsek_cli.evaluation.processes import Ranks
 from sparsek_cli.evaluation.report import table
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
-from sparsek_cli.evaluation.result_folder import (
-    RESULTS,
-    Store,
-    load_unit,
-    working_folder,
-)
+from sparsek_cli.evaluation.result_files import RESULTS, load_unit
+from sparsek_cli.evaluation.result_folder import Store, working_folder
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.output import leftovers

@@ -5,10 +5,12 @@ checkpoints like any other.
 """
 
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
+from sparsek_cli.models.attention.modules import sparsek_attentions
 from sparsek_cli.models.attention.registration import register_attention
 from sparsek_cli.models.cache.batches import DecodingBatch, fork, join
 from sparsek_cli.models.cache.bytes import dense_cache_bytes, sparsek_cache_bytes
-from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.layers import SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.cache.state_file import load_state, save_state
 from sparsek_cli.models.config import (
     ATTENTION,
@@ -21,7 +23,6 @@ from sparsek_cli.models.config import (
     layer_budget,
     sparse_layers,
 )
-from sparsek_cli.models.modeling import sparsek_attentions
 from sparsek_cli.models.proof import counted_calls, proven
 from sparsek_cli.models.registration.classes import (
     FAMILIES,

@@ -1,4 +1,4 @@
-"""What `sparsek_<type>` models add to their family's classes: scorers, cache, packing, generation.
+"""What `sparsek_<type>` models add to their family's classes: scorers, cache, packed documents.
 
 No modelling code is copied: a family's model is built by its own class, and then its attention
 modules (and, inside a causal LM, its base model) change class in place.
@@ -12,71 +12,22 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.generation import GenerationMode
 
-from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.families.by_layer import shared_layers
-from sparsek_cli.families.layers import has_states, storing_layers
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.attention.sharing import last_token, reads_slots
-from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, check_cache
+from sparsek_cli.models.attention.sparsek import check_cache
 from sparsek_cli.models.cache.slots import SparseKCache
-from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION, sparse_layers
-from sparsek_cli.models.generation.decoding import can_write, write
-from sparsek_cli.models.generation.prefill import READ_CHUNK, reads_in_chunks
-from sparsek_cli.models.heads import check_heads
+from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
     RandomScorer,
     SparseKMlpScorer,
     SparseKScorer,
-    new_scorer,
 )
 
 # What is asked of all tokens, whatever logits are wanted.
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
-# Modes that only ever append tokens or reorder rows.
-_GENERATION_MODES = (
-    GenerationMode.GREEDY_SEARCH,
-    GenerationMode.SAMPLE,
-    GenerationMode.BEAM_SEARCH,
-    GenerationMode.BEAM_SAMPLE,
-)
-
-
-def add_scorers(base: nn.Module, dense: type, sparse: type, reading: type | None) -> None:
-    """Turn `dense` attention modules below `base` into `sparse` ones with a scorer.
-
-    Those without keys of their own become `reading` ones. Layers that slide stay as they are.
-
-    Raises:
-        UsageError: no layer attends to everything, or keys are other than the config says.
-    """
-    layers = sparse_layers(base.config)
-    if not layers:
-        raise UsageError(
-            "no layer of the model attends to everything: there is nothing to convert",
-            hint="its cache is bounded already",
-        )
-    types = getattr(base.config, "layer_types", None) or ()
-    readers = storing_layers(types, shared_layers(base.config))
-    for module in base.modules():
-        if type(module) is dense and module.layer_idx in layers:
-            check_heads(module, base.config)
-            module.__class__ = sparse
-            module.scorer = new_scorer(base.config, module.layer_idx)
-            module.is_read = module.layer_idx in readers.values()
-        elif type(module) is dense and module.layer_idx in readers:
-            module.__class__ = reading
-
-
-def sparsek_attentions(model: nn.Module) -> list[nn.Module]:
-    """The SparseK attention modules of a model (wrapped or not), in order of their layer."""
-    found = [module for module in model.modules() if isinstance(module, SparseKAttentionMixin)]
-    if not found:
-        raise SparsekError(
-            f"{type(model).__name__} has no SparseK attention", hint="convert the model first"
-        )
-    return sorted(found, key=lambda module: module.layer_idx)
 
 
 class SparseKPreTrainedMixin:
@@ -224,90 +175,6 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
                 starts = nn.functional.pad(restarts, (1, 0), value=True).flatten()
                 bounds = starts.nonzero().flatten().to(torch.int32)
                 kwargs["cu_seq_lens_q"] = nn.functional.pad(bounds, (0, 1), value=batch * length)
-
-
-class SparseKCausalLMMixin(SparseKPreTrainedMixin):
-    """For causal LMs: `generate` uses a `SparseKCache` and says no to what cannot work.
-
-    Attributes:
-        read_chunk: how many tokens, of all rows together, are read at once (see
-            generation/prefill.py); None for all.
-        fused_steps: whether decoding steps that are CUDA graphs take our own kernels for linear
-            maps and norms (see generation/fused).
-    """
-
-    read_chunk: int | None = READ_CHUNK
-    fused_steps: bool = True
-    reads_once = False
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if not getattr(cls.forward, "reads_in_chunks", False):
-            cls.forward = reads_in_chunks(cls.forward)
-
-    def _prepare_cache_for_generation(
-        self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
-    ):
-        implementation = self.config._attn_implementation
-        if implementation == ATTENTION:
-            self._check_generation(generation_config, generation_mode)
-            if model_kwargs.get("past_key_values") is None and generation_config.use_cache:
-                cache = model_kwargs["past_key_values"] = SparseKCache(self.config)
-                cache.given = False  # nobody has it but this call
-        check_cache(model_kwargs.get("past_key_values"), implementation)
-        return super()._prepare_cache_for_generation(
-            generation_config, model_kwargs, generation_mode, *args, **kwargs
-        )
-
-    def _sample(
-        self,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
-        synced_gpus: bool = False,
-        streamer: Any = None,
-        tokenizer: Any = None,
-        **model_kwargs: Any,
-    ):
-        """Greedy search and sampling, by our own loop where it does what transformers' would.
-
-        The tokenizer, which transformers hands on to the model, was for the stop strings.
-        """
-        rest = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if can_write(generation_config, model_kwargs, synced_gpus=synced_gpus):
-            return write(self, *rest, streamer, model_kwargs)
-        return super()._sample(*rest, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any):
-        """Refused: it keeps keys and values in pages of a cache that grows.
-
-        Raises:
-            SparsekError: always.
-        """
-        raise SparsekError(
-            "continuous batching needs a paged cache, and SparseK keeps a state of constant size",
-            hint="call generate with a padded batch; serve without --continuous-batching",
-        )
-
-    @staticmethod
-    def _check_generation(generation_config, generation_mode) -> None:
-        if generation_mode not in _GENERATION_MODES or getattr(
-            generation_config, "is_assistant", False
-        ):
-            name = getattr(generation_mode, "value", generation_mode).replace("_", " ")
-            raise SparsekError(
-                f"{name} takes tokens back, and pairs a SparseK cache evicted cannot come back",
-                hint="use greedy search, sampling or beams, without assistant_model and "
-                "prompt_lookup_num_tokens",
-            )
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
-            raise SparsekError(
-                f"cache_implementation is {kind!r}",
-                hint="a SparseK model brings its own constant-size cache: leave it out",
-            )
-        generation_config.cache_implementation = None
 
 
 def forward_names(model_class: type) -> tuple[str, ...]:

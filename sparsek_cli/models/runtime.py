@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from sparsek_cli.models.attention.modules import sparsek_attentions
 from sparsek_cli.models.config import DENSE_ATTENTION, check_settings, kv_heads, sparse_layers
-from sparsek_cli.models.modeling import sparsek_attentions
 from sparsek_cli.models.scorer import RandomScorer
 
 

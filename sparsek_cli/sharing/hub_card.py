@@ -11,7 +11,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE
 from sparsek_cli.evaluation.report.rows import rows
 from sparsek_cli.evaluation.report.table import markdown
-from sparsek_cli.evaluation.result_folder import load_results
+from sparsek_cli.evaluation.result_files import load_results
 from sparsek_cli.output.contents import CONVERT_RECIPE, FINETUNE_RECIPE
 from sparsek_cli.plain_files import utf8_text
 

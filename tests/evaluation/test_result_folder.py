@@ -12,14 +12,8 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.lm.proof import Proof
 from sparsek_cli.evaluation.plan import plan
 from sparsek_cli.evaluation.report.stored_shapes import is_report
-from sparsek_cli.evaluation.result_folder import (
-    Store,
-    check_part,
-    load_results,
-    load_samples,
-    load_unit,
-    working_folder,
-)
+from sparsek_cli.evaluation.result_files import load_results, load_samples, load_unit
+from sparsek_cli.evaluation.result_folder import Store, check_part, working_folder
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import RESULTS
 from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe

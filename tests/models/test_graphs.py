@@ -10,9 +10,9 @@ from transformers import GenerationMixin, LogitsProcessor
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.models.causal_lm import SparseKCausalLMMixin
 from sparsek_cli.models.generation import cuda_graphs as graphs
 from sparsek_cli.models.generation import kept_decoders, why_eager
-from sparsek_cli.models.modeling import SparseKCausalLMMixin
 
 OPTIONS = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
 

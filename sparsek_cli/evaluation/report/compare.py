@@ -7,7 +7,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.report.numbers_as_text import layout, number
 from sparsek_cli.evaluation.report.paired_stderr import paired_error
 from sparsek_cli.evaluation.report.rows import shown
-from sparsek_cli.evaluation.result_folder import load_results, load_samples
+from sparsek_cli.evaluation.result_files import load_results, load_samples
 
 # Where a run reads and writes says nothing about its scores; the model has a section of its own.
 _WHERE = ("model", "out", "overwrite")

@@ -13,7 +13,7 @@ from sparsek_cli.disk import write_atomically
 from sparsek_cli.evaluation.json_values import digest
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
-from sparsek_cli.evaluation.result_folder import RUNS, folder_name
+from sparsek_cli.evaluation.result_files import RUNS, folder_name
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint

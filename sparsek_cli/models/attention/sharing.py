@@ -16,7 +16,8 @@ import torch
 from sparsek_kernels import SparseKState, attend_to_state, sparsek_attention
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.layers import SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, GATES
 
 _KEY = "sparsek"  # in the dictionary, beside kinds of layers

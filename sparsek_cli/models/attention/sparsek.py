@@ -19,7 +19,8 @@ from sparsek_cli.models.attention.arguments import check_arguments
 from sparsek_cli.models.attention.packed_and_padded import attend_packed, attend_unpadded
 from sparsek_cli.models.attention.sharing import Stored, hand_on, layer_of_scores
 from sparsek_cli.models.block_attention import sliding_layer, sliding_mask
-from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.layers import SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, GATES, layer_budget
 from sparsek_cli.models.logits import Logits
 

@@ -10,7 +10,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.layers import SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.generation.cuda_graphs import Decoder
 from sparsek_cli.models.generation.likeliest import likeliest
 

@@ -10,7 +10,8 @@ from sparsek_kernels import dispatch
 from torch import nn
 
 from sparsek_cli import quantised
-from sparsek_cli.models.cache.slots import SparseKCache, SparseKCacheLayer
+from sparsek_cli.models.cache.layers import SparseKCacheLayer
+from sparsek_cli.models.cache.slots import SparseKCache
 
 _LOG = logging.getLogger("sparsek_cli")
 _logged: set[str] = set()

@@ -24,15 +24,12 @@ from sparsek_cli.families.by_layer import sizes_by_layer
 from sparsek_cli.families.causal import check_causal
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.positions import check_rotary
+from sparsek_cli.models.attention.modules import add_scorers
 from sparsek_cli.models.attention.sharing import ReadingAttentionMixin
 from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, hand_on_bounds
+from sparsek_cli.models.causal_lm import SparseKCausalLMMixin
 from sparsek_cli.models.config import SparseKConfigMixin, head_dim
-from sparsek_cli.models.modeling import (
-    SparseKCausalLMMixin,
-    SparseKModelMixin,
-    add_scorers,
-    forward_names,
-)
+from sparsek_cli.models.modeling import SparseKModelMixin, forward_names
 
 # Where models/__init__.py finds them by name: pickle and transformers look classes up there.
 _MODULE = {"__module__": "sparsek_cli.models"}
