@@ -1,35 +1,24 @@
-"""A conversation as an append-only stream of text: documents, turns, replies.
-
-Only new tokens are ever fed. A loaded document and the next question stand in one user turn, so
-that the document can be read (in chunks, in the constant memory of the cache) before anyone knows
-the question.
-"""
+"""A conversation as an append-only stream of text: documents, turns, replies, and ways back."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.data.pieces import Encoder, Reply, pieces_of, safe_cut, stripped
+from sparsek_cli.data.pieces import Encoder, Reply, pieces_of, stripped
 from sparsek_cli.dialogue.engine import Engine, Snapshot
+from sparsek_cli.dialogue.feeding import Feed
 from sparsek_cli.dialogue.figures import Clock, Stats
 from sparsek_cli.dialogue.given_text import check_text, checked_parts
-from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.dialogue.sampling import Sampling
-from sparsek_cli.dialogue.template import TurnPieces, check_system, render, stop_tokens, turn_pieces
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.dialogue.template import check_system
+from sparsek_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-HELD_BACK = 512  # characters at the end of a document that are tokenized with what follows
 MOMENTS = 8  # questions that /undo can take back; each keeps a copy of the cache
-# What a conversation is beside the engine's cache.
-_STANDING = (
-    "system", "messages", "_before", "_pending", "_opened", "_documents", "_full", "_fed_ids",
-)  # fmt: skip
 
 
 @dataclass
@@ -37,7 +26,7 @@ class Moment:
     """Where a conversation stood, to go back to.
 
     Attributes:
-        engine: what `Engine.snapshot` gave. standing: the session's own fields, copied.
+        engine: what `Engine.snapshot` gave. standing: what `Session` says of itself, copied.
         question: what was asked next; None for a fork.
     """
 
@@ -52,7 +41,8 @@ class Session:
 
     Attributes:
         messages: what was said, {"role", "content"}; a document is named, not repeated.
-        plain: True when the tokenizer has no chat template: text is simply continued.
+        feed: how text gets into the engine's cache.
+        reply_start: tokens before the last reply; None where there is none.
     """
 
     engine: Engine
@@ -62,7 +52,6 @@ class Session:
     messages: list[dict[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.plain = not getattr(self.tokenizer, "chat_template", None)
         self._encode = Encoder(self.tokenizer)
         self._clock = Clock()
         self._moments: list[Moment] = []
@@ -71,6 +60,16 @@ class Session:
         self._forget()
         if self.system:
             self.set_system(self.system)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the tokenizer has no chat template: text is simply continued."""
+        return self.feed.plain
+
+    @property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end a reply."""
+        return self.feed.stop_tokens
 
     # What a user can do ---------------------------------------------------------------------
 
@@ -125,26 +124,7 @@ class Session:
         first = next(parts, None)
         if first is None:
             raise UsageError(f"the document {name} is empty", hint="name another file")
-        if self._whole_renders:
-            self._documents.append((name, "".join(part for part, _ in chain([first], parts))))
-            return True
-        self._open_turn()
-        if self._documents:
-            self._pending += "\n\n"
-        self._documents.append((name, ""))  # read now, so not needed again
-        with interruptible() as stop:
-            for block, last in chain([first], parts):
-                self._pending += block
-                cut = safe_cut(self._pending, HELD_BACK if last else 0)
-                ready, self._pending = self._pending[:cut], self._pending[cut:]
-                self._feed_text(ready)
-                self._before = ""
-                if on_progress is not None:
-                    on_progress(len(block))
-                if stop.is_set():
-                    self._pending = ""
-                    return False
-        return True
+        return self.feed.read(name, first, parts, on_progress)
 
     def ask(self, question: str) -> Iterator[str]:
         """Feeds the question and yields the reply as it comes, piece by piece.
@@ -155,18 +135,17 @@ class Session:
             UsageError: there is nothing to answer, or it is not valid Unicode.
         """
         check_text(question, "the question")
-        if not question.strip() and not self._documents:
+        if not question.strip() and not self.feed.documents:
             raise UsageError("nothing to answer", hint="write a question")
         self._moments = [*self._moments[1 - MOMENTS :], self.moment(question)]
         self._clock = Clock()
-        named = [f"[{name}]" for name, _ in self._documents]
+        named = [f"[{name}]" for name, _ in self.feed.documents]
         said = "\n\n".join([*named, question] if question.strip() else named)
-        read = self._feed_whole(question) if self._whole_renders else self._feed_turn(question)
-        self._documents.clear()
+        read = self.feed.ask(question)
         self.messages.append({"role": "user", "content": said})
         if not read:
             return
-        self._opened = False
+        self.feed.answering()
         reply = Reply(self.tokenizer)
         self.reply_start = len(self.engine.heard)
         try:
@@ -174,9 +153,7 @@ class Session:
             yield from reply.pieces(self._clock.timed(tokens))
         finally:
             self.messages.append({"role": "assistant", "content": reply.text})
-            if self._whole_renders:
-                self._full.append({"role": "assistant", "content": reply.text})
-                self._fed_ids += reply.ids
+            self.feed.answered(reply.text, reply.ids)
 
     def stats(self) -> Stats:
         """Where the conversation stands now."""
@@ -193,23 +170,26 @@ class Session:
 
     def moment(self, question: str | None = None) -> Moment:
         """Where the conversation stands now; it shares nothing with what comes after."""
-        standing = {name: copy.deepcopy(getattr(self, name)) for name in _STANDING}
-        return Moment(self.engine.snapshot(), standing, question)
+        return Moment(self.engine.snapshot(), copy.deepcopy(self._standing()), question)
 
     def go_back(self, moment: Moment) -> None:
         """Continues from a moment, which stays usable."""
         self.engine.restore(moment.engine)
         self._stand(copy.deepcopy(moment.standing))
 
+    def _standing(self) -> dict[str, Any]:
+        """What a conversation is beside the engine's cache, by the names that saved ones have."""
+        fed = {f"_{name}": getattr(self.feed, name) for name in Feed.STANDING}
+        return {"system": self.system, "messages": self.messages, **fed}
+
     def _stand(self, standing: dict[str, Any]) -> None:
-        self.system = standing["system"]
+        self.system, self.messages = standing["system"], standing["messages"]
         self._forget()
-        for name, value in standing.items():
-            setattr(self, name, value)
-        if self._opened:  # the pieces around a turn that was begun
-            self._opened = False
-            self._open_turn()
-            self._before = standing["_before"]
+        self.feed.stand({name: standing[f"_{name}"] for name in Feed.STANDING})
+
+    def _forget(self) -> None:
+        self.feed = Feed(self.engine, self._encode, self.tokenizer, self.system)
+        self.reply_start: int | None = None
 
     def undo(self) -> str:
         """Takes the last question and its answer back; returns the question.
@@ -237,7 +217,7 @@ class Session:
 
     def save_state(self, path: Path) -> None:
         """Writes the conversation with all that was read; errors as `Engine.save`."""
-        self.engine.save(path, {name: getattr(self, name) for name in _STANDING})
+        self.engine.save(path, self._standing())
         self.states.add(path)
 
     def load_state(self, path: Path) -> None:
@@ -273,66 +253,3 @@ class Session:
             raise UsageError(f"no fork is called '{name}'", hint=hint)
         self._moments.clear()
         self.go_back(self.forks[name])
-
-    # How it gets into the cache -------------------------------------------------------------
-
-    def _forget(self) -> None:
-        self._before = ""  # the open turn's opening, not fed yet
-        self._pending = ""  # the user's text in the open turn, not fed yet
-        self._opened = False  # whether the user turn's opening is fed or pending
-        self._documents: list[tuple[str, str]] = []  # of the open turn: name, and text if unread
-        self._full: list[dict[str, str]] = []  # the conversation with its documents, for renders
-        self._fed_ids: list[int] = []  # kept only for templates that cannot be cut
-        self._pieces: TurnPieces | None = None
-        self.reply_start: int | None = None  # tokens before the last reply
-        following = None if self.plain else turn_pieces(self.tokenizer, self.system, first=False)
-        self._whole_renders = not self.plain and (
-            following is None or turn_pieces(self.tokenizer, self.system, first=True) is None
-        )
-        # What closes a reply in this template (<|im_end|>, <|eot_id|>) ends one, too.
-        closing = self._encode(following.before, first=False)[:1] if following else []
-        self.stop_tokens = stop_tokens(self.engine.model, self.tokenizer, closing)
-
-    def _open_turn(self) -> None:
-        if self._opened:
-            return
-        self._opened = True
-        first = not self.engine.fed
-        if self.plain:
-            self._pieces = TurnPieces("" if first else "\n", "")
-        else:
-            self._pieces = turn_pieces(self.tokenizer, self.system, first=first)
-        self._before = self._pieces.before
-
-    def _feed_turn(self, question: str) -> bool:
-        self._open_turn()
-        gap = "\n\n" if self._documents and question.strip() else ""
-        read = self._feed_text(self._pending + gap + question, self._pieces.after)
-        self._before = self._pending = ""
-        return read
-
-    def _feed_text(self, text: str, after: str = "") -> bool:
-        first = not self.engine.fed
-        ids = self._encode(self._before, text, after, first=first, plain=self.plain)
-        return not ids or self.engine.feed(ids)
-
-    def _feed_whole(self, question: str) -> bool:
-        """For templates that cannot be cut: render all, feed what is new, else start over."""
-        content = "\n\n".join([*(text for _, text in self._documents), question])
-        self._full.append({"role": "user", "content": content})
-        start = [{"role": "system", "content": self.system}] if self.system else []
-        try:
-            ids = self._encode(render(self.tokenizer, [*start, *self._full]), first=True)
-        except Exception as error:
-            self._full.pop()
-            raise SparsekError(
-                f"the chat template failed: {(str(error).splitlines() or [''])[0]}",
-                hint="start again with /clear; a template that always fails is to be mended: "
-                "chat_template.jinja (or chat_template in tokenizer_config.json)",
-            ) from error
-        kept = len(self._fed_ids)
-        if ids[:kept] != self._fed_ids or kept != self.engine.tokens or kept >= len(ids):
-            self.engine.reset()
-            kept = 0
-        self._fed_ids = ids
-        return self.engine.feed(ids[kept:])

@@ -137,8 +137,8 @@ def test_a_long_file_is_read_in_parts_like_its_text(engine, tokenizer, tmp_path)
         lambda session: load_file(session, str(file), progress=no_progress),
     ):
         session = Session(engine(chunk=512), tokenizer, Sampling(max_new_tokens=1))
-        feed = session._feed_text
-        session._feed_text = lambda text, *rest, feed=feed: (
+        feed = session.feed.feed_text
+        session.feed.feed_text = lambda text, *rest, feed=feed: (
             longest.append(len(text)) or feed(text, *rest)
         )
         assert load(session)

@@ -163,13 +163,13 @@ def test_template_that_cannot_be_cut_falls_back_to_whole_renders(engine, tokeniz
         "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     )
     session = Session(engine(), tokenizer, Sampling(max_new_tokens=4))
-    assert session._whole_renders
+    assert session.feed.whole
     session.load("Some text?")
     talk(session, "One?")
     forwards = session.engine.forwards
     talk(session, "Two?")
     text = tokenizer.decode(session.engine.seen)
-    expected = render(tokenizer, session._full[:-1])
+    expected = render(tokenizer, session.feed.full[:-1])
     assert text.startswith(expected)
     assert (session.engine.forwards > forwards) == appends  # a rebuild starts counting anew
 
