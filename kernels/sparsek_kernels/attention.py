@@ -32,6 +32,7 @@ def sparsek_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     backend: str | None = None,
+    out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, SparseKState | StateRows]:
     """Causal attention to sinks, a window and the k best-scored earlier keys (arXiv 2406.16747).
 
@@ -68,6 +69,8 @@ def sparsek_attention(
         sink_logits: [H], any floating dtype: one further logit per query head in the softmax,
             which has no value, as in gpt-oss: attention to nothing. None: there is none.
         backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
+        out: [B, H, N, D] in q's dtype, its last dimension dense: where the answer is written, which
+            is then what is returned. None: memory of its own. Not with a gradient.
 
     Returns:
         [B, H, N, D] in q's dtype; with a state, (that, the new state).
@@ -81,6 +84,8 @@ def sparsek_attention(
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in wanted)
     if isinstance(state, StateRows):
         _check_rows(state, q, gate, cu_seqlens, gradient)
+    if out is not None:
+        _check_out(out, q, gradient)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     run = dispatch.backend(
         backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state,
@@ -88,12 +93,16 @@ def sparsek_attention(
         gradient=gradient,
     )  # fmt: skip
     more = {"fresh": True} if fresh and isinstance(state, SparseKState) else {}
-    out, new = run(
+    if out is not None and state is not None:
+        more["out"] = out
+    found, new = run(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
         softcap=softcap, sink_logits=sink_logits, **more,
     )  # fmt: skip
-    return out if state is None else (out, new)
+    if out is not None and found is not out:
+        found = out.copy_(found)
+    return found if state is None else (found, new)
 
 
 def attend_to_state(
@@ -185,6 +194,18 @@ def _check_logits(q: Tensor, softcap: float | None, sink_logits: Tensor | None) 
         raise TypeError("sink_logits must be a floating-point tensor")
     if sink_logits.shape != (q.shape[1],):
         raise ValueError(f"sink_logits must be [{q.shape[1]}], got {tuple(sink_logits.shape)}")
+
+
+def _check_out(out: Tensor, q: Tensor, gradient: bool) -> None:
+    if out.shape != q.shape or out.dtype != q.dtype or out.device != q.device:
+        raise ValueError(
+            f"out must be as q, {tuple(q.shape)} of {q.dtype} on {q.device}, "
+            f"got {tuple(out.shape)} of {out.dtype} on {out.device}"
+        )
+    if out.stride(-1) != 1:
+        raise ValueError("out's last dimension must be dense")
+    if gradient:
+        raise ValueError("out has no gradient: call under torch.no_grad()")
 
 
 def _check_rows(

@@ -265,7 +265,8 @@ class StateRows:
 
     Attributes:
         pool: the states, one row for each that fits.
-        rows: [B] int64, the rows of this call, each once (rows that nobody reads may repeat).
+        rows: [B] int64 or int32, the rows of this call, each once (rows that nobody reads may
+            repeat).
         fresh: [B] bool, rows that have seen nothing, whatever stands in them; None: there is none.
     """
 
@@ -317,4 +318,4 @@ class StateRows:
     def put(self, state: SparseKState) -> None:
         """Takes over a state of as many rows, in place."""
         for name, tensor in self.pool.slots.items():
-            tensor.index_copy_(0, self.rows, getattr(state, name))
+            tensor.index_copy_(0, self.rows.long(), getattr(state, name))

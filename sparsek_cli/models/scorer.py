@@ -11,12 +11,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sparsek_kernels import dispatch
 from torch import nn
 from torch.nn import functional as F
 
 from sparsek_cli.models.config import kv_heads
 
 DEFAULT_SLOPE = 1e-3
+MANY_ROWS = 1024  # of bf16, which fill tensor cores
 
 
 class SparseKScorer(nn.Module):
@@ -59,7 +61,13 @@ class SparseKScorer(nn.Module):
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, G] of x [B, N, hidden_size]."""
-        return _product(x, self.weight.float()) + self.bias.float()
+        weight, bias = self.weight.float(), self.bias.float()
+        if _few_on_cuda(x):
+            from sparsek_kernels.triton.linears import row_scores
+
+            scores = row_scores(x.reshape(-1, x.shape[-1]), weight.contiguous(), bias)
+            return scores.view(-1, *x.shape[:-1]).permute(1, 2, 0)
+        return _product(x, weight) + bias
 
     def _apply(self, fn, recurse: bool = True):
         # `model.to(torch.bfloat16)` moves devices here, but leaves float32 as it is.
@@ -108,10 +116,19 @@ def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return F.linear(x.float(), weight)
 
 
+def _few_on_cuda(hidden_states: torch.Tensor) -> bool:
+    """Whether one launch makes the scores: few rows on CUDA, as of a decoding step, no gradient."""
+    if not hidden_states.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return 0 < hidden_states.shape[:-1].numel() < MANY_ROWS and (
+        dispatch.explain(hidden_states.device, hidden_states.dtype)[0] == "triton"
+    )
+
+
 def _splits(hidden_states: torch.Tensor) -> bool:
     """Whether tensor cores can make the float32 product: bf16 on CUDA, and rows to fill them."""
     rows = hidden_states.shape[:-1].numel()
-    return hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16 and rows >= 1024
+    return hidden_states.is_cuda and hidden_states.dtype == torch.bfloat16 and rows >= MANY_ROWS
 
 
 def _bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sparsek_kernels import GATES, sparsek_attention
+from sparsek_kernels import GATES, SparseKState, sparsek_attention
 from sparsek_kernels.naive.attention import naive_attention
 
 # n, k, window, sinks, heads, groups, kind of scores
@@ -214,3 +214,29 @@ def test_refused_shapes(make_inputs):
             sparsek_attention(*wrong, topk=3, window=2)
     with pytest.raises(TypeError):
         sparsek_attention(q.float(), k, v, scores, topk=3, window=2)
+
+
+@torch.no_grad()
+def test_an_answer_goes_where_it_is_wanted(make_inputs):
+    """With a state and without, into memory of another order; what cannot hold it is refused."""
+    inputs = make_inputs(30, grad=False, dtype=torch.float32)
+    batch, heads, _, dim = inputs[0].shape
+    settings = dict(topk=3, window=4, sinks=1)
+    room = torch.full((batch, 30, heads, dim), torch.nan)
+    out = room.transpose(1, 2)
+    assert sparsek_attention(*inputs, out=out, **settings) is out
+    assert torch.equal(out, sparsek_attention(*inputs, **settings))
+    states = [
+        SparseKState.empty(batch, inputs[1].shape[1], dim, dtype=torch.float32, **settings)
+        for _ in range(2)
+    ]
+    room.fill_(torch.nan)
+    found, _ = sparsek_attention(*inputs, state=states[0], out=out, **settings)
+    assert found is out and torch.equal(
+        found, sparsek_attention(*inputs, state=states[1], **settings)[0]
+    )
+    for wrong in (out[:, :, :5], out.double(), torch.empty_like(out.mT.contiguous()).mT):
+        with pytest.raises(ValueError, match="out"):
+            sparsek_attention(*inputs, out=wrong, **settings)
+    with torch.enable_grad(), pytest.raises(ValueError, match="no_grad"):
+        sparsek_attention(inputs[0].requires_grad_(), *inputs[1:], out=out, **settings)

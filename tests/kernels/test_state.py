@@ -250,7 +250,7 @@ def test_rows_of_a_pool_are_filled_in_place(topk, kept, make_inputs):
     more = dict(**settings, slopes=slopes)
     pool = strided_pool(6, 2, 4, dtype=kept, **settings)
     untouched = pool.keys[[0, 2, 5]].clone()
-    rows = torch.tensor([4, 1, 3])
+    rows = torch.tensor([4, 1, 3], dtype=torch.int32)
     bounds = torch.tensor([0, 13, 14, 35], dtype=torch.int32)
     packed = make_inputs(35, heads=4, groups=2, grad=False, kind="ties", dtype=torch.float32)
     alone = SparseKState.empty(3, 2, 4, dtype=kept, **settings)

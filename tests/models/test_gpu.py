@@ -68,6 +68,28 @@ def test_trains_packed_documents(family, sparse_model, ids):
     assert all(weight.grad.isfinite().all() for weight in model.parameters())
 
 
+@torch.no_grad()
+def test_scores_of_few_rows_are_one_launch_and_exact():
+    """A row alone scores what it scores among others, and what tensor cores make of a prompt's."""
+    from sparsek_cli.models.scorer import MANY_ROWS, SparseKScorer
+
+    new = torch.Generator("cuda").manual_seed(0)
+    scorer = SparseKScorer(2048, 8).cuda()
+    for parameter in scorer.parameters():
+        parameter.normal_(generator=new)
+    x = torch.randn(1, MANY_ROWS, 2048, generator=new, device="cuda").bfloat16()
+    exact = torch.nn.functional.linear(x.double(), scorer.weight.double(), scorer.bias.double())
+    few = scorer(x[:, :64])[0]  # compiled before it is counted
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+        few = scorer(x[:, :64])[0]
+        torch.cuda.synchronize()
+    kernels = [event for event in seen.events() if event.device_type.name == "CUDA"]
+    assert few.shape == (1, 8, 64) and len(kernels) == 1
+    for scores in (scorer(x)[0][..., :64], few):
+        assert (scores.mT - exact[:, :64]).norm() / exact[:, :64].norm() < 1e-6
+    assert torch.equal(scorer(x[:, 7:8])[0][..., 0], few[..., 7])
+
+
 def test_split_product_is_a_float32_product():
     """Scores of bf16 hidden states come from the tensor cores, exact to float32."""
     from sparsek_cli.models.scorer import SplitProduct

@@ -30,10 +30,11 @@ def run(
     softcap: float | None,
     sink_logits: Tensor | None,
     fresh: bool = False,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
     """A backend's entry: sparsek_attention with checked arguments; returns (out, new state).
 
-    `fresh` changes nothing: empty slots are looked at, and not found.
+    `fresh` changes nothing: empty slots are looked at, and not found. Nothing is written to `out`.
     """
     if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
         return state.through(

@@ -157,14 +157,17 @@ def attend_forward(
     gate_scores: torch.Tensor | None = None,
     tau: torch.Tensor | None = None,
     softcap: float | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, H, N, D] and lse float32 [B, H, N] in base 2.
 
     Args:
         q [B, H, N, D], k and v [B, G, M, D], last dimension dense.
         gate_scores, tau: float64 [B, G, M] (+inf for sinks) and [B, G, N]; only for log and kv.
+        out: where to write, its last dimension dense; None: memory of its own.
     """
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid, per_tile, per_group = query_grid(geometry, lists, config)
     dim = q.shape[3]

@@ -91,17 +91,18 @@ def forward(
     always: torch.Tensor | None = None,
     never: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """out, lse, end and (gates log and kv) tau.
 
     Args:
         q [B, H, N, D], k and v [B, G, M, D], scores float64 [B, G, M].
         always, never: bool, broadcastable to scores, see `selection_ends`.
-        sink_logits: [H] or None.
+        sink_logits: [H] or None. out: where to write, or None.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     found = select(q, k, scores, settings, shape, always=always, never=never)
-    out, lse = attend(q, k, v, found, settings, shape)
+    out, lse = attend(q, k, v, found, settings, shape, out)
     if sink_logits is not None:
         out, lse = add_sinks(out, lse, sink_logits)
     return out, lse, found.end, found.tau
@@ -138,9 +139,10 @@ def attend(
     found: Selection,
     settings: Settings,
     shape: Geometry,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The second part of `forward`: out and lse, without the sinks' logits; q, k and v by rows."""
-    common = dict(window=settings.window, scale=settings.scale)
+    common = dict(window=settings.window, scale=settings.scale, out=out)
     hopper = hopper_kernels(q, settings)
     if hopper:
         return hopper.attend_forward(q, k, v, found.end, found.lists, shape, **common)

@@ -43,8 +43,12 @@ def run(
     softcap: float | None,
     sink_logits: torch.Tensor | None,
     fresh: bool = False,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SparseKState | StateRows | None]:
-    """(out, new state); arguments as in sparsek_attention, already checked."""
+    """(out, new state); arguments as in sparsek_attention, already checked.
+
+    `out` is written to where the kernels can; else another tensor comes back.
+    """
     n = q.shape[2]
     if n == 0:
         return torch.zeros_like(q), state
@@ -58,12 +62,12 @@ def run(
     pooled = isinstance(state, StateRows)
     if cu_seqlens is None and n == 1:
         logits = dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
-        return step(q, k, v, scores, slopes, state, **logits), state
+        return step(q, k, v, scores, slopes, state, out=out, **logits), state
 
     def read(own: SparseKState | StateRows):
         return _read(
             q, k, v, scores, cu_seqlens, own, layout=layout, slopes=slopes, scale=scale,
-            softcap=softcap, sink_logits=sink_logits, fresh=fresh,
+            softcap=softcap, sink_logits=sink_logits, fresh=fresh, out=out,
         )  # fmt: skip
 
     # Rows of a pool are read in place as documents, as batch items by way of a copy.
@@ -84,7 +88,7 @@ def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor
 @torch.no_grad()
 def _read(
     q, k, v, scores, cu_seqlens, state,
-    *, layout: SlotLayout, slopes, scale, softcap, sink_logits, fresh: bool,
+    *, layout: SlotLayout, slopes, scale, softcap, sink_logits, fresh: bool, out=None,
 ):  # fmt: skip
     """Several tokens of each row of a state: batch items, or documents packed in one row."""
     pool = state.pool if isinstance(state, StateRows) else state
@@ -103,6 +107,6 @@ def _read(
     )
     out, _, end, _ = pipeline.forward(
         q, keys.keys, keys.values, keys.effective, settings, shape,
-        sink_logits=sink_logits, **outside,
+        sink_logits=sink_logits, out=out, **outside,
     )  # fmt: skip
     return out, next_state(keys, layout, end, shape, state)

@@ -125,7 +125,7 @@ def _copy_slots(
     slot = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = slot < slots
     index = tl.load(take + row * slots + slot, mask=inside, other=-1)
-    to_row = tl.load(pool_rows + row) if POOLED else row
+    to_row = tl.load(pool_rows + row).to(tl.int64) if POOLED else row
     head = tl.load(owner + slot, mask=inside, other=0).to(tl.int64)
     there = index >= 0
     index += its.first_key
@@ -193,7 +193,7 @@ def next_state(
     pooled, quantized = isinstance(state, StateRows), state.quantized
     if pooled:
         new = state.pool
-        new.seen.index_copy_(0, state.rows, seen)
+        new.seen.index_copy_(0, state.rows.long(), seen)
     else:
         made = {
             name: torch.empty(held.shape, dtype=held.dtype, device=device)
@@ -210,7 +210,7 @@ def next_state(
     held = (new.keys, new.values, *new_scales, new.positions, new.scores)
     _copy_slots[(batch, triton.cdiv(slots, ROWS))](
         take, owner, shape.sequences, k, v, *scales, effective, places,
-        state.rows if pooled else take, *held, *(tensor.stride(0) for tensor in held),
+        state.rows.contiguous() if pooled else take, *held, *(tensor.stride(0) for tensor in held),
         heads, listed, slots, size, *k.stride()[:3], *v.stride()[:3], *places.stride()[:2],
         ROWS=ROWS, SIZE=triton.next_power_of_2(size), QUANTIZED=quantized, POOLED=pooled,
         num_warps=4,

@@ -89,7 +89,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
     ):
         super().__init__()
         self.name, self.scale, self.dtype = name, scale, dtype
-        self.heads, self.query_heads, self.head_dim = heads, query_heads, head_dim
+        self.heads, self.query_heads, self.head_dim = len(heads), query_heads, head_dim
         topk = budget.topk
         every = (topk,) * all_heads if isinstance(topk, int) else topk
         self.layout = SlotLayout(tuple(every[head] for head in heads), budget.window, budget.sinks)
@@ -98,7 +98,9 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         self._scorer = [scorer]
         self.kv_cache = (torch.tensor([]),)
         self._pool: tuple[torch.Tensor, SparseKState] | None = None
-        self.register_buffer("head_index", torch.tensor(heads), persistent=False)
+        # None where they are all, in the scorer's order.
+        own = None if heads == list(range(all_heads)) else torch.tensor(heads)
+        self.register_buffer("own_heads", own, persistent=False)
 
     @property
     def mamba_type(self) -> engine.MambaAttentionBackendEnum:
@@ -149,8 +151,8 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         """
         scores, slopes = self._scorer[0](hidden_states[None])
         scores = scores[0]  # [G, N]
-        if len(self.heads) < scores.shape[0] or self.heads != sorted(self.heads):
-            scores, slopes = (x.index_select(0, self.head_index) for x in (scores, slopes))
+        if self.own_heads is not None:
+            scores, slopes = (x.index_select(0, self.own_heads) for x in (scores, slopes))
         settings = {
             "topk": self.layout.topk,
             "window": self.layout.window,
@@ -159,35 +161,34 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             "scale": self.scale,
         }
         q = query.unflatten(-1, (self.query_heads, self.head_dim))
-        k, v = (x.unflatten(-1, (len(self.heads), self.head_dim)) for x in (key, value))
+        k, v = (x.unflatten(-1, (self.heads, self.head_dim)) for x in (key, value))
         out = output.view(-1, self.query_heads, self.head_dim)
         decodes = reads = 0
         if metadata.num_decodes:
-            rows = metadata.state_indices_tensor_d[:, 0].to(torch.int64)
+            rows = metadata.state_indices_tensor_d[:, 0]
             decodes = rows.shape[0]
-            part, _ = sparsek_attention(
+            sparsek_attention(
                 *(x[:decodes, :, None] for x in (q, k, v)),
                 scores[:, :decodes].T[:, :, None],
                 state=StateRows(self.pool, rows),
+                out=out[:decodes, :, None],
                 **settings,
             )
-            out[:decodes] = part[:, :, 0]
         if metadata.num_prefills:
             reads = metadata.num_prefill_tokens
             tokens = slice(decodes, decodes + reads)
-            rows = metadata.state_indices_tensor_p.to(torch.int64)
-            part, _ = sparsek_attention(
+            rows = metadata.state_indices_tensor_p
+            sparsek_attention(
                 *(x[tokens].transpose(0, 1)[None] for x in (q, k, v)),
                 scores[None, :, tokens],
                 cu_seqlens=metadata.query_start_loc_p,
                 state=StateRows(self.pool, rows, fresh=~metadata.has_initial_states_p),
+                out=out[tokens].transpose(0, 1)[None],
                 **settings,
             )
-            out[tokens] = part[0].transpose(0, 1)
         out[decodes + reads :] = 0
 
 
-@torch.library.custom_op(OPERATOR, mutates_args=("output",))
 def _serve(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -206,9 +207,11 @@ def _serve(
     layer.attend(query, key, value, hidden_states, output, metadata[name])
 
 
-@_serve.register_fake
-def _(query, key, value, hidden_states, output, name) -> None:
-    return None
+# Not `custom_op`, whose checks take the CPU longer than a launch.
+_LIBRARY = torch.library.Library(OPERATOR.split("::")[0], "FRAGMENT")
+_LIBRARY.define("serve" + torch.library.infer_schema(_serve, mutates_args=("output",)))
+_LIBRARY.impl("serve", _serve, "CompositeExplicitAutograd")
+_LIBRARY._register_fake("serve", lambda *_: None)
 
 
 def register_layer() -> None:

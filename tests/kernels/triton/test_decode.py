@@ -94,13 +94,15 @@ def test_rows_of_a_pool_in_one_launch(cut):
     pool = strided_pool(5, 2, 16, **SHAPE)
     for row, own in ((3, 0), (1, 1)):
         pool.put_row(row, alone.index_select(torch.tensor([own])))
-    held = StateRows(pool, torch.tensor([3, 1]))
+    # A server's own indices, which may have 32 bits, and its own memory for the answer.
+    held = StateRows(pool, torch.tensor([[3, 0], [1, 0]], dtype=torch.int32)[:, 0])
     for token in tokens(2):
+        out = torch.empty_like(token[0])
         outs = [
-            sparsek_attention(*token, state=state, backend="triton", **SHAPE)[0]
-            for state in (alone, held)
+            sparsek_attention(*token, state=state, backend="triton", out=out, **SHAPE)[0]
+            for state, out in ((alone, None), (held, out))
         ]
-        assert torch.equal(*outs)
+        assert torch.equal(*outs) and outs[1] is out
     same(held.take(), alone)
     assert not pool._arrivals, "other rows may be stepped beside these: each call counts for itself"
     assert pool.seen[[0, 2, 4]].tolist() == [7, 7, 7]

@@ -214,3 +214,14 @@ def test_a_shape_has_the_stages_that_fit(monkeypatch, shared, stages):
     assert made[0]["STAGES"] == made[0]["num_stages"] == stages
     early = Shape(8, 1024, 8, dot=True, early=True)
     assert early.within(2, 0) == early
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_scores_by_themselves(dtype):
+    """Rows that lie apart, a size that no block divides; a row alone is what it is among others."""
+    x = new(5, 130, dtype=dtype)[:, :100]
+    weight, bias = new(3, 100, dtype=torch.float32, seed=1), new(3, dtype=torch.float32, seed=2)
+    scores = linears.row_scores(x, weight, bias)
+    assert scores.shape == (3, 5) and scores.dtype == torch.float32
+    near(scores, F.linear(x.float(), weight, bias).T, torch.float32)
+    assert torch.equal(linears.row_scores(x[3:4], weight, bias), scores[:, 3:4])

@@ -62,7 +62,7 @@ def attend_slots(
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1)
-    held_row = tl.load(pool_rows + batch) if POOLED else batch
+    held_row = tl.load(pool_rows + batch).to(tl.int64) if POOLED else batch
     keys += held_row * keys_b
     values += held_row * values_b
     key_scale += held_row * key_scale_b

@@ -90,7 +90,7 @@ def insert(
     """
     batch = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    held_row = tl.load(rows + batch) if POOLED else batch
+    held_row = tl.load(rows + batch).to(tl.int64) if POOLED else batch
     keys += held_row * keys_b
     values += held_row * values_b
     key_scale += held_row * key_scale_b

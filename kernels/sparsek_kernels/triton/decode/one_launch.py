@@ -147,7 +147,7 @@ def insert_and_attend(
         tl.extra.cuda.gdc_launch_dependents()
         if not AT_REST:
             tl.extra.cuda.gdc_wait()
-    held_row = tl.load(pool_rows + batch) if POOLED else batch
+    held_row = tl.load(pool_rows + batch).to(tl.int64) if POOLED else batch
     keys += held_row * keys_b
     values += held_row * values_b
     key_scale += held_row * key_scale_b

@@ -48,12 +48,14 @@ def step(
     scale: float,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Puts one token per row into its slots, in place, counts it, and attends to all slots.
 
     Args:
         q: [B, H, 1, D]. key, value: [B, G, 1, D]. score: [B, G, 1], any floating dtype.
         slopes: [G] or None. softcap, sink_logits [H]: as in sparsek_attention.
+        out: where to write if it is contiguous, and nobody compiles this; or None.
 
     Returns:
         [B, H, 1, D] in q's dtype.
@@ -71,8 +73,8 @@ def step(
     if _is_one_launch(q, layout):
         # Calls over other rows of a pool may run beside this one: each counts for itself.
         arrived = pool.arrivals() if rows is None else None
-        return _one_launch(q, key, value, score, slopes, *tensors, *settings, arrived)
-    return _two_launches(q, key, value, score, slopes, *tensors, *settings)
+        return _one_launch(q, key, value, score, slopes, *tensors, *settings, arrived, out)
+    return _two_launches(q, key, value, score, slopes, *tensors, *settings, out)
 
 
 def _tile_rows(group: int) -> int:
@@ -138,23 +140,27 @@ def _prepared(
         strides=(*key.stride()[:2], *value.stride()[:2], *score.stride()[:2]),
         held=held,
         held_strides=tuple(tensor.stride(0) for tensor in held),
-        rows=seen if rows is None else rows,
+        rows=seen if rows is None else rows.contiguous(),
         table=_heads_table(layout, q.device),
         flags=dict(SLOPED=slopes is not None, QUANTIZED=quantized, POOLED=rows is not None),
     )
 
 
-def _sums(q: torch.Tensor, splits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _sums(
+    q: torch.Tensor, splits: int, out: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Room for each split's sums and for its logits and totals, and for what they join to."""
     batch, heads, _, dim = q.shape
     part_out = torch.empty(batch, heads, splits, dim, dtype=torch.float32, device=q.device)
     part_lse = torch.empty(batch, heads, splits, 2, dtype=torch.float32, device=q.device)
-    return part_out, part_lse, torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out is None or not out.is_contiguous():
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return part_out, part_lse, out
 
 
 def _one_launch(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    rows, sink_logits, topk, window, sinks, scale, softcap, arrived,
+    rows, sink_logits, topk, window, sinks, scale, softcap, arrived, out=None,
 ) -> torch.Tensor:  # fmt: skip
     layout = SlotLayout(tuple(topk), window, sinks)
     given = _prepared(
@@ -168,7 +174,7 @@ def _one_launch(
     overlap = may_overlap(q.device)
     padded = max(16, triton.next_power_of_2(dim))
     splits, tile, blocks = _cut(layout.width, group, padded, q.element_size())
-    part_out, part_lse, out = _sums(q, splits)
+    part_out, part_lse, out = _sums(q, splits, out)
     insert_and_attend[(splits, groups, batch)](
         given.q, *given.token, *given.held, given.rows, given.table,
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
@@ -191,7 +197,7 @@ def _scanned(layout: SlotLayout) -> int:
 
 def _two_launches(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    rows, sink_logits, topk, window, sinks, scale, softcap,
+    rows, sink_logits, topk, window, sinks, scale, softcap, out=None,
 ) -> torch.Tensor:  # fmt: skip
     layout = SlotLayout(tuple(topk), window, sinks)
     given = _prepared(
@@ -209,7 +215,7 @@ def _two_launches(
     )  # fmt: skip
     padded = max(16, triton.next_power_of_2(dim))
     splits, split_slots = splits_of(layout, batch, group, padded)
-    part_out, part_lse, out = _sums(q, splits)
+    part_out, part_lse, out = _sums(q, splits, out)
     slots, flags = given.held[:5], {name: given.flags[name] for name in ("QUANTIZED", "POOLED")}
     attend_slots[(splits, groups, batch)](
         given.q, *slots, seen, given.rows, given.table,

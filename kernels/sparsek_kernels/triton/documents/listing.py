@@ -159,7 +159,7 @@ def _list_documents(
     line = head.to(tl.int64) * listed
     if number < documents * blocks:
         held_row = (number // blocks).to(tl.int64)
-        held_row = tl.load(pool_rows + held_row) if POOLED else held_row
+        held_row = tl.load(pool_rows + held_row).to(tl.int64) if POOLED else held_row
         _list_slots(
             held_keys + held_row * keys_b, held_values + held_row * values_b,
             held_key_scale + held_row * key_scale_b, held_value_scale + held_row * value_scale_b,
@@ -256,7 +256,7 @@ def list_documents(
     blocks = triton.cdiv(layout.width, ROWS)
     seen, pool, rows, fresh = state.seen, state, None, None
     if isinstance(state, StateRows):
-        pool, rows, fresh = state.pool, state.rows, state.fresh
+        pool, rows, fresh = state.pool, state.rows.contiguous(), state.fresh
     held_scales = (pool.key_scale, pool.value_scale) if quantized else (pool.scores,) * 2
     held = (pool.keys, pool.values, *held_scales, pool.positions, pool.scores)
     _list_documents[(documents * blocks + triton.cdiv(n, ROWS), heads)](

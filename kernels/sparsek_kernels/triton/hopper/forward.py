@@ -320,9 +320,11 @@ def attend_forward(
     *,
     window: int,
     scale: float,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, H, N, D] and lse float32 [B, H, N] in base 2, as `forward.attend_forward`."""
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     group, packed_heads = geometry.group, heads_of_tile(geometry.group)
     bq = ROWS // packed_heads

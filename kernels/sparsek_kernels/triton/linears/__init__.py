@@ -5,6 +5,7 @@ segments   a map's outputs: products and what stands after them
 products   weights times rows, four ways
 inputs     the rows, and the norm before them
 scores     scores of a step's tokens
+row_scores the same by themselves
 norms      norms by themselves
 rotary     cosines and sines of rotary positions
 launch     callers: plain, gated and projecting maps, and norms
@@ -22,6 +23,7 @@ from sparsek_kernels.triton.linears.launch import (
     rms_norm,
 )
 from sparsek_kernels.triton.linears.rotary import rotary
+from sparsek_kernels.triton.linears.row_scores import row_scores
 from sparsek_kernels.triton.linears.shapes import Shape
 
 __all__ = [
@@ -35,4 +37,5 @@ __all__ = [
     "project",
     "rms_norm",
     "rotary",
+    "row_scores",
 ]

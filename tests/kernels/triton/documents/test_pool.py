@@ -28,11 +28,17 @@ def test_rows_of_a_pool_are_read_as_states_alone(kept):
         tensors.append(torch.randint(0, 4, (1, 2, n), generator=new).float())
         bounds = torch.tensor([0, *lengths]).cumsum(0)
         fresh = torch.tensor([row not in begun for row in rows])
-        held = StateRows(pool, torch.tensor(rows), fresh if fresh.any() else None)
+        blocks = torch.tensor([rows, rows], dtype=torch.int32).T  # a column, as vLLM has them
+        held = StateRows(pool, blocks[:, 0], fresh if fresh.any() else None)
         alone = SparseKState.cat([states[row] for row in rows])
         expected, alone = sparsek_attention(*tensors, cu_seqlens=bounds, state=alone, **OPTIONS)
-        out, back = sparsek_attention(*tensors, cu_seqlens=bounds, state=held, **OPTIONS)
+        room = torch.full((1, n + 1, 4, 16), torch.nan)  # by token, as a model goes on with it
+        wanted = room[:, :n].transpose(1, 2)
+        out, back = sparsek_attention(
+            *tensors, cu_seqlens=bounds, state=held, out=wanted, **OPTIONS
+        )
         assert torch.equal(out, expected) and back is held
+        assert out is wanted and room[:, n].isnan().all()
         for at, row in enumerate(rows):
             states[row] = alone.index_select(torch.tensor([at]))
             for name, tensor in pool.slots.items():
