@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import time
 import traceback
 from pathlib import Path
 from typing import Any
+
+from in_turn import all_write, in_turn, sequences, steps
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the graphs are counted in this process
@@ -75,44 +76,16 @@ def start(model: str, longest: int, most: int, args: argparse.Namespace) -> Any:
     )
 
 
-def sequences(llm: Any, length: int) -> float:
-    """How many requests of `length` tokens the memory for caches holds."""
-    config = llm.llm_engine.vllm_config
-    blocks, size = config.cache_config.num_gpu_blocks, config.cache_config.block_size
-    # One block is vLLM's null block.
-    if hasattr(config.model_config.hf_config, "sparsek"):
-        return float(blocks - 1)  # a block for each request, whatever its length
-    return (blocks - 1) * size / length
-
-
 def measure(llm: Any, replays: Replays | None, requests: int, prompt: int, new: int) -> dict:
     """One row; see this file's first lines."""
-    import torch
-    from vllm import SamplingParams
-
-    draw = torch.Generator().manual_seed(prompt + requests)
-    engine = llm.llm_engine
-    vocabulary = engine.vllm_config.model_config.get_vocab_size()
-    texts = torch.randint(5, vocabulary, (requests, prompt), generator=draw).tolist()
-    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True, detokenize=False)
-    for number, text in enumerate(texts):
-        engine.add_request(str(number), {"prompt_token_ids": text}, params)
-    written = [0] * requests
-    begin = time.perf_counter()
-    reading = None
+    reading = total = None
     steady: list[tuple[float, int, int]] = []  # seconds, tokens and replays until then
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        now = time.perf_counter() - begin
-        for output in outputs:
-            written[int(output.request_id)] = len(output.outputs[0].token_ids)
+    sizes = {"requests": requests, "prompt": prompt, "new": new}
+    for total, written in steps(llm, **sizes, clock=time.perf_counter):
         if all(written) and reading is None:
-            reading = now
-        if all(0 < done < new for done in written):
-            steady.append((now, sum(written), replays.count if replays else 0))
-    total = time.perf_counter() - begin
-    if written != [new] * requests:
-        raise RuntimeError("a request ended early")
+            reading = total
+        if all_write(written, new):
+            steady.append((total, sum(written), replays.count if replays else 0))
     row = {
         "tokens": prompt + new, "requests": requests, "fit": sequences(llm, prompt + new),
         "read_per_second": requests * prompt / reading, "read_seconds": reading,
@@ -195,10 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines")
     args = parser.parse_args()
     print(HEADER, flush=True)
-    for model in args.models:
-        process = multiprocessing.get_context("spawn").Process(target=rows, args=(model, args))
-        process.start()
-        process.join()
+    in_turn(rows, args)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ of the whole row, prompts included in the time.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import time
 from pathlib import Path
+
+from in_turn import all_write, in_turn, sequences, steps
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -43,44 +44,18 @@ def start(model: str, args: argparse.Namespace):
     )
 
 
-def sequences(llm, length: int) -> float:
-    """How many requests of `length` tokens the memory for caches holds."""
-    config = llm.llm_engine.vllm_config
-    cache = config.cache_config
-    if hasattr(config.model_config.hf_config, "sparsek"):
-        return float(cache.num_gpu_blocks)  # one block for each request, whatever its length
-    return cache.num_gpu_blocks * cache.block_size / length
-
-
 def measure(llm, *, requests: int, prompt: int, new: int) -> tuple[float, float | None, float]:
     """Tokens per second read, written by full steps (or None), and written in all."""
-    import torch
-    from vllm import SamplingParams
-
-    draw = torch.Generator().manual_seed(prompt)
-    vocabulary = llm.llm_engine.vllm_config.model_config.get_vocab_size()
-    texts = torch.randint(5, vocabulary, (requests, prompt), generator=draw).tolist()
-    params = SamplingParams(temperature=0, max_tokens=new, ignore_eos=True)
-    engine = llm.llm_engine
-    for number, text in enumerate(texts):
-        engine.add_request(str(number), {"prompt_token_ids": text}, params)
-    written = [0] * requests
     reading = total = full = 0.0
     full_steps = 0
-    while engine.has_unfinished_requests():
-        begin = time.process_time()
-        outputs = engine.step()
-        took = time.process_time() - begin
-        total += took
-        all_begun, all_at_it = all(written), all(0 < done < new for done in written)
-        for output in outputs:
-            written[int(output.request_id)] = len(output.outputs[0].token_ids)
-        if all_at_it:
-            full, full_steps = full + took, full_steps + 1
-        if not all_begun:
-            reading = total
-    if written != [new] * requests:
-        raise RuntimeError("a request ended early")
+    begun = at_it = False
+    sizes = {"requests": requests, "prompt": prompt, "new": new}
+    for now, written in steps(llm, **sizes, clock=time.process_time):
+        if at_it:
+            full, full_steps = full + now - total, full_steps + 1
+        if not begun:
+            reading = now
+        total, begun, at_it = now, all(written), all_write(written, new)
     steady = full_steps * requests / full if full_steps else None
     return requests * prompt / reading, steady, requests * new / total
 
@@ -116,10 +91,7 @@ def main() -> None:
         "at it | written/s in all |\n|---|---|---|---|---|---|---|",
         flush=True,
     )
-    for model in args.models:
-        process = multiprocessing.get_context("spawn").Process(target=rows, args=(model, args))
-        process.start()
-        process.join()
+    in_turn(rows, args)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ except ImportError as error:
     MISSING = f"vLLM is not installed here ({error}): run `make vllm-test`"
     collect_ignore_glob = [
         "test_parity.py", "test_layer.py", "test_limits.py", "test_sampling.py", "test_server.py",
-        "test_killed.py", "test_flags.py", "test_memory.py",
+        "test_killed.py", "test_flags.py", "test_memory.py", "test_benchmarks.py",
     ]  # fmt: skip
 
 
