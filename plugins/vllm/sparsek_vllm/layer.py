@@ -12,6 +12,7 @@ from torch import nn
 from sparsek_cli.models.config import LayerBudget
 from sparsek_vllm import engine
 from sparsek_vllm.blocks import pool_of
+from sparsek_vllm.warm_up import is_due, warm_up
 
 OPERATOR = "sparsek::serve"
 
@@ -149,6 +150,12 @@ class SparseKLayer(nn.Module, engine.MambaBase):
 
         Rows beyond the last token, which vLLM adds to fill a graph, belong to its null block.
         """
+        tensors = query, key, value, hidden_states
+        if is_due(self.layout, query):
+            warm_up(self._attend, self.layout, self.dtype, self.head_dim, tensors)
+        self._attend(*tensors, output, metadata, self.pool)
+
+    def _attend(self, query, key, value, hidden_states, output, metadata, pool) -> None:
         scores, slopes = self._scorer[0](hidden_states[None])
         scores = scores[0]  # [G, N]
         if self.own_heads is not None:
@@ -170,7 +177,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             sparsek_attention(
                 *(x[:decodes, :, None] for x in (q, k, v)),
                 scores[:, :decodes].T[:, :, None],
-                state=StateRows(self.pool, rows),
+                state=StateRows(pool, rows),
                 out=out[:decodes, :, None],
                 **settings,
             )
@@ -182,7 +189,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
                 *(x[tokens].transpose(0, 1)[None] for x in (q, k, v)),
                 scores[None, :, tokens],
                 cu_seqlens=metadata.query_start_loc_p,
-                state=StateRows(self.pool, rows, fresh=~metadata.has_initial_states_p),
+                state=StateRows(pool, rows, fresh=~metadata.has_initial_states_p),
                 out=out[tokens].transpose(0, 1)[None],
                 **settings,
             )
