@@ -66,6 +66,7 @@ def chat(
     if json and prompt is None:
         raise UsageError("--json needs a question", hint="give --prompt TEXT, or pipe some text in")
     checkpoint = hub.resolve(name_or_default(model, say=console.say), revision)
+    console.say(f"loading {checkpoint.name}")  # seconds, most of them imports
 
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.dialogue.engine import Engine

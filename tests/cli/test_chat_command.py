@@ -38,6 +38,7 @@ def test_prompt_answers_once_and_stdout_is_only_the_answer(sparsek, model):
     shown = sparsek("chat", model, "--prompt", "Hi?", "--max-new-tokens", "5", "--device", "cpu")
     assert shown.code == 0
     assert shown.out.endswith("\n")
+    assert shown.err.startswith(f"loading {model.name}\n"), "seconds of imports follow"
     assert "dense model" in shown.err and "tokens" in shown.err
     again = sparsek("chat", model, "--prompt", "Hi?", "--max-new-tokens", "5", "-q")
     assert again.out == shown.out and again.err == ""
