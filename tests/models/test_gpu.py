@@ -85,8 +85,8 @@ def test_scores_of_few_rows_are_one_launch_and_exact():
         torch.cuda.synchronize()
     kernels = [event for event in seen.events() if event.device_type.name == "CUDA"]
     assert few.shape == (1, 8, 64) and len(kernels) == 1
-    for scores in (scorer(x)[0][..., :64], few):
-        assert (scores.mT - exact[:, :64]).norm() / exact[:, :64].norm() < 1e-6
+    for scores, tolerance in ((few, 3e-7), (scorer(x)[0][..., :64], 1e-5)):  # these cut sums off
+        assert (scores.mT - exact[:, :64]).norm() / exact[:, :64].norm() < tolerance
     assert torch.equal(scorer(x[:, 7:8])[0][..., 0], few[..., 7])
 
 
@@ -145,10 +145,12 @@ def test_generate_replays_a_graph_that_writes_what_eager_steps_write(
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fused_steps_write_what_others_write(sparse_model, ids, rows):
-    """In float32, where rounding decides no token."""
+    """In float32, where rounding decides no token: without slopes like tokens tie, and it does."""
     from sparsek_cli.models.generation import kept_decoders
 
     model = larger(sparse_model, "llama")
+    for attention in models.sparsek_attentions(model):
+        attention.scorer.slopes.fill_(0.01)
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
     model.fused_steps = False
     expected = model.generate(ids[:rows], **options)

@@ -60,7 +60,7 @@ def _window_held(state: SparseKState) -> Tensor:
     return (state.seen - state.layout.sinks).clamp(0, state.layout.window)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("row_keys",), do_not_specialize_on_alignment=("seen",))
 def _choose_slots(
     end, effective, sequences, seen, budgets, starts, take,
     heads, row_keys, base, slots, sinks, window, BLOCK: tl.constexpr,
@@ -110,7 +110,10 @@ def _choose_slots(
         tl.store(mine + sinks + k + place, tl.where(held, index, -1), mask=place < window)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("listed", "place_head"),
+    do_not_specialize_on_alignment=("pool_rows",),
+)
 def _copy_slots(
     take, owner, sequences, keys, values, key_scale, value_scale, effective, positions, pool_rows,
     new_keys, new_values, new_key_scale, new_value_scale, new_positions, new_scores,

@@ -12,7 +12,7 @@ from torch import nn
 from sparsek_cli.models.config import LayerBudget
 from sparsek_vllm import engine
 from sparsek_vllm.blocks import pool_of
-from sparsek_vllm.warm_up import is_due, warm_up
+from sparsek_vllm.warm_up import is_due, memory_like, warm_up
 
 OPERATOR = "sparsek::serve"
 
@@ -129,8 +129,11 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         """The blocks that vLLM gave this layer, in whatever way: `kv_cache` is what it sets."""
         blocks = self.kv_cache[0]
         if self._pool is None or self._pool[0] is not blocks:
-            self._pool = blocks, pool_of(blocks, self.layout, self.head_dim, self.dtype)
+            self._pool = blocks, self._pool_of(blocks)
         return self._pool[1]
+
+    def _pool_of(self, blocks: torch.Tensor) -> SparseKState:
+        return pool_of(blocks, self.layout, self.head_dim, self.dtype)
 
     def forward(
         self,
@@ -152,7 +155,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         """
         tensors = query, key, value, hidden_states
         if is_due(self.layout, query):
-            warm_up(self._attend, self.layout, self.dtype, self.head_dim, tensors)
+            warm_up(self._attend, tensors, self._pool_of(memory_like(self.kv_cache[0])))
         self._attend(*tensors, output, metadata, self.pool)
 
     def _attend(self, query, key, value, hidden_states, output, metadata, pool) -> None:

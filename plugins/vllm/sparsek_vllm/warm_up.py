@@ -9,10 +9,14 @@ import torch
 from sparsek_kernels import SparseKState
 from sparsek_kernels.state import SlotLayout
 
-# Tokens of the prompts of a step. Triton compiles once more for one prompt, and for numbers that
-# 16 divides; beyond 1,024 tokens keys are listed in another way.
-READS = ((2048,), (1501, 539), (1000, 800, 248), (333,), (300, 33), (8, 8))
-DECODES = (1, 5)  # rows: a launch, or two
+# Requests that decode, and tokens of prompts. Triton compiles once more for one prompt, and for
+# numbers that 16 divides; beyond 1,024 tokens keys are listed in another way; up to four rows
+# decode in one launch.
+STEPS = (
+    (0, (2048,)), (0, (1501, 539)), (0, (1000, 800, 248)), (0, (333,)), (0, (300, 33)), (0, (8, 8)),
+    (1, ()), (5, ()), (1, (300, 33)), (5, (333,)),
+)  # fmt: skip
+BLOCKS = 1 + max(decodes + len(reads) for decodes, reads in STEPS)
 _done: set[tuple] = set()
 
 
@@ -28,52 +32,43 @@ def is_due(layout: SlotLayout, query: torch.Tensor) -> bool:
 
 
 def steps(device: torch.device) -> Iterator[tuple[int, SimpleNamespace]]:
-    """Tokens and metadata of steps that read, read on and decode, over rows 1 and up of a pool."""
-    rows = max(*DECODES, *(len(lengths) for lengths in READS))
-    blocks = torch.arange(1, rows + 1, dtype=torch.int32, device=device)
-    for lengths in READS:
-        bounds = torch.tensor([0, *lengths], device=device).cumsum(0).int()
-        count = len(lengths)
-        for has_seen in (False, True):
+    """Tokens and metadata of steps that decode, read and read on, over blocks 1 and up."""
+    blocks = torch.arange(1, BLOCKS, dtype=torch.int32, device=device)
+    for decodes, reads in STEPS:
+        bounds = torch.tensor([0, *reads], device=device).cumsum(0).int()
+        for has_seen in (False, True) if reads else (True,):
             yield (
-                sum(lengths),
+                decodes + sum(reads),
                 SimpleNamespace(
-                    num_decodes=0,
-                    num_prefills=count,
-                    num_prefill_tokens=sum(lengths),
+                    num_decodes=decodes,
+                    state_indices_tensor_d=blocks[:decodes, None],
+                    num_prefills=len(reads),
+                    num_prefill_tokens=sum(reads),
                     query_start_loc_p=bounds,
-                    state_indices_tensor_p=blocks[:count],
-                    has_initial_states_p=torch.full((count,), has_seen, device=device),
+                    state_indices_tensor_p=blocks[decodes : decodes + len(reads)],
+                    has_initial_states_p=torch.full((len(reads),), has_seen, device=device),
                 ),
             )
-    for count in DECODES:
-        yield (
-            count,
-            SimpleNamespace(
-                num_decodes=count, num_prefills=0, state_indices_tensor_d=blocks[:count, None]
-            ),
-        )
+
+
+def memory_like(blocks: torch.Tensor) -> torch.Tensor:
+    """`BLOCKS` blocks of zeros that lie apart as vLLM's do, as far as a compiler looks at it."""
+    stride, size = blocks.stride(0), blocks.shape[1]
+    apart = torch.zeros(BLOCKS, size + (stride - size) % 1024, dtype=blocks.dtype)
+    return apart.to(blocks.device)[:, :size]
 
 
 def warm_up(
-    attend: Callable[..., None],
-    layout: SlotLayout,
-    held_in: torch.dtype,
-    head_dim: int,
-    like: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    attend: Callable[..., None], like: tuple[torch.Tensor, ...], pool: SparseKState
 ) -> None:
-    """Takes a layer through `steps` over states of its own.
+    """Takes a layer through `steps`.
 
     Args:
         attend: query, key, value, hidden states, output, metadata and pool of a step.
-        held_in: dtype of the states. like: query, key, value and hidden states of any step.
+        like: query, key, value and hidden states of any step.
+        pool: `BLOCKS` states that nobody else uses.
     """
     query, device = like[0], like[0].device
-    pool = SparseKState.empty(
-        1 + max(*DECODES, *(len(lengths) for lengths in READS)),
-        layout.heads, head_dim, topk=layout.topk, window=layout.window, sinks=layout.sinks,
-        dtype=held_in, device=device,
-    )  # fmt: skip
     new = torch.Generator(device).manual_seed(0)
     for tokens, metadata in steps(device):
         sizes = ((tokens, x.shape[1]) for x in like)

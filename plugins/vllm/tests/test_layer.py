@@ -14,7 +14,7 @@ from sparsek_vllm.blocks import BLOCK, PART, block_bytes, pool_of
 from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
 from sparsek_vllm.layer import SparseKLayer
 from sparsek_vllm.sizes import request_bytes
-from sparsek_vllm.warm_up import is_due, warm_up
+from sparsek_vllm.warm_up import is_due, memory_like, warm_up
 
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
@@ -73,10 +73,11 @@ def test_a_layer_s_pool_is_what_vllm_bound_last():
 
 
 def test_a_layer_warms_up_over_states_of_its_own(monkeypatch):
-    """Prompts, pieces that go on and steps; vLLM's blocks stay as they are."""
-    monkeypatch.setattr("sparsek_vllm.warm_up.READS", ((9,), (8, 3)))
+    """Prompts, pieces that go on, steps, and all of them mixed; vLLM's blocks stay as they are."""
+    monkeypatch.setattr("sparsek_vllm.warm_up.STEPS", ((0, (9,)), (5, ()), (1, (8, 3))))
     layer = a_layer()
-    layer.kv_cache = (torch.full((2, layer.bytes_per_block), 7, dtype=torch.int8),)
+    memory = torch.full((2, layer.bytes_per_block + 192), 7, dtype=torch.int8)
+    layer.kv_cache = (memory[:, : layer.bytes_per_block],)
     torch.nn.init.normal_(layer._scorer[0].weight)
     like = [torch.randn(3, width) for width in (32, 16, 16, 16)]
     outputs = []
@@ -86,11 +87,13 @@ def test_a_layer_warms_up_over_states_of_its_own(monkeypatch):
         outputs.append(step[4])
 
     assert not is_due(layer.layout, like[0]), "nothing is compiled on a CPU"
+    own = memory_like(layer.kv_cache[0])
+    assert own.stride() == memory.stride()
     with torch.no_grad():
-        warm_up(attend, layer.layout, layer.dtype, layer.head_dim, like)
-    assert [len(output) for output in outputs] == [9, 9, 11, 11, 1, 5]
+        warm_up(attend, like, layer._pool_of(own))
+    assert [len(output) for output in outputs] == [9, 9, 5, 12, 12]
     assert all(output.isfinite().all() and output.any() for output in outputs)
-    assert (layer.kv_cache[0] == 7).all()
+    assert (memory == 7).all()
 
 
 def test_a_step_without_requests_is_answered_with_zeros(monkeypatch):

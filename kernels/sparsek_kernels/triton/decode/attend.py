@@ -44,7 +44,7 @@ def join_splits(
     tl.store(where, joined.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=("pool_rows",))
 def attend_slots(
     q, keys, values, key_scale, value_scale, positions, seen, pool_rows, heads_table,
     part_out, part_lse, arrived, out, nothing,

@@ -74,7 +74,10 @@ def _move_row(
         tl.store(scales + target, tl.load(scales + source), mask=moves)
 
 
-@triton.jit
+# Scores of a step that also reads lie apart by its tokens.
+@triton.jit(
+    do_not_specialize=("ns_b", "ns_h"), do_not_specialize_on_alignment=("new_score", "rows")
+)
 def insert(
     keys, values, key_scale, value_scale, positions, scores, seen, rows, heads_table, arrived,
     new_key, new_value, new_score, slopes,

@@ -124,7 +124,9 @@ def _attend(
     return acc, top, total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=("ns_b", "ns_h"), do_not_specialize_on_alignment=("new_score", "pool_rows")
+)
 def insert_and_attend(
     q, new_key, new_value, new_score, slopes,
     keys, values, key_scale, value_scale, positions, scores, seen, pool_rows, heads_table,

@@ -138,7 +138,13 @@ def _list_slots(
     _store(values, value_codes, value_scale, at, row, codes, scale, d, inside, D, QUANTIZED)
 
 
-@triton.jit
+# What differs from step to step of a server, and would be compiled for: numbers that 16 divides or
+# that are 1, and places in the middle of a tensor.
+_VARYING = ("documents", "tokens", "listed", "ns_h")
+_PLACES = ("pool_rows", "fresh", "bounds", "seen", "new_scores")
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_PLACES)
 def _list_documents(
     held_keys, held_values, held_key_scale, held_value_scale, held_positions, held_scores, seen,
     pool_rows, fresh, bounds, budgets, starts, new_keys, new_values, new_scores, slopes,

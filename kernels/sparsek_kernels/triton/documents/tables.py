@@ -83,7 +83,7 @@ def segment_tables(
     return segments, chunks, lines
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "total", "steps"))  # they differ from step to step
 def _tile_tables(
     sequences, most, tiles, offsets, first, stops, count, heads, total, size, window, steps,
     BLOCK: tl.constexpr,
