@@ -131,8 +131,7 @@ def save_conversation(session: Session, path: Path) -> None:
         text = "\n\n".join([*start, *(f"{m['role']}: {m['content']}" for m in session.messages)])
     try:
         if path.suffix == ".jsonl":
-            with path.open("a", encoding="utf-8") as file:
-                file.write(text + "\n")
+            _add_line(path, text)
         else:
             path.parent.stat()  # is not made here
             write_atomically(path, text + "\n")
@@ -140,3 +139,17 @@ def save_conversation(session: Session, path: Path) -> None:
         raise SparsekError(
             f"cannot write '{path}': {error.strerror}", hint="choose another file"
         ) from error
+
+
+def _add_line(path: Path, line: str) -> None:
+    """The whole line or, on a full disk, nothing of it: the next would be added to its half."""
+    with path.open("ab", buffering=0) as file:  # a buffer would be written again at the end
+        before, rest = file.tell(), f"{line}\n".encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(before)
+            if not before:
+                path.unlink()
+            raise

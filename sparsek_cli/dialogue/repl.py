@@ -1,5 +1,6 @@
 """The conversation at a terminal: lines in, replies out, and commands that start with a slash."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
@@ -12,7 +13,7 @@ from sparsek_cli.dialogue.figures import status_line
 from sparsek_cli.dialogue.files import ProgressMaker, load_path, save_conversation
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed
-from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.errors import SparsekError, UsageError, out_of_memory, reason
 from sparsek_cli.output.place import absolute, check_file
 from sparsek_cli.termination import Terminated
 
@@ -92,10 +93,13 @@ class Repl:
                 return
             try:
                 self.handle(line)
-            except SparsekError as error:
-                self.say(
-                    f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else "")
-                )
+            except Terminated:
+                raise
+            except KeyboardInterrupt:
+                self.say("(stopped)")
+            except Exception as error:
+                # A line that fails, for whatever reason, is no reason to forget what was read.
+                self.say(_told(error))
 
     def handle(self, line: str) -> None:
         """One line: a command, or something to answer."""
@@ -138,7 +142,10 @@ class Repl:
         self.say(f"read {rest}: {read:,} tokens in context{stopped}; now ask about it")
 
     def _retry(self, rest: str) -> None:
-        question = self.session.undo()
+        with self.session.unharmed():
+            self._answer_again(self.session.undo())
+
+    def _answer_again(self, question: str) -> None:
         sampling = self.session.sampling
         if sampling.temperature > 0:
             self.session.sampling = replace(sampling, seed=sampling.seed + 1)
@@ -182,10 +189,14 @@ class Repl:
         self.say(f"continuing {rest}: {self.session.engine.tokens:,} tokens in context")
 
     def _budget(self, rest: str) -> None:
-        if rest and not rest.isdigit():
-            raise UsageError(f"/budget {rest} is no whole number", hint="for instance /budget 256")
         if rest:
-            self.session.set_budget(int(rest))
+            try:
+                pairs = int(rest)
+            except ValueError as error:
+                raise UsageError(
+                    f"/budget {rest[:40]} is no whole number", hint="for instance /budget 256"
+                ) from error
+            self.session.set_budget(pairs)
         self.say(self.session.engine.budget() + ("; new conversation" if rest else ""))
 
     def _clear(self, rest: str) -> None:
@@ -236,3 +247,14 @@ class Repl:
             check_file(file, overwrite=own, suffixes=(file.suffix.lower(),))
         except UsageError as error:
             raise UsageError(error.message, hint="name a file that does not exist yet") from error
+
+
+def _told(error: Exception) -> str:
+    """What a person reads of a line that failed."""
+    if not isinstance(error, SparsekError):
+        logging.getLogger(__name__).info("this line failed", exc_info=error)  # under -v
+        hint = "the conversation stands as before; chat -v shows where it happened"
+        if out_of_memory(error):
+            hint = "/clear, or a smaller /budget, gives memory back; the conversation stands"
+        return f"error: {reason(error)}\nhint: {hint}"
+    return f"error: {error.message}" + (f"\nhint: {error.hint}" if error.hint else "")

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from sparsek_cli.dialogue.figures import Clock, Stats
 from sparsek_cli.dialogue.given_text import check_text, checked_parts
 from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.template import check_system
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -124,7 +125,8 @@ class Session:
         first = next(parts, None)
         if first is None:
             raise UsageError(f"the document {name} is empty", hint="name another file")
-        return self.feed.read(name, first, parts, on_progress)
+        with self.unharmed():
+            return self.feed.read(name, first, parts, on_progress)
 
     def ask(self, question: str) -> Iterator[str]:
         """Feeds the question and yields the reply as it comes, piece by piece.
@@ -137,7 +139,12 @@ class Session:
         check_text(question, "the question")
         if not question.strip() and not self.feed.documents:
             raise UsageError("nothing to answer", hint="write a question")
-        self._moments = [*self._moments[1 - MOMENTS :], self.moment(question)]
+        moment = self.moment(question)
+        with self.unharmed(moment):
+            self._moments = [*self._moments[1 - MOMENTS :], moment]
+            yield from self._answer(question)
+
+    def _answer(self, question: str) -> Iterator[str]:
         self._clock = Clock()
         named = [f"[{name}]" for name, _ in self.feed.documents]
         said = "\n\n".join([*named, question] if question.strip() else named)
@@ -176,6 +183,25 @@ class Session:
         """Continues from a moment, which stays usable."""
         self.engine.restore(moment.engine)
         self._stand(copy.deepcopy(moment.standing))
+
+    @contextmanager
+    def unharmed(self, moment: Moment | None = None) -> Iterator[None]:
+        """Where the block fails in a way nobody foresaw, the conversation is as it was before it.
+
+        A cache whose layers were stopped at different tokens would answer nonsense.
+
+        Args:
+            moment: of now, where the caller has it already.
+        """
+        moment, moments = moment or self.moment(), [*self._moments]
+        try:
+            yield
+        except SparsekError:
+            raise
+        except (Exception, KeyboardInterrupt):
+            self.go_back(moment)
+            self._moments = moments
+            raise
 
     def _standing(self) -> dict[str, Any]:
         """What a conversation is beside the engine's cache, by the names that saved ones have."""

@@ -48,3 +48,7 @@ def check_sampling(sampling: Sampling) -> None:
         raise UsageError(
             f"max_new_tokens {sampling.max_new_tokens} is out of range", hint="it is at least 1"
         )
+    if not 0 <= sampling.seed < 1 << 63:  # a reply adds its place to it, and torch takes 64 bits
+        raise UsageError(
+            f"seed {str(sampling.seed)[:40]} is out of range", hint="it is 0 or more, below 2^63"
+        )

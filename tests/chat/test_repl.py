@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 from contextlib import contextmanager
 from functools import partial
@@ -88,6 +89,75 @@ def test_bad_commands_say_what_instead(repl, said):
     assert "seed=x is not a whole number" in text
     assert "/set seed needs a value\nhint: for instance /set seed=0" in text
     assert "/set has no key ''" in text
+
+
+@pytest.mark.parametrize("number", ["²", "9" * 5000, "-1", "1e3", str(1 << 63)])
+def test_numbers_that_are_none(repl, said, number):
+    """int() refuses what str.isdigit() takes, and a seed must fit what torch counts in."""
+    repl.session.engine.sparse = True
+    repl.session.engine.model.config.sparsek = {"topk": 1, "window": 4, "sinks": 1}
+    run(repl, f"/set seed={number}")
+    assert "/set" in said[-1] or "out of range" in said[-1]
+    run(repl, f"/budget {number}")
+    assert said[-1].startswith("error: ") and "-v" not in said[-1]
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), ValueError("no"), KeyboardInterrupt]
+)
+def test_a_line_that_fails_leaves_the_conversation_as_it_was(repl, said, tmp_path, error):
+    """Hours of reading are in the cache: no error of a library, and no Ctrl-C, ends the program."""
+    document = tmp_path / "doc.txt"
+    document.write_text("A fact stands here. " * 20, encoding="utf-8")
+    run(repl, f"/load {document}", "What stands here?")
+    engine, stood = repl.session.engine, repl.session.moment()
+    read = engine._read
+
+    def fail(piece):
+        read(piece[:1])
+        raise error
+
+    engine._read = fail
+    run(repl, f"/load {document}", "And now?", "/retry")
+    engine._read = read
+    assert [text.split("\n")[0] for text in said if "temperature" not in text][1:] == (
+        ["(stopped)"] * 3
+        if error is KeyboardInterrupt
+        else [f"error: {type(error).__name__}: {error}"] * 3
+    )
+    now = repl.session.moment()
+    assert now.engine.fed == stood.engine.fed and now.standing == stood.standing
+    assert now.engine.heard.tolist() == stood.engine.heard.tolist()
+    run(repl, "And now?")
+    assert repl.session.messages[-2]["content"] == "And now?"
+
+
+def test_sigterm_ends_a_line(repl, monkeypatch):
+    def ends(line):
+        raise Terminated
+
+    monkeypatch.setattr(repl, "handle", ends)
+    with pytest.raises(Terminated):
+        run(repl, "hello")
+
+
+def test_a_line_that_does_not_fit_the_disk_is_not_begun(repl, tmp_path):
+    """Else the next /save would be added to its half, and neither could be trained on."""
+    file = tmp_path / "talk.jsonl"
+    run(repl, "hello", f"/save {file}")
+    whole = file.read_bytes()
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 40, most[1]))
+        run(repl, f"/save {file}")
+        with pytest.raises(SparsekError, match="cannot write"):
+            repl.session.messages.append({"role": "user", "content": "long " * 100})
+            save_conversation(repl.session, tmp_path / "new.jsonl")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert file.read_bytes() == whole and not (tmp_path / "new.jsonl").exists()
 
 
 def test_set_changes_one_setting(repl, said):
