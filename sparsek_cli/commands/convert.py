@@ -126,6 +126,7 @@ def convert(
     plan = make_plan(request)
     if options.shown_dry(console, plan, dry_run):
         return
+    console.say(f"loading {plan.base.name}")  # seconds, most of them imports
     done = run(plan, console)
     console.result(done.text(), done.data())
     out = quote(str(done.out))

@@ -135,6 +135,7 @@ def evaluate(
     plan = make_plan(settings.model_copy(update={"model": named}), resume=resume)
     if options.shown_dry(console, plan, dry_run):
         return
+    console.say(f"loading {plan.checkpoint.name}")  # seconds, most of them imports
     from sparsek_cli.devices import is_first
     from sparsek_cli.evaluation.run import run
 

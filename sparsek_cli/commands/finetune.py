@@ -57,6 +57,8 @@ def finetune(
         from sparsek_cli.silence import no_bars
 
         no_bars()
+    if settings.model:
+        console.say(f"loading {settings.model}")  # seconds, most of them imports
     from sparsek_cli import hub
     from sparsek_cli.commands import last_model
     from sparsek_cli.converted import is_converted
