@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.converted import is_converted
+from sparsek_cli.dialogue.check_saved import check_conversation
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.dialogue.sampling import Sampling, draw
-from sparsek_cli.dialogue.saved import check_conversation
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.positions import context_length
 
