@@ -76,8 +76,9 @@ MODEL = Contents(
     (
         "config.json",
         "generation_config.json",
-        "base-*.safetensors",
-        "model*.safetensors",
+        "base-[0-9]*.safetensors",
+        "model.safetensors",
+        "model-[0-9]*-of-[0-9]*.safetensors",
         "model.safetensors.index.json",
         SCORERS,
         CALIBRATION,

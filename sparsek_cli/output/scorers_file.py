@@ -7,6 +7,7 @@ beside the scorers (recipe, calibration report), so that the file is enough by i
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,17 @@ def write(
     block: dict[str, Any],
     base: dict[str, Any],
     texts: dict[str, str],
+    *,
+    overwrite: bool = True,
 ) -> None:
-    """Writes `file` in one rename; see `Scorers` for what it holds."""
+    """Writes `file` in one step; see `Scorers` for what it holds.
+
+    Args:
+        overwrite: replace one that is there by now.
+
+    Raises:
+        SparsekError: there is one, and it is not to be replaced: it is left alone.
+    """
     from safetensors.numpy import save_file
 
     metadata = {
@@ -81,15 +91,32 @@ def write(
         "base": json.dumps(base),
         "texts": json.dumps(texts),
     }
-    part = file.with_name(f".{file.name}.part")
+    # Others may be writing a file of the same name.
+    number, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
+    os.close(number)
+    part = Path(name)
     try:
         with disk.os_errors():
             save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, part, metadata)
         disk.readable(part)
-        os.replace(part, file)
-    except BaseException:
+        if overwrite or not _linked(part, file):
+            os.replace(part, file)
+    finally:
         part.unlink(missing_ok=True)
-        raise
+
+
+def _linked(part: Path, file: Path) -> bool:
+    """Gives `part` another name that nobody has; False where the file system has no such links."""
+    try:
+        os.link(part, file)
+    except FileExistsError as error:
+        raise SparsekError(
+            f"another '{file}' appeared meanwhile and is left alone",
+            hint="name another file, or add --overwrite to replace it",
+        ) from error
+    except OSError:
+        return False
+    return True
 
 
 def header(file: Path) -> Scorers | None:

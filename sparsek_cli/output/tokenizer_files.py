@@ -24,7 +24,8 @@ BESIDE = (
 )
 # Everything that transformers makes a tokenizer of.
 FILES = (
-    "tokenizer*",
+    "tokenizer.*",  # .json, .model, .model.v3; not whatever a user calls tokenizer-something
+    "tokenizer*.json",
     *BESIDE,
     "*.jinja",
     "chat_templates/*.jinja",

@@ -167,7 +167,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Taken:
     with reporter.progress("reading the base's weights", plan.base_bytes) as bar:
         digest = weights_digest(plan.source.path, plan.row, bar.advance)
     if plan.single:
-        _write(plan, plan.out, digest)
+        _write(plan, plan.out, digest, overwrite=plan.overwrite)
     else:
         leftovers.clear(plan.out, reporter.say)
         check_folder(plan.out, SCORERS_ALONE, overwrite=plan.overwrite, model=plan.source.path)
@@ -197,7 +197,7 @@ def fill(plan: Plan, folder: Path, digest: str, base: str = "") -> None:
     (folder / "README.md").write_text(_card(found), encoding="utf-8")
 
 
-def _write(plan: Plan, file: Path, digest: str, base: str = "") -> None:
+def _write(plan: Plan, file: Path, digest: str, base: str = "", *, overwrite: bool = True) -> None:
     beside = plan.source.path
     texts = {name: _text(beside / name) for name in scorers_file.TEXTS if (beside / name).is_file()}
     mark = {
@@ -206,7 +206,8 @@ def _write(plan: Plan, file: Path, digest: str, base: str = "") -> None:
         "config": comparable(plan.row, dense_config(plan.config)),
         "weights": digest,
     }
-    scorers_file.write(file, _tensors(plan), plan.config["sparsek"], mark, texts)
+    block = plan.config["sparsek"]
+    scorers_file.write(file, _tensors(plan), block, mark, texts, overwrite=overwrite)
 
 
 def _text(file: Path) -> str:

@@ -40,7 +40,11 @@ def test_a_model_of_ours_is_replaced_when_given_up(tmp_path, recipe):
     check_folder(out, MODEL, overwrite=True)
 
 
-@pytest.mark.parametrize("foreign", ["thesis.txt", "notes/today.md", ".git/HEAD", "x.safetensors"])
+@pytest.mark.parametrize(
+    "foreign",
+    ["thesis.txt", "notes/today.md", ".git/HEAD", "x.safetensors", "model-mine.safetensors",
+     "tokenizer_corpus.txt", "base-old.safetensors"],
+)  # fmt: skip
 def test_foreign_files_are_named(tmp_path, foreign):
     out = a_model(tmp_path / "out")
     (out / foreign).parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 import sparsek_cli as sparsek
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output import scorers_file
 from sparsek_cli.scorers_alone.find import read
 from sparsek_cli.sharing import push
@@ -45,6 +46,29 @@ def test_a_base_and_its_scorers_are_the_converted_model(scored, tmp_path):
     model, tokenizer = sparsek.load(base, scorers=single, device="cpu", dtype="float32")
     assert torch.equal(model(IDS, use_cache=False).logits, logits(out))
     assert tokenizer("a").input_ids
+
+
+def test_two_runs_write_one_file_of_scorers(scored, tmp_path, monkeypatch):
+    """The first to be done has it, whole; its temporary file is nobody else's."""
+    out, file = scored[1], tmp_path / "s.safetensors"
+    link = os.link
+
+    def later(part, target):
+        monkeypatch.setattr(os, "link", link)
+        sparsek.export_scorers(out, file)
+        link(part, target)
+
+    monkeypatch.setattr(os, "link", later)
+    with pytest.raises(SparsekError, match="appeared meanwhile and is left alone"):
+        sparsek.export_scorers(out, file)
+    assert scorers_file.header(file) and [*tmp_path.iterdir()] == [file]
+    sparsek.export_scorers(out, file, overwrite=True)
+
+    def none(part, target):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", none)  # a file system without such links
+    assert scorers_file.header(Path(sparsek.export_scorers(out, tmp_path / "t.safetensors").out))
 
 
 @pytest.mark.parametrize("family", KINDS)
