@@ -135,7 +135,7 @@ def read_recipe(
         )
     verb = verb or file.stem.rpartition(".")[2]
     names = (parent.removesuffix(".yaml"), f"{parent}.{verb}")
-    beside = (file.with_name(f"{name}.yaml") for name in names)
+    beside = (file.parent / f"{name}.yaml" for name in names)
     above = next((path for path in beside if path.is_file()), None)
     above = above or find_recipe(parent, verb=verb)
     if above.resolve() in {path.resolve() for path in (*seen, file)}:

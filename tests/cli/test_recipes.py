@@ -182,6 +182,22 @@ def test_shipped_recipes_are_mappings_with_a_first_comment():
         assert isinstance(yaml.safe_load(text), dict), file.name
 
 
+@pytest.mark.parametrize(
+    "place", ["{here}/sub/base", "sub/base", "sub/base.yaml", "{here}/sub/base.yaml"]
+)
+def test_extends_takes_a_path(tmp_path, place):
+    """One with a slash was a ValueError of pathlib's."""
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/base.yaml").write_text("topk: 3\n")
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(f"extends: {place.format(here=tmp_path)}\n")
+    assert load_recipe(Recipe, mine).topk == 3
+    for nowhere in ("sub/none", "/nowhere/none", "https://example.org/base.yaml"):
+        mine.write_text(f"extends: {nowhere}\n")
+        with pytest.raises(UsageError, match="no recipe '"):
+            load_recipe(Recipe, mine)
+
+
 def test_extends_lays_a_recipe_over_another(tmp_path):
     (tmp_path / "base.yaml").write_text("topk: 1\ntrain:\n  lr: 3e-4\n  steps: 5\n")
     (tmp_path / "mine.yaml").write_text("extends: base\ntrain:\n  steps: 6\n")
