@@ -130,7 +130,9 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, str, int
     text = str(error)
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in text:
-        where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
+        # Of a copy the second is what is written; the first is whole, and not to be blamed.
+        file = getattr(error, "filename2", None) or getattr(error, "filename", None)
+        where = f" while writing {file}" if file else ""
         return f"the disk is full{where}", "free some space, or write elsewhere", RAN_AND_FAILED
     if isinstance(error, PermissionError) or number == errno.EROFS:
         where = getattr(error, "filename", None) or text

@@ -108,7 +108,10 @@ class Console:
     def say(self, text: str = "") -> None:
         """A line for the person watching; never part of the result."""
         if not self.quiet:
-            print(escaped(text), file=sys.stderr, flush=True)
+            try:
+                print(escaped(text), file=sys.stderr, flush=True)
+            except OSError:  # a log on a full disk, a reader that left: no reason to end a run
+                forget(sys.stderr)
 
     def detail(self, text: str) -> None:
         """A line shown under -v."""

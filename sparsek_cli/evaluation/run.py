@@ -132,9 +132,12 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
         ranks.join(lm)
         try:
             _measure(pairs, finished, lm, plan, record, store, ranks, reporter)
+            if ranks.first:
+                _write(store.folder, record)
+                store.complete()
         except KeyboardInterrupt:
             if ranks.first:
-                _write(folder, record)
+                _write(store.folder, record)
             say(f"stopped; {_what_stays(store, out)}")
             raise
         except OSError as error:
@@ -144,9 +147,6 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
                 f"the disk is full; {_what_stays(store, out)}",
                 hint="free some space, then go on with --resume, or start again if nothing stayed",
             ) from error
-        if ranks.first:
-            _write(folder, record)
-            store.complete()
     return Evaluated(record.report() | {"folder": str(out)})
 
 

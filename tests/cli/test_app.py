@@ -64,6 +64,7 @@ def test_usage_errors(sparsek, words, error, hint):
         (SparsekError("it broke", hint="mend it"), 1, "error: it broke"),
         (KeyboardInterrupt(), 130, "error: interrupted"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "the disk is full"),
+        (OSError(errno.ENOSPC, "No space left", "a", None, "b"), 1, "is full while writing b"),
         (PermissionError(errno.EACCES, "Permission denied", "x.bin"), 1, "no permission for x.bin"),
         (OSError(errno.EROFS, "Read-only file system", "x.bin"), 1, "no permission for x.bin"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x.bin"), 1, "No such file: x.bin"),
@@ -176,6 +177,18 @@ def test_streams_that_are_closed_or_full(words, streams, code, says):
     lines = done.stderr.splitlines()
     assert done.returncode == code and len(lines) == len(says), done
     assert all(line.startswith(start) for line, start in zip(lines, says, strict=True)), done
+
+
+@pytest.mark.parametrize("streams", ["2> /dev/full", "2> >(true)"])
+def test_progress_that_cannot_be_shown_ends_no_run(streams):
+    """Hours of training would end because a log's disk is full, or because its reader left."""
+    code = (
+        "import sys, time; from sparsek_cli.console import Console\n"
+        "time.sleep(0.3); Console().say('step 1'); Console().say('step 2'); print('done')"
+    )
+    command = ["bash", "-c", f'"$@" {streams}', "bash", sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "done\n")
 
 
 def test_closed_streams_keep_their_numbers(tmp_path):

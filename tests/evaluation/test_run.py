@@ -91,7 +91,7 @@ def test_resume_after_a_crash_gives_the_same_results(run, recipe, console, tmp_p
     assert resumed == whole
 
 
-@pytest.mark.parametrize("write", [3, 4, 7])
+@pytest.mark.parametrize("write", [3, 4, 7, 8])
 def test_resume_after_a_full_disk(run, recipe, console, tmp_path, monkeypatch, write):
     """While samples, a result, or the table of all is written; the folder's own mark is first."""
     from sparsek_cli import disk
@@ -120,7 +120,7 @@ def test_resume_after_a_full_disk(run, recipe, console, tmp_path, monkeypatch, w
     assert "--resume" in refusal.value.hint
     report = run(recipe(**settings), console, resume=True)  # as hinted
     assert report["complete"] and len(report["units"]) == 2
-    assert len(units) == {3: 3, 4: 2, 7: 2}[write], writes
+    assert len(units) == {3: 3, 4: 2, 7: 2, 8: 2}[write], writes
 
 
 def test_other_settings_in_the_same_folder_are_refused(run, recipe, console):
