@@ -21,6 +21,7 @@ from sparsek_kernels.triton.tiles import (
     capped,
     clear_key,
     dot_precision,
+    empty_rows,
     gate_of,
     gate_row,
     index_of,
@@ -167,7 +168,7 @@ def attend_forward(
         out: where to write, its last dimension dense; None: memory of its own.
     """
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = empty_rows(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid, per_tile, per_group = query_grid(geometry, lists, config)
     dim = q.shape[3]

@@ -10,6 +10,7 @@ import torch
 
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.geometry import geometry
+from sparsek_kernels.triton.tiles import empty_rows
 
 
 def _forward(
@@ -67,7 +68,7 @@ def attention_op(
 @attention_op.register_fake
 def _(q, k, v, scores, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap):
     return (
-        q.new_empty(q.shape),
+        empty_rows(q),
         q.new_empty(q.shape[:3], dtype=torch.float32),
         scores.new_empty(scores.shape, dtype=torch.int32),
         scores.new_empty(0 if gate == "straight_through" else scores.shape),
@@ -109,7 +110,7 @@ def _(
     topk, window, sinks, gate, scale, softcap, score_grad, deterministic,
 ):  # fmt: skip
     return (
-        q.new_empty(q.shape),
+        empty_rows(q),
         k.new_empty(k.shape),
         v.new_empty(v.shape),
         scores.new_empty(scores.shape if score_grad else 0),

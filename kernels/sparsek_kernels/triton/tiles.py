@@ -217,6 +217,15 @@ def rows_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.stride(3) == 1 else tensor.contiguous()
 
 
+def empty_rows(q: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] for an output or dq; in memory [B, N, H, D], which the next map reads as it is.
+
+    With heads before tokens a model copies both, and keeps the output twice for its backward pass.
+    """
+    batch, heads, queries, size = q.shape
+    return q.new_empty(batch, queries, heads, size).transpose(1, 2)
+
+
 def needs_wide_index(*tensors: torch.Tensor) -> bool:
     """Whether an offset inside one row of [B, G, M, D] can pass 2^31."""
     return any(t.shape[2] * t.stride(2) + t.shape[3] >= 2**31 for t in tensors)

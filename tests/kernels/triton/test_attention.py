@@ -100,6 +100,15 @@ def test_layouts_do_not_matter(make_inputs, relative_error):
     assert relative_error(out, wanted) < 1e-6
 
 
+def test_outputs_lie_as_the_next_map_reads_them(make_inputs):
+    """Tokens before heads: the model's [B, N, H * D] is a view then, and no copy is kept."""
+    inputs = make_inputs(70, batch=2, heads=4, groups=2, dim=16, dtype=torch.float32)
+    out = sparsek_attention(*inputs, topk=9, window=5, sinks=1, backend="triton")
+    (dq,) = torch.autograd.grad(out.sum(), inputs[:1])
+    for rows in (out, dq):
+        assert rows.transpose(1, 2).is_contiguous()
+
+
 def test_deterministic_mode_agrees(make_inputs, relative_error):
     inputs = make_inputs(90, batch=2, dim=16, dtype=torch.float32)
     out = sparsek_attention(*inputs, topk=9, window=6, sinks=1, backend="triton")

@@ -19,6 +19,7 @@ from sparsek_kernels.triton.tiles import (
     capped,
     clear_key,
     dot_precision,
+    empty_rows,
     gate_of,
     gate_row,
     index_of,
@@ -177,7 +178,7 @@ def query_gradient(
     Args:
         runs: int32 [B, G, M] twice, the queries [start, stop) at which a key is interior.
     """
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = empty_rows(q)
     row_sum = None if runs is None else torch.empty_like(lse)
     grid, per_tile, per_group = query_grid(geometry, lists, config)
     run_start, run_stop = runs or (end, end)

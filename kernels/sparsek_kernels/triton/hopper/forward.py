@@ -37,7 +37,7 @@ from sparsek_kernels.triton.hopper.tiles import (
 )
 from sparsek_kernels.triton.hopper.work import programs, rows_of, work_of
 from sparsek_kernels.triton.lists import KeyLists
-from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
+from sparsek_kernels.triton.tiles import LOG2_E, empty_rows, needs_wide_index, strides
 
 KEYS, STAGES = 128, 3  # per step, steps in the ring: measured best, and what shared memory holds
 
@@ -324,7 +324,7 @@ def attend_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out [B, H, N, D] and lse float32 [B, H, N] in base 2, as `forward.attend_forward`."""
     if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out = empty_rows(q)
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     group, packed_heads = geometry.group, heads_of_tile(geometry.group)
     bq = ROWS // packed_heads

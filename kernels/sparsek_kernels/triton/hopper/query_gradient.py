@@ -34,7 +34,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     within,
 )
 from sparsek_kernels.triton.lists import KeyLists
-from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
+from sparsek_kernels.triton.tiles import LOG2_E, empty_rows, needs_wide_index, strides
 
 KEYS, STAGES = 64, 4  # per step, steps in the ring: what shared memory holds
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -271,7 +271,7 @@ def query_gradient(
     window: int, scale: float, runs,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """dq [B, H, N, D] and, if `runs` is given, float32 [B, H, N]: as `forward.query_gradient`."""
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dq = empty_rows(q)
     row_sum = None if runs is None else torch.empty_like(lse)
     run_start, run_stop = runs or (end, end)
     group, packed_heads = geometry.group, heads_of_tile(geometry.group)
