@@ -222,6 +222,15 @@ def test_damaged_checkpoints_are_named_and_kept(stopped):
         with pytest.raises(SparsekError, match=r"optimizer\.json is damaged"):
             finetune(made, reporter, resume=True)
     (checkpoint / "optimizer.json").write_bytes(whole[checkpoint / "optimizer.json"])
+    state = json.loads(whole[checkpoint / "trainer_state.json"])
+    for key, value in (
+        ("total_flos", None), ("total_flos", []), ("train_batch_size", "x"),
+        ("train_batch_size", None), ("stateful_callbacks", 3), ("best_model_checkpoint", {}),
+    ):  # fmt: skip
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | {key: value}))
+        with pytest.raises(SparsekError, match=rf"trainer_state\.json is damaged: its {key} is"):
+            finetune(made, reporter, resume=True)
+    (checkpoint / "trainer_state.json").write_bytes(whole[checkpoint / "trainer_state.json"])
     checkpoint.rename(checkpoint.with_name("checkpoint-3"))
     with pytest.raises(SparsekError, match="it is of step 2"):
         finetune(made, reporter, resume=True)

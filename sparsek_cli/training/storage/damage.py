@@ -18,6 +18,14 @@ _WHAT = "a run goes on from whole files alone: put a copy in its place, or --ove
 # Of an optimiser and its schedule; others come and go with versions of torch.
 _NEEDED = {"lr", "initial_lr", "params", "betas", "weight_decay", "last_epoch", "base_lrs"}
 
+# What transformers' Trainer computes with, by its kinds; of the rest it reads nothing here.
+_STATE_KINDS: dict[str, tuple[type, ...]] = {
+    "train_batch_size": (int,),
+    "total_flos": (int, float),
+    "stateful_callbacks": (dict,),
+    "best_model_checkpoint": (str, type(None)),
+}
+
 
 class CannotResume(SparsekError):
     """A checkpoint that a run cannot go on from."""
@@ -64,6 +72,9 @@ def check_checkpoint(folder: Path) -> None:
         raise damaged(folder / STATE, f"its run has {str(state.get('max_steps'))[:40]} steps")
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
         raise damaged(folder / STATE, "it has no history")
+    for key, kinds in _STATE_KINDS.items():
+        if type(state.get(key)) not in kinds:
+            raise damaged(folder / STATE, f"its {key} is {str(state.get(key))[:40]!r}")
     files = [folder / "trained.safetensors"]
     if not any(folder.glob("global_step*")):  # of DeepSpeed, which keeps its own format
         read_json(folder / "optimizer.json")
