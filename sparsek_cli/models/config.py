@@ -42,6 +42,11 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+def with_defaults(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A `sparsek` block as it stands in a file, whole: keys that are missing take `DEFAULTS`."""
+    return {**DEFAULTS, **block}
+
+
 @dataclass(frozen=True)
 class LayerBudget:
     """What one layer's attention needs to know.
@@ -139,7 +144,7 @@ def check_settings(
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
             raise UsageError(f"sparsek settings have no key `{key}`", hint=hint)
-    merged = {**DEFAULTS, **settings}
+    merged = with_defaults(settings)
     checked: dict[str, Any] = {
         "topk": _check_topk(merged["topk"], layers=layers, heads=heads, sparse=sparse),
         "window": _check_integer("window", merged["window"], least=1),
