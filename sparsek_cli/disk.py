@@ -48,7 +48,15 @@ def write_atomically(file: Path, content: str | bytes) -> None:
 
 
 def check_name(path: str) -> None:
-    """Raises UsageError where a path holds a null byte, or bytes that are no UTF-8."""
+    """Raises UsageError where a path is empty, or holds a null byte or bytes that are no UTF-8.
+
+    Empty, it would be the current folder, which nobody means who gives a shell's unset variable.
+    """
+    if not path:
+        raise UsageError(
+            "the name of a file or folder is empty",
+            hint="name one; in a shell, the variable may not be set",
+        )
     if "\0" in path:
         raise UsageError("the name holds a null byte", hint="name a file, a folder or a hub id")
     try:

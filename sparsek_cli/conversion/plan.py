@@ -154,7 +154,9 @@ def check_text(spec: str) -> None:
 
 def out_folder(recipe: ConvertRecipe, base: Checkpoint) -> Path:
     """The folder to write: the request's, else named after the base."""
-    return absolute(recipe.out or f"{base.name}-{'scorers' if recipe.scorers_only else 'sparsek'}")
+    if recipe.out is not None:
+        return absolute(recipe.out)
+    return absolute(f"{base.name}-{'scorers' if recipe.scorers_only else 'sparsek'}")
 
 
 def _linkable(recipe: ConvertRecipe, shards: list[Shard], out: Path, *, packed: bool) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sparsek_cli.data.pieces import BLOCK
 from sparsek_cli.dialogue.session import Session
-from sparsek_cli.disk import write_atomically
+from sparsek_cli.disk import check_name, write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 
 ProgressMaker = Callable[[str, float], AbstractContextManager[Any]]
@@ -29,6 +29,7 @@ def load_path(session: Session, name: str, *, progress: ProgressMaker) -> bool:
     Raises:
         UsageError: nothing there, not UTF-8, empty, or a folder without text files.
     """
+    check_name(name)
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return load_file(session, name, progress=progress)

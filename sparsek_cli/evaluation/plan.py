@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import hub
+from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import check_names
 from sparsek_cli.evaluation.result_files import RUNS
@@ -89,7 +90,9 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
     if recipe.model is None:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
     checkpoint = hub.resolve(recipe.model, recipe.revision)
-    out = Path(os.path.expanduser(recipe.out)) if recipe.out else None
+    for name in (recipe.out, recipe.data):
+        check_name("given" if name is None else name)
+    out = None if recipe.out is None else Path(os.path.expanduser(recipe.out))
     if out is None and not resume:
         check_not_inside(RUNS, checkpoint.path, "--out")
     if out is not None:

@@ -152,8 +152,9 @@ def absolute(path: str | os.PathLike) -> Path:
     """From the root on, `~` followed, links not.
 
     Raises:
-        UsageError: the name is no text, so that no recipe or card could record it.
+        UsageError: the name is empty, or no text, so that no recipe or card could record it.
     """
+    check_name(os.fspath(path))
     found = os.path.abspath(os.path.expanduser(path))
     check_name(found)
     return Path(found)

@@ -112,7 +112,7 @@ def plan(
             f"'{source.name}' is a dense model: it has no scorers",
             hint="`sparsek convert MODEL OUT --scorers-only` makes some for it",
         )
-    place = absolute(out or f"{source.name}-scorers")
+    place = absolute(f"{source.name}-scorers" if out is None else out)
     if place.suffix.lower() == ".safetensors":
         check_not_inside(place, source.path)
         check_file(place, overwrite=overwrite, suffixes=(".safetensors",))

@@ -149,7 +149,7 @@ def plan(
             hint="name a folder that `sparsek convert` or `sparsek finetune` wrote",
         )
     row = row_of(config["model_type"])
-    place = absolute(out or f"{source.name}-dense")
+    place = absolute(f"{source.name}-dense" if out is None else out)
     check_folder(place, MODEL, overwrite=overwrite, model=source.path)
     made = Plan(
         source=source,

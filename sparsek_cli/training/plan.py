@@ -13,6 +13,7 @@ from sparsek_cli import hub, quantised
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device, choose_dtype, world_size
+from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.loading import load_tokenizer
@@ -78,7 +79,9 @@ def plan(
     reporter = reporter or Silent()
     if recipe.init == "pretrained" and recipe.model is None:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
-    out = Path(os.path.expanduser(recipe.out or f"{_base_name(recipe)}-finetuned"))
+    named = f"{_base_name(recipe)}-finetuned" if recipe.out is None else recipe.out
+    check_name(named)
+    out = Path(os.path.expanduser(named))
     source = None if recipe.model is None else hub.resolve(recipe.model)
     where = None if source is None else source.path
     settings = settings_of(recipe)

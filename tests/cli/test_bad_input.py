@@ -51,6 +51,15 @@ def refused(sparsek, tmp_path, monkeypatch):
     ("code", "words", "says"),
     [
         (2, [*FINETUNE, "latin.txt"], "latin.txt is not UTF-8 text"),
+        # A shell's variable that is not set: all text of the current folder was read.
+        (2, [*FINETUNE, ""], "the name of a file or folder is empty"),
+        (2, ["finetune", "tiny", "", "--data", "latin.txt"], "the name of a file or folder is"),
+        (2, ["convert", "tiny", "", "--calibrate", "none"], "the name of a file or folder is"),
+        (2, ["convert", "tiny", "out", "--calibrate", ""], "the name of a file or folder is"),
+        (2, ["evaluate", "tiny", "--out", ""], "the name of a file or folder is empty"),
+        (2, ["evaluate", "tiny", "--text", "", "--out", "out"], "the name of a file or folder"),
+        (2, ["evaluate", "tiny", "--data", "", "--out", "out"], "the name of a file or folder"),
+        (2, ["chat", "tiny", "--prompt", "hi", "--load", ""], "the name of a file or folder is"),
         (2, [*FINETUNE, "blank.txt"], "no text in blank.txt"),
         (2, [*FINETUNE, "empty.jsonl"], "no text in empty.jsonl"),
         (2, [*FINETUNE, "ids.jsonl"], "ids.jsonl:1: no column 'text'"),

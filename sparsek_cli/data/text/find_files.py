@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from sparsek_cli import hub
+from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 
 _LOG = logging.getLogger("sparsek_cli")
@@ -43,6 +44,7 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
     items: Iterable = [spec] if isinstance(spec, str | Path) else spec
     found: dict[Path, None] = {}
     for item in items:
+        check_name(str(item))
         path = Path(item).expanduser()
         if path.is_file():
             if not path.name.endswith(READABLE):
