@@ -51,8 +51,23 @@ def test_a_state_belongs_to_its_model(sparse_model, tmp_path):
         ),
     }
     for message, other in cases.items():
-        with pytest.raises(UsageError, match=message):
+        with pytest.raises(UsageError, match=message) as refused:
             models.load_state(file, other)
+        if message == "another budget":  # the hint, followed
+            assert f"/budget 10 and then /load-state {file}; in Python" in refused.value.hint
+            assert refused.value.hint.endswith("set_budget(model, topk=5)")
+            models.set_budget(other, topk=5)
+            models.load_state(file, other)
+    models.set_budget(model, cache_dtype="int8")
+    with pytest.raises(UsageError, match="another budget") as refused:
+        models.load_state(file, model)
+    assert "--cache-dtype auto" in refused.value.hint
+    models.set_budget(model, cache_dtype="auto")
+    models.load_state(file, model)
+    other = sparse_model("llama", topk=5, window=3, sinks=1)
+    with pytest.raises(UsageError, match="another budget") as refused:
+        models.load_state(file, other)
+    assert "as it was converted" in refused.value.hint
     # The hint: back in the dtype it was saved in.
     models.load_state(file, cases["in float32, the model runs in bfloat16"].float())
     with torch.no_grad():  # fine-tuned since

@@ -131,10 +131,32 @@ def _check(path: Path, found: dict[str, Any], cache: SparseKCache, model: Any) -
         raise UsageError(
             f"'{path}' was saved with another model", hint="load the model that wrote it"
         )
-    if found["budgets"] != [_budget(layer) for layer in cache.layers]:
+    now = [_budget(layer) for layer in cache.layers]
+    if found["budgets"] != now:
         raise UsageError(
-            f"'{path}' was saved under another budget", hint="set the budget it was saved under"
+            f"'{path}' was saved under another budget", hint=_remedy(path, found["budgets"], now)
         )
+
+
+def _remedy(path: Path, saved: Any, now: list[list[Any]]) -> str:
+    """How a model gets the budget that a state was saved under.
+
+    Args:
+        saved: what the file says, which may be anything. now: as of `_budget`, by layer.
+    """
+    entries = saved if isinstance(saved, list) else []
+    parts = [budget if isinstance(budget, list) else [] for budget in entries]
+    if [budget[:4] for budget in parts] == [budget[:4] for budget in now]:
+        stored = "int8" if len(parts[0]) > 4 else "auto"
+        return f"load the model with cache_dtype {stored}: --cache-dtype {stored}"
+    topk = parts[0][0] if parts and parts[0] else None
+    if type(topk) is int and parts == [[topk, *budget[1:]] for budget in now]:
+        _, window, sinks, *_ = now[0]
+        return (
+            f"in chat, /budget {sinks + topk + window} and then /load-state {path}; in Python, "
+            f"set_budget(model, topk={topk})"
+        )
+    return "load the model as it was converted when the state was saved"
 
 
 def _check_dtype(path: Path, dtype: str, model: Any) -> None:
