@@ -91,7 +91,8 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
     checkpoint = hub.resolve(recipe.model, recipe.revision)
     for name in (recipe.out, recipe.data):
-        check_name("given" if name is None else name)
+        if name is not None:
+            check_name(name)
     out = None if recipe.out is None else Path(os.path.expanduser(recipe.out))
     if out is None and not resume:
         check_not_inside(RUNS, checkpoint.path, "--out")
