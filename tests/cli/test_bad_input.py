@@ -185,7 +185,7 @@ def test_a_rank_alone_means_nothing(sparsek, monkeypatch, tmp_path, rank):
     assert shown.failed(2), "it is heard"
 
 
-@pytest.mark.parametrize("rank", ["0", pytest.param("1", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", ["0", "1"])
 def test_processes_that_do_not_come_are_not_waited_for_long(monkeypatch, rank):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -11,7 +11,6 @@ from sparsek_cli.data.filler import Filler
 from sparsek_cli.data.generated_text import generated_text
 
 
-@pytest.mark.slow
 def test_a_conversation_reads_nothing_twice(sparse_model, tokenizer, monkeypatch):
     model = sparse_model("llama", topk=8, window=8, sinks=2)
     filler = Filler.from_documents([generated_text(np.random.default_rng(0), 60)], tokenizer)

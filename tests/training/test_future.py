@@ -162,7 +162,7 @@ def test_layers_that_read_a_layer_s_keys_pull_at_its_scores(dense_config):
     assert together == pytest.approx(sum(alone.values()) / 2, rel=1e-5)
 
 
-@pytest.mark.parametrize("family", [FAMILIES[0], pytest.param(FAMILIES[1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_scores_learn_to_hold_what_is_looked_at(family, dense_config):
     """And a pass without training neither asks nor changes anything."""
     model = sparse_model(dense_config, family, topk=6)

@@ -11,9 +11,7 @@ SHAPE = dict(topk=(5, 12), window=4, sinks=2)
 OPTIONS = dict(slopes=torch.tensor([0.0, 0.02]), backend="triton", **SHAPE)
 
 
-@pytest.mark.parametrize(
-    "kept", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.int8], ids=str
-)
+@pytest.mark.parametrize("kept", [torch.float32, torch.int8], ids=str)
 @torch.no_grad()
 def test_rows_of_a_pool_are_read_as_states_alone(kept):
     """To the bit, over whatever earlier owners left; rows that nobody named stay as they are."""
