@@ -62,7 +62,8 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
     again = recipe.again and is_converted(config)
     repeatable = method is None
     if again:
-        method, recipe = _as_it_is(config, method, recipe)
+        method = method or method_of(config["sparsek"])
+        recipe = with_settings_of(recipe, config["sparsek"])
         config = dense_config(config)
     row = convertible(config)
     sizes = geometry(config, row)
@@ -200,17 +201,3 @@ def _sliding_window(row: Row, config: dict[str, Any], types: list[str]) -> int:
     if given_window(window, "sliding_window") is None:
         raise no_width(window, mixed=row.mixed)
     return window
-
-
-def _as_it_is(
-    config: dict[str, Any], method: Method | None, recipe: ConvertRecipe
-) -> tuple[Method, ConvertRecipe]:
-    """What was not asked for is as in the converted model, whose defaults count where it is silent.
-
-    Args:
-        config: its config.json.
-    """
-    from sparsek_cli.models.config import with_defaults
-
-    block = with_defaults(config["sparsek"])
-    return method or method_of(block), with_settings_of(recipe, block)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.converted import check_whole_settings
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.families import TABLE
 from sparsek_cli.model_folder.not_a_model import no_config
@@ -118,6 +119,8 @@ def _check_converted(config: dict[str, Any], name: str) -> None:
             f"{json.dumps(settings)[:60]}: is it converted or not?",
             hint="convert the base again; its config.json and the converted one are different",
         )
+    if ours:
+        check_whole_settings(settings, f"'{name}'")
 
 
 def _check_dtype(config: dict[str, Any], name: str) -> None:

@@ -10,6 +10,8 @@ A scorer of type `mlp` also has a `width`, the units of its hidden layer (128).
 `topk` is one integer, or a list with one entry per layer, each an integer or a list with one
 integer per KV head; null for layers that do not attend to everything, which stay as they are.
 Every KV head of the others keeps sinks + topk + window pairs, always.
+
+In a file the block is whole; a config that is made in Python may leave out what has a default.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from sparsek_cli.converted import ATTENTION
+from sparsek_cli.converted import ATTENTION, check_whole_settings
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.by_layer import head_dim_of, kv_heads_of, shared_layers
 from sparsek_cli.families.layers import full_layers
@@ -40,11 +42,6 @@ DEFAULTS: dict[str, Any] = {
     "gate": "straight_through",
     "scorer": {"type": "linear"},
 }
-
-
-def with_defaults(block: Mapping[str, Any]) -> dict[str, Any]:
-    """A `sparsek` block as it stands in a file, whole: keys that are missing take `DEFAULTS`."""
-    return {**DEFAULTS, **block}
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ def check_settings(
             near = get_close_matches(str(key), known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known keys: {', '.join(known)}"
             raise UsageError(f"sparsek settings have no key `{key}`", hint=hint)
-    merged = with_defaults(settings)
+    merged = {**DEFAULTS, **settings}
     checked: dict[str, Any] = {
         "topk": _check_topk(merged["topk"], layers=layers, heads=heads, sparse=sparse),
         "window": _check_integer("window", merged["window"], least=1),
@@ -264,6 +261,26 @@ class SparseKConfigMixin:
             },
         }
         self.validate()  # derived classes have the base's checks, and nobody calls them
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config that a file's content describes; every loader comes by here.
+
+        Raises:
+            UsageError: the `sparsek` block, there or among `kwargs`, is not whole.
+        """
+        if "sparsek" in kwargs:  # else set after the checks
+            config_dict = {**config_dict, "sparsek": kwargs.pop("sparsek")}
+        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        check_whole_settings(
+            config_dict.get("sparsek"), f"'{name}'" if name else f"a {cls.model_type} model"
+        )
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What config.json holds; transformers leaves the attention's name out."""

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from sparsek_cli import hub
+from sparsek_cli.converted import lacking
 from sparsek_cli.disk import check_name
-from sparsek_cli.errors import UsageError
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.output.scorers_file import Scorers, header
 from sparsek_cli.plain_files import check_plain
@@ -20,7 +21,8 @@ def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
 
     Raises:
         UsageError: there are none; the message says what is there instead.
-        SparsekError: the hub could not be reached, or refused.
+        SparsekError: the hub could not be reached, or refused; or settings beside the scorers are
+            missing.
     """
     name = os.fspath(place)
     check_name(name)
@@ -46,5 +48,10 @@ def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
         raise UsageError(
             f"'{path}' holds no scorers of a base that it names",
             hint="`sparsek export --scorers MODEL OUT` writes such a file",
+        )
+    if missing := lacking(found.block):
+        raise SparsekError(
+            f"the scorers in {path} are damaged: their settings lack {missing}",
+            hint="fetch or export them again, or convert the base again",
         )
     return found

@@ -128,10 +128,7 @@ def plan(
 
 
 def _plan(source: hub.Checkpoint, place: Path, *, overwrite: bool) -> Plan:
-    from sparsek_cli.models.config import with_defaults
-
     config = source.config()
-    config = {**config, "sparsek": with_defaults(config["sparsek"])}
     row = row_of(config["model_type"])
     if config["sparsek"]["scorer"]["type"] == "random":
         raise UsageError(

@@ -8,7 +8,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+import sparsek_cli as sparsek
 import sparsek_cli.models as models
+from sparsek_cli.converted import SETTINGS
 from sparsek_cli.errors import SparsekError, UsageError
 
 
@@ -38,6 +40,45 @@ def test_save_and_plain_load_give_the_same_logits(family, sparse_model, ids, tmp
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert (tmp_path / "second" / models.REMOTE_CODE_FILE).is_file()
     assert not list(tmp_path.glob("families.py"))
+
+
+@pytest.mark.parametrize("key", [*SETTINGS, None])
+def test_files_that_lack_settings_are_refused_whoever_loads_them(key, sparse_model, tmp_path):
+    """Their defaults are another model's; `None`: the whole block."""
+    model = sparse_model("llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text())
+    del (config["sparsek"] if key else config)[key or "sparsek"]
+    file.write_text(json.dumps(config))
+    kinds = type(model.config), type(model)
+    loaders = [kind.from_pretrained for kind in (AutoConfig, AutoModelForCausalLM, *kinds)]
+    for load in loaders:
+        with pytest.raises(UsageError, match=f"lacks {key or 'topk, window'}"):
+            load(tmp_path)
+    with pytest.raises(UsageError, match="lacks"):
+        kinds[0].from_json_file(file)
+    with pytest.raises(UsageError, match=f"'{tmp_path.name}': .* (lacks|is it converted or not)"):
+        sparsek.load(tmp_path)
+
+
+def test_settings_named_beside_a_file_are_whole_and_checked(sparse_model, tmp_path):
+    model = sparse_model("llama")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="lacks topk, sinks"):
+        AutoConfig.from_pretrained(tmp_path, sparsek={"window": 3})
+    with pytest.raises(UsageError, match="window is 0"):
+        AutoConfig.from_pretrained(tmp_path, sparsek={**model.config.sparsek, "window": 0})
+    block = {**model.config.sparsek, "window": 3}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, sparsek=block)
+    assert again.config.sparsek == block
+
+
+def test_a_config_made_in_python_has_defaults_and_its_file_is_whole(family, tmp_path):
+    made = models.FAMILIES[family].sparsek_config()
+    assert made.sparsek == models.DEFAULTS
+    made.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).sparsek == models.DEFAULTS
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import sparsek_cli as sparsek
+from sparsek_cli.converted import SETTINGS
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output import scorers_file
 from sparsek_cli.scorers_alone.find import read
@@ -121,6 +122,30 @@ def test_settings_that_are_none_are_refused(scored, tmp_path, change):
     with pytest.raises(SparsekError, match=f"are damaged: .*{next(iter(change))}"):
         sparsek.merge(base, file, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_settings_that_are_missing_are_refused(scored, tmp_path, key):
+    """Their defaults would be another model's, and nobody would see it."""
+    base, out, scorers = scored
+    found = read(scorers)
+    file = tmp_path / "s.safetensors"
+    block = {name: value for name, value in found.block.items() if name != key}
+    scorers_file.write(file, found.tensors(), block, found.base, {})
+    with pytest.raises(SparsekError, match=rf"are damaged: their settings lack {key}\n"):
+        sparsek.merge(base, file, tmp_path / "m")
+    with pytest.raises(SparsekError, match=rf"their settings lack {key}\n"):
+        sparsek.load(base, scorers=file, device="cpu", dtype="float32")
+    file.unlink()
+    bad = shutil.copytree(out, tmp_path / "bad")
+    config = json.loads((bad / "config.json").read_text())
+    del config["sparsek"][key]
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=f"'bad': .* lacks {key}, and"):
+        sparsek.export_scorers(bad, file)
+    with pytest.raises(UsageError, match=f"'bad': .* lacks {key}, and"):
+        sparsek.convert(bad, tmp_path / "again", again=True, calibrate="none")
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
 
 
 @pytest.mark.parametrize(

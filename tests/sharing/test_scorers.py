@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 import sparsek_cli as sparsek
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.models import DEFAULTS
 from sparsek_cli.output import scorers_file
 from sparsek_cli.scorers_alone.find import read
 from sparsek_cli.sharing import push
@@ -47,20 +46,6 @@ def test_a_base_and_its_scorers_are_the_converted_model(scored, tmp_path):
     model, tokenizer = sparsek.load(base, scorers=single, device="cpu", dtype="float32")
     assert torch.equal(model(IDS, use_cache=False).logits, logits(out))
     assert tokenizer("a").input_ids
-
-
-@pytest.mark.parametrize("key", ["window", "sinks", "gate", "topk"])
-def test_settings_that_are_left_out_have_their_defaults(scored, tmp_path, key):
-    """As the model reads them; whoever looked into config.json itself raised a KeyError."""
-    out = shutil.copytree(scored[1], tmp_path / "out")
-    config = json.loads((out / "config.json").read_text())
-    del config["sparsek"][key]
-    (out / "config.json").write_text(json.dumps(config))
-    done = sparsek.export_scorers(out, tmp_path / "scorers")
-    block = scorers_file.header(Path(done.out) / "sparsek.safetensors").block
-    assert block[key] == DEFAULTS[key]
-    again = sparsek.convert(out, tmp_path / "again", again=True, calibrate="none")
-    assert json.loads((Path(again.out) / "config.json").read_text())["sparsek"][key] == block[key]
 
 
 def test_two_runs_write_one_file_of_scorers(scored, tmp_path, monkeypatch):

@@ -323,6 +323,7 @@ MODELS: dict[str, Maker] = {
     "activation-unknown": config(hidden_act="sily"),
     "rope-unknown": config(rope_parameters={"rope_type": "who", "rope_theta": 1e4}),
     "sparsek-block-alone": config(sparsek={"topk": 3}),
+    "sparsek-block-cut": config(model_type="sparsek_llama", sparsek={"topk": 3}),
     # files of the tokenizer that are no JSON objects
     "tokenizer-config-cut": file("tokenizer_config.json", '{"model_max_length": '),
     "tokenizer-config-list": file("tokenizer_config.json", "[]"),

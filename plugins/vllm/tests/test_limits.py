@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 from sparsek_vllm import VERSIONS, limits
 from vllm.engine.arg_utils import EngineArgs
@@ -58,6 +61,18 @@ def test_refused_by_option(words, checkpoint):
 def test_refused_by_model(words, settings, checkpoint):
     with pytest.raises(Exception, match=words):
         configure(checkpoint("llama", **settings))
+
+
+@pytest.mark.parametrize("key", ["topk", "window", "sinks", "gate", "scorer"])
+def test_a_file_that_lacks_settings_is_refused(key, checkpoint, tmp_path):
+    """Their defaults would be another model's."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    del config["sparsek"][key]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match=f"lacks {key}") as refused:
+        configure(folder)
+    assert refusal(refused.value).hint
 
 
 def test_families_that_the_lowest_vllm_does_not_load_are_refused(checkpoint, monkeypatch):
