@@ -4,8 +4,9 @@ import errno
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparsek_cli.errors import UsageError
@@ -34,7 +35,10 @@ def os_errors() -> Iterator[None]:
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:
-    """Puts `content` at `file` by one rename; a crash leaves the old file or none."""
+    """Puts `content` at `file` by one rename; a crash leaves the old file or none.
+
+    What a killed run left of the same file is removed.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -45,6 +49,52 @@ def write_atomically(file: Path, content: str | bytes) -> None:
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
+    _remove_abandoned(file)
+
+
+@contextmanager
+def part_of(file: Path) -> Iterator[Path]:
+    """Yields where to write what is then to get the name `file`, by the caller; removed after.
+
+    It lies in a private folder beside it: safetensors, killed, leaves a file of a name of its own.
+    What a killed run left of the same file is removed, too.
+
+    Raises:
+        OSError: the folder cannot be made.
+    """
+    folder = Path(tempfile.mkdtemp(".part", f".{file.name}.{os.getpid()}.", file.parent))
+    try:
+        yield folder / file.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    _remove_abandoned(file)
+
+
+def _remove_abandoned(file: Path) -> None:
+    """Removes parts of `file` whose process is gone; what cannot be removed stays."""
+    name = re.compile(rf"\.{re.escape(file.name)}\.(\d+)(\.\w{{8}})?\.part")
+    with suppress(OSError):
+        for entry in list(os.scandir(file.parent)):
+            match = name.fullmatch(entry.name)
+            if match is None or entry.is_symlink() or not _is_gone(int(match[1])):
+                continue
+            if match[2] and entry.is_dir():
+                shutil.rmtree(entry.path, ignore_errors=True)
+            elif match[2] is None and entry.is_file():
+                os.unlink(entry.path)
+
+
+def _is_gone(process: int) -> bool:
+    """Whether there is no such process; False where that cannot be known."""
+    if os.name != "posix":  # elsewhere this would end it
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # somebody else's; no number of a process
+        return False
+    return False
 
 
 def check_name(path: str) -> None:
@@ -88,6 +138,6 @@ def size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def readable(file: Path) -> None:
-    """safetensors makes private files; this one becomes as readable as its folder."""
-    file.chmod((file.parent.stat().st_mode | 0o600) & 0o666)
+def readable(file: Path, folder: Path | None = None) -> None:
+    """safetensors makes private files; this one becomes as readable as its folder, or `folder`."""
+    file.chmod(((folder or file.parent).stat().st_mode | 0o600) & 0o666)

@@ -7,7 +7,6 @@ beside the scorers (recipe, calibration report), so that the file is enough by i
 
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,18 +90,12 @@ def write(
         "base": json.dumps(base),
         "texts": json.dumps(texts),
     }
-    # Others may be writing a file of the same name.
-    number, name = tempfile.mkstemp(prefix=f".{file.name}.", suffix=".part", dir=file.parent)
-    os.close(number)
-    part = Path(name)
-    try:
+    with disk.part_of(file) as part:  # others may be writing a file of the same name
         with disk.os_errors():
             save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, part, metadata)
-        disk.readable(part)
+        disk.readable(part, file.parent)
         if overwrite or not _linked(part, file):
             os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _linked(part: Path, file: Path) -> bool:

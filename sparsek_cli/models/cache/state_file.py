@@ -7,11 +7,9 @@ anywhere else.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -69,18 +67,14 @@ def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any 
         "notes": json.dumps(notes),
     }
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with disk.os_errors():
+        with disk.part_of(path) as part, disk.os_errors():
             save_file(tensors, part, metadata)
-        os.replace(part, path)
+            part.replace(path)
     except OSError as error:
         raise SparsekError(
             f"cannot write '{path}': {error.strerror}", hint="choose another file"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
