@@ -265,8 +265,12 @@ class Engine:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the conversation: fed, and the last one drawn."""
+        """How many tokens the conversation has: those fed, and the last one drawn."""
         return self.fed + len(self._unfed)
+
+    def said(self) -> list[int]:
+        """The tokens of the conversation."""
+        return self.heard.tolist() + self._unfed
 
     @property
     def kv_bytes(self) -> int:

@@ -39,11 +39,14 @@ def load_path(session: Session, name: str, *, progress: ProgressMaker) -> bool:
             f"no text files below '{name}'", hint="they end in " + ", ".join(TEXT_SUFFIXES)
         )
     sizes = {path: _characters(path) for path in files}
+    moment = session.moment()  # one for all: it copies the cache
     with progress(f"reading {len(files)} files", sum(sizes.values())) as bar:
         for path in files:
             file = str(path.relative_to(folder))
             parts = chain([f"{file}:\n"], _parts(path))
-            if sizes[path] and not session.load(parts, file, on_progress=bar.advance):
+            if sizes[path] and not session.load(
+                parts, file, on_progress=bar.advance, moment=moment
+            ):
                 return False
     return True
 
@@ -119,7 +122,7 @@ def save_conversation(session: Session, path: Path) -> None:
     if path.suffix == ".jsonl":
         text = json.dumps(
             {
-                "text": session.tokenizer.decode(session.engine.heard.tolist()),
+                "text": session.tokenizer.decode(session.engine.said()),
                 "system": session.system,
                 "messages": session.messages,
             },

@@ -104,6 +104,7 @@ class Session:
         name: str = "",
         *,
         on_progress: Callable[[int], None] | None = None,
+        moment: Moment | None = None,
     ) -> bool:
         """Reads a document into the turn that the next question will end.
 
@@ -111,6 +112,7 @@ class Session:
             text: all of it, or its parts one after the other, which are then not kept.
             name: what `/save` calls it.
             on_progress: called with the number of characters read since the last call.
+            moment: where to go back to if that fails; default: now, which copies the cache.
 
         Returns:
             False when Ctrl-C stopped it; what was read stays.
@@ -125,7 +127,7 @@ class Session:
         first = next(parts, None)
         if first is None:
             raise UsageError(f"the document {name} is empty", hint="name another file")
-        with self.unharmed():
+        with self.unharmed(moment):
             return self.feed.read(name, first, parts, on_progress)
 
     def ask(self, question: str) -> Iterator[str]:
@@ -191,7 +193,7 @@ class Session:
         A cache whose layers were stopped at different tokens would answer nonsense.
 
         Args:
-            moment: of now, where the caller has it already.
+            moment: of now or of earlier, where the caller has it already.
         """
         moment, moments = moment or self.moment(), [*self._moments]
         try:

@@ -252,6 +252,37 @@ def test_transcripts_are_lines_that_finetune_reads(repl, tmp_path):
     texts = list(iterate_texts(file))
     assert "a.txt:\nFirst." in texts[0] and "Second." in texts[0] and "Secret" not in texts[0]
     assert texts[1].startswith(texts[0][:40]) and "And more?" in texts[1]
+    # Replies end at four tokens, the last of which nobody has read yet.
+    told = [row["messages"][-1]["content"] for row in rows]
+    assert all(reply and text.endswith(reply) for text, reply in zip(texts, told, strict=True))
+
+
+def test_a_folder_is_read_with_one_copy_of_the_cache(repl, said, tmp_path, monkeypatch):
+    """And taken back as a whole where one of its files fails."""
+    engine, session = repl.session.engine, repl.session
+    ask(session, "Hello?")
+    stood = session.moment()
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"The code of {name} is 42. " * 5, encoding="utf-8")
+    copies, read = [], engine._read
+    snapshot = engine.snapshot
+    monkeypatch.setattr(engine, "snapshot", lambda: copies.append(0) or snapshot())
+
+    def fail(piece):
+        read(piece)
+        if len(session.feed.documents) == 2:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "_read", fail)
+    with pytest.raises(RuntimeError):
+        repl.handle(f"/load {tmp_path}")
+    now = repl.session.moment()
+    assert now.engine.heard.tolist() == stood.engine.heard.tolist()
+    assert now.standing == stood.standing
+    copies.clear()
+    monkeypatch.setattr(engine, "_read", read)
+    repl.handle(f"/load {tmp_path}")
+    assert len(copies) == 1 and len(session.feed.documents) == 3
 
 
 def test_a_dense_model_has_no_state_and_no_budget(dense_model, tokenizer):
