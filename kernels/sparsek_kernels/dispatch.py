@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import resources, util
 from typing import Any
@@ -27,6 +29,7 @@ MIN_CAPABILITY = (8, 0)
 TAKES = "a CUDA device that the kernels support"
 _LOG = logging.getLogger("sparsek_kernels")
 _logged: set[tuple[str, str]] = set()
+_all_long: ContextVar[bool] = ContextVar("all_long", default=False)
 
 
 def _constant(function: Callable) -> Callable:
@@ -120,6 +123,24 @@ def _obstacle(device: torch.device) -> str | None:
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability[0]}.{capability[1]} < 8.0"
     return None
+
+
+@contextmanager
+def as_if_long() -> Iterator[None]:
+    """Within the block every call on Triton takes the ways of long ones.
+
+    To compile for them before one comes, and to compare: the results are the same to the bit.
+    """
+    token = _all_long.set(True)
+    try:
+        yield
+    finally:
+        _all_long.reset(token)
+
+
+def are_all_long() -> bool:
+    """Whether calls are taken for long ones, see `as_if_long`."""
+    return _all_long.get()
 
 
 def _unsupported(q, gate, state, gradient) -> str | None:

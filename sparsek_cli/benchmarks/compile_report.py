@@ -106,6 +106,7 @@ def report(
     capability: tuple[int, int], dim: int, gate: str, dtype: torch.dtype, softcap: float | None
 ) -> list[dict]:
     """One row per distinct kernel of a prefill, its backward pass and a decoding step."""
+    from sparsek_kernels.dispatch import as_if_long
     from sparsek_kernels.state import SlotLayout, SparseKState
     from sparsek_kernels.triton import pipeline
     from sparsek_kernels.triton import run as read_prompt
@@ -122,11 +123,12 @@ def report(
     scores = torch.zeros(1, groups, length, dtype=torch.float64)
     settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5, softcap)
     shape = geometry(q.shape, k.shape, q.device)
-    sinks = pipeline.sink_mask(shape, 4)
     own = pipeline.hopper_kernels
     for hopper_kernels in {own, lambda *_: None}:  # with Hopper's own kernels and without
         pipeline.hopper_kernels = hopper_kernels
-        out, lse, end, tau = pipeline.forward(q, k, k, scores, settings, shape, always=sinks)
+        with as_if_long():
+            pipeline.forward(q, k, k, scores, settings, shape)
+        out, lse, end, tau = pipeline.forward(q, k, k, scores, settings, shape)
         pipeline.backward(
             q, q, k, k, scores, out, lse, end, tau, settings, shape,
             score_grad=True, deterministic=False,

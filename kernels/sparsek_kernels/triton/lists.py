@@ -35,7 +35,7 @@ class KeyLists:
         counts: int32 [T*G, 2]: entries at the front (whole tile) and at the back (part of it).
         keys: int32, key indices inside their row. ends: the same for their `end`, or None.
         capacity: an upper bound on front + back.
-        first: int32 [S], first tile of each sequence.
+        first: int32 [S], first tile of each sequence; None where no finer lists are built.
     """
 
     size: int
@@ -45,7 +45,7 @@ class KeyLists:
     keys: torch.Tensor
     ends: torch.Tensor | None
     capacity: int
-    first: torch.Tensor
+    first: torch.Tensor | None
 
 
 @triton.jit

@@ -18,10 +18,7 @@ def _forward(
 ):  # fmt: skip
     settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale, softcap)
     shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
-    out, lse, end, tau = pipeline.forward(
-        q, k, v, scores, settings, shape, always=pipeline.sink_mask(shape, sinks),
-        sink_logits=sink_logits,
-    )  # fmt: skip
+    out, lse, end, tau = pipeline.forward(q, k, v, scores, settings, shape, sink_logits=sink_logits)
     return out, lse, end, scores.new_empty(0) if tau is None else tau
 
 

@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 import triton
 
+from sparsek_kernels.state import EMPTY
 from sparsek_kernels.triton.backward.key_gradient import key_gradient
 from sparsek_kernels.triton.backward.query_gradient import query_gradient
 from sparsek_kernels.triton.backward.row_products import row_products
@@ -15,6 +16,9 @@ from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, KeyLists, key_lists
 from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
+from sparsek_kernels.triton.short.ends import short_ends
+from sparsek_kernels.triton.short.limits import is_short
+from sparsek_kernels.triton.short.lists import short_lists
 from sparsek_kernels.triton.thresholds import prefix_thresholds
 from sparsek_kernels.triton.tiles import LOG2_E, rows_of
 from sparsek_kernels.triton.tuning import device_capability, launch_config
@@ -88,8 +92,8 @@ def forward(
     settings: Settings,
     shape: Geometry,
     *,
-    always: torch.Tensor | None = None,
-    never: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -97,11 +101,12 @@ def forward(
 
     Args:
         q [B, H, N, D], k and v [B, G, M, D], scores float64 [B, G, M].
-        always, never: bool, broadcastable to scores, see `selection_ends`.
+        positions: int64 [B, G, M] of keys that were listed from a state, see `find_ends`.
+        end: what `find_ends` found, if somebody asked before; the scores are not read then.
         sink_logits: [H] or None. out: where to write, or None.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
-    found = select(q, k, scores, settings, shape, always=always, never=never)
+    found = select(q, k, scores, settings, shape, positions=positions, end=end)
     out, lse = attend(q, k, v, found, settings, shape, out)
     if sink_logits is not None:
         out, lse = add_sinks(out, lse, sink_logits)
@@ -115,21 +120,46 @@ def select(
     settings: Settings,
     shape: Geometry,
     *,
-    always: torch.Tensor | None = None,
-    never: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None,
+    end: torch.Tensor | None = None,
 ) -> Selection:
     """The first part of `forward`, whose arguments it takes; of q and k only shapes are read."""
-    end = selection_ends(scores, settings.topk, settings.window, shape, always=always, never=never)
+    if end is None:
+        end = find_ends(scores, settings, shape, positions)
     tau = gate_scores = None
     if settings.gate != "straight_through":
+        always = sink_mask(shape, settings.sinks)
         tau = prefix_thresholds(scores, settings.topk, settings.window, shape, always)
         gate_scores = gate_values(scores, always)
     size = list_size(settings, q, k)
     hopper = hopper_kernels(q, settings)
     if hopper:
         size = max(size, hopper.tile_queries(shape.group))
-    (lists,) = key_lists(end, settings.topk, settings.window, settings.sinks, shape, [size])
+    own = (end, settings.topk, settings.window, settings.sinks, shape)
+    lists = short_lists(*own, size) if is_short(shape) else key_lists(*own, [size])[0]
     return Selection(end, lists, tau, gate_scores)
+
+
+def find_ends(
+    scores: torch.Tensor,
+    settings: Settings,
+    shape: Geometry,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`selection_ends`, in one launch where the call is short.
+
+    Args:
+        scores: float64 [B, G, M].
+        positions: int64 [B, G, M] of keys listed from a state, whose sinks are those of score +inf;
+            EMPTY slots are never seen. None: the sinks are the first keys of each sequence.
+    """
+    topk, window, listed = settings.topk, settings.window, positions is not None
+    if is_short(shape):
+        sinks = 0 if listed else settings.sinks
+        return short_ends(scores, topk, window, shape, sinks=sinks, positions=positions)
+    always = scores == torch.inf if listed else sink_mask(shape, settings.sinks)
+    never = positions == EMPTY if listed else None
+    return selection_ends(scores, topk, window, shape, always=always, never=never)
 
 
 def attend(

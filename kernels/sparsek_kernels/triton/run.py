@@ -3,7 +3,7 @@
 import torch
 
 from sparsek_kernels.scores import effective_scores
-from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
+from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.decode.step import step
 from sparsek_kernels.triton.documents.listing import list_documents
@@ -98,15 +98,12 @@ def _read(
         keys, shape = list_documents(q, k, v, scores, slopes, cu_seqlens, layout, state, starts)
     else:
         keys, shape = list_rows(q, k, v, scores, slopes, layout, state, fresh=fresh)
-    if fresh and cu_seqlens is None:
-        outside = {"always": pipeline.sink_mask(shape, layout.sinks)}
-    else:
-        outside = {"always": keys.effective == torch.inf, "never": keys.positions == EMPTY}
     settings = pipeline.Settings(
         layout.topk, layout.window, layout.sinks, "straight_through", scale, softcap
     )
+    listed = not fresh or cu_seqlens is not None
     out, _, end, _ = pipeline.forward(
         q, keys.keys, keys.values, keys.effective, settings, shape,
-        sink_logits=sink_logits, out=out, **outside,
+        positions=keys.positions if listed else None, sink_logits=sink_logits, out=out,
     )  # fmt: skip
     return out, next_state(keys, layout, end, shape, state)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
 from sparsek_kernels import SparseKState
+from sparsek_kernels.dispatch import as_if_long
 from sparsek_kernels.state import SlotLayout
 
 # Requests that decode, and tokens of prompts. Triton compiles once more for one prompt, and for
-# numbers that 16 divides; beyond 1,024 tokens keys are listed in another way; up to four rows
-# decode in one launch.
+# numbers that 16 divides; beyond 1,024 tokens keys are listed in another way, and beyond some
+# thousands in a third; up to four rows decode in one launch.
 STEPS = (
     (0, (2048,)), (0, (1501, 539)), (0, (1000, 800, 248)), (0, (333,)), (0, (300, 33)), (0, (8, 8)),
     (1, ()), (5, ()), (1, (300, 33)), (5, (333,)),
@@ -70,7 +72,13 @@ def warm_up(
     """
     query, device = like[0], like[0].device
     new = torch.Generator(device).manual_seed(0)
-    for tokens, metadata in steps(device):
-        sizes = ((tokens, x.shape[1]) for x in like)
-        tensors = [torch.randn(s, generator=new, dtype=query.dtype, device=device) for s in sizes]
-        attend(*tensors, torch.empty_like(tensors[0]), metadata, pool)
+    for ways in (nullcontext, as_if_long):
+        for tokens, metadata in steps(device):
+            if ways is as_if_long and not metadata.num_prefills:
+                continue
+            sizes = ((tokens, x.shape[1]) for x in like)
+            tensors = [
+                torch.randn(s, generator=new, dtype=query.dtype, device=device) for s in sizes
+            ]
+            with ways():
+                attend(*tensors, torch.empty_like(tensors[0]), metadata, pool)

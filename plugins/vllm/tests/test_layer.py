@@ -91,7 +91,8 @@ def test_a_layer_warms_up_over_states_of_its_own(monkeypatch):
     assert own.stride() == memory.stride()
     with torch.no_grad():
         warm_up(attend, like, layer._pool_of(own))
-    assert [len(output) for output in outputs] == [9, 9, 5, 12, 12]
+    reads = [9, 9, 12, 12]  # once more as long calls are read
+    assert [len(output) for output in outputs] == [9, 9, 5, 12, 12, *reads]
     assert all(output.isfinite().all() and output.any() for output in outputs)
     assert (memory == 7).all()
 

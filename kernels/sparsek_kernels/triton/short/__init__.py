@@ -1,0 +1,1 @@
+"""Selection and key lists in one launch each, for calls that would wait for the CPU otherwise."""
