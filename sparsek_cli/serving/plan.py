@@ -149,7 +149,7 @@ def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:
         # It knows the model by the words it was started with: short ones, where they lead there.
         model = name if Path(name).resolve() == checkpoint.path.resolve() else path
         server = ["-m", "sparsek_cli.serving.transformers_server", "serve"]
-        return model, [*server, model, "--trust-remote-code"]
+        return model, [*server, model]
     return name, ["-m", "sparsek_vllm", "--model", path, "--served-model-name", name]
 
 

@@ -1,8 +1,8 @@
 """`python -m sparsek_cli.serving.transformers_server`: transformers' server, as `serve` starts it.
 
 Left alone it calls Ctrl-C a failure and waits for whatever is being written, a refusal of ours
-becomes a traceback, and /v1/models lists the hub's cache on this machine. All arguments are those
-of `transformers`.
+becomes a traceback, /v1/models lists the hub's cache on this machine, and any client may have it
+load another model (`guard.py`). All arguments are those of `transformers`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from contextlib import suppress
 from sparsek_cli.console import report_error
 from sparsek_cli.errors import INTERRUPTED
 from sparsek_cli.serving import module
+from sparsek_cli.serving.guard import draw_where_asked, guarded, refuse_longer_prompts
 
 PATIENCE = 5  # seconds that Ctrl-C gives to replies that are being written
 
 
 def _watched(server: type, serving: list[bool]) -> type:
-    """uvicorn's class, which notes in `serving` that it serves, and ends `PATIENCE` after Ctrl-C.
+    """uvicorn's class with a guard, which notes in `serving` that it serves, and ends `PATIENCE`
+    after Ctrl-C.
 
     SIGTERM comes from whoever restarts servers, and kills them after a time of its own: until
     then replies are written to their end.
@@ -31,6 +33,7 @@ def _watched(server: type, serving: list[bool]) -> type:
     class Watched(server):
         def run(self, *args, **kwargs):
             serving.append(True)
+            self.config.app = guarded(self.config.app)
             return super().run(*args, **kwargs)
 
         def handle_exit(self, sig, frame):
@@ -72,8 +75,13 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
     from transformers.cli.serving.model_manager import ModelManager  # takes seconds
+    from transformers.cli.serving.utils import BaseHandler, GenerateManager
+
+    import sparsek_cli.models  # noqa: F401  (so that no code of the folder needs to be run)
 
     _lists_what_it_serves(ModelManager)
+    draw_where_asked(BaseHandler)
+    refuse_longer_prompts(GenerateManager)
     return module.run("transformers.cli.transformers") or 0
 
 

@@ -19,6 +19,8 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
     handlers = {}
 
     class Server:
+        config = types.SimpleNamespace(app=None)
+
         def run(self):
             handlers[signal.SIGTERM](signal.SIGTERM, None)  # as uvicorn, once it has ended
 
@@ -33,6 +35,9 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
             raise RuntimeError("did not load") from (refused if kind == "refused" else None)
 
     monkeypatch.setitem(sys.modules, "uvicorn", types.SimpleNamespace(Server=Server))
+    monkeypatch.setattr(transformers_server, "guarded", lambda app: app)
+    for name in ("draw_where_asked", "refuse_longer_prompts"):
+        monkeypatch.setattr(transformers_server, name, lambda kind: None)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(module.runpy, "run_module", run)
     if kind == "broken":
@@ -56,11 +61,13 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "number, seconds", [(signal.SIGINT, transformers_server.PATIENCE), (signal.SIGTERM, None)]
 )
-def test_replies_are_cut_by_ctrl_c_and_not_by_a_restart(number, seconds):
+def test_replies_are_cut_by_ctrl_c_and_not_by_a_restart(number, seconds, monkeypatch):
     """Who sends SIGTERM waits as long as it likes, and kills afterwards."""
 
+    monkeypatch.setattr(transformers_server, "guarded", lambda app: app)
+
     class Server:
-        config = types.SimpleNamespace(timeout_graceful_shutdown=None)
+        config = types.SimpleNamespace(timeout_graceful_shutdown=None, app=None)
         ending = []
 
         def run(self):

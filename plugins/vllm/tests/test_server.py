@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -92,6 +94,22 @@ def tokens_in(server, seconds: float) -> int:
     return int(tried * seconds / (time.monotonic() - began))
 
 
+def heeds_what_is_asked(server, name):
+    """Or refuses it with a word; and serves no other model, whose code could be run."""
+    drawn = [complete(server, temperature=2, seed=seed, stream=False) for seed in (1, 1, 2)]
+    first, again, other = (reply.choices[0].message.content for reply in drawn)
+    assert first == again != other
+    assert server.api.responses.create(model=name, input="Hello?", max_output_tokens=3).output
+    for asked in ({"n": 2}, {"max_tokens": 0}, {"messages": []}, {"model": "an-adapter"}):
+        with pytest.raises(openai.BadRequestError, match="(n is|max_tokens|messages|pinned)"):
+            complete(server, **asked)
+    with pytest.raises(openai.BadRequestError, match="tokens, and the model's context 512"):
+        server.api.completions.create(model=name, prompt="a" * 600)
+    for path in ("load_model", "reset"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"{server.url.removesuffix('/v1')}/{path}", b"{}")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_transformers_server_answers_to_the_name_that_is_printed(
     number, checkpoint, expected, tmp_path
@@ -108,6 +126,7 @@ def test_transformers_server_answers_to_the_name_that_is_printed(
         assert [model.id for model in server.api.models.list()] == [said["model"]]
         ask = {"model": said["model"], "max_tokens": NEW, "temperature": 0}
         assert server.api.completions.create(prompt=prompt, **ask).choices[0].text == wanted
+        heeds_what_is_asked(server, said["model"])
         tokens = 10**6 if number == signal.SIGINT else tokens_in(server, WHOLE)
         asked = server.log.read_text().count("Request received")
         with ThreadPoolExecutor() as pool:

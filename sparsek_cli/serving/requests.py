@@ -1,0 +1,176 @@
+"""What a request to transformers' server may ask: the rest would fail there, or not be heeded.
+
+That server answers a client's mistake with 500 and no word, and takes no notice of what it cannot
+do (`n`, `logprobs`, `response_format`), so that the client gets another answer than it asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+CHAT, TEXT, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+_SEEDS = 2**63
+_VLLM = "; a server on vLLM does that"
+
+
+def problem(path: str, body: Any) -> tuple[str, str] | None:
+    """(what is wrong with a request, the key at fault), or None.
+
+    Args:
+        path: one of `CHAT`, `TEXT` and `RESPONSES`. body: its JSON.
+    """
+    if not isinstance(body, Mapping):
+        return "the body is no JSON object", ""
+    if (bad := _no_text(body)) is not None:
+        return bad, ""
+    for key, value in body.items():
+        check = _CHECKS.get(key)
+        wrong = check(value) if check is not None and value is not None else None
+        if wrong:
+            return f"{key} {wrong}", key
+    return _content(path, body)
+
+
+def settled(path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body as the server is to read it.
+
+    It knows `max_tokens` alone of the names that chat has for a limit, takes `stop` in text alone
+    for one, and streams responses unless told otherwise.
+    """
+    made = dict(body)
+    limit = made.pop("max_completion_tokens", None)
+    if path == CHAT and limit is not None:
+        made["max_tokens"] = limit
+    if path == RESPONSES:
+        made.setdefault("stream", False)
+    return made
+
+
+def _no_text(body: Mapping[str, Any]) -> str | None:
+    import json
+
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "the body holds half a surrogate pair, which is no text"
+    return None
+
+
+def _content(path: str, body: Mapping[str, Any]) -> tuple[str, str] | None:
+    """What is wrong with the text to answer."""
+    if path == TEXT:
+        prompt = body.get("prompt")
+        if not isinstance(prompt, str):
+            return "prompt is no text" + ("" if prompt is None else _VLLM), "prompt"
+        return None if prompt else ("prompt is empty", "prompt")
+    key = "messages" if path == CHAT else "input"
+    told = body.get(key)
+    if path == RESPONSES and isinstance(told, str):
+        return None if told else (f"{key} is empty", key)
+    if not isinstance(told, list) or not told:
+        return f"{key} is no list of messages", key
+    for number, message in enumerate(told):
+        if wrong := _message(message, roles=path == CHAT):
+            return f"{key}[{number}] {wrong}", key
+    return None
+
+
+def _message(message: Any, *, roles: bool) -> str | None:
+    if not isinstance(message, Mapping):
+        return "is no object"
+    if not isinstance(message.get("role"), str) and roles:
+        return "has no role"
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return None
+    if not isinstance(content, list):
+        return "has a content that is no text"
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("text", "input_text", "output_text"):
+            return f"holds a part of type {kind!r}, and the model reads text alone"
+        if not isinstance(part.get("text"), str):
+            return "holds a part of text without a text"
+    return None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _limit(value: Any) -> str | None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return None if whole and 1 <= value < _SEEDS else "is no whole number from 1 on"
+
+
+def _seed(value: Any) -> str | None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return None if whole and -_SEEDS <= value < _SEEDS else "is no whole number of 64 bits"
+
+
+def _between(least: float, most: float) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        inside = _number(value) and least <= value <= most
+        return None if inside else f"is no number from {least:g} to {most:g}"
+
+    return check
+
+
+def _top_p(value: Any) -> str | None:
+    return None if _number(value) and 0 < value <= 1 else "is no number above 0, and 1 at most"
+
+
+def _only(*allowed: Any) -> Callable[[Any], str | None]:
+    """What this server takes no notice of, but for values that ask for nothing."""
+
+    def check(value: Any) -> str | None:
+        fits = any(value == other and type(value) is type(other) for other in allowed)
+        return None if fits else f"is not heeded by this server{_VLLM}"
+
+    return check
+
+
+def _stop(value: Any) -> str | None:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        return "is no text, and no list of texts"
+    return None
+
+
+def _stream(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "is neither true nor false"
+
+
+def _bias(value: Any) -> str | None:
+    fits = isinstance(value, Mapping) and all(
+        str(token).isdecimal() and _number(by) for token, by in value.items()
+    )
+    return None if fits else "is no object of token ids and numbers"
+
+
+_CHECKS: Mapping[str, Callable[[Any], str | None]] = {
+    **dict.fromkeys(_LIMITS, _limit),
+    "temperature": _between(0, 1e6),
+    "top_p": _top_p,
+    "seed": _seed,
+    "stop": _stop,
+    "stream": _stream,
+    "logit_bias": _bias,
+    "frequency_penalty": _between(0, 2),
+    "presence_penalty": _only(0, 0.0),
+    "n": _only(1),
+    "best_of": _only(1),
+    "logprobs": _only(False),
+    "top_logprobs": _only(0),
+    "echo": _only(False),
+    "response_format": _only({"type": "text"}),
+    "text": _only({"format": {"type": "text"}}),
+    "tool_choice": _only("auto"),
+    "modalities": _only(["text"]),
+    "previous_response_id": _only(),
+    "background": _only(False),
+    **dict.fromkeys(("audio", "functions", "function_call", "web_search_options"), _only()),
+}
