@@ -25,7 +25,7 @@ class KeyList:
         stored: the same as the state holds them, by its names: themselves, or 8-bit codes and
             scales; empty without a state.
         effective: [B, G, M] float64; +inf for sinks (gate 1), -inf for empty slots.
-        positions: [B, G, M] or [B, 1, M] int64, EMPTY where there is none.
+        positions: [B, G, M] or [B, 1, M] int64, EMPTY where there is none; None: key m is token m.
         slots: selected slots of the widest head of the state, K (0 without one).
     """
 
@@ -33,7 +33,7 @@ class KeyList:
     values: Tensor
     stored: dict[str, Tensor]
     effective: Tensor
-    positions: Tensor
+    positions: Tensor | None
     base: int
     slots: int
     n: int
@@ -77,25 +77,6 @@ def list_keys(
         widest,
         n,
     )
-
-
-def list_new_keys(
-    k: Tensor,
-    v: Tensor,
-    effective: Tensor,
-    positions: Tensor,
-    layout: SlotLayout,
-    state: SparseKState,
-) -> KeyList:
-    """New tokens alone, for a state that has seen nothing; arguments as in `list_keys`."""
-    keys = list_keys(k, v, effective, positions, layout, None)
-    if state.quantized:
-        stored = {}
-        for name, new in (("key", k), ("value", v)):
-            stored[f"{name}s"], stored[f"{name}_scale"] = quantize(new.detach())
-    else:
-        stored = {"keys": k.to(state.keys.dtype), "values": v.to(state.values.dtype)}
-    return dataclasses.replace(keys, stored=stored, slots=max(layout.topk))
 
 
 def _join(

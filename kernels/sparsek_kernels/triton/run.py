@@ -1,5 +1,7 @@
 """A backend's entry: sparsek_attention with checked arguments; the carried state included."""
 
+from functools import lru_cache
+
 import torch
 
 from sparsek_kernels.scores import effective_scores
@@ -7,8 +9,9 @@ from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.decode.step import step
 from sparsek_kernels.triton.documents.listing import list_documents
+from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.ops import attention
-from sparsek_kernels.triton.state import list_rows, next_state, slot_places
+from sparsek_kernels.triton.state import first_slots, list_new, next_state
 
 MAX_HEAD_DIM = 256
 
@@ -59,19 +62,31 @@ def run(
             layout.topk, layout.window, layout.sinks, gate, scale, softcap,
         )  # fmt: skip
         return out, None
-    pooled = isinstance(state, StateRows)
     if cu_seqlens is None and n == 1:
         logits = dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
         return step(q, k, v, scores, slopes, state, out=out, **logits), state
+    settings = pipeline.Settings(
+        layout.topk, layout.window, layout.sinks, "straight_through", scale, softcap
+    )
+    if fresh and cu_seqlens is None:
+        return _read_first(q, k, v, scores, slopes, state, settings, sink_logits, out), state
+    if cu_seqlens is not None:
+        given = q, k, v, scores, slopes, state, settings, sink_logits, out, cu_seqlens
+        return _read_documents(*given), state
+    batch = q.shape[0]
+    bounds = _row_bounds(batch, n, q.device)
+    if batch == 1:
+        given = q, k, v, scores, slopes, state, settings, sink_logits, out, bounds
+        return _read_documents(*given), state
+    rows = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v, scores))
+    found = _read_documents(*rows, slopes, state, settings, sink_logits, None, bounds)
+    return found[0].unflatten(1, (batch, n)).transpose(0, 1), state
 
-    def read(own: SparseKState | StateRows):
-        return _read(
-            q, k, v, scores, cu_seqlens, own, layout=layout, slopes=slopes, scale=scale,
-            softcap=softcap, sink_logits=sink_logits, fresh=fresh, out=out,
-        )  # fmt: skip
 
-    # Rows of a pool are read in place as documents, as batch items by way of a copy.
-    return state.through(read) if pooled and cu_seqlens is None else read(state)
+@lru_cache(maxsize=64)
+def _row_bounds(batch: int, n: int, device: torch.device) -> torch.Tensor:
+    """Rows of a batch as documents, one behind the other: int32 [B + 1]."""
+    return torch.arange(batch + 1, dtype=torch.int32, device=device) * n
 
 
 def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor | None:
@@ -86,24 +101,34 @@ def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor
 
 
 @torch.no_grad()
-def _read(
-    q, k, v, scores, cu_seqlens, state,
-    *, layout: SlotLayout, slopes, scale, softcap, sink_logits, fresh: bool, out=None,
-):  # fmt: skip
-    """Several tokens of each row of a state: batch items, or documents packed in one row."""
+def _read_first(
+    q, k, v, scores, slopes, state: SparseKState, settings: pipeline.Settings, sink_logits, out
+) -> torch.Tensor:
+    """Several tokens of each row of a state that has seen nothing."""
+    state.support = state.tau = None
+    shape = geometry(q.shape, k.shape, q.device)
+    keys, end = list_new(k, v, scores, slopes, state.layout, state, shape)
+    out, _, end, _ = pipeline.forward(
+        q, k, v, keys.effective, settings, shape, end=end, sink_logits=sink_logits, out=out
+    )
+    next_state(keys, state.layout, end, shape, state)
+    return out
+
+
+@torch.no_grad()
+def _read_documents(
+    q, k, v, scores, slopes, state: SparseKState | StateRows, settings: pipeline.Settings,
+    sink_logits, out, cu_seqlens,
+) -> torch.Tensor:  # fmt: skip
+    """Documents packed in one row, each with a row of the state."""
+    layout = state.layout
     pool = state.pool if isinstance(state, StateRows) else state
     pool.support = pool.tau = None
-    if cu_seqlens is not None:
-        starts, _ = slot_places(layout, q.device)
-        keys, shape = list_documents(q, k, v, scores, slopes, cu_seqlens, layout, state, starts)
-    else:
-        keys, shape = list_rows(q, k, v, scores, slopes, layout, state, fresh=fresh)
-    settings = pipeline.Settings(
-        layout.topk, layout.window, layout.sinks, "straight_through", scale, softcap
-    )
-    listed = not fresh or cu_seqlens is not None
+    starts = first_slots(layout, q.device)
+    keys, shape = list_documents(q, k, v, scores, slopes, cu_seqlens, layout, state, starts)
     out, _, end, _ = pipeline.forward(
         q, keys.keys, keys.values, keys.effective, settings, shape,
-        positions=keys.positions if listed else None, sink_logits=sink_logits, out=out,
+        positions=keys.positions, sink_logits=sink_logits, out=out,
     )  # fmt: skip
-    return out, next_state(keys, layout, end, shape, state)
+    next_state(keys, layout, end, shape, state)
+    return out

@@ -70,7 +70,7 @@ def alone():
 @torch.no_grad()
 @pytest.mark.parametrize(
     "given, most_launches, most_operations",
-    [(fresh, 5, 28), (held, 5, 86), (pooled, 6, 26), (alone, 3, 15)],
+    [(fresh, 4, 9), (held, 5, 14), (pooled, 5, 14), (alone, 3, 15)],
 )
 def test_a_call_asks_for_little(launches, given, most_launches, most_operations):
     q, k, v = (

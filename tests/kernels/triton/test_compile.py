@@ -15,7 +15,7 @@ KERNELS = {
     "insert_and_attend", "linears", "add_hidden", "normalise", "turn_heads", "turns",
     "best_of_parts", "best_of_all", "_ends_of_short", "_list_short",
 }  # fmt: skip
-READING = {"_choose_slots", "_copy_slots"}  # with a carried state
+READING = {"_list_documents", "_leave_state"}  # with a carried state
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}
 
 

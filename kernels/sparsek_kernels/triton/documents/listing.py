@@ -89,13 +89,13 @@ def _held_rows(
 def _list_slots(
     held_keys, held_values, held_key_scale, held_value_scale, held_positions, held_scores, fresh,
     keys, values, key_codes, value_codes, key_scale, value_scale, effective, positions,
-    bounds, seen, base, k, number, blocks, line, widest, sinks, window,
+    bounds, before, base, k, number, blocks, line, widest, sinks, window,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     QUANTIZED: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
     """Some slots of one document: sinks, selected ones by position, the window by age.
 
-    The pointers are those of the document's row.
+    The pointers are those of the document's row, which has seen `before` tokens.
     """
     document = number // blocks
     item = number % blocks * ROWS + tl.arange(0, ROWS)
@@ -115,7 +115,7 @@ def _list_slots(
         )
         place = tl.where(is_selected, sinks + order, place)
     ring = item - sinks - widest
-    age = (ring - tl.load(seen + document) % window + window) % window
+    age = (ring - before % window + window) % window
     place = tl.where(is_window, sinks + widest + age.to(tl.int32), place)
     at = line + tl.load(bounds + document).to(tl.int64) + document * width + place
     slot = base + tl.where(is_window, sinks + k + ring, item)
@@ -138,6 +138,18 @@ def _list_slots(
     _store(values, value_codes, value_scale, at, row, codes, scale, d, inside, D, QUANTIZED)
 
 
+@triton.jit
+def _rows_seen(seen, seen_b, pool_rows, fresh, document, POOLED: tl.constexpr, FRESH: tl.constexpr):
+    """int64, tokens that the rows of some documents have seen."""
+    row = document.to(tl.int64)
+    if POOLED:
+        row = tl.load(pool_rows + document).to(tl.int64)
+    before = tl.load(seen + row * seen_b)
+    if FRESH:
+        before = tl.where(tl.load(fresh + document) != 0, 0, before)
+    return before
+
+
 # What differs from step to step of a server, and would be compiled for: numbers that 16 divides or
 # that are 1, and places in the middle of a tensor.
 _VARYING = ("documents", "tokens", "listed", "ns_h")
@@ -151,7 +163,7 @@ def _list_documents(
     keys, values, key_codes, value_codes, key_scale, value_scale, effective, positions, sequences,
     keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b,
     nk_h, nk_n, nv_h, nv_n, ns_h, ns_n,
-    documents, tokens, listed, blocks, widest, sinks, window,
+    seen_b, documents, tokens, listed, blocks, widest, sinks, window,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     SLOPED: tl.constexpr, QUANTIZED: tl.constexpr, POOLED: tl.constexpr, FRESH: tl.constexpr,
 ):  # fmt: skip
@@ -164,21 +176,22 @@ def _list_documents(
     width = sinks + widest + window
     line = head.to(tl.int64) * listed
     if number < documents * blocks:
-        held_row = (number // blocks).to(tl.int64)
+        its = number // blocks
+        before = _rows_seen(seen, seen_b, pool_rows, fresh, its, POOLED, FRESH)
+        held_row = its.to(tl.int64)
         held_row = tl.load(pool_rows + held_row).to(tl.int64) if POOLED else held_row
         _list_slots(
             held_keys + held_row * keys_b, held_values + held_row * values_b,
             held_key_scale + held_row * key_scale_b, held_value_scale + held_row * value_scale_b,
             held_positions + held_row * positions_b, held_scores + held_row * scores_b, fresh,
             keys, values, key_codes, value_codes, key_scale, value_scale, effective, positions,
-            bounds, seen, tl.load(starts + head).to(tl.int64), tl.load(budgets + head), number,
+            bounds, before, tl.load(starts + head).to(tl.int64), tl.load(budgets + head), number,
             blocks, line, widest, sinks, window, ROWS, BLOCK, D, DP, QUANTIZED, FRESH,
         )  # fmt: skip
         if (head == 0) & (number % blocks == 0):
-            its = number // blocks
             low, high = tl.load(bounds + its), tl.load(bounds + its + 1)
             first = (low + its * width).to(tl.int32)
-            inside = tl.maximum(tl.load(seen + its) - sinks, 0)
+            inside = tl.maximum(before - sinks, 0)
             inside = tl.minimum(inside, window).to(tl.int32)
             fields = sequences + 6 * its
             tl.store(fields, 0)
@@ -196,7 +209,8 @@ def _list_documents(
         stop = tl.load(bounds + other + 1, mask=other < documents, other=_LAST)
         document += tl.sum((stop[None, :] <= token[:, None]).to(tl.int32), 1)
     document = tl.minimum(document, documents - 1)
-    place = (token - tl.load(bounds + document)).to(tl.int64) + tl.load(seen + document)
+    place = (token - tl.load(bounds + document)).to(tl.int64)
+    place += _rows_seen(seen, seen_b, pool_rows, fresh, document, POOLED, FRESH)
     at = line + token + (document + 1).to(tl.int64) * width
     score = tl.load(new_scores + head * ns_h + token.to(tl.int64) * ns_n, mask=inside, other=0.0)
     score = score.to(tl.float64)
@@ -258,21 +272,23 @@ def list_documents(
         scales = tuple(row(dtype=torch.float32) for _ in range(2))
         stored |= {"key_scale": scales[0], "value_scale": scales[1]}
     sequences = torch.empty(documents, SEQUENCE_FIELDS, dtype=torch.int32, device=device)
-    k, v = rows_of(k.detach()), rows_of(v.detach())
+    k, v = rows_of(k), rows_of(v)
     blocks = triton.cdiv(layout.width, ROWS)
-    seen, pool, rows, fresh = state.seen, state, None, None
+    pool, rows, fresh = state, None, None
     if isinstance(state, StateRows):
         pool, rows, fresh = state.pool, state.rows.contiguous(), state.fresh
     held_scales = (pool.key_scale, pool.value_scale) if quantized else (pool.scores,) * 2
     held = (pool.keys, pool.values, *held_scales, pool.positions, pool.scores)
+    seen = pool.seen
     _list_documents[(documents * blocks + triton.cdiv(n, ROWS), heads)](
-        *held, seen.contiguous(), seen if rows is None else rows, seen if fresh is None else fresh,
+        *held, seen, seen if rows is None else rows, seen if fresh is None else fresh,
         cu_seqlens.to(device).contiguous(), head_budgets(layout.topk, device), starts,
-        k, v, scores.detach(), scores if slopes is None else slopes.detach(),
+        k, v, scores, scores if slopes is None else slopes,
         keys, values, stored["keys"], stored["values"], *scales, effective, positions, sequences,
         *(tensor.stride(0) for tensor in held),
         *k.stride()[1:3], *v.stride()[1:3], *scores.stride()[1:],
-        documents, n, listed, blocks, max(layout.topk), layout.sinks, layout.window,
+        seen.stride(0), documents, n, listed, blocks,
+        max(layout.topk), layout.sinks, layout.window,
         ROWS=ROWS, BLOCK=BLOCK, D=size, DP=triton.next_power_of_2(size),
         SLOPED=slopes is not None, QUANTIZED=quantized, POOLED=rows is not None,
         FRESH=fresh is not None, num_warps=4, enable_fp_fusion=False,
