@@ -57,6 +57,11 @@ def serve(
         raise UsageError(
             f"'{flags[0]}' stands after the model", hint="flags of the server come after --"
         )
+    if not host.strip():
+        raise UsageError(
+            "--host is empty, which is every address of this machine",
+            hint="name an address, 0.0.0.0 for all; in a shell, the variable may not be set",
+        )
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype is {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
     checkpoint = hub.resolve(name_or_default(model, say=console.say), revision)

@@ -19,6 +19,8 @@ from sparsek_cli.errors import INTERRUPTED
 from sparsek_cli.serving import module
 from sparsek_cli.serving.guard import draw_where_asked, guarded, refuse_longer_prompts
 
+HINT = "the traceback says where; flags after -- go to the server as they are"
+UNHEARD = "the error above says why; where the address is in use, give another --port"
 PATIENCE = 5  # seconds that Ctrl-C gives to replies that are being written
 
 
@@ -34,7 +36,12 @@ def _watched(server: type, serving: list[bool]) -> type:
         def run(self, *args, **kwargs):
             serving.append(True)
             self.config.app = guarded(self.config.app)
-            return super().run(*args, **kwargs)
+            try:
+                return super().run(*args, **kwargs)
+            except SystemExit as end:  # uvicorn's, where it cannot listen
+                if end.code:
+                    report_error("the server ended before it served", UNHEARD)
+                raise
 
         def handle_exit(self, sig, frame):
             if sig == signal.SIGINT:
@@ -82,7 +89,7 @@ def main() -> int:
     _lists_what_it_serves(ModelManager)
     draw_where_asked(BaseHandler)
     refuse_longer_prompts(GenerateManager)
-    return module.run("transformers.cli.transformers") or 0
+    return module.run("transformers.cli.transformers", HINT) or 0
 
 
 def _exit() -> None:

