@@ -162,6 +162,7 @@ def _linear_maps(dim: int, dtype: torch.dtype) -> None:
     wide = torch.zeros(8192, 2048, dtype=dtype)
     norm = linears.Norm(torch.zeros(2048, dtype=dtype), 1e-5)
     inner = torch.zeros(128, 2048)
+    linears.bf16_parts(inner)
     scorer = linears.Scorer(inner[:8], inner[0, :8], inner, inner[0, :128], inner[:8, :128])
     maps = [(wide[:2048], None), (wide[:512], None), (wide[:512], None)]
     early = linears.Shape(8, 512, 4, dot=True, early=True, overlap=True)

@@ -15,6 +15,7 @@ from sparsek_kernels import dispatch
 from torch import nn
 from torch.nn import functional as F
 
+from sparsek_cli.models.autocast import without_autocast
 from sparsek_cli.models.config import kv_heads
 
 DEFAULT_SLOPE = 1e-3
@@ -56,7 +57,7 @@ class SparseKScorer(nn.Module):
         if not self.shapes_input:
             hidden_states = hidden_states.detach()
         # Autocast would turn the product into bf16, whose steps are larger than score gaps.
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states.device.type):
             return self._scores(hidden_states).transpose(1, 2), self.slopes
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
@@ -108,7 +109,9 @@ class SparseKMlpScorer(SparseKScorer):
 def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x W^T in float32 accuracy, whatever x is."""
     if _splits(x):
-        return SplitProduct.apply(x, weight)
+        # Without a node of autograd, which takes the CPU longer than all of the product.
+        learns = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return SplitProduct.apply(x, weight) if learns else _split_product(x, weight)
     if x.device.type == "cpu" and not torch.is_grad_enabled():
         # Rounded once: one row alone then scores what it scores among others, so that a token ties
         # with its like whether it is read in a prompt or written.
@@ -133,11 +136,30 @@ def _splits(hidden_states: torch.Tensor) -> bool:
 
 def _bf16_parts(x: torch.Tensor, count: int) -> list[torch.Tensor]:
     """bf16 tensors whose sum is the float32 `x` to 8 * count bits."""
-    parts = []
-    for _ in range(count):
-        parts.append(x.to(torch.bfloat16))
+    parts = [x.to(torch.bfloat16)]
+    while len(parts) < count:
         x = x - parts[-1].float()
+        parts.append(x.to(torch.bfloat16))
     return parts
+
+
+def _stacked_parts(weight: torch.Tensor) -> torch.Tensor:
+    """bf16 [3 G, C], whose three blocks of rows add up to float32 weight [G, C].
+
+    Made anew by every call, in one launch where that can be: weights may change in place unseen.
+    """
+    on_triton = dispatch.explain(weight.device, torch.bfloat16)[0] == "triton"
+    if on_triton and not torch.compiler.is_compiling():
+        from sparsek_kernels.triton.linears import bf16_parts
+
+        return bf16_parts(weight)
+    return torch.cat(_bf16_parts(weight, 3))
+
+
+def _split_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """See `SplitProduct`."""
+    sums = torch.mm(x.flatten(0, -2), _stacked_parts(weight).T, out_dtype=torch.float32)
+    return sums.view(*x.shape[:-1], 3, weight.shape[0]).sum(-2)
 
 
 class SplitProduct(torch.autograd.Function):
@@ -151,9 +173,7 @@ class SplitProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        stacked = torch.cat(_bf16_parts(weight, 3))
-        sums = torch.mm(x.flatten(0, -2), stacked.T, out_dtype=torch.float32)
-        return sums.view(*x.shape[:-1], 3, weight.shape[0]).sum(-2)
+        return _split_product(x, weight)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:

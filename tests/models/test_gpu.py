@@ -92,7 +92,7 @@ def test_scores_of_few_rows_are_one_launch_and_exact():
 
 def test_split_product_is_a_float32_product():
     """Scores of bf16 hidden states come from the tensor cores, exact to float32."""
-    from sparsek_cli.models.scorer import SplitProduct
+    from sparsek_cli.models.scorer import SplitProduct, _bf16_parts, _product, _stacked_parts
 
     new = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(2, 1024, 512, generator=new, device="cuda").bfloat16().requires_grad_()
@@ -102,6 +102,9 @@ def test_split_product_is_a_float32_product():
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     wanted = exact[0] @ exact[1].T
     assert (mine - wanted).norm() / wanted.norm() < 1e-6
+    assert torch.equal(_stacked_parts(weight), torch.cat(_bf16_parts(weight, 3)))
+    with torch.no_grad():  # no node of autograd, the same bits
+        assert torch.equal(_product(x, weight), mine)
     pairs = zip(
         torch.autograd.grad(mine, (x, weight), grad),
         torch.autograd.grad(wanted, exact, grad.double()),

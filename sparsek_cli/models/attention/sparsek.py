@@ -18,6 +18,7 @@ from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention.arguments import check_arguments
 from sparsek_cli.models.attention.packed_and_padded import attend_packed, attend_unpadded
 from sparsek_cli.models.attention.sharing import Stored, hand_on, layer_of_scores
+from sparsek_cli.models.autocast import without_autocast
 from sparsek_cli.models.block_attention import sliding_layer, sliding_mask
 from sparsek_cli.models.cache.layers import SparseKCacheLayer
 from sparsek_cli.models.cache.slots import SparseKCache
@@ -138,7 +139,7 @@ def sparsek_attention_forward(
             **logits.settings,
         }
         # Inside, some sums are float32 on purpose: autocast must not turn them into bf16.
-        with torch.autocast(q.device.type, enabled=False):
+        with without_autocast(q.device.type):
             if sparsek_reads is not None:
                 return sparsek_reads.attend(q, k, v, scores, settings)
             if sparsek_cache is None:

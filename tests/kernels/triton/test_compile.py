@@ -13,7 +13,7 @@ KERNELS = {
     "_compact", "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "_breakpoints",
     "_arrange", "_totals", "_running", "_descend", "_finish", "insert", "attend_slots",
     "insert_and_attend", "linears", "add_hidden", "normalise", "turn_heads", "turns",
-    "best_of_parts", "best_of_all", "_ends_of_short", "_list_short",
+    "best_of_parts", "best_of_all", "_ends_of_short", "_list_short", "_cut_in_parts",
 }  # fmt: skip
 READING = {"_list_documents", "_leave_state"}  # with a carried state
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}

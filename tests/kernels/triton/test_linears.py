@@ -225,3 +225,11 @@ def test_scores_by_themselves(dtype):
     assert scores.shape == (3, 5) and scores.dtype == torch.float32
     near(scores, F.linear(x.float(), weight, bias).T, torch.float32)
     assert torch.equal(linears.row_scores(x[3:4], weight, bias), scores[:, 3:4])
+
+
+def test_weights_of_scores_are_cut_in_parts_that_add_up():
+    """Whichever way they are rounded: a bf16 number has 8 bits of 24, and its own sign."""
+    weight = new(3, 700, dtype=torch.float32) * torch.logspace(-9, 9, 700)
+    parts = linears.bf16_parts(weight)
+    assert parts.shape == (9, 700) and parts.dtype == torch.bfloat16
+    assert torch.equal(parts.double().view(3, 3, 700).sum(0).float(), weight)

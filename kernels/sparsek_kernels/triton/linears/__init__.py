@@ -6,6 +6,7 @@ products   weights times rows, four ways
 inputs     the rows, and the norm before them
 scores     scores of a step's tokens
 row_scores the same by themselves
+parts      weights of scores as tensor cores take them, for many rows
 norms      norms by themselves
 rotary     cosines and sines of rotary positions
 launch     callers: plain, gated and projecting maps, and norms
@@ -22,6 +23,7 @@ from sparsek_kernels.triton.linears.launch import (
     project,
     rms_norm,
 )
+from sparsek_kernels.triton.linears.parts import bf16_parts
 from sparsek_kernels.triton.linears.rotary import rotary
 from sparsek_kernels.triton.linears.row_scores import row_scores
 from sparsek_kernels.triton.linears.shapes import Shape
@@ -31,6 +33,7 @@ __all__ = [
     "Norm",
     "Scorer",
     "Shape",
+    "bf16_parts",
     "gated",
     "linear",
     "norm_rotate",
