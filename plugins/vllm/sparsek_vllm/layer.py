@@ -39,7 +39,13 @@ class SparseKBackend(engine.AttentionBackend):
 
 @dataclass
 class SparseKMetadata(engine.BaseMambaAttentionMetadata):
-    """Which requests decode, which read, and the block of each."""
+    """Which requests decode, which read, and the block of each.
+
+    Attributes:
+        fresh: bool [requests that read], those that have read nothing yet; made by the first layer.
+    """
+
+    fresh: torch.Tensor | None = None
 
 
 class SparseKMetadataBuilder(engine.BaseMambaAttentionMetadataBuilder[SparseKMetadata]):
@@ -170,18 +176,15 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             "slopes": slopes,
             "scale": self.scale,
         }
-        q = query.unflatten(-1, (self.query_heads, self.head_dim))
-        k, v = (x.unflatten(-1, (self.heads, self.head_dim)) for x in (key, value))
-        out = output.view(-1, self.query_heads, self.head_dim)
         decodes = reads = 0
         if metadata.num_decodes:
             rows = metadata.state_indices_tensor_d[:, 0]
             decodes = rows.shape[0]
             sparsek_attention(
-                *(x[:decodes, :, None] for x in (q, k, v)),
+                *(self._one_each(x, decodes) for x in (query, key, value)),
                 scores[:, :decodes].T[:, :, None],
                 state=StateRows(pool, rows),
-                out=out[:decodes, :, None],
+                out=self._one_each(output, decodes),
                 **settings,
             )
         if metadata.num_prefills:
@@ -189,14 +192,31 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             tokens = slice(decodes, decodes + reads)
             rows = metadata.state_indices_tensor_p
             sparsek_attention(
-                *(x[tokens].transpose(0, 1)[None] for x in (q, k, v)),
+                *(self._in_a_row(x, tokens) for x in (query, key, value)),
                 scores[None, :, tokens],
                 cu_seqlens=metadata.query_start_loc_p,
-                state=StateRows(pool, rows, fresh=~metadata.has_initial_states_p),
-                out=out[tokens].transpose(0, 1)[None],
+                state=StateRows(pool, rows, fresh=_fresh(metadata)),
+                out=self._in_a_row(output, tokens),
                 **settings,
             )
-        out[decodes + reads :] = 0
+        if decodes + reads < output.shape[0]:
+            output[decodes + reads :] = 0
+
+    def _one_each(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """[count, heads, 1, head size] of [N, heads * head size]: the first tokens, each alone."""
+        return x.view(x.shape[0], -1, 1, self.head_dim)[:count]
+
+    def _in_a_row(self, x: torch.Tensor, tokens: slice) -> torch.Tensor:
+        """[1, heads, tokens, head size] of [N, heads * head size]."""
+        x = x.view(1, x.shape[0], -1, self.head_dim).transpose(1, 2)
+        return x if tokens == slice(0, x.shape[2]) else x[:, :, tokens]
+
+
+def _fresh(metadata: SparseKMetadata) -> torch.Tensor:
+    """See `SparseKMetadata.fresh`: the same for all layers of a step."""
+    if getattr(metadata, "fresh", None) is None:
+        metadata.fresh = ~metadata.has_initial_states_p
+    return metadata.fresh
 
 
 def _serve(
