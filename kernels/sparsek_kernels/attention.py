@@ -62,7 +62,8 @@ def sparsek_attention(
             other's keys as they are, and earlier ones as they were kept). It is consumed: use the
             returned one, clone() to keep it. Rows of a pool (`StateRows`) change in place, and
             come back as they are.
-        fresh: the caller knows that `state` has seen nothing: it is filled and not looked at.
+        fresh: the caller knows that `state` has seen nothing: it is filled, whatever it holds
+            (`SparseKState.empty(filled=False)`). Of rows of a pool each says so for itself.
         scale: default 1 / sqrt(D).
         softcap: each logit x = scale * q.k becomes softcap * tanh(x / softcap), as in Gemma 2,
             before gates act on it. None: as it is.

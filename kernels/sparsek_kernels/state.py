@@ -149,25 +149,43 @@ class SparseKState:
         sinks: int = 0,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
+        filled: bool = True,
     ) -> SparseKState:
-        """A state that has seen nothing, for `heads` KV heads; int8 is the 8-bit cache."""
+        """A state that has seen nothing, for `heads` KV heads; int8 is the 8-bit cache.
+
+        Not `filled` it is memory as it was found: for a call that is told that it is `fresh`, which
+        fills it, and for nobody else.
+        """
         if window < 1 or sinks < 0:
             raise ValueError(f"window must be >= 1 and sinks >= 0, got {window} and {sinks}")
         layout = SlotLayout(topk_per_head(topk, heads), window, sinks)
         slots = (batch, layout.total)
+
+        def new(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
         scales = [None, None]
         if dtype == torch.int8:
-            scales = [torch.zeros(slots, dtype=torch.float32, device=device) for _ in range(2)]
-        return cls(
+            scales = [new(*slots, dtype=torch.float32) for _ in range(2)]
+        made = cls(
             layout=layout,
-            keys=torch.zeros(*slots, head_dim, dtype=dtype, device=device),
-            values=torch.zeros(*slots, head_dim, dtype=dtype, device=device),
-            positions=torch.full(slots, EMPTY, dtype=torch.int32, device=device),
-            scores=torch.zeros(slots, dtype=torch.float64, device=device),
-            seen=torch.zeros(batch, dtype=torch.int64, device=device),
+            keys=new(*slots, head_dim, dtype=dtype),
+            values=new(*slots, head_dim, dtype=dtype),
+            positions=new(*slots, dtype=torch.int32),
+            scores=new(*slots, dtype=torch.float64),
+            seen=new(batch, dtype=torch.int64),
             key_scale=scales[0],
             value_scale=scales[1],
         )
+        if filled:
+            made.forget()
+        return made
+
+    def forget(self) -> None:
+        """As if it had seen nothing, in place."""
+        for name, tensor in self.slots.items():
+            tensor.fill_(EMPTY) if name == "positions" else tensor.zero_()
+        self.support = self.tau = None
 
     def _tensors(self) -> dict[str, Tensor]:
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

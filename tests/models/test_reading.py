@@ -102,3 +102,26 @@ def test_a_token_scores_alone_what_it_scores_among_others(sparse_model, kind):
     scores = scorer(hidden)[0]
     alone = [scorer(token)[0] for token in hidden.split(1, dim=1)]
     assert torch.equal(torch.cat(alone, dim=2), scores)
+
+
+@torch.no_grad()
+def test_a_call_that_fails_leaves_empty_slots(sparse_model, monkeypatch):
+    """They are made where they are filled, and by whoever looks at them before."""
+    model = sparse_model("llama", topk=4, window=4, sinks=1)
+    cache, ids = models.SparseKCache(model.config), torch.randint(4, 128, (2, 9))
+    attend = models.attention.sparsek.sparsek_attention
+
+    def fail(*args, state, **kwargs):
+        state.positions.fill_(7)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(models.attention.sparsek, "sparsek_attention", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(ids, past_key_values=cache)
+    layer = cache.layers[0]
+    assert layer.is_initialized and cache.batch_size == 2
+    assert (layer.state.positions == -1).all() and not layer.state.keys.any()
+    cache.reset()
+    monkeypatch.setattr(models.attention.sparsek, "sparsek_attention", attend)
+    read = model(ids, past_key_values=cache).logits
+    assert torch.equal(read, model(ids, past_key_values=models.SparseKCache(model.config)).logits)

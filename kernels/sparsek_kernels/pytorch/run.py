@@ -34,8 +34,10 @@ def run(
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
     """A backend's entry: sparsek_attention with checked arguments; returns (out, new state).
 
-    `fresh` changes nothing: empty slots are looked at, and not found. Nothing is written to `out`.
+    A `fresh` state is made empty, and then looked at as any other. Nothing is written to `out`.
     """
+    if fresh:
+        state.forget()
     if isinstance(state, StateRows) and (q.shape[2] != 1 or cu_seqlens is not None):
         return state.through(
             lambda own: run(

@@ -53,6 +53,9 @@ def run(
     `out` is written to where the kernels can; else another tensor comes back.
     """
     n = q.shape[2]
+    first = fresh and cu_seqlens is None and n > 1
+    if fresh and not first:  # what the state holds is looked at below
+        state.forget()
     if n == 0:
         return torch.zeros_like(q), state
     if state is None:
@@ -68,7 +71,7 @@ def run(
     settings = pipeline.Settings(
         layout.topk, layout.window, layout.sinks, "straight_through", scale, softcap
     )
-    if fresh and cu_seqlens is None:
+    if first:
         return _read_first(q, k, v, scores, slopes, state, settings, sink_logits, out), state
     if cu_seqlens is not None:
         given = q, k, v, scores, slopes, state, settings, sink_logits, out, cu_seqlens

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from sparsek_kernels import sparsek_attention
+from sparsek_kernels import SparseKState, sparsek_attention
 from torch import nn
 
 from sparsek_cli.converted import is_converted
@@ -144,12 +144,13 @@ def sparsek_attention_forward(
                 return sparsek_reads.attend(q, k, v, scores, settings)
             if sparsek_cache is None:
                 return sparsek_attention(q, k, v, scores, **settings)
-            _check_layer(sparsek_cache, budget, k.dtype)
+            state = sparsek_cache.state_to_read()
+            _check_layer(sparsek_cache.budget, state, budget, k.dtype)
             if sparsek_stores is not None:
                 wanted = (q, k, v, scores, sparsek_slopes)
                 sparsek_stores.keep_state(steps=_in_place(wanted, budget.gate, cu_seqlens))
             out, sparsek_cache.state = sparsek_attention(
-                q, k, v, scores, state=sparsek_cache.state, fresh=sparsek_cache.fresh, **settings
+                q, k, v, scores, state=state, fresh=sparsek_cache.fresh, **settings
             )
             return out
 
@@ -191,15 +192,15 @@ def _check_call(module, attention_mask, dropout, sliding_window, cu_seq_lens_q) 
         )
 
 
-def _check_layer(layer: SparseKCacheLayer, budget: Any, dtype: torch.dtype) -> None:
-    if layer.budget != budget:
+def _check_layer(made_for: Any, state: SparseKState, budget: Any, dtype: torch.dtype) -> None:
+    if made_for != budget:
         raise SparsekError(
-            f"the cache was made for {layer.budget}, the model now has {budget}",
+            f"the cache was made for {made_for}, the model now has {budget}",
             hint="make a new cache after changing the budget",
         )
-    if not layer.state.quantized and layer.state.keys.dtype != dtype:
+    if not state.quantized and state.keys.dtype != dtype:
         raise SparsekError(
-            f"the cache holds {layer.state.keys.dtype}, the new keys are {dtype}",
+            f"the cache holds {state.keys.dtype}, the new keys are {dtype}",
             hint="use a cache inside of autocast or outside of it, not both",
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,12 +38,32 @@ class SparseKCacheLayer(CacheLayerMixin):
     def __init__(self, budget: LayerBudget):
         # Not calling the base initializer: `keys` and `values` are views of the state here.
         self.budget = budget
-        self.state: SparseKState | None = None
         self.tokens_seen = 0
+        self._state: SparseKState | None = None
+        self._empty: Callable[..., SparseKState] | None = None  # until somebody asks for the state
+
+    @property
+    def state(self) -> SparseKState | None:
+        """The slots; None before the first token."""
+        if self._empty is not None:
+            self.state = self._empty()
+        return self._state
+
+    @state.setter
+    def state(self, state: SparseKState | None) -> None:
+        self._state, self._empty = state, None
+
+    def state_to_read(self) -> SparseKState:
+        """The state for a call of `sparsek_attention` that is told whether the layer is `fresh`.
+
+        What is fresh is filled by that call, so that nobody has to make zeros of it before. It is
+        the layer's only when that call has filled it: set `state` then.
+        """
+        return self._empty(filled=False) if self.fresh and self._empty is not None else self.state
 
     @property
     def is_initialized(self) -> bool:
-        return self.state is not None
+        return self._state is not None or self._empty is not None
 
     @property
     def keys(self) -> torch.Tensor | None:
@@ -59,13 +81,14 @@ class SparseKCacheLayer(CacheLayerMixin):
         return 0 if self.state is None else self.state.nbytes
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Allocate the slots for keys [B, G, N, D]; their number never changes afterwards."""
+        """Slots for keys [B, G, N, D]; their number never changes afterwards."""
         batch, heads, _, size = key_states.shape
         device = key_states.device.type
         # Under autocast attention gets keys in its dtype, also from projections in float32.
         casting = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if casting else key_states.dtype
-        self.state = SparseKState.empty(
+        self._empty = partial(
+            SparseKState.empty,
             batch,
             heads,
             size,
@@ -80,11 +103,11 @@ class SparseKCacheLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count the new tokens and return their keys and values [B, G, N, D] unchanged."""
-        if self.state is None:
+        if self._state is None:
             self.lazy_initialization(key_states, value_states)
-        elif self.state.batch != key_states.shape[0]:
+        elif self._state.batch != key_states.shape[0]:
             raise SparsekError(
-                f"the cache holds {self.state.batch} sequences, the input has "
+                f"the cache holds {self._state.batch} sequences, the input has "
                 f"{key_states.shape[0]}",
                 hint="start a new cache, or call batch_repeat_interleave on this one",
             )

@@ -47,10 +47,8 @@ def launches(monkeypatch):
 
 
 def fresh():
-    return {
-        "state": SparseKState.empty(1, GROUPS, DIM, dtype=torch.bfloat16, **SHAPE),
-        "fresh": True,
-    }
+    kept = {"dtype": torch.bfloat16, "filled": False}
+    return {"state": SparseKState.empty(1, GROUPS, DIM, **kept, **SHAPE), "fresh": True}
 
 
 def held():

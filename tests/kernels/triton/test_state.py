@@ -178,7 +178,7 @@ def test_a_fresh_state_is_filled_as_one_that_is_looked_at(
         slopes = torch.tensor([0.0, 0.02])
         found = []
         for more in ({"fresh": True}, {}, {"backend": "pytorch"}):
-            state = SparseKState.empty(2, 2, 16, dtype=dtype, **shape)
+            state = SparseKState.empty(2, 2, 16, dtype=dtype, **shape, filled="fresh" not in more)
             options = {"backend": "triton", "slopes": slopes, **shape, **more}
             found.append(sparsek_attention(q, k, v, scores, state=state, **options))
         out, state = found[0]
@@ -186,3 +186,26 @@ def test_a_fresh_state_is_filled_as_one_that_is_looked_at(
             assert relative_error(out, other) < 1e-5
             assert state.slots.keys() == held.slots.keys()
             assert all(torch.equal(state.slots[name], held.slots[name]) for name in state.slots)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["triton", "pytorch"])
+@pytest.mark.parametrize("bounds", [None, [0, 1], [0, 9], []], ids=str)
+def test_whatever_stands_in_a_fresh_state_is_not_looked_at(backend, bounds):
+    """Nor where it is read as another: of one token, of documents, and of none."""
+    shape = dict(topk=(5, 3), window=4, sinks=2)
+    n = 1 if bounds is None else bounds[-1] if bounds else 0
+    cu_seqlens = torch.tensor(bounds) if bounds else None
+    q, k, v, scores = (torch.ones(1, *s) for s in ((4, n, 16), (2, n, 16), (2, n, 16), (2, n)))
+    states = [SparseKState.empty(1, 2, 16, **shape, filled=filled) for filled in (True, False)]
+    states[1].positions.fill_(7)
+    found = [
+        sparsek_attention(
+            q, k, v, scores, cu_seqlens=cu_seqlens, state=state, fresh=True, backend=backend,
+            **shape,
+        )
+        for state in states
+    ]  # fmt: skip
+    assert torch.equal(found[0][0], found[1][0])
+    for name, tensor in found[0][1].slots.items():
+        assert torch.equal(tensor, found[1][1].slots[name]), name
