@@ -93,6 +93,7 @@ def convert(
     from sparsek_cli.commands import last_model
     from sparsek_cli.conversion.plan import plan as make_plan
     from sparsek_cli.conversion.run import run
+    from sparsek_cli.conversion.tokenizer import NONE
     from sparsek_cli.recipes.load import load_recipe
     from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
@@ -134,6 +135,9 @@ def convert(
         console.say(f"\nnext: sparsek merge {quote(request.model)} {out} OUT")
         return
     last_model.remember(done.out)
+    if done.tokenizer == NONE:
+        console.say("\nit writes no text without a tokenizer: convert with --tokenizer NAME")
+        return
     if plan.base.source == "bundled":  # a stranger's first model: "hello" tells nothing of it
         console.say(f"\nnext: sparsek chat {out} --load FILE  # it answers about a text, no more")
     else:

@@ -16,11 +16,17 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli.checkpoint_files.template_steps import check_template
 from sparsek_cli.errors import SparsekError, first_line
 from sparsek_cli.loading import check_tokenizer
-from sparsek_cli.output.tokenizer_files import facts_of, files_in, make_load_as
+from sparsek_cli.output.tokenizer_files import PROBES, facts_of, holds_tokenizer, make_load_as
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
     from sparsek_cli.conversion.planned import Plan
+
+NONE = "none beside the weights"
+_HINT = (
+    "mend its files, name another one with --tokenizer, or take them all out of the folder: "
+    "without any, --calibrate none converts the weights alone"
+)
 
 
 def settle(plan: Plan, folder: Path) -> str:
@@ -35,8 +41,8 @@ def settle(plan: Plan, folder: Path) -> str:
     Raises:
         SparsekError: the base's does not load or fit its embedding, or the two still differ.
     """
-    if not files_in(folder):
-        return "none beside the weights"
+    if not holds_tokenizer(folder):
+        return NONE
     with quiet_transformers():
         try:
             base = _load_base(plan)
@@ -46,9 +52,14 @@ def settle(plan: Plan, folder: Path) -> str:
             first = first_line(error)
             raise SparsekError(
                 f"the tokenizer of {plan.tokenizer.name} does not load: {first}",
-                hint="mend its files, name another one with --tokenizer, or take them all out of "
-                "the folder: without any, --calibrate none converts the weights alone",
+                hint=_HINT,
             ) from error
+        if not base(PROBES[0]).input_ids:
+            raise SparsekError(
+                f"the tokenizer of {plan.tokenizer.name} makes no tokens of any text: files of it "
+                "are missing",
+                hint=_HINT,
+            )
         check_template(base, plan.tokenizer.name)
         if not make_load_as(base, facts, folder):
             raise SparsekError(

@@ -42,9 +42,9 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
 def _tokenizer(checkpoint: "Checkpoint", lm: "torch.nn.Module") -> Check:
     """Its ids are rows of the embedding."""
     from sparsek_cli.loading import check_tokenizer, embedding_rows, load_tokenizer
-    from sparsek_cli.output.tokenizer_files import files_in
+    from sparsek_cli.output.tokenizer_files import holds_tokenizer
 
-    if not files_in(checkpoint.path):
+    if not holds_tokenizer(checkpoint.path):
         return Check("tokenizer", None, "none beside the weights")
     tokenizer, rows = load_tokenizer(checkpoint), embedding_rows(lm)
     check_tokenizer(tokenizer, rows, checkpoint.name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from sparsek_cli import model_folder
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.hub.download import TOKENIZER_WANTED, fetch
+from sparsek_cli.hub.download import TOKENIZER_WANTED, check_fetched, fetch
 from sparsek_cli.hub.names import (
     is_hub_id,
     is_missed_here,
@@ -89,13 +89,11 @@ def resolve(name: str | os.PathLike, revision: str | None = None) -> Checkpoint:
             )
         return bundled(name.lower())
     if short is not None:
-        path = fetch(short.hub_id, revision)
-        return _checked(Checkpoint(path, name.lower(), short.hub_id, revision))
+        return _fetched(name.lower(), short.hub_id, revision)
     missed = revision is None and is_missed_here(name)
     if missed or os.path.lexists(folder) or not is_hub_id(name):
         raise no_such_name(name, folder)
-    path = fetch(name, revision)
-    return _checked(Checkpoint(path, name.split("/")[1], name, revision))
+    return _fetched(name.split("/")[1], name, revision)
 
 
 def tokenizer_of(name: str) -> Checkpoint:
@@ -142,6 +140,12 @@ def bundled(name: str = "tiny") -> Checkpoint:
             hint="reinstall sparsek, or name a model: `sparsek convert --list-models`",
         )
     return Checkpoint(path, name, "bundled")
+
+
+def _fetched(name: str, hub_id: str, revision: str | None) -> Checkpoint:
+    path = fetch(hub_id, revision)
+    check_fetched(path, hub_id)
+    return _checked(Checkpoint(path, name, hub_id, revision))
 
 
 def _checked(checkpoint: Checkpoint) -> Checkpoint:

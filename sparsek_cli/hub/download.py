@@ -1,10 +1,13 @@
 """A repository of the hub becomes a folder in its cache, or an error that says what to do."""
 
+import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from sparsek_cli.checkpoint_files.shards import INDEX
 from sparsek_cli.errors import SparsekError, UsageError, first_line
-from sparsek_cli.hub.names import no_such_file
+from sparsek_cli.hub.names import cached_revisions, check_revision, no_such_file
 
 # Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/)
 # but additional_chat_templates/: such patterns know no "but", so folders in "add" pass.
@@ -34,9 +37,10 @@ def fetch(hub_id: str, revision: str | None = None, wanted: Sequence[str] = WANT
         revision: branch, tag or commit. wanted: patterns of the files that are fetched.
 
     Raises:
-        UsageError: there is none of that name or revision.
+        UsageError: there is none of that name or revision, or it can be none.
         SparsekError: the hub could not be reached, or refused; or its cache cannot be used.
     """
+    check_revision(revision)
     # Imported here: half a second that no other source of a model needs.
     import huggingface_hub
     from huggingface_hub import errors
@@ -84,16 +88,77 @@ def fetch(hub_id: str, revision: str | None = None, wanted: Sequence[str] = WANT
                 + (f" ({error.filename})" if error.filename else ""),
                 hint="set HF_HOME to a folder that can be written and has room",
             ) from error
-        raise _unreachable(hub_id) from error
+        raise _unreachable(hub_id, revision) from error
 
 
-def _unreachable(hub_id: str) -> SparsekError:
+def check_fetched(path: Path, hub_id: str) -> None:
+    """A model's folder in the cache is whole as far as the hub is needed to make it so.
+
+    Where it cannot be reached it gives what there is of an earlier, interrupted download.
+
+    Raises:
+        SparsekError: files are missing, and the hub cannot be reached.
+    """
+    lacking = _lacking(path)
+    if lacking is None or _is_reachable(hub_id):
+        return
+    why, way = _no_way()
+    raise SparsekError(
+        f"{why}, and the cache has '{hub_id}' without {lacking}",
+        hint=f"{way} and run the same command again: what is missing is fetched then",
+    )
+
+
+def _lacking(path: Path) -> str | None:
+    """What a fetched model lacks, in words; None: nothing of which one can know."""
+    gone = sorted(file.name for file in path.iterdir() if not file.exists())
+    if gone:
+        return gone[0]
+    if not (path / "config.json").is_file():
+        return "config.json"
+    named: set[str] = set()
+    with suppress(OSError, ValueError, AttributeError, TypeError):  # for others to tell
+        named = {*json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()}
+    missing = sorted(name for name in named if not (path / str(name)).is_file())
+    if missing:
+        return missing[0]
+    return None if any(path.glob("*.safetensors")) else "its weights"
+
+
+def _is_reachable(hub_id: str) -> bool:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        huggingface_hub.HfApi().repo_info(hub_id, timeout=HUB_TIMEOUT)
+    except errors.HfHubHTTPError:
+        return True
+    except Exception:  # of the HTTP client, see above
+        return False
+    return True
+
+
+def _no_way() -> tuple[str, str]:
+    """Why there is no way to the hub, and what to do about it."""
     from huggingface_hub import constants
 
-    offline = constants.HF_HUB_OFFLINE
-    why = "HF_HUB_OFFLINE is set" if offline else "the Hugging Face hub cannot be reached"
-    return no_such_file(hub_id, f"{why}, if it is a name there") or SparsekError(
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set", "unset it"
+    return "the Hugging Face hub cannot be reached", "connect"
+
+
+def _unreachable(hub_id: str, revision: str | None) -> SparsekError:
+    why, way = _no_way()
+    if error := no_such_file(hub_id, f"{why}, if it is a name there"):
+        return error
+    there = cached_revisions(hub_id)
+    if there:
+        return SparsekError(
+            f"{why} and the cache has no {revision or 'main'} of '{hub_id}'",
+            hint=f"{way}, or name what is there: --revision {there[0]}",
+        )
+    return SparsekError(
         f"{why} and '{hub_id}' is not in the cache",
-        hint=f"{'unset it' if offline else 'connect'}, or copy config.json, *.safetensors and the "
-        "tokenizer files into a folder and name that folder; `tiny` works offline",
+        hint=f"{way}, or copy config.json, *.safetensors and the tokenizer files into a folder and "
+        "name that folder; `tiny` works offline",
     )

@@ -14,6 +14,8 @@ _WEIGHTS = (".safetensors", ".gguf", *PICKLES)  # what the names of files of wei
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _LONGEST = 96  # characters of an owner's name, and of a repository's
 _NEVER = re.compile(r"--|\.\.|[-.](/|$)|\.git$")
+# What git allows in the name of a branch or tag: the hub's cache makes a path of it.
+_REVISION = re.compile(r"(?!-)(?!.*(?:\.\.|//|@\{|/\.|\.lock(?:/|$)))[^\x00-\x20\x7f~^:?*\[\\]+")
 
 
 def is_short_name(name: str) -> bool:
@@ -27,6 +29,38 @@ def is_hub_id(name: str) -> bool:
         _HUB_ID.fullmatch(name) is not None
         and _NEVER.search(name) is None
         and all(len(part) <= _LONGEST for part in name.split("/"))
+    )
+
+
+def check_revision(revision: str | None) -> None:
+    """Raises UsageError where a revision can be no branch, tag or commit."""
+    if revision is None:
+        return
+    named = _REVISION.fullmatch(revision) and revision.strip("/.") == revision
+    if named and len(os.fsencode(revision)) < 250 and revision.isprintable():
+        return
+    if not revision.strip():
+        raise UsageError(
+            "the revision is empty",
+            hint="name a branch, tag or commit, or leave it out; in a shell, the variable may not "
+            "be set",
+        )
+    raise UsageError(
+        f"{revision[:60]!r} is no name of a revision",
+        hint="name a branch, a tag or a commit of the repository",
+    )
+
+
+def cached_revisions(hub_id: str) -> list[str]:
+    """Branches and tags of a model whose files are in the hub's cache, or were."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"models--{hub_id.replace('/', '--')}")
+    names = (file for file in folder.glob("refs/**/*") if file.is_file())
+    return sorted(
+        file.relative_to(folder / "refs").as_posix()
+        for file in names
+        if (folder / "snapshots" / file.read_text(errors="replace").strip()).is_dir()
     )
 
 

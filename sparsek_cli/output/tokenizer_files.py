@@ -64,6 +64,12 @@ def files_in(folder: Path) -> list[Path]:
     return sorted(found)
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files of a tokenizer, of which templates of chats alone are none."""
+    templates = (".jinja", "chat_template.json")
+    return any(not file.name.endswith(templates) for file in files_in(folder))
+
+
 def copy_missing(files: Iterable[Path], source: Path, folder: Path) -> None:
     """Copies files below `source` to the same places below `folder`, where nothing is yet."""
     for file in files:

@@ -29,7 +29,7 @@ from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import EXPORT_NOTE, MODEL
 from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.output.staging import staged
-from sparsek_cli.output.tokenizer_files import bring, copy_missing
+from sparsek_cli.output.tokenizer_files import bring, copy_missing, holds_tokenizer
 from sparsek_cli.output.tokenizer_files import files_in as tokenizer_files
 from sparsek_cli.reporter import Reporter, Silent
 
@@ -228,12 +228,11 @@ def _bring_side_files(plan: Plan, folder: Path) -> str:
     source = plan.source.path
     for file in belonging_files(source):
         shutil.copyfile(file.resolve(), folder / file.name)
-    files = tokenizer_files(source)
-    if not files:
+    copy_missing(tokenizer_files(source), source, folder)
+    if not holds_tokenizer(source):
         return "none beside the weights"
     from sparsek_cli.loading import load_tokenizer
 
-    copy_missing(files, source, folder)
     tokenizer = load_tokenizer(plan.source)
     if not bring(tokenizer, folder):
         raise SparsekError(

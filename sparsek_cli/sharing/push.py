@@ -17,7 +17,7 @@ from sparsek_cli.output.contents import (
     Contents,
 )
 from sparsek_cli.output.scorers_file import check_finite
-from sparsek_cli.output.tokenizer_files import files_in
+from sparsek_cli.output.tokenizer_files import holds_tokenizer
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.scorers_alone.portable_recipe import portable
 from sparsek_cli.sharing.hub_card import card
@@ -136,7 +136,7 @@ def _check(place: Path) -> None:
     if kind is MODEL:
         model_folder.check(place, place.name)
         check_whole(place, place.name)
-        if files_in(place):
+        if holds_tokenizer(place):
             load_tokenizer(place)
     foreign = kind.foreign(place)
     if foreign is not None:

@@ -1,6 +1,7 @@
 """What is fetched for a name, and what is said where the hub or its cache refuses."""
 
 import errno
+import json
 
 import pytest
 
@@ -120,3 +121,110 @@ def test_a_cache_that_cannot_be_written_is_not_called_a_network_error(monkeypatc
     with pytest.raises(SparsekError, match=raised.strerror) as caught:
         hub.resolve("owner/model")
     assert "cache" in caught.value.message and "HF_HOME" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "name", ["../..", "a..b", "a b", "-x", "/a", "a/", "a//b", "a\0b", "a.lock", "a~1", "a" * 300]
+)
+@pytest.mark.parametrize("model", ["owner/model", "qwen3-0.6b"])
+def test_what_is_no_name_of_a_revision_is_asked_of_nobody(monkeypatch, name, model):
+    """The cache makes a path of it: `../..` was "the hub's cache cannot be used"."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(UsageError, match="is no name of a revision"):
+        hub.resolve(model, name)
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_revision_is_a_variable_that_is_not_set(name):
+    with pytest.raises(UsageError, match="the revision is empty"):
+        hub.resolve("owner/model", name)
+
+
+@pytest.mark.parametrize("name", ["main", "v1.0", "refs/pr/1", "a" * 40, "feature/x_y-z", "grün"])
+def test_names_of_revisions_are_asked_for(checkpoint, monkeypatch, name):
+    import huggingface_hub
+
+    folder, asked = checkpoint(), []
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *_, **o: asked.append(o) or str(folder)
+    )
+    assert hub.resolve("owner/model", name).revision == asked[0]["revision"] == name
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """`cached("dev", ...)`: the hub's cache has owner/model of these revisions; there is no way
+    to the hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def make(*revisions):
+        for number, revision in enumerate(revisions):
+            folder = tmp_path / "models--owner--model"
+            (folder / "snapshots" / str(number)).mkdir(parents=True)
+            file = folder / "refs" / revision
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(str(number))
+
+    return make
+
+
+@pytest.mark.parametrize("asked", [None, "v2"])
+def test_other_revisions_in_the_cache_are_named(cached, asked):
+    """It was said that the model is not in the cache."""
+    cached("refs/pr/1", "dev")
+    said = f"the cache has no {asked or 'main'} of 'owner/model'"
+    with pytest.raises(SparsekError, match=said) as error:
+        hub.resolve("owner/model", asked)
+    assert error.value.hint == "unset it, or name what is there: --revision dev"
+
+
+def _without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def _without_config(folder):
+    (folder / "config.json").unlink()
+
+
+def _dangling(folder):
+    (folder / "tokenizer.json").symlink_to("../../blobs/gone")
+
+
+def _without_a_shard(folder):
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("cut", "lacking"),
+    [
+        (_without_weights, "its weights"),
+        (_without_config, "config.json"),
+        (_dangling, "tokenizer.json"),
+        (_without_a_shard, "model-2.safetensors"),
+    ],
+)
+def test_a_download_that_was_interrupted_is_told_as_that(
+    checkpoint, monkeypatch, cached, cut, lacking
+):
+    """The hints were about a folder, which nobody had named: "fetch the model again"."""
+    import huggingface_hub
+
+    folder = checkpoint()
+    cut(folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    with pytest.raises(SparsekError, match=f"'owner/model' without {lacking}") as error:
+        hub.resolve("owner/model")
+    assert error.value.hint.startswith("unset it and run the same command again")
+    # Where the hub answers, the repository itself lacks it.
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
+    try:
+        hub.resolve("owner/model")
+    except SparsekError as other:
+        assert "the cache has" not in other.message

@@ -16,6 +16,7 @@ from tokenizer_shapes import SHAPES, VOCABULARY, described
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
+import sparsek_cli as sparsek
 import sparsek_cli.models as models
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE
@@ -272,3 +273,24 @@ def test_calibration_reads_with_the_tokenizer_that_is_named(pair, tmp_path):
     assert "name a tokenizer with --tokenizer" in refusal.value.hint
     named = ConvertRecipe(model=str(base), out=str(tmp_path / "out"), tokenizer=str(made.base))
     assert described(_tokenizer(plan(named))) == described(base_tokenizer(made.base))
+
+
+def test_a_chat_template_alone_is_no_tokenizer(make_checkpoint, tmp_path, capsys):
+    """It was "Qwen2Tokenizer, as of the base", without a token, and chat was what came next."""
+    from bad_models import both, file
+
+    from sparsek_cli.app import run
+
+    good = make_checkpoint(tmp_path / "good")
+    template = file("chat_template.jinja", "{{ messages[0].content }}")
+    gone = [file(name, None) for name in ("tokenizer.json", "tokenizer_config.json")]
+    both(template, *gone)(good, tmp_path / "base")
+    line = ["convert", tmp_path / "base", tmp_path / "out", "--calibrate", "none", "--topk", "6"]
+    assert run([str(word) for word in [*line, "--window", "4"]]) == 0
+    shown = capsys.readouterr()
+    assert "tokenizer   none beside the weights" in shown.out
+    assert "next:" not in shown.err and "convert with --tokenizer NAME" in shown.err
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+    assert not list((tmp_path / "out").glob("tokenizer*"))
+    dense = sparsek.export(tmp_path / "out", tmp_path / "dense")
+    assert "none beside the weights" in dense.text()

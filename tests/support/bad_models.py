@@ -374,6 +374,7 @@ MODELS: dict[str, Maker] = {
 # What only reading text or weights shows; `doctor` and `bench generate` need no tokenizer.
 TOKENIZERS: dict[str, Maker] = {
     "tokenizer-gone": both(file("tokenizer.json", None), file("tokenizer_config.json", None)),
+    "tokenizer-half": file("tokenizer.json", None),
     "tokenizer-cut": file("tokenizer.json", '{"version": '),
     "tokenizer-list": file("tokenizer.json", "[]"),
     **{f"tokenizer-{name}": tokenizer_config(**changes) for name, changes in WRONG_TYPES.items()},
