@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from sparsek_kernels import SparseKState, StateRows, sparsek_attention
-from sparsek_kernels.dispatch import as_if_long
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY
 from sparsek_kernels.triton import pipeline
@@ -138,33 +136,3 @@ def test_lists_are_those_of_the_ladder_in_their_order(n, lengths, size):
     assert parts(found, 2) == parts(expected, 2)
     if size == 64 and lengths != [5] * 140:  # both parts were there
         assert all(map(any, zip(*parts(found, 2).values(), strict=True)))
-
-
-def read_in_pieces():
-    """Outputs and state of one row read in pieces, of rows of a pool, and of packed documents."""
-    draw = torch.Generator().manual_seed(0)
-    shape = dict(topk=(20, 3), window=7, sinks=2)
-    options = dict(**shape, slopes=torch.tensor([0.0, 0.02]), backend="triton")
-    state = SparseKState.empty(1, 2, 16, **shape)
-    pool = SparseKState.empty(3, 2, 16, **shape)
-    bounds, rows = torch.tensor([0, 40, 150]), torch.tensor([2, 0])
-    found = []
-    for fresh in (True, False):
-        q = torch.randn(1, 4, 150, 16, generator=draw)
-        k, v = (torch.randn(1, 2, 150, 16, generator=draw) for _ in range(2))
-        scores = torch.randint(0, 9, (1, 2, 150), generator=draw).float()
-        whole, state = sparsek_attention(q, k, v, scores, state=state, fresh=fresh, **options)
-        pooled = StateRows(pool, rows, torch.tensor([fresh, fresh]))
-        packed, _ = sparsek_attention(
-            q, k, v, scores, cu_seqlens=bounds, state=pooled, **options
-        )  # fmt: skip
-        alone = sparsek_attention(q, k, v, scores, cu_seqlens=bounds, **options)
-        found += [whole, packed, alone]
-    return [*found, *state.slots.values(), *pool.slots.values()]
-
-
-@torch.no_grad()
-def test_a_call_finds_the_same_bits_both_ways():
-    with as_if_long():
-        expected = read_in_pieces()
-    assert all(torch.equal(a, b) for a, b in zip(read_in_pieces(), expected, strict=True))
