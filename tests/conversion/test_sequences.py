@@ -100,6 +100,22 @@ def test_a_retold_document_repeats_its_context(tokenizer, turns):
     assert set(in_chat) == {True, False}
 
 
+def test_every_second_document_hides_facts(tokenizer):
+    """What asks for far tokens is the text itself and, as readers do, a question, in turn."""
+    sizes = {"fitting": 8, "fit_length": 1024, "held_out": 4, "lengths": (2048, 1024)}
+    made, held_out = calibration_sequences(
+        tokenizer, "auto", **sizes, documents="retold_and_asked", seed=3
+    )
+    told_again = [sequence for sequence in held_out if sequence.turns]
+    assert [bool(s.turns) for s in made[1::2]] == [bool(s.turns) for s in held_out]
+    assert [bool(s.turns) for s in held_out] == [True, False, True, False]
+    assert {len(s.ids) for s in held_out if not s.turns} == {2048, 1024}
+    assert {s.context + s.turn_length for s in told_again} == {2048, 1024}
+    # With the chat template and without one.
+    texts = [tokenizer.decode(s.ids[s.context :]) for s in told_again]
+    assert {"Repeat the previous context" in text for text in texts} == {True, False}
+
+
 def test_documents_too_short_to_be_told_again_are_refused(tokenizer):
     with pytest.raises(SparsekError, match="too short") as refused:
         calibration_sequences(

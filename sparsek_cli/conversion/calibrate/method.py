@@ -11,6 +11,7 @@ TARGETS = ("max", "mean", "p99")
 # What asks for things far back, in words that follow "documents".
 DOCUMENTS = {
     "retold": "that are told again",
+    "retold_and_asked": "that are told again, or with facts told again and asked for",
     "statements": "whose facts are told again",
     "questions": "with questions",
     "told_and_asked": "with facts told again and asked for",
@@ -32,9 +33,10 @@ class Method:
             (`max`), the mean, or the 99th percentile (`p99`).
         documents: what asks for things far back: the text itself, told again (`retold`: no
             template), facts told again (`statements`), `questions`, half of each
-            (`told_and_asked`), questions and passages (`mixed`), or nothing (`none`). `auto`:
-            retold, and told_and_asked where the slots of all heads together do not hold two
-            heads' whole documents.
+            (`told_and_asked`), that and retold documents in turn (`retold_and_asked`), questions
+            and passages (`mixed`), or nothing (`none`). `auto`: retold_and_asked, and
+            told_and_asked where the slots of all heads together do not hold two heads' whole
+            documents.
         maps: maps that a KV head chooses from, by what they are fitted on; `blend` exists with
             linear scorers only.
         slopes: slopes that it chooses from, in units of score spread per topk tokens; 0 is pure
@@ -85,4 +87,4 @@ def with_documents(method: Method, slots: int, length: int) -> Method:
     """
     if method.documents != "auto":
         return method
-    return replace(method, documents="retold" if slots >= 2 * length else "told_and_asked")
+    return replace(method, documents="retold_and_asked" if slots >= 2 * length else "told_and_asked")

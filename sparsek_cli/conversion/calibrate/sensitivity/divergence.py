@@ -56,6 +56,8 @@ class Whole:
     ) -> np.ndarray:
         """Mean KL, nats [2], at rows of text and of answers, with the layers in `attend` replaced.
 
+        Documents count alike: one that is told again has many times the answers of one that asks.
+
         Args:
             inputs: states before layer `first`; None: run all layers.
         """
@@ -63,8 +65,9 @@ class Whole:
         for number, hidden in (inputs or self._embedded).items():
             states, dense = self._base.run_on(number, hidden, first, attend), self._dense[number]
             for kind, rows in enumerate(self._rows[number]):
-                sums[kind] += float(self._base.divergence(dense[rows], states[rows]).sum())
-                counts[kind] += len(rows)
+                if len(rows):
+                    sums[kind] += float(self._base.divergence(dense[rows], states[rows]).mean())
+                    counts[kind] += 1
         return sums / np.maximum(counts, 1)
 
 

@@ -49,7 +49,9 @@ class Gradients:
             self._dense[number] = base.run_on(number, embedded, 0, {}).cpu()
             self._embedded[number] = embedded.cpu()
             self._device = embedded.device
-        self._counts = [max(1, sum(map(len, kind))) for kind in zip(*rows.values(), strict=True)]
+        # Documents count alike, see Whole.divergence; of each kind, those that have rows of it.
+        kinds = zip(*rows.values(), strict=True)
+        self._documents = [max(1, sum(len(each) > 0 for each in kind)) for kind in kinds]
 
     def changes(
         self, own: Mapping[int, Attend], others: Mapping[int, list[Attend]], weights: np.ndarray
@@ -104,12 +106,12 @@ class Gradients:
         """The gradient [N, hidden] of the loss at the final states, float32."""
         slope = torch.zeros_like(states, dtype=torch.float32)
         dense = self._dense[number].to(states.device)
-        for rows, weight, count in zip(self._rows[number], weights, self._counts, strict=True):
+        for rows, weight, among in zip(self._rows[number], weights, self._documents, strict=True):
             for part in rows.split(_ROWS):
                 here = states[part].requires_grad_()
                 lost = self._base.divergence(dense[part], here).sum()
                 (gradient,) = torch.autograd.grad(lost, here)
-                slope[part] += gradient.float() * float(weight / count)
+                slope[part] += gradient.float() * float(weight / (max(1, len(rows)) * among))
         return slope
 
 

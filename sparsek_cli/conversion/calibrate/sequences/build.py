@@ -63,8 +63,8 @@ def calibration_sequences(
         fitting, fit_length: how many to fit on, and their tokens.
         held_out, lengths: how many to compare on, and their tokens in turn: as long as what the
             model will read, because how steeply scores may prefer the new depends on it.
-        documents: what they ask for: retold, statements, questions, told_and_asked, mixed or none
-            (they are text then).
+        documents: what they ask for, see `method.DOCUMENTS`; with none they are text, with
+            retold_and_asked every second one is told again.
         seed: everything random comes from it.
         turns, longest: parts of a retold document that are told again (None: all), and most
             tokens of each.
@@ -81,13 +81,16 @@ def calibration_sequences(
     chat = _format(tokenizer)
 
     def document(source: Filler, tokens: int, number: int, *, early: bool = False) -> Sequence:
-        if documents == "none":
+        asks = documents
+        if documents == "retold_and_asked":
+            asks, number = "told_and_asked" if number % 2 else "retold", number // 2
+        if asks == "none":
             return _text(rng, source, tokens, tokenizer)
-        if documents == "retold":
+        if asks == "retold":
             # With the chat template and without one in turn, where there is one.
             own = chat if number % 2 == 0 and tokenizer.chat_template else None
             return retold(rng, source, own, tokens, tokenizer, turns, longest)
-        return _recall(rng, source, chat, tokens, tokenizer, documents, early=early)
+        return _recall(rng, source, chat, tokens, tokenizer, asks, early=early)
 
     made = []
     for number in range(fitting):
