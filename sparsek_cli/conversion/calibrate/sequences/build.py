@@ -182,7 +182,11 @@ def _recall(
         known += marks
     # A row is marked when the token it predicts, the next one, is known from far back.
     answer = np.asarray([*known[1 : length + 1], False][:length], dtype=bool)
-    asking = (np.arange(length) >= asked_from) & ~answer
+    # What facts are told in is no text: sentences of one pattern foretell each other.
+    ours = np.arange(length) >= asked_from
+    for begin, end in document.statements:
+        ours[len(chat.start) + begin - 1 : len(chat.start) + end - 1] = True
+    asking = ours & ~answer
     return Sequence(np.asarray(ids[:length], dtype=np.int64), answer, asking)
 
 

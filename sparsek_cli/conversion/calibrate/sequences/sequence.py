@@ -14,8 +14,8 @@ class Sequence:
     Attributes:
         ids: [N] int64 token ids.
         answer: [N] bool, rows whose next token stands far back in the text.
-        asking: [N] bool, rows that are neither text nor answer: of questions up to the answer, and
-            those before a token that nobody could foresee.
+        asking: [N] bool, rows that are neither text nor answer: of questions up to the answer, of
+            hidden facts, and those before a token that nobody could foresee.
         turns, turn_length: the last turns * turn_length tokens are that many turns, each of which
             goes on from the end of the context before them (see recorded.Recorded).
         told: [C] bool, tokens of the context that the turns tell again; None: the answers look
