@@ -87,4 +87,6 @@ def with_documents(method: Method, slots: int, length: int) -> Method:
     """
     if method.documents != "auto":
         return method
-    return replace(method, documents="retold_and_asked" if slots >= 2 * length else "told_and_asked")
+    return replace(
+        method, documents="retold_and_asked" if slots >= 2 * length else "told_and_asked"
+    )

@@ -170,6 +170,10 @@ def _recall(
     asked_from = len(ids)
     facts = [document.facts[i] for i in rng.permutation(count)]
     told = round(_SHARE_TOLD.get(documents, 0) * count)
+    if early:
+        # The oldest come last, when most has been read since: a head that forgets them must lose.
+        parts = facts[:told], facts[told:]
+        facts = [fact for part in parts for fact in sorted(part, key=lambda fact: -fact.depth)]
     for number in range(10 * length):
         if len(ids) > length:
             break

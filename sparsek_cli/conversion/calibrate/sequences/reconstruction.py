@@ -19,9 +19,13 @@ from sparsek_cli.data.facts import draw_code
 from sparsek_cli.data.filler import Filler, encode
 from sparsek_cli.errors import SparsekError
 
-# A context is told again in at least this many turns, each of at most so many tokens.
-_PARTS = 8
+# A context is told again in at least this many turns, each of at most so many tokens. Turns are
+# short beside it: a head that holds nearly a whole document, and forgets the oldest tokens first,
+# loses none of them before they are told if much of the length comes after the context.
+_PARTS = 16
 LONGEST = 1024
+# Shorter turns would be all request; a short document is told in fewer, of an eighth of it.
+_SHORTEST = 128
 # The first tokens of a turn could be any of the text; they are not counted.
 _LEAD = 8
 # For so many tokens of a context there is one number or code, which nothing but itself tells.
@@ -49,7 +53,7 @@ def retold(
     Raises:
         SparsekError: no room to tell anything again.
     """
-    size = min(longest, length // _PARTS)
+    size = min(longest, max(length // _PARTS, min(length // 8, _SHORTEST)))
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     asking, request = encode(tokenizer, ["\n\n", _REQUEST])
     if chat is not None and len(request) + len(chat.reply) < size // 2:
