@@ -46,7 +46,8 @@ def damage(base: Path, how: str) -> None:
     elif how == "family":
         config.update(architectures=["NewForCausalLM"], model_type="of_tomorrow")
     elif how == "converted":
-        settings = {"topk": 3, "window": 4, "sinks": 1}
+        settings = {"topk": 3, "window": 4, "sinks": 1, "gate": "straight_through"}
+        settings["scorer"] = {"type": "linear"}
         config.update(
             architectures=["SparseKLlamaForCausalLM"], model_type="sparsek_llama", sparsek=settings
         )
