@@ -144,7 +144,7 @@ def bundled(name: str = "tiny") -> Checkpoint:
 
 def _fetched(name: str, hub_id: str, revision: str | None) -> Checkpoint:
     path = fetch(hub_id, revision)
-    check_fetched(path, hub_id)
+    check_fetched(path, hub_id, revision)
     return _checked(Checkpoint(path, name, hub_id, revision))
 
 

@@ -4,8 +4,9 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 
-from sparsek_cli.checkpoint_files.shards import INDEX
+from sparsek_cli.checkpoint_files.shards import INDEX, read_shard
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.hub.names import cached_revisions, check_revision, no_such_file
 
@@ -91,14 +92,25 @@ def fetch(hub_id: str, revision: str | None = None, wanted: Sequence[str] = WANT
         raise _unreachable(hub_id, revision) from error
 
 
-def check_fetched(path: Path, hub_id: str) -> None:
+def check_fetched(path: Path, hub_id: str, revision: str | None = None) -> None:
     """A model's folder in the cache is whole as far as the hub is needed to make it so.
 
-    Where it cannot be reached it gives what there is of an earlier, interrupted download.
+    Where it cannot be reached it gives what there is of an earlier, interrupted download; and of a
+    file that is there it never looks whether it is damaged.
 
     Raises:
-        SparsekError: files are missing, and the hub cannot be reached.
+        SparsekError: files are missing, and the hub cannot be reached; or one is damaged.
     """
+    for file in sorted(path.glob("*.safetensors")):
+        if not file.is_file():
+            continue
+        try:
+            read_shard(file)
+        except SparsekError as error:
+            at = f" --revision {quote(revision)}" if revision else ""
+            raise SparsekError(
+                error.message, hint=f"`hf download {hub_id}{at} --force-download` fetches it anew"
+            ) from error
     lacking = _lacking(path)
     if lacking is None or _is_reachable(hub_id):
         return

@@ -228,3 +228,19 @@ def test_a_download_that_was_interrupted_is_told_as_that(
         hub.resolve("owner/model")
     except SparsekError as other:
         assert "the cache has" not in other.message
+
+
+def test_a_damaged_file_of_the_cache_is_fetched_anew_by_what_the_hint_says(checkpoint, monkeypatch):
+    """The same command would take it from the cache again, for ever."""
+    import huggingface_hub
+
+    folder = checkpoint()
+    header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
+    cut = len(header).to_bytes(8, "little") + header + b"half of"
+    (folder / "model.safetensors").write_bytes(cut)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+    for revision, at in ((None, ""), ("v1", " --revision v1")):
+        with pytest.raises(SparsekError, match="truncated shard") as error:
+            hub.resolve("owner/model", revision)
+        command = f"`hf download owner/model{at} --force-download`"
+        assert error.value.hint == f"{command} fetches it anew"
