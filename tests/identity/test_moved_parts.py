@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import nullcontext
 
 import accelerate
 import pytest
@@ -76,6 +77,38 @@ def test_generating_under_autocast_with_float32_weights(family, sparse_model):
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
         whole = model(out.sequences[:, :-1]).logits[:, -4:]
     torch.testing.assert_close(torch.stack(out.logits, 1).float(), whole.float(), atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize("how", ["sparsek", "dense"])
+def test_training_under_autocast_keeps_what_attention_reads_once(how, sparse_model, monkeypatch):
+    """In bf16, for all projections and the scorer: else each kept a copy, the scorer in float32."""
+    from sparsek_cli.models import scorer
+
+    # The scorer's product as on a GPU.
+    monkeypatch.setattr(scorer, "_splits", lambda x: x.dtype == torch.bfloat16)
+    monkeypatch.setattr(
+        scorer, "_split_product", lambda x, w: torch.nn.functional.linear(x.float(), w)
+    )
+    model = sparse_model("llama", head_dim=12).train()  # what W_o reads is no hidden state then
+    attention, size, kept = model.model.layers[0].self_attn, IDS.numel(), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.shape[-1] == model.config.hidden_size == tensor.numel() // size:
+            kept[tensor.data_ptr()] = tensor  # alive, so that no other one lies there
+        return tensor
+
+    own = attention.forward
+
+    def forward(*args, **kwargs):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            return own(*args, **kwargs)
+
+    monkeypatch.setattr(attention, "forward", forward)
+    dense = models.dense_attention(model) if how == "dense" else nullcontext()
+    with dense, torch.autocast("cpu", dtype=torch.bfloat16), counted_attention() as layers:
+        model(IDS, labels=IDS)
+    assert [tensor.dtype for tensor in kept.values()] == [torch.bfloat16]
+    assert bool(layers) == (how == "sparsek")
 
 
 def test_a_cache_stays_inside_of_autocast_or_outside(sparse_model):

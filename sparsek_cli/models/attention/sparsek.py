@@ -42,6 +42,11 @@ class SparseKAttentionMixin:
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any):
         """As the family's attention; hidden_states [B, N, hidden_size]."""
+        device = hidden_states.device.type
+        if hidden_states.dtype == torch.float32 and torch.is_autocast_enabled(device):
+            # Autocast would do so in each projection, and every one would keep a copy of its own;
+            # the scorer kept the float32 one.
+            hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         if self.bounds is not None:
             kwargs["cu_seq_lens_q"] = self.bounds
         if self.config._attn_implementation == ATTENTION:
