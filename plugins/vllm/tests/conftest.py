@@ -19,6 +19,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # one process: ten starts in a minute
+# On a GPU Triton would round float32 to TF32 in vLLM's experts, and routers would choose others.
+os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
 
 try:
     import vllm
