@@ -56,15 +56,18 @@ def check_fits(config: Any) -> None:
     lie in the GPUs or beside them is not known yet: what neither of them holds is refused, whether
     or not others use it; no more is promised.
     """
-    heads, size = kv_heads(config), head_dim(config)
-    needed, most = 0, 0
-    for layer in sparse_layers(config):
-        budget = layer_budget(config, layer)
-        stored = slot_dtype(budget, torch.float16)  # no wider one is certain here
-        slots = topk_per_head(budget.topk, heads), budget.window, budget.sinks
-        needed += cache_bytes(1, *slots, heads, size, stored)
-        most = max(most, max(slots[0]) + budget.window + budget.sinks)
-    if most > _FEW_SLOTS and needed > _memory():
+    heads = kv_heads(config)
+    budgets = [layer_budget(config, layer) for layer in sparse_layers(config)]
+    slots = [(topk_per_head(one.topk, heads), one.window, one.sinks) for one in budgets]
+    most = max((max(topk) + window + sinks for topk, window, sinks in slots), default=0)
+    if most <= _FEW_SLOTS:  # every prompt waits for this
+        return
+    needed = sum(
+        # No wider type is certain here.
+        cache_bytes(1, *held, heads, head_dim(config), slot_dtype(one, torch.float16))
+        for one, held in zip(budgets, slots, strict=True)
+    )
+    if needed > _memory():
         raise UsageError(
             f"topk, window and sinks are {most:,} slots per KV head: {needed / 2**30:,.0f} GiB for "
             f"a sequence, and there are {_memory() / 2**30:,.0f} GiB of memory",
