@@ -23,22 +23,17 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py $(if $(SEED),--seed $(SEED))
 
-# Triton's interpreter must be switched on before a kernel is defined, hence the second process; it
-# collects only where its tests are.
-INTERPRETED = tests/kernels tests/models/test_fused.py tests/benchmarks
-
+# Triton's kernels are interpreted in these runs, which only tests marked `interpret` get to know.
 # Workers and the programs that tests start would compile the same files each time.
 test slow-test: export PYTHONDONTWRITEBYTECODE =
 
 test: $(STAMP) lint
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not interpret and not slow'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret and not slow' $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not gpu and not slow'
 	@$(MAKE) --no-print-directory vllm-core
 
 # What takes longer, before a release: kills and resumes, several processes, sizes, whole sweeps.
 slow-test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu and not interpret'
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'interpret and slow' $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'slow and not gpu'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

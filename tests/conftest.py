@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import interpreted
 import pytest
 from tiny_families import VOCAB_SIZE, tiny_config
 
@@ -235,6 +236,11 @@ def dense_checkpoint(tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
+def pytest_collectstart() -> None:
+    """No kernel is defined yet. Who starts workers collects nothing, and they inherit the word."""
+    interpreted.define_kernels_interpreted()
+
+
 def pytest_collection_finish() -> None:
     """What imports and collection made stays: trainers collect garbage, which read all of it.
 
@@ -310,12 +316,22 @@ def _nothing_is_drawn_for_the_meta_device():
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter():
     """Where Triton's kernels are interpreted."""
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not interpreted.is_on():
         yield
         return
     from quick_interpreter import quick_interpreter
 
     with quick_interpreter():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(request):
+    """Only who is marked so may run Triton's kernels on the CPU."""
+    if interpreted.is_on() and request.node.get_closest_marker("interpret"):
+        with interpreted.may_be_run():
+            yield
+    else:
         yield
 
 

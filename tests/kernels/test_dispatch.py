@@ -1,6 +1,7 @@
 """Which backend is chosen, what insisting on one does, and what doctor is told."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -28,14 +29,12 @@ def test_a_cpu_runs_pytorch_and_says_so_once(caplog):
     ]
 
 
-def test_insisting_on_what_cannot_run_is_an_error(monkeypatch):
+def test_insisting_on_what_cannot_run_is_an_error():
     with pytest.raises(ValueError, match="backend must be"):
         choose("cuda")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    dispatch._obstacle.cache_clear()
+    assert "TRITON_INTERPRET" not in os.environ  # although kernels of these tests are interpreted
     with pytest.raises(ValueError, match="device cpu"):
         choose("triton")
-    dispatch._obstacle.cache_clear()
     with pytest.raises(ValueError, match="no key can be evicted"):
         choose("sdpa", n=9)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 
 import pytest
 import torch
+from interpreted import replace_launches
 from sparsek_kernels import SparseKState, StateRows, dispatch, sparsek_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("kernels that are interpreted are not launched", allow_module_level=True)
 
 TOKENS, HEADS, GROUPS, DIM = 4096, 32, 8, 64
 SHAPE = dict(topk=(380, 90) * 4, window=128, sinks=4)
@@ -34,12 +32,9 @@ class Operations(TorchDispatchMode):
 def launches(monkeypatch):
     """Kernels that a call on an H200 launches, in order; none is."""
     from sparsek_kernels.triton import pipeline
-    from triton.runtime.jit import JITFunction
 
     launched = []
-    monkeypatch.setattr(
-        JITFunction, "run", lambda kernel, *args, **options: launched.append(kernel.__name__)
-    )
+    replace_launches(monkeypatch, lambda kernel, *args, **options: launched.append(kernel.__name__))
     monkeypatch.setattr(dispatch, "_no_triton", lambda device: None)
     monkeypatch.setattr(dispatch, "_not_by_itself", lambda device: None)
     monkeypatch.setattr(pipeline, "device_capability", lambda device: (9, 0))
