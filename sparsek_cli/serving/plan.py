@@ -148,9 +148,26 @@ def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:
     if engine == TRANSFORMERS:
         # It knows the model by the words it was started with: short ones, where they lead there.
         model = name if Path(name).resolve() == checkpoint.path.resolve() else path
+        _check_model(model, checkpoint)
         server = ["-m", "sparsek_cli.serving.transformers_server", "serve"]
         return model, [*server, model]
     return name, ["-m", "sparsek_vllm", "--model", path, "--served-model-name", name]
+
+
+def _check_model(model: str, checkpoint: Checkpoint) -> None:
+    """Raises UsageError where transformers' server would take a part of a path for something else.
+
+    What follows an @ is a revision to it, and what follows a colon a GGUF file.
+    """
+    for mark, what in (("@", "a revision"), (":", "a GGUF file")):
+        if mark in model and (mark == "@" or model.lower().endswith(".gguf")):
+            place, name = checkpoint.path.parent, checkpoint.name
+            raise UsageError(
+                f"transformers' server takes what follows {mark} in '{model}' for {what}",
+                hint=f"rename the folder '{name}'"
+                if mark in name
+                else f"run it where the model lies: cd {quote(str(place))}, and name {quote(name)}",
+            )
 
 
 def start(plan: ServePlan) -> None:

@@ -221,6 +221,28 @@ def test_a_server_with_a_certificate_speaks_https(sparsek, converted, installed)
     assert "https://127.0.0.1" in sparsek("serve", converted, "--dry-run", "--", *flags).out
 
 
+def test_paths_that_transformers_server_would_misread_are_refused(
+    sparsek, converted, installed, tmp_path, monkeypatch
+):
+    """It looked on the hub for the first half of them, and ended in a traceback."""
+    installed(*ALL)
+    line = ["--engine", "transformers", "--dry-run"]
+    (tmp_path / "me@home").mkdir()
+    inside = converted.rename(tmp_path / "me@home" / "model")
+    shown = sparsek("serve", inside, *line)
+    assert shown.failed(2) and "takes what follows @" in shown.err
+    assert f"cd {inside.parent}, and name model" in shown.err
+    monkeypatch.chdir(inside.parent)
+    assert sparsek("serve", "./model", *line).code == 0  # as hinted
+    assert sparsek("serve", inside, "--engine", "vllm", "--dry-run").code == 0
+    monkeypatch.chdir(tmp_path)
+    for name, mark in (("a@b", "@"), ("a:b.gguf", ":")):
+        inside = inside.rename(tmp_path / name)
+        shown = sparsek("serve", f"./{name}", *line)
+        assert shown.failed(2) and f"takes what follows {mark}" in shown.err
+        assert f"rename the folder '{name}'" in shown.err
+
+
 def test_of_a_flag_given_twice_the_last_one_counts():
     assert Flags(["-tp", "4", "--tensor-parallel-size", "2"]).ranks == 2
     assert Flags(["--", "--max-model-len", "9"]).ranks == 1
