@@ -117,7 +117,7 @@ def test_changes_are_slopes_of_the_loss(dense_checkpoint, tmp_path, family):
     ]
     rows = {
         n: Rows(torch.arange(10, 40), torch.arange(45, LENGTH)) if n else
-        Rows(torch.arange(20, 32), torch.arange(0))
+        Rows(torch.arange(20, 56), torch.arange(0))
         for n in range(2)
     }  # fmt: skip
     with torch.no_grad():

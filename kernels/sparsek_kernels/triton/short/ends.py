@@ -17,16 +17,14 @@ import triton.language as tl
 from sparsek_kernels.state import EMPTY
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
 from sparsek_kernels.triton.selection import FOREVER
-from sparsek_kernels.triton.tuning import device_capability
 
 TILE = 128  # keys of a program, one of each thread
 MEETS = 32  # keys that all of them meet at once
 CHUNK = 256  # keys after which a program asks whether all its own have left
-# Capabilities that compare float64 in half the time of int64, by which others need a 32nd of it.
-DOUBLES = ((8, 0), (9, 0), (10, 0))
 _EMPTY = tl.constexpr(EMPTY)
 _FOREVER = tl.constexpr(FOREVER)
 _NOBODY = tl.constexpr(-(2**63))  # below all scores: no candidate
+_NEVER = tl.constexpr(2**63 - 1)  # above all: nobody is better
 
 
 @triton.jit
@@ -40,32 +38,15 @@ def _effective(scores, slope, at, place, inside, step, sinks, SLOPED: tl.constex
 
 
 @triton.jit
-def _ordered(score, inside, DOUBLE: tl.constexpr):
-    """What keys are compared by, in the order of their scores; least where they are no candidates.
-
-    Nor is a score that is no number one. DOUBLE: it stays float64, else it is int64.
-    """
-    inside &= (score < float("inf")) & (score > -float("inf"))
-    if DOUBLE:
-        return tl.where(inside, score, -float("inf"))
-    else:
-        bits = (score + 0.0).to(tl.int64, bitcast=True)  # + 0.0: -0.0 has other bits than 0.0
-        return tl.where(inside, tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits), _NOBODY)
+def _ordered(score, inside):
+    """int64 in the order of the scores; NaN stands at the ends, sinks are no candidates."""
+    bits = (score + 0.0).to(tl.int64, bitcast=True)  # + 0.0: -0.0 has other bits than 0.0
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+    return tl.where(inside & (score != float("inf")), bits, _NOBODY)
 
 
 @triton.jit
-def _load(ordered, inside, DOUBLE: tl.constexpr):
-    """What `_order` wrote, least outside."""
-    if DOUBLE:
-        return tl.load(ordered, mask=inside, other=-float("inf"))
-    else:
-        return tl.load(ordered, mask=inside, other=_NOBODY)
-
-
-@triton.jit
-def _order(
-    scores, slope, ordered, first, stop, step, sinks, SLOPED: tl.constexpr, DOUBLE: tl.constexpr
-):
+def _order(scores, slope, ordered, first, stop, step, sinks, SLOPED: tl.constexpr):
     """All keys of a sequence as `_ordered` makes them.
 
     Every program of the row writes the same numbers, and reads what it wrote itself.
@@ -74,22 +55,21 @@ def _order(
         at = start + tl.arange(0, 1024)
         inside = at < stop
         score = _effective(scores, slope, at, at - first, inside, step, sinks, SLOPED)
-        tl.store(ordered + at, _ordered(score, inside, DOUBLE), mask=inside)
+        tl.store(ordered + at, _ordered(score, inside), mask=inside)
     tl.debug_barrier()  # they are read by other threads of this program
 
 
 @triton.jit
 def _meet(
-    ordered, at, stop, own, key, k, met, block, waiting,
-    MASKED: tl.constexpr, MEETS: tl.constexpr, DOUBLE: tl.constexpr,
-):  # fmt: skip
+    ordered, at, stop, own, key, k, met, block, waiting, MASKED: tl.constexpr, MEETS: tl.constexpr
+):
     """Own keys meet those from `at` on, which lie behind them: (met, block, waiting) [TILE].
 
     A key that meets its k-th better one stops to count: `block` is where.
     """
     there = at + tl.arange(0, MEETS)
     if MASKED:
-        other = _load(ordered + there, there < stop, DOUBLE)
+        other = tl.load(ordered + there, mask=there < stop, other=_NOBODY)
         better = (other[:, None] > key[None, :]) & (there[:, None] > own[None, :])
     else:
         other = tl.load(ordered + there)
@@ -102,12 +82,12 @@ def _meet(
 
 @triton.jit
 def _leaves(
-    ordered, own, asked, key, k, first, stop, tile_first, window,
-    TILE: tl.constexpr, MEETS: tl.constexpr, CHUNK: tl.constexpr, DOUBLE: tl.constexpr,
+    ordered, own, key, k, first, stop, tile_first, window,
+    TILE: tl.constexpr, MEETS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`end` [TILE] of the keys `own` of one sequence, keys first .. stop of its row.
 
-    ordered: its row. asked: which of them may be selected. key: what they are compared by.
+    ordered: its row. key: what own keys are compared by, `_NEVER` where nobody is asked for.
     """
     lane = tl.arange(0, MEETS)
     begin = tl.maximum(first, tile_first)
@@ -119,35 +99,35 @@ def _leaves(
         other = tl.load(ordered + at + lane)
         met += tl.sum((other[:, None] >= key[None, :]).to(tl.int32), 0)
     for at in range(whole, tl.minimum(begin + TILE, stop), MEETS):
-        other = _load(ordered + at + lane, at + lane < stop, DOUBLE)
+        other = tl.load(ordered + at + lane, mask=at + lane < stop, other=_NOBODY)
         better = (other[:, None] >= key[None, :]) & ((at + lane)[:, None] < own[None, :])
         met += tl.sum(better.to(tl.int32), 0)
     never = met >= k
-    waiting = (never == 0) & asked & (fits == 0)
+    waiting = (never == 0) & (key != _NEVER) & (fits == 0)
     block = tl.zeros([TILE], tl.int32) - 1
     for at in range(begin, tl.minimum(begin + TILE, stop), MEETS):
         met, block, waiting = _meet(
-            ordered, at, stop, own, key, k, met, block, waiting, True, MEETS, DOUBLE
+            ordered, at, stop, own, key, k, met, block, waiting, True, MEETS
         )
     at = begin + TILE
     pending = tl.max(waiting.to(tl.int32), 0)
     while (at + CHUNK <= stop) & (pending > 0):
         for start in range(at, at + CHUNK, MEETS):
             met, block, waiting = _meet(
-                ordered, start, stop, own, key, k, met, block, waiting, False, MEETS, DOUBLE
+                ordered, start, stop, own, key, k, met, block, waiting, False, MEETS
             )
         at += CHUNK
         pending = tl.max(waiting.to(tl.int32), 0)
     for start in range(at, tl.where(pending > 0, stop, at), MEETS):
         met, block, waiting = _meet(
-            ordered, start, stop, own, key, k, met, block, waiting, True, MEETS, DOUBLE
+            ordered, start, stop, own, key, k, met, block, waiting, True, MEETS
         )
     # Which one of its block is each one's k-th.
     found = block
     for step in tl.static_range(MEETS):
         at = block + step
         there = (block >= 0) & (at > own) & (at < stop)
-        better = _load(ordered + at, there, DOUBLE) > key
+        better = tl.load(ordered + at, mask=there, other=_NOBODY) > key
         met += better.to(tl.int32)
         found = tl.where(better & (met == k), at, found)
     leaves = tl.where(block >= 0, found + window, _FOREVER)
@@ -164,7 +144,7 @@ def _ends_of_short(
     scores, slopes, positions, sequences, budgets, ordered, effective, end,
     scores_b, scores_h, step, count, steps, heads, row_keys, sinks, window,
     SLOPED: tl.constexpr, LISTED: tl.constexpr, STORED: tl.constexpr, PACKED: tl.constexpr,
-    TILE: tl.constexpr, MEETS: tl.constexpr, CHUNK: tl.constexpr, DOUBLE: tl.constexpr,
+    TILE: tl.constexpr, MEETS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """`end` of a tile of keys of one row and head; their effective scores where STORED.
 
@@ -196,11 +176,13 @@ def _ends_of_short(
         inside = (own >= first) & (own < stop)
         score = _effective(scores, slope, own, own - first, inside, step, sinks, SLOPED)
         is_sink = inside & (score == float("inf"))
-        asked = inside & (score < float("inf")) & (score > -float("inf"))
-        _order(scores, slope, ordered + line, first, stop, step, sinks, SLOPED, DOUBLE)
+        key = _ordered(score, inside)
+        # -inf, and nobody: never selected. None of them has to meet anybody.
+        asked = inside & (is_sink == 0) & (key > -0x7FF0000000000001)
+        _order(scores, slope, ordered + line, first, stop, step, sinks, SLOPED)
         leaves = _leaves(
-            ordered + line, own, asked, _ordered(score, inside, DOUBLE), k, first, stop, tile_first,
-            window, TILE, MEETS, CHUNK, DOUBLE,
+            ordered + line, own, tl.where(asked, key, _NEVER), k, first, stop, tile_first, window,
+            TILE, MEETS, CHUNK,
         )  # fmt: skip
         if LISTED:  # a sink's slot may be empty
             is_sink &= tl.load(positions + line + own, mask=is_sink, other=_EMPTY) != _EMPTY
@@ -238,10 +220,7 @@ def short_ends(
     """
     batch, heads, keys = scores.shape
     end = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    double = device_capability(scores.device) in DOUBLES
-    ordered = torch.empty(
-        scores.shape, dtype=torch.float64 if double else torch.int64, device=scores.device
-    )
+    ordered = torch.empty(scores.shape, dtype=torch.int64, device=scores.device)
     unread = end  # where there is none of a kind
     _ends_of_short[(triton.cdiv(keys, TILE), batch * heads)](
         scores, scores if slopes is None else slopes, unread if positions is None else positions,
@@ -249,7 +228,7 @@ def short_ends(
         ordered, unread if effective is None else effective, end,
         *scores.stride(), geometry.count, geometry.count.bit_length(), heads, keys, sinks, window,
         SLOPED=slopes is not None, LISTED=positions is not None, STORED=effective is not None,
-        PACKED=geometry.packed, TILE=TILE, MEETS=MEETS, CHUNK=CHUNK, DOUBLE=double,
+        PACKED=geometry.packed, TILE=TILE, MEETS=MEETS, CHUNK=CHUNK,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return end

@@ -8,18 +8,10 @@ from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import key_lists
 from sparsek_kernels.triton.selection import selection_ends
-from sparsek_kernels.triton.short import ends
 from sparsek_kernels.triton.short.ends import short_ends
 from sparsek_kernels.triton.short.lists import short_lists
 
 pytestmark = pytest.mark.interpret
-
-
-@pytest.fixture(params=["int64", "float64"])
-def compared(request, monkeypatch):
-    """What scores are compared as: a device's capability says which is faster."""
-    monkeypatch.setattr(ends, "DOUBLES", ((0, 0),) if request.param == "float64" else ())
-
 
 KINDS = ("normal", "ties", "equal", "rising", "falling", "zeros")
 LENGTHS = ([200], [0, 9, 0, 64, 64, 1, 1, 61, 0], [1] * 130 + [70])
@@ -51,7 +43,7 @@ def shapes(heads, keys, batch=1, lengths=None, queries=None):
 @pytest.mark.parametrize(
     "topk, window, sinks", [((5, 40), 3, 2), ((0, 400), 1, 0), ((64, 1), 70, 5)]
 )
-def test_ends_of_batches(compared, kind, topk, window, sinks):
+def test_ends_of_batches(kind, topk, window, sinks):
     for n in (1, 63, 64, 65, 300):
         scores, shape = scores_of(kind, 2, 2, n), shapes(2, n, batch=2)
         always = pipeline.sink_mask(shape, sinks)
@@ -64,7 +56,7 @@ def test_ends_of_batches(compared, kind, topk, window, sinks):
     [(kind, LENGTHS[1]) for kind in KINDS] + [("ties", LENGTHS[0]), ("rising", LENGTHS[2])],
     ids=lambda value: value if isinstance(value, str) else f"{len(value)} documents",
 )
-def test_ends_of_documents(compared, kind, lengths):
+def test_ends_of_documents(kind, lengths):
     topk, window, sinks = (20, 3), 7, 2
     scores, shape = scores_of(kind, 1, 2, 200), shapes(2, 200, lengths=lengths)
     always = pipeline.sink_mask(shape, sinks)
@@ -72,7 +64,7 @@ def test_ends_of_documents(compared, kind, lengths):
     assert torch.equal(short_ends(scores, topk, window, shape, sinks=sinks), expected)
 
 
-def test_ends_of_listed_keys(compared):
+def test_ends_of_listed_keys():
     """Sinks are known by their score; of a state's slots some are empty, those of sinks, too."""
     topk, window = (20, 3), 7
     for lengths in (None, LENGTHS[1]):
@@ -91,7 +83,7 @@ def test_ends_of_listed_keys(compared):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("lengths", [None, LENGTHS[1]], ids=["one row", "documents"])
-def test_effective_scores_are_made_on_the_way(compared, dtype, lengths):
+def test_effective_scores_are_made_on_the_way(dtype, lengths):
     slopes, sinks, heads = torch.tensor([0.013, -0.3]), 3, 2
     scores = torch.randn(1, 200, heads).to(dtype).transpose(1, 2)  # as scorers leave them
     shape = shapes(heads, 200, lengths=lengths)
@@ -107,7 +99,7 @@ def test_effective_scores_are_made_on_the_way(compared, dtype, lengths):
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("nan")])
-def test_scores_that_are_no_numbers_fill_no_list_too_far(compared, value):
+def test_scores_that_are_no_numbers_fill_no_list_too_far(value):
     scores = torch.full((1, 1, 300), value)
     end = short_ends(scores, (5,), 4, shapes(1, 300))[0, 0]
     j = torch.arange(300)
