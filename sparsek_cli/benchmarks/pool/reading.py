@@ -71,7 +71,8 @@ class Reading:
                 len(self.lengths), shape.kv_heads, shape.head_dim, topk=shape.topk,
                 window=shape.window, sinks=shape.sinks, dtype=shape.dtype, device=shape.device,
             )  # fmt: skip
-        self.held = held.clone()
+        # Of each way its own: a call may change the state that it is given.
+        self.held = {way: held.clone() for way in ("padded", "packed")}
         each = torch.arange(len(self.lengths), device=shape.device)
         self.own = [held.index_select(row) for row in each.split(1)]
         self.pool = in_blocks(held)
@@ -88,9 +89,12 @@ class Reading:
             outs, states = zip(*read, strict=True)
             return torch.cat(outs, 2), SparseKState.cat(states)
         if way == "padded":
-            return sparsek_attention(*self.padded, state=self.held, fresh=self.fresh, **self.budget)
-        state = self.held if way == "packed" else self.rows
-        return sparsek_attention(*self.packed, cu_seqlens=self.bounds, state=state, **self.budget)
+            held = self.held[way]
+            return sparsek_attention(*self.padded, state=held, fresh=self.fresh, **self.budget)
+        given = {"state": self.rows}  # says itself which are fresh
+        if way == "packed":
+            given = {"state": self.held[way], "fresh": self.fresh}
+        return sparsek_attention(*self.packed, cu_seqlens=self.bounds, **given, **self.budget)
 
     def outputs(self, way: str, out: torch.Tensor) -> torch.Tensor:
         """What `run` gave for the tokens that are there, [1, H, N, D]."""
