@@ -272,8 +272,8 @@ def backward(
     delta = row_products(out, do)
     rows = (q, k, v, do, lse, delta, end)
     common = dict(window=settings.window, scale=settings.scale, runs=runs)
-    # Keys first: their float32 sums are gone before there is room for dq.
     if hopper:
+        dq, row_sum = hopper.query_gradient(*rows, lists[0], shape, **common)
         dk, dv, column_sum = hopper.key_gradient(
             *rows, lists[-1], shape, deterministic=deterministic, **common
         )
@@ -281,20 +281,15 @@ def backward(
         common |= dict(
             gate=settings.gate, gate_scores=gate_scores, tau=tau, softcap=settings.softcap
         )
+        dq, row_sum = query_gradient(
+            *rows, lists[0], shape, config=_config("dq", q, shape.group), **common
+        )
         dk, dv, column_sum = key_gradient(
             *rows, lists[-1], shape, config=_config("dkdv", q, shape.group),
             deterministic=deterministic, **common,
         )  # fmt: skip
-    dk = dk.to(k.dtype)
-    dv = dv.to(v.dtype)
-    if hopper:
-        dq, row_sum = hopper.query_gradient(*rows, lists[0], shape, **common)
-    else:
-        dq, row_sum = query_gradient(
-            *rows, lists[0], shape, config=_config("dq", q, shape.group), **common
-        )
     de = None
     if score_grad:
         de = score_gradient(column_sum, row_sum, runs, shape.group)
     own = None if sink_logits is None else sink_gradient(lse, delta, sink_logits)
-    return dq, dk, dv, de, own
+    return dq, dk.to(k.dtype), dv.to(v.dtype), de, own
