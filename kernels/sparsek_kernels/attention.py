@@ -47,8 +47,9 @@ def sparsek_attention(
     Args:
         q: [B, H, N, D], fp64, fp32, bf16 or fp16. Computed in fp32, or fp64 for fp64.
         k, v: [B, G, N, D] with H a multiple of G, q's dtype.
-        scores: [B, G, N] u_j, any floating dtype, compared in float64. Finite, or -inf for a key
-            that is never selected (it is seen in its window, and as a sink).
+        scores: [B, G, N] u_j, any floating dtype, compared in float64. A key whose u_j + slope * j
+            is -inf or NaN is never selected (it is seen in its window, as a sink, and by `sdpa`);
+            +inf is the largest number, which gates `log` and `kv` and a gradient cannot use.
         topk: k >= 0, or one per KV head. 0 leaves window and sinks.
         window: w >= 1.
         sinks: s >= 0.

@@ -2,7 +2,8 @@
 
 - `triton` on CUDA, if Triton is installed and takes the call;
 - `sdpa`, PyTorch's dense kernel, on CUDA where no key can be evicted (N <= s + k + w): SparseK is
-  then dense causal attention, so the results are the same and the dense kernel is the faster one;
+  then dense causal attention, so the results are the same and the dense kernel is the faster one
+  (scores are not looked at: keys of -inf or NaN are seen, too);
 - `pytorch` everywhere else.
 
 Each distinct decision is logged once; `describe` says all of it for `sparsek doctor`.

@@ -1,4 +1,4 @@
-"""Keys that score -inf are never selected and count as no candidates, however the text is fed."""
+"""Keys that score -inf, or NaN, are never selected and no candidates, however the text is fed."""
 
 from __future__ import annotations
 
@@ -79,3 +79,15 @@ def test_pieces_equal_plain_python(settings, share, gate):
             pieces.append(piece)
             at += size
         torch.testing.assert_close(torch.cat(pieces, 2)[0, 0], wanted, **close)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_score_of_nan_has_the_outputs_and_gradients_of_minus_infinity(gate):
+    q, k, v, scores = inputs(0.3)
+    found = []
+    for banned in (-torch.inf, torch.nan):
+        given = [x.clone().requires_grad_() for x in (q, k, v, scores.nan_to_num(neginf=banned))]
+        out = sparsek_attention(*given, topk=8, window=3, sinks=2, gate=gate)
+        found.append([out, *torch.autograd.grad(out.square().sum(), given)])
+    assert found[0][0].isfinite().all() and found[0][4].any()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

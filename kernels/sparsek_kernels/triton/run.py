@@ -93,10 +93,10 @@ def _row_bounds(batch: int, n: int, device: torch.device) -> torch.Tensor:
 
 
 def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor | None:
-    """Places [N] of the tokens in their documents, where somebody asks for them."""
+    """Places [N] of the tokens in their documents, float64, where somebody asks for them."""
     if slopes is None:
         return None
-    positions = torch.arange(n, device=device)
+    positions = torch.arange(n, device=device, dtype=torch.float64)  # what a slope takes
     if cu_seqlens is not None:
         starts = cu_seqlens.to(positions.dtype)
         positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]

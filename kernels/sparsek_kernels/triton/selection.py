@@ -173,6 +173,7 @@ def _sort_out(
     at = line.to(tl.int64) * keys + key
     # + 0.0: a radix sort would tell -0.0 from 0.0.
     score = tl.load(scores + at, mask=inside, other=0.0) + 0.0
+    score = tl.where(score > -float("inf"), score, -float("inf"))  # NaN has no place in the order
     leaves = tl.where(score == -float("inf"), 0, FOREVER_)
     if ALWAYS:
         one = tl.load(always + row * always_row + head * always_head + key, mask=inside, other=0)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from sparsek_kernels.quantization import LEAST_SCALE, STEP
 from sparsek_kernels.state import EMPTY
+from sparsek_kernels.triton.effective import effective_score
 
 _EMPTY = tl.constexpr(EMPTY)
 _WIDE = tl.constexpr(1 << 32)
@@ -104,9 +105,9 @@ def insert(
     k = tl.load(heads_table + 2 * head + 1)
     token = tl.load(seen + held_row * seen_b)
     tl.store(arrived + batch * heads + head, 0)
-    effective = tl.load(new_score + batch * ns_b + head * ns_h).to(tl.float64)
-    if SLOPED:
-        effective += tl.load(slopes + head).to(tl.float64) * token.to(tl.float64)
+    slope = tl.load(slopes + head) if SLOPED else 0.0
+    score = tl.load(new_score + batch * ns_b + head * ns_h)
+    effective = effective_score(score, slope, token, SLOPED)
     ring = base + sinks + k + token % window
     leaving_position = tl.load(positions + ring)
     leaving_score = tl.load(scores + ring)

@@ -11,6 +11,7 @@ import triton.language as tl
 from sparsek_kernels.state import EMPTY
 from sparsek_kernels.triton.decode.attend import join_splits
 from sparsek_kernels.triton.decode.insert import coded, worst_slot
+from sparsek_kernels.triton.effective import effective_score
 from sparsek_kernels.triton.tiles import capped, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
@@ -186,9 +187,9 @@ def insert_and_attend(
     is_row = lane < group
     q_head = (head * group + lane).to(tl.int64)
     rows = load_rows(q + batch * q_b, q_head * q_h, d, is_row, D, DP, True)
-    effective = tl.load(new_score + batch * ns_b + head * ns_h).to(tl.float64)
-    if SLOPED:
-        effective += tl.load(slopes + head).to(tl.float64) * token.to(tl.float64)
+    slope = tl.load(slopes + head) if SLOPED else 0.0
+    score = tl.load(new_score + batch * ns_b + head * ns_h)
+    effective = effective_score(score, slope, token, SLOPED)
     own_key = tl.load(new_key + batch * nk_b + head * nk_h + d, mask=mask, other=0.0)
     own_value = tl.load(new_value + batch * nv_b + head * nv_h + d, mask=mask, other=0.0)
     own_key, own_key_scale = coded(own_key, keys, QUANTIZED)

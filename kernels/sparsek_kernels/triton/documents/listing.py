@@ -13,6 +13,7 @@ from sparsek_kernels.keys import KeyList
 from sparsek_kernels.quantization import LEAST_SCALE, STEP
 from sparsek_kernels.rows import document_lengths
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
+from sparsek_kernels.triton.effective import effective_score
 from sparsek_kernels.triton.geometry import SEQUENCE_FIELDS, Geometry, head_budgets
 from sparsek_kernels.triton.tiles import load_rows, rows_of
 
@@ -213,9 +214,8 @@ def _list_documents(
     place += _rows_seen(seen, seen_b, pool_rows, fresh, document, POOLED, FRESH)
     at = line + token + (document + 1).to(tl.int64) * width
     score = tl.load(new_scores + head * ns_h + token.to(tl.int64) * ns_n, mask=inside, other=0.0)
-    score = score.to(tl.float64)
-    if SLOPED:
-        score += tl.load(slopes + head).to(tl.float64) * place.to(tl.float64)
+    slope = tl.load(slopes + head) if SLOPED else 0.0
+    score = effective_score(score, slope, place, SLOPED)
     score = tl.where(place < sinks, float("inf"), score)
     tl.store(positions + at, place, mask=inside)
     tl.store(effective + at, score, mask=inside)
