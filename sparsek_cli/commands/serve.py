@@ -69,7 +69,7 @@ def serve(
     if dry_run:
         console.result(f"{plan.text()}\ndry run: nothing was started", plan.data())
         return
-    address.check(host, port)  # before anything is printed: a result is not taken back
-    console.result(plan.text(), plan.data())
-    console.say("starting; Ctrl-C ends it")
-    serving.start(plan)
+    with address.taken(host, port):  # before anything is printed: a result is not taken back
+        console.result(plan.text(), plan.data())
+        console.say("starting; Ctrl-C ends it")
+        serving.start(plan)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from sparsek_cli.errors import UsageError
 
@@ -29,12 +32,35 @@ def listens_everywhere(host: str) -> bool:
     return ipaddress.ip_address(found[0][4][0]).is_unspecified
 
 
-def check(host: str, port: int) -> None:
-    """Whether a server can listen there, now.
+@contextmanager
+def taken(host: str, port: int) -> Iterator[None]:
+    """Holds an address where a server can listen now; also through `exec`, until it ends.
+
+    A server listens once its model is read, and vLLM's would then share the port without a word, so
+    that either answers. Another server that is started in this way is refused from now on. By an
+    abstract Unix socket: it leaves no file and ends with its process. Only Linux has them, and
+    elsewhere nothing is held.
 
     Raises:
         UsageError: the address is taken, or is none of this machine.
     """
+    _check(host, port)
+    if sys.platform != "linux":
+        yield
+        return
+    with socket.socket(socket.AF_UNIX) as held:
+        try:
+            held.bind(f"\0sparsek-serve-{port}")
+        except OSError as error:
+            raise UsageError(
+                f"another `sparsek serve` has port {port}, or starts there",
+                hint="give another --port, or end that one first",
+            ) from error
+        held.set_inheritable(True)
+        yield
+
+
+def _check(host: str, port: int) -> None:
     with socket.socket(_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

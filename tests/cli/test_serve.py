@@ -4,10 +4,12 @@ import json
 import re
 import shlex
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from sparsek_cli.serving import engines
 from sparsek_cli.serving import plan as serving
@@ -295,6 +297,34 @@ def test_it_becomes_the_server_unless_the_port_is_taken(sparsek, converted, inst
     [(program, command)] = became
     assert program == command[0] == sys.executable and str(port) in command
     assert moved == [(2, 1)], "what the server says goes to stderr, or --json would be no JSON"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
+def test_a_server_that_does_not_listen_yet_has_its_port(sparsek, converted, installed, monkeypatch):
+    """For 20 s a second one was started on it, and then shared it where both run vLLM."""
+    installed(*ALL)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    becomes = f"""
+import os, sys
+from sparsek_cli.serving import address
+with address.taken("127.0.0.1", {port}):
+    os.execv(sys.executable, [sys.executable, "-c", "print(1, flush=True); input()"])
+"""
+    loading = subprocess.Popen(
+        [sys.executable, "-c", becomes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert loading.stdout.readline() == "1\n"
+    became = []
+    monkeypatch.setattr(serving, "start", became.append)
+    for engine in engines.ENGINES:
+        line = ["serve", converted, "--port", port, "--engine", engine]
+        shown = sparsek(*line)
+        assert shown.failed(2) and f"another `sparsek serve` has port {port}" in shown.err
+        assert "another --port" in shown.err and not shown.out and not became
+    loading.communicate("\n", timeout=PATIENCE)
+    assert sparsek(*line).code == 0 and became
 
 
 def test_doctor_says_which_server_would_run(installed):
