@@ -26,13 +26,18 @@ _RANKS = "--tensor-parallel-size"
 _SHORT = {"-tp": _RANKS, "-t": _RANKS}
 _PREFIXES, _NO_PREFIXES = "--enable-prefix-caching", "--no-enable-prefix-caching"
 _CACHE_DTYPE = "--kv-cache-dtype"
+_AT_ONCE, _BLOCKS = "--max-num-seqs", "--num-gpu-blocks-override"
+_MEMORY = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes")
 # What leaves open how many bytes a request takes, and why.
 _OPEN = {
     "--config": "its file may hold any flag",
     "--hf-overrides": "it changes the model's config",
     _PREFIXES: "further blocks keep the prefixes of prompts",
 }
-_KNOWN = (*_OURS, *_ELSEWHERE, *_ENCRYPTED, _RANKS, _CACHE_DTYPE, *_OPEN, _NO_PREFIXES)
+_KNOWN = (
+    *_OURS, *_ELSEWHERE, *_ENCRYPTED, _RANKS, _CACHE_DTYPE, *_OPEN, _NO_PREFIXES,
+    _AT_ONCE, _BLOCKS, *_MEMORY,
+)  # fmt: skip
 
 
 class Flags:
@@ -80,6 +85,18 @@ class Flags:
         if not said.isdecimal() or int(said) < 1:
             raise UsageError(f"{_RANKS} is {said!r}", hint="a number of GPUs, from 1 on")
         return int(said)
+
+    @property
+    def memory_said(self) -> bool:
+        """Whether they say how much memory the server takes."""
+        return any(name in self._values for name in _MEMORY)
+
+    def at_once(self, most: int) -> int | None:
+        """Requests under way together, `most` where nothing is said; None: a word that is none."""
+        said = [self._values[name] for name in (_AT_ONCE, _BLOCKS) if name in self._values]
+        if not all(word.isdecimal() for word in said):
+            return None
+        return min([int(word) for word in said], default=most)
 
     def bytes_left_open(self) -> str | None:
         """Why nobody can say beforehand how many bytes a request takes, or None."""

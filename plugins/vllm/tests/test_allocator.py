@@ -39,7 +39,7 @@ print((resident() - before) >> 20)
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-    monkeypatch.setattr(allocator, "_on_cpu", lambda: True)
+    monkeypatch.setattr(allocator, "on_cpu", lambda: True)
 
 
 def nowhere(name):
