@@ -1,7 +1,7 @@
 """A name becomes a checkpoint on this machine: a folder, a short name, or a fetched hub id."""
 
 from sparsek_cli.hub.checkpoint import Checkpoint, bundled, resolve, tokenizer_of
-from sparsek_cli.hub.download import fetch
+from sparsek_cli.hub.download import fetch, is_reachable, no_way
 from sparsek_cli.hub.names import is_hub_id, is_missed_here, is_short_name
 
 __all__ = [
@@ -10,7 +10,9 @@ __all__ = [
     "fetch",
     "is_hub_id",
     "is_missed_here",
+    "is_reachable",
     "is_short_name",
+    "no_way",
     "resolve",
     "tokenizer_of",
 ]

@@ -112,9 +112,9 @@ def check_fetched(path: Path, hub_id: str, revision: str | None = None) -> None:
                 error.message, hint=f"`hf download {hub_id}{at} --force-download` fetches it anew"
             ) from error
     lacking = _lacking(path)
-    if lacking is None or _is_reachable(hub_id):
+    if lacking is None or is_reachable(hub_id):
         return
-    why, way = _no_way()
+    why, way = no_way()
     raise SparsekError(
         f"{why}, and the cache has '{hub_id}' without {lacking}",
         hint=f"{way} and run the same command again: what is missing is fetched then",
@@ -137,12 +137,19 @@ def _lacking(path: Path) -> str | None:
     return None if any(path.glob("*.safetensors")) else "its weights"
 
 
-def _is_reachable(hub_id: str) -> bool:
+def is_reachable(hub_id: str, kind: str = "model") -> bool:
+    """Whether the hub answers when it is asked for a repository, be it that there is none.
+
+    Asked once: who fetches something asks again and again, for half a minute.
+
+    Args:
+        kind: `model` or `dataset`.
+    """
     import huggingface_hub
     from huggingface_hub import errors
 
     try:
-        huggingface_hub.HfApi().repo_info(hub_id, timeout=HUB_TIMEOUT)
+        huggingface_hub.HfApi().repo_info(hub_id, repo_type=kind, timeout=HUB_TIMEOUT)
     except errors.HfHubHTTPError:
         return True
     except Exception:  # of the HTTP client, see above
@@ -150,7 +157,7 @@ def _is_reachable(hub_id: str) -> bool:
     return True
 
 
-def _no_way() -> tuple[str, str]:
+def no_way() -> tuple[str, str]:
     """Why there is no way to the hub, and what to do about it."""
     from huggingface_hub import constants
 
@@ -160,7 +167,7 @@ def _no_way() -> tuple[str, str]:
 
 
 def _unreachable(hub_id: str, revision: str | None) -> SparsekError:
-    why, way = _no_way()
+    why, way = no_way()
     if error := no_such_file(hub_id, f"{why}, if it is a name there"):
         return error
     there = cached_revisions(hub_id)

@@ -112,8 +112,39 @@ def test_nothing_there(tmp_path):
         find_files(tmp_path)
     with pytest.raises(UsageError, match="no text file matches"):
         find_files(str(tmp_path / "*.txt"))
-    with pytest.raises(SparsekError, match="cannot be read from the hub"):
+    with pytest.raises(SparsekError, match="HF_HUB_OFFLINE is set and dataset 'nobody/nothing-h"):
         next(iterate_texts("nobody/nothing-here"))
+
+
+def test_an_unreachable_hub_is_asked_once_and_what_is_cached_is_read(monkeypatch):
+    """It was asked for half a minute, again and again."""
+    import datasets
+    import huggingface_hub
+
+    asked = []
+
+    def unreachable(api, repo, **options):
+        asked.append((repo, options["repo_type"]))
+        raise ConnectionError("nobody answers")
+
+    def load(hub_id, *rest, **options):
+        assert datasets.config.HF_HUB_OFFLINE, "or it would ask the hub itself"
+        if hub_id == "owner/cached":
+            return [{"text": "a"}]
+        raise ConnectionError("it is not there")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert list(iterate_texts("owner/cached")) == ["a"]
+    with pytest.raises(
+        SparsekError, match="hub cannot be reached and dataset 'owner/none'"
+    ) as told:
+        next(iterate_texts("owner/none"))
+    assert "connect, or name a local file" in told.value.hint
+    assert asked == [("owner/cached", "dataset"), ("owner/none", "dataset")]
+    assert not datasets.config.HF_HUB_OFFLINE
 
 
 def test_a_message_names_some_columns_of_many(tmp_path):
