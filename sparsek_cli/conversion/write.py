@@ -10,6 +10,7 @@ import numpy as np
 
 from sparsek_cli import disk
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.checkpoint_files.shards import INDEX, write_part
 from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.link_weights import Means, link_or_copy
@@ -133,6 +134,7 @@ def _write(
         for part, array in scorer.tensors().items()
     }
     save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
+    seal(folder / SCORERS)
     disk.readable(folder / SCORERS)
     weight_map.update(dict.fromkeys(tensors, SCORERS))
     total = sum(e.end - e.start for s in plan.shards for e in s.tensors.values())

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import quantised
+from sparsek_cli.checkpoint_files.seal import check_seal
 from sparsek_cli.checkpoint_files.shape_checks import sizes_beyond
 from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import is_converted
@@ -13,6 +14,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.own_config import own_value
 from sparsek_cli.loading.configs import load_config
 from sparsek_cli.loading.library_errors import DAMAGED, readable_errors
+from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -80,7 +82,8 @@ def load_weights(
         options: passed on to `from_pretrained`, `attn_implementation` for instance.
 
     Raises:
-        SparsekError: weights are missing, left over or of another shape, or cannot be read.
+        SparsekError: weights are missing, left over or of another shape, or cannot be read;
+            scorers are not those that were written.
     """
     from transformers import AutoModelForCausalLM
 
@@ -107,6 +110,8 @@ def load_weights(
     _say_untied(model, name)
     if not scorers_later:
         _check_scorers(model, name)
+        if str(device) != "meta" and (path / SCORERS).is_file():
+            check_seal(path / SCORERS)
     return model
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk
+from sparsek_cli.checkpoint_files.seal import check_seal, seal
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE
 
@@ -41,10 +42,11 @@ class Scorers:
         """`layers.<number>.<part>` -> float32.
 
         Raises:
-            SparsekError: as `check_finite`.
+            SparsekError: they are damaged, see `check_seal` and `check_finite`.
         """
         from safetensors.numpy import load_file
 
+        check_seal(self.file)
         found = load_file(self.file)
         check_finite(found, str(self.file))
         return found
@@ -93,6 +95,7 @@ def write(
     with disk.part_of(file) as part:  # others may be writing a file of the same name
         with disk.os_errors():
             save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, part, metadata)
+            seal(part)
         disk.readable(part, file.parent)
         if overwrite or not _linked(part, file):
             os.replace(part, file)

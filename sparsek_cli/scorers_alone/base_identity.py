@@ -4,20 +4,13 @@ Scorers read the hidden states of one set of weights. On any other model they wo
 well and keep the wrong tokens, so the base is compared before they are put on it.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.checkpoint_files.shards import (
-    Shard,
-    TensorEntry,
-    blocks,
-    read_shards,
-    without_scorers,
-)
+from sparsek_cli.checkpoint_files.seal import digest
+from sparsek_cli.checkpoint_files.shards import read_shards, without_scorers
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.layers import idle_window_off
@@ -30,7 +23,6 @@ _NOISE = {
 }  # fmt: skip
 # Buffers that older versions of transformers saved and newer ones compute.
 _BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
-_THREADS = 4
 
 
 def comparable(row: Row, config: dict[str, Any]) -> dict[str, Any]:
@@ -58,29 +50,13 @@ def weights_digest(
 
     The same however they are spread over files, and whether names carry the base model's prefix.
     """
-    entries = [
-        (name.removeprefix(f"{row.stored}."), shard, entry)
+    tensors = {
+        name.removeprefix(f"{row.stored}."): (shard, entry)
         for shard in without_scorers(read_shards(folder))
         for name, entry in shard.tensors.items()
         if not name.endswith(_BUFFERS)
-    ]
-    whole = hashlib.sha256()
-    with ThreadPoolExecutor(_THREADS) as pool:
-        ordered = sorted(entries, key=lambda item: item[0])
-        for (name, _, entry), digest in zip(
-            ordered, pool.map(lambda item: _digest(item[1], item[2]), ordered), strict=True
-        ):
-            whole.update(f"{name} {entry.dtype} {list(entry.shape)} {digest}\n".encode())
-            advance(entry.end - entry.start)
-    return whole.hexdigest()
-
-
-def _digest(shard: Shard, entry: TensorEntry) -> str:
-    found = hashlib.sha256()
-    with shard.path.open("rb", buffering=0) as file:
-        for block in blocks(file, entry):
-            found.update(block)
-    return found.hexdigest()
+    }
+    return digest(tensors, advance)
 
 
 def check_config(mark: dict[str, Any], row: Row, config: dict[str, Any], name: str) -> None:
@@ -102,13 +78,13 @@ def check_config(mark: dict[str, Any], row: Row, config: dict[str, Any], name: s
             raise _wrong(mark, f"{key} of '{name}' is {next(values)}, theirs {next(values)}")
 
 
-def check_weights(mark: dict[str, Any], digest: str, name: str) -> None:
+def check_weights(mark: dict[str, Any], weights: str, name: str) -> None:
     """A base's weights must be those of the scorers' own base, to the last bit.
 
     Raises:
         UsageError: they are not.
     """
-    if digest != mark["weights"]:
+    if weights != mark["weights"]:
         raise _wrong(mark, f"the weights of '{name}' are others")
 
 

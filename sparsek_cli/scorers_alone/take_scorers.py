@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk, hub
+from sparsek_cli.checkpoint_files.seal import check_seal
 from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError, UsageError
@@ -218,6 +219,8 @@ def _tensors(plan: Plan) -> dict[str, np.ndarray]:
     from safetensors import safe_open
 
     found = {}
+    for file in {file for file, _ in plan.names.values()}:
+        check_seal(file)
     for wanted, (file, name) in plan.names.items():
         with disk.os_errors(), safe_open(file, "np") as opened:
             found[wanted] = opened.get_tensor(name)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import hub, model_folder
+from sparsek_cli.checkpoint_files.seal import check_seal
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.loading import check_whole, load_tokenizer
 from sparsek_cli.output.contents import (
@@ -120,6 +121,7 @@ def _check_scorers(place: Path) -> None:
 
     for file in sorted(place.glob("*.safetensors")):
         try:
+            check_seal(file)
             with safe_open(file, "np") as opened:
                 names = opened.keys()  # a mapping in name alone: it is not iterable everywhere
                 names = [n for n in names if file.name == SCORERS or ".scorer." in n]

@@ -11,10 +11,12 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import sparsek_cli as sparsek
+from sparsek_cli import hub
 from sparsek_cli.converted import SETTINGS
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output import scorers_file
 from sparsek_cli.scorers_alone.find import read
+from sparsek_cli.serving import plan as serving
 from sparsek_cli.sharing import push
 
 IDS = torch.arange(3, 60)[None]
@@ -175,6 +177,52 @@ def test_scorers_are_not_taken_with_settings_that_are_none(scored, tmp_path):
     with pytest.raises(SparsekError, match="window is 1,000,000,000,000"):
         sparsek.export_scorers(bad, tmp_path / "s.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
+def flipped(file: Path, byte: int = -1) -> Path:
+    """The file with one bit of a tensor's byte changed: another number, as good as any."""
+    raw = bytearray(file.read_bytes())
+    raw[byte] ^= 1
+    file.unlink()  # not the one that it may be linked to
+    file.write_bytes(raw)
+    return file
+
+
+@pytest.fixture
+def converted(scored, tmp_path):
+    """A folder as convert writes it; that of `scored` was given other scores by hand."""
+    return Path(sparsek.convert(scored[0], tmp_path / "c", topk=8, window=8, calibrate="none").out)
+
+
+def test_scorers_whose_bits_have_changed_since_they_were_written_are_damaged(
+    scored, converted, tmp_path
+):
+    """They loaded: other numbers, all finite."""
+    base, scorers = scored[0], scored[2] / "sparsek.safetensors"
+    alone = flipped(Path(shutil.copy(scorers, tmp_path / "alone.safetensors")))
+    with pytest.raises(SparsekError, match="not those that were written"):
+        sparsek.merge(base, alone, tmp_path / "m")
+    with pytest.raises(SparsekError, match="not those that were written"):
+        sparsek.load(base, scorers=alone, device="cpu")
+    sparsek.load(converted, device="cpu")
+    file = flipped(converted / "sparsek.safetensors")
+    for attempt in (
+        lambda: sparsek.load(converted, device="cpu"),
+        lambda: sparsek.export_scorers(converted, tmp_path / "s"),
+        lambda: push.plan(converted, "someone/else"),
+        lambda: serving.plan(hub.resolve(converted), engine="transformers"),
+    ):
+        with pytest.raises(SparsekError, match="not those that were written") as refusal:
+            attempt()
+        assert str(file) in refusal.value.message and "sparsek export" in refusal.value.hint
+    sparsek.export(converted, tmp_path / "dense")  # as hinted
+    sparsek.convert(tmp_path / "dense", tmp_path / "again", topk=8, window=8, calibrate="none")
+    sparsek.load(tmp_path / "again", device="cpu")
+    # What other programs write, and earlier versions wrote, says nothing of itself.
+    save_file(load_file(file), file, metadata={"format": "pt"})
+    sparsek.load(converted, device="cpu")
+    flipped(file)
+    sparsek.load(converted, device="cpu")
 
 
 def test_scorers_that_are_no_numbers_go_nowhere(scored, tmp_path):

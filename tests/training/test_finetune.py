@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 from verbs import finetune
@@ -44,6 +45,8 @@ def test_scorers_only(recipe, sparse_checkpoint, tmp_path):
         ours = tmp_path / "out" / shard.name
         assert filecmp.cmp(shard, ours, shallow=False)
         assert os.stat(ours).st_ino == os.stat(shard).st_ino or os.stat(ours).st_nlink == 1
+    with safe_open(tmp_path / "out" / "sparsek.safetensors", "pt") as scorers:
+        assert len(scorers.metadata()["sha256"]) == 64
     assert done.kept == "end" and done.steps == 3
     assert not part_folder(tmp_path / "out").exists()
 

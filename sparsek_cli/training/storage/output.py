@@ -11,6 +11,7 @@ import yaml
 
 from sparsek_cli import byte_units, disk
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import row_of
@@ -172,6 +173,7 @@ def _link_base(
         if is_scorer(key)
     }
     save_file(tensors, folder / SCORERS, metadata={"format": "pt"})
+    seal(folder / SCORERS)
     disk.readable(folder / SCORERS)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["sparsek"] = model.config.sparsek
