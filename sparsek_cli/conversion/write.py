@@ -10,6 +10,7 @@ import numpy as np
 
 from sparsek_cli import disk
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.file_hashes import KEY, hash_of, known_hash
 from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.checkpoint_files.shards import INDEX, write_part
 from sparsek_cli.conversion.card import model_card
@@ -22,6 +23,8 @@ from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, SCORERS
 from sparsek_cli.output.tokenizer_files import copy_missing, files_in
 
+# Bases of up to so many bytes are hashed, in seconds; of larger ones it counts what the hub says.
+_HASHED = 2 * 2**30
 # Equal scores with any slope > 0 keep the newest tokens; this one is small beside real scores.
 NEUTRAL_SLOPE = 1e-3
 
@@ -128,6 +131,7 @@ def _write(
             )
         copied += shard.bytes if means[-1] == "copy" else 0
         weight_map.update(dict.fromkeys(shard.tensors, name))
+    metadata: dict[str, Any] = {KEY: hashes} if (hashes := _hashes(plan, folder)) else {}
     tensors = {
         f"{plan.scorer_path(layer)}.{part}": np.ascontiguousarray(array)
         for layer, scorer in zip(plan.sparse_layers, scorers, strict=True)
@@ -139,7 +143,8 @@ def _write(
     weight_map.update(dict.fromkeys(tensors, SCORERS))
     total = sum(e.end - e.start for s in plan.shards for e in s.tensors.values())
     total += sum(array.nbytes for array in tensors.values())
-    json_text.write(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    metadata["total_size"] = total
+    json_text.write(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
     json_text.write(folder / "config.json", converted_config(plan, scorers))
     (folder / REMOTE_CODE_FILE).write_text(remote_code_text(), encoding="utf-8")
     copy_missing(plan.side_files, plan.base.path, folder)
@@ -149,6 +154,19 @@ def _write(
     (folder / CONVERT_RECIPE).write_text(_recipe_text(plan), encoding="utf-8")
     (folder / "README.md").write_text(model_card(plan, report), encoding="utf-8")
     return Written(tuple(means), copied)
+
+
+def _hashes(plan: Plan, folder: Path) -> dict[str, str]:
+    """By name of a base's file in `folder`, its sha256, where that is known or soon found out."""
+    if plan.scorers_only:
+        return {}
+    few, found = sum(shard.bytes for shard in plan.shards) <= _HASHED, {}
+    for number, shard in enumerate(plan.shards, start=1):
+        file = folder / f"base-{number:05}.safetensors"
+        known = None if shard.part else known_hash(shard.path)
+        if known or few:
+            found[file.name] = known or hash_of(file)
+    return found
 
 
 def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:

@@ -34,9 +34,33 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
     yield Check(
         "model", None, f"{checkpoint.name}: " + ", ".join(f"{k} {v}" for k, v in block.items())
     )
+    yield _files(checkpoint)
     yield from _sparse_path(lm)
     yield from _dense_equivalence(lm)
     yield from _cache_bytes(lm)
+
+
+def _files(checkpoint: "Checkpoint") -> Check:
+    """The base's files of weights are those that were written; loading looks at the scorers'."""
+    from sparsek_cli.checkpoint_files.file_hashes import hash_of, written_hashes
+    from sparsek_cli.checkpoint_files.shards import read_shards
+    from sparsek_cli.output.contents import SCORERS
+
+    names = [shard.path.name for shard in read_shards(checkpoint.path)]
+    names = [name for name in names if name != SCORERS]
+    written = written_hashes(checkpoint.path)
+    damaged = [n for n in names if n in written and hash_of(checkpoint.path / n) != written[n]]
+    if damaged:
+        return Check(
+            "files", False, f"{damaged[0]} is not what was written (sha256)",
+            "fetch or convert its base again; its bits have changed since, or before in the hub's "
+            "cache",
+        )  # fmt: skip
+    known = sum(name in written for name in names)
+    shown = f"{known} of {len(names)} files of weights are what was written (sha256)"
+    if known < len(names):
+        shown += "; of the others nothing says what they were"
+    return Check("files", True if known else None, shown)
 
 
 def _tokenizer(checkpoint: "Checkpoint", lm: "torch.nn.Module") -> Check:

@@ -1,5 +1,6 @@
 """Doctor passes on a healthy installation and fails, with exit 1, on a sick one."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import sparsek_cli as api
 from sparsek_cli.diagnosis import diagnose, installation, kernels
 
 
@@ -52,6 +54,38 @@ def test_layers_that_read_another_s_keys_attend_too(sparse_model):
 def test_dense_model_is_said_to_be_dense(sparsek, dense_checkpoint):
     shown = sparsek("doctor", dense_checkpoint(), "--device", "cpu")
     assert shown.code == 0 and "is dense" in shown.out
+
+
+def test_a_base_s_files_are_those_that_were_written(sparsek, dense_checkpoint, tmp_path):
+    """A bit that flips leaves a number, which loads as any other."""
+    base, out = dense_checkpoint(), tmp_path / "out"
+    made = dict(topk=8, window=8, calibrate="none")
+    api.convert(base, out, **made)
+    line = ["doctor", "--device", "cpu"]
+    shown = sparsek(*line, out)
+    assert shown.code == 0 and "1 of 1 files of weights are what was written" in shown.out
+    flipped = bytearray((out / "base-00001.safetensors").read_bytes())
+    flipped[-1] ^= 1
+    (out / "base-00001.safetensors").unlink()  # it may be the base's own
+    (out / "base-00001.safetensors").write_bytes(flipped)
+    api.load(out, device="cpu")
+    shown = sparsek(*line, out)
+    assert shown.failed(1) and "FAIL files" in shown.out and "base-00001.safetensors" in shown.out
+    # The hub's cache names files after what they are to be: damaged before they were converted.
+    blob = tmp_path / "cache" / "blobs" / hashlib.sha256(b"as the hub has it").hexdigest()
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(flipped)
+    (base / "model.safetensors").unlink()
+    (base / "model.safetensors").symlink_to(blob)
+    api.convert(base, tmp_path / "second", **made)
+    assert "FAIL files" in sparsek(*line, tmp_path / "second").out
+    # Earlier versions, and other programs, wrote no hashes.
+    index = out / "model.safetensors.index.json"
+    fields = json.loads(index.read_text())
+    del fields["metadata"]["sha256"]
+    index.write_text(json.dumps(fields))
+    shown = sparsek(*line, out)
+    assert shown.code == 0 and "nothing says what they were" in shown.out
 
 
 def test_failing_check_is_reported_and_exits_1(sparsek, monkeypatch):

@@ -1,0 +1,35 @@
+"""sha256 of files of weights as they were written, in a model's index; `sparsek doctor` compares.
+
+Loading does not: hashing gigabytes takes longer than mapping them.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.shards import INDEX
+
+KEY = "sha256"  # of the index's metadata: hashes by name of file
+_BLOB = re.compile(r"[0-9a-f]{64}")
+
+
+def hash_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def known_hash(file: Path) -> str | None:
+    """What the hub says of a file of its cache, which is named after it; None of other files."""
+    blob = file.resolve()
+    named = blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name)
+    return blob.name if named else None
+
+
+def written_hashes(folder: Path) -> dict[str, str]:
+    """By name of file, what the index of a checkpoint folder says; empty where it says nothing."""
+    try:
+        found = json_text.parse((folder / INDEX).read_text(encoding="utf-8"))["metadata"][KEY]
+        return {str(name): str(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
