@@ -1,9 +1,9 @@
-"""Triton's interpreter without what it does again and again: half of the time of its tests.
+"""Triton's interpreter without what it does again and again: most of the time of its tests.
 
 Every launch, and within it every call of a device function, looks through all of triton.language
 for what to replace; every operation builds a table of NumPy's types, and the type and shape of its
 result piece by piece; and every sum is computed a second time in int64, for an assertion that is
-off. What is replaced, and by what, stays as it is.
+off. What is replaced, and by what, stays as it is. `recorded_calls` spares the rest.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from recorded_calls import RecordedCalls
 
 
 @contextmanager
@@ -43,6 +44,7 @@ def _replace_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
     languages = (interpreter.tl, interpreter.tl.core)
     replaced: set[int] = set()  # of the launch that runs
     builtins: dict[Any, list[tuple[str, Any]]] = {}
+    calls = RecordedCalls(interpreter)
     within: dict[tuple[int, int], tuple[Any, set[int]]] = {}  # by the names of a module
 
     def fresh_launch(self, *args, **kwargs):
@@ -64,9 +66,10 @@ def _replace_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
     def replace_builtins(package, builder, scope):
         if package not in builtins:
             members = inspect.getmembers(package)
-            builtins[package] = [m for m in members if interpreter.tl.core.is_builtin(m[1])]
-        for name, member in builtins[package]:
-            interpreter._patch_attr(package, name, member, builder, scope)
+            members = [m for m in members if interpreter.tl.core.is_builtin(m[1])]
+            builtins[package] = [(name, calls.of(member)) for name, member in members]
+        for name, call in builtins[package]:
+            scope.set_attr(package, name, call)
 
     patch.setattr(interpreter.GridExecutor, "__call__", fresh_launch)
     patch.setattr(interpreter, "_patch_lang", replace_if_new)
@@ -84,6 +87,25 @@ def _remember_types(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
         return found[key]
 
     patch.setattr(interpreter, "_get_np_dtype", remembered)
+
+    handle_class = interpreter.TensorHandle
+
+    def handle(self, data, dtype, attr=None):
+        self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
+        fitting = dtype.__dict__.setdefault("fitting", set())
+        if data.itemsize not in fitting:
+            self.__post_init__()  # refuses what is too large
+            fitting.add(data.itemsize)
+
+    patch.setattr(handle_class, "__init__", handle)
+
+    semantic = interpreter.interpreter_semantic
+    tensor_class, to_tensor = semantic.tensor, semantic.to_tensor
+
+    def tensor(x, check_type=True):
+        return x if type(x) is tensor_class else to_tensor(x, check_type)
+
+    patch.setattr(semantic, "to_tensor", tensor)
 
 
 def _remember_shapes(core: Any, patch: pytest.MonkeyPatch) -> None:
