@@ -16,7 +16,8 @@ from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, KeyLists
 from sparsek_kernels.triton.tiles import sequence_at
 
-BLOCK = 1024
+BLOCK = 2048  # keys that a program looks at together, fewer than 2^15
+WARPS = 8
 DOCUMENTS = 128  # that a program looks at together
 
 
@@ -87,14 +88,15 @@ def _list_short(
         live = inside & (stop > t0) & (key + window < t1) & (stop > key + window)
         if RATIO:
             live &= ((stop >= s1) & (key + window <= s0)) != again
-        whole = live & (stop >= t1) & (key + window <= t0)
-        part = (live & (whole == 0)).to(tl.int32)
-        whole = whole.to(tl.int32)
-        at_front = front + tl.cumsum(whole, 0) - whole
-        at_back = room - 1 - back - (tl.cumsum(part, 0) - part)
-        tl.store(listed + tl.where(whole != 0, at_front, at_back), key, mask=live)
-        front += tl.sum(whole, 0)
-        back += tl.sum(part, 0)
+        whole = (stop >= t1) & (key + window <= t0)
+        # Both are counted at once: keys of all queries below, of some above.
+        one_more = tl.where(live, tl.where(whole, 1, 1 << 16), 0)
+        before = tl.cumsum(one_more, 0) - one_more
+        at = tl.where(whole, front + (before & 0xFFFF), room - 1 - back - (before >> 16))
+        tl.store(listed + at, key, mask=live)
+        more = tl.sum(one_more, 0)
+        front += more & 0xFFFF
+        back += more >> 16
     tl.store(counts + 2 * one, front)
     tl.store(counts + 2 * one + 1, back)
 
@@ -136,7 +138,7 @@ def short_lists(
         end, geometry.sequences, tiles, counts, keys,
         geometry.count, room, heads, geometry.keys, window,
         SIZE=size, RATIO=SUPER_TILE // size if size < SUPER_TILE < geometry.queries else 0,
-        PACKED=geometry.packed, BLOCK=BLOCK, DOCUMENTS=DOCUMENTS, num_warps=4,
+        PACKED=geometry.packed, BLOCK=BLOCK, DOCUMENTS=DOCUMENTS, num_warps=WARPS,
     )  # fmt: skip
     offsets = _offsets(triton.next_power_of_2(lists), room, device)
     return KeyLists(size, tiles, offsets, counts, keys, None, room, None)

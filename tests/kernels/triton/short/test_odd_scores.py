@@ -67,7 +67,7 @@ def test_every_way_orders_them_as_the_numbers_that_they_stand_for(relative_error
     for backend in ("triton", "pytorch"):
         options = dict(**SHAPE, slopes=torch.tensor([0.0, 0.02]), backend=backend)
         with as_if_long() if long else nullcontext():
-            for way in (whole, partial(pieces, fresh=long)):
+            for way in (whole, partial(pieces, fresh=True)):
                 outs, expected = way(q, k, v, scores, **options), way(q, k, v, ordered, **options)
                 assert all(torch.equal(a, b) for a, b in zip(outs, expected, strict=True))
                 found.setdefault(backend, []).extend(outs)

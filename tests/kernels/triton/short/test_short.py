@@ -1,4 +1,4 @@
-"""Selection and lists of short calls, one launch each, against the ways that longer ones take."""
+"""Selection and lists of short calls against the ways that longer ones take."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import key_lists
 from sparsek_kernels.triton.selection import selection_ends
-from sparsek_kernels.triton.short.ends import short_ends
+from sparsek_kernels.triton.short.ends import BLOCK, BLOCKS, short_ends
 from sparsek_kernels.triton.short.lists import short_lists
 
 pytestmark = pytest.mark.interpret
@@ -49,6 +49,14 @@ def test_ends_of_batches(kind, topk, window, sinks):
         always = pipeline.sink_mask(shape, sinks)
         expected = selection_ends(scores.double(), topk, window, shape, always=always)
         assert torch.equal(short_ends(scores, topk, window, shape, sinks=sinks), expected)
+
+
+@pytest.mark.parametrize("kind", ["ties", "rising", "falling"])
+def test_ends_where_several_blocks_are_searched_together(kind):
+    n, topk, window = 3 * BLOCK * BLOCKS - 5, (70, 900), 3
+    scores, shape = scores_of(kind, 1, 2, n), shapes(2, n)
+    expected = selection_ends(scores.double(), topk, window, shape)
+    assert torch.equal(short_ends(scores, topk, window, shape), expected)
 
 
 @pytest.mark.parametrize(
