@@ -7,6 +7,7 @@ while transformers is imported needs a Python of its own.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import select
@@ -66,6 +67,8 @@ def _serve() -> None:
     )
 
     assert not [name for name in sys.modules if name.startswith("sparsek")]
+    gc.collect()
+    gc.freeze()  # each fork would look through all of this, and copy it by that
     sys.path.insert(0, "")
     for line in sys.stdin:
         child = os.fork()
