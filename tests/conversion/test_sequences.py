@@ -7,6 +7,7 @@ import re
 import numpy as np
 import pytest
 
+from sparsek_cli.conversion.calibrate.sequences import texts
 from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
 from sparsek_cli.conversion.calibrate.sequences.texts import calibration_texts
 from sparsek_cli.errors import SparsekError
@@ -176,3 +177,30 @@ def test_models_without_a_chat_template_get_plain_questions(tokenizer):
     _, [sequence] = calibration_sequences(tokenizer, "auto", **sizes, documents="questions", seed=0)
     text = tokenizer.decode(sequence.ids)
     assert "\nAnswer: It is" in text.replace("Answer:It", "Answer: It") and sequence.is_recall
+
+
+@pytest.mark.parametrize(
+    "sentence, is_prose",
+    [
+        ("Return the number of bytes that were written.", True),
+        (
+            "Other “statements” can be prefixed with a point (as in other shells).",
+            True,
+        ),
+        ("x = read(buffer_size, 3) or default", False),
+        (">>> import pdb; pdb.set_trace()", False),
+        ("The mode is rb, 0x1f and rw_mode or x11.", False),
+        ("Too short a sentence.", False),
+        ("without a beginning this is half a sentence only.", False),
+    ],
+)
+def test_own_text_is_prose_without_code(sentence, is_prose):
+    assert texts._is_prose(sentence) == is_prose
+
+
+def test_own_text_is_plenty_and_says_nothing_twice():
+    read = [sentence for text in texts._library_prose() for sentence in texts._sentences(text)]
+    assert sum(map(len, read)) > 400_000
+    # Some that end without a full stop have grown together.
+    assert len(set(read)) > 0.99 * len(read)
+    assert sum(">>>" in sentence for sentence in read) < 0.01 * len(read)

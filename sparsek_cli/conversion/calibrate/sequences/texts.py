@@ -1,6 +1,7 @@
 """What calibration reads: a file, a data set, or prose that every machine has."""
 
 import ast
+import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from sparsek_cli.errors import UsageError
 
 GENERATED_SENTENCES = 2000
 PLENTY = 8  # times the characters that still lack, of one document's rest
+# Sentences of prose have so many words, of which so few are no plain ones.
+_WORDS = (5, 80)
+_STRANGE = 0.1
+_PLAIN_WORD = re.compile(r"[(\"“]?[A-Za-z][a-z]*(?:['’-][a-z]+)*[)\"”]?[.,;:!?]*")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 
 
 def calibration_texts(spec: str, characters: int, most: int) -> Iterator[str]:
@@ -49,23 +55,50 @@ def calibration_texts(spec: str, characters: int, most: int) -> Iterator[str]:
 
 
 def _library_prose() -> Iterator[str]:
-    """Docstrings of the Python standard library: English that every machine has.
+    """Sentences of the Python standard library's docstrings: English that every machine has.
 
     Modules in an order that mixes topics but is the same everywhere; one document per module.
+    Code, tables and what was said before are left out: of text full of names and numbers
+    calibration learns that these are nothing to keep.
     """
     folder = Path(sysconfig.get_path("stdlib"))
     names = sorted(sys.stdlib_module_names - {"this", "antigravity"})
+    said: set[str] = set()
     for name in sorted(names, key=lambda n: n[::-1]):
         files = [folder / f"{name}.py", *sorted((folder / name).glob("*.py"))]
-        parts: list[str] = []
+        sentences: list[str] = []
         for file in files:
             try:
                 tree = ast.parse(file.read_bytes())
             except (OSError, SyntaxError, ValueError):
                 continue
-            kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            nodes = (node for node in ast.walk(tree) if isinstance(node, kinds))
-            parts += [text for node in nodes if (text := ast.get_docstring(node))]
-        prose = "\n\n".join(" ".join(part.split()) for part in parts)
+            for sentence in (one for text in _strings(tree) for one in _sentences(text)):
+                if sentence not in said and _is_prose(sentence):
+                    said.add(sentence)
+                    sentences.append(sentence)
+        prose = " ".join(sentences)
         if len(prose) > 2000:
             yield prose
+
+
+def _strings(tree: ast.Module) -> Iterator[str]:
+    """Docstrings of a module, and the topics of the interpreter's own help."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            yield ast.get_docstring(node) or ""
+        elif isinstance(node, ast.Dict):
+            for value in node.values:
+                if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                    yield value.value
+
+
+def _sentences(text: str) -> list[str]:
+    return _SENTENCE_END.split(" ".join(text.split()))
+
+
+def _is_prose(sentence: str) -> bool:
+    words = sentence.split()
+    if not _WORDS[0] <= len(words) <= _WORDS[1] or not sentence[0].isupper():
+        return False
+    plain = sum(_PLAIN_WORD.fullmatch(word) is not None for word in words)
+    return plain >= (1 - _STRANGE) * len(words)
