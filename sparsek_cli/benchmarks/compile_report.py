@@ -29,6 +29,7 @@ TYPES = {
     torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.uint8: "u8",
 }  # fmt: skip
 SHOWN = ("GATE", "WINDOW", "KIND", "M", "DOT", "EARLY", "K", "CAPPED")
+LONG = 32_768
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -134,6 +135,8 @@ def report(
             score_grad=True, deterministic=False,
         )  # fmt: skip
     pipeline.hopper_kernels = own
+    for bounds in (None, torch.tensor([0, 9, LONG], dtype=torch.int32)):
+        _score_gradient(bounds)
     if gate == "straight_through":  # a prompt with a state takes no other on Triton
         layout = SlotLayout((topk,) * groups, window, 4)
         read = SparseKState.empty(1, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
@@ -153,6 +156,19 @@ def report(
     likeliest(torch.zeros(2, 128256, dtype=dtype))
     _linear_maps(dim, dtype)
     return list(recorder.rows.values())
+
+
+def _score_gradient(bounds: torch.Tensor | None) -> None:
+    """In rows so long that sums are made in larger blocks."""
+    from sparsek_kernels.triton import pipeline
+    from sparsek_kernels.triton.geometry import geometry
+
+    scores = torch.zeros(1, 1, LONG, dtype=torch.float64)
+    shape = geometry((1, 4, LONG, 1), scores[..., None].shape, scores.device, bounds)
+    tau = pipeline.prefix_thresholds(scores, (9,), 9, shape, 4)
+    runs, changes = pipeline.interior_runs(scores, tau, 9, shape, 4)
+    rows = torch.zeros(1, 4, LONG)
+    pipeline.score_gradient(rows[:, :1], rows, runs, changes)
 
 
 def _linear_maps(dim: int, dtype: torch.dtype) -> None:

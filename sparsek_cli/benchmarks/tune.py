@@ -14,11 +14,13 @@ import sys
 
 import torch
 from sparsek_kernels.triton import forward as fore
-from sparsek_kernels.triton import pipeline, scores, selection, thresholds
+from sparsek_kernels.triton import pipeline, selection
 from sparsek_kernels.triton.backward.key_gradient import key_gradient
 from sparsek_kernels.triton.backward.query_gradient import query_gradient
+from sparsek_kernels.triton.backward.scores import interior_runs
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, key_lists
+from sparsek_kernels.triton.thresholds.descent import prefix_thresholds
 from sparsek_kernels.triton.tuning import Config
 
 from sparsek_cli.errors import first_line
@@ -66,8 +68,8 @@ class Case:
         )
         size = pipeline.list_size(self.settings, self.q, self.k)
         self.lists = key_lists(self.end, topk, args.window, 4, self.shape, [size, SUPER_TILE])
-        self.tau = thresholds.prefix_thresholds(self.e, topk, args.window, self.shape, self.sinks)
-        self.runs = scores.interior_runs(self.e, self.tau, args.window, self.shape, self.sinks)
+        self.tau = prefix_thresholds(self.e, topk, args.window, self.shape, 4)
+        self.runs, _ = interior_runs(self.e, self.tau, args.window, self.shape, 4)
         self.gate_scores = pipeline.gate_values(self.e, self.sinks)
         self.args = args
         self.out = torch.randn_like(self.q)

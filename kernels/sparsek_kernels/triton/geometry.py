@@ -137,17 +137,6 @@ def geometry(
 # Segments of the flat key axis: the keys of one KV head in one sequence, side by side.
 
 
-def owners(geometry: Geometry, flat_keys: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """First flat key and number of keys of the segment of every flat key, int64."""
-    place = torch.arange(flat_keys, device=device)
-    row = place.div(geometry.keys, rounding_mode="floor")
-    if not geometry.packed:
-        return row * geometry.keys, torch.full_like(place, geometry.keys)
-    starts = geometry.sequences[:, 3].contiguous().long()
-    document = torch.searchsorted(starts, place - row * geometry.keys, right=True) - 1
-    return row * geometry.keys + starts[document], geometry.sequences[:, 4].long()[document]
-
-
 def descending_order(flat: torch.Tensor, geometry: Geometry, per_key: int = 1) -> torch.Tensor:
     """Places of `flat` (per_key numbers for each flat key) from high to low inside every segment.
 

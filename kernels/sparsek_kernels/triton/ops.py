@@ -119,6 +119,7 @@ def _setup(ctx, inputs, output):
     q, k, v, scores, sink_logits, cu_seqlens, *ctx.settings = inputs
     out, lse, end, tau = output
     ctx.mark_non_differentiable(lse, end, tau)
+    ctx.set_materialize_grads(False)  # nobody reads gradients of these
     ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens)
 
 

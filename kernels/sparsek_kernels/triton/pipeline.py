@@ -11,15 +11,15 @@ from sparsek_kernels.state import EMPTY
 from sparsek_kernels.triton.backward.key_gradient import key_gradient
 from sparsek_kernels.triton.backward.query_gradient import query_gradient
 from sparsek_kernels.triton.backward.row_products import row_products
+from sparsek_kernels.triton.backward.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.forward import attend_forward
 from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, KeyLists, key_lists
-from sparsek_kernels.triton.scores import interior_runs, score_gradient
 from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.short.ends import short_ends
 from sparsek_kernels.triton.short.limits import is_short
 from sparsek_kernels.triton.short.lists import short_lists
-from sparsek_kernels.triton.thresholds import prefix_thresholds
+from sparsek_kernels.triton.thresholds.descent import prefix_thresholds
 from sparsek_kernels.triton.tiles import LOG2_E, rows_of
 from sparsek_kernels.triton.tuning import device_capability, launch_config
 
@@ -128,9 +128,8 @@ def select(
         end = find_ends(scores, settings, shape, positions)
     tau = gate_scores = None
     if settings.gate != "straight_through":
-        always = sink_mask(shape, settings.sinks)
-        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, always)
-        gate_scores = gate_values(scores, always)
+        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, settings.sinks)
+        gate_scores = gate_values(scores, sink_mask(shape, settings.sinks))
     size = list_size(settings, q, k)
     hopper = hopper_kernels(q, settings)
     if hopper:
@@ -257,14 +256,13 @@ def backward(
     if shape.keys != shape.queries:
         raise ValueError("no gradient through a carried state: detach it or start without one")
     q, k, v, do = rows_of(q), rows_of(k), rows_of(v), rows_of(do)
-    always = sink_mask(shape, settings.sinks)
-    runs = gate_scores = None
+    runs = changes = gate_scores = None
     if score_grad and tau is None:
-        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, always)
+        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, settings.sinks)
     if score_grad:
-        runs = interior_runs(scores, tau, settings.window, shape, always)
+        runs, changes = interior_runs(scores, tau, settings.window, shape, settings.sinks)
     if settings.gate != "straight_through":
-        gate_scores = gate_values(scores, always)
+        gate_scores = gate_values(scores, sink_mask(shape, settings.sinks))
     hopper = hopper_kernels(q, settings)
     size = list_size(settings, q, k)
     sizes = [max(size, hopper.tile_queries(shape.group)) if hopper else size, SUPER_TILE]
@@ -290,6 +288,6 @@ def backward(
         )  # fmt: skip
     de = None
     if score_grad:
-        de = score_gradient(column_sum, row_sum, runs, shape.group)
+        de = score_gradient(column_sum, row_sum, runs, changes)
     own = None if sink_logits is None else sink_gradient(lse, delta, sink_logits)
     return dq, dk.to(k.dtype), dv.to(v.dtype), de, own

@@ -1,4 +1,4 @@
-"""A prompt of some thousand tokens is read as fast as the CPU asks for it: it asks for little."""
+"""Some thousand tokens are read, and learnt from, as fast as the CPU asks: it asks for little."""
 
 from __future__ import annotations
 
@@ -77,4 +77,22 @@ def test_a_call_asks_for_little(launches, given, most_launches, most_operations)
         with Operations() as asked:
             sparsek_attention(q, k, v, scores, slopes=slopes, **SHAPE, **options)
     assert len(launches) <= most_launches, launches
+    assert sum(asked.done.values()) <= most_operations, asked.done
+
+
+@pytest.mark.parametrize("lengths, most_operations", [([TOKENS], 45), ([1000, TOKENS - 1000], 77)])
+def test_gradients_ask_for_little(launches, lengths, most_operations):
+    inputs = [
+        torch.zeros(1, TOKENS, heads, DIM, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+        for heads in (HEADS, GROUPS, GROUPS)
+    ]
+    inputs.append(torch.zeros(1, GROUPS, TOKENS).requires_grad_())
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int() if len(lengths) > 1 else None
+    for _ in range(2):
+        out = sparsek_attention(*inputs, cu_seqlens=bounds, **SHAPE)
+        grad = torch.zeros_like(out)
+        launches.clear()
+        with Operations() as asked:
+            torch.autograd.grad(out, inputs, grad)
+    assert len(launches) <= 27 + (len(lengths) > 1), launches
     assert sum(asked.done.values()) <= most_operations, asked.done

@@ -10,10 +10,12 @@ import pytest
 pytest.importorskip("triton")
 KERNELS = {
     "_sort_out", "_invert", "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept",
-    "_compact", "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "_breakpoints",
-    "_arrange", "_totals", "_running", "_descend", "_finish", "insert", "attend_slots",
+    "_compact", "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "row_centres",
+    "breakpoints", "arrange", "_running", "_descend", "_finish", "_interior_runs",
+    "_interior_means", "_less_means", "insert", "attend_slots",
     "insert_and_attend", "linears", "add_hidden", "normalise", "turn_heads", "turns",
     "best_of_parts", "best_of_all", "_ends_of_short", "_list_short", "_cut_in_parts",
+    "_segments_in_order",
 }  # fmt: skip
 READING = {"_list_documents", "_leave_state"}  # with a carried state
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from sparsek_kernels.naive.attention import naive_selection
 from sparsek_kernels.pytorch import thresholds
 from sparsek_kernels.triton import pipeline
-from sparsek_kernels.triton import thresholds as tree
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import key_lists
 from sparsek_kernels.triton.selection import selection_ends
-from sparsek_kernels.triton.thresholds import prefix_thresholds
+from sparsek_kernels.triton.thresholds import descent
+from sparsek_kernels.triton.thresholds.descent import prefix_thresholds
 
 pytestmark = pytest.mark.interpret
 
@@ -143,11 +143,12 @@ def test_lists_hold_exactly_the_keys_of_their_tile(make_inputs, packed, with_run
 )  # fmt: skip
 def test_thresholds_equal_those_of_the_pytorch_backend(monkeypatch, make_inputs, n, leaf, kind):
     """Except on a stretch of solutions, where no key may be interior; wide scores have many."""
-    monkeypatch.setattr(tree, "LEAVES", ((0, leaf),))
+    monkeypatch.setattr(descent, "LEAVES", ((0, leaf),))
+    monkeypatch.setattr(descent, "SUMS", ((0, 2 * leaf),))  # rows of several blocks
     topk, window, sinks = (5, 40), 3, 2
     scores = make_inputs(n, heads=2, groups=2, kind=kind, grad=False)[3]
     shape = geometry((1, 2, n, 1), (1, 2, n, 1), scores.device)
-    tau = prefix_thresholds(scores, topk, window, shape, pipeline.sink_mask(shape, sinks))[0]
+    tau = prefix_thresholds(scores, topk, window, shape, sinks)[0]
     candidates = scores[0].clone()
     candidates[:, :sinks] = -torch.inf
     wanted = torch.full_like(tau, -torch.inf)

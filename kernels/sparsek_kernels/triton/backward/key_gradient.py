@@ -8,7 +8,7 @@ never collide: added in super-tile order they are deterministic, added atomicall
 once.
 
 The gate gradient dm (method section 3) is summed over the queries of a key here, and over the keys
-of a query in `query_gradient.py`; `triton/scores.py` joins both.
+of a query in `query_gradient.py`; `scores.py` joins both.
 """
 
 from typing import NamedTuple

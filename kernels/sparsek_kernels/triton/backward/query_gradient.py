@@ -1,7 +1,7 @@
 """Gradient of queries: a tile of rows walks the keys that the forward pass walked.
 
 And the gate gradient dm (method section 3), summed over the keys of a query; `key_gradient.py`
-sums it over the queries of a key, `triton/scores.py` joins both.
+sums it over the queries of a key, `scores.py` joins both.
 """
 
 import torch

@@ -146,6 +146,20 @@ def tile_tables(
 
 
 @triton.jit
+def document_at(sequences, place, count, steps):
+    """The last of `count` < 2^steps documents that begins at or before each place of the row."""
+    low = tl.zeros_like(place)
+    high = tl.zeros_like(place) + count
+    for _ in range(steps):
+        middle = (low + high) // 2
+        open_ = high - low > 1
+        starts = tl.load(sequences + 6 * middle + 3, mask=open_, other=0)
+        low = tl.where(open_ & (starts <= place), middle, low)
+        high = tl.where(open_ & (starts > place), middle, high)
+    return low
+
+
+@triton.jit
 def _segments_in_order(
     order, sequences, segment, numbers, count, row_keys, per_key, steps, BLOCK: tl.constexpr
 ):
@@ -155,15 +169,8 @@ def _segments_in_order(
     key = tl.load(order + at, mask=inside, other=0) // per_key
     row = key // row_keys
     place = (key - row * row_keys).to(tl.int32)
-    low = tl.zeros_like(place)  # the last document that begins at or before `place`
-    high = tl.zeros_like(place) + count
-    for _ in range(steps):
-        middle = (low + high) // 2
-        open_ = high - low > 1
-        starts = tl.load(sequences + 6 * middle + 3, mask=open_, other=0)
-        low = tl.where(open_ & (starts <= place), middle, low)
-        high = tl.where(open_ & (starts > place), middle, high)
-    tl.store(segment + at, (row * count + low).to(segment.dtype.element_ty), mask=inside)
+    document = document_at(sequences, place, count, steps)
+    tl.store(segment + at, (row * count + document).to(segment.dtype.element_ty), mask=inside)
 
 
 def segments_in_order(

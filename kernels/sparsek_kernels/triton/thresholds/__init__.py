@@ -1,0 +1,1 @@
+"""tau of every prefix: breakpoints in order, and queries that descend through them together."""
