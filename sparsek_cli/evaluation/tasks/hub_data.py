@@ -21,19 +21,16 @@ def needs_hub(entry: Entry, data: str | None) -> bool:
 
 
 def hub_answers() -> bool:
-    """Whether the Hugging Face hub can be reached, found out within seconds."""
+    """Whether the Hugging Face hub can be reached, found out within seconds; by way of a proxy."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES"):
         return False
-    import socket
-    from urllib.parse import urlparse
+    from huggingface_hub import constants, get_session
 
-    url = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     try:
-        address = (url.hostname or "huggingface.co", url.port or 443)
-        with socket.create_connection(address, timeout=HUB_PATIENCE):
-            return True
-    except OSError:
+        get_session().head(constants.ENDPOINT, timeout=HUB_PATIENCE)
+    except Exception:  # of the HTTP client
         return False
+    return True
 
 
 def go_offline() -> None:
