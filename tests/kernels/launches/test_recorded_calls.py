@@ -99,6 +99,12 @@ def test_what_a_comparison_leaves_is_looked_at(calls, left, right):
     kinds = (tl.int32, tl.int8, tl.int64, tl.float32, tl.int32)
     found = agree(calls, tl.tensor.__and__, *[(less(k, left), less(k, right)) for k in kinds])
     assert found[0] != found[1]
+    plain = tensor(tl.int1, *left), tensor(tl.int1, *right)
+    agree(calls, tl.tensor.__or__, plain, *[(less(kind, left), plain[1]) for kind in kinds])
+    agree(calls, tl.tensor.__xor__, plain, *[(plain[0], less(kind, right)) for kind in kinds])
+    turned = plain[::-1]
+    agree(calls, tl.tensor.__or__, turned, *[(less(kind, right), turned[1]) for kind in kinds])
+    agree(calls, tl.tensor.__xor__, turned, *[(turned[0], less(kind, left)) for kind in kinds])
 
 
 def test_casts_and_shapes(calls):
