@@ -1,5 +1,7 @@
 """The emulator finds what it says it finds, in kernels of a few lines made to be wrong."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -115,3 +117,21 @@ def test_integers_wrap_and_round_as_on_the_device(gluon):
     one = gl.full([1], 2**31 - 1, gl.int32)
     assert int((one + 1).data) == -(2**31)  # what 64-bit addressing is there for
     assert int((gl.full([1], -7, gl.int32) // 2).data) == -3
+
+
+def test_who_imports_an_emulated_package_next_gets_the_real_one(tmp_path, monkeypatch):
+    (tmp_path / "holding_gluon").mkdir()
+    (tmp_path / "holding_gluon" / "__init__.py").touch()
+    text = "from triton.experimental import gluon"
+    (tmp_path / "holding_gluon" / "kernels.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with gluon_emulator.emulated_modules() as import_anew:
+        emulated = import_anew("holding_gluon.kernels")
+    from holding_gluon import kernels
+    from triton.experimental import gluon
+
+    assert kernels.gluon is gluon and emulated.gluon is not gluon
+    with gluon_emulator.emulated_modules() as import_anew:
+        again = import_anew("holding_gluon.kernels")
+    assert again.gluon is not gluon
+    assert importlib.import_module("holding_gluon.kernels") is kernels

@@ -127,12 +127,22 @@ def emulated_modules():
 
 def _import_anew(package: str) -> ModuleType:
     parent, _, name = package.rpartition(".")
-    real = importlib.import_module(package)
-    before = {n: m for n, m in sys.modules.items() if n == package or n.startswith(f"{package}.")}
+    holder = importlib.import_module(parent)
+
+    def imported() -> dict[str, ModuleType]:
+        own = (n for n in sys.modules if n == package or n.startswith(f"{package}."))
+        return {n: sys.modules[n] for n in own}
+
+    before = imported()
     for name_before in before:
         del sys.modules[name_before]
     try:
         return importlib.import_module(package)
     finally:
+        for name_anew in imported():
+            del sys.modules[name_anew]
         sys.modules.update(before)
-        setattr(sys.modules[parent], name, real)
+        if package in before:
+            setattr(holder, name, before[package])
+        elif hasattr(holder, name):  # whoever imports it next gets the real one
+            delattr(holder, name)
