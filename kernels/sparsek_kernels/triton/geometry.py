@@ -10,7 +10,11 @@ from functools import lru_cache
 
 import torch
 
-from sparsek_kernels.triton.documents.tables import segments_in_order
+from sparsek_kernels.triton.documents.tables import (
+    segments_in_order,
+    sequence_table,
+    tile_tables,
+)
 
 SEQUENCE_FIELDS = 6  # batch item, first query, queries, first key, keys, first key of the window
 
@@ -52,6 +56,13 @@ class Geometry:
         Packed documents get N / size + S tiles, an upper bound that needs no device
         synchronisation.
         """
+        if not self.packed:
+            return self.plain_tiles(size)
+        total, none = self.queries // size + self.count, head_budgets((0,), self.sequences.device)
+        return tile_tables(self.sequences, none, total, size, 0)[0]
+
+    def plain_tiles(self, size: int) -> torch.Tensor:
+        """`tiles` made by PyTorch."""
         if not self.packed:
             return _dense_tiles(self.batch, self.queries, size, self.sequences.device)
         counts = (self.sequences[:, 2] + size - 1) // size
@@ -119,19 +130,31 @@ def geometry(
         if window_start is not None:
             sequences = sequences.clone()
             sequences[:, 5] = window_start
+    elif cu_keys is None and window_start is None:
+        sequences = sequence_table(cu_seqlens.to(device).contiguous())
     else:
-        bounds = cu_seqlens.to(device=device, dtype=torch.int32)
-        key_bounds = bounds if cu_keys is None else cu_keys.to(device=device, dtype=torch.int32)
-        zero = torch.zeros_like(bounds[:-1])
-        first = key_bounds[:-1] if window_start is None else window_start.to(torch.int32)
-        sequences = torch.stack(
-            (zero, bounds[:-1], bounds.diff(), key_bounds[:-1], key_bounds.diff(), first), dim=1
-        ).contiguous()
+        sequences = plain_sequence_table(cu_seqlens.to(device), cu_keys, window_start)
     packed = cu_seqlens is not None
     return Geometry(
         batch, heads, q_heads // heads, queries, keys, sequences, packed, keys,
         regular=not packed and window_start is None,
     )  # fmt: skip
+
+
+def plain_sequence_table(
+    bounds: torch.Tensor, key_bounds: torch.Tensor | None, window_start: torch.Tensor | None
+) -> torch.Tensor:
+    """int32 [S, 6], the `sequences` of documents, whose arguments `geometry` has."""
+    bounds = bounds.int()
+    key_bounds = bounds if key_bounds is None else key_bounds.to(bounds)
+    first = key_bounds[:-1] if window_start is None else window_start.to(torch.int32)
+    return torch.stack(
+        (
+            torch.zeros_like(bounds[:-1]), bounds[:-1], bounds.diff(),
+            key_bounds[:-1], key_bounds.diff(), first,
+        ),
+        dim=1,
+    ).contiguous()  # fmt: skip
 
 
 # Segments of the flat key axis: the keys of one KV head in one sequence, side by side.

@@ -291,7 +291,7 @@ def plain_tile_tables(
     geometry: Geometry, most: Sequence[int], size: int, window: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tiles, offsets and first tiles, see `Room`; most: what a list of each head holds at most."""
-    tiles = geometry.tiles(size)
+    tiles = geometry.plain_tiles(size)
     line = geometry.sequences[tiles[:, 0].clamp(min=0).long()]
     length = line[:, 4] - line[:, 2] + torch.minimum((tiles[:, 1] + 1) * size, line[:, 2])
     older = (length - window).clamp(min=0) * (tiles[:, 0] >= 0)

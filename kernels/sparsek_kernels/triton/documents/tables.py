@@ -26,6 +26,32 @@ def _owner(stops, steps, count, at):
     return low
 
 
+@triton.jit(do_not_specialize=["count"])
+def _sequence_table(bounds, sequences, count, BLOCK: tl.constexpr):
+    document = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = document < count
+    first = tl.load(bounds + document, mask=inside, other=0).to(tl.int32)
+    length = tl.load(bounds + document + 1, mask=inside, other=0).to(tl.int32) - first
+    line = sequences + 6 * document
+    tl.store(line, 0, mask=inside)
+    tl.store(line + 1, first, mask=inside)
+    tl.store(line + 2, length, mask=inside)
+    tl.store(line + 3, first, mask=inside)
+    tl.store(line + 4, length, mask=inside)
+    tl.store(line + 5, first, mask=inside)
+
+
+def sequence_table(bounds: Tensor) -> Tensor:
+    """int32 [S, 6], `geometry.plain_sequence_table` of documents [S + 1] without carried keys."""
+    count = bounds.shape[0] - 1
+    sequences = torch.empty(count, 6, dtype=torch.int32, device=bounds.device)
+    if count:
+        _sequence_table[(triton.cdiv(count, BLOCK),)](
+            bounds, sequences, count, BLOCK=BLOCK, num_warps=8
+        )
+    return sequences
+
+
 @triton.jit
 def _segment_tables(
     sequences, budgets, segments, lines, chunks, count, heads, row_keys, total, steps,

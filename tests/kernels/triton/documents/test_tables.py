@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sparsek_kernels.triton.documents.tables import BLOCK
-from sparsek_kernels.triton.geometry import geometry
+from sparsek_kernels.triton.geometry import geometry, plain_sequence_table
 from sparsek_kernels.triton.lists import _room, plain_tile_tables
 from sparsek_kernels.triton.selection import _segment_tables, plain_segment_tables
 
@@ -44,6 +44,20 @@ def test_tables_of_documents(lengths, width, topk):
         assert torch.equal(room.offsets, offsets)
         assert torch.equal(room.first, first_tiles)
         assert offsets[-1] <= room.total
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("lengths", [[], *LENGTHS, [1] * (BLOCK + 1)], ids=len)
+def test_sequences_and_tiles_of_documents(lengths, dtype):
+    bounds, queries = torch.tensor([0, *lengths]).cumsum(0).to(dtype), sum(lengths)
+    shape = geometry((1, 2, queries, 8), (1, 1, queries, 8), bounds.device, bounds)
+    assert shape.sequences.dtype == torch.int32
+    assert torch.equal(shape.sequences, plain_sequence_table(bounds, None, None))
+    for size in (32, 64):
+        tiles, plain = shape.tiles(size), shape.plain_tiles(size)
+        used = plain[:, 0] >= 0
+        assert torch.equal(tiles[:, 0], plain[:, 0])
+        assert torch.equal(tiles[used], plain[used])
 
 
 def test_several_programs_and_rounds_are_among_them():
