@@ -314,27 +314,6 @@ def _nothing_is_drawn_for_the_meta_device():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _configs_are_read_at_once():
-    """Two functions of transformers' stand between a config and each of its values.
-
-    The inner one is about layers that differ, which is asked for by a key of the config.
-    """
-    from transformers import PreTrainedConfig
-
-    own, read = PreTrainedConfig.__getattribute__, object.__getattribute__
-
-    def get(config, name):
-        if "_heterogeneity_spec" in read(config, "__dict__"):
-            return own(config, name)
-        names = read(config, "attribute_map")
-        return read(config, names[name] if names and name in names else name)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreTrainedConfig, "__getattribute__", get)
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter():
     """Where Triton's kernels are interpreted."""
     if not interpreted.is_on():
