@@ -14,7 +14,7 @@ from typing import Any
 from sparsek_cli.checkpoint_files.shards import Shard, TensorEntry, blocks, read_shard
 from sparsek_cli.errors import SparsekError
 
-KEY = "sha256"
+KEY = "sparsek_sha256"  # a base's own file may have a "sha256" of something else
 _METADATA = "__metadata__"
 _THREADS = 4
 

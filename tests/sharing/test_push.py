@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 import sparsek_cli as sparsek
@@ -122,6 +123,14 @@ def test_bases_of_the_hub_are_named(model, online, monkeypatch, tmp_path):
     for folder in (model, tuned):
         matter = push.plan(folder, "me/x").matter
         assert (matter["base_model"], matter["license"]) == ("meta/llama", "llama3.2")
+
+
+def test_a_checksum_of_other_programs_is_not_ours_to_compare(model):
+    file = model / "base-00001.safetensors"
+    tensors = load_file(file)
+    file.unlink()  # it may be the base's own
+    save_file(tensors, file, metadata={"format": "pt", "sha256": "of the file it was made from"})
+    push.plan(model, "me/toy")
 
 
 def test_a_base_that_is_no_name_on_the_hub_is_not_named(model, online):

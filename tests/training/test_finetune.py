@@ -46,7 +46,7 @@ def test_scorers_only(recipe, sparse_checkpoint, tmp_path):
         assert filecmp.cmp(shard, ours, shallow=False)
         assert os.stat(ours).st_ino == os.stat(shard).st_ino or os.stat(ours).st_nlink == 1
     with safe_open(tmp_path / "out" / "sparsek.safetensors", "pt") as scorers:
-        assert len(scorers.metadata()["sha256"]) == 64
+        assert len(scorers.metadata()["sparsek_sha256"]) == 64
     assert done.kept == "end" and done.steps == 3
     assert not part_folder(tmp_path / "out").exists()
 
