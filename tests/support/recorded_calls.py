@@ -36,12 +36,13 @@ class RecordedCalls:
 
     def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, whose calls are recorded and repeated."""
-        found, semantic, recording = self._found, self._semantic, self._recording
+        found, own = self._found, (None, self._semantic)
+        semantic = self._semantic
         add_key, tensor_class = self._add_key, self._tensor
 
         def call(*args, **kwargs):
-            if kwargs and kwargs.pop("_semantic", None) is recording:
-                return function(*args, _semantic=recording, **kwargs)
+            if kwargs and (asked := kwargs.pop("_semantic", None)) not in own:
+                return function(*args, _semantic=asked, **kwargs)  # somebody's recording
             key, tensors = [function], []
             try:
                 for arg in args:

@@ -1,1 +1,1 @@
-"""Selection and key lists in one launch each, for calls that would wait for the CPU otherwise."""
+"""Selection in two launches, key lists in one, for calls that would wait for the CPU otherwise."""
