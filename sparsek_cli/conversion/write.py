@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsek_cli import disk
 from sparsek_cli.checkpoint_files import json_text
-from sparsek_cli.checkpoint_files.file_hashes import KEY, hash_of, known_hash
+from sparsek_cli.checkpoint_files.file_hashes import KEY, hash_of, known_hash, written_hashes
 from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.checkpoint_files.shards import INDEX, write_part
 from sparsek_cli.conversion.card import model_card
@@ -161,9 +161,11 @@ def _hashes(plan: Plan, folder: Path) -> dict[str, str]:
     if plan.scorers_only:
         return {}
     few, found = sum(shard.bytes for shard in plan.shards) <= _HASHED, {}
+    written = written_hashes(plan.base.path)  # of a model that is converted again
     for number, shard in enumerate(plan.shards, start=1):
         file = folder / f"base-{number:05}.safetensors"
-        known = None if shard.part else known_hash(shard.path)
+        name = shard.path.name
+        known = None if shard.part else known_hash(shard.path) or written.get(name)
         if known or few:
             found[file.name] = known or hash_of(file)
     return found

@@ -71,6 +71,9 @@ def test_a_base_s_files_are_those_that_were_written(sparsek, dense_checkpoint, t
     api.load(out, device="cpu")
     shown = sparsek(*line, out)
     assert shown.failed(1) and "FAIL files" in shown.out and "base-00001.safetensors" in shown.out
+    # Scorers that are fitted to it anew do not make it whole.
+    api.convert(out, tmp_path / "anew", **made, again=True)
+    assert "FAIL files" in sparsek(*line, tmp_path / "anew").out
     # The hub's cache names files after what they are to be: damaged before they were converted.
     blob = tmp_path / "cache" / "blobs" / hashlib.sha256(b"as the hub has it").hexdigest()
     blob.parent.mkdir(parents=True)
