@@ -1,16 +1,20 @@
-"""sha256 of files of weights as they were written, in a model's index; `sparsek doctor` compares.
+"""sha256 of files of weights as they were written; `sparsek doctor` and `push` compare.
 
-Loading does not: hashing gigabytes takes longer than mapping them.
+Those of a base's files stand in the model's index, others in the file itself. Loading does not
+compare them: hashing gigabytes takes longer than mapping them.
 """
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.seal import is_whole
 from sparsek_cli.checkpoint_files.shards import INDEX
 
 KEY = "sha256"  # of the index's metadata: hashes by name of file
+SOON = 2 * 2**30  # bytes that are hashed in seconds: of more it counts what is known already
 _BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,3 +37,14 @@ def written_hashes(folder: Path) -> dict[str, str]:
         return {str(name): str(value) for name, value in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+
+
+def as_written(folder: Path, names: Iterable[str]) -> dict[str, bool | None]:
+    """By name of file, whether it is what was written; None: nothing says what that was."""
+    written = written_hashes(folder)
+    return {
+        name: hash_of(folder / name) == written[name]
+        if name in written
+        else is_whole(folder / name)
+        for name in names
+    }

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.checkpoint_files.shards import Shard, TensorEntry, blocks, read_shard
+from sparsek_cli.checkpoint_files.shards import SEAL, Shard, TensorEntry, blocks, read_shard
 from sparsek_cli.errors import SparsekError
 
-KEY = "sparsek_sha256"  # a base's own file may have a "sha256" of something else
 _METADATA = "__metadata__"
 _THREADS = 4
 
@@ -44,19 +43,21 @@ def _of_one(shard: Shard, entry: TensorEntry) -> str:
 
 
 def seal(file: Path) -> None:
-    """Puts the digest of a small safetensors file's tensors into its header."""
+    """Puts the digest of a safetensors file's tensors into its header; memory holds all of them."""
     own = _of_file(file)
     with file.open("rb") as opened:
         header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
         tensors = opened.read()
-    header[_METADATA] = {**header.get(_METADATA, {}), KEY: own}
+    header[_METADATA] = {**header.get(_METADATA, {}), SEAL: own}
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)  # so that tensors stay aligned
-    file.write_bytes(len(raw).to_bytes(8, "little") + raw + tensors)
+    with file.open("wb") as opened:
+        opened.write(len(raw).to_bytes(8, "little") + raw)
+        opened.write(tensors)
 
 
-def check_seal(file: Path) -> None:
-    """Raises SparsekError where a file's tensors are not those that were written.
+def is_whole(file: Path) -> bool | None:
+    """Whether a file's tensors are those that were written; None: it does not say.
 
     A file that cannot be read is left to who reads it.
     """
@@ -64,14 +65,19 @@ def check_seal(file: Path) -> None:
 
     try:
         with safe_open(file, "np") as opened:
-            written = (opened.metadata() or {}).get(KEY)
+            written = (opened.metadata() or {}).get(SEAL)
     except SafetensorError:
-        return
-    if written is not None and written != _of_file(file):
+        return None
+    return None if written is None else written == _of_file(file)
+
+
+def check_seal(file: Path) -> None:
+    """Raises SparsekError where a file's tensors are not those that were written."""
+    if is_whole(file) is False:
         raise SparsekError(
             f"{file} is damaged: its tensors are not those that were written",
             hint="fetch it again, or convert its base again: `sparsek export` gives it. Of tensors "
-            f"changed on purpose the file's metadata must not have the key '{KEY}'",
+            f"changed on purpose the file's metadata must not have the key '{SEAL}'",
         )
 
 

@@ -17,6 +17,7 @@ from sparsek_cli.errors import SparsekError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+SEAL = "sparsek_sha256"  # in a file's metadata, see seal.py; a "sha256" may be other programs'
 
 # The safetensors format allows headers up to 100 MB; a larger number means garbage.
 _LONGEST_HEADER = 100_000_000
@@ -204,6 +205,7 @@ def write_part(shard: Shard, target: Path) -> None:
         raw = source.read(int.from_bytes(source.read(8), "little"))
     # torchao's metadata says what its tensors are parts of.
     metadata = json.loads(raw).get("__metadata__") or {"format": "pt"}
+    metadata.pop(SEAL, None)  # of all tensors
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for name, entry in shard.tensors.items():

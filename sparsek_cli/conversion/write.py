@@ -10,7 +10,7 @@ import numpy as np
 
 from sparsek_cli import disk
 from sparsek_cli.checkpoint_files import json_text
-from sparsek_cli.checkpoint_files.file_hashes import KEY, hash_of, known_hash, written_hashes
+from sparsek_cli.checkpoint_files.file_hashes import KEY, SOON, hash_of, known_hash, written_hashes
 from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.checkpoint_files.shards import INDEX, write_part
 from sparsek_cli.conversion.card import model_card
@@ -23,8 +23,6 @@ from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, SCORERS
 from sparsek_cli.output.tokenizer_files import copy_missing, files_in
 
-# Bases of up to so many bytes are hashed, in seconds; of larger ones it counts what the hub says.
-_HASHED = 2 * 2**30
 # Equal scores with any slope > 0 keep the newest tokens; this one is small beside real scores.
 NEUTRAL_SLOPE = 1e-3
 
@@ -160,7 +158,7 @@ def _hashes(plan: Plan, folder: Path) -> dict[str, str]:
     """By name of a base's file in `folder`, its sha256, where that is known or soon found out."""
     if plan.scorers_only:
         return {}
-    few, found = sum(shard.bytes for shard in plan.shards) <= _HASHED, {}
+    few, found = sum(shard.bytes for shard in plan.shards) <= SOON, {}
     written = written_hashes(plan.base.path)  # of a model that is converted again
     for number, shard in enumerate(plan.shards, start=1):
         file = folder / f"base-{number:05}.safetensors"

@@ -41,24 +41,23 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
 
 
 def _files(checkpoint: "Checkpoint") -> Check:
-    """The base's files of weights are those that were written; loading looks at the scorers'."""
-    from sparsek_cli.checkpoint_files.file_hashes import hash_of, written_hashes
+    """Files of weights are those that were written; loading looks at those of scorers alone."""
+    from sparsek_cli.checkpoint_files.file_hashes import as_written
     from sparsek_cli.checkpoint_files.shards import read_shards
     from sparsek_cli.output.contents import SCORERS
 
     names = [shard.path.name for shard in read_shards(checkpoint.path)]
-    names = [name for name in names if name != SCORERS]
-    written = written_hashes(checkpoint.path)
-    damaged = [n for n in names if n in written and hash_of(checkpoint.path / n) != written[n]]
+    found = as_written(checkpoint.path, [name for name in names if name != SCORERS])
+    damaged = [name for name, whole in found.items() if whole is False]
     if damaged:
         return Check(
             "files", False, f"{damaged[0]} is not what was written (sha256)",
-            "fetch or convert its base again; its bits have changed since, or before in the hub's "
-            "cache",
+            "fetch the model, or convert its base, again: its bits have changed since, or before "
+            "in the hub's cache",
         )  # fmt: skip
-    known = sum(name in written for name in names)
-    shown = f"{known} of {len(names)} files of weights are what was written (sha256)"
-    if known < len(names):
+    known = sum(whole is True for whole in found.values())
+    shown = f"{known} of {len(found)} files of weights are what was written (sha256)"
+    if known < len(found):
         shown += "; of the others nothing says what they were"
     return Check("files", True if known else None, shown)
 

@@ -11,6 +11,7 @@ import yaml
 
 from sparsek_cli import byte_units, disk
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.file_hashes import SOON
 from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.errors import SparsekError, UsageError
@@ -108,7 +109,11 @@ def write_model(
         else:
             weights = cast_for_saving(model, learner.dtype, state)
             model.save_pretrained(folder, state_dict=weights)
-            for file in folder.glob("*.safetensors"):
+            files = list(folder.glob("*.safetensors"))
+            few = sum(file.stat().st_size for file in files) <= SOON
+            for file in files:
+                if few:
+                    seal(file)
                 disk.readable(file)
         if not bring(plan.tokenizer, folder):
             reporter.say(
