@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from sparsek_cli.errors import UsageError
 
@@ -38,8 +39,8 @@ def taken(host: str, port: int) -> Iterator[None]:
 
     A server listens once its model is read, and vLLM's would then share the port without a word, so
     that either answers. Another server that is started in this way is refused from now on. By an
-    abstract Unix socket: it leaves no file and ends with its process. Only Linux has them, and
-    elsewhere nothing is held.
+    abstract Unix socket: it leaves no file and ends with its process. Only Linux has them, and not
+    every sandbox: without them nothing is held.
 
     Raises:
         UsageError: the address is taken, or is none of this machine.
@@ -48,15 +49,17 @@ def taken(host: str, port: int) -> Iterator[None]:
     if sys.platform != "linux":
         yield
         return
-    with socket.socket(socket.AF_UNIX) as held:
+    with ExitStack() as until_exec:
         try:
+            held = until_exec.enter_context(socket.socket(socket.AF_UNIX))
             held.bind(f"\0sparsek-serve-{port}")
+            held.set_inheritable(True)
         except OSError as error:
-            raise UsageError(
-                f"another `sparsek serve` has port {port}, or starts there",
-                hint="give another --port, or end that one first",
-            ) from error
-        held.set_inheritable(True)
+            if error.errno == errno.EADDRINUSE:
+                raise UsageError(
+                    f"another `sparsek serve` has port {port}, or starts there",
+                    hint="give another --port, or end that one first",
+                ) from error
         yield
 
 

@@ -1,5 +1,6 @@
 """`sparsek serve` chooses a server, says what a request costs, and becomes that server."""
 
+import errno
 import json
 import re
 import shlex
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from patience import PATIENCE
 
-from sparsek_cli.serving import engines, room
+from sparsek_cli.serving import address, engines, room
 from sparsek_cli.serving import plan as serving
 from sparsek_cli.serving.flags import Flags
 
@@ -398,6 +399,22 @@ with address.taken("127.0.0.1", {port}):
         assert "another --port" in shown.err and not shown.out and not became
     loading.communicate("\n", timeout=PATIENCE)
     assert sparsek(*line).code == 0 and became
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
+def test_a_sandbox_without_unix_sockets_is_no_other_server(monkeypatch):
+    class Sandboxed(socket.socket):
+        def __init__(self, family=socket.AF_INET, *rest, **named):
+            if family == socket.AF_UNIX:
+                raise PermissionError(errno.EPERM, "Operation not permitted")
+            super().__init__(family, *rest, **named)
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    monkeypatch.setattr(address.socket, "socket", Sandboxed)
+    with address.taken("127.0.0.1", port):
+        pass
 
 
 def test_doctor_says_which_server_would_run(installed):
