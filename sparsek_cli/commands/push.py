@@ -51,7 +51,9 @@ def push(
             f"{'FOLDER' if folder is None else 'REPO'} is missing",
             hint="`sparsek push FOLDER owner/name`",
         )
-    plan = pushing.plan(folder, repo, public=public, licence=licence, evaluation=evaluation)
+    plan = pushing.plan(
+        folder, repo, public=public, licence=licence, evaluation=evaluation, reporter=console
+    )
     if dry_run:
         console.result(f"{plan.text()}\n\ndry run: nothing was sent", plan.data())
         return

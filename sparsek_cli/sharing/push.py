@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import hub, model_folder
+from sparsek_cli.checkpoint_files.file_hashes import as_written
 from sparsek_cli.checkpoint_files.seal import check_seal
+from sparsek_cli.checkpoint_files.shards import INDEX
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.loading import check_whole, load_tokenizer
 from sparsek_cli.output.contents import (
@@ -90,13 +92,14 @@ def plan(
     public: bool = False,
     licence: str | None = None,
     evaluation: str | Path | None = None,
+    reporter: Reporter | None = None,
 ) -> Plan:
-    """Checks what would be sent; the network is not asked.
+    """Checks what would be sent, files with a known hash to the bit; the network is not asked.
 
     Raises:
         UsageError: no folder of ours, files in it that are of nobody, or no valid name.
-        SparsekError: a tokenizer that does not load, weights that are missing or of another shape,
-            or scorers that are no numbers.
+        SparsekError: a tokenizer that does not load, weights that are missing, of another shape or
+            not those that were written, or scorers that are no numbers.
     """
     place = Path(folder).expanduser()
     if not place.is_dir():
@@ -105,6 +108,7 @@ def plan(
         raise UsageError(f"'{repo}' is no name on the hub", hint="name the repository owner/name")
     _check(place)
     _check_scorers(place)
+    _check_files(place, reporter or Silent())
     paths = [path for path in sorted(place.rglob("*")) if path.is_file()]
     recipes = (CONVERT_RECIPE, FINETUNE_RECIPE)
     texts = {name: portable(place / name) for name in recipes if (place / name).is_file()}
@@ -121,7 +125,8 @@ def _check_scorers(place: Path) -> None:
 
     for file in sorted(place.glob("*.safetensors")):
         try:
-            check_seal(file)
+            if file.name == SCORERS:
+                check_seal(file)
             with safe_open(file, "np") as opened:
                 names = opened.keys()  # a mapping in name alone: it is not iterable everywhere
                 names = [n for n in names if file.name == SCORERS or ".scorer." in n]
@@ -130,6 +135,20 @@ def _check_scorers(place: Path) -> None:
             raise SparsekError(
                 f"'{file}' is damaged: {first_line(error)}", hint="fetch or write the folder again"
             ) from error
+
+
+def _check_files(place: Path, reporter: Reporter) -> None:
+    """Raises SparsekError for other files of weights that are not what was written."""
+    files = [file for file in sorted(place.glob("*.safetensors")) if file.name != SCORERS]
+    with reporter.progress("comparing files", sum(file.stat().st_size for file in files)) as bar:
+        for file in files:
+            if as_written(place, [file.name])[file.name] is False:
+                raise SparsekError(
+                    f"'{file}' is not what was written (sha256)",
+                    hint="fetch the model, or convert its base, again; of files changed on purpose "
+                    f"take the sha256 out of the metadata of {INDEX}, or their own",
+                )
+            bar.advance(file.stat().st_size)
 
 
 def _check(place: Path) -> None:

@@ -125,12 +125,23 @@ def test_bases_of_the_hub_are_named(model, online, monkeypatch, tmp_path):
         assert (matter["base_model"], matter["license"]) == ("meta/llama", "llama3.2")
 
 
-def test_a_checksum_of_other_programs_is_not_ours_to_compare(model):
+def test_a_damaged_base_is_not_sent(model):
     file = model / "base-00001.safetensors"
-    tensors = load_file(file)
+    flipped = bytearray(file.read_bytes())
+    flipped[-1] ^= 1
     file.unlink()  # it may be the base's own
+    file.write_bytes(flipped)
+    with pytest.raises(SparsekError, match="is not what was written"):
+        push.plan(model, "me/toy")
+
+
+def test_a_checksum_of_other_programs_is_not_ours_to_compare(llama, tmp_path):
+    base = shutil.copytree(llama[0], tmp_path / "base")
+    file = sorted(base.glob("*.safetensors"))[0]
+    tensors = load_file(file)
+    file.unlink()  # it may be another's
     save_file(tensors, file, metadata={"format": "pt", "sha256": "of the file it was made from"})
-    push.plan(model, "me/toy")
+    push.plan(sparsek.convert(base, tmp_path / "toy", calibrate="none").out, "me/toy")
 
 
 def test_a_base_that_is_no_name_on_the_hub_is_not_named(model, online):
