@@ -65,7 +65,7 @@ def refused(sparsek, tmp_path, monkeypatch):
         (2, [*FINETUNE, "ids.jsonl"], "ids.jsonl:1: no column 'text'"),
         (2, [*FINETUNE, "broken.jsonl"], "broken.jsonl:2: not valid JSON"),
         (2, [*FINETUNE, "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
-        (1, [*FINETUNE, "nobody/nothing"], "'nobody/nothing' cannot be read from the hub"),
+        (1, [*FINETUNE, "nobody/nothing"], "dataset 'nobody/nothing' is not in the cache"),
         (2, ["convert", "tiny", "out", "--calibrate", "nowhere/", "--dry-run"], "no such file or"),
         (2, ["finetune", "tiny", "busy", "--data", "README.md"], "busy"),
         (2, ["finetune", "tinny", "out"], "did you mean 'tiny'"),
@@ -94,7 +94,7 @@ def refused(sparsek, tmp_path, monkeypatch):
         (2, ["chat", "tiny", "--prompt", "x", "--load", "blank.txt"], "empty"),
         (1, ["doctor", "nobody/nothing"], "not in the cache"),
         (1, ["convert", "nobody/nothing"], "not in the cache"),
-        (1, ["convert", "tiny", "--calibrate", "nobody/nothing"], "cannot be read from the hub"),
+        (1, ["convert", "tiny", "--calibrate", "nobody/nothing"], "not in the cache"),
     ],
 )
 def test_refused(refused, code, words, says):

@@ -20,7 +20,7 @@ SOURCES = sorted((ROOT / "sparsek_cli").rglob("*.py"))
 # Of other programs, named beside ours.
 THEIRS = {
     "--nproc-per-node", "--no-deps", "--merge", "--continuous-batching", "--trust-remote-code",
-    "--kv-cache-dtype", "--tensor-parallel-size", "--force-download",
+    "--kv-cache-dtype", "--kv-cache-memory-bytes", "--tensor-parallel-size", "--force-download",
 }  # fmt: skip
 
 
