@@ -15,7 +15,7 @@ from sparsek_cli.checkpoint_files.shards import INDEX
 
 KEY = "sha256"  # of the index's metadata: hashes by name of file
 SOON = 2 * 2**30  # bytes that are hashed in seconds: of more it counts what is known already
-_BLOB = re.compile(r"[0-9a-f]{64}")
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def hash_of(file: Path) -> str:
@@ -26,7 +26,7 @@ def hash_of(file: Path) -> str:
 def known_hash(file: Path) -> str | None:
     """What the hub says of a file of its cache, which is named after it; None of other files."""
     blob = file.resolve()
-    named = blob.parent.name == "blobs" and _BLOB.fullmatch(blob.name)
+    named = blob.parent.name == "blobs" and _HASH.fullmatch(blob.name)
     return blob.name if named else None
 
 
@@ -34,9 +34,10 @@ def written_hashes(folder: Path) -> dict[str, str]:
     """By name of file, what the index of a checkpoint folder says; empty where it says nothing."""
     try:
         found = json_text.parse((folder / INDEX).read_text(encoding="utf-8"))["metadata"][KEY]
-        return {str(name): str(value) for name, value in found.items()}
+        hashes = {str(name): str(value).lower() for name, value in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+    return {name: value for name, value in hashes.items() if _HASH.fullmatch(value)}
 
 
 def as_written(folder: Path, names: Iterable[str]) -> dict[str, bool | None]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import sparsek_cli as api
+from sparsek_cli.checkpoint_files.file_hashes import as_written
 from sparsek_cli.diagnosis import diagnose, installation, kernels
 
 
@@ -89,6 +90,15 @@ def test_a_base_s_files_are_those_that_were_written(sparsek, dense_checkpoint, t
     index.write_text(json.dumps(fields))
     shown = sparsek(*line, out)
     assert shown.code == 0 and "nothing says what they were" in shown.out
+
+
+def test_hashes_that_other_tools_wrote_are_no_false_alarm(tmp_path):
+    file, index = tmp_path / "base-00001.safetensors", tmp_path / "model.safetensors.index.json"
+    file.write_bytes(b"weights")
+    right = hashlib.sha256(b"weights").hexdigest()
+    for written in ({file.name: None}, {file.name: "crc:1"}, {file.name: right.upper()}, ["?"]):
+        index.write_text(json.dumps({"metadata": {"sha256": written}, "weight_map": {}}))
+        assert as_written(tmp_path, [file.name])[file.name] is not False, written
 
 
 def test_failing_check_is_reported_and_exits_1(sparsek, monkeypatch):
