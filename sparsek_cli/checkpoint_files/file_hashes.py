@@ -12,6 +12,7 @@ from pathlib import Path
 from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.checkpoint_files.seal import is_whole
 from sparsek_cli.checkpoint_files.shards import INDEX
+from sparsek_cli.errors import SparsekError
 
 KEY = "sha256"  # of the index's metadata: hashes by name of file
 SOON = 2 * 2**30  # bytes that are hashed in seconds: of more it counts what is known already
@@ -49,3 +50,13 @@ def as_written(folder: Path, names: Iterable[str]) -> dict[str, bool | None]:
         else is_whole(folder / name)
         for name in names
     }
+
+
+def check_as_written(file: Path) -> None:
+    """Raises SparsekError where it is known that a file of weights is not what was written."""
+    if as_written(file.parent, [file.name])[file.name] is False:
+        raise SparsekError(
+            f"'{file}' is not what was written (sha256)",
+            hint="fetch the model, or convert its base, again; of files changed on purpose take "
+            f"the sha256 out of the metadata of {INDEX}, or their own",
+        )

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk, hub
+from sparsek_cli.checkpoint_files.file_hashes import check_as_written
 from sparsek_cli.checkpoint_files.seal import check_seal
-from sparsek_cli.checkpoint_files.shards import read_shards
+from sparsek_cli.checkpoint_files.shards import read_shards, without_scorers
 from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import Row, row_of
@@ -162,9 +163,12 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Taken:
     """Carries out a plan.
 
     Raises:
-        SparsekError: disk full, no permission, or scorers that are no numbers; OUT is as before.
+        SparsekError: disk full, no permission, scorers that are no numbers, or a base that is not
+            what was written; OUT is as before.
     """
     reporter = reporter or Silent()
+    for shard in without_scorers(read_shards(plan.source.path)):
+        check_as_written(shard.path)  # else they would be marked as those of other weights
     with reporter.progress("reading the base's weights", plan.base_bytes) as bar:
         digest = weights_digest(plan.source.path, plan.row, bar.advance)
     if plan.single:

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli import hub, model_folder
-from sparsek_cli.checkpoint_files.file_hashes import as_written
+from sparsek_cli.checkpoint_files.file_hashes import check_as_written
 from sparsek_cli.checkpoint_files.seal import check_seal
-from sparsek_cli.checkpoint_files.shards import INDEX
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.loading import check_whole, load_tokenizer
 from sparsek_cli.output.contents import (
@@ -142,12 +141,7 @@ def _check_files(place: Path, reporter: Reporter) -> None:
     files = [file for file in sorted(place.glob("*.safetensors")) if file.name != SCORERS]
     with reporter.progress("comparing files", sum(file.stat().st_size for file in files)) as bar:
         for file in files:
-            if as_written(place, [file.name])[file.name] is False:
-                raise SparsekError(
-                    f"'{file}' is not what was written (sha256)",
-                    hint="fetch the model, or convert its base, again; of files changed on purpose "
-                    f"take the sha256 out of the metadata of {INDEX}, or their own",
-                )
+            check_as_written(file)
             bar.advance(file.stat().st_size)
 
 

@@ -125,7 +125,7 @@ def test_bases_of_the_hub_are_named(model, online, monkeypatch, tmp_path):
         assert (matter["base_model"], matter["license"]) == ("meta/llama", "llama3.2")
 
 
-def test_a_damaged_base_is_not_sent(model):
+def test_a_damaged_base_is_not_sent(model, tmp_path):
     file = model / "base-00001.safetensors"
     flipped = bytearray(file.read_bytes())
     flipped[-1] ^= 1
@@ -133,6 +133,9 @@ def test_a_damaged_base_is_not_sent(model):
     file.write_bytes(flipped)
     with pytest.raises(SparsekError, match="is not what was written"):
         push.plan(model, "me/toy")
+    # Its scorers would fit no base that anybody has.
+    with pytest.raises(SparsekError, match="is not what was written"):
+        sparsek.export_scorers(model, tmp_path / "scorers")
 
 
 def test_a_checksum_of_other_programs_is_not_ours_to_compare(llama, tmp_path):
