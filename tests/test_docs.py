@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OTHERS = {"node_modules", "build", "runs"}  # beside environments, whose names begin with a dot
 PAGES = sorted(
     file
     for file in ROOT.rglob("*.md")
-    if not {".venv", ".git", "node_modules", "build"} & set(file.relative_to(ROOT).parts)
+    if not any(part in OTHERS or part.startswith(".") for part in file.relative_to(ROOT).parts)
 )
 GUIDES = sorted((ROOT / "docs/guides").glob("*.md"))
 
