@@ -1,52 +1,91 @@
-"""Whether the hub answers: asked once, within seconds, by way of a proxy where there is one."""
+"""Hub datasets: read from a local copy, or named with how to place one, without asking the hub."""
 
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import json
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants
 
-from sparsek_cli.evaluation.tasks.hub_data import hub_answers
-
-
-class Proxy(BaseHTTPRequestHandler):
-    def do_HEAD(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+from sparsek_cli.errors import SparsekError
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A hub of a name that nobody knows."""
-    for name in ("HF_HUB_OFFLINE", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", "http://hub.invalid")
-    huggingface_hub.close_session()
-    yield monkeypatch
-    huggingface_hub.close_session()
+def run():
+    from verbs import evaluate
+
+    return evaluate
 
 
-def test_a_hub_that_nobody_knows_does_not_answer(hub):
-    assert not hub_answers()
+def place(folder, repository, config, splits, rows):
+    """A dataset repository as `hf download --local-dir` would leave it."""
+    target = folder / repository
+    (target / config).mkdir(parents=True)
+    lines = "\n".join(json.dumps(row) for row in rows)
+    for split in splits:
+        (target / config / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    files = [{"split": split, "path": f"{config}/{split}.jsonl"} for split in splits]
+    block = json.dumps({"configs": [{"config_name": config, "data_files": files}]})
+    (target / "README.md").write_text(f"---\n{block}\n---\n", encoding="utf-8")
 
 
-def test_a_hub_behind_a_proxy_answers(hub):
-    server = HTTPServer(("127.0.0.1", 0), Proxy)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    hub.setenv("HTTP_PROXY", f"http://127.0.0.1:{server.server_port}")
+@pytest.mark.slow
+def test_a_local_copy_is_read(run, recipe, console, tmp_path):
+    rows = [
+        {
+            "id": str(i),
+            "question": f"What is {i}?",
+            "choices": {"text": ["this", "that", "it"], "label": ["A", "B", "C"]},
+            "answerKey": "ABC"[i % 3],
+        }
+        for i in range(5)
+    ]
+    place(tmp_path / "sets", "allenai/ai2_arc", "ARC-Easy", ("train", "validation", "test"), rows)
+    report = run(
+        recipe(tasks=["arc_easy"], data=str(tmp_path / "sets"), limit=3, baselines=[]), console
+    )
+    [unit] = report["units"]
+    assert unit["samples"] == 3
+    assert unit["proof"]["prompts"] == 9
+
+
+def test_babilong_reads_the_length_it_is_asked_for(run, recipe, console, tmp_path):
+    rows = [
+        {"input": f"Ann went to the {place}.", "question": "Where is Ann?", "target": place}
+        for place in ("hall", "shop")
+    ]
+    place(tmp_path / "sets", "RMT-team/babilong-1k-samples", "1k", ("qa1",), rows)
+    settings = {"data": str(tmp_path / "sets"), "baselines": [], "limit": 2}
+    report = run(recipe(tasks=["babilong"], lengths=[1024], **settings), console)
+    assert [(u["task"], u["length"]) for u in report["units"]] == [("babilong_qa1", 1024)]
+    assert {item["task"] for item in report["absent"]} == {f"babilong_qa{i}" for i in range(2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("group", "repositories"),
+    [
+        ("longbench2", ["recursal/longbench-v2"]),
+        ("babilong", ["RMT-team/babilong-1k-samples"]),
+        ("infinitebench", ["xinrongzhang2022/InfiniteBench"]),
+        ("short", ["Rowan/hellaswag", "openai/gsm8k"]),
+    ],
+)
+def test_what_is_missing_is_named_with_how_to_place_it(run, recipe, console, group, repositories):
+    with pytest.raises(SparsekError, match="is not in the hub's cache") as caught:
+        run(recipe(tasks=[group], lengths=[], data=None), console)
+    for repository in repositories:
+        assert f"{repository} is not in the hub's cache" in caught.value.message
+        assert f"--local-dir DIR/{repository}" in caught.value.hint
+
+
+def test_longbench_names_the_packages_it_needs(run, recipe, console):
+    pytest.importorskip("lm_eval")
     try:
-        assert hub_answers()
-    finally:
-        server.shutdown()
-        server.server_close()
+        import jieba  # noqa: F401
+    except ImportError:
+        with pytest.raises(SparsekError) as caught:
+            run(recipe(tasks=["longbench"], data=None), console)
+        assert "pip install lm_eval[longbench]" in caught.value.hint
 
 
-def test_nobody_asks_where_the_environment_says_offline(hub):
-    hub.setenv("HF_HUB_OFFLINE", "1")
-    assert not hub_answers()
+def test_scrolls_without_data_says_where_it_is_read_from(run, recipe, console):
+    with pytest.raises(SparsekError, match="no data for scrolls_qasper") as caught:
+        run(recipe(tasks=["scrolls_qasper"], data=None), console)
+    assert "DIR/qasper/validation.jsonl" in caught.value.hint
