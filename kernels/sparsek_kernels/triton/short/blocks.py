@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.state import EMPTY
+from sparsek_kernels.triton.documents.tables import document_at
 from sparsek_kernels.triton.effective import effective_score
 from sparsek_kernels.triton.selection import FOREVER
 
@@ -55,19 +56,13 @@ def parts(ordered, row_keys):
 
 
 @triton.jit
-def sequence_from(sequences, row, heads, at, count, steps, PACKED: tl.constexpr):
-    """Number of the last sequence of a row that begins at or before key `at`."""
-    number = row // heads
+def tile_from(sequences, heads, row_keys, count, steps, PACKED: tl.constexpr, BLOCK: tl.constexpr):
+    """A program's tile: (first key, end, number of the sequence in which it begins)."""
+    tile = tl.program_id(0) * BLOCK
+    number = tl.program_id(1) // heads
     if PACKED:
-        number = 0
-        high = count
-        for _ in range(steps):
-            middle = (number + high) // 2
-            begins = tl.load(sequences + 6 * middle + 3, mask=high - number > 1, other=0)
-            low = (high - number > 1) & (begins <= at)
-            high = tl.where((high - number > 1) & (begins > at), middle, high)
-            number = tl.where(low, middle, number)
-    return number
+        number = document_at(sequences, tile, count, steps)
+    return tile, tl.minimum(tile + BLOCK, row_keys), number
 
 
 @triton.jit
@@ -112,9 +107,7 @@ def order_blocks(
     scores += (row // heads).to(tl.int64) * scores_b + head.to(tl.int64) * scores_h
     slope = tl.load(slopes + head) if SLOPED else 0.0
     line, best, places = parts(ordered, row_keys)
-    tile = tl.program_id(0) * BLOCK
-    tile_stop = tl.minimum(tile + BLOCK, row_keys)
-    number = sequence_from(sequences, row, heads, tile, count, steps, PACKED)
+    tile, tile_stop, number = tile_from(sequences, heads, row_keys, count, steps, PACKED, BLOCK)
     more = 1
     while more > 0:
         first, begin, stop = block_from(sequences, number, tile, BLOCK)

@@ -26,7 +26,7 @@ from sparsek_kernels.triton.short.blocks import (
     is_asked,
     order_blocks,
     parts,
-    sequence_from,
+    tile_from,
 )
 
 BLOCKS = 4  # in which each key is looked up at once: one search waits for memory at every step
@@ -132,12 +132,9 @@ def _ends_of_short(
     PACKED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """`end` of what may be selected in the blocks that `order_blocks` made of a tile."""
-    row = tl.program_id(1)
     line, best, places = parts(ordered, row_keys)
-    k = tl.load(budgets + row % heads)
-    tile = tl.program_id(0) * BLOCK
-    tile_stop = tl.minimum(tile + BLOCK, row_keys)
-    number = sequence_from(sequences, row, heads, tile, count, steps, PACKED)
+    k = tl.load(budgets + tl.program_id(1) % heads)
+    tile, tile_stop, number = tile_from(sequences, heads, row_keys, count, steps, PACKED, BLOCK)
     more = 1
     while more > 0:
         first, begin, stop = block_from(sequences, number, tile, BLOCK)
