@@ -1,51 +1,17 @@
 """`sparsek serve` chooses a server, says what a request costs, and becomes that server."""
 
-import errno
 import json
 import re
 import shlex
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE
 
-from sparsek_cli.serving import address, engines, room
-from sparsek_cli.serving import plan as serving
+from sparsek_cli.serving import engines
 from sparsek_cli.serving.flags import Flags
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def converted(dense_model, tokenizer, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from sparsek_cli.models import sparsek_config_from
-
-    config = sparsek_config_from(dense_model("llama").config, {"topk": 8, "window": 8, "sinks": 2})
-    folder = tmp_path / "converted"
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def installed(monkeypatch):
-    """`installed("vllm", ...)`: these packages are there, and no other that serves."""
-    packages = ("vllm", "sparsek_vllm", *engines._SERVER_PARTS)
-    real = engines.importlib.util.find_spec
-
-    def install(*names):
-        def find_spec(name, *rest):
-            return (object() if name in names else None) if name in packages else real(name, *rest)
-
-        monkeypatch.setattr(engines.importlib.util, "find_spec", find_spec)
-        monkeypatch.syspath_prepend(ROOT / "plugins/vllm")  # what of it needs no vLLM
-
-    return install
+ROOT = Path(__file__).parents[3]
 
 
 ALL = ("vllm", "sparsek_vllm", *engines._SERVER_PARTS)
@@ -99,79 +65,6 @@ def test_it_says_what_keeps_the_server_s_memory_flat(sparsek, converted, install
         assert ("memory   what is free goes back" in sparsek(*words).out) == bool(said)
         assert json.loads(sparsek(*words, "--json").out)["memory"] == (said or None)
     assert "memory  " not in sparsek(*words, "--engine", "transformers").out
-
-
-@pytest.fixture
-def on_cpu(installed, monkeypatch):
-    """vLLM is a build for CPUs; returns what says how many bytes of memory are free."""
-    installed(*ALL)
-    import sparsek_vllm.allocator as allocator
-
-    monkeypatch.setattr(allocator, "on_cpu", lambda: True)
-    monkeypatch.delenv(room.ENVIRONMENT, raising=False)
-    return lambda free: monkeypatch.setattr(room, "free_memory", lambda: free)
-
-
-def test_vllm_is_asked_for_the_memory_of_as_many_requests_as_are_under_way(
-    sparsek, converted, on_cpu, monkeypatch
-):
-    """Left alone it wants 92 % of a CPU's memory free."""
-
-    def planned(*flags):
-        return json.loads(sparsek("serve", converted, "--dry-run", "--json", "--", *flags).out)
-
-    for free in (1 << 40, None):  # None: nobody says
-        on_cpu(free)
-        for flags, requests in (
-            ([], 128),
-            (["-tp", "2"], 256),
-            (["--max-num-seqs", "9"], 9),
-            (["--num-gpu-blocks-override=9"], 9),
-        ):
-            plan = planned(*flags)
-            assert plan["cache_room_requests"] == requests
-            assert plan["cache_room_bytes"] == (requests + 2) * plan["request_bytes"]
-            asked = plan["command"].index("--kv-cache-memory-bytes")
-            assert plan["command"][asked + 1] == str(plan["cache_room_bytes"])
-    assert "for the caches of 128 requests at once" in sparsek("serve", converted, "--dry-run").out
-    for flags in (
-        ["--gpu-memory-util", "0.5"], ["--kv_cache_memory_bytes=1G"], ["--enable-prefix-caching"],
-        ["--max-num-seqs", "many"],
-    ):  # fmt: skip
-        plan = planned(*flags)
-        assert plan["cache_room_bytes"] is None and plan["command"][-len(flags) :] == flags
-        assert plan["command"].count("--kv-cache-memory-bytes") == 0
-    monkeypatch.setenv(room.ENVIRONMENT, "1")
-    assert planned()["cache_room_bytes"] is None
-
-
-def test_where_memory_is_short_fewer_requests_are_under_way(sparsek, converted, on_cpu):
-    on_cpu(None)
-    line = ["serve", converted, "--dry-run"]
-    cost = json.loads(sparsek(*line, "--json").out)["request_bytes"]
-    weights = (converted / "model.safetensors").stat().st_size  # float32, as they are served
-    on_cpu(weights + 50 * cost)
-    plan = json.loads(sparsek(*line, "--json").out)
-    assert 30 < plan["cache_room_requests"] < 40
-    assert plan["cache_room_bytes"] < 45 * cost
-    assert "others wait" in sparsek(*line).out
-    on_cpu(weights + cost)
-    shown = sparsek(*line)
-    assert shown.failed(2) and "of memory are free" in shown.err and not shown.out
-    assert sparsek(*line, "--", "--kv-cache-memory-bytes", "1G").code == 0  # as hinted
-    assert sparsek(*line, "--engine", "transformers").code == 0
-
-
-def test_free_memory_is_the_container_s(monkeypatch, tmp_path):
-    monkeypatch.setattr(room, "_GROUPS", tmp_path)
-    whole = room.free_memory()
-    assert whole is None or whole > 1 << 20
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("700\n")
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 200\n")
-    assert room.free_memory() == (None if whole is None else 500)
-    (tmp_path / "memory.max").write_text("max\n")
-    assert whole is None or room.free_memory() > 1 << 20
 
 
 def test_an_older_plugin_is_told_to_be_updated(sparsek, converted, installed, monkeypatch):
@@ -350,71 +243,6 @@ def test_a_dense_model_is_refused_and_the_hint_works(sparsek, dense_checkpoint, 
     assert shown.failed(2) and "is dense" in shown.err and "sparsek convert" in shown.err
     assert sparsek("serve", "nothing-here").failed(2)
     assert sparsek("serve", "tiny", "--engine", "triton").failed(2)
-
-
-def test_it_becomes_the_server_unless_the_port_is_taken(sparsek, converted, installed, monkeypatch):
-    installed(*ALL)
-    became = []
-    monkeypatch.setattr(serving.os, "execv", lambda *call: became.append(call))
-    moved = []
-    monkeypatch.setattr(serving.os, "dup2", lambda *call: moved.append(call))
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        for more in ([], ["--json"]):
-            shown = sparsek("serve", converted, "--port", port, *more)
-            assert shown.failed(2) and "--port" in shown.err and not became
-            assert not shown.out, "a result that is none"
-    shown = sparsek("serve", converted, "--port", port)
-    assert shown.code == 0 and f"127.0.0.1:{port}" in shown.out and "requests in 1 GiB" in shown.out
-    [(program, command)] = became
-    assert program == command[0] == sys.executable and str(port) in command
-    assert moved == [(2, 1)], "what the server says goes to stderr, or --json would be no JSON"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
-def test_a_server_that_does_not_listen_yet_has_its_port(sparsek, converted, installed, monkeypatch):
-    """For 20 s a second one was started on it, and then shared it where both run vLLM."""
-    installed(*ALL)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    becomes = f"""
-import os, sys
-from sparsek_cli.serving import address
-with address.taken("127.0.0.1", {port}):
-    os.execv(sys.executable, [sys.executable, "-c", "print(1, flush=True); input()"])
-"""
-    loading = subprocess.Popen(
-        [sys.executable, "-c", becomes], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert loading.stdout.readline() == "1\n"
-    became = []
-    monkeypatch.setattr(serving, "start", became.append)
-    for engine in engines.ENGINES:
-        line = ["serve", converted, "--port", port, "--engine", engine]
-        shown = sparsek(*line)
-        assert shown.failed(2) and f"another `sparsek serve` has port {port}" in shown.err
-        assert "another --port" in shown.err and not shown.out and not became
-    loading.communicate("\n", timeout=PATIENCE)
-    assert sparsek(*line).code == 0 and became
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="abstract sockets are Linux's")
-def test_a_sandbox_without_unix_sockets_is_no_other_server(monkeypatch):
-    class Sandboxed(socket.socket):
-        def __init__(self, family=socket.AF_INET, *rest, **named):
-            if family == socket.AF_UNIX:
-                raise PermissionError(errno.EPERM, "Operation not permitted")
-            super().__init__(family, *rest, **named)
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setattr(address.socket, "socket", Sandboxed)
-    with address.taken("127.0.0.1", port):
-        pass
 
 
 def test_doctor_says_which_server_would_run(installed):
