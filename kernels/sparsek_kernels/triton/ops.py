@@ -141,12 +141,19 @@ attention_op.register_autograd(_backward_by(attention_backward), setup_context=_
 
 
 class _Attention(torch.autograd.Function):
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup)
+    # Without `setup_context`, with which every call binds its arguments by name: a quarter of
+    # the time that it takes the CPU.
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
     backward = staticmethod(torch.autograd.function.once_differentiable(_backward_by(_gradients)))
 
 
 def attention(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`attention_op` with its arguments: the op itself while compiling, else an eager node."""
-    call = attention_op if torch.compiler.is_compiling() else _Attention.apply
-    return call(*inputs)
+    if torch.compiler.is_compiling():
+        return attention_op(*inputs)
+    return _Attention.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)
