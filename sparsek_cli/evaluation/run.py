@@ -22,6 +22,7 @@ from sparsek_cli.evaluation.report import table
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
 from sparsek_cli.evaluation.result_files import RESULTS, load_unit
 from sparsek_cli.evaluation.result_folder import Store, working_folder
+from sparsek_cli.evaluation.tasks.hub_data import without_hub
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.output import leftovers
@@ -71,7 +72,11 @@ class Evaluated:
 @sigterm_interrupts()
 def run(plan: Plan, reporter: Reporter | None = None) -> Evaluated:
     """Measures everything that is planned and writes the result folder."""
-    reporter = reporter or Silent()
+    with without_hub(plan.entries, plan.samples.data):
+        return _run(plan, reporter or Silent())
+
+
+def _run(plan: Plan, reporter: Reporter) -> Evaluated:
     ranks = Ranks(plan.loading.device, reporter.say)
     if not ranks.first:
         reporter = Silent()

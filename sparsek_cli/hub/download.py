@@ -9,6 +9,7 @@ from shlex import quote
 from sparsek_cli.checkpoint_files.shards import INDEX, read_shard
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.hub.names import cached_revisions, check_revision, no_such_file
+from sparsek_cli.hub.offline import no_way
 
 # Only what a causal LM needs; never pickles, and nothing below the top folder (onnx/, original/)
 # but additional_chat_templates/: such patterns know no "but", so folders in "add" pass.
@@ -155,15 +156,6 @@ def is_reachable(hub_id: str, kind: str = "model") -> bool:
     except Exception:  # of the HTTP client, see above
         return False
     return True
-
-
-def no_way() -> tuple[str, str]:
-    """Why there is no way to the hub, and what to do about it."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set", "unset it"
-    return "the Hugging Face hub cannot be reached", "connect"
 
 
 def _unreachable(hub_id: str, revision: str | None) -> SparsekError:

@@ -185,7 +185,7 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Pushed:
     reporter = reporter or Silent()
     if constants.HF_HUB_OFFLINE:
         raise SparsekError(
-            "HF_HUB_OFFLINE is set: nothing was sent", hint="unset it, then push again"
+            f"{hub.switch()} is set: nothing was sent", hint="unset it, then push again"
         )
     message = f"{plan.folder.name}, by sparsek"
     try:

@@ -133,6 +133,8 @@ def test_an_unreachable_hub_is_asked_once_and_what_is_cached_is_read(monkeypatch
             return [{"text": "a"}]
         raise ConnectionError("it is not there")
 
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", unreachable)
@@ -145,6 +147,13 @@ def test_an_unreachable_hub_is_asked_once_and_what_is_cached_is_read(monkeypatch
     assert "connect, or name a local file" in told.value.hint
     assert asked == [("owner/cached", "dataset"), ("owner/none", "dataset")]
     assert not datasets.config.HF_HUB_OFFLINE
+    # Of a hub that answers nothing is read either where datasets are told not to ask it.
+    monkeypatch.setattr(huggingface_hub.HfApi, "repo_info", lambda *_, **__: None)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(SparsekError, match="HF_DATASETS_OFFLINE is set and dataset") as told:
+        next(iterate_texts("owner/none"))
+    assert told.value.hint.startswith("unset it, or name a local file")
 
 
 def test_a_message_names_some_columns_of_many(tmp_path):

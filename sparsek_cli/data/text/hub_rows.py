@@ -31,8 +31,8 @@ def hub_rows(
             hint="set 'name' and 'split' to ones it has",
         ) from error
     except Exception as error:
-        if not there:
-            why, way = hub.no_way()
+        if not there or hub.switch("dataset"):
+            why, way = hub.no_way("dataset")
             raise SparsekError(
                 f"{why} and dataset '{hub_id}' is not in the cache",
                 hint=f"{way}, or name a local file or folder",

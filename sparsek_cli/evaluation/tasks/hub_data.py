@@ -4,12 +4,12 @@ A dataset repository `owner/name` that lies in DIR/owner/name, as `hf download -
 owner/name --local-dir DIR/owner/name` puts it there, is read in place of the hub's.
 """
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from sparsek_cli import hub
 from sparsek_cli.evaluation.tasks.catalogue import Entry
 
 HUB_PATIENCE = 3.0  # seconds to find out whether the hub answers
@@ -22,7 +22,7 @@ def needs_hub(entry: Entry, data: str | None) -> bool:
 
 def hub_answers() -> bool:
     """Whether the Hugging Face hub can be reached, found out within seconds; by way of a proxy."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "ON", "YES"):
+    if hub.switch():
         return False
     from huggingface_hub import constants, get_session
 
@@ -33,14 +33,11 @@ def hub_answers() -> bool:
     return True
 
 
-def go_offline() -> None:
-    """Makes every later attempt to reach the hub fail at once; what is cached still loads."""
-    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
-    import datasets
-    import huggingface_hub.constants
-
-    huggingface_hub.constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_DATASETS_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+def without_hub(entries: Iterable[Entry], data: str | None) -> AbstractContextManager[None]:
+    """Around a run: where the hub does not answer and would be asked, nobody tries again."""
+    if any(needs_hub(entry, data) for entry in entries) and not hub_answers():
+        return hub.offline()
+    return nullcontext()
 
 
 @contextmanager

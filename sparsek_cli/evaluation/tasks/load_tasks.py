@@ -5,15 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsek_cli import hub
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.tasks.catalogue import TASK_FOLDER, Entry, catalogue
-from sparsek_cli.evaluation.tasks.hub_data import (
-    go_offline,
-    how_to_place,
-    hub_answers,
-    needs_hub,
-    redirected,
-)
+from sparsek_cli.evaluation.tasks.hub_data import how_to_place, redirected
 from sparsek_cli.evaluation.tasks.local_text import WrongLength
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.silence import quiet_lm_eval
@@ -79,8 +74,6 @@ def load_units(
             f"--lengths {too_long[0]} is beyond {_limit(asked_length, max_length)}",
             hint=f"name lengths up to {max_length}" + (f"; {beyond} allows more" if beyond else ""),
         )
-    if any(needs_hub(entry, samples.data) for entry in entries) and not hub_answers():
-        go_offline()
     units: list[Unit] = []
     absent: list[Absent] = []
     queue = list(entries)
@@ -152,12 +145,13 @@ def _absent(entry: Entry, error: Exception, asked: Sequence[str]) -> Absent:
     if isinstance(error, ImportError):
         extra = entry.source.partition("; ")[2]
         return Absent(entry.name, reason, extra or "install what it names")
+    switch, repository = None, asked[-1] if entry.builtin and asked else None
     if _is_unreachable(error):
-        what = asked[-1] if entry.builtin and asked else "its data"
-        reason = f"{what} is not in the hub's cache, and the hub does not answer"
-    if entry.builtin and asked:
-        return Absent(entry.name, reason, how_to_place(asked[-1]))
-    return Absent(entry.name, reason, f"it is read from {entry.source}")
+        switch = hub.switch("dataset")
+        why = f"{switch} keeps the hub from being asked" if switch else hub.no_way()[0]
+        reason = f"{repository or 'its data'} is not in the hub's cache, and {why}"
+    remedy = how_to_place(repository) if repository else f"it is read from {entry.source}"
+    return Absent(entry.name, reason, remedy, switch)
 
 
 def _is_unreachable(error: Exception) -> bool:
