@@ -49,7 +49,9 @@ def sparsek_attention(
         k, v: [B, G, N, D] with H a multiple of G, q's dtype.
         scores: [B, G, N] u_j, any floating dtype, compared in float64. A key whose u_j + slope * j
             is -inf or NaN is never selected (it is seen in its window, as a sink, and by `sdpa`);
-            +inf is the largest number, which gates `log` and `kv` and a gradient cannot use.
+            +inf is the largest number. Gates `log` and `kv` and the gradient of scores can use none
+            above 1e9: `pytorch` refuses them; Triton, which would have to wait for the GPU to look,
+            does not, and what it puts out is then undefined.
         topk: k >= 0, or one per KV head. 0 leaves window and sinks.
         window: w >= 1.
         sinks: s >= 0.
@@ -78,7 +80,8 @@ def sparsek_attention(
         [B, H, N, D] in q's dtype; with a state, (that, the new state).
 
     Raises:
-        ValueError, TypeError: the arguments do not fit together; nothing was computed.
+        ValueError, TypeError: the arguments do not fit together; nothing was computed. Or scores
+            are too large for their gate, see there.
     """
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
     _check_logits(q, softcap, sink_logits)

@@ -81,6 +81,26 @@ def test_pieces_equal_plain_python(settings, share, gate):
         torch.testing.assert_close(torch.cat(pieces, 2)[0, 0], wanted, **close)
 
 
+@pytest.mark.parametrize("large", [torch.inf, 1e20])
+@pytest.mark.parametrize("gate", GATES)
+def test_scores_too_large_for_a_threshold_are_refused_where_one_is_needed(gate, large):
+    """Gates and gradients were NaN, or silently other ones."""
+    q, k, v, scores = inputs(0.0)
+    scores[..., 5:9] = large
+    options = {"window": 3, "sinks": 2, "gate": gate, "backend": "pytorch"}
+    with pytest.raises(ValueError, match="scores above 1e.09, .inf among them, have no"):
+        sparsek_attention(q, k, v, scores.clone().requires_grad_(), topk=8, **options)
+    # Where nothing is left out there is no threshold, and the plain softmax wants none.
+    assert sparsek_attention(q, k, v, scores, topk=q.shape[2], **options).isfinite().all()
+    if gate == "straight_through":
+        found = sparsek_attention(q, k, v, scores, topk=8, **options)
+        bounded = sparsek_attention(q, k, v, scores.clamp(max=100.0), topk=8, **options)
+        assert torch.equal(found, bounded)
+    # What never becomes a candidate does not matter.
+    scores[..., 5:9], scores[..., :2], scores[..., -3:] = 0.0, large, large
+    assert sparsek_attention(q, k, v, scores, topk=8, **options).isfinite().all()
+
+
 @pytest.mark.parametrize("gate", GATES)
 def test_a_score_of_nan_has_the_outputs_and_gradients_of_minus_infinity(gate):
     q, k, v, scores = inputs(0.3)

@@ -10,6 +10,8 @@ from sparsek_kernels.keys import candidates as candidates_of
 from sparsek_kernels.pytorch.selection import CHUNK, CONTENDERS, compress
 from sparsek_kernels.state import SlotLayout, SparseKState
 
+# Between larger numbers float64 leaves a gate, which is between 0 and 1, too few steps.
+_LARGEST_SCORE = 2.0**30
 _STEPS = 200  # Newton needs a handful; bisection to the last bit needs about 60
 
 
@@ -188,7 +190,11 @@ def interior_counts(effective: Tensor, joins: Tensor, tau: Tensor) -> Tensor:
 def query_thresholds(
     keys: KeyList, layout: SlotLayout, state: SparseKState | None
 ) -> tuple[Tensor, Tensor]:
-    """tau [B * G, N] float64 and |I_t| [B * G, N] int64 of every query's candidates."""
+    """tau [B * G, N] float64 and |I_t| [B * G, N] int64 of every query's candidates.
+
+    Raises:
+        ValueError: a threshold lies among scores that are too large for one.
+    """
     joins = candidates_of(keys, layout).flatten(0, 1)
     batch = keys.effective.shape[0]
     topk = torch.tensor(layout.topk, device=joins.device).repeat(batch)
@@ -201,6 +207,12 @@ def query_thresholds(
             support, tau = state.support.flatten(0, 1), state.tau.flatten()
             seen = torch.where(tau > -torch.inf, topk + 1, seen)
     taus = prefix_thresholds(joins, topk, support=support, seen=seen, tau=tau)
+    selects = taus[:, -1:] > -torch.inf
+    if bool(((joins > _LARGEST_SCORE) & selects).any()):
+        raise ValueError(
+            f"scores above {_LARGEST_SCORE:.0e}, +inf among them, have no threshold: gates 'log' "
+            "and 'kv' and the gradient of scores need one; 'straight_through' without it takes them"
+        )
     at = torch.arange(keys.n, device=joins.device).expand_as(joins)
     if support is not None:
         joins = torch.cat([support, joins], 1)
