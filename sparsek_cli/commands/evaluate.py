@@ -14,7 +14,7 @@ Baselines = Annotated[
     Value(
         "--baselines",
         metavar="A,B",
-        help="Others: dense,window,random,snapkv,h2o,kvzip,RULE:shared,kvpress:NAME.",
+        help="Others: dense, window, random, snapkv, h2o, kvzip, RULE:shared, kvpress:NAME.",
     ),
 ]
 Budgets = Annotated[

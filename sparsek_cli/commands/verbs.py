@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
+from typer.core import TyperGroup
 
 # What `sparsek --help` shows: first sentences of the verbs' own help, which a test compares.
 ABOUT = {
@@ -37,9 +37,9 @@ class Verbs(TyperGroup):
         self.commands = _ByName()
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """The list under --help, of `ABOUT`."""
-        lines = {name: TyperCommand(name, help=about) for name, about in ABOUT.items()}
-        TyperGroup(commands=lines).format_commands(ctx, formatter)
+        """The list under --help, of `ABOUT`: whole sentences, which typer itself would cut."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(ABOUT.items()))
 
 
 class _ByName(Mapping):

@@ -28,6 +28,8 @@ PYTHON = [sys.executable, "-m", "sparsek_cli"]
 def test_help_is_complete(sparsek):
     shown = sparsek("--help")
     assert shown.code == 0 and shown.err == ""
+    said = " ".join(shown.out.split())
+    assert all(f" {name} {about}" in said for name, about in verbs.ABOUT.items()), "whole lines"
     for verb in VERBS:
         assert verb == "eval" or f"  {verb}" in shown.out
         assert sparsek(verb, "--help").code == 0
