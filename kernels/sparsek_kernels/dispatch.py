@@ -130,7 +130,8 @@ def _obstacle(device: torch.device) -> str | None:
 def as_if_long() -> Iterator[None]:
     """Within the block every call on Triton takes the ways of long ones.
 
-    To compile for them before one comes, and to compare: the results are the same to the bit.
+    To compile for them before one comes, and to compare: the results are the same to the bit, but
+    for the thresholds of gates and of gradients, which are so to rounding.
     """
     token = _all_long.set(True)
     try:

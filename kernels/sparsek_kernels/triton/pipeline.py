@@ -19,6 +19,7 @@ from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.short.ends import short_ends
 from sparsek_kernels.triton.short.limits import is_short
 from sparsek_kernels.triton.short.lists import short_lists
+from sparsek_kernels.triton.short.thresholds import short_thresholds
 from sparsek_kernels.triton.thresholds.descent import prefix_thresholds
 from sparsek_kernels.triton.tiles import LOG2_E, rows_of
 from sparsek_kernels.triton.tuning import device_capability, launch_config
@@ -128,7 +129,7 @@ def select(
         end = find_ends(scores, settings, shape, positions)
     tau = gate_scores = None
     if settings.gate != "straight_through":
-        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, settings.sinks)
+        tau = find_thresholds(scores, settings, shape)
         gate_scores = gate_values(scores, sink_mask(shape, settings.sinks))
     size = list_size(settings, q, k)
     hopper = hopper_kernels(q, settings)
@@ -159,6 +160,12 @@ def find_ends(
     always = scores == torch.inf if listed else sink_mask(shape, settings.sinks)
     never = positions == EMPTY if listed else None
     return selection_ends(scores, topk, window, shape, always=always, never=never)
+
+
+def find_thresholds(scores: torch.Tensor, settings: Settings, shape: Geometry) -> torch.Tensor:
+    """`prefix_thresholds` of scores float64 [B, G, M], in two launches where the call is short."""
+    find = short_thresholds if is_short(shape) else prefix_thresholds
+    return find(scores, settings.topk, settings.window, shape, settings.sinks)
 
 
 def attend(
@@ -258,7 +265,7 @@ def backward(
     q, k, v, do = rows_of(q), rows_of(k), rows_of(v), rows_of(do)
     runs = changes = gate_scores = None
     if score_grad and tau is None:
-        tau = prefix_thresholds(scores, settings.topk, settings.window, shape, settings.sinks)
+        tau = find_thresholds(scores, settings, shape)
     if score_grad:
         runs, changes = interior_runs(scores, tau, settings.window, shape, settings.sinks)
     if settings.gate != "straight_through":

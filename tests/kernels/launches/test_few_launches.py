@@ -81,7 +81,7 @@ def test_a_call_asks_for_little(launches, given, most_launches, most_operations)
 
 
 @pytest.mark.parametrize(
-    "lengths, most_launches, most_operations", [([TOKENS], 27, 45), ([1000, TOKENS - 1000], 30, 53)]
+    "lengths, most_launches, most_operations", [([TOKENS], 13, 34), ([1000, TOKENS - 1000], 15, 43)]
 )
 def test_gradients_ask_for_little(launches, lengths, most_launches, most_operations):
     inputs = [
