@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -122,9 +123,38 @@ def test_the_default_takes_what_was_better_in_text_and_facts():
         (0.0444, 0.3325), (0.0387, 0.3500), (0.0295, 0.6890), (0.0502, 0.2817), (0.0351, 0.3736),
         (0.0417, 0.3408), (0.0474, 0.3068), (0.0387, 0.3339), (0.0487, 1.0011), (0.0660, 2.2206),
     ]  # fmt: skip
-    tried = [{"text_loss": text, "answer_loss": answer} for text, answer in rows]
+    tried = [proposal(0.1 if row == (0.0295, 0.6890) else 3.0, *row) for row in rows]
     taken = module.best_of(tried, np.asarray([0.0959, 2.3844]), ConvertRecipe().recall)
     assert rows[taken] == (0.0351, 0.3736)
+
+
+def proposal(weight: float, text: float, answers: float, name: str = "errors") -> dict[str, Any]:
+    """A row of what was tried, as far as the choice looks at it."""
+    return dict(shares=name, answer_weight=weight, text_loss=text, answer_loss=answers)
+
+
+@pytest.mark.parametrize(
+    "window, rows, taken",
+    [
+        # A base of 26M at an eighth: 0.1 was taken, and lost a sixth of the facts.
+        ((0.0267, 2.3134), ((3.0, 0.0167, 0.2608), (10.0, 0.0121, 0.2761), (0.1, 0.0102, 0.3152),
+                            (1.0, 0.0131, 0.2425)), 10.0),
+        # At a sixteenth it loses next to nothing there.
+        ((0.0533, 4.1868), ((3.0, 0.0217, 0.0670), (10.0, 0.0214, 0.0722), (0.1, 0.0171, 0.0734),
+                            (1.0, 0.0191, 0.0697)), 0.1),
+        ((0.0530, 3.8680), ((10.0, 0.0289, 0.0854), (0.1, 0.0216, 0.2144)), 10.0),  # `tiny`
+    ],
+)  # fmt: skip
+def test_facts_are_not_sold_for_text(window, rows, taken):
+    tried = [proposal(*row) for row in rows]
+    recall = ConvertRecipe().recall
+    assert tried[module.best_of(tried, np.asarray(window), recall)]["answer_weight"] == taken
+    # Refined from the one that was taken, it may lose more there; and text alone takes the best.
+    tried.append(proposal(10.0, 0.0001, rows[-1][2] + 0.02, "errors, refined"))
+    assert module.best_of(tried, np.asarray(window), recall) == len(rows)
+    tried = tried[:-1]
+    text = [row["text_loss"] for row in tried]
+    assert module.best_of(tried, np.asarray(window), 0.0) == text.index(min(text))
 
 
 def test_one_decision_is_run_once(three_layers):

@@ -28,6 +28,10 @@ _MEANS = ((0.1, 10.0), (0.1, 30.0))
 # The weight that goes with the threshold: for maps and slopes, and in the mean of both.
 _WITH_THRESHOLD = 3.0
 _REFINED = ", refined"
+# What a proposal that hardly weighs answers may lose there beyond the best one, as a share of what
+# a window loses and at even weights: a few lost facts drown in the mean of what is told again, and
+# refinement does not bring them back.
+_LOST_FACTS = 0.03
 
 
 def decide(
@@ -177,9 +181,20 @@ def _proposals(plan: Plan, layers: list[HeldOut]) -> list[tuple[str, float, np.n
 
 
 def best_of(tried: list[dict[str, Any]], window: np.ndarray, recall: float) -> int:
-    """Which to take; `window` is what a plain window loses in text and at answers."""
+    """Which to take; `window` is what a plain window loses in text and at answers.
+
+    Recall first: what weighs answers less than text and loses more there than another proposal, by
+    more than `_LOST_FACTS` at this weight of recall, is not taken however good its text is.
+    """
     numbers = [n for n, row in enumerate(tried) if row["text_loss"] <= window[0]]
     numbers = numbers or list(range(len(tried)))
+    proposed = [n for n in numbers if not tried[n]["shares"].endswith(_REFINED)]
+    if recall and proposed:
+        least = min(tried[n]["answer_loss"] for n in proposed)
+        most = least + (1 - recall) / recall * _LOST_FACTS * window[1]
+        light = {n for n in proposed if tried[n]["answer_weight"] < 1}
+        kept = [n for n in numbers if n not in light or tried[n]["answer_loss"] <= most]
+        numbers = kept or numbers
 
     def lost(n: int) -> float:
         text, answers = (tried[n][kind] for kind in ("text_loss", "answer_loss"))
