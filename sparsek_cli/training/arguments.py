@@ -28,7 +28,6 @@ def training_arguments(
         evaluates: whether there is something held out.
         sharding: see `sharding_arguments`.
     """
-    warmup = rates.warmup if rates.warmup >= 1 else rates.warmup * sizes.steps
     schedule = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
     cosine = {"min_lr_rate": rates.min_learning_rate} if rates.schedule == "cosine" else {}
     evaluates = evaluates and rhythm.evaluate > 0
@@ -41,7 +40,7 @@ def training_arguments(
         learning_rate=rates.learning_rate,
         lr_scheduler_type=schedule.get(rates.schedule, rates.schedule),
         lr_scheduler_kwargs=cosine,
-        warmup_steps=round(warmup),
+        warmup_steps=rates.warmup_steps(sizes.steps),
         weight_decay=rates.weight_decay,
         adam_beta1=0.9,
         adam_beta2=0.95,

@@ -116,10 +116,12 @@ def plan(
         model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
     )
     request = recipe.model_dump(mode="json")
+    sizes = sizes_of(model, settings, texts, source, out, bf16)
+    _warn_of_warmup(settings.rates.warmup_steps(sizes.steps), sizes.steps, reporter)
     return Plan(
         request=request,
         settings=settings,
-        sizes=sizes_of(model, settings, texts, source, out, bf16),
+        sizes=sizes,
         out=out,
         source=source,
         tokenizer=tokenizer,
@@ -129,6 +131,17 @@ def plan(
         bf16=bf16,
         checkpoint=checkpoint_to_resume(request, part_folder(out)) if resume else None,
     )
+
+
+def _warn_of_warmup(warmup: int, steps: int, reporter: Reporter) -> None:
+    if warmup < steps:
+        return
+    what = (
+        "the one step has rate 0, and nothing is learnt"
+        if steps == 1
+        else (f"the rate reaches {(steps - 1) / warmup:.0%} of learning_rate")
+    )
+    reporter.say(f"the warm-up takes {warmup} steps: {what}; warmup=0 has none")
 
 
 def _base_name(recipe: "FinetuneRecipe") -> str:

@@ -57,6 +57,10 @@ class Rates:
     weight_decay: float
     max_grad_norm: float
 
+    def warmup_steps(self, steps: int) -> int:
+        """Steps of a run of `steps` that the rate rises for; the first of them has rate 0."""
+        return round(self.warmup if self.warmup >= 1 else self.warmup * steps)
+
 
 @dataclass(frozen=True)
 class Duration:

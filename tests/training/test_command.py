@@ -34,6 +34,25 @@ def test_a_run_with_flags_and_words(text_file, sparse_checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("steps", "warmup", "said"),
+    [
+        (1, 2, "the warm-up takes 2 steps: the one step has rate 0, and nothing is learnt"),
+        (4, 6, "the warm-up takes 6 steps: the rate reaches 50% of learning_rate"),
+        (4, 3, None),
+        (1, 0.03, None),
+    ],
+)
+def test_a_warm_up_as_long_as_the_run_is_told(
+    steps, warmup, said, text_file, sparse_checkpoint, tmp_path
+):
+    """`--steps 1` of the recipe `demo` learnt nothing, and said nothing."""
+    words = ["--steps", steps, "--dry-run", "sequence_length=64", f"warmup={warmup}"]
+    done = run(sparse_checkpoint(), tmp_path / "out", "--data", text_file, *words)
+    assert done.exit_code == 0, done.exception
+    assert ("warm-up" in done.stderr) == (said is not None) and (said or "") in done.stderr
+
+
+@pytest.mark.parametrize(
     ("train", "how", "again"),
     [("scorers", "gates", False), ("all", "gates", True), ("all", "concurrent", False)],
 )
