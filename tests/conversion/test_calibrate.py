@@ -115,12 +115,19 @@ def test_visible_keys_equal_the_definition(sinks):
             assert set(seen[line, number].nonzero().flatten().tolist()) == expected
 
 
-@pytest.mark.parametrize("together", [1, 2, 8])
-def test_output_error_equals_attention_over_the_kept_keys(recorded, together, monkeypatch):
-    """However many candidates and sizes are computed at once."""
+def by_masks(monkeypatch, together: int = 8) -> None:
+    """From here on output errors are computed as on an accelerator, some weights at once."""
     from sparsek_cli.conversion.calibrate.sensitivity import output_error
 
-    monkeypatch.setattr(output_error, "_WEIGHTS", {"cpu": together * HEADS * 2 * TOKENS})
+    monkeypatch.setattr(output_error, "_sums_in_order", output_error._sums_by_masks)
+    monkeypatch.setattr(output_error, "_WEIGHTS", together * HEADS * 2 * TOKENS)
+
+
+@pytest.mark.parametrize("together", [None, 1, 2, 8])
+def test_output_error_equals_attention_over_the_kept_keys(recorded, together, monkeypatch):
+    """In the order of scores (None), and by masks, however many candidates are computed at once."""
+    if together:
+        by_masks(monkeypatch, together)
     slots = Slots(WINDOW, sinks=1, sizes=(2, 4, TOKENS))
     effective = torch.randn(2, GROUPS, TOKENS).double()
     out_weight = torch.randn(HEADS * SIZE, 16)
@@ -143,6 +150,25 @@ def test_output_error_equals_attention_over_the_kept_keys(recorded, together, mo
             difference = (project(sparse) - project(weights)).square().sum(-1)[rows]
             assert torch.allclose(errors[candidate, level, group], difference, atol=1e-4)
     assert float(errors[:, 2].max()) < 1e-8
+
+
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_output_errors_are_the_same_in_order_and_by_masks(recorded, sinks, monkeypatch):
+    """Of queries of all ages, in any order, where many scores are equal."""
+    slots = Slots(WINDOW, sinks, sizes=(0, 1, 6, 20, TOKENS))
+    effective = torch.randint(0, 4, (3, GROUPS, TOKENS)).double()
+    effective[2] += 10 * torch.arange(TOKENS)
+    out_weight = torch.randn(HEADS * SIZE, 16)
+    for rows in (torch.arange(TOKENS), torch.tensor([0]), torch.tensor([30, 2, 36, 7, 9])):
+        found = output_errors(recorded, effective, rows, slots, out_weight)
+        with monkeypatch.context() as on:
+            by_masks(on)
+            expected = output_errors(recorded, effective, rows, slots, out_weight)
+        assert found.shape == expected.shape == (3, 5, GROUPS, len(rows))
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        # Where nothing is lost, nothing is rounded either.
+        whole = (rows - WINDOW + 1 - sinks)[None] <= torch.tensor(slots.sizes)[:, None]
+        assert not found.transpose(1, 2)[:, :, whole].any()
 
 
 def test_slots_go_where_the_error_falls():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from sparsek_kernels import sparsek_attention
 
+from sparsek_cli.conversion.calibrate import layerwise
 from sparsek_cli.conversion.calibrate.effort import Effort
 from sparsek_cli.conversion.calibrate.layer_search import LayerSearch
 from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
@@ -55,13 +56,22 @@ class Unused:
     """In place of a base whose layers fail; there is one document."""
 
     def __init__(self, error: BaseException | None):
-        self.error = error
+        self.error, self.predictions = error, self
+
+    def run_dense(self, number: int, same: int | None) -> torch.Tensor:
+        return torch.zeros(LENGTH, 4)
+
+    def of(self, states: torch.Tensor) -> torch.Tensor:
+        return states
+
+    def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        return states.sum(-1)
 
     def take(self, number: int) -> torch.Tensor:
         return torch.zeros(LENGTH, 4)
 
     def run_on(self, number: int, hidden: torch.Tensor, first: int, attend: dict) -> torch.Tensor:
-        if attend and self.error is not None:
+        if self.error is not None:
             raise self.error
         return hidden.detach()  # as from a layer that has no gradient
 
@@ -82,9 +92,7 @@ class Unused:
 )
 def test_memory_and_layers_without_a_gradient_are_told(error):
     rows = {0: Rows(torch.arange(2), torch.arange(0))}
-    base = Unused(error)
-    base.divergence = lambda dense, states: states.sum(-1)
-    gradients = Gradients(base, rows)
+    gradients = Gradients(Unused(error), rows)
     with pytest.raises(NoGradients) as caught:
         gradients.changes({0: None}, {0: []}, np.ones(2))
     assert str(caught.value) and "\n" not in str(caught.value)
@@ -148,14 +156,62 @@ def test_changes_are_slopes_of_the_loss(dense_checkpoint, tmp_path, family):
 class Losses:
     """In place of a base: what a row loses is known."""
 
+    room = 0
+
     def __init__(self, *losses: torch.Tensor):
         self.hidden = losses
+        self.predictions = self
+
+    def run_dense(self, number: int) -> torch.Tensor:
+        return torch.zeros_like(self.hidden[number])
 
     def run_on(self, number: int, hidden: torch.Tensor, first: int, attend) -> torch.Tensor:
-        return hidden if attend else torch.zeros_like(hidden)
+        return hidden
+
+    def nbytes(self, rows: int) -> int:
+        return 4 * rows
+
+    def of(self, states: torch.Tensor) -> torch.Tensor:
+        return states
 
     def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         return states - expected
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3n_text-shared"])
+def test_what_the_dense_model_makes_of_a_document_is_worked_out_once(
+    dense_checkpoint, tmp_path, monkeypatch, family
+):
+    """With room for it; the numbers are the same without."""
+    plan = make_plan(ConvertRecipe(model=str(dense_checkpoint(family)), out=str(tmp_path / "out")))
+    ids = torch.randint(3, plan.config["vocab_size"], (LENGTH,))
+    rows = {0: Rows(torch.arange(20, 56), torch.arange(40, 50))}
+    attended, dense = [], layerwise.dense_attention
+    monkeypatch.setattr(
+        layerwise, "dense_attention", lambda recorded: attended.append(1) or dense(recorded)
+    )
+    found = []
+    for room in (0, 1 << 20):
+        with torch.no_grad():
+            base = LayerwiseBase(
+                plan, [ids] * 3, [(0, 0)] * 3, torch.device("cpu"), torch.float32, room
+            )
+            whole, _ = Whole(base, rows), Gradients(base, {2: rows[0]}, {2: 1})
+            attended.clear()
+            for layer in range(plan.sparse_layers[-1]):
+                if layer in plan.sparse_layers:
+                    base.run_layer(layer, range(2), lambda *_: None, advance=True)
+                else:
+                    base.pass_layer(layer)
+            calls = len(attended)
+            lost = whole.divergence({plan.sparse_layers[0]: attention(6)})
+        found.append((calls, lost, *base.hidden[:2]))
+    (calls, lost, *hidden), (fewer, same, *known) = found
+    # Of Gemma's layers before the last that is converted each slides.
+    assert fewer == 0 and (calls > 0) == (family == "qwen3")
+    assert lost.tolist() == same.tolist() and lost.min() > 0
+    for one, other in zip(hidden, known, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_documents_count_alike_however_many_answers_they_have():

@@ -89,7 +89,8 @@ class Tiling:
         near = self.block + self.window - 1
         tau = self.pad_rows(tau, 0.0) if tau is not None else None
         end, first = self.end.flatten(), 0
-        inside = torch.arange(self.block, device=device)
+        # Of one type with `end`: a mask compares each query with each key.
+        inside = torch.arange(self.block, dtype=torch.int32, device=device)
         while first < tiles:
             last, width = first, 0
             while last < tiles:
@@ -100,9 +101,9 @@ class Tiling:
             index, real = self.lists.columns(first, last)
             number = torch.arange(first, last, device=device)
             flat = index + (number // self.blocks * self.m)[:, None]
-            query = (number % self.blocks * self.block)[:, None] + inside
+            query = (number % self.blocks * self.block).int()[:, None] + inside
             query = query[:, None, :, None]
-            joins = (index - self.base)[:, None, None, :]
+            joins = (index - self.base).int()[:, None, None, :]
             stop = end[flat].masked_fill(~real, -1)[:, None, None, :]
             visible = (query < stop) & (query >= joins - self.window)
             gated = e = t = None

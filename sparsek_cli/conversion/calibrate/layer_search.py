@@ -78,7 +78,7 @@ class LayerSearch:
         ids = [torch.from_numpy(s.ids) for s in sequences]
         with torch.no_grad():
             turns = [(s.turns, s.turn_length) for s in sequences]
-            self.base = LayerwiseBase(plan, ids, turns, device, dtype)
+            self.base = LayerwiseBase(plan, ids, turns, device, dtype, self.can.kept)
             self._valued = self._to_value(few)
             self.whole = Whole(self.base, self._counted(few))
             added = range(self.held_out.stop, len(sequences))
@@ -87,7 +87,9 @@ class LayerSearch:
                 plan, self.base.logits, self.base.hidden[0],
                 [shapes[n] for n in few], [shapes[n] for n in added],
             )  # fmt: skip
-            self.gradients = Gradients(self.base, self._counted(added))
+            # A document without turns is one of those to compare on as it is.
+            same = {n: m for n in added for m in self.held_out if sequences[n] is sequences[m]}
+            self.gradients = Gradients(self.base, self._counted(added), same)
         self.part: dict[int, HeldOut] = {}
         self.part_inputs: dict[int, torch.Tensor] = {}
 

@@ -12,11 +12,11 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from sparsek_cli import quantised
+from sparsek_cli.conversion.calibrate.predictions import Predictions
 from sparsek_cli.conversion.calibrate.recorded import (
     Attend,
     Reader,
@@ -32,8 +32,6 @@ from sparsek_cli.models.output import output_layer
 from sparsek_cli.quantised.weights import weight_of
 
 _RECORDING = "sparsek_recording"
-# Elements of the largest block of logits: 256 MB in float32.
-_LOGITS = 1 << 26
 
 
 class _Stop(Exception):
@@ -48,11 +46,13 @@ class LayerwiseBase:
         sequences: token ids [N] each; lengths may differ.
         turns: of each sequence, how many turns there are at its end and their length.
         device: where layers run. dtype: their number format.
+        room: bytes of layers' outputs that may be kept, see `run_dense`.
 
     Attributes:
         hidden: per sequence the input [1, N, hidden] of the next layer; None after `take`. Of
             `Row.streams` [states, 1, N, hidden], here and wherever states go from layer to layer.
         logits: how weights are made in the layer that was run last.
+        predictions: what follows from final states. room: bytes that may still be kept.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class LayerwiseBase:
         turns: list[tuple[int, int]],
         device: torch.device,
         dtype: torch.dtype,
+        room: int = 0,
     ):
         AttentionInterface.register(_RECORDING, self._attend)
         AttentionMaskInterface.register(_RECORDING, lambda *args, **kwargs: None)
@@ -78,8 +79,8 @@ class LayerwiseBase:
             plan.base.path, plan.base.name,
             dtype=dtype, device=device, attn_implementation=_RECORDING,
         ).eval().requires_grad_(False)  # fmt: skip
-        self._base, self._head = model.base_model, output_layer(model)
-        self._vocabulary = model.config.vocab_size
+        self._base = model.base_model
+        self.predictions = Predictions(output_layer(model), model.config.vocab_size)
         self._norm = self._base.get_submodule(plan.row.norm)
         self._active = getattr(model.config, plan.row.streams) if plan.row.streams else None
         self._layers = self._base.get_submodule(plan.row.layers)
@@ -88,6 +89,9 @@ class LayerwiseBase:
         self.hidden: list[torch.Tensor | None] = []
         self._sequences, self._device = sequences, device
         self._turns, self._turns_now = turns, (0, 0)
+        # Outputs by layer and sequence that are known already; bytes that more of them may take.
+        self._known: dict[tuple[int, int], torch.Tensor] = {}
+        self.room = room
         # By sequence, then by layer: layers of different kinds get different arguments.
         self._arguments: list[list[tuple[tuple, dict]]] = []
         self._embed()
@@ -192,8 +196,9 @@ class LayerwiseBase:
         attention = self._layers[layer].get_submodule(self._attention_name)
         readers = [one for one, stored in self._stored_by.items() if stored == layer]
         for number in numbers:
-            self._to_the_end = bool(readers) or (advance and layer < self._sparse[-1])
-            output = None
+            output = self._known.get((layer, number))
+            wanted = bool(readers) or (advance and layer < self._sparse[-1])
+            self._to_the_end = wanted and output is None
             with suppress(_Stop), self._recording(attention):
                 output = self._output(layer, number, self.hidden[number])
             recorded = self._last
@@ -203,6 +208,7 @@ class LayerwiseBase:
             use(number, recorded)
             if advance and output is not None:
                 self.hidden[number] = output
+                self._known.pop((layer, number), None)
         self._last = self._inputs = None
 
     def _read_by(
@@ -240,6 +246,22 @@ class LayerwiseBase:
         output = self._layers[layer](hidden, *rest, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
+    def run_dense(self, number: int, same: int | None = None) -> torch.Tensor:
+        """Final states [N, hidden], normalised, of a sequence of which no layer was run yet.
+
+        Outputs of sparse layers are kept, while there is room, until the sequence `same` (None:
+        this one) of the same tokens is run through them. Others may leave keys for later layers:
+        they are run again.
+        """
+        same, hidden = number if same is None else same, self.hidden[number]
+        for layer in range(self.layers):
+            hidden = self._output_with(layer, number, None, hidden)
+            size = hidden.nbytes
+            if layer in self._sparse[:-1] and size <= self.room:
+                self._known[layer, same] = hidden
+                self.room -= size
+        return self._final(number, hidden)
+
     def run_on(
         self, number: int, hidden: torch.Tensor, first: int, attend: Mapping[int, Attend]
     ) -> torch.Tensor:
@@ -259,10 +281,13 @@ class LayerwiseBase:
                 if hidden.requires_grad
                 else run(hidden)
             )
-        return self._norm(hidden)[0] if self._active is None else self._end(number, hidden)
+        return self._final(number, hidden)
 
-    def _end(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
-        """Final states [N, hidden] of several side by side: what the base itself makes of them."""
+    def _final(self, number: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Final states [N, hidden] from what the last layer puts out."""
+        if self._active is None:
+            return self._norm(hidden)[0]
+        # Several side by side: what the base itself makes of them.
         with self._layers_that(lambda *_, **__: hidden):
             return self._read(number).last_hidden_state[0]
 
@@ -285,15 +310,6 @@ class LayerwiseBase:
             if layer in self._stored_by.values() and self._inputs is not None:
                 self._stored = self._inputs.detach()
             self._attend_with = self._last = self._inputs = None
-
-    def divergence(self, expected: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """KL of the predictions, nats: float32 [R], from final states [R, hidden] of both."""
-        rows = max(1, _LOGITS // self._vocabulary)
-        parts = []
-        for one, other in zip(expected.split(rows), states.split(rows), strict=True):
-            p, q = (self._head(x).float().log_softmax(-1) for x in (one, other))
-            parts.append(F.kl_div(q, p, reduction="none", log_target=True).sum(-1))
-        return torch.cat(parts)
 
     @property
     def layers(self) -> int:

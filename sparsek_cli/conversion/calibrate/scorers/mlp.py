@@ -116,13 +116,9 @@ def _fitted(
     weight = hidden.weight.double() / deviation.double()
     bias = hidden.bias.double() - weight @ mean.double()
     layer = Hidden(weight.float(), bias.float())
-    groups = remains[0].shape[1]
-    made = {}
-    for number, name in enumerate(rows):
-        own = slice(number * groups, (number + 1) * groups)
-        found = MlpMap(scaled[name], layer, out.weight[own])
-        made[name] = _normalised(found, inputs)
-    return made
+    parts = out.weight.split(remains[0].shape[1])
+    made = [MlpMap(scaled[name], layer, part) for name, part in zip(rows, parts, strict=True)]
+    return dict(zip(rows, _normalised(made, inputs), strict=True))
 
 
 def _trained(
@@ -182,9 +178,22 @@ def _regressed(
     return scaled, (scores - mean) * slope
 
 
-def _normalised(found: MlpMap, inputs: torch.Tensor) -> MlpMap:
-    """The same order with mean 0 and deviation `SPREAD` over `inputs` [R, hidden]."""
-    scores = _chunked(lambda x: found.linear.scores(x) + found.out @ found.hidden.of(x).T, inputs)
+def _normalised(made: list[MlpMap], inputs: torch.Tensor) -> list[MlpMap]:
+    """The same orders with mean 0 and deviation `SPREAD` over `inputs` [R, hidden].
+
+    All have one hidden layer, which is worked out once.
+    """
+
+    def scores(part: torch.Tensor) -> torch.Tensor:
+        hidden = made[0].hidden.of(part).T
+        return torch.cat([one.linear.scores(part) + one.out @ hidden for one in made])
+
+    found = _chunked(scores, inputs).chunk(len(made))
+    return [_scaled(one, own) for one, own in zip(made, found, strict=True)]
+
+
+def _scaled(found: MlpMap, scores: torch.Tensor) -> MlpMap:
+    """`found`, whose scores over all inputs are [G, R], with mean 0 and deviation `SPREAD`."""
     scale = (SPREAD / scores.std(1).clamp_min(1e-6)).double()
     linear = LinearMap(
         found.linear.weight * scale[:, None],

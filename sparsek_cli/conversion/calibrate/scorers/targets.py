@@ -16,7 +16,7 @@ from sparsek_cli.conversion.calibrate.recorded import Reading, Recorded
 
 # Most queries in a block, by the kind of device (calls are dear on others than CPUs), and most
 # logits in it: 512 MB in float32.
-_BLOCK = {"cpu": 256, "other": 2048}
+_BLOCK = {"cpu": 64, "other": 2048}
 _LOGITS = 1 << 27
 # Log probabilities below this mean "never looked at"; without a floor they dominate the squares.
 FLOOR = -16.0

@@ -42,7 +42,20 @@ class Whole:
     def __init__(self, base: LayerwiseBase, rows: Mapping[int, Rows]):
         self._base, self._rows = base, rows
         self._embedded = self.inputs()
-        self._dense = {n: base.run_on(n, x, 0, {}) for n, x in self._embedded.items()}
+        self._dense = {n: base.run_dense(n) for n in self._embedded}
+        self._kept = self._predicted_once()
+
+    def _predicted_once(self) -> dict[tuple[int, int], list[torch.Tensor]]:
+        """Dense predictions by document and kind of its rows, of as many as there is room for."""
+        kept, room = {}, self._base.room
+        for number, kinds in self._rows.items():
+            for kind, rows in enumerate(kinds):
+                size = self._base.predictions.nbytes(len(rows))
+                if size <= room:
+                    kept[number, kind] = [*self._base.predictions.of(self._dense[number][rows])]
+                    room -= size
+        self._base.room = room
+        return kept
 
     def inputs(self, numbers: Iterable[int] | None = None) -> dict[int, torch.Tensor]:
         """The states [1, N, hidden] of these documents (None: all) before the layer run next."""
@@ -63,10 +76,14 @@ class Whole:
         """
         sums, counts = np.zeros(2), np.zeros(2)
         for number, hidden in (inputs or self._embedded).items():
-            states, dense = self._base.run_on(number, hidden, first, attend), self._dense[number]
+            states = self._base.run_on(number, hidden, first, attend)
             for kind, rows in enumerate(self._rows[number]):
                 if len(rows):
-                    sums[kind] += float(self._base.divergence(dense[rows], states[rows]).mean())
+                    expected = self._kept.get((number, kind))
+                    if expected is None:
+                        expected = self._base.predictions.of(self._dense[number][rows])
+                    lost = self._base.predictions.divergence(expected, states[rows])
+                    sums[kind] += float(lost.mean())
                     counts[kind] += 1
         return sums / np.maximum(counts, 1)
 

@@ -39,14 +39,17 @@ class Gradients:
     Args:
         base: all layers still to be run; the documents are taken from it.
         rows: by number of the document.
+        same: numbers of sequences that are the same, where there are any.
     """
 
-    def __init__(self, base: LayerwiseBase, rows: Mapping[int, Rows]):
+    def __init__(
+        self, base: LayerwiseBase, rows: Mapping[int, Rows], same: Mapping[int, int] | None = None
+    ):
         self._base, self._rows = base, rows
         self._embedded, self._dense = {}, {}
         for number in rows:
+            self._dense[number] = base.run_dense(number, (same or {}).get(number)).cpu()
             embedded = base.take(number)
-            self._dense[number] = base.run_on(number, embedded, 0, {}).cpu()
             self._embedded[number] = embedded.cpu()
             self._device = embedded.device
         # Documents count alike, see Whole.divergence; of each kind, those that have rows of it.
@@ -105,11 +108,11 @@ class Gradients:
     def _slope(self, number: int, states: torch.Tensor, weights: np.ndarray) -> torch.Tensor:
         """The gradient [N, hidden] of the loss at the final states, float32."""
         slope = torch.zeros_like(states, dtype=torch.float32)
-        dense = self._dense[number].to(states.device)
+        dense, predictions = self._dense[number].to(states.device), self._base.predictions
         for rows, weight, among in zip(self._rows[number], weights, self._documents, strict=True):
             for part in rows.split(_ROWS):
                 here = states[part].requires_grad_()
-                lost = self._base.divergence(dense[part], here).sum()
+                lost = predictions.divergence(predictions.of(dense[part]), here).sum()
                 (gradient,) = torch.autograd.grad(lost, here)
                 slope[part] += gradient.float() * float(weight / (max(1, len(rows)) * among))
         return slope

@@ -7,18 +7,19 @@ would keep is compared with dense attention, multiplied by W_o. Selection follow
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from sparsek_cli.conversion.calibrate.recorded import Recorded
+from sparsek_cli.conversion.calibrate.sensitivity.kept_sums import KeptSums
 
-# Elements of the largest temporaries: masks [candidates, G, rows, N], logits [H, rows, N], and by
-# the kind of device weights [G, candidates * sizes, H / G, rows, N]: a CPU's cache holds one, and
-# on others calls are dear.
+# Elements of the largest temporaries: masks [candidates, G, rows, N], logits [H, rows, N], weights
+# [G, candidates * sizes, H / G, rows, N].
 _MASKS = 1 << 26
 _LOGITS = 1 << 27
-_WEIGHTS = {"cpu": 1, "other": 1 << 27}
+_WEIGHTS = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,9 @@ def _block_errors(
     # A column of ones: its weighted sum is what the kept weights must be divided by.
     value = torch.nn.functional.pad(recorded.value.float(), (0, 1), value=1.0)
 
-    def attend(weights: torch.Tensor) -> torch.Tensor:
-        """[G, L, Q, R, N] -> [G, L, Q, R, D]."""
-        output = torch.matmul(weights.flatten(1, 3), value).view(*weights.shape[:4], size + 1)
-        return output[..., :size] / (output[..., size:] + nothing).clamp_min(1e-20)
+    def divided(sums: torch.Tensor) -> torch.Tensor:
+        """[G, L, Q, R, D + 1] -> [G, L, Q, R, D]."""
+        return sums[..., :size] / (sums[..., size:] + nothing).clamp_min(1e-20)
 
     def project(output: torch.Tensor) -> torch.Tensor:
         """[G, L, Q, R, D] -> squared length after W_o, [L, G, R]."""
@@ -122,20 +122,57 @@ def _block_errors(
         lengths = torch.matmul(joined, out_weight).square().sum(-1)
         return lengths.view(groups, -1, len(rows)).transpose(0, 1)
 
-    weights = weights[:, None]
-    dense = attend(weights)
-    errors = []
-    always = always_visible(tokens, rows, slots)
-    sizes = torch.tensor(slots.sizes, device=rows.device)[:, None, None]
-    room = _WEIGHTS["cpu" if rows.device.type == "cpu" else "other"]
-    together = max(1, room // weights.numel())
-    step = max(1, _MASKS // (groups * len(rows) * tokens))
-    for chunk in effective.split(step):
-        ranks = prefix_ranks(chunk.flatten(0, 1), rows, slots)
-        ranks = ranks.view(len(chunk), groups, len(rows), tokens).transpose(0, 1).contiguous()
-        for some in ranks.split(max(1, together // len(sizes)), dim=1):  # [G, C, R, N]
-            for few in sizes.split(together):
-                seen = (some[:, :, None] <= few) | always  # [G, C, L, R, N]
-                kept = weights * seen.flatten(1, 2)[:, :, None]
-                errors.append(project(attend(kept) - dense))
-    return torch.cat(errors).unflatten(0, (len(effective), len(sizes)))
+    sums = _sums_in_order if rows.device.type == "cpu" else _sums_by_masks
+    dense, kept = sums(weights, value, effective, rows, slots)
+    dense = divided(dense[:, None])
+    errors = [project(divided(some) - dense) for some in kept]
+    return torch.cat(errors).unflatten(0, (len(effective), len(slots.sizes)))
+
+
+# What a query's attention adds up to, not yet divided: dense [G, Q, R, D + 1], and with candidates
+# and their sizes, some at a time, [G, some, Q, R, D + 1].
+_Sums = tuple[torch.Tensor, Iterator[torch.Tensor]]
+
+
+def _sums_in_order(
+    weights: torch.Tensor,
+    value: torch.Tensor,
+    effective: torch.Tensor,
+    rows: torch.Tensor,
+    slots: Slots,
+) -> _Sums:
+    """The least arithmetic, in many small calls: for a CPU."""
+    seen = always_visible(weights.shape[-1], rows, slots)
+    candidates = (rows - slots.window + 1 - slots.sinks).clamp_min(0)
+    kept = KeptSums(weights, value, seen, candidates, slots.sinks, torch.tensor(slots.sizes))
+    return kept.dense, map(kept.of, effective)
+
+
+def _sums_by_masks(
+    weights: torch.Tensor,
+    value: torch.Tensor,
+    effective: torch.Tensor,
+    rows: torch.Tensor,
+    slots: Slots,
+) -> _Sums:
+    """Few large calls, and nothing to wait for: for an accelerator."""
+    groups, tokens = value.shape[:2]
+
+    def sums(some: torch.Tensor) -> torch.Tensor:
+        """[G, L, Q, R, N] -> [G, L, Q, R, D + 1]."""
+        return torch.matmul(some.flatten(1, 3), value).view(*some.shape[:4], -1)
+
+    def kept() -> Iterator[torch.Tensor]:
+        always = always_visible(tokens, rows, slots)
+        sizes = torch.tensor(slots.sizes, device=rows.device)[:, None, None]
+        together = max(1, _WEIGHTS // weights.numel())
+        step = max(1, _MASKS // (groups * len(rows) * tokens))
+        for chunk in effective.split(step):
+            ranks = prefix_ranks(chunk.flatten(0, 1), rows, slots)
+            ranks = ranks.view(len(chunk), groups, len(rows), tokens).transpose(0, 1).contiguous()
+            for some in ranks.split(max(1, together // len(sizes)), dim=1):  # [G, C, R, N]
+                for few in sizes.split(together):
+                    seen = (some[:, :, None] <= few) | always  # [G, C, L, R, N]
+                    yield sums(weights[:, None] * seen.flatten(1, 2)[:, :, None])
+
+    return sums(weights[:, None])[:, 0], kept()
