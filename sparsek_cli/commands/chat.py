@@ -130,6 +130,8 @@ def _answer_once(
     stats = session.stats()
     if console.as_json:
         console.result("", {"model": name, "reply": "".join(pieces), **asdict(stats)})
+    if stats.reply_at_limit:
+        console.say(f"the reply was cut at {stats.reply_tokens:,} tokens (--max-new-tokens)")
     console.say(status_line(stats, sparse=engine.sparse, limit=engine.context_limit))
 
 

@@ -45,13 +45,14 @@ class Engine:
         heard: these tokens.
         sparse: whether the checkpoint is converted; a dense one works too, with a growing cache.
         interrupted: whether the last `feed` or `stream` was stopped by Ctrl-C.
+        at_limit: whether the last `stream` ended because it was as long as it may be.
     """
 
     def __init__(self, model: "PreTrainedModel", *, chunk: int = CHUNK, dense: bool = False):
         self.model = model
         self.chunk = chunk
         self.sparse = is_converted(model.config) and not dense
-        self.interrupted = False
+        self.interrupted = self.at_limit = False
         self._proven = not self.sparse
         # Learned positions (gpt2) are a table: beyond its end there is nothing to look up.
         learned = any(name.endswith("wpe.weight") for name, _ in model.named_parameters())
@@ -63,6 +64,7 @@ class Engine:
     def reset(self) -> None:
         """Forgets the conversation."""
         self._settle()
+        self.at_limit = False
         self.cache = self._new_cache()
         self.fed = 0
         self.heard = Heard()
@@ -141,7 +143,7 @@ class Engine:
 
         if self._logits is None and not self._unfed:
             raise SparsekError("nothing to answer", hint="write something first")
-        self.interrupted = False
+        self.interrupted = self.at_limit = False
         generator = torch.Generator(device="cpu").manual_seed(sampling.seed + self.fed)
         try:
             with interruptible() as stop:
@@ -156,6 +158,7 @@ class Engine:
                         return
                     self._unfed = [token]
                     yield token
+                self.at_limit = True
         finally:
             self._settle()
 

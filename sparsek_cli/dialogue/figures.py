@@ -17,6 +17,7 @@ class Stats:
     tokens_per_second: float
     reply_tokens: int
     first_token_seconds: float = 0.0
+    reply_at_limit: bool = False  # it has as many tokens as it may, and perhaps no end
 
 
 class Clock:

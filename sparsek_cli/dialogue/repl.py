@@ -219,6 +219,7 @@ class Repl:
 
     def _stats(self, rest: str) -> None:
         stats, engine = self.session.stats(), self.session.engine
+        cut = " (cut: /set max_new_tokens)" if stats.reply_at_limit else ""
         rows = [
             ("context", f"{stats.context_tokens:,} tokens"),
             (
@@ -227,7 +228,10 @@ class Repl:
             ),
             ("KV cache now", size(stats.kv_bytes)),
             ("dense would hold", size(stats.dense_kv_bytes)),
-            ("last reply", f"{stats.reply_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s"),
+            (
+                "last reply",
+                f"{stats.reply_tokens} tokens{cut}, {stats.tokens_per_second:.1f} tokens/s",
+            ),
             ("first token", f"{stats.first_token_seconds:.2f} s after the question"),
         ]
         self.say("\n".join(f"{name:<17} {value}" for name, value in rows))

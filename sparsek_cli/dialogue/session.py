@@ -173,6 +173,7 @@ class Session:
             tokens_per_second=self._clock.rate,
             reply_tokens=self._clock.tokens,
             first_token_seconds=self._clock.first,
+            reply_at_limit=self.engine.at_limit,
         )
 
     # Going back ---------------------------------------------------------------------------------

@@ -228,6 +228,20 @@ def test_stop_tokens_are_neither_shown_nor_fed(session, monkeypatch):
     assert fed(session)[-2:] == [70, 71]
 
 
+@pytest.mark.parametrize(("drawn", "cut"), [([70, 71, 72], True), ([70, 71, 2], False)])
+def test_a_reply_that_had_no_end_is_told_as_cut(session, monkeypatch, drawn, cut):
+    """Of a model that never comes to an end one saw the text, and not that more would follow."""
+    from sparsek_cli.dialogue import engine as module
+
+    session.sampling = Sampling(max_new_tokens=3)
+    words = iter(drawn)
+    monkeypatch.setattr(module, "draw", lambda *a: next(words))
+    talk(session, "Well?")
+    assert session.stats().reply_at_limit == cut
+    session.clear()
+    assert not session.stats().reply_at_limit
+
+
 def test_greedy_and_seeded_sampling_repeat(engine, tokenizer):
     def reply(sampling: Sampling) -> str:
         return talk(Session(engine(), tokenizer, sampling), "Say?")

@@ -40,6 +40,7 @@ def test_prompt_answers_once_and_stdout_is_only_the_answer(sparsek, model):
     assert shown.out.endswith("\n")
     assert shown.err.startswith(f"loading {model.name}\n"), "seconds of imports follow"
     assert "dense model" in shown.err and "tokens" in shown.err
+    assert "the reply was cut at 5 tokens (--max-new-tokens)\n" in shown.err
     again = sparsek("chat", model, "--prompt", "Hi?", "--max-new-tokens", "5", "-q")
     assert again.out == shown.out and again.err == ""
 
