@@ -31,6 +31,7 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
         kept = "packed" if quantised.stays_packed(lm.config) else "unpacked"
         yield Check("weights", None, f"quantised ({how}), {kept} in memory, computed in {lm.dtype}")
     block = {key: lm.config.sparsek[key] for key in ("topk", "window", "sinks", "gate")}
+    block["topk"] = topk_in_words(block["topk"])
     yield Check(
         "model", None, f"{checkpoint.name}: " + ", ".join(f"{k} {v}" for k, v in block.items())
     )
@@ -38,6 +39,15 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
     yield from _sparse_path(lm)
     yield from _dense_equivalence(lm)
     yield from _cache_bytes(lm)
+
+
+def topk_in_words(topk: int | list) -> str:
+    """`topk` of a config: of a hundred heads no hundred numbers."""
+    if isinstance(topk, int):
+        return str(topk)
+    rows = [row if isinstance(row, list) else [row] for row in topk if row is not None]
+    flat = [k for row in rows for k in row]
+    return f"{min(flat)} to {max(flat)} by head ({sum(flat) / len(flat):.4g} on average)"
 
 
 def _files(checkpoint: "Checkpoint") -> Check:

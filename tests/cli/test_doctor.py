@@ -12,6 +12,7 @@ import pytest
 import sparsek_cli as api
 from sparsek_cli.checkpoint_files.file_hashes import as_written
 from sparsek_cli.diagnosis import diagnose, installation, kernels
+from sparsek_cli.diagnosis.model import topk_in_words
 
 
 @pytest.fixture
@@ -50,6 +51,12 @@ def test_layers_that_read_another_s_keys_attend_too(sparse_model):
 
     (check,) = _sparse_path(sparse_model("gemma4_text-shared"))
     assert check.ok and check.detail.startswith("2 calls of SparseK attention in 2 layers (1 of")
+
+
+def test_of_many_heads_no_list_of_numbers_is_shown():
+    assert topk_in_words(8) == "8"
+    topk = [[0, 4, 8], None, 12, [12, 4, 2]]
+    assert topk_in_words(topk) == "0 to 12 by head (6 on average)"
 
 
 def test_dense_model_is_said_to_be_dense(sparsek, dense_checkpoint):
