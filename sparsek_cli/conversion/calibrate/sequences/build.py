@@ -197,24 +197,28 @@ def _recall(
 def _turn(
     tokenizer: Any, chat: ChatFormat, fact: Fact, *, first: bool
 ) -> tuple[list[int], list[bool]]:
-    """A question and its answer as ids, and which of them tell the fact."""
+    """A question and its answer as ids, and which of them tell the fact, and where it ends.
+
+    Where a value ends stands nowhere but behind it: without that pair `ox` goes on as `oxotism`.
+    """
     before, after = fact.answer.split(f" {fact.value}")
     texts = [("\n\n" if first else "") + fact.question, before, f" {fact.value}", after]
     question, before_ids, value, after_ids = encode(tokenizer, texts)
     opening = [] if first else list(chat.turn)
     ids = [*opening, *question, *chat.reply, *before_ids, *value, *after_ids, *chat.stop]
     told = len(opening) + len(question) + len(chat.reply) + len(before_ids)
-    marks = [told <= i < told + len(value) for i in range(len(ids))]
+    marks = [told <= i <= told + len(value) for i in range(len(ids))]
     return ids, marks
 
 
 def _again(tokenizer: Any, fact: Fact, *, first: bool) -> tuple[list[int], list[bool]]:
-    """A fact told once more as ids, and which of them can be known: the later of key and value."""
+    """A fact told once more as ids, and which can be known: the later of key and value, its end."""
     statement = fact.statement
     later = max(fact.key, fact.value, key=statement.rindex)
     before, after = statement.rsplit(later, 1)
     space = " " if before.endswith(" ") else ""
     texts = [("\n\n" if first else " ") + before.rstrip(" "), space + later, after]
     before_ids, known, after_ids = encode(tokenizer, texts)
-    marks = [False] * len(before_ids) + [True] * len(known) + [False] * len(after_ids)
+    ends = [number == 0 for number in range(len(after_ids))]
+    marks = [False] * len(before_ids) + [True] * len(known) + ends
     return [*before_ids, *known, *after_ids], marks
