@@ -82,6 +82,31 @@ def begins_before(sequences, number, count, tile_stop, PACKED: tl.constexpr):
     return more
 
 
+@triton.jit
+def _probe(
+    best, at, stop, key, found, SIZE: tl.constexpr, EQUAL: tl.constexpr, WHOLE: tl.constexpr
+):
+    """`found`, and SIZE more where so many further ones of the block at `at` are better."""
+    probe = at + found + (SIZE - 1)
+    if WHOLE:
+        other = tl.load(best + probe)
+    else:
+        other = tl.load(best + probe, mask=probe < stop, other=NOBODY)
+    return found + tl.where((other >= key) if EQUAL else (other > key), SIZE, 0)
+
+
+@triton.jit
+def better(best, at, stop, key, EQUAL: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """int32, like `key`: how many of the block at `at` are better; EQUAL: or as good.
+
+    best: keys of any type, from the best to the worst. WHOLE: the block ends before `stop`.
+    """
+    found = tl.zeros(key.shape, tl.int32)
+    for step in tl.static_range(1, BLOCK.bit_length()):
+        found = _probe(best, at, stop, key, found, BLOCK >> step, EQUAL, WHOLE)
+    return _probe(best, at, stop, key, found, 1, EQUAL, WHOLE)
+
+
 @triton.jit(
     do_not_specialize=(
         "scores_b", "scores_h", "step", "count", "steps", "heads", "row_keys", "sinks",

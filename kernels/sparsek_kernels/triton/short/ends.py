@@ -22,6 +22,7 @@ from sparsek_kernels.triton.short.blocks import (
     MEETS,
     NOBODY,
     begins_before,
+    better,
     block_from,
     is_asked,
     order_blocks,
@@ -34,37 +35,15 @@ _NEVER = tl.constexpr(2**63 - 1)  # above all: nobody is better
 
 
 @triton.jit
-def _probe(
-    best, at, stop, key, found, SIZE: tl.constexpr, EQUAL: tl.constexpr, WHOLE: tl.constexpr
-):
-    """`found`, and SIZE more where so many further ones of the block at `at` are better."""
-    probe = at + found + (SIZE - 1)
-    if WHOLE:
-        other = tl.load(best + probe)
-    else:
-        other = tl.load(best + probe, mask=probe < stop, other=NOBODY)
-    return found + tl.where((other >= key) if EQUAL else (other > key), SIZE, 0)
-
-
-@triton.jit
-def _better(best, at, stop, key, EQUAL: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """int32, like `key`: how many of the block at `at` are better; EQUAL: or as good."""
-    found = tl.zeros(key.shape, tl.int32)
-    for step in tl.static_range(1, BLOCK.bit_length()):
-        found = _probe(best, at, stop, key, found, BLOCK >> step, EQUAL, WHOLE)
-    return _probe(best, at, stop, key, found, 1, EQUAL, WHOLE)
-
-
-@triton.jit
 def _count_before(best, first, begin, key, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     """int32, like `key`: better or equal ones in the blocks from `first` to `begin`."""
     met = tl.zeros(key.shape, tl.int32)
     whole = first + (begin - first) // (BLOCKS * BLOCK) * (BLOCKS * BLOCK)
     for start in range(first, whole, BLOCKS * BLOCK):
         for n in tl.static_range(BLOCKS):
-            met += _better(best, start + n * BLOCK, begin, key, True, True, BLOCK)
+            met += better(best, start + n * BLOCK, begin, key, True, True, BLOCK)
     for at in range(whole, begin, BLOCK):
-        met += _better(best, at, begin, key, True, True, BLOCK)
+        met += better(best, at, begin, key, True, True, BLOCK)
     return met
 
 
@@ -114,12 +93,12 @@ def _leaves(
     pending = tl.max(waiting.to(tl.int32), 0)
     while (at + BLOCKS * BLOCK <= stop) & (pending > 0):
         for n in tl.static_range(BLOCKS):
-            more = _better(best, at + n * BLOCK, stop, key, False, True, BLOCK)
+            more = better(best, at + n * BLOCK, stop, key, False, True, BLOCK)
             met, block, waiting = _meet(more, at + n * BLOCK, k, met, block, waiting)
         at += BLOCKS * BLOCK
         pending = tl.max(waiting.to(tl.int32), 0)
     for start in range(at, tl.where(pending > 0, stop, at), BLOCK):
-        more = _better(best, start, stop, key, False, False, BLOCK)
+        more = better(best, start, stop, key, False, False, BLOCK)
         met, block, waiting = _meet(more, start, k, met, block, waiting)
     found = _where_met(ordered, own, key, k, stop, met, block, BLOCK, 2 * BLOCKS)
     leaves = tl.where(block >= 0, found + window, FOREVER_)

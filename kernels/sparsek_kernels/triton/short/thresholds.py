@@ -23,6 +23,7 @@ from sparsek_kernels.triton.short.blocks import (
     BLOCK,
     MEETS,
     begins_before,
+    better,
     block_from,
     tile_from,
 )
@@ -90,27 +91,11 @@ def _sort_blocks(
 
 
 @triton.jit
-def _probe(values, at, x, found, SIZE: tl.constexpr, EQUAL: tl.constexpr):
-    """`found`, and SIZE more where so many further scores of the block at `at` are above x."""
-    other = tl.load(values + at + found + (SIZE - 1))
-    return found + tl.where((other >= x) if EQUAL else (other > x), SIZE, 0)
-
-
-@triton.jit
-def _above(values, at, x, EQUAL: tl.constexpr, BLOCK: tl.constexpr):
-    """int32, like x: how many scores of the whole block at `at` are above x; EQUAL: or are x."""
-    found = tl.zeros(x.shape, tl.int32)
-    for step in tl.static_range(1, BLOCK.bit_length()):
-        found = _probe(values, at, x, found, BLOCK >> step, EQUAL)
-    return _probe(values, at, x, found, 1, EQUAL)
-
-
-@triton.jit
 def _with_block(found, values, sums, at, x, BLOCK: tl.constexpr):
     """`found`, a `_Level`, with the whole block at `at`."""
     best = tl.load(values + at)
-    low = _above(values, at, x, False, BLOCK)
-    high = _above(values, at, x + 1, True, BLOCK)
+    low = better(values, at, at, x, False, True, BLOCK)
+    high = better(values, at, at, x + 1, True, True, BLOCK)
     away = tl.load(sums + at + low - 1, mask=low > 0, other=0.0)
     away -= tl.load(sums + at + high - 1, mask=high > 0, other=0.0)
     count = low - high
