@@ -58,3 +58,17 @@ def _let_libraries_speak_here() -> None:
             if type(handler) is logging.StreamHandler:
                 # Not setStream, which flushes the closed one.
                 handler.stream, handler.flush = sys.stderr, sys.stderr.flush
+
+
+@pytest.fixture
+def converted(dense_model, tokenizer, tmp_path):
+    """Folder of a small converted Llama of random weights, with its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    from sparsek_cli.models import sparsek_config_from
+
+    config = sparsek_config_from(dense_model("llama").config, {"topk": 8, "window": 8, "sinks": 2})
+    folder = tmp_path / "converted"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

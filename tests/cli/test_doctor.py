@@ -15,19 +15,6 @@ from sparsek_cli.diagnosis import diagnose, installation, kernels
 from sparsek_cli.diagnosis.model import topk_in_words
 
 
-@pytest.fixture
-def converted(dense_model, tokenizer, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from sparsek_cli.models import sparsek_config_from
-
-    config = sparsek_config_from(dense_model("llama").config, {"topk": 8, "window": 8, "sinks": 2})
-    folder = tmp_path / "converted"
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 def test_healthy(sparsek, converted):
     shown = sparsek("doctor", converted, "--json", "--device", "cpu")
     report = json.loads(shown.out)

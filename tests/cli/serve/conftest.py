@@ -1,4 +1,4 @@
-"""A converted model, and the packages that a server could be made of."""
+"""The packages that a server could be made of."""
 
 from pathlib import Path
 
@@ -7,19 +7,6 @@ import pytest
 from sparsek_cli.serving import engines
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture
-def converted(dense_model, tokenizer, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    from sparsek_cli.models import sparsek_config_from
-
-    config = sparsek_config_from(dense_model("llama").config, {"topk": 8, "window": 8, "sinks": 2})
-    folder = tmp_path / "converted"
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
