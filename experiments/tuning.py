@@ -70,6 +70,11 @@ _ADAPT = (
     "budgets=[32,16,8,4]", "learning_rate=1e-4", "min_learning_rate=0.2",
     "scorer_learning_rate=1e-4",
 )  # fmt: skip
+_WITH_DENSE = "budgets=[32,16,8,4,1]"
+_TEXT_TOO = (
+    _WITH_DENSE, "objective.lm=1", "learning_rate=3e-4", "min_learning_rate=0.1",
+    "data.needles.weight=0.3", "data.novels.weight=0.6",
+)  # fmt: skip
 ROWS |= {
     "adapt": _ADAPT,
     "adapt dense": _ADAPT,
@@ -84,6 +89,9 @@ ROWS |= {
     "adapt, log gates": (*_ADAPT, "scorer_training=gates", "sparsek.gate=log"),
     "adapt, one budget": (*_ADAPT, "budgets=[]"),
     "adapt, outputs first": (*_ADAPT, "outputs=1"),
+    "adapt, dense steps": (*_ADAPT, _WITH_DENSE),
+    "adapt, text too": (*_ADAPT, *_TEXT_TOO),
+    "adapt, text too dense": (*_ADAPT, *_TEXT_TOO),
 }
 _SMOKE = (
     "data_workers=0", "batch_size=2", "micro_batch_size=2", "sequence_length=512",

@@ -155,7 +155,7 @@ class FinetuneRecipe(Strict):
     budgets: list[Count] = Field(
         default_factory=list,
         description="each step keeps 1/n of sequence_length, n drawn from these, shared out among "
-        "heads as the model's own budget is; []: always the model's own",
+        "heads as the model's own budget is (1: dense attention); []: always the model's own",
     )
     lora: Lora = Field(default_factory=Lora, description="adapter settings for train: lora")
     objective: Objective = Field(default_factory=Objective, description="what is minimised")

@@ -1,4 +1,4 @@
-"""Another budget at each step, so that a base learns to read with more and with fewer keys."""
+"""Another budget at each step, so that a base learns to read with all keys and with fewer."""
 
 from typing import Any
 
@@ -11,8 +11,9 @@ from sparsek_cli.models import layer_budget, set_budget, sparsek_attentions
 class DrawnBudgets(TrainerCallback):
     """Each step keeps `length` / n slots per KV head on average, n drawn from `parts`.
 
-    Window and selected keys of every head grow and shrink alike. What a step draws is a pure
-    function of seed and step. Between steps the model has its own budget.
+    Window and selected keys of every head grow and shrink alike; where n is 1, every head keeps
+    everything, also one that selects nothing else: a step of dense attention. What a step draws is
+    a pure function of seed and step. Between steps the model has its own budget.
     """
 
     def __init__(self, model: Any, parts: tuple[int, ...], length: int, seed: int):
@@ -22,8 +23,10 @@ class DrawnBudgets(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         rng = np.random.default_rng([self._seed, state.global_step])
         part = self._parts[int(rng.integers(len(self._parts)))]
-        before = set_budget(self._model, **scaled(self._model, self._length / part))
-        self._own = {key: before[key] for key in ("topk", "window")}
+        everything = {"topk": self._length}
+        drawn = everything if part == 1 else scaled(self._model, self._length / part)
+        before = set_budget(self._model, **drawn)
+        self._own = {key: before[key] for key in drawn}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         set_budget(self._model, **self._own)

@@ -101,7 +101,8 @@ class Settings:
         layer_losses: makers of further losses from the model and its teacher; no recipe has a key
             for them, experiments set them.
         held_out: what the held-out loss is measured on.
-        budgets: what steps keep: 1/n of the sequence, n drawn from these; empty: the model's own.
+        budgets: what steps keep: 1/n of the sequence, n drawn from these (1: dense attention);
+            empty: the model's own.
         joined: whether documents of a sequence see each other.
         keep_better: whether scorers that training made worse are put back.
         overwrite: the folder to write may be there.

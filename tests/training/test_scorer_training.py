@@ -9,7 +9,12 @@ from verbs import finetune
 
 from sparsek_cli.data.packing import collate
 from sparsek_cli.errors import UsageError
-from sparsek_cli.models import layer_budget, sparsek_attentions, sparsek_config_from
+from sparsek_cli.models import (
+    dense_attention,
+    layer_budget,
+    sparsek_attentions,
+    sparsek_config_from,
+)
 from sparsek_cli.training import refit_scorers as refit
 from sparsek_cli.training.budgets import DrawnBudgets, scaled
 
@@ -39,6 +44,22 @@ def test_budgets_grow_and_shrink_alike_and_a_step_decides(dense_config):
         assert model.config.sparsek["topk"] == [[8, 24], [0, 4]]
         assert model.config.sparsek["window"] == 4
     assert len(set(seen)) == 2 and seen[-1] == seen[3]
+
+
+def test_a_step_of_the_whole_sequence_is_dense_attention(dense_config):
+    model = sparse_model(dense_config).eval()  # a head of it has no slot but sinks and window
+    before = dict(model.config.sparsek)
+    ids = torch.randint(3, 128, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), dense_attention(model):
+        dense = model(ids, use_cache=False).logits
+    drawn = DrawnBudgets(model, (1,), 64, seed=0)
+    drawn.on_step_begin(None, type("State", (), {"global_step": 0}), None)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, use_cache=False).logits, dense)
+    drawn.on_step_end(None, None, None)
+    assert model.config.sparsek == before
+    with torch.no_grad():
+        assert (model(ids, use_cache=False).logits - dense).abs().max() > 1e-3
 
 
 def test_queries_of_layers_that_read_a_layer_s_keys_are_fitted_too(dense_config, monkeypatch):
