@@ -1,6 +1,5 @@
 """A tiny converted checkpoint beside its dense base, and small local data."""
 
-import copy
 import importlib.util
 import json
 import random
@@ -22,22 +21,34 @@ LENGTH = 640  # tokens, which are characters for the tests' tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def _task_files_are_read_once():
-    """lm-eval reads those of a folder again for every task and length, for a tenth of a second."""
+    """lm-eval reads those of a folder again for every task and length, for a tenth of a second.
+
+    Of all its folders thousands of files include the same few, which it reads as often.
+    """
     if importlib.util.find_spec("lm_eval") is None:  # kernels' tests on a bare machine
         yield
         return
-    from lm_eval.tasks import manager
+    from lm_eval.tasks import _yaml_loader, manager
 
     read, known = manager.TaskIndex.build, {}
+    read_file, included = _yaml_loader.load_yaml, {}
 
     def build(paths, **options):
         key = (*map(str, paths), *options.items())
         if key not in known:
             known[key] = read(paths, **options)
-        return copy.deepcopy(known[key])
+        return dict(known[key])  # loading adds names, and copies what it changes of an entry
+
+    def include(path, *, resolve_func, **options):
+        if resolve_func:  # a function may be another one by now
+            return read_file(path, resolve_func=True, **options)
+        if path not in included:
+            included[path] = read_file(path, resolve_func=False, **options)
+        return dict(included[path])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manager.TaskIndex, "build", staticmethod(build))
+        patch.setattr(_yaml_loader, "load_yaml", include)  # known to itself by this name
         yield
 
 

@@ -28,7 +28,7 @@ class Entry:
         lengths: prompt lengths in tokens it is run at by default; empty: as long as the data.
         chat: whether prompts go through the chat template when the tokenizer has one.
         builtin: the task is lm-eval's own.
-        folders: of lm-eval's tasks, where a group's builtin members are defined.
+        folders: of lm-eval's tasks, where this one or a group's builtin members are defined.
         extra: anything else in the block, for the task's own code.
     """
 
@@ -140,7 +140,8 @@ def _lm_eval_tasks(name: str, parent: Entry | None) -> Iterator[Entry]:
     if found.kind.name == "GROUP":
         members = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in _of(found)]
     if not members:
-        yield Entry(name, summary="a task of lm-eval", data="hub", builtin=True)
+        folders = (str(found.yaml_path.parent),) if found.yaml_path else ()
+        yield Entry(name, summary="a task of lm-eval", data="hub", builtin=True, folders=folders)
     for member in members:
         yield from _lm_eval_tasks(member, None)
 

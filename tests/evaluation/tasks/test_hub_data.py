@@ -1,6 +1,7 @@
 """Hub datasets: read from a local copy, or named with how to place one, without asking the hub."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +90,27 @@ def test_scrolls_without_data_says_where_it_is_read_from(run, recipe, console):
     with pytest.raises(SparsekError, match="no data for scrolls_qasper") as caught:
         run(recipe(tasks=["scrolls_qasper"], data=None), console)
     assert "DIR/qasper/validation.jsonl" in caught.value.hint
+
+
+def test_a_task_of_lm_evals_is_read_with_its_folder_alone(monkeypatch):
+    """All 14,000 files of lm-eval were read once for its name and again for each such task."""
+    import lm_eval.tasks
+
+    from sparsek_cli.evaluation.tasks import catalogue, load_tasks
+
+    folder = Path(lm_eval.tasks.__file__).parent / "arc"
+    index = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False).task_index
+    monkeypatch.setattr(catalogue, "lm_eval_index", lambda: index)
+    found, real = [], lm_eval.tasks.TaskManager
+
+    class Manager(real):
+        def __init__(self, **options):
+            super().__init__(**options)
+            assert not options["include_defaults"]
+            found.append(self.task_index)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
+    [entry] = catalogue.expand(["arc_easy"])
+    with pytest.raises(load_tasks._DATA_ERRORS):  # the hub is not asked
+        load_tasks._load(entry, {})
+    assert found[0]["arc_easy"] == index["arc_easy"]
