@@ -17,7 +17,7 @@ from sparsek_kernels.triton.geometry import Geometry
 from sparsek_kernels.triton.lists import SUPER_TILE, KeyLists, key_lists
 from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.short.ends import short_ends
-from sparsek_kernels.triton.short.limits import is_short
+from sparsek_kernels.triton.short.limits import has_short_thresholds, is_short
 from sparsek_kernels.triton.short.lists import short_lists
 from sparsek_kernels.triton.short.thresholds import short_thresholds
 from sparsek_kernels.triton.thresholds.descent import prefix_thresholds
@@ -164,7 +164,7 @@ def find_ends(
 
 def find_thresholds(scores: torch.Tensor, settings: Settings, shape: Geometry) -> torch.Tensor:
     """`prefix_thresholds` of scores float64 [B, G, M], in two launches where the call is short."""
-    find = short_thresholds if is_short(shape) else prefix_thresholds
+    find = short_thresholds if has_short_thresholds(shape) else prefix_thresholds
     return find(scores, settings.topk, settings.window, shape, settings.sinks)
 
 

@@ -9,6 +9,7 @@ from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.lists import key_lists
 from sparsek_kernels.triton.selection import selection_ends
 from sparsek_kernels.triton.short.ends import BLOCK, BLOCKS, short_ends
+from sparsek_kernels.triton.short.limits import has_short_thresholds, is_short
 from sparsek_kernels.triton.short.lists import short_lists
 
 pytestmark = pytest.mark.interpret
@@ -37,6 +38,13 @@ def shapes(heads, keys, batch=1, lengths=None, queries=None):
     bounds = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0).int()
     sizes = (batch, heads, queries, 8), (batch, heads, keys, 8)
     return geometry(*sizes, torch.device("cpu"), bounds)
+
+
+def test_which_calls_are_short():
+    assert is_short(shapes(8, 16_384)) and not is_short(shapes(9, 16_384))
+    assert not is_short(shapes(1, 16_385)) and is_short(shapes(8, 4096, batch=16))
+    assert has_short_thresholds(shapes(8, 12_288)) and not has_short_thresholds(shapes(8, 16_384))
+    assert not has_short_thresholds(shapes(1, 16_385))
 
 
 @pytest.mark.parametrize("kind", KINDS)
