@@ -160,6 +160,26 @@ def test_padding_has_no_influence(family, side, sparse_model, ids):
 
 
 @torch.no_grad()
+def test_a_mask_is_over_all_tokens_or_over_the_new_ones(sparse_model, ids):
+    """Of a prompt that is read in pieces, its whole mask was taken for each piece's last tokens."""
+    model = sparse_model("llama")
+    ids, mask = ids[:1], torch.ones_like(ids[:1])
+    mask[0, :5] = 0
+    whole = model(ids, attention_mask=mask).logits
+    for pieces in ([mask] * 3, mask.split(8, dim=1), [mask[:, :8], mask[:, :16], mask]):
+        cache = models.SparseKCache(model.config)
+        parts = [
+            model(part, attention_mask=given, past_key_values=cache).logits
+            for part, given in zip(ids.split(8, dim=1), pieces, strict=True)
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1)[:, 5:], whole[:, 5:])
+    with pytest.raises(SparsekError, match="covers 10 of 24 tokens"):
+        model(ids, attention_mask=torch.ones(1, 10, dtype=torch.long))
+    with pytest.raises(SparsekError, match="covers 10 of 25 tokens, 24 of them read before"):
+        model(ids[:, :1], attention_mask=mask[:, :10], past_key_values=cache)
+
+
+@torch.no_grad()
 def test_dense_attention_is_the_dense_model(family, dense_model, sparse_model, ids):
     dense, model = dense_model(family), sparse_model(family)
     sparse_logits = logits(model, ids)

@@ -216,20 +216,45 @@ def sparsek_padding_mask(
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
     local_size: int | None = None,
+    q_offset: int = 0,
     **kwargs: Any,
 ) -> torch.Tensor | None:
     """Padding of the new tokens, bool [B, q_length], or None when there is none.
 
     Causality needs no mask, and padding among earlier tokens never reached the state. Layers that
     slide (`local_size`) have a mask of their own.
+
+    Args:
+        attention_mask: [B, M] over all tokens from the first, as transformers has it, further ones
+            included; or over the new ones alone.
+        q_offset: tokens before the new ones.
+
+    Raises:
+        SparsekError: a mask of some of the tokens.
     """
     if local_size is not None:
         sizes = {"batch_size": batch_size, "q_length": q_length, "kv_length": kv_length}
-        return sliding_mask(attention_mask, local_size=local_size, **sizes, **kwargs)
+        return sliding_mask(
+            attention_mask, local_size=local_size, q_offset=q_offset, **sizes, **kwargs
+        )
     if attention_mask is None:
         return None
-    new = attention_mask[:, -q_length:].to(torch.bool)
+    new = _of_new_tokens(attention_mask, q_length, q_offset).to(torch.bool)
     return None if bool(new.all()) else new
+
+
+def _of_new_tokens(mask: torch.Tensor, q_length: int, q_offset: int) -> torch.Tensor:
+    """[B, q_length] of a mask [B, M]."""
+    covered = mask.shape[-1]
+    if covered == q_length:
+        return mask
+    if covered < q_offset + q_length:
+        before = f", {q_offset} of them read before" if q_offset else ""
+        raise SparsekError(
+            f"the attention mask covers {covered} of {q_offset + q_length} tokens{before}",
+            hint="give a mask over all tokens from the first, or over the new ones alone",
+        )
+    return mask[:, q_offset : q_offset + q_length]
 
 
 def check_cache(cache: Any, implementation: str) -> None:

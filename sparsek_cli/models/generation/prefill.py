@@ -36,10 +36,11 @@ def reads_in_chunks(forward: Callable) -> Callable:
         length, kept = tokens.shape[1], kwargs["logits_to_keep"]
         if kwargs.get("past_key_values") is None:
             kwargs["past_key_values"] = SparseKCache(self.config)
+        seen = kwargs["past_key_values"].get_seq_length()
         starts = [*range(0, length, size)]
         starts[-1] = min(starts[-1], length - kept)  # it holds all whose logits are wanted
         for start, end in zip(starts, [*starts[1:], length], strict=True):
-            part = {**kwargs, **_cut(kwargs, start, end, length)}
+            part = {**kwargs, **_cut(kwargs, start, end, length, seen)}
             part["logits_to_keep"] = kept if end == length else 1
             output = forward(self, **part)
         return output
@@ -87,8 +88,10 @@ def _chunk(model: Any, kwargs: dict[str, Any]) -> int | None:
     return size if isinstance(cache, SparseKCache) else None
 
 
-def _cut(kwargs: dict[str, Any], start: int, end: int, length: int) -> dict[str, Any]:
-    """Those of `kwargs` that run along the tokens, from `start` to `end`."""
+def _cut(
+    kwargs: dict[str, Any], start: int, end: int, length: int, seen: int
+) -> dict[str, Any]:
+    """Those of `kwargs` that run along the tokens, from `start` to `end`; `seen` came before."""
     cut = {}
     for name in _ALONG_TOKENS:
         value = kwargs.get(name)
@@ -96,5 +99,6 @@ def _cut(kwargs: dict[str, Any], start: int, end: int, length: int) -> dict[str,
             cut[name] = value[:, start:end]
     mask = kwargs.get("attention_mask")
     if mask is not None:
-        cut["attention_mask"] = mask[:, : mask.shape[1] - length + end]
+        alone = seen > 0 and mask.shape[1] == length  # of the new tokens, not of those before them
+        cut["attention_mask"] = mask[:, start:end] if alone else mask[:, : seen + end]
     return cut
