@@ -12,7 +12,7 @@ from sparsek_cli.loading import (
     check_tokenizer,
     embedding_rows,
     load_config,
-    load_tokenizer,
+    load_open_tokenizer,
     load_weights,
     readable_errors,
 )
@@ -71,7 +71,7 @@ def load_measured(
 
     where = choose_device(how.device)
     dtype = choose_dtype(how.dtype, where)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = load_open_tokenizer(checkpoint)
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UsageError(
             f"the tokenizer of '{checkpoint.name}' has neither a bos nor an eos token, one of "

@@ -10,7 +10,11 @@ library_errors  what libraries raise meanwhile, in one line
 
 from sparsek_cli.loading.configs import load_config
 from sparsek_cli.loading.library_errors import readable_errors
-from sparsek_cli.loading.tokenizers import check_tokenizer, load_tokenizer
+from sparsek_cli.loading.tokenizers import (
+    check_tokenizer,
+    load_open_tokenizer,
+    load_tokenizer,
+)
 from sparsek_cli.loading.weights import (
     check_loaded,
     check_whole,
@@ -26,6 +30,7 @@ __all__ = [
     "embedding_rows",
     "load_config",
     "load_model",
+    "load_open_tokenizer",
     "load_tokenizer",
     "load_weights",
     "readable_errors",

@@ -1,7 +1,8 @@
 """The tokenizer of a checkpoint, whose ids fit the model."""
 
+import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.checkpoint_files.template_steps import check_template
 from sparsek_cli.errors import SparsekError, first_line
@@ -47,6 +48,56 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
         )
     check_template(tokenizer, name)
     return tokenizer
+
+
+def load_open_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBase":
+    """As `load_tokenizer`, for texts that go on: nothing is put behind them.
+
+    Tokenizers saved for training close every text (`add_eos_token`). A prompt would be closed
+    before its answer, and of a choice's tokens the closing one would be scored.
+
+    Raises:
+        SparsekError: as `load_tokenizer`, or it closes texts in a way that cannot be left out.
+    """
+    tokenizer = load_tokenizer(source)
+    if not _closing(tokenizer):
+        return tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    processor = getattr(backend, "post_processor", None)
+    if processor is not None:
+        state = json.loads(processor.__getstate__())
+        processor.__setstate__(json.dumps(_left_open(state)).encode())
+        backend.post_processor = processor
+    if _closing(tokenizer):
+        name = source if isinstance(source, str | Path) else source.name
+        raise SparsekError(
+            f"the tokenizer of '{name}' puts {_closing(tokenizer)} behind every text, so that "
+            "prompts end before their answers",
+            hint='set "add_eos_token": false in its tokenizer_config.json',
+        )
+    return tokenizer
+
+
+def _closing(tokenizer: Any) -> list[str]:
+    """Tokens that stand behind every text."""
+    bare = tokenizer("a word", add_special_tokens=False).input_ids
+    whole = tokenizer("a word").input_ids
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return tokenizer.convert_ids_to_tokens(whole[start + len(bare) :])
+    return []
+
+
+def _left_open(processor: dict[str, Any]) -> dict[str, Any]:
+    """A post-processor of a tokenizer.json without what it puts behind a text."""
+    if processor["type"] == "Sequence":
+        inner = [_left_open(one) for one in processor["processors"]]
+        return processor | {"processors": inner}
+    if processor["type"] != "TemplateProcessing":
+        return processor
+    pieces = processor["single"]
+    last = max(place for place, piece in enumerate(pieces) if "Sequence" in piece)
+    return processor | {"single": pieces[: last + 1]}
 
 
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) -> None:

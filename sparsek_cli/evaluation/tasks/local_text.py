@@ -48,9 +48,9 @@ _LOADED: dict[str, Any] = {}
 
 def _tokenizer(name: str) -> Any:
     if name not in _LOADED:
-        from sparsek_cli.loading import load_tokenizer
+        from sparsek_cli.loading import load_open_tokenizer
 
-        _LOADED[name] = load_tokenizer(name)
+        _LOADED[name] = load_open_tokenizer(name)
     return _LOADED[name]
 
 
