@@ -35,6 +35,7 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     _check_activations(config, name)
     _settle_stray_kinds(config)
+    _leave_flash_out(config)
     if config.model_type.removeprefix("sparsek_") in TABLE:
         check_scaling(config.to_dict(), head_dim_of(config, 0))
     return config
@@ -62,6 +63,14 @@ def _settle_stray_kinds(config: "PreTrainedConfig") -> None:
         if window is not None and window < context and getattr(config, "use_sliding_window", True):
             raise stray_window(key, window, kind)
         setattr(config, key, None)
+
+
+def _leave_flash_out(config: "PreTrainedConfig") -> None:
+    """What computes attention depends on the machine: flash-attn, which config.json may name from
+    where it was saved, is mostly not installed, and knows no float32. transformers chooses then.
+    """
+    if "flash" in str(getattr(config, "_attn_implementation", None)):
+        config._attn_implementation = None
 
 
 def _check_activations(config: "PreTrainedConfig", name: str) -> None:

@@ -20,7 +20,7 @@ _SIZES = (
     "intermediate_size", "vocab_size", "max_position_embeddings", "n_embd", "n_layer", "n_head",
     "n_positions",
 )  # fmt: skip
-_DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double", "auto")
+_DTYPES = ("bfloat16", "float16", "float32", "float64", "float", "half", "double")
 
 
 def read_config(path: Path) -> dict[str, Any]:

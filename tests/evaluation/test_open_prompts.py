@@ -1,4 +1,4 @@
-"""Tokenizers that close every text (`add_eos_token`): what is measured goes on, and is not closed."""
+"""Tokenizers that close every text (`add_eos_token`): what goes on is left open."""
 
 import json
 import shutil

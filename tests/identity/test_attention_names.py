@@ -134,3 +134,21 @@ for folder in {folders}:
 """
     done = clean_program(code)
     assert done.stdout.split() == ["refused"] * 4, done.stderr
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_base_that_names_flash_attention_is_read_without_it(key, make_checkpoint, tmp_path):
+    """It was an ImportError, with the advice to upgrade packages."""
+    from verbs import convert
+
+    from sparsek_cli.hub import resolve
+    from sparsek_cli.loading import load_model
+    from sparsek_cli.recipes.schema_convert import ConvertRecipe
+
+    base, out = make_checkpoint(tmp_path / "base"), tmp_path / "out"
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {key: "flash_attention_2"}))
+    convert(ConvertRecipe(model=str(base), out=str(out), calibrate="none", topk=6, window=4))
+    places = {"device": torch.device("cpu"), "dtype": torch.float32}
+    assert load_model(resolve(base), **places).config._attn_implementation == "sdpa"
+    assert_sparse(load_model(resolve(out), **places))

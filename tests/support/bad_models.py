@@ -319,6 +319,7 @@ MODELS: dict[str, Maker] = {
     "sizes-other": config(intermediate_size=49),
     "dtype-of-integers": config(dtype="int8"),
     "dtype-unknown": config(dtype=None, torch_dtype="float7"),
+    "dtype-auto": config(dtype="auto"),
     "end-a-word": config(eos_token_id="</s>"),
     "activation-unknown": config(hidden_act="sily"),
     "rope-unknown": config(rope_parameters={"rope_type": "who", "rope_theta": 1e4}),
