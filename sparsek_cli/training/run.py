@@ -21,7 +21,7 @@ from sparsek_cli.training.datasets import make_datasets
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan
 from sparsek_cli.training.progress import ProgressReport
-from sparsek_cli.training.run_sizes import Sizes, sizes_of
+from sparsek_cli.training.run_sizes import Sizes, counted_steps, sizes_of
 from sparsek_cli.training.storage.damage import CannotResume
 from sparsek_cli.training.storage.output import check_room, write_model
 from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
@@ -77,9 +77,8 @@ class Trained:
             lines.append(f"held-out recall {self.held_out_recall:.1%}{before}")
         if self.kept == "start":
             lines.append("training did not help: the scorers it started with were kept")
-        lines.append(
-            f"loss {self.loss:.4f} after {self.steps} steps, {self.tokens_per_second:,.0f} tokens/s"
-        )
+        steps = counted_steps(self.steps)
+        lines.append(f"loss {self.loss:.4f} after {steps}, {self.tokens_per_second:,.0f} tokens/s")
         return "\n".join(lines)
 
 

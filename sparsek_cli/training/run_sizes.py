@@ -91,6 +91,11 @@ class Sizes:
         )
 
 
+def counted_steps(count: int) -> str:
+    """Such as `1 step` and `1,500 steps`."""
+    return f"{count:,} step{'' if count == 1 else 's'}"
+
+
 def sizes_of(
     model: Any,
     settings: "Settings",

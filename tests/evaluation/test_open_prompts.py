@@ -45,9 +45,10 @@ def test_prompts_choices_and_passages_are_left_open(closed, checkpoints, recipe,
     ).lm  # fmt: skip
     bare = lm.tokenizer("some words", add_special_tokens=False).input_ids
     assert lm.tok_encode("some words")[-len(bare) :] == bare
-    assert lm._encode_pair("some words", " A")[1] == lm.tokenizer(
-        " A", add_special_tokens=False
-    ).input_ids
+    assert (
+        lm._encode_pair("some words", " A")[1]
+        == lm.tokenizer(" A", add_special_tokens=False).input_ids
+    )
     text = " ".join(f"word {n}" for n in range(900))
     (tmp_path / "one.txt").write_text(text, encoding="utf-8")
     rows = ppl.dataset(

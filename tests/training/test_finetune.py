@@ -162,12 +162,13 @@ def test_a_time_limit_ends_the_run_and_writes_it(recipe, scratch, tmp_path):
 def test_the_folder_is_complete(recipe, sparse_checkpoint, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    finetune(recipe("train=all", "sparsek.topk=4", model=sparse_checkpoint()))
+    finetune(recipe("train=all", "sparsek.topk=4", "steps=1", model=sparse_checkpoint()))
     out = tmp_path / "out"
     model = AutoModelForCausalLM.from_pretrained(out)
     assert model.config.sparsek["topk"] == 4
     assert AutoTokenizer.from_pretrained(out)("Anna").input_ids
-    assert "finetune" in (out / "README.md").read_text()
+    card = (out / "README.md").read_text()
+    assert "finetune" in card and "\n1 step, " in card
     assert "sequence_length: 64" in (out / "finetune.yaml").read_text()
     assert len({file.stat().st_mode for file in out.iterdir()}) == 1
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*.part"))

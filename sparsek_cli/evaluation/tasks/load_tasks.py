@@ -10,7 +10,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.tasks.catalogue import TASK_FOLDER, Entry, catalogue
 from sparsek_cli.evaluation.tasks.hub_data import how_to_place, redirected
 from sparsek_cli.evaluation.tasks.local_text import WrongLength
-from sparsek_cli.evaluation.tasks.skipped import Absent, explained
+from sparsek_cli.evaluation.tasks.skipped import Absent, explained, nothing_left
 from sparsek_cli.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
@@ -105,9 +105,7 @@ def load_units(
                 break
             units.append(Unit(entry, length, task, chat))
     if not units:
-        groups = explained(absent)
-        missing = "; ".join(line for lines, _ in groups for line in lines)
-        raise SparsekError(f"no data for {missing}", hint="; ".join(remedy for _, remedy in groups))
+        raise nothing_left(absent)
     return units, absent
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from sparsek_cli.errors import SparsekError
+
 
 @dataclass(frozen=True)
 class Absent:
@@ -41,6 +43,19 @@ def explained(absent: Iterable[Absent]) -> list[tuple[list[str], str]]:
         )
         for remedy, reasons in by_remedy.items()
     ]
+
+
+def nothing_left(absent: Iterable[Absent]) -> SparsekError:
+    """The error of an evaluation that all tasks are absent from."""
+    absent = list(absent)
+    groups = explained(absent)
+    missing = "; ".join(line for lines, _ in groups for line in lines)
+    hint = "; ".join(remedy for _, remedy in groups)
+    if len(groups) > 1 and len({item.reason for item in absent}) == 1:
+        missing = f"{', '.join(item.name for item in absent)}: {absent[0].reason}"
+        elsewhere = "name --data DIR; `sparsek evaluate --list` says what each task reads there"
+        hint = _or_unset(absent[0].switch, elsewhere)
+    return SparsekError(f"no data for {missing}", hint=hint)
 
 
 def _or_unset(switch: str | None, remedy: str) -> str:

@@ -88,9 +88,7 @@ def _chunk(model: Any, kwargs: dict[str, Any]) -> int | None:
     return size if isinstance(cache, SparseKCache) else None
 
 
-def _cut(
-    kwargs: dict[str, Any], start: int, end: int, length: int, seen: int
-) -> dict[str, Any]:
+def _cut(kwargs: dict[str, Any], start: int, end: int, length: int, seen: int) -> dict[str, Any]:
     """Those of `kwargs` that run along the tokens, from `start` to `end`; `seen` came before."""
     cut = {}
     for name in _ALONG_TOKENS:

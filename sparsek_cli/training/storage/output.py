@@ -21,6 +21,7 @@ from sparsek_cli.output.staging import staged
 from sparsek_cli.output.tokenizer_files import bring
 from sparsek_cli.training.model import cast_for_saving
 from sparsek_cli.training.parameters import is_scorer
+from sparsek_cli.training.run_sizes import counted_steps
 from sparsek_cli.training.storage.adapters import save_adapters
 from sparsek_cli.training.storage.checkpoints import checkpoints_in
 from sparsek_cli.training.storage.resume import part_folder
@@ -221,7 +222,7 @@ tags:
 # {Path(result.out).name}
 
 Made from {sizes.model} with `sparsek finetune`: {what}.
-{result.steps:,} steps, {tokens:,} tokens of {sizes.batch.length:,} per sequence.
+{counted_steps(result.steps)}, {tokens:,} tokens of {sizes.batch.length:,} per sequence.
 {losses}
 To repeat it: `sparsek finetune --recipe {FINETUNE_RECIPE}` (the recipe beside this card).
 

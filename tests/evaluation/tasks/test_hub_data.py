@@ -114,3 +114,11 @@ def test_a_task_of_lm_evals_is_read_with_its_folder_alone(monkeypatch):
     with pytest.raises(load_tasks._DATA_ERRORS):  # the hub is not asked
         load_tasks._load(entry, {})
     assert found[0]["arc_easy"] == index["arc_easy"]
+
+
+def test_a_group_without_data_is_one_line_and_one_hint(run, recipe, console):
+    """Each of the seven said why, and each hint where it is read from."""
+    with pytest.raises(SparsekError, match="scrolls_govreport, .*scrolls_contractnli: ") as caught:
+        run(recipe(tasks=["scrolls"], data=None), console)
+    assert caught.value.message.count("is not in the hub's cache") == 1
+    assert caught.value.hint.count("--data DIR") == 1 and len(caught.value.hint) < 140
