@@ -17,6 +17,7 @@ from typing import Any
 
 import interpreted
 import pytest
+from quick_logging import catch_logs_quickly
 from tiny_families import VOCAB_SIZE, tiny_config
 
 # Tests never reach the network; set before transformers reads them.
@@ -234,6 +235,13 @@ def dense_checkpoint(tmp_path: Path) -> Callable[..., Path]:
         return save_tiny_checkpoint(tmp_path / name, family, **options)
 
     return make
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the first record is caught."""
+    patch = pytest.MonkeyPatch()
+    config.add_cleanup(patch.undo)
+    catch_logs_quickly(patch)
 
 
 def pytest_collectstart() -> None:
