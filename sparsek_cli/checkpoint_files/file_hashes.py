@@ -1,7 +1,7 @@
 """sha256 of files of weights as they were written; `sparsek doctor` and `push` compare.
 
 Those of a base's files stand in the model's index, others in the file itself. Loading does not
-compare them: hashing gigabytes takes longer than mapping them.
+compare them: hashing gigabytes takes longer than mapping them. It compares samples (samples.py).
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """A planned conversion, carried out: calibrate, write, verify; then the folder takes its name."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,21 +78,31 @@ class Converted:
         if not self.plan.scorers_only:
             lines.append(f"tokenizer   {self.tokenizer}")
         if self.calibration:
-            found = self.calibration
-            lines.append(
-                f"calibrated  divergence from dense {found['text_loss']:.3f} nats in text and "
-                f"{found['answer_loss']:.3f} at answers far back; plain window "
-                f"{found['window_text_loss']:.3f} and {found['window_answer_loss']:.3f}"
-            )
-            ends = ", ".join(
-                f"{found[end]['text_loss']:.3f} / {found[end]['answer_loss']:.3f}"
-                for end in ("text_alone", "recall_alone")
-            )
-            lines.append(
-                f"            with recall={found['recall']:g}; of what was tried, best in "
-                f"text and best far back: {ends}"
-            )
+            lines += _calibrated(self.calibration)
         return "\n".join(lines)
+
+
+def _calibrated(found: Mapping[str, Any]) -> list[str]:
+    """What calibration measured, and whether a plain window of as many slots would do better."""
+    ends = ", ".join(
+        f"{found[end]['text_loss']:.3f} / {found[end]['answer_loss']:.3f}"
+        for end in ("text_alone", "recall_alone")
+    )
+    lines = [
+        f"calibrated  divergence from dense {found['text_loss']:.3f} nats in text and "
+        f"{found['answer_loss']:.3f} at answers far back; plain window "
+        f"{found['window_text_loss']:.3f} and {found['window_answer_loss']:.3f}",
+        f"            with recall={found['recall']:g}; of what was tried, best in "
+        f"text and best far back: {ends}",
+    ]
+    kinds = {"text": "in text", "answer": "at answers far back"}
+    worse = [w for kind, w in kinds.items() if found[f"{kind}_loss"] > found[f"window_{kind}_loss"]]
+    if worse:
+        lines.append(
+            f"            warning: a plain window loses less {' and '.join(worse)}; give more text "
+            "(calibrate_tokens), longer documents (calibrate_length) or more slots (budget)"
+        )
+    return lines
 
 
 def run(plan: Plan, reporter: Reporter | None = None) -> Converted:

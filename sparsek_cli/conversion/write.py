@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli import disk
-from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files import json_text, samples
 from sparsek_cli.checkpoint_files.file_hashes import KEY, SOON, hash_of, known_hash, written_hashes
 from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.checkpoint_files.shards import INDEX, write_part
@@ -130,6 +130,9 @@ def _write(
         copied += shard.bytes if means[-1] == "copy" else 0
         weight_map.update(dict.fromkeys(shard.tensors, name))
     metadata: dict[str, Any] = {KEY: hashes} if (hashes := _hashes(plan, folder)) else {}
+    if not plan.scorers_only:
+        files = dict.fromkeys(weight_map.values())
+        metadata[samples.KEY] = samples.samples_of(folder / name for name in files)
     tensors = {
         f"{plan.scorer_path(layer)}.{part}": np.ascontiguousarray(array)
         for layer, scorer in zip(plan.sparse_layers, scorers, strict=True)

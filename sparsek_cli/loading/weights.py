@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import quantised
-from sparsek_cli.checkpoint_files.seal import check_seal
 from sparsek_cli.checkpoint_files.shape_checks import sizes_beyond
 from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import is_converted
@@ -14,7 +13,6 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.own_config import own_value
 from sparsek_cli.loading.configs import load_config
 from sparsek_cli.loading.library_errors import DAMAGED, readable_errors
-from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -83,7 +81,7 @@ def load_weights(
 
     Raises:
         SparsekError: weights are missing, left over or of another shape, or cannot be read;
-            scorers are not those that were written.
+            scorers are not those that were written, or a base's not those that were converted.
     """
     from transformers import AutoModelForCausalLM
 
@@ -110,8 +108,6 @@ def load_weights(
     _say_untied(model, name)
     if not scorers_later:
         _check_scorers(model, name)
-        if str(device) != "meta" and (path / SCORERS).is_file():
-            check_seal(path / SCORERS)
     return model
 
 

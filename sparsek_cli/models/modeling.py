@@ -7,6 +7,8 @@ modules (and, inside a causal LM, its base model) change class in place.
 from __future__ import annotations
 
 import inspect
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ from sparsek_cli.models.scorer import (
     SparseKMlpScorer,
     SparseKScorer,
 )
+from sparsek_cli.output.parts import check_parts
 
 # What is asked of all tokens, whatever logits are wanted.
 _RECORDED = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -60,6 +63,18 @@ class SparseKPreTrainedMixin:
                 module._is_hf_initialized = True
             return
         super()._initialize_weights(module, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', of a folder whose parts belong together (see output/parts.py).
+
+        Raises:
+            SparsekError: they do not.
+        """
+        name = pretrained_model_name_or_path
+        if isinstance(name, str | PathLike):
+            check_parts(Path(name, kwargs.get("subfolder") or ""))
+        return super().from_pretrained(name, *args, **kwargs)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """As transformers', for our own names.

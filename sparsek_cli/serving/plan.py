@@ -11,13 +11,12 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-from sparsek_cli.checkpoint_files.seal import check_seal
 from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.loading import check_tokenizer, load_config, load_tokenizer
-from sparsek_cli.output.contents import SCORERS
+from sparsek_cli.output.parts import check_parts
 from sparsek_cli.serving import address
 from sparsek_cli.serving.cost import Cost, cost, served_dtype
 from sparsek_cli.serving.engines import TRANSFORMERS, VLLM, choose
@@ -118,8 +117,7 @@ def plan(
     given = Flags(flags)
     # What the server would say later, and not in one line.
     check_tokenizer(load_tokenizer(checkpoint), fields["vocab_size"], checkpoint.name)
-    if (checkpoint.path / SCORERS).is_file():
-        check_seal(checkpoint.path / SCORERS)
+    check_parts(checkpoint.path)
     name, why = choose(fields, engine)
     config = load_config(checkpoint.path, checkpoint.name)
     kept = served_dtype(config, checkpoint.path, dtype)

@@ -6,6 +6,7 @@ from typing import Any
 
 from sparsek_cli import hub, model_folder
 from sparsek_cli.checkpoint_files.file_hashes import check_as_written
+from sparsek_cli.checkpoint_files.samples import check_samples
 from sparsek_cli.checkpoint_files.seal import check_seal
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.loading import check_whole, load_tokenizer
@@ -143,6 +144,7 @@ def _check_files(place: Path, reporter: Reporter) -> None:
         for file in files:
             check_as_written(file)
             bar.advance(file.stat().st_size)
+    check_samples(place)  # all that is known of large files
 
 
 def _check(place: Path) -> None:

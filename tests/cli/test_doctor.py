@@ -11,6 +11,7 @@ import pytest
 
 import sparsek_cli as api
 from sparsek_cli.checkpoint_files.file_hashes import as_written
+from sparsek_cli.checkpoint_files.shards import read_shard
 from sparsek_cli.diagnosis import diagnose, installation, kernels
 from sparsek_cli.diagnosis.model import topk_in_words
 
@@ -60,7 +61,9 @@ def test_a_base_s_files_are_those_that_were_written(sparsek, dense_checkpoint, t
     shown = sparsek(*line, out)
     assert shown.code == 0 and "1 of 1 files of weights are what was written" in shown.out
     flipped = bytearray((out / "base-00001.safetensors").read_bytes())
-    flipped[-1] ^= 1
+    entries = read_shard(out / "base-00001.safetensors").tensors.values()
+    largest = max(entries, key=lambda entry: entry.end - entry.start)
+    flipped[largest.start + 300] ^= 1  # where loading takes no sample
     (out / "base-00001.safetensors").unlink()  # it may be the base's own
     (out / "base-00001.safetensors").write_bytes(flipped)
     api.load(out, device="cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,8 @@ def test_every_family_calibrates(family, dense_checkpoint, tmp_path):
 
     base = dense_checkpoint(family)
     options = {"topk": 24, "window": 16, "calibrate_tokens": 2048, "calibrate_length": 256}
-    reports = [calibrated(base, tmp_path / name, **options).calibration for name in ("a", "b")]
+    done = [calibrated(base, tmp_path / name, **options) for name in ("a", "b")]
+    reports = [each.calibration for each in done]
     one, two = (load_file(tmp_path / name / "sparsek.safetensors") for name in ("a", "b"))
     assert one.keys() == two.keys() and all(np.array_equal(one[k], two[k]) for k in one)
     assert reports[0]["text_loss"] == reports[1]["text_loss"] > 0
@@ -47,6 +49,15 @@ def test_every_family_calibrates(family, dense_checkpoint, tmp_path):
     assert all(np.isfinite(array).all() for array in one.values())
     weights = [array for name, array in one.items() if name.endswith("weight")]
     assert all(array.any() for array in weights)
+    for worse, words in (
+        ({"text": 1}, "in text;"),
+        ({"answer": 1}, "at answers far back;"),
+        ({}, ""),
+    ):
+        losses = {f"{kind}_loss": worse.get(kind, 0) for kind in ("text", "answer")}
+        windows = {f"window_{kind}": 0.5 for kind in losses}
+        said = replace(done[0], calibration={**reports[0], **losses, **windows}).text()
+        assert ("warning: a plain window loses less" in said) == bool(worse) and words in said
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from sparsek_cli.families import TABLE
 from sparsek_cli.models.cache.bytes import slot_dtype
 from sparsek_cli.models.config import head_dim, kv_heads, layer_budget
 from sparsek_cli.models.scorer import new_scorer
+from sparsek_cli.output.parts import check_parts
 from sparsek_vllm import FAMILIES, engine
 from sparsek_vllm.heads import reordered
 from sparsek_vllm.layer import SparseKLayer, register_layer
@@ -161,6 +163,7 @@ class SparseKConfigHook(engine.VerifyAndUpdateConfig):
     @classmethod
     def verify_and_update_config(cls, vllm_config) -> None:
         check(vllm_config)
+        check_parts(Path(vllm_config.model_config.model))
         engine.MambaModelConfig.verify_and_update_config(vllm_config)
 
 

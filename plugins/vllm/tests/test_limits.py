@@ -9,7 +9,9 @@ import pytest
 from sparsek_vllm import VERSIONS, limits
 from vllm.engine.arg_utils import EngineArgs
 
+from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.errors import refusal
+from sparsek_cli.output.contents import SCORERS
 
 REFUSED = {
     "speculative decoding": {
@@ -91,3 +93,17 @@ def test_heads_that_vllm_would_cut_are_refused(tmp_path, run_engine):
     words = "heads of size 16 on vLLM, 32 in the model"
     with pytest.raises(Exception, match=words), run_engine(folder):
         pass
+
+
+def test_scorers_that_were_changed_are_refused(checkpoint, tmp_path):
+    """A damaged file is told from a whole one before vLLM reads it, as every verb does."""
+    folder = shutil.copytree(checkpoint("llama"), tmp_path / "m")
+    file = next(iter(folder.glob("*.safetensors"))).rename(folder / SCORERS)
+    seal(file)
+    configure(folder)
+    bits = bytearray(file.read_bytes())
+    bits[-1] ^= 1
+    file.write_bytes(bits)
+    with pytest.raises(Exception, match="is damaged") as refused:
+        configure(folder)
+    assert refusal(refused.value).hint

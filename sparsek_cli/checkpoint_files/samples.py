@@ -1,0 +1,62 @@
+"""Whether a base's files are those that were converted: some bytes of every tensor, hashed.
+
+They lie in a converted folder by hard links, so a program that writes the base in place changes
+them too, under scorers that were fitted to what they were. Reading them whole would take longer
+than loading; another training of the same model differs in every tensor.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.shards import INDEX, TensorEntry, read_shard
+from sparsek_cli.errors import SparsekError
+
+KEY = "sparsek_samples"  # of the index's metadata: hashes by name of file
+_BYTES = 256  # of a tensor, in three places
+
+
+def sample_of(file: Path) -> str:
+    """sha256 over the names, dtypes, shapes and some bytes of a safetensors file's tensors."""
+    shard, found = read_shard(file), hashlib.sha256()
+    with file.open("rb") as opened:
+        for name, entry in sorted(shard.tensors.items()):
+            found.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+            for place in _places(entry):
+                opened.seek(place)
+                found.update(opened.read(min(_BYTES, entry.end - place)))
+    return found.hexdigest()
+
+
+def samples_of(files: Iterable[Path]) -> dict[str, str]:
+    """`sample_of` by name of file."""
+    return {file.name: sample_of(file) for file in files}
+
+
+def check_samples(folder: Path) -> None:
+    """Raises SparsekError where a folder's index knows another sample of one of its files."""
+    for name, written in _written(folder).items():
+        file = folder / name
+        if file.is_file() and sample_of(file) != written:
+            raise SparsekError(
+                f"{file} holds other weights than those that were converted",
+                hint="it is the base's own file, which another program may have written since: "
+                "convert the base again. If this is meant, take the file's entry out of "
+                f"'{KEY}' in the metadata of {INDEX}",
+            )
+
+
+def _places(entry: TensorEntry) -> tuple[int, int, int]:
+    """Start, middle and end of a tensor in its file."""
+    last = max(entry.start, entry.end - _BYTES)
+    return entry.start, (entry.start + last) // 2, last
+
+
+def _written(folder: Path) -> dict[str, str]:
+    try:
+        found = json_text.parse((folder / INDEX).read_text(encoding="utf-8"))["metadata"][KEY]
+        # No name leads out of the folder.
+        return {Path(str(name)).name: str(value) for name, value in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
