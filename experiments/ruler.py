@@ -29,11 +29,11 @@ from experiments.steps import Steps
 from experiments.suite import with_tokenizer
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.devices import choose_device
-from sparsek_cli.evaluation.measured_model import stretch
 from sparsek_cli.evaluation.tasks import ruler_samples
 from sparsek_cli.evaluation.tasks.catalogue import catalogue
 from sparsek_cli.evaluation.tasks.ruler import build_haystack
 from sparsek_cli.loading import load_tokenizer
+from sparsek_cli.loading.positions import stretch
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 

@@ -1,6 +1,6 @@
 """load and chat: a model in this program."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.api import values
 from sparsek_cli.api.values import (
@@ -27,6 +27,7 @@ def load(
     device: "str | int | torch.device" = "auto",
     dtype: str = "auto",
     cache_dtype: str | None = None,
+    yarn: float | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """A model in eval mode on its device, and its tokenizer; converted and dense ones alike.
 
@@ -38,25 +39,27 @@ def load(
         dtype: auto, bfloat16, float16 or float32.
         cache_dtype: what a converted model's cache holds: auto (`dtype`) or int8; None: as
             converted.
+        yarn: rotary positions are stretched (YaRN), to read so many times the model's own length.
     """
     from sparsek_cli import hub
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.loading import load_model, load_tokenizer
 
     check_words(revision=revision, dtype=dtype, cache_dtype=cache_dtype)
+    if yarn is not None:
+        check_numbers(yarn=yarn)
     added, named = place_or_none("scorers", scorers), values.device(device)
     checkpoint, where = hub.resolve(place("model", model), revision), choose_device(named)
     tokenizer, number = load_tokenizer(checkpoint), choose_dtype(dtype, where)
+    how: dict[str, Any] = {
+        "device": where, "dtype": number, "cache_dtype": cache_dtype, "yarn": yarn,
+    }  # fmt: skip
     if added is None:
-        weights = load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype)
-        return weights, tokenizer
+        return load_model(checkpoint, **how), tokenizer
     from sparsek_cli.scorers_alone.find import read
     from sparsek_cli.sharing.merge import load_onto
 
-    weights = load_onto(
-        checkpoint, read(added), device=where, dtype=number, cache_dtype=cache_dtype
-    )
-    return weights, tokenizer
+    return load_onto(checkpoint, read(added), **how), tokenizer
 
 
 def chat(
@@ -71,6 +74,7 @@ def chat(
     device: "str | int | torch.device" = "auto",
     dtype: str = "auto",
     cache_dtype: str | None = None,
+    yarn: float | None = None,
 ) -> "Session":
     """A conversation with a model.
 
@@ -94,6 +98,6 @@ def chat(
     sampling = Sampling(temperature, top_p, max_new_tokens, seed)
     check_sampling(sampling)
     weights, tokenizer = load(
-        model, revision=revision, device=device, dtype=dtype, cache_dtype=cache_dtype
+        model, revision=revision, device=device, dtype=dtype, cache_dtype=cache_dtype, yarn=yarn
     )
     return Session(Engine(weights), tokenizer, sampling, system)

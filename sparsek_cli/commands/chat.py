@@ -46,6 +46,7 @@ def chat(
     device: options.Device = None,
     dtype: options.Dtype = None,
     cache_dtype: options.CacheDtype = None,
+    yarn: options.Yarn = None,
     json: options.Json = False,
     verbose: options.Verbose = False,
     quiet: options.Quiet = False,
@@ -82,7 +83,7 @@ def chat(
     where = choose_device(device)
     tokenizer = load_tokenizer(checkpoint)
     number = choose_dtype(dtype, where)
-    weights = load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype)
+    weights = load_model(checkpoint, device=where, dtype=number, cache_dtype=cache_dtype, yarn=yarn)
     check_tokenizer(tokenizer, embedding_rows(weights), checkpoint.name)
     session = Session(Engine(weights), tokenizer, sampling, system)
     if not session.engine.sparse:
@@ -112,8 +113,9 @@ def _answer_once(
 ) -> None:
     from dataclasses import asdict
 
-    from sparsek_cli.dialogue.figures import status_line
+    from sparsek_cli.dialogue.figures import beyond, status_line
     from sparsek_cli.dialogue.files import load_path
+    from sparsek_cli.loading.positions import can_stretch
 
     engine = session.engine
     for file in files:
@@ -132,6 +134,10 @@ def _answer_once(
         console.result("", {"model": name, "reply": "".join(pieces), **asdict(stats)})
     if stats.reply_at_limit:
         console.say(f"the reply was cut at {stats.reply_tokens:,} tokens (--max-new-tokens)")
+    if said := beyond(
+        engine.tokens, engine.context_limit, stretches=can_stretch(engine.model.config)
+    ):
+        console.say(said)
     console.say(status_line(stats, sparse=engine.sparse, limit=engine.context_limit))
 
 

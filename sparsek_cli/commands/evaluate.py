@@ -39,10 +39,6 @@ Truncate = Annotated[
 MaxLength = Annotated[
     int | None, Value("--max-length", metavar="N", help="Most tokens of prompt and answer.")
 ]
-Yarn = Annotated[
-    float | None,
-    Value("--yarn", metavar="FACTOR", help="Prompts FACTOR times the model's own length."),
-]
 BatchSize = Annotated[
     str | None, Value("--batch-size", metavar="N|auto", help="Prompts scored side by side.")
 ]
@@ -68,7 +64,7 @@ def evaluate(
     text: Text = None,
     truncate: Truncate = None,
     max_length: MaxLength = None,
-    yarn: Yarn = None,
+    yarn: options.Yarn = None,
     batch_size: BatchSize = None,
     out: Out = None,
     resume: Resume = False,

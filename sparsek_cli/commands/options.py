@@ -67,6 +67,10 @@ CacheDtype = Annotated[
     str | None,
     typer.Option("--cache-dtype", metavar="TYPE", help="What the cache holds: auto or int8."),
 ]
+Yarn = Annotated[
+    float | None,
+    typer.Option("--yarn", metavar="FACTOR", help="Read FACTOR times the model's own length."),
+]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, do nothing.")]

@@ -1,5 +1,6 @@
 """Figures of a conversation: tokens, bytes and seconds, as measured and as text."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -59,3 +60,16 @@ def status_line(stats: Stats, *, sparse: bool, limit: int | None = None) -> str:
     if stats.first_token_seconds:
         parts.append(f"first token {stats.first_token_seconds:.2f} s")
     return "  |  ".join(parts)
+
+
+def beyond(fed: int, limit: int | None, *, stretches: bool) -> str | None:
+    """What to say of a context longer than a model was made for; None where it is not.
+
+    Args:
+        limit: `Engine.context_limit`. stretches: whether the model's positions can be stretched.
+    """
+    if not limit or fed <= limit:
+        return None
+    said = f"the context is longer than the {limit:,} tokens that this model was made for"
+    advice = f"; if it reads badly, start with --yarn {math.ceil(fed / limit)}"
+    return said + advice if stretches else said

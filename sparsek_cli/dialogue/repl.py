@@ -9,11 +9,12 @@ from pathlib import Path
 
 from sparsek_cli.byte_units import size
 from sparsek_cli.dialogue.compare import dense_reply
-from sparsek_cli.dialogue.figures import status_line
+from sparsek_cli.dialogue.figures import beyond, status_line
 from sparsek_cli.dialogue.files import ProgressMaker, load_path, save_conversation
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError, out_of_memory, reason
+from sparsek_cli.loading.positions import can_stretch
 from sparsek_cli.output.place import absolute, check_file
 from sparsek_cli.termination import Terminated
 
@@ -58,6 +59,7 @@ class Repl:
         self.say, self.show = say, show
         self.progress = progress
         self._saved: set[Path] = set()
+        self._said_beyond = False
         self.commands: dict[str, Callable[[str], None]] = {
             "/load": self._load,
             "/retry": self._retry,
@@ -121,6 +123,16 @@ class Repl:
         self._stream(self.session.ask(question))
         if self.session.engine.interrupted:
             self.say("(stopped)")
+        self._say_beyond()
+
+    def _say_beyond(self) -> None:
+        """Once, where the context is longer than the model was made for."""
+        engine = self.session.engine
+        stretches = can_stretch(engine.model.config)
+        said = beyond(engine.tokens, engine.context_limit, stretches=stretches)
+        if said and not self._said_beyond:
+            self.say(said)
+            self._said_beyond = True
 
     def _stream(self, pieces: Iterator[str]) -> None:
         with closing(pieces):
@@ -140,6 +152,7 @@ class Repl:
         read = self.session.engine.tokens
         stopped = " (stopped; the rest was not read)" if self.session.engine.interrupted else ""
         self.say(f"read {rest}: {read:,} tokens in context{stopped}; now ask about it")
+        self._say_beyond()
 
     def _retry(self, rest: str) -> None:
         with self.session.unharmed():

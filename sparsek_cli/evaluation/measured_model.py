@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
-from sparsek_cli.families.positions import context_length, rope_type
+from sparsek_cli.families.positions import context_length
 from sparsek_cli.loading import (
     check_tokenizer,
     embedding_rows,
@@ -16,6 +16,7 @@ from sparsek_cli.loading import (
     load_weights,
     readable_errors,
 )
+from sparsek_cli.loading.positions import can_stretch, stretch
 from sparsek_cli.silence import quiet_lm_eval
 
 if TYPE_CHECKING:
@@ -95,27 +96,6 @@ def load_measured(
     return model.eval(), tokenizer, own
 
 
-def stretch(config: Any, factor: float) -> None:
-    """Sets `config` to YaRN, so that the model takes `factor` times its own length.
-
-    Source: Peng et al. 2023, arXiv 2309.00071.
-
-    Raises:
-        UsageError: the model has no rotary positions, or scales them already.
-    """
-    rope = getattr(config, "rope_parameters", None)
-    kind = rope_type(rope)
-    if kind != "default":
-        why = "has no rotary positions" if kind is None else f"scales them already ({kind})"
-        raise UsageError(
-            f"--yarn stretches rotary positions, and {config.model_type} {why}", hint="drop --yarn"
-        )
-    own = config.max_position_embeddings
-    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": own}
-    config.rope_parameters = rope | scaling
-    config.max_position_embeddings = int(own * factor)
-
-
 def harness_for(model: Any, tokenizer: Any, prompts: "Prompts", max_length: int) -> Any:
     """lm-eval's model class over `model`, set up as `prompts` says."""
     with quiet_lm_eval():
@@ -156,8 +136,7 @@ def ways_beyond(config: Any) -> str:
     """The flags that let prompts be longer than `most_tokens` says; "" where nothing does."""
     if _positions_end(config):
         return ""
-    stretchable = rope_type(getattr(config, "rope_parameters", None)) == "default"
-    return "--yarn FACTOR or --max-length N" if stretchable else "--max-length N"
+    return "--yarn FACTOR or --max-length N" if can_stretch(config) else "--max-length N"
 
 
 def _positions_end(config: Any) -> bool:

@@ -4,6 +4,7 @@ No weight is ever random, no pickle is read, no code of a checkpoint runs, nothi
 
 weights         the model, every weight of which is there
 configs         config.json as transformers reads it, and what it may not say
+positions       rotary positions beyond the model's own length
 tokenizers      the tokenizer, whose ids fit the model
 library_errors  what libraries raise meanwhile, in one line
 """

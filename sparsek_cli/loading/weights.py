@@ -13,6 +13,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.own_config import own_value
 from sparsek_cli.loading.configs import load_config
 from sparsek_cli.loading.library_errors import DAMAGED, readable_errors
+from sparsek_cli.loading.positions import stretch
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -32,18 +33,24 @@ def load_model(
     device: "torch.device",
     dtype: "torch.dtype",
     cache_dtype: str | None = None,
+    yarn: float | None = None,
     **options: Any,
 ) -> "PreTrainedModel":
     """The causal LM in eval mode on a device; sparse and plain dense checkpoints alike.
 
     Args:
         cache_dtype: what a converted model's cache holds, in place of what its config says.
+        yarn: how many times its own length it is to read; see positions.py.
         options: passed on to `load_weights`.
 
     Raises:
         SparsekError: see `load_weights`.
-        UsageError: a cache_dtype that does not exist, or for a model that is not converted.
+        UsageError: a cache_dtype that does not exist, or for a model that is not converted; a
+            model whose positions cannot be stretched.
     """
+    if yarn is not None:
+        options["config"] = load_config(checkpoint.path, checkpoint.name)
+        stretch(options["config"], yarn)
     model = load_weights(checkpoint.path, checkpoint.name, dtype=dtype, device=device, **options)
     if cache_dtype is not None:
         if not is_converted(model.config):

@@ -150,18 +150,21 @@ def load_onto(
     device: "torch.device",
     dtype: "torch.dtype",
     cache_dtype: str | None = None,
+    yarn: float | None = None,
     reporter: Reporter | None = None,
 ) -> "PreTrainedModel":
     """The base's model with these scorers, in eval mode; nothing is written.
 
     Args:
         cache_dtype: what the cache holds, in place of what the scorers' block says.
+        yarn: as of `load_model`.
 
     Raises:
         UsageError: they belong to another base.
         SparsekError: weights or scorers are damaged.
     """
     from sparsek_cli.loading import load_config, load_weights
+    from sparsek_cli.loading.positions import stretch
     from sparsek_cli.models import (
         family_of,
         set_budget,
@@ -174,7 +177,10 @@ def load_onto(
     files = (file for file in base.path.glob("*.safetensors") if file.is_file())
     size = sum(file.stat().st_size for file in files)
     _check_weights(scorers, base, row, size, reporter or Silent())
-    config = sparsek_config_from(load_config(base.path, base.name), scorers.block)
+    dense = load_config(base.path, base.name)
+    if yarn is not None:
+        stretch(dense, yarn)
+    config = sparsek_config_from(dense, scorers.block)
     kind = family_of(config).sparsek_causal_lm
     model = load_weights(
         base.path, base.name, dtype=dtype, device=device, kind=kind, scorers_later=True,

@@ -13,6 +13,7 @@ import pytest
 import torch
 from patience import PATIENCE
 
+import sparsek_cli as api
 from sparsek_cli.app import main
 
 
@@ -54,6 +55,33 @@ def test_pipe_and_document(sparsek, model, monkeypatch, tmp_path):
     data = json.loads(shown.out)
     assert shown.code == 0 and data["reply_tokens"] <= 3 and data["context_tokens"] > 30
     assert data["kv_bytes"] == data["dense_kv_bytes"] > 0
+
+
+def test_a_context_beyond_the_model_s_own_is_told_and_the_hint_works(
+    sparsek, converted, tmp_path, monkeypatch
+):
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 64}))
+    (tmp_path / "doc.txt").write_text("The code is 42. " * 12, encoding="utf-8")
+    line = ["chat", converted, "--load", tmp_path / "doc.txt", "--prompt", "Code?"]
+    line += ["--max-new-tokens", "3", "--device", "cpu"]
+    shown = sparsek(*line)
+    said = "longer than the 64 tokens that this model was made for; if it reads badly, start with "
+    assert shown.code == 0 and said in shown.err
+    factor = shown.err.split(said)[1].split()[1]
+    stretched = sparsek(*line, "--yarn", factor)
+    assert stretched.code == 0 and "made for" not in stretched.err
+    assert int(factor) >= 2 and stretched.out != shown.out
+    assert sparsek(*line, "--yarn", "1").failed(2)
+    # A state holds keys as they were turned.
+    pipe(monkeypatch, b"")
+    session = api.chat(converted, device="cpu", yarn=int(factor))
+    session.load("The code is 42. " * 12)
+    list(session.ask("Code?"))
+    session.save_state(tmp_path / "state")
+    state = ["chat", converted, "--state", tmp_path / "state", "--prompt", "Code?"]
+    assert "stretched otherwise" in sparsek(*state).err
+    assert sparsek(*state, "--yarn", factor, "--max-new-tokens", "2").code == 0
 
 
 @pytest.mark.parametrize(

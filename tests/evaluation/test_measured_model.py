@@ -4,11 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.measured_model import load_measured, stretch
+from sparsek_cli.evaluation.measured_model import load_measured
 from sparsek_cli.evaluation.settings import loading_of
 from sparsek_cli.hub import Checkpoint
+from sparsek_cli.loading.positions import stretch
 
 
 @pytest.fixture
@@ -69,5 +71,24 @@ def test_models_that_cannot_be_stretched_are_refused():
         stretch(GPT2Config(), 2.0)
     config = LlamaConfig()
     stretch(config, 2.0)
+    with pytest.raises(UsageError, match=r"scales them already \(yarn\)"):
+        stretch(config, 2.0)
+    for factor in (1.0, 0.5, -2.0, float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="is out of range"):
+            stretch(LlamaConfig(), factor)
+
+
+def test_positions_by_type_of_layer_are_stretched_where_all_is_seen(dense_config):
+    config = dense_config("gemma3_text")
+    own, before = config.max_position_embeddings, config.rope_parameters
+    stretch(config, 4.0)
+    after = config.rope_parameters
+    assert config.max_position_embeddings == 4 * own
+    assert after["sliding_attention"] == before["sliding_attention"]
+    assert after["full_attention"]["rope_type"] == "yarn" and "factor" not in after
+    turned = [AutoModel.from_config(c).rotary_emb for c in (dense_config("gemma3_text"), config)]
+    for kind, same in (("sliding_attention", True), ("full_attention", False)):
+        found = [getattr(each, f"{kind}_inv_freq") for each in turned]
+        assert torch.equal(*found) == same
     with pytest.raises(UsageError, match=r"scales them already \(yarn\)"):
         stretch(config, 2.0)

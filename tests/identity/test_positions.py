@@ -11,10 +11,11 @@ from tiny_families import tiny_config
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.measured_model import most_tokens, stretch, ways_beyond
+from sparsek_cli.evaluation.measured_model import most_tokens, ways_beyond
 from sparsek_cli.families import TABLE
 from sparsek_cli.families.positions import check_rotary, context_length
 from sparsek_cli.loading.configs import load_config
+from sparsek_cli.loading.positions import stretch
 from sparsek_cli.models import sparsek_config_from
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}

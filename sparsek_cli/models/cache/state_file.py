@@ -65,6 +65,7 @@ def save_state(cache: SparseKCache, path: str | Path, model: Any, *, notes: Any 
         "tokens": json.dumps([layer.tokens_seen for layer in cache.layers]),
         "heads": json.dumps([layer.state.layout.heads for layer in cache.layers]),
         "notes": json.dumps(notes),
+        "positions": _positions(model),
     }
     path = Path(path)
     try:
@@ -99,6 +100,7 @@ def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
             cache = SparseKCache(model.config)
             found = metadata_of(metadata)
             _check(path, found, cache, model)
+            _check_positions(path, metadata.get("positions"), model)
             check_counts(found, model.config, len(cache.layers))
             names = names_of(len(cache.layers), set(file.keys()))
             _check_dtype(path, file.get_slice("layers.0.keys").get_dtype(), model)
@@ -129,6 +131,20 @@ def _check(path: Path, found: dict[str, Any], cache: SparseKCache, model: Any) -
     if found["budgets"] != now:
         raise UsageError(
             f"'{path}' was saved under another budget", hint=_remedy(path, found["budgets"], now)
+        )
+
+
+def _positions(model: Any) -> str:
+    """How the model turns its keys, as text."""
+    return json.dumps(getattr(model.config, "rope_parameters", None), sort_keys=True)
+
+
+def _check_positions(path: Path, saved: str | None, model: Any) -> None:
+    """Keys are kept as they were turned. Files of earlier versions say nothing of it."""
+    if saved not in (None, _positions(model)):
+        raise UsageError(
+            f"'{path}' was saved with rotary positions stretched otherwise",
+            hint="load the model with the same --yarn FACTOR, or without where there was none",
         )
 
 

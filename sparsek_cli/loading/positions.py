@@ -1,0 +1,59 @@
+"""Rotary positions beyond the length that a model was made for."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from sparsek_cli.errors import UsageError
+from sparsek_cli.families.layers import FULL
+from sparsek_cli.families.positions import rope_type
+
+_MOST = 1 << 24
+
+
+def stretch(config: Any, factor: float) -> None:
+    """Sets `config` to YaRN, so that the model takes `factor` times its own length.
+
+    Of a family with positions by type of layer those of full attention alone: the others never
+    look further than their window.
+
+    Source: Peng et al. 2023, arXiv 2309.00071.
+
+    Raises:
+        UsageError: the model has no rotary positions, or scales them already; or the factor
+            stretches nothing.
+    """
+    if not 1 < factor <= _MOST:
+        raise UsageError(
+            f"--yarn {factor:g} is out of range", hint="name a factor above 1, or drop --yarn"
+        )
+    kind = _kind(config)
+    if kind != "default":
+        why = "has no rotary positions" if kind is None else f"scales them already ({kind})"
+        raise UsageError(
+            f"--yarn stretches rotary positions, and {config.model_type} {why}", hint="drop --yarn"
+        )
+    rope, own = config.rope_parameters, config.max_position_embeddings
+    scaling = {
+        "rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": own,
+    }  # fmt: skip
+    full = _of_full(rope)
+    config.rope_parameters = rope | (scaling if full is None else {full: rope[full] | scaling})
+    config.max_position_embeddings = int(own * factor)
+
+
+def can_stretch(config: Any) -> bool:
+    """Whether `stretch` takes the config."""
+    return _kind(config) == "default"
+
+
+def _kind(config: Any) -> str | None:
+    """`rope_type` of the positions of full attention."""
+    rope = getattr(config, "rope_parameters", None)
+    full = _of_full(rope)
+    return rope_type(rope if full is None else rope[full])
+
+
+def _of_full(rope: Any) -> str | None:
+    """Where each type of layer has a block of its own, the name of full attention's."""
+    blocks = rope if isinstance(rope, Mapping) else {}
+    return next((name for name in FULL if isinstance(blocks.get(name), Mapping)), None)
