@@ -15,15 +15,17 @@ from sparsek_cli.errors import SparsekError
 
 KEY = "sparsek_samples"  # of the index's metadata: hashes by name of file
 _BYTES = 256  # of a tensor, in three places
+_MOST = 2000  # tensors of a file that are looked into, evenly spread over their names
 
 
 def sample_of(file: Path) -> str:
     """sha256 over the names, dtypes, shapes and some bytes of a safetensors file's tensors."""
     shard, found = read_shard(file), hashlib.sha256()
+    apart = -(-len(shard.tensors) // _MOST)
     with file.open("rb") as opened:
-        for name, entry in sorted(shard.tensors.items()):
+        for number, (name, entry) in enumerate(sorted(shard.tensors.items())):
             found.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
-            for place in _places(entry):
+            for place in () if number % apart else _places(entry):
                 opened.seek(place)
                 found.update(opened.read(min(_BYTES, entry.end - place)))
     return found.hexdigest()

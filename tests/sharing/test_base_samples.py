@@ -11,6 +11,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import sparsek_cli as sparsek
 from sparsek_cli import hub
+from sparsek_cli.checkpoint_files import samples
 from sparsek_cli.checkpoint_files.samples import KEY
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.serving.plan import plan as serving_plan
@@ -95,3 +96,16 @@ def test_trained_scorers_keep_what_is_known_of_the_base(pair, tmp_path):
     written_in_place(first_of(base), shuffled)
     with pytest.raises(SparsekError, match="holds other weights"):
         sparsek.load(tuned)
+
+
+def test_of_very_many_tensors_some_are_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setattr(samples, "_MOST", 4)
+    tensors = {f"t{n:02}": torch.zeros(8) for n in range(10)}
+    save_file(tensors, tmp_path / "a")
+    found = {samples.sample_of(tmp_path / "a")}
+    for changed, count in (("t00", 2), ("t01", 2), ("t03", 3), ("t09", 4)):  # each third one
+        save_file(tensors | {changed: torch.ones(8)}, tmp_path / "b")
+        found.add(samples.sample_of(tmp_path / "b"))
+        assert len(found) == count, changed
+    save_file(tensors | {"t10": torch.zeros(8)}, tmp_path / "b")  # the names of all count
+    assert samples.sample_of(tmp_path / "b") not in found
