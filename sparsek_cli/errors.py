@@ -3,6 +3,11 @@
 RAN_AND_FAILED = 1
 USAGE = 2
 INTERRUPTED = 130
+# The hint where a model that nobody trains here answers with NaN.
+DAMAGED_OR_TOO_LARGE = (
+    "its weights are damaged or the dtype overflows: try --dtype float32, or look with "
+    "`sparsek doctor`"
+)
 
 
 class SparsekError(Exception):

@@ -1,4 +1,4 @@
-"""sha256 of files of weights as they were written; `sparsek doctor` and `push` compare.
+"""sha256 of files of weights as they were written; `sparsek doctor`, `push` and `export` compare.
 
 Those of a base's files stand in the model's index, others in the file itself. Loading does not
 compare them: hashing gigabytes takes longer than mapping them. It compares samples (samples.py).

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import DAMAGED_OR_TOO_LARGE, SparsekError
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ def draw(
     if torch.isnan(logits).any():
         raise SparsekError(
             "the model's output is not a number",
-            hint="its weights are damaged or the dtype overflows; try --dtype float32 or doctor",
+            hint=DAMAGED_OR_TOO_LARGE,
         )
     if sampling.temperature <= 0:
         return int(logits.argmax())

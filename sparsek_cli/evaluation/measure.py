@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import DAMAGED_OR_TOO_LARGE, SparsekError
 from sparsek_cli.evaluation.lm import proof as proofs
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.processes import Ranks
@@ -147,8 +147,7 @@ def _primary(result: dict[str, Any]) -> str:
     if not metrics:
         raise SparsekError(
             f"{result['task']} under {result['policy']}: no metric is a number",
-            hint="its weights are damaged or the dtype overflows: try --dtype float32, or look "
-            "with `sparsek doctor`",
+            hint=DAMAGED_OR_TOO_LARGE,
         )
     named = [m for m in metrics if m.split(",")[0] == result["primary"]]
     return (named or list(metrics))[0]

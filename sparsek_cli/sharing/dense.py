@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsek_cli import byte_units, disk, hub
 from sparsek_cli.checkpoint_files import json_text
+from sparsek_cli.checkpoint_files.file_hashes import check_as_written
 from sparsek_cli.checkpoint_files.shards import (
     INDEX,
     SINGLE,
@@ -168,12 +169,15 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Exported:
     """Carries out a plan.
 
     Raises:
-        SparsekError: disk full, or what was written is not what was to be; OUT is as before.
+        SparsekError: disk full, or weights that are not what was written, the model's or OUT's;
+            OUT is as before.
     """
     from sparsek_cli.loading import load_config
 
     reporter = reporter or Silent()
     load_config(plan.source.path, plan.source.name)  # else its tokenizer would be blamed
+    for shard in plan.shards:
+        check_as_written(shard.path)  # OUT says nothing of hashes: damage would pass for good
     leftovers.clear(plan.out, reporter.say)
     check_folder(plan.out, MODEL, overwrite=plan.overwrite, model=plan.source.path)
     with disk.os_errors(), staged(plan.out, overwrite=plan.overwrite) as folder:

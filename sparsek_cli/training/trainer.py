@@ -15,7 +15,7 @@ from sparsek_cli import disk
 from sparsek_cli.data.mixture import Mixture
 from sparsek_cli.data.packing import collate
 from sparsek_cli.data.questions import Question
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import DAMAGED_OR_TOO_LARGE, SparsekError
 from sparsek_cli.training.losses.future_attention import FutureAttention
 from sparsek_cli.training.losses.objectives import Objective, count_targets
 from sparsek_cli.training.measure import recalled
@@ -141,6 +141,11 @@ class SparsekTrainer(Trainer):
         data: Mixture = self.train_dataset
         named = ", ".join(f"{index} ({data.name_of(index)})" for index in indices)
         step = indices[0] // self.batch_size + 1
+        if step == 1:  # nothing is learnt yet, so that no rate is to blame
+            raise SparsekError(
+                f"the loss is {loss.item()} before anything is learnt, in sequences {named}",
+                hint=DAMAGED_OR_TOO_LARGE,
+            )
         raise SparsekError(
             f"the loss became {loss.item()} at step {step}, in sequences {named}",
             hint="lower learning_rate, or raise warmup; with dtype: bfloat16 try float32. "

@@ -136,6 +136,9 @@ def test_a_damaged_base_is_not_sent(model, tmp_path):
     # Its scorers would fit no base that anybody has.
     with pytest.raises(SparsekError, match="is not what was written"):
         sparsek.export_scorers(model, tmp_path / "scorers")
+    with pytest.raises(SparsekError, match="is not what was written"):
+        sparsek.export(model, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
 
 
 def test_a_checksum_of_other_programs_is_not_ours_to_compare(llama, tmp_path):

@@ -27,6 +27,19 @@ def test_nan_names_the_batch_and_leaves_nothing(recipe, dense_checkpoint, tmp_pa
     assert not (tmp_path / "out").exists() and not part_folder(tmp_path / "out").exists()
 
 
+def test_nan_before_anything_is_learnt_blames_the_weights(recipe, dense_checkpoint, tmp_path):
+    """The hint was to lower the learning rate."""
+    from safetensors.torch import load_file, save_file
+
+    file = dense_checkpoint() / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(SparsekError, match="loss is nan before anything is learnt") as caught:
+        finetune(recipe("train=all", "steps=3", model=file.parent))
+    assert "weights are damaged" in caught.value.hint and not (tmp_path / "out").exists()
+
+
 def test_a_full_disk_keeps_the_last_checkpoint(recipe, scratch, tmp_path, monkeypatch):
     real, calls = checkpoints.save_trained, []
 

@@ -5,12 +5,13 @@ two: later tokens reach earlier ones through the selection; the scores do not de
 the cache grows; a prompt read in pieces leaves pairs in the cache twice, or not at all.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import DAMAGED_OR_TOO_LARGE, SparsekError
 from sparsek_cli.evaluation.lm.proof import held
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.policies.registry import OWN, make_policy
@@ -62,6 +63,8 @@ def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> 
     draw = {"generator": generator, "dtype": torch.long}
     ids = torch.randint(0, model.config.vocab_size, (1, tokens), **draw).to(model.device)
     leak, growth = _leak_and_growth(model, ids, policy, draw)
+    if not math.isfinite(leak):
+        raise SparsekError("the model's output is not a number", hint=DAMAGED_OR_TOO_LARGE)
     tolerance = TOLERANCE.get(model.dtype, HALF_TOLERANCE)
     if leak > tolerance:
         raise SparsekError(

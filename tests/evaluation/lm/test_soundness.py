@@ -46,6 +46,17 @@ def test_a_sound_model_passes(model):
     assert found["leak"] < 1e-4 < found["score_effect"]
 
 
+def test_weights_that_are_no_numbers_are_blamed(model):
+    """It was a cache that lost pairs, to be reported."""
+    import torch
+
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(SparsekError, match="output is not a number") as caught:
+        check(model)
+    assert "weights are damaged" in caught.value.hint
+
+
 def test_a_budget_beyond_the_model_is_not_checked(model):
     from sparsek_cli.evaluation.lm.soundness import check_soundness
 
