@@ -12,6 +12,7 @@ CALIBRATION = "calibration.json"
 CONVERT_RECIPE = "sparsek.yaml"
 FINETUNE_RECIPE = "finetune.yaml"
 RUN_RECIPE = "recipe.yaml"
+RUN_INPUTS = "inputs.json"
 EXPORT_NOTE = "sparsek-export.json"
 
 
@@ -114,7 +115,7 @@ ADAPTERS = Contents(
 RUN = Contents(
     "an unfinished run of finetune",
     ((RUN_RECIPE, f"{RUN_RECIPE}.new"),),
-    (RUN_RECIPE, f"{RUN_RECIPE}.new"),
+    (RUN_RECIPE, f"{RUN_RECIPE}.new", RUN_INPUTS),
     {"checkpoint-*": ("*",), "old-checkpoint-*": ("*",), "writing": ("*",), "runs": ("*",)},
 )
 RESULTS = Contents(

@@ -24,6 +24,7 @@ from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.run_sizes import Sizes, sizes_of
 from sparsek_cli.training.settings import Settings, settings_of
 from sparsek_cli.training.sharding import check_launch
+from sparsek_cli.training.storage.inputs import inputs_of
 from sparsek_cli.training.storage.output import check_scorers_apart
 from sparsek_cli.training.storage.resume import check_output, checkpoint_to_resume, part_folder
 
@@ -37,6 +38,7 @@ class Plan:
 
     Attributes:
         request: the recipe as plain data, for records. sizes: what follows from it.
+        inputs: hashes of what is read, which a continuation compares.
         settings: the request in parts, as what is below reads them.
         out: the folder to appear. source: where weights come from; None: random ones.
         tokenizer, texts, held_out: data, tokenized. device, bf16: where and how it is computed.
@@ -44,6 +46,7 @@ class Plan:
     """
 
     request: dict[str, Any]
+    inputs: dict[str, str]
     settings: Settings
     sizes: Sizes
     out: Path
@@ -115,11 +118,12 @@ def plan(
     choose_parameters(
         model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
     )
-    request = recipe.model_dump(mode="json")
+    request, inputs = recipe.model_dump(mode="json"), inputs_of(where, texts, held_out)
     sizes = sizes_of(model, settings, texts, source, out, bf16)
     _warn_of_warmup(settings.rates.warmup_steps(sizes.steps), sizes.steps, reporter)
     return Plan(
         request=request,
+        inputs=inputs,
         settings=settings,
         sizes=sizes,
         out=out,
@@ -129,7 +133,7 @@ def plan(
         held_out=held_out,
         device=device,
         bf16=bf16,
-        checkpoint=checkpoint_to_resume(request, part_folder(out)) if resume else None,
+        checkpoint=checkpoint_to_resume(request, inputs, part_folder(out)) if resume else None,
     )
 
 

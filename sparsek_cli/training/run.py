@@ -114,7 +114,8 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
     reporter.say(sizes.text())
     check_room(sizes, learner.dtype, checkpoints=1 if settings.rhythm.save else 0)
     part = part_folder(out)
-    with begun(plan.request, part, resume=resumed), _kept_on_failure(part, reporter):
+    began = begun(plan.request, plan.inputs, part, resume=resumed)
+    with began, _kept_on_failure(part, reporter):
         with reporter.progress("training", logged=True) as bar:
             trainer = make_trainer(
                 learner, settings, sizes, data, device=plan.device, part=part, resumed=resumed,

@@ -53,7 +53,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(recipe, scratch, tmp_path, monkey
     with pytest.raises(SparsekError, match="disk is full.*checkpoint-2 is kept"):
         finetune(recipe(*scratch, "save_steps=2", "steps=6"))
     part = part_folder(tmp_path / "out")
-    assert sorted(p.name for p in part.iterdir()) == ["checkpoint-2", "recipe.yaml"]
+    assert sorted(p.name for p in part.iterdir()) == ["checkpoint-2", "inputs.json", "recipe.yaml"]
     done = finetune(recipe(*scratch, "save_steps=2", "steps=6"), resume=True)
     assert done.steps == 6
 

@@ -133,6 +133,27 @@ def test_half_written_checkpoints_are_not_taken(recipe, scratch, tmp_path):
     assert finetune(recipe(*scratch)).steps == 3
 
 
+def test_another_text_or_model_is_not_resumed(recipe, sparse_checkpoint, tmp_path, interrupted):
+    """It went on with them, and compared losses of two held-out texts."""
+    model, text = sparse_checkpoint(), tmp_path / "own.jsonl"
+    rows = [json.dumps({"text": f"Anna saw the boat, and {n} more. " * 9}) for n in range(12)]
+    text.write_text("\n".join(rows))
+    data = f'data.text={{"kind": "text", "files": "{text}"}}'
+    made = recipe("steps=4", "save_steps=2", data, model=model)
+    interrupted(made, 3)
+    text.write_text("\n".join([*rows, rows[0]]))
+    with pytest.raises(UsageError, match="text of data.text has changed") as caught:
+        finetune(made, resume=True)
+    assert "--overwrite" in caught.value.hint
+    text.write_text("\n".join(rows))
+    config = (model / "config.json").read_text()
+    (model / "config.json").write_text(config.replace('"topk": 8', '"topk": 9'))
+    with pytest.raises(UsageError, match="the model has changed"):
+        finetune(made, resume=True)
+    (model / "config.json").write_text(config)
+    assert finetune(made, resume=True).steps == 4
+
+
 def test_scorers_resume_without_copying_the_base(recipe, sparse_checkpoint, tmp_path, interrupted):
     model = sparse_checkpoint()
     words = ["objective={lm: 0, distill: 1}", "steps=4", "save_steps=2", "keep_better=false"]
@@ -159,7 +180,7 @@ def test_sigterm_leaves_what_ctrl_c_leaves(recipe, scratch, tmp_path, monkeypatc
     reporter.say = said.append
     with pytest.raises(Terminated):
         finetune(recipe(*scratch, f"save_steps={save}"), reporter)
-    kept = ["checkpoint-1", "recipe.yaml"] if save else []
+    kept = ["checkpoint-1", "inputs.json", "recipe.yaml"] if save else []
     assert sorted(path.name for path in (tmp_path / "out.part").glob("*")) == kept
     assert (tmp_path / "out.part").exists() == bool(save)
     assert any("checkpoint-1 is kept, --resume" in line for line in said) == bool(save)

@@ -9,15 +9,17 @@ from typing import Any
 
 import yaml
 
+from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.checkpoint_files.weights_beside import listed
 from sparsek_cli.devices import is_first
 from sparsek_cli.errors import UsageError
-from sparsek_cli.output.contents import MODEL, RUN, Contents
+from sparsek_cli.output.contents import MODEL, RUN, RUN_INPUTS, Contents
 from sparsek_cli.output.contents import RUN_RECIPE as RECIPE
 from sparsek_cli.output.leftovers import held
 from sparsek_cli.output.place import check_folder
 from sparsek_cli.training.storage.checkpoints import checkpoints_in
 from sparsek_cli.training.storage.damage import check_checkpoint
+from sparsek_cli.training.storage.inputs import check_inputs
 
 # What may differ between a run and its continuation: none of it changes a step.
 _FREE = ("save_steps", "log_steps", "report_to", "data_workers", "device",
@@ -66,11 +68,14 @@ def check_output(
         )
 
 
-def checkpoint_to_resume(recipe: dict[str, Any], part: Path) -> Path:
+def checkpoint_to_resume(recipe: dict[str, Any], inputs: dict[str, str], part: Path) -> Path:
     """The newest checkpoint of a run of the same recipe, given as plain data.
 
+    Args:
+        inputs: of `inputs_of`.
+
     Raises:
-        UsageError: the recipe differs in something that changes the result.
+        UsageError: the recipe, the text or the model differs in something that changes the result.
         SparsekError: the checkpoint is damaged.
     """
     try:
@@ -94,13 +99,16 @@ def checkpoint_to_resume(recipe: dict[str, Any], part: Path) -> Path:
             "checkpoints of DeepSpeed and those of ddp and fsdp are different things",
             hint=f"continue with launch.strategy={before['launch']['strategy']}",
         )
+    check_inputs(part, inputs)
     newest = checkpoints_in(part)[-1]
     check_checkpoint(newest)
     return newest
 
 
 @contextmanager
-def begun(recipe: dict[str, Any], part: Path, *, resume: bool) -> Iterator[None]:
+def begun(
+    recipe: dict[str, Any], inputs: dict[str, str], part: Path, *, resume: bool
+) -> Iterator[None]:
     """Makes the folder and holds it, on the first process; an earlier run goes unless resumed.
 
     Raises:
@@ -119,6 +127,7 @@ def begun(recipe: dict[str, Any], part: Path, *, resume: bool) -> Iterator[None]
             ) from error
         if not resume:
             _empty(part)
+        json_text.write(part / RUN_INPUTS, inputs)
         text = yaml.safe_dump(recipe, sort_keys=False)
         # In one step: other processes may be reading what an earlier run left.
         fresh = part / f"{RECIPE}.new"

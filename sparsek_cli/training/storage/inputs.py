@@ -1,0 +1,72 @@
+"""What a run reads, in short: an unfinished one goes on with the same text and the same model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from sparsek_cli.checkpoint_files.shards import read_shards
+from sparsek_cli.data.corpus import Corpus
+from sparsek_cli.errors import UsageError
+from sparsek_cli.output.contents import RUN_INPUTS
+
+_TOKENS = 1 << 22  # of a text that are looked at; of a longer one they lie evenly apart
+
+
+def inputs_of(
+    model: Path | None, texts: Mapping[str, Corpus], held_out: Corpus | None
+) -> dict[str, str]:
+    """A hash of each thing that a run reads, by what it is called in messages.
+
+    Args:
+        model: folder of the weights that it starts from; None: random ones.
+        texts, held_out: of `datasets.load_texts`.
+    """
+    found = {f"the text of data.{name}": _of_text(corpus) for name, corpus in texts.items()}
+    if held_out is not None:
+        found["the held-out text"] = _of_text(held_out)
+    if model is not None:
+        found["the model"] = _of_model(model)
+    return found
+
+
+def check_inputs(part: Path, now: Mapping[str, str]) -> None:
+    """Checkpoints hold what is trained alone: on another base, or other text, it means nothing.
+
+    Raises:
+        UsageError: something is not what the unfinished run in `part` began with.
+    """
+    try:
+        before = json.loads((part / RUN_INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return  # of an earlier version, which did not write it
+    for what, digest in now.items():
+        if isinstance(before, dict) and before.get(what) not in (None, digest):
+            raise UsageError(
+                f"{what} has changed since the unfinished run began",
+                hint=f"put {what} back as it was, or --overwrite to start over",
+            )
+
+
+def _of_text(corpus: Corpus) -> str:
+    step = max(1, len(corpus.tokens) // _TOKENS)
+    parts = (corpus.starts, corpus.ends, corpus.tokens[::step])
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+def _of_model(folder: Path) -> str:
+    """Of its config and its files' headers, which name the sha256 of what sparsek wrote."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for shard in read_shards(folder):
+        with shard.path.open("rb") as opened:
+            length = opened.read(8)
+            digest.update(length + opened.read(int.from_bytes(length, "little")))
+        digest.update(f"{shard.path.name} {shard.bytes}".encode())
+    return digest.hexdigest()
