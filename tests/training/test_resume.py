@@ -151,6 +151,12 @@ def test_another_text_or_model_is_not_resumed(recipe, sparse_checkpoint, tmp_pat
     with pytest.raises(UsageError, match="the model has changed"):
         finetune(made, resume=True)
     (model / "config.json").write_text(config)
+    file = max(model.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    bytes_before = file.read_bytes()
+    save_file({name: 1.1 * t for name, t in load_file(file).items()}, file, {"format": "pt"})
+    with pytest.raises(SparsekError, match="the model has changed|holds other weights"):
+        finetune(made, resume=True)
+    file.write_bytes(bytes_before)
     assert finetune(made, resume=True).steps == 4
 
 
