@@ -263,7 +263,7 @@ def test_gguf_bases_are_refused(tmp_path):
         _check_scorers_only(ConvertRecipe(copy=True), packed=False)
 
 
-DAMAGED = {"cut": b'{"a": ', "number": b"3", "deep": b"[" * 100_000, "binary": b"\xff\xfe\x00"}
+DAMAGED = {"cut": b'{"a": ', "number": b"3", "deep": b"[\n" * 100_000, "binary": b"\xff\xfe\x00"}
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
