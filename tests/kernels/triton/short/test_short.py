@@ -1,5 +1,7 @@
 """Selection and lists of short calls against the ways that longer ones take."""
 
+import functools
+
 import pytest
 import torch
 from sparsek_kernels.scores import effective_scores
@@ -138,17 +140,23 @@ def parts(lists, heads):
     return found
 
 
+@functools.cache
+def rising_ends(n, lengths, *options):
+    """Found once for both sizes of tiles."""
+    shape = shapes(2, n, lengths=lengths)
+    return shape, short_ends(scores_of("rising", 1, 2, n), *options[:2], shape, sinks=options[2])
+
+
 @pytest.mark.parametrize(
-    "n, lengths", [(700, None), (2300, None), (2300, [0, 30, 1, 1500, 0, 769]), (700, [5] * 140)],
+    "n, lengths", [(700, None), (2300, None), (2300, (0, 30, 1, 1500, 0, 769)), (700, (5,) * 140)],
     ids=["short", "longer than a coarse tile", "documents", "many documents"],
 )  # fmt: skip
 @pytest.mark.parametrize("size", [64, 1024])
 def test_lists_are_those_of_the_ladder_in_their_order(n, lengths, size):
     topk, window, sinks = (60, 5), 9, 2
-    shape = shapes(2, n, lengths=lengths)
-    end = short_ends(scores_of("rising", 1, 2, n), topk, window, shape, sinks=sinks)
+    shape, end = rising_ends(n, lengths, topk, window, sinks)
     (expected,) = key_lists(end, topk, window, sinks, shape, [size])
     found = short_lists(end, topk, window, sinks, shape, size)
     assert parts(found, 2) == parts(expected, 2)
-    if size == 64 and lengths != [5] * 140:  # both parts were there
+    if size == 64 and lengths != (5,) * 140:  # both parts were there
         assert all(map(any, zip(*parts(found, 2).values(), strict=True)))
