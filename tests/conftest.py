@@ -321,6 +321,28 @@ def _nothing_is_drawn_for_the_meta_device():
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _layers_of_a_config_are_alike():
+    """Whether they differ is asked for each value of a config that is read, until they do."""
+    try:
+        from transformers.integrations.heterogeneity import configuration_utils as theirs
+
+        mixin, apply = theirs.HeterogeneousConfigMixin, theirs._apply_heterogeneous_config
+        ask = mixin.__dict__["__getattribute__"]
+    except (ImportError, AttributeError, KeyError):  # another version of transformers
+        yield
+        return
+
+    def apply_and_ask(*args, **kwargs):
+        mixin.__getattribute__ = ask
+        return apply(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(mixin, "__getattribute__")
+        patch.setattr(theirs, "_apply_heterogeneous_config", apply_and_ask)
+        yield
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter():
     """Where Triton's kernels are interpreted."""
