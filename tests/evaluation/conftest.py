@@ -1,5 +1,6 @@
 """A tiny converted checkpoint beside its dense base, and small local data."""
 
+import copy
 import importlib.util
 import json
 import random
@@ -65,6 +66,29 @@ def checkpoints(tmp_path_factory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("models")
     dense = shared.save_tiny_checkpoint(folder / "dense", "llama", max_position_embeddings=2048)
     return dense, save_converted(dense, folder / "converted", SPARSEK)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _their_model_is_checked_once(checkpoints):
+    """Each evaluation passes hundreds of tokens through it, to find out whether it is sound.
+
+    Other models are checked each time; test_soundness is about what is found.
+    """
+    from sparsek_cli.evaluation import run
+
+    check, known = run.check_policies, {}
+
+    def check_once(model, policies, max_length):
+        if model.config._name_or_path != str(checkpoints[1]):
+            return check(model, policies, max_length)
+        key = (str(model.config.to_dict()), model.dtype, str(policies), max_length)
+        if key not in known:
+            known[key] = check(model, policies, max_length)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "check_policies", check_once)
+        yield
 
 
 def save_converted(dense: Path, folder: Path, settings: dict[str, Any]) -> Path:
