@@ -44,6 +44,19 @@ def test_sequences_mark_what_stands_far_back(tokenizer):
             assert answer in tokenizer.decode(sequence.ids[: start + 1])
 
 
+@pytest.mark.parametrize("repeats", [1, 400])
+def test_a_text_shorter_than_what_is_read_is_told(tokenizer, tmp_path, repeats):
+    """One word of text was 131,072 tokens of calibration, to whoever read the report."""
+    file, said = tmp_path / "own.txt", []
+    file.write_text("A harbour master counts his crates. " * repeats)
+    sizes = {"fitting": 4, "fit_length": 512, "held_out": 1, "lengths": (512,)}
+    calibration_sequences(
+        tokenizer, str(file), **sizes, documents="told_and_asked", seed=0, say=said.append
+    )
+    told = [f"'{file}' holds 36 tokens, of 2,048 to fit on: it is read again and again"]
+    assert said == (told if repeats == 1 else [])
+
+
 @pytest.mark.parametrize("documents", ["told_and_asked", "retold"])
 def test_documents_hold_codes_that_are_asked_for(tokenizer, documents):
     """Long numbers and codes are what heads lose first: each of their tokens has to be kept."""

@@ -83,6 +83,7 @@ def search(
         # A state goes through all tokens: it cannot continue from the context several times.
         turns=1 if has_states(plan.types) else can.turns,
         longest=can.turn_length,
+        say=reporter.say,
     )
     effort = _effort(plan, can.whole_models)
     found = LayerSearch(plan, *sequences, device, dtype, fit, effort)

@@ -6,6 +6,7 @@ calibration) and told again or asked for at the end: the rows that predict what 
 marked, because they say which keys a query far away will need.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,7 @@ def calibration_sequences(
     seed: int,
     turns: int | None = None,
     longest: int = LONGEST,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Sequences to fit on, text and documents in turn, and documents to compare on.
 
@@ -68,6 +70,7 @@ def calibration_sequences(
         seed: everything random comes from it.
         turns, longest: parts of a retold document that are told again (None: all), and most
             tokens of each.
+        say: told where the text is shorter than what is read of it.
 
     Raises:
         UsageError: the text named by `spec` is missing, empty or not UTF-8.
@@ -76,6 +79,11 @@ def calibration_sequences(
     characters = (fitting * fit_length + held_out * max(lengths)) * _CHARACTERS_PER_TOKEN
     most = max(characters // _DOCUMENTS, 2 * max(fit_length, *lengths) * _CHARACTERS_PER_TOKEN)
     filler = Filler.from_documents(calibration_texts(spec, characters, most), tokenizer)
+    if spec != "auto" and len(filler.ids) < fitting * fit_length:
+        say(
+            f"'{spec}' holds {len(filler.ids):,} tokens, of {fitting * fit_length:,} to fit on: "
+            "it is read again and again"
+        )
     own = generated_text(rng, GENERATED_SENTENCES)  # drawn in any case: what follows depends on it
     generated = Filler.from_documents([own], tokenizer) if spec == "auto" else None
     chat = _format(tokenizer)
