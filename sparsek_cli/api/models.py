@@ -25,7 +25,7 @@ def load(
     scorers: Place | None = None,
     revision: str | None = None,
     device: "str | int | torch.device" = "auto",
-    dtype: str = "auto",
+    dtype: "str | torch.dtype" = "auto",
     cache_dtype: str | None = None,
     yarn: float | None = None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
@@ -36,7 +36,7 @@ def load(
         scorers: file, folder or hub id of scorers alone, to put onto a dense `model`, which must
             be the one that they were made for. revision: of `model`, a hub id.
         device: auto, cpu, cuda, cuda:N, a torch.device, or N alone.
-        dtype: auto, bfloat16, float16 or float32.
+        dtype: auto, bfloat16, float16 or float32; or torch's own.
         cache_dtype: what a converted model's cache holds: auto (`dtype`) or int8; None: as
             converted.
         yarn: rotary positions are stretched (YaRN), to read so many times the model's own length.
@@ -45,6 +45,7 @@ def load(
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.loading import load_model, load_tokenizer
 
+    dtype = values.plain(dtype)
     check_words(revision=revision, dtype=dtype, cache_dtype=cache_dtype)
     if yarn is not None:
         check_numbers(yarn=yarn)
@@ -72,7 +73,7 @@ def chat(
     seed: int = 0,
     revision: str | None = None,
     device: "str | int | torch.device" = "auto",
-    dtype: str = "auto",
+    dtype: "str | torch.dtype" = "auto",
     cache_dtype: str | None = None,
     yarn: float | None = None,
 ) -> "Session":

@@ -80,7 +80,13 @@ def check_reporter(reporter: object) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A setting whose numbers are Python's: those of NumPy, and its arrays, count as such."""
+    """A setting whose numbers are Python's: those of NumPy, and its arrays, count as such.
+
+    torch's own names of number formats and devices are text.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.dtype | torch.device):
+        return str(value).removeprefix("torch.")
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):
@@ -92,7 +98,8 @@ def plain(value: Any) -> Any:
 
 
 def _wrong(name: str, value: object, wanted: str) -> UsageError:
+    shown = " ".join(repr(value).split())  # a model's is many lines
     return UsageError(
-        f"{name} should be {wanted}, not {value!r:.60}",
+        f"{name} should be {wanted}, not {shown:.60}",
         hint=f"`help(sparsek.convert)`, or of another function, says what {name} may be",
     )

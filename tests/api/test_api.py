@@ -161,6 +161,18 @@ def test_devices_are_named_as_in_torch():
     assert model.device.type == "cpu"
 
 
+def test_torchs_own_names_of_formats_and_devices_count(tmp_path):
+    """As transformers takes them; torch.device did, and torch.dtype did not."""
+    cpu = torch.device("cpu")
+    model, _ = sparsek.load("tiny", device=cpu, dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16
+    settings = {"budget": 64, "calibrate": "none", "device": cpu, "dtype": torch.float32}
+    assert sparsek.convert("tiny", tmp_path / "out", **settings).plan.calibration.dtype == "float32"
+    with pytest.raises(UsageError, match="a path or a name, not Qwen3ForCausalLM") as caught:
+        sparsek.load(model)
+    assert "\n" not in caught.value.message
+
+
 def test_a_switch_of_numpy_is_one(tmp_path):
     for value in (np.True_, np.False_):
         with pytest.raises(UsageError, match="a plain dense model already"):
