@@ -43,6 +43,14 @@ class RecordedCalls:
         def call(*args, **kwargs):
             if kwargs and (asked := kwargs.pop("_semantic", None)) not in own:
                 return function(*args, _semantic=asked, **kwargs)  # somebody's recording
+            if len(args) == 2 and not kwargs:  # most operators
+                a, b = args
+                if type(a) is tensor_class and type(b) is tensor_class:
+                    a_kind, b_kind = a.type.__dict__, b.type.__dict__
+                    if "as_key" in a_kind and "as_key" in b_kind:
+                        repeat = found.get((function, a_kind["as_key"], b_kind["as_key"]))
+                        if repeat is not None:
+                            return repeat(args)
             key, tensors = [function], []
             try:
                 for arg in args:
@@ -175,4 +183,34 @@ class RecordedCalls:
                 step(values)
             return give(tensors, values)
 
+        if len(steps) == 1 and type(result) is tensor_class:
+            (step,) = steps
+            if places == [getattr(step, "made", None)]:
+                return _one_step(step, first, len(tensors), result, repeat)
         return repeat
+
+
+def _one_step(
+    step: Any, first: list[Any], count: int, result: Any, repeat: Callable[[list], Any]
+) -> Callable[[list], Any]:
+    """`repeat` of a single step that makes all there is: most calls are those of an operator.
+
+    Args:
+        first: the constants among what the step is given. count: of the tensors.
+    """
+    attributes, kind, new = dict(result.__dict__, handle=None), type(result), object.__new__
+    (left, right), compute = step.places, step.compute
+    a, b = (first[place] if place >= count else None for place in (left, right))
+
+    def once(tensors):
+        handle = compute(
+            tensors[left].handle if a is None else a, tensors[right].handle if b is None else b
+        )
+        if handle is None:
+            return repeat(tensors)
+        made = new(kind)
+        made.__dict__.update(attributes)
+        made.handle = handle
+        return made
+
+    return once

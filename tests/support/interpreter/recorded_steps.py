@@ -148,11 +148,11 @@ def _step(operation, args, places, first, made) -> Callable[[list[Any]], None]:
                 values[first : first + len(now)] = now
 
         return step
-    if len(args) == len(places) == 1:
-        (place,) = places.values()
+    if [*places] == [0]:
+        place, others = places[0], args[1:]
 
         def step(values):
-            values[first] = operation(values[place])
+            values[first] = operation(values[place], *others)
 
         return step
 
@@ -168,24 +168,33 @@ def _step(operation, args, places, first, made) -> Callable[[list[Any]], None]:
 def _numpy_step(function, places, kinds, first, made, otherwise) -> Callable[[list[Any]], None]:
     """A step of two arrays of these kinds, whose result is not cast; of others, `otherwise`.
 
-    A handle's own kind may be another than its tensor's: that of what was compared.
+    A handle's own kind may be another than its tensor's: that of what was compared. The step's
+    `compute` makes of two handles the one that comes to `made`, or None where kinds are others.
     """
     handle_class, data_kind = type(made), made.data.dtype
     (left, right), ((left_data, left_kind), (right_data, right_kind)) = places, kinds
     element = getattr(left_kind, "element_ty", None)  # a pointer's type is made for each launch
+    new = object.__new__
 
-    def step(values):
-        a, b = values[left], values[right]
+    def compute(a, b):
         x, y, kind = a.data, b.data, a.dtype
         if x.dtype is left_data and y.dtype is right_data and b.dtype is right_kind and (
             kind is left_kind or element is not None and getattr(kind, "element_ty", 0) is element
         ):  # fmt: skip
             data = function(x, y)
             if data.dtype is data_kind:
-                handle = values[first] = object.__new__(handle_class)
+                handle = new(handle_class)
                 handle.data, handle.dtype, handle.attr = data, kind, {}
-                return
-        for other in otherwise:
-            other(values)
+                return handle
+        return None
 
+    def step(values):
+        handle = compute(values[left], values[right])
+        if handle is None:
+            for other in otherwise:
+                other(values)
+        else:
+            values[first] = handle
+
+    step.compute, step.places, step.made = compute, places, first
     return step
