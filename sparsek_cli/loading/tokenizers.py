@@ -111,10 +111,20 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) 
     Raises:
         SparsekError: an id of any other token is beyond them.
     """
-    # A class may add a token for the unknown that its byte-level vocabulary never gives.
-    vocabulary = {k: v for k, v in tokenizer.get_vocab().items() if k != tokenizer.unk_token}
+    vocabulary, pad = tokenizer.get_vocab(), tokenizer.pad_token
+    ends = (tokenizer.bos_token, tokenizer.eos_token)
+    if tokenizer.unk_token not in ends:
+        # A class may add a token for the unknown that its byte-level vocabulary never gives.
+        vocabulary.pop(tokenizer.unk_token, None)
+    for end in ends:
+        if vocabulary.get(end, 0) >= rows:
+            raise SparsekError(
+                f"the tokenizer of '{name}' begins or ends texts with {end!r}, whose id "
+                f"{vocabulary[end]} is beyond the model's {rows} embeddings: its class made it up",
+                hint='name the model\'s own in tokenizer_config.json: "eos_token": "..."; or put '
+                "the whole tokenizer beside the weights that they were trained with",
+            )
     largest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
-    pad = tokenizer.pad_token
     if largest[1] >= rows and largest[0] == pad and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
         rest = (item for item in vocabulary.items() if item[0] != pad)

@@ -40,6 +40,22 @@ def test_a_pad_token_beyond_the_rows_is_replaced_in_memory(tokenizer):
         check_tokenizer(tokenizer, VOCAB_SIZE, "m")
 
 
+def test_an_end_that_a_class_made_up_is_refused(tokenizer):
+    """As Qwen2's does beside a tokenizer.json alone, as the unknown token, too, which was let
+    through: finetune put it behind texts, and evaluate ended in an IndexError."""
+    made_up = {"eos_token": "<made up>", "unk_token": "<made up>"}
+    tokenizer.add_special_tokens(made_up)
+    assert tokenizer.eos_token_id == VOCAB_SIZE
+    for pad in ("<pad>", "<made up>"):
+        tokenizer.pad_token = pad
+        with pytest.raises(SparsekError, match=f"id {VOCAB_SIZE} is beyond .* made it up") as no:
+            check_tokenizer(tokenizer, VOCAB_SIZE, "m")
+    assert '"eos_token"' in no.value.hint
+    tokenizer.eos_token = "</s>"  # as hinted
+    tokenizer.pad_token = "<pad>"
+    check_tokenizer(tokenizer, VOCAB_SIZE, "m")
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"version": "1.0", "model": {}}'])
 def test_none_or_a_broken_one_is_refused(content, tmp_path, tokenizer):
     folder = tmp_path / "model"
