@@ -101,4 +101,4 @@ def server(checkpoint: "Checkpoint | None") -> Iterator[Check]:
         name, why = choose(config if config is not None and is_converted(config) else None)
         yield Check("server", None, f"{name}: {why}")
     except UsageError as error:
-        yield Check("server", None, f"none: {error.message}")
+        yield Check("server", None, f"optional, for serving; none: {error.message}")

@@ -252,7 +252,9 @@ def test_doctor_says_which_server_would_run(installed):
     assert [row.detail for row in installation.server(None)] == ["vllm: installed, with its plugin"]
     installed()
     [row] = installation.server(None)
-    assert row.ok is None and row.detail.startswith("none: no server can run")
+    assert row.ok is None and row.detail.startswith(
+        "optional, for serving; none: no server can run"
+    )
 
 
 def test_without_a_server_the_hint_serves_who_has_no_checkout(sparsek, converted, installed):
