@@ -84,16 +84,15 @@ class Converted:
 
 def _calibrated(found: Mapping[str, Any]) -> list[str]:
     """What calibration measured, and whether a plain window of as many slots would do better."""
-    ends = ", ".join(
-        f"{found[end]['text_loss']:.3f} / {found[end]['answer_loss']:.3f}"
-        for end in ("text_alone", "recall_alone")
-    )
+
+    def nats(lost: Mapping[str, Any], kind: str = "") -> str:
+        return f"{lost[f'{kind}text_loss']:.3f} and {lost[f'{kind}answer_loss']:.3f}"
+
     lines = [
-        f"calibrated  divergence from dense {found['text_loss']:.3f} nats in text and "
-        f"{found['answer_loss']:.3f} at answers far back; plain window "
-        f"{found['window_text_loss']:.3f} and {found['window_answer_loss']:.3f}",
-        f"            with recall={found['recall']:g}; of what was tried, best in "
-        f"text and best far back: {ends}",
+        f"calibrated  divergence from dense, in text and at answers far back: {nats(found)} nats",
+        f"            a plain window of as many slots: {nats(found, 'window_')}",
+        f"            recall={found['recall']:g} weighs them; for text alone "
+        f"{nats(found['text_alone'])} was to be had, for answers {nats(found['recall_alone'])}",
     ]
     kinds = {"text": "in text", "answer": "at answers far back"}
     worse = [w for kind, w in kinds.items() if found[f"{kind}_loss"] > found[f"window_{kind}_loss"]]
