@@ -92,6 +92,7 @@ ROWS |= {
     "adapt, dense steps": (*_ADAPT, _WITH_DENSE),
     "adapt, text too": (*_ADAPT, *_TEXT_TOO),
     "adapt, text too dense": (*_ADAPT, *_TEXT_TOO),
+    "adapt, text too window": (*_ADAPT, *_TEXT_TOO),
 }
 _SMOKE = (
     "data_workers=0", "batch_size=2", "micro_batch_size=2", "sequence_length=512",
@@ -233,7 +234,7 @@ class Experiment:
             return [f"sparsek.topk={self.given.length}", "scorer_training=frozen", "budgets=[]"]
         if name.endswith(WINDOW_CONTROL):
             window = f"sparsek.window={self.slots - SINKS}"
-            return ["sparsek.topk=0", window, "scorer_training=frozen"]
+            return ["sparsek.topk=0", window, "scorer_training=frozen", "budgets=[]"]
         return []
 
     def add(
