@@ -37,6 +37,7 @@ def serve(
             help="bfloat16, float16 or float32; default: the checkpoint's.",
         ),
     ] = None,
+    yarn: options.Yarn = None,
     dry_run: options.DryRun = False,
     json: options.Json = False,
     verbose: options.Verbose = False,
@@ -65,7 +66,9 @@ def serve(
     if dtype not in (None, *DTYPES):
         raise UsageError(f"--dtype is {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
     checkpoint = hub.resolve(name_or_default(model, say=console.say), revision)
-    plan = serving.plan(checkpoint, engine=engine, host=host, port=port, dtype=dtype, flags=flags)
+    plan = serving.plan(
+        checkpoint, engine=engine, host=host, port=port, dtype=dtype, yarn=yarn, flags=flags
+    )
     if dry_run:
         console.result(f"{plan.text()}\ndry run: nothing was started", plan.data())
         return

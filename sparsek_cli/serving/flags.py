@@ -16,6 +16,7 @@ _OURS = {
     "--port": "--port",
     "--dtype": "--dtype",
     "--revision": "--revision",
+    "--yarn": "--yarn",
     "--served-model-name": "MODEL",
     "--model": "MODEL",
 }
@@ -26,12 +27,13 @@ _RANKS = "--tensor-parallel-size"
 _SHORT = {"-tp": _RANKS, "-t": _RANKS}
 _PREFIXES, _NO_PREFIXES = "--enable-prefix-caching", "--no-enable-prefix-caching"
 _CACHE_DTYPE = "--kv-cache-dtype"
+OVERRIDES = "--hf-overrides"
 _AT_ONCE, _BLOCKS = "--max-num-seqs", "--num-gpu-blocks-override"
 _MEMORY = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes")
 # What leaves open how many bytes a request takes, and why.
 _OPEN = {
     "--config": "its file may hold any flag",
-    "--hf-overrides": "it changes the model's config",
+    OVERRIDES: "it changes the model's config",
     _PREFIXES: "further blocks keep the prefixes of prompts",
 }
 _KNOWN = (
@@ -85,6 +87,11 @@ class Flags:
         if not said.isdecimal() or int(said) < 1:
             raise UsageError(f"{_RANKS} is {said!r}", hint="a number of GPUs, from 1 on")
         return int(said)
+
+    @property
+    def overrides(self) -> bool:
+        """Whether they change the model's config."""
+        return OVERRIDES in self._values
 
     @property
     def memory_said(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -16,12 +17,14 @@ from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.loading import check_tokenizer, load_config, load_tokenizer
+from sparsek_cli.loading.positions import stretch
 from sparsek_cli.output.parts import check_parts
 from sparsek_cli.serving import address
 from sparsek_cli.serving.cost import Cost, cost, served_dtype
 from sparsek_cli.serving.engines import TRANSFORMERS, VLLM, choose
-from sparsek_cli.serving.flags import Flags
+from sparsek_cli.serving.flags import OVERRIDES, Flags
 from sparsek_cli.serving.room import Room, room, served_bytes
+from sparsek_cli.serving.stretched import YARN
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class ServePlan:
         model: what clients write as `model`. url: what they take as base URL.
         host, port: where it listens.
         dtype: of weights and cache.
+        yarn: how many times its own length the model reads, or None: once.
         cost: a request's cache, whatever the request's length.
         memory: what keeps the server's memory from growing; empty where nothing is changed.
         room: memory of caches that the server is told to take; None where it is not told.
@@ -46,6 +50,7 @@ class ServePlan:
     host: str
     port: int
     dtype: str
+    yarn: float | None
     cost: Cost
     memory: str
     room: Room | None
@@ -60,6 +65,8 @@ class ServePlan:
             f"server   {self.engine} ({self.why})",
             f"cache    {self.cost.text()} ({self.dtype})",
         ]
+        if self.yarn:
+            rows.append(f"context  {self.yarn:g} times the model's own (YaRN)")
         if self.room:
             rows.append(f"room     {self.room.text()}")
         if self.memory:
@@ -76,6 +83,7 @@ class ServePlan:
             "url": self.url,
             "host": self.host,
             "dtype": self.dtype,
+            "yarn": self.yarn,
             "ranks": self.cost.ranks,
             "request_bytes": self.cost.request_bytes,
             "requests_per_gib": self.cost.requests_per_gib,
@@ -94,6 +102,7 @@ def plan(
     host: str = "127.0.0.1",
     port: int = 8000,
     dtype: str | None = None,
+    yarn: float | None = None,
     flags: Sequence[str] = (),
 ) -> ServePlan:
     """Chooses the server and writes its command line; starts nothing.
@@ -101,11 +110,13 @@ def plan(
     Args:
         engine: `auto`, `vllm` or `transformers`.
         dtype: of weights and cache, or None for the checkpoint's.
+        yarn: how many times its own length the model is to read; see loading/positions.py.
         flags: handed on to the server as they are.
 
     Raises:
         UsageError: a dense model, no server, or a flag that says what one of ours says or that
-            the server would refuse.
+            the server would refuse, or of which it would heed one alone; positions that cannot be
+            stretched.
         SparsekError: no tokenizer that loads and fits, or scorers that are damaged.
     """
     fields = checkpoint.config()
@@ -122,6 +133,9 @@ def plan(
     config = load_config(checkpoint.path, checkpoint.name)
     kept = served_dtype(config, checkpoint.path, dtype)
     model, command = _command(name, checkpoint)
+    if yarn is not None:
+        stretch(config, yarn)
+        command += _stretched(name, config, yarn, given)
     command += ["--host", host, "--port", str(port), "--dtype", kept]
     memory, price, place = _memory(name), cost(config, name, kept, given), None
     if name == VLLM:
@@ -136,6 +150,7 @@ def plan(
         host=host,
         port=port,
         dtype=kept,
+        yarn=yarn,
         cost=price,
         memory=memory,
         room=place,
@@ -168,6 +183,19 @@ def _command(engine: str, checkpoint: Checkpoint) -> tuple[str, list[str]]:
         server = ["-m", "sparsek_cli.serving.transformers_server", "serve"]
         return model, [*server, model]
     return name, ["-m", "sparsek_vllm", "--model", path, "--served-model-name", name]
+
+
+def _stretched(engine: str, config: Any, factor: float, flags: Flags) -> list[str]:
+    """What tells a server that positions are stretched, as they are in `config`."""
+    if engine == TRANSFORMERS:
+        return [YARN, str(factor)]
+    if flags.overrides:
+        raise UsageError(
+            f"--yarn changes the model's config, and so does {OVERRIDES}: vLLM heeds one of them",
+            hint=f"leave {OVERRIDES} out, or --yarn, and put rope_parameters in there",
+        )
+    changed = {key: getattr(config, key) for key in ("rope_parameters", "max_position_embeddings")}
+    return [OVERRIDES, json.dumps(changed)]
 
 
 def _check_model(model: str, checkpoint: Checkpoint) -> None:

@@ -2,7 +2,8 @@
 
 Left alone it calls Ctrl-C a failure and waits for whatever is being written, a refusal of ours
 becomes a traceback, /v1/models lists the hub's cache on this machine, and any client may have it
-load another model (`guard.py`). All arguments are those of `transformers`.
+load another model (`guard.py`). All arguments are those of `transformers`, and `--yarn FACTOR`
+(`stretched.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sparsek_cli.console import report_error
 from sparsek_cli.errors import INTERRUPTED
 from sparsek_cli.serving import module
 from sparsek_cli.serving.guard import draw_where_asked, guarded, refuse_longer_prompts
+from sparsek_cli.serving.stretched import stretch_what_it_loads, take_factor
 
 HINT = "the traceback says where; flags after -- go to the server as they are"
 UNHEARD = "the error above says why; where the address is in use, give another --port"
@@ -70,6 +72,7 @@ def main() -> int:
     """Serves until it is ended; returns the exit code."""
     import uvicorn
 
+    factor = take_factor(sys.argv)
     serving: list[bool] = []
     uvicorn.Server = _watched(uvicorn.Server, serving)
 
@@ -87,6 +90,8 @@ def main() -> int:
     import sparsek_cli.models  # noqa: F401  (so that no code of the folder needs to be run)
 
     _lists_what_it_serves(ModelManager)
+    if factor is not None:
+        stretch_what_it_loads(ModelManager, factor)
     draw_where_asked(BaseHandler)
     refuse_longer_prompts(GenerateManager)
     return module.run("transformers.cli.transformers", HINT) or 0

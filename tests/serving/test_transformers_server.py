@@ -155,3 +155,36 @@ def test_no_writer_of_a_reply_is_waited_for_however_it_ends(ending, code, last, 
     if read:
         assert process.stdout.read() == "the last words\n"
         assert (process.stderr.read().splitlines() or [None])[-1] == last
+
+
+def test_the_server_loads_its_model_with_stretched_positions(
+    tmp_path, monkeypatch, sparse_model, tokenizer
+):
+    import torch
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from sparsek_cli.hub import resolve
+    from sparsek_cli.loading import load_model
+    from sparsek_cli.serving import stretched
+
+    sparse_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(ModelManager, "_load_model", ModelManager._load_model)
+    words = ["serve", "model", "--yarn", "4.0", "--dtype", "float32"]
+    factor = stretched.take_factor(words)
+    assert words == ["serve", "model", "--dtype", "float32"] and factor == 4
+    assert stretched.take_factor(words) is None
+    monkeypatch.chdir(tmp_path)
+    ids = torch.arange(3, 33)[None]
+    said = []
+    for kind in ("own", "stretched"):
+        if kind == "stretched":
+            stretched.stretch_what_it_loads(ModelManager, factor)
+        manager = ModelManager(device="cpu", dtype="float32", force_model="model")
+        [loaded] = manager.loaded_models.values()
+        said.append(loaded.model(ids).logits)
+    options = {"device": torch.device("cpu"), "dtype": torch.float32}
+    own, long = (load_model(resolve("model"), yarn=yarn, **options) for yarn in (None, factor))
+    assert torch.equal(said[0], own(ids).logits) and torch.equal(said[1], long(ids).logits)
+    assert not torch.allclose(said[0], said[1])
+    assert loaded.model.config.max_position_embeddings == 4 * own.config.max_position_embeddings

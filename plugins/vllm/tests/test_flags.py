@@ -16,7 +16,7 @@ def parser():
 
 def test_every_flag_that_matters_is_one_of_vllm_s_and_no_other_is_taken_for_it(parser):
     known = {name for action in parser._actions for name in action.option_strings}
-    assert set(flags._KNOWN) - {"--revision"} <= known
+    assert set(flags._KNOWN) - {"--revision", "--yarn"} <= known
     taken = {name: flags._name(name) for name in known}
     mistaken = {name: flag for name, flag in taken.items() if flag not in (None, name)}
     assert mistaken == {"-tp": "--tensor-parallel-size"}

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import vllm
-from checkpoints import LONG, NEW, TOPK_OF_FOUR, prompts
+from checkpoints import LENGTH, LONG, NEW, TOPK_OF_FOUR, prompts
 from sparsek_vllm import FAMILIES, NOT_ON_LOWEST, VERSIONS
 from sparsek_vllm.heads import can_deal, dealt_heads
 from sparsek_vllm.sizes import request_bytes
 from vllm import SamplingParams
 
 from sparsek_cli.families import TABLE
+from sparsek_cli.hub import resolve
+from sparsek_cli.loading import load_config
+from sparsek_cli.loading.positions import stretch
+from sparsek_cli.serving import plan as serving
 
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, prompt_logprobs=0)
 TEN = prompts(10, longest=150)
@@ -126,3 +133,21 @@ def test_an_8_bit_cache(checkpoint, expected, run_engine):
     with run_engine(folder, **options) as llm:
         outputs = llm.generate(requests(short), GREEDY, use_tqdm=False)
     assert_same(outputs, expected(folder, short), short)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])  # olmo2: by transformers' own code
+def test_stretched_positions(family, checkpoint, expected, run_engine, tmp_path):
+    """What `sparsek serve --yarn` hands on reaches vLLM's model, beyond its own length too."""
+    folder = checkpoint(family)
+    shutil.copytree(folder, tmp_path / "long")
+    config = load_config(folder, family)
+    stretch(config, 2)
+    config.save_pretrained(tmp_path / "long")
+    batch = [*TEN, *prompts(2, longest=LENGTH + 60, shortest=LENGTH + 20)]
+    wanted = expected(tmp_path / "long", batch)
+    assert [w.written for w in wanted[:-2]] != [w.written for w in expected(folder, TEN)]
+    planned = serving.plan(resolve(str(folder)), engine="vllm", yarn=2).command
+    changed = json.loads(planned[planned.index("--hf-overrides") + 1])
+    with run_engine(folder, hf_overrides=changed, max_model_len=2 * LENGTH) as llm:
+        outputs = llm.generate(requests(batch), GREEDY, use_tqdm=False)
+    assert_same(outputs, wanted, batch)

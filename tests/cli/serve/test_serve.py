@@ -305,3 +305,47 @@ def test_every_text_installs_vllm_as_the_readme_does():
         (removed,) = re.findall(r"uninstall (?:--quiet --yes )?((?:torch\w+ ?)+)", text)
         said[name] = {*beside.split()} - {"pytest"}, {*removed.split()}
     assert len({str(sorted(map(sorted, both))) for both in said.values()}) == 1, said
+
+
+def test_positions_are_stretched_on_either_server_or_not_at_all(sparsek, converted, installed):
+    """`chat` and `evaluate` had --yarn, and a server read no more than the model's own length."""
+    from transformers import AutoConfig
+
+    from sparsek_cli.loading.positions import stretch
+
+    installed(*ALL)
+    config = AutoConfig.from_pretrained(converted)
+    stretch(config, 2.5)
+    words = ["serve", converted, "--yarn", "2.5", "--dry-run"]
+
+    def told(engine, *more):
+        plan = json.loads(sparsek(*words, "--engine", engine, "--json", *more).out)
+        assert plan["yarn"] == 2.5 and plan["request_bytes"]
+        return plan["command"]
+
+    command = told("vllm", "--", "--max-num-seqs", "9")
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == {
+        "rope_parameters": dict(config.rope_parameters),
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+    command = told("transformers")
+    assert command[command.index("--yarn") + 1] == "2.5"
+    assert "2.5 times the model's own" in sparsek(*words).out
+    assert json.loads(sparsek(*words[:2], "--json", "--dry-run").out)["yarn"] is None
+    for flag, hint in (("--hf-overrides.a 1", "leave --hf-overrides"), ("--yarn 3", "before the")):
+        shown = sparsek(*words, "--engine", "vllm", "--", *flag.split())
+        assert shown.failed(2) and hint in shown.err
+    assert sparsek("serve", converted, "--yarn", "1", "--dry-run").failed(2)
+
+
+def test_positions_that_cannot_be_stretched_are_told_before_a_server_starts(
+    sparsek, tmp_path, installed, sparse_model, tokenizer
+):
+    installed(*ALL)
+    learned = tmp_path / "learned"
+    sparse_model("gpt2").save_pretrained(learned)
+    tokenizer.save_pretrained(learned)
+    line = ["serve", learned, "--dry-run", "--yarn", "2"]
+    shown = sparsek(*line)
+    assert shown.failed(2) and "no rotary positions" in shown.err and "drop --yarn" in shown.err
+    assert sparsek(*line[:3]).code == 0
