@@ -20,6 +20,7 @@ from sparsek_cli.converted import ATTENTION
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
+from sparsek_cli.output import written_config
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, SCORERS
 from sparsek_cli.output.tokenizer_files import copy_missing, files_in
 
@@ -145,8 +146,9 @@ def _write(
     total = sum(e.end - e.start for s in plan.shards for e in s.tensors.values())
     total += sum(array.nbytes for array in tensors.values())
     metadata["total_size"] = total
+    metadata[written_config.KEY] = config = converted_config(plan, scorers)
     json_text.write(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    json_text.write(folder / "config.json", converted_config(plan, scorers))
+    json_text.write(folder / "config.json", config)
     (folder / REMOTE_CODE_FILE).write_text(remote_code_text(), encoding="utf-8")
     copy_missing(plan.side_files, plan.base.path, folder)
     copy_missing(files_in(plan.tokenizer.path), plan.tokenizer.path, folder)

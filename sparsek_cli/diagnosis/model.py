@@ -36,6 +36,7 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
         "model", None, f"{checkpoint.name}: " + ", ".join(f"{k} {v}" for k, v in block.items())
     )
     yield _files(checkpoint)
+    yield from _config(checkpoint)
     yield from _sparse_path(lm)
     yield from _dense_equivalence(lm)
     yield from _cache_bytes(lm)
@@ -70,6 +71,23 @@ def _files(checkpoint: "Checkpoint") -> Check:
     if known < len(found):
         shown += "; of the others nothing says what they were"
     return Check("files", True if known else None, shown)
+
+
+def _config(checkpoint: "Checkpoint") -> Iterator[Check]:
+    """config.json asks for the model that was written; older folders do not say what it was."""
+    from sparsek_cli.output.written_config import REMEDY, changes
+
+    found = changes(checkpoint.path)
+    if found is None:
+        return
+    wrong = [change for change in found if not change.chosen]
+    shown = ", ".join(change.text() for change in wrong or found)
+    yield Check(
+        "config",
+        False if wrong else None if found else True,
+        f"config.json was changed since: {shown}" if found else "config.json is what was written",
+        REMEDY,
+    )
 
 
 def _tokenizer(checkpoint: "Checkpoint", lm: "torch.nn.Module") -> Check:

@@ -21,6 +21,7 @@ from sparsek_cli.output.contents import (
 )
 from sparsek_cli.output.scorers_file import check_finite
 from sparsek_cli.output.tokenizer_files import holds_tokenizer
+from sparsek_cli.output.written_config import say_changes
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.scorers_alone.portable_recipe import portable
 from sparsek_cli.sharing.hub_card import card
@@ -145,6 +146,7 @@ def _check_files(place: Path, reporter: Reporter) -> None:
             check_as_written(file)
             bar.advance(file.stat().st_size)
     check_samples(place)  # all that is known of large files
+    say_changes(place)
 
 
 def _check(place: Path) -> None:

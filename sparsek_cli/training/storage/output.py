@@ -17,6 +17,7 @@ from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import row_of
 from sparsek_cli.output.contents import ADAPTERS, FINETUNE_RECIPE, MODEL, SCORERS, Contents
+from sparsek_cli.output.parts import record_parts
 from sparsek_cli.output.staging import staged
 from sparsek_cli.output.tokenizer_files import bring
 from sparsek_cli.training.model import cast_for_saving
@@ -184,6 +185,7 @@ def _link_base(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["sparsek"] = model.config.sparsek
     json_text.write(folder / "config.json", config)
+    record_parts(folder, weights=False)
 
 
 def _stored_names(file: Path, model: Any) -> dict[str, str]:
