@@ -35,8 +35,8 @@ from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.data.needles import NeedleDocument, is_correct, make_document
 from sparsek_cli.data.phrasings import phrasings
 from sparsek_cli.devices import choose_device, choose_dtype
+from sparsek_cli.dialogue.drawing.sampling import Sampling
 from sparsek_cli.dialogue.engine import Engine
-from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import Session as Conversation
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.loading import load_tokenizer

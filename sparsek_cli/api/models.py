@@ -81,17 +81,18 @@ def chat(
 
     Args:
         system: the system message.
-        temperature: 0 takes the likeliest token. top_p: draw from the likeliest mass.
+        temperature: 0 takes the likeliest token. top_p: draw from the likeliest mass. Penalties,
+            bans and cut-offs of the model's generation_config.json count beside them.
         others: as of `load`.
 
     Returns:
         A session: `load(text)` reads a document, `ask(question)` yields the reply piece by piece,
         `stats()` says how long the conversation is and what it holds, `clear()` starts anew.
     """
+    from sparsek_cli.dialogue.drawing.sampling import Sampling
+    from sparsek_cli.dialogue.drawing.settings import check_sampling
     from sparsek_cli.dialogue.engine import Engine
-    from sparsek_cli.dialogue.sampling import Sampling
     from sparsek_cli.dialogue.session import Session
-    from sparsek_cli.dialogue.settings import check_sampling
 
     check_words(system=system)
     check_numbers(temperature=temperature, top_p=top_p)

@@ -54,8 +54,8 @@ def chat(
     """Talk to a model; its cache stays the same size however long the text."""
     from sparsek_cli import hub
     from sparsek_cli.commands.last_model import name_or_default
-    from sparsek_cli.dialogue.sampling import Sampling
-    from sparsek_cli.dialogue.settings import check_sampling
+    from sparsek_cli.dialogue.drawing.sampling import Sampling
+    from sparsek_cli.dialogue.drawing.settings import check_sampling
 
     console = Console(as_json=json, quiet=quiet, verbose=verbose)
     sampling = Sampling(temperature, top_p, max_new_tokens, 0 if seed is None else seed)
@@ -70,6 +70,7 @@ def chat(
     console.say(f"loading {checkpoint.name}")  # seconds, most of them imports
 
     from sparsek_cli.devices import choose_device, choose_dtype
+    from sparsek_cli.dialogue.drawing.own_settings import in_words
     from sparsek_cli.dialogue.engine import Engine
     from sparsek_cli.dialogue.session import Session
     from sparsek_cli.loading import (
@@ -91,6 +92,8 @@ def chat(
     if state is not None:
         session.load_state(absolute(state))
         console.say(f"continuing {state}: {session.engine.tokens:,} tokens in context")
+    if own := in_words(weights):
+        console.say(f"generation_config.json: {own}")
     if session.plain:
         console.say(f"{checkpoint.name} has no chat template: it continues your text")
     if prompt is not None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.converted import is_converted
 from sparsek_cli.dialogue.check_saved import check_conversation
+from sparsek_cli.dialogue.drawing.own_settings import shaped
+from sparsek_cli.dialogue.drawing.sampling import Sampling, draw
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.interrupt import interruptible
-from sparsek_cli.dialogue.sampling import Sampling, draw
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.positions import context_length
 
@@ -138,6 +139,7 @@ class Engine:
 
         Raises:
             SparsekError: nothing was fed yet, or the logits are not numbers.
+            UsageError: see `shaped`.
         """
         import torch
 
@@ -145,6 +147,7 @@ class Engine:
             raise SparsekError("nothing to answer", hint="write something first")
         self.interrupted = self.at_limit = False
         generator = torch.Generator(device="cpu").manual_seed(sampling.seed + self.fed)
+        shape = shaped(self.model, sampling, stop_tokens, self.said())
         try:
             with interruptible() as stop:
                 for _ in range(sampling.max_new_tokens):
@@ -153,7 +156,11 @@ class Engine:
                     if stop.is_set():
                         self.interrupted = True
                         return
-                    token = draw(self._logits, sampling, generator)
+                    if shape is None:
+                        token = draw(self._logits, sampling, generator)
+                    else:
+                        token = draw(shape(self._logits), shape.sampling, generator)
+                        shape.follow(token)
                     if token in stop_tokens:
                         return
                     self._unfed = [token]

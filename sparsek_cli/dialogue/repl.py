@@ -9,10 +9,10 @@ from pathlib import Path
 
 from sparsek_cli.byte_units import size
 from sparsek_cli.dialogue.compare import dense_reply
+from sparsek_cli.dialogue.drawing.settings import changed
 from sparsek_cli.dialogue.figures import beyond, status_line
 from sparsek_cli.dialogue.files import ProgressMaker, load_path, save_conversation
 from sparsek_cli.dialogue.session import Session
-from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError, out_of_memory, reason
 from sparsek_cli.loading.positions import can_stretch
 from sparsek_cli.output.place import absolute, check_file

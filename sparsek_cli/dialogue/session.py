@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.data.pieces import Encoder, Reply, pieces_of, stripped
+from sparsek_cli.dialogue.drawing.sampling import Sampling
 from sparsek_cli.dialogue.engine import Engine, Snapshot
 from sparsek_cli.dialogue.feeding import Feed
 from sparsek_cli.dialogue.figures import Clock, Stats
 from sparsek_cli.dialogue.given_text import check_text, checked_parts
-from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.template import check_system
 from sparsek_cli.errors import SparsekError, UsageError
 

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sparsek_cli.dialogue.drawing.sampling import Sampling
 from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.repl import Repl
-from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import MOMENTS, Session
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.models import SparseKCache, save_state

@@ -13,12 +13,12 @@ import pytest
 from sparsek_cli import termination
 from sparsek_cli.byte_units import size
 from sparsek_cli.data.pieces import BLOCK
+from sparsek_cli.dialogue.drawing.sampling import Sampling
+from sparsek_cli.dialogue.drawing.settings import changed
 from sparsek_cli.dialogue.figures import Stats, status_line
 from sparsek_cli.dialogue.files import load_file, load_path, save_conversation
 from sparsek_cli.dialogue.repl import Repl
-from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import Session
-from sparsek_cli.dialogue.settings import changed
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.termination import Terminated, sigterm_interrupts
 

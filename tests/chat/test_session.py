@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from sparsek_cli.data.pieces import BLOCK, Encoder, Reply
-from sparsek_cli.dialogue.sampling import Sampling
+from sparsek_cli.dialogue.drawing.sampling import Sampling
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.template import render
 from sparsek_cli.errors import SparsekError, UsageError
@@ -256,7 +256,7 @@ def test_greedy_and_seeded_sampling_repeat(engine, tokenizer):
 def test_nan_logits_are_reported():
     import torch
 
-    from sparsek_cli.dialogue.sampling import draw
+    from sparsek_cli.dialogue.drawing.sampling import draw
 
     with pytest.raises(SparsekError, match="not a number"):
         draw(torch.tensor([0.0, float("nan")]), Sampling())

@@ -2,8 +2,8 @@
 
 import pytest
 
+from sparsek_cli.dialogue.drawing.sampling import Sampling
 from sparsek_cli.dialogue.engine import Engine
-from sparsek_cli.dialogue.sampling import Sampling
 from sparsek_cli.dialogue.session import Session
 
 BUDGET = {"topk": 16, "window": 8, "sinks": 2}

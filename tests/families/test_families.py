@@ -170,8 +170,8 @@ def test_evaluates(checkpoints, cli, tmp_path):
 def test_chats(checkpoints, tokenizer):
     from transformers import AutoModelForCausalLM
 
+    from sparsek_cli.dialogue.drawing.sampling import Sampling
     from sparsek_cli.dialogue.engine import Engine
-    from sparsek_cli.dialogue.sampling import Sampling
     from sparsek_cli.dialogue.session import Session
 
     model = AutoModelForCausalLM.from_pretrained(checkpoints.out).eval()

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from difflib import get_close_matches
 
-from sparsek_cli.dialogue.sampling import Sampling
+from sparsek_cli.dialogue.drawing.sampling import Sampling
 from sparsek_cli.errors import UsageError
 
 

@@ -1,0 +1,1 @@
+"""How the next token of a reply is drawn, and the settings that say it."""
