@@ -13,6 +13,8 @@ from sparsek_cli.loading.configs import load_config
 from sparsek_cli.loading.library_errors import readable_errors
 from sparsek_cli.loading.tokenizers import (
     check_tokenizer,
+    closing_tokens,
+    leave_open,
     load_open_tokenizer,
     load_tokenizer,
 )
@@ -28,7 +30,9 @@ __all__ = [
     "check_loaded",
     "check_tokenizer",
     "check_whole",
+    "closing_tokens",
     "embedding_rows",
+    "leave_open",
     "load_config",
     "load_model",
     "load_open_tokenizer",

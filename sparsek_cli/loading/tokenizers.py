@@ -53,32 +53,40 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
 def load_open_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBase":
     """As `load_tokenizer`, for texts that go on: nothing is put behind them.
 
-    Tokenizers saved for training close every text (`add_eos_token`). A prompt would be closed
-    before its answer, and of a choice's tokens the closing one would be scored.
-
     Raises:
-        SparsekError: as `load_tokenizer`, or it closes texts in a way that cannot be left out.
+        SparsekError: as `load_tokenizer` and `leave_open`.
     """
     tokenizer = load_tokenizer(source)
-    if not _closing(tokenizer):
-        return tokenizer
+    leave_open(tokenizer, str(source) if isinstance(source, str | Path) else source.name)
+    return tokenizer
+
+
+def leave_open(tokenizer: "PreTrainedTokenizerBase", name: str) -> None:
+    """Has a tokenizer put nothing behind a text; what it puts before stays.
+
+    Those saved for training close every text (`add_eos_token`). A prompt would be closed before
+    its answer, and of a choice's tokens the closing one would be scored.
+
+    Raises:
+        SparsekError: it closes texts in a way that cannot be left out.
+    """
+    if not closing_tokens(tokenizer):
+        return
     backend = getattr(tokenizer, "backend_tokenizer", None)
     processor = getattr(backend, "post_processor", None)
     if processor is not None:
         state = json.loads(processor.__getstate__())
         processor.__setstate__(json.dumps(_left_open(state)).encode())
         backend.post_processor = processor
-    if _closing(tokenizer):
-        name = source if isinstance(source, str | Path) else source.name
+    if closing := closing_tokens(tokenizer):
         raise SparsekError(
-            f"the tokenizer of '{name}' puts {_closing(tokenizer)} behind every text, so that "
-            "prompts end before their answers",
+            f"the tokenizer of '{name}' puts {closing} behind every text, so that prompts end "
+            "before their answers",
             hint='set "add_eos_token": false in its tokenizer_config.json',
         )
-    return tokenizer
 
 
-def _closing(tokenizer: Any) -> list[str]:
+def closing_tokens(tokenizer: Any) -> list[str]:
     """Tokens that stand behind every text."""
     bare = tokenizer("a word", add_special_tokens=False).input_ids
     whole = tokenizer("a word").input_ids

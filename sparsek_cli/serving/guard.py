@@ -142,6 +142,25 @@ def draw_where_asked(handler: type) -> None:
     handler._build_generation_config = drawing
 
 
+def leave_prompts_open(manager: type) -> None:
+    """A prompt that is to be completed is not closed first, whatever its tokenizer puts behind it.
+
+    Args:
+        manager: transformers' `ModelManager`.
+    """
+    from sparsek_cli.loading import leave_open
+
+    load = manager._load_processor
+
+    @wraps(load)
+    def opened(self, model_id_and_revision: str, *rest: Any, **named: Any) -> Any:
+        processor = load(self, model_id_and_revision, *rest, **named)
+        leave_open(getattr(processor, "tokenizer", processor), model_id_and_revision.split("@")[0])
+        return processor
+
+    manager._load_processor = opened
+
+
 def refuse_longer_prompts(manager: type) -> None:
     """What is longer than the model's context is refused; the answer would be nonsense.
 

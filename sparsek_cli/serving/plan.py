@@ -16,7 +16,13 @@ from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.hub import Checkpoint
-from sparsek_cli.loading import check_tokenizer, load_config, load_tokenizer
+from sparsek_cli.loading import (
+    check_tokenizer,
+    closing_tokens,
+    leave_open,
+    load_config,
+    load_tokenizer,
+)
 from sparsek_cli.loading.positions import stretch
 from sparsek_cli.output.parts import check_parts
 from sparsek_cli.serving import address
@@ -37,6 +43,7 @@ class ServePlan:
         host, port: where it listens.
         dtype: of weights and cache.
         yarn: how many times its own length the model reads, or None: once.
+        closing: what the server puts behind every text that it is to complete; mostly empty.
         cost: a request's cache, whatever the request's length.
         memory: what keeps the server's memory from growing; empty where nothing is changed.
         room: memory of caches that the server is told to take; None where it is not told.
@@ -51,6 +58,7 @@ class ServePlan:
     port: int
     dtype: str
     yarn: float | None
+    closing: tuple[str, ...]
     cost: Cost
     memory: str
     room: Room | None
@@ -67,6 +75,11 @@ class ServePlan:
         ]
         if self.yarn:
             rows.append(f"context  {self.yarn:g} times the model's own (YaRN)")
+        if self.closing:
+            rows.append(
+                f"prompts  of /v1/completions get {' '.join(self.closing)} behind them: set "
+                '"add_eos_token": false in tokenizer_config.json'
+            )
         if self.room:
             rows.append(f"room     {self.room.text()}")
         if self.memory:
@@ -84,6 +97,7 @@ class ServePlan:
             "host": self.host,
             "dtype": self.dtype,
             "yarn": self.yarn,
+            "closing_tokens": list(self.closing),
             "ranks": self.cost.ranks,
             "request_bytes": self.cost.request_bytes,
             "requests_per_gib": self.cost.requests_per_gib,
@@ -117,7 +131,8 @@ def plan(
         UsageError: a dense model, no server, or a flag that says what one of ours says or that
             the server would refuse, or of which it would heed one alone; positions that cannot be
             stretched.
-        SparsekError: no tokenizer that loads and fits, or scorers that are damaged.
+        SparsekError: no tokenizer that loads and fits, or one that closes every text in a way that
+            transformers' server cannot leave out; or scorers that are damaged.
     """
     fields = checkpoint.config()
     if not is_converted(fields):
@@ -127,9 +142,13 @@ def plan(
         )
     given = Flags(flags)
     # What the server would say later, and not in one line.
-    check_tokenizer(load_tokenizer(checkpoint), fields["vocab_size"], checkpoint.name)
+    tokenizer = load_tokenizer(checkpoint)
+    check_tokenizer(tokenizer, fields["vocab_size"], checkpoint.name)
     check_parts(checkpoint.path)
     name, why = choose(fields, engine)
+    if name == TRANSFORMERS:
+        leave_open(tokenizer, checkpoint.name)  # as the server will
+    closing = closing_tokens(tokenizer)
     config = load_config(checkpoint.path, checkpoint.name)
     kept = served_dtype(config, checkpoint.path, dtype)
     model, command = _command(name, checkpoint)
@@ -151,6 +170,7 @@ def plan(
         port=port,
         dtype=kept,
         yarn=yarn,
+        closing=tuple(closing),
         cost=price,
         memory=memory,
         room=place,

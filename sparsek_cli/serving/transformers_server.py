@@ -18,7 +18,12 @@ from contextlib import suppress
 from sparsek_cli.console import report_error
 from sparsek_cli.errors import INTERRUPTED
 from sparsek_cli.serving import module
-from sparsek_cli.serving.guard import draw_where_asked, guarded, refuse_longer_prompts
+from sparsek_cli.serving.guard import (
+    draw_where_asked,
+    guarded,
+    leave_prompts_open,
+    refuse_longer_prompts,
+)
 from sparsek_cli.serving.stretched import stretch_what_it_loads, take_factor
 
 HINT = "the traceback says where; flags after -- go to the server as they are"
@@ -92,6 +97,7 @@ def main() -> int:
     _lists_what_it_serves(ModelManager)
     if factor is not None:
         stretch_what_it_loads(ModelManager, factor)
+    leave_prompts_open(ModelManager)
     draw_where_asked(BaseHandler)
     refuse_longer_prompts(GenerateManager)
     return module.run("transformers.cli.transformers", HINT) or 0

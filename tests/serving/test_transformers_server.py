@@ -36,7 +36,7 @@ def test_transformers_server_ends_as_vllm_s_does(kind, monkeypatch, capsys):
 
     monkeypatch.setitem(sys.modules, "uvicorn", types.SimpleNamespace(Server=Server))
     monkeypatch.setattr(transformers_server, "guarded", lambda app: app)
-    for name in ("draw_where_asked", "refuse_longer_prompts"):
+    for name in ("draw_where_asked", "leave_prompts_open", "refuse_longer_prompts"):
         monkeypatch.setattr(transformers_server, name, lambda kind: None)
     monkeypatch.setattr(signal, "signal", handlers.__setitem__)
     monkeypatch.setattr(module.runpy, "run_module", run)
@@ -188,3 +188,27 @@ def test_the_server_loads_its_model_with_stretched_positions(
     assert torch.equal(said[0], own(ids).logits) and torch.equal(said[1], long(ids).logits)
     assert not torch.allclose(said[0], said[1])
     assert loaded.model.config.max_position_embeddings == 4 * own.config.max_position_embeddings
+
+
+def test_prompts_are_not_closed_before_they_are_completed(
+    tmp_path, monkeypatch, sparse_model, tokenizer
+):
+    """The model was to go on after the end of a text."""
+    from tokenizers import processors
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from sparsek_cli.serving import guard
+
+    sparse_model("llama").save_pretrained(tmp_path / "model")
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(ModelManager, "_load_processor", ModelManager._load_processor)
+    monkeypatch.chdir(tmp_path)
+    read = []
+    for _ in range(2):
+        manager = ModelManager(device="cpu", dtype="float32", force_model="model")
+        read.append(next(iter(manager.loaded_models.values())).processor("It was").input_ids)
+        guard.leave_prompts_open(ModelManager)
+    assert read[0] == [*read[1], 2] and read[1][0] == 1

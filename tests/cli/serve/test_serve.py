@@ -349,3 +349,28 @@ def test_positions_that_cannot_be_stretched_are_told_before_a_server_starts(
     shown = sparsek(*line)
     assert shown.failed(2) and "no rotary positions" in shown.err and "drop --yarn" in shown.err
     assert sparsek(*line[:3]).code == 0
+
+
+def test_prompts_that_are_closed_before_they_are_completed_are_told(
+    sparsek, converted, installed, tokenizer
+):
+    """transformers' server is ours to mend, vLLM's reads the tokenizer by itself."""
+    from tokenizers import processors
+
+    installed(*ALL)
+    words = ["serve", converted, "--dry-run"]
+    assert "prompts " not in sparsek(*words).out
+    ends = [("<s>", 1), ("</s>", 2)]
+    for closed, repair in (("<s> $A </s>", True), ("bert", False)):
+        tokenizer.backend_tokenizer.post_processor = (
+            processors.TemplateProcessing(closed, special_tokens=ends)
+            if repair
+            else processors.BertProcessing(ends[1], ends[0])
+        )
+        tokenizer.save_pretrained(converted)
+        shown = sparsek(*words)
+        assert "prompts  of /v1/completions get </s> behind them" in shown.out
+        assert json.loads(sparsek(*words, "--json").out)["closing_tokens"] == ["</s>"]
+        shown = sparsek(*words, "--engine", "transformers")
+        assert shown.code == (0 if repair else 1) and "behind them" not in shown.out
+        assert ("add_eos_token" in shown.err) == (not repair)
