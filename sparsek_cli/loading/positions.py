@@ -8,6 +8,9 @@ from sparsek_cli.families.layers import FULL
 from sparsek_cli.families.positions import rope_type
 
 _MOST = 1 << 24
+_ORIGINAL = "original_max_position_embeddings"
+# What `stretch` changes of a config.
+CHANGED = ("rope_parameters", "max_position_embeddings", _ORIGINAL)
 
 
 def stretch(config: Any, factor: float) -> None:
@@ -34,11 +37,13 @@ def stretch(config: Any, factor: float) -> None:
         )
     rope, own = config.rope_parameters, config.max_position_embeddings
     scaling = {
-        "rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": own,
+        "rope_type": "yarn", "factor": float(factor), _ORIGINAL: own,
     }  # fmt: skip
     full = _of_full(rope)
     config.rope_parameters = rope | (scaling if full is None else {full: rope[full] | scaling})
     config.max_position_embeddings = int(own * factor)
+    if hasattr(config, _ORIGINAL):  # Phi-3's own, which comes before that of the block
+        config.original_max_position_embeddings = own
 
 
 def can_stretch(config: Any) -> bool:

@@ -12,7 +12,7 @@ from sparsek_cli.models.attention.sparsek import check_cache
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION
 from sparsek_cli.models.generation.decoding import can_write, write
-from sparsek_cli.models.generation.prefill import READ_CHUNK, reads_in_chunks
+from sparsek_cli.models.generation.prefill import READ_CHUNK, keeps_cache, reads_in_chunks
 from sparsek_cli.models.modeling import SparseKPreTrainedMixin
 
 # Modes that only ever append tokens or reorder rows.
@@ -42,6 +42,9 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
         super().__init_subclass__(**kwargs)
         if not getattr(cls.forward, "reads_in_chunks", False):
             cls.forward = reads_in_chunks(cls.forward)
+        prepare = cls.prepare_inputs_for_generation
+        if not getattr(prepare, "keeps_cache", False):
+            cls.prepare_inputs_for_generation = keeps_cache(prepare)
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any

@@ -23,7 +23,7 @@ from sparsek_cli.loading import (
     load_config,
     load_tokenizer,
 )
-from sparsek_cli.loading.positions import stretch
+from sparsek_cli.loading.positions import CHANGED, stretch
 from sparsek_cli.output.parts import check_parts
 from sparsek_cli.serving import address
 from sparsek_cli.serving.cost import Cost, cost, served_dtype
@@ -214,7 +214,7 @@ def _stretched(engine: str, config: Any, factor: float, flags: Flags) -> list[st
             f"--yarn changes the model's config, and so does {OVERRIDES}: vLLM heeds one of them",
             hint=f"leave {OVERRIDES} out, or --yarn, and put rope_parameters in there",
         )
-    changed = {key: getattr(config, key) for key in ("rope_parameters", "max_position_embeddings")}
+    changed = {key: getattr(config, key) for key in CHANGED if hasattr(config, key)}
     return [OVERRIDES, json.dumps(changed)]
 
 

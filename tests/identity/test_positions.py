@@ -256,3 +256,18 @@ def test_only_ways_that_work_are_named(dense_model, tokenizer):
         else:
             with pytest.raises(UsageError, match="--yarn stretches rotary positions"):
                 stretch(tiny_config(family, **({"rope_scaling": dict(rope)} if rope else {})), 2.0)
+
+
+def test_phi_3_is_stretched_from_its_own_length(dense_config):
+    """transformers put the length of longrope in its place, which is another key of Phi-3's."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding
+
+    found = []
+    for family, kind in (("llama", LlamaRotaryEmbedding), ("phi3", Phi3RotaryEmbedding)):
+        config = dense_config(
+            family, hidden_size=64, num_attention_heads=2, max_position_embeddings=128
+        )
+        stretch(config, 2.0)
+        found.append(kind(config).inv_freq)
+    assert found[0].equal(found[1])

@@ -24,6 +24,19 @@ def test_greedy_equals_an_argmax_loop(family, sparse_model, ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("short", [12, 18])  # the prompt is longer, or the text becomes so
+def test_phi_3_keeps_its_cache_where_long_rotary_factors_begin(short, sparse_model, ids):
+    """It took the cache away, and a prompt that long ended in an error about sequences."""
+    model = sparse_model("phi3", original_max_position_embeddings=short)
+    text = ids
+    for _ in range(8):
+        text = torch.cat([text, model(text, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    for options in ({}, {"num_beams": 2}):
+        out = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None, **options)
+        assert out.shape == text.shape and (options or torch.equal(out, text))
+
+
+@torch.no_grad()
 def test_left_padded_batch_equals_rows_alone(family, sparse_model):
     model = sparse_model(family)
     rows = [torch.randint(4, 128, (length,)) for length in (15, 6, 11)]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers.generation import GenerationMixin
 
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION
@@ -47,6 +48,24 @@ def reads_in_chunks(forward: Callable) -> Callable:
 
     in_chunks.reads_in_chunks = True
     return in_chunks
+
+
+def keeps_cache(prepare: Callable) -> Callable:
+    """A causal LM's `prepare_inputs_for_generation` that leaves a SparseK cache where it is.
+
+    Phi-3's takes it away from texts that are longer than its short rotary factors are for, so that
+    all is read anew into another one.
+    """
+
+    @functools.wraps(prepare)
+    def kept(self, input_ids: torch.Tensor, past_key_values: Any = None, **kwargs: Any):
+        switches = hasattr(self.config, "original_max_position_embeddings")
+        plain = switches and isinstance(past_key_values, SparseKCache)
+        called = GenerationMixin.prepare_inputs_for_generation if plain else prepare
+        return called(self, input_ids, past_key_values=past_key_values, **kwargs)
+
+    kept.keeps_cache = True
+    return kept
 
 
 @functools.cache
