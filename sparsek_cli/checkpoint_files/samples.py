@@ -3,17 +3,28 @@
 They lie in a converted folder by hard links, so a program that writes the base in place changes
 them too, under scorers that were fitted to what they were. Reading them whole would take longer
 than loading; another training of the same model differs in every tensor.
+
+Samples of a base's files stand in the index. A file that finetune writes whole has its own in its
+header, as seal.py's hash: who writes the file again leaves none of what it was.
 """
 
 import hashlib
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
 from sparsek_cli.checkpoint_files import json_text
-from sparsek_cli.checkpoint_files.shards import INDEX, TensorEntry, read_shard
+from sparsek_cli.checkpoint_files.shards import (
+    INDEX,
+    SAMPLE,
+    TensorEntry,
+    read_metadata,
+    read_shard,
+)
 from sparsek_cli.errors import SparsekError
 
-KEY = "sparsek_samples"  # of the index's metadata: hashes by name of file
+KEY = SAMPLE  # of the index's metadata: hashes by name of file
+BLANK = "0" * 64  # in a header that is written before the sample is known
 _BYTES = 256  # of a tensor, in three places
 _MOST = 2000  # tensors of a file that are looked into, evenly spread over their names
 
@@ -36,8 +47,18 @@ def samples_of(files: Iterable[Path]) -> dict[str, str]:
     return {file.name: sample_of(file) for file in files}
 
 
+def fill_sample(file: Path) -> None:
+    """Puts the sample of a file's tensors in place of `BLANK` in its header, if that is there."""
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        place = opened.read(length).find(json.dumps(BLANK).encode())
+        if place >= 0:
+            opened.seek(8 + place + 1)
+            opened.write(sample_of(file).encode())
+
+
 def check_samples(folder: Path) -> None:
-    """Raises SparsekError where a folder's index knows another sample of one of its files."""
+    """Raises SparsekError where another sample of a file is known than that of its tensors."""
     for name, written in _written(folder).items():
         file = folder / name
         if file.is_file() and sample_of(file) != written:
@@ -47,6 +68,26 @@ def check_samples(folder: Path) -> None:
                 "convert the base again. If this is meant, take the file's entry out of "
                 f"'{KEY}' in the metadata of {INDEX}",
             )
+    for file, written in _own(folder).items():
+        if sample_of(file) != written:
+            raise SparsekError(
+                f"{file} holds other weights than those that were written",
+                hint="fetch it again, or repeat its training. Of tensors changed on purpose the "
+                f"file's metadata must not have the key '{KEY}'",
+            )
+
+
+def sampled(folder: Path) -> set[str]:
+    """Names of files of which a sample is known."""
+    return {*_written(folder), *(file.name for file in _own(folder))}
+
+
+def _own(folder: Path) -> dict[Path, str]:
+    """What files that were written whole say of themselves."""
+    found = {
+        file: read_metadata(file).get(KEY) for file in sorted(folder.glob("model*.safetensors"))
+    }
+    return {file: said for file, said in found.items() if said is not None}
 
 
 def _places(entry: TensorEntry) -> tuple[int, int, int]:

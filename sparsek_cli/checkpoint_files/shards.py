@@ -18,6 +18,7 @@ from sparsek_cli.errors import SparsekError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SEAL = "sparsek_sha256"  # in a file's metadata, see seal.py; a "sha256" may be other programs'
+SAMPLE = "sparsek_samples"  # in a file's metadata, see samples.py
 
 # The safetensors format allows headers up to 100 MB; a larger number means garbage.
 _LONGEST_HEADER = 100_000_000
@@ -91,6 +92,17 @@ def read_shard(path: Path) -> Shard:
             f"corrupt safetensors file: {path} has {size - expected:,} bytes too many", hint=_AGAIN
         )
     return Shard(path, size, tensors)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself beside its tensors; nothing if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            found = json.loads(file.read(min(length, _LONGEST_HEADER))).get("__metadata__")
+        return {str(key): str(value) for key, value in (found or {}).items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return {}
 
 
 class _Lie(ValueError):
@@ -205,7 +217,8 @@ def write_part(shard: Shard, target: Path) -> None:
         raw = source.read(int.from_bytes(source.read(8), "little"))
     # torchao's metadata says what its tensors are parts of.
     metadata = json.loads(raw).get("__metadata__") or {"format": "pt"}
-    metadata.pop(SEAL, None)  # of all tensors
+    for key in (SEAL, SAMPLE):  # of all tensors
+        metadata.pop(key, None)
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for name, entry in shard.tensors.items():

@@ -54,6 +54,7 @@ def topk_in_words(topk: int | list) -> str:
 def _files(checkpoint: "Checkpoint") -> Check:
     """Files of weights are those that were written; loading looks at those of scorers alone."""
     from sparsek_cli.checkpoint_files.file_hashes import as_written
+    from sparsek_cli.checkpoint_files.samples import sampled
     from sparsek_cli.checkpoint_files.shards import read_shards
     from sparsek_cli.output.contents import SCORERS
 
@@ -68,14 +69,18 @@ def _files(checkpoint: "Checkpoint") -> Check:
         )  # fmt: skip
     known = sum(whole is True for whole in found.values())
     shown = f"{known} of {len(found)} files of weights are what was written (sha256)"
-    if known < len(found):
+    rest = {name for name, whole in found.items() if whole is None}
+    looked = rest & sampled(checkpoint.path)  # compared when the model was loaded
+    if looked:
+        shown += f", {len(looked)} by some bytes of each tensor"
+    if rest - looked:
         shown += "; of the others nothing says what they were"
-    return Check("files", True if known else None, shown)
+    return Check("files", True if known or looked else None, shown)
 
 
 def _config(checkpoint: "Checkpoint") -> Iterator[Check]:
     """config.json asks for the model that was written; older folders do not say what it was."""
-    from sparsek_cli.output.written_config import REMEDY, changes
+    from sparsek_cli.output.written_config import changes, remedy
 
     found = changes(checkpoint.path)
     if found is None:
@@ -86,7 +91,7 @@ def _config(checkpoint: "Checkpoint") -> Iterator[Check]:
         "config",
         False if wrong else None if found else True,
         f"config.json was changed since: {shown}" if found else "config.json is what was written",
-        REMEDY,
+        remedy(checkpoint.path),
     )
 
 

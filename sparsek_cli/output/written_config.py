@@ -1,8 +1,9 @@
 """Whether config.json still says what was written beside the weights.
 
 A rotary base, a window of the base or a gate that was changed by hand loads without a word, and the
-model computes something else. What was written stands in the index, and what changed since is told:
-not refused, since who changes a config mostly means it.
+model computes something else. What was written stands in the index, or in the header of weights
+that were written whole, and what changed since is told: not refused, since who changes a config
+mostly means it.
 """
 
 import logging
@@ -13,15 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.checkpoint_files import json_text
-from sparsek_cli.checkpoint_files.shards import INDEX
+from sparsek_cli.checkpoint_files.shards import INDEX, read_metadata
 from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
 from sparsek_cli.families.own_config import has_key, own_config
 from sparsek_cli.families.positions import rope_type
 
-KEY = "sparsek_config"  # of the index's metadata: config.json as it was written
-REMEDY = f"put it back; if it is meant, take '{KEY}' out of the metadata of {INDEX}"
+KEY = "sparsek_config"  # of the metadata: config.json as it was written
 _LOG = logging.getLogger("sparsek_cli")
 # What a user may choose anew: less or more is kept, by the same scores.
 _BUDGET = ("topk", "window", "sinks", "cache_dtype")
@@ -58,11 +58,8 @@ def changes(folder: Path) -> list[Change] | None:
 
     Both are compared as transformers reads them, since programs spell one config in several ways.
     """
-    try:
-        metadata = json_text.parse((folder / INDEX).read_text(encoding="utf-8"))["metadata"]
-        before, now = metadata[KEY], _read(folder)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    _, before = _written(folder)
+    now = _read(folder / "config.json")
     if not all(isinstance(one, dict) and is_converted(one) for one in (before, now)):
         return None
     return [] if before == now else [*_changes(before, now)]
@@ -72,17 +69,55 @@ def say_changes(folder: Path) -> None:
     """Warns where config.json asks for another model than its weights were written for."""
     told = [change.text() for change in changes(folder) or () if not change.chosen]
     if told:
-        _warn(f"{folder}: config.json was changed since the model was made: {', '.join(told)}")
+        what = ", ".join(told)
+        _warn(f"{folder}: config.json was changed since the model was made: {what}", remedy(folder))
 
 
 @cache
-def _warn(text: str) -> None:
+def _warn(text: str, hint: str) -> None:
     """Once: a verb looks at a folder more than once."""
-    _LOG.warning("%s; %s", text, REMEDY)
+    _LOG.warning("%s; %s", text, hint)
 
 
-def _read(folder: Path) -> Any:
-    return json_text.parse((folder / "config.json").read_text(encoding="utf-8"))
+def remedy(folder: Path) -> str:
+    """What to do about a change."""
+    place = _written(folder)[0]
+    return f"put it back; if it is meant, take '{KEY}' out of the metadata of {place}"
+
+
+def record(folder: Path, config: Mapping[str, Any]) -> None:
+    """Puts config.json into the index of a folder that has one."""
+    content = _read(folder / INDEX)
+    if isinstance(content, dict) and isinstance(content.get("metadata", {}), dict):
+        content["metadata"] = {**content.get("metadata", {}), KEY: config}
+        json_text.write(folder / INDEX, content)
+
+
+def _written(folder: Path) -> tuple[str, Any]:
+    """Where it stands what was written, and that; None: nowhere."""
+    index = _read(folder / INDEX)
+    metadata = index.get("metadata") if isinstance(index, dict) else None
+    if isinstance(metadata, dict) and KEY in metadata:
+        return INDEX, metadata[KEY]
+    for file in sorted(folder.glob("model*.safetensors")):
+        if (said := read_metadata(file).get(KEY)) is not None:
+            return file.name, _parsed(said)
+    return "", None
+
+
+def _read(file: Path) -> Any:
+    """What a JSON file says; None where there is none that can be read."""
+    try:
+        return _parsed(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json_text.parse(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Change]:

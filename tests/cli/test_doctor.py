@@ -83,10 +83,14 @@ def test_a_base_s_files_are_those_that_were_written(sparsek, dense_checkpoint, t
     # Earlier versions, and other programs, wrote no hashes.
     index = out / "model.safetensors.index.json"
     fields = json.loads(index.read_text())
-    del fields["metadata"]["sha256"]
-    index.write_text(json.dumps(fields))
-    shown = sparsek(*line, out)
-    assert shown.code == 0 and "nothing says what they were" in shown.out
+    for key, told in (
+        ("sha256", "1 by some bytes of each tensor"),
+        ("sparsek_samples", "nothing says what they were"),
+    ):
+        del fields["metadata"][key]
+        index.write_text(json.dumps(fields))
+        shown = sparsek(*line, out)
+        assert shown.code == 0 and told in shown.out
 
 
 def test_hashes_that_other_tools_wrote_are_no_false_alarm(tmp_path):

@@ -11,13 +11,12 @@ import yaml
 
 from sparsek_cli import byte_units, disk
 from sparsek_cli.checkpoint_files import json_text
-from sparsek_cli.checkpoint_files.file_hashes import SOON
 from sparsek_cli.checkpoint_files.seal import seal
 from sparsek_cli.conversion.link_weights import link_or_copy
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families import row_of
+from sparsek_cli.output import written_config
 from sparsek_cli.output.contents import ADAPTERS, FINETUNE_RECIPE, MODEL, SCORERS, Contents
-from sparsek_cli.output.parts import record_parts
 from sparsek_cli.output.staging import staged
 from sparsek_cli.output.tokenizer_files import bring
 from sparsek_cli.training.model import cast_for_saving
@@ -26,6 +25,7 @@ from sparsek_cli.training.run_sizes import counted_steps
 from sparsek_cli.training.storage.adapters import save_adapters
 from sparsek_cli.training.storage.checkpoints import checkpoints_in
 from sparsek_cli.training.storage.resume import part_folder
+from sparsek_cli.training.storage.whole_weights import write_weights
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
@@ -109,14 +109,7 @@ def write_model(
         elif start.train == "scorers" and (base.path / SCORERS).is_file():
             _link_base(model, base.path, folder, state)
         else:
-            weights = cast_for_saving(model, learner.dtype, state)
-            model.save_pretrained(folder, state_dict=weights)
-            files = list(folder.glob("*.safetensors"))
-            few = sum(file.stat().st_size for file in files) <= SOON
-            for file in files:
-                if few:
-                    seal(file)
-                disk.readable(file)
+            write_weights(model, folder, cast_for_saving(model, learner.dtype, state))
         if not bring(plan.tokenizer, folder):
             reporter.say(
                 "the tokenizer in OUT is not the one of training: transformers saves it otherwise"
@@ -185,7 +178,7 @@ def _link_base(
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config["sparsek"] = model.config.sparsek
     json_text.write(folder / "config.json", config)
-    record_parts(folder, weights=False)
+    written_config.record(folder, config)
 
 
 def _stored_names(file: Path, model: Any) -> dict[str, str]:
