@@ -19,7 +19,7 @@ from sparsek_cli.console import (
     set_up_logging,
 )
 from sparsek_cli.errors import INTERRUPTED, RAN_AND_FAILED, USAGE, SparsekError, out_of_memory
-from sparsek_cli.termination import sigterm_interrupts
+from sparsek_cli.termination import sigterm_interrupts, was_resumable
 
 # What a process may have too little of, and the shell's word for it.
 _LIMITS = {
@@ -116,7 +116,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _interrupted() -> int:
-    hint = "run the same command again; finetune and evaluate go on with --resume"
+    goes_on = was_resumable()
+    hint = "the same command with --resume goes on" if goes_on else "run the same command again"
     report_error("interrupted", hint)
     return INTERRUPTED
 

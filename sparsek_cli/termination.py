@@ -6,6 +6,21 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+_resumable = False
+
+
+def note_resumable() -> None:
+    """Of what is being interrupted something stays that --resume goes on from."""
+    global _resumable
+    _resumable = True
+
+
+def was_resumable() -> bool:
+    """Whether that was noted since the last call."""
+    global _resumable
+    noted, _resumable = _resumable, False
+    return noted
+
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM came. Where Ctrl-C ends less than the process, this ends the process."""

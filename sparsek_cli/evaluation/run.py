@@ -28,7 +28,7 @@ from sparsek_cli.evaluation.tasks.skipped import Absent, explained
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.reporter import Reporter, Silent
-from sparsek_cli.termination import sigterm_interrupts, sigterm_kills
+from sparsek_cli.termination import note_resumable, sigterm_interrupts, sigterm_kills
 
 Pair = tuple[Unit, Policy]
 
@@ -143,6 +143,8 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
         except KeyboardInterrupt:
             if ranks.first:
                 _write(store.folder, record)
+            if _stays(store):
+                note_resumable()
             say(f"stopped; {_what_stays(store, out)}")
             raise
         except OSError as error:
@@ -150,14 +152,20 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
                 raise
             raise SparsekError(
                 f"the disk is full; {_what_stays(store, out)}",
-                hint="free some space, then go on with --resume, or start again if nothing stayed",
+                hint="free some space, then "
+                + ("go on with --resume" if _stays(store) else "start again"),
             ) from error
     return Evaluated(record.report() | {"folder": str(out)})
 
 
+def _stays(store: Store | None) -> bool:
+    """Whether --resume finds something; processes that have no store do not know."""
+    return store is None or store.resumable()
+
+
 def _what_stays(store: Store | None, out: Path) -> str:
     """Of a run that is not finished, in words."""
-    if store is None or store.resumable():
+    if _stays(store):
         return f"what is finished is in {store.folder if store else out}: go on with --resume"
     return f"nothing was finished, and {out} is as it was"
 

@@ -60,7 +60,9 @@ def no_config(path: Path) -> UsageError:
     if holds("recipe.yaml") and path.name.endswith(".part"):
         return UsageError(
             f"'{path}' is an unfinished run of finetune",
-            hint="finish it: the same finetune command with --resume",
+            hint="finish it: the same finetune command with --resume"
+            if holds("checkpoint-*")
+            else "it has no checkpoint yet: wait for it, or run the same finetune command again",
         )
     if holds("run.json", "results.json"):
         return UsageError(

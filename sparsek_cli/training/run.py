@@ -15,13 +15,14 @@ from sparsek_cli.families.layers import has_states
 from sparsek_cli.models.proof import check_calls, counted_calls
 from sparsek_cli.output import leftovers
 from sparsek_cli.reporter import Reporter, Silent
-from sparsek_cli.termination import sigterm_interrupts, sigterm_kills
+from sparsek_cli.termination import note_resumable, sigterm_interrupts, sigterm_kills
 from sparsek_cli.training.assemble import Learner, load, make_trainer
 from sparsek_cli.training.datasets import make_datasets
 from sparsek_cli.training.losses.objectives import detach
 from sparsek_cli.training.plan import Plan
 from sparsek_cli.training.progress import ProgressReport
 from sparsek_cli.training.run_sizes import Sizes, counted_steps, sizes_of
+from sparsek_cli.training.storage.checkpoints import checkpoints_in
 from sparsek_cli.training.storage.damage import CannotResume
 from sparsek_cli.training.storage.output import check_room, write_model
 from sparsek_cli.training.storage.resume import begun, check_output, leave, part_folder, remove
@@ -142,6 +143,8 @@ def _kept_on_failure(part: Path, reporter: Reporter) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        if checkpoints_in(part):
+            note_resumable()
         kept = leave(part) if is_first() else None
         if kept is not None and not isinstance(error, CannotResume):
             reporter.say(f"stopped; {kept}")

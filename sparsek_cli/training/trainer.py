@@ -148,8 +148,8 @@ class SparsekTrainer(Trainer):
             )
         raise SparsekError(
             f"the loss became {loss.item()} at step {step}, in sequences {named}",
-            hint="lower learning_rate, or raise warmup; with dtype: bfloat16 try float32. "
-            "Checkpoints before it are good: --resume continues from the last",
+            # Not --resume, which takes the same recipe alone: it would end here again.
+            hint="lower learning_rate, or raise warmup; with dtype: bfloat16 try float32",
         )
 
     def final_loss(self) -> float:

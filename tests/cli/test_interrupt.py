@@ -33,6 +33,53 @@ def test_interrupted(sparsek, monkeypatch, tmp_path, place, words):
     assert not [path for path in tmp_path.rglob("*") if path.name != "state"]
 
 
+@pytest.mark.parametrize("saves", [False, True])
+def test_resume_is_said_where_it_finds_a_checkpoint(
+    saves, sparsek, converted, tmp_path, monkeypatch
+):
+    """It was said of every run, and refused by one that had none yet."""
+    from sparsek_cli.training.trainer import SparsekTrainer
+
+    real = SparsekTrainer.training_step
+
+    def step(self, *args, **options):
+        if self.state.global_step == 1:
+            raise KeyboardInterrupt
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(SparsekTrainer, "training_step", step)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT)
+    words = ["finetune", converted, "out", "--data", "text.txt", "--steps", 2, "--device", "cpu"]
+    words += ["sequence_length=32", "batch_size=1", "evaluation.held_out=0"]
+    words += [f"save_steps={int(saves)}"]
+    shown = sparsek(*words)
+    hint = shown.err.strip().splitlines()[-1]
+    assert shown.failed(130)
+    again = "the same command with --resume goes on" if saves else "run the same command again"
+    assert hint == f"hint: {again}"
+    assert (tmp_path / "out.part").exists() == saves
+    monkeypatch.setattr(SparsekTrainer, "training_step", real)
+    assert sparsek(*words, *["--resume"] * saves).code == 0, "as hinted"
+    # Of another command nothing is remembered.
+    monkeypatch.setattr("sparsek_cli.hub.resolve", _stop)
+    assert "--resume" not in sparsek("convert", "tiny").err
+
+
+def _stop(*args, **options):
+    raise KeyboardInterrupt
+
+
+def test_an_unfinished_run_without_a_checkpoint_is_not_to_be_resumed(sparsek, tmp_path):
+    run = tmp_path / "out.part"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("steps: 2")
+    shown = sparsek("chat", run, "--prompt", "x")
+    assert shown.failed(2) and "no checkpoint yet" in shown.err and "--resume" not in shown.err
+    (run / "checkpoint-1").mkdir()
+    assert "with --resume" in sparsek("chat", run, "--prompt", "x").err
+
+
 TEXT = "a few words and then a few more of them. " * 500
 
 
