@@ -172,9 +172,9 @@ def _check(place: Path) -> None:
 
 
 def _kind(place: Path) -> Contents:
-    if (place / "adapter_config.json").is_file():
-        return ADAPTERS
-    return MODEL if (place / "config.json").is_file() else SCORERS_ALONE
+    if (place / "config.json").is_file():
+        return MODEL  # adapters beside it are refused with all else that is no plain model
+    return ADAPTERS if (place / "adapter_config.json").is_file() else SCORERS_ALONE
 
 
 def run(plan: Plan, reporter: Reporter | None = None) -> Pushed:

@@ -189,6 +189,19 @@ def test_what_is_not_ours_is_not_sent(model, online, tmp_path):
         push.plan(model, "me/model")
 
 
+def test_adapters_beside_a_model_are_why_it_is_not_sent(model, tmp_path):
+    """The model's own files were: 'model.safetensors, which sparsek did not write'."""
+    mixed = shutil.copytree(model, tmp_path / "mixed")
+    (mixed / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (mixed / "adapter_model.safetensors").write_bytes(b"")
+    with pytest.raises(UsageError, match="holds a PEFT adapter beside a base model") as error:
+        push.plan(mixed, "me/toy")
+    assert "move adapter_config.json and adapter_model.* away" in error.value.hint
+    for file in mixed.glob("adapter_*"):
+        file.unlink()
+    assert push.plan(mixed, "me/toy").files
+
+
 def test_refusals_of_the_hub_are_readable(model, online, monkeypatch):
     import huggingface_hub
     from huggingface_hub import errors
