@@ -5,7 +5,7 @@ from importlib import import_module
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperArgument, TyperGroup
 
 # What `sparsek --help` shows: first sentences of the verbs' own help, which a test compares.
 ABOUT = {
@@ -77,4 +77,13 @@ def _command(name: str) -> Any:
         own.command(name, hidden=name in HIDDEN)(getattr(module, verb))
     command = typer.main.get_command(own)
     command.name = name
+    for one in (command, *getattr(command, "commands", {}).values()):
+        _leave_types_out(one)
     return command
+
+
+def _leave_types_out(command: Any) -> None:
+    """An argument has a name in its help; typer puts `<list[str]>` behind it."""
+    for parameter in command.params:
+        if isinstance(parameter, TyperArgument):
+            parameter.display_type_rich = lambda ctx: ""

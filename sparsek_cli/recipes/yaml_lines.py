@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _SPELLED = "tag:yaml.org,2002:float-without-a-dot"  # ours
 LARGEST = 1 << 20  # bytes of a recipe
 MOST_VALUES = 100_000  # of a recipe
+DEEPEST = 100  # brackets within each other
+_TOO_DEEP = "values lie within each other too deeply"
 # YAML 1.1 also knows 010, which is eight, and 1:30, which is ninety.
 _NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*|0[xb][0-9a-fA-F_]+)")
 
@@ -95,8 +97,7 @@ def parse_yaml(text: str, where: str, hint: str) -> tuple[Any, dict[Loc, int]]:
         why = error.problem or error.context
         raise UsageError(f"{place}: not valid YAML: {why}", hint=hint) from error
     except RecursionError as error:
-        why = "values lie within each other too deeply"
-        raise UsageError(f"{where}: not valid YAML: {why}", hint=hint) from error
+        raise UsageError(f"{where}: not valid YAML: {_TOO_DEEP}", hint=hint) from error
     except (yaml.YAMLError, ValueError) as error:
         why = str(error).splitlines()[0]
         raise UsageError(f"{where}: not valid YAML: {why}", hint=hint) from error
@@ -108,6 +109,12 @@ def _loader(text: str) -> "yaml.SafeLoader":
 
     class Loader(yaml.SafeLoader):
         """SafeLoader's own table of what plain scalars are stays as it is."""
+
+        def fetch_flow_collection_start(self, kind: type) -> None:
+            # Each may begin a key, and is looked at for each that follows, before one is parsed.
+            if self.flow_level >= DEEPEST:
+                raise yaml.scanner.ScannerError(None, None, _TOO_DEEP, self.get_mark())
+            super().fetch_flow_collection_start(kind)
 
     def number(loader: Loader, node: yaml.ScalarNode) -> Spelled:
         made = Spelled(loader.construct_yaml_float(node))

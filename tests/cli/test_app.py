@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from sparsek_cli.commands import verbs
 from sparsek_cli.errors import SparsekError
 
 VERBS = (
-    "convert", "finetune", "evaluate", "eval", "chat", "export", "merge", "push", "bench", "doctor",
-    "recipes",
+    "convert", "finetune", "evaluate", "eval", "chat", "serve", "export", "merge", "push", "bench",
+    "doctor", "recipes",
 )  # fmt: skip
 PYTHON = [sys.executable, "-m", "sparsek_cli"]
 
@@ -33,6 +34,8 @@ def test_help_is_complete(sparsek):
     for verb in VERBS:
         assert verb == "eval" or f"  {verb}" in shown.out
         assert sparsek(verb, "--help").code == 0
+    for words in (*([verb] for verb in VERBS), ["recipes", "show"], ["recipes", "copy"]):
+        assert not re.search(r"<(str|list|int)\b", sparsek(*words, "--help").out), words
     assert sparsek("--version").out.startswith("sparsek ")
 
 

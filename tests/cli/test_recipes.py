@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sparsek_cli.commands.options import split_words
 from sparsek_cli.errors import UsageError
-from sparsek_cli.recipes import shipped
+from sparsek_cli.recipes import shipped, yaml_lines
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.shipped import find_recipe, recipe_folder, recipe_names
 
@@ -109,7 +109,9 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(
         (BOMB.replace("a1: &a1 [", "a1: &a1 [&b {x: 1, <<: {y: 1}}, "), "more than 100,000 values"),
         ("a: &a [*a]\n", "r.yaml:1: an alias stands within what it stands for"),
         ("a: &a\n  b: {c: *a}\n", "r.yaml:1: an alias stands within"),
-        ("a: " + "[" * 3000, "lie within each other too deeply"),
+        ("a: " + "[" * 3000, "r.yaml:1: not valid YAML: values lie within each other too deeply"),
+        ("a: [1,\n" + "[1, {b: " * 3000, "r.yaml:2: not valid YAML: values lie within each other"),
+        ("- " * 3000, "r.yaml: not valid YAML: values lie within each other too deeply"),
         ("topk: 2020-13-45\n", "r.yaml: not valid YAML: month must be in 1..12"),
         (" " * (1 << 20) + "a: 1", "r.yaml is larger than any recipe (1 MiB)"),
     ],
@@ -121,6 +123,23 @@ def test_yaml_without_end_is_refused_at_once(recipe, text, error):
     if "\n" in text and not text.startswith("a0"):  # words are read as files are
         with pytest.raises(UsageError):
             load_recipe(Recipe, None, [text.strip().replace(": ", "=", 1)])
+
+
+def test_brackets_beyond_the_deepest_are_not_read(monkeypatch):
+    """Each was compared with all before it: three thousand took seconds."""
+    started = []
+    real = yaml.SafeLoader.fetch_flow_collection_start
+    monkeypatch.setattr(
+        yaml.SafeLoader,
+        "fetch_flow_collection_start",
+        lambda self, kind: (started.append(kind), real(self, kind)),
+    )
+    deep = "[" * yaml_lines.DEEPEST
+    assert yaml_lines.parse_yaml(f"a: {deep}{']' * len(deep)}", "r", "h")[0]["a"]
+    assert len(started) == len(deep)
+    with pytest.raises(UsageError, match="too deeply"):
+        yaml_lines.parse_yaml(f"a: {deep}{deep}", "r", "h")
+    assert len(started) == 2 * len(deep)
 
 
 def test_several_mistakes_are_counted(recipe):
