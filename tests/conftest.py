@@ -25,6 +25,8 @@ from tiny_families import VOCAB_SIZE, tiny_config
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Four threads are started for each model that is loaded, to read a few kilobytes.
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")
 # Tensors are tiny and workers share the cores: threads that wait for each other cost minutes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -248,6 +250,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collectstart() -> None:
     """No kernel is defined yet. Who starts workers collects nothing, and they inherit the word."""
     interpreted.define_kernels_interpreted()
+    gc.disable()  # what is imported is no garbage, and looking for some takes a fifth of the time
 
 
 def pytest_collection_finish() -> None:
@@ -255,6 +258,7 @@ def pytest_collection_finish() -> None:
 
     Models and graphs of tiny tensors are made by the thousand, and hardly any is garbage.
     """
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)
     gc.collect()
     gc.freeze()

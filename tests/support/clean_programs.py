@@ -43,6 +43,7 @@ class CleanPrograms:
         if self._server is None:
             # Read when transformers is imported.
             own = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(self._folder / "modules")}
+            own["HF_DEACTIVATE_ASYNC_LOAD"] = "0"  # weights are read as users read them
             with (self._folder / "server").open("w") as log:
                 self._server = subprocess.Popen(
                     [sys.executable, "-P", __file__], text=True, env={**os.environ, **own},
