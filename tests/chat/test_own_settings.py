@@ -99,9 +99,12 @@ def test_what_is_not_heeded_is_said(model, monkeypatch):
     assert written(model) == written(model)
 
 
-def test_what_cannot_be_is_refused_in_one_line(model, monkeypatch):
-    monkeypatch.setattr(model, "generation_config", GenerationConfig(repetition_penalty=-2.0))
+@pytest.mark.parametrize(
+    "asked", [{"repetition_penalty": -2.0}, {"exponential_decay_length_penalty": [1]}]
+)
+def test_what_cannot_be_is_refused_in_one_line(asked, model, monkeypatch):
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(**asked))
     for ask in (written, in_words):
-        with pytest.raises(UsageError, match="generation_config.json .*-2.0") as error:
+        with pytest.raises(UsageError, match="generation_config.json asks for") as error:
             ask(model)
         assert "remove it" in error.value.hint

@@ -66,7 +66,7 @@ def shaped(
     if own is None:
         return None
     config = copy.deepcopy(own)
-    config.guidance_scale = None
+    config.guidance_scale, config.num_beams = None, 1
     config.do_sample = sampling.temperature > 0
     config.temperature = config.top_p = None
     config.max_length = len(said) + sampling.max_new_tokens
@@ -123,7 +123,7 @@ def _processors(
         return model._get_logits_processor(
             config, input_ids_seq_length=ids.shape[1], encoder_input_ids=ids, device=ids.device
         )
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise UsageError(
             f"generation_config.json asks for what cannot be: {reason(error)}",
             hint="correct it, or remove it: it only says how to generate",
