@@ -85,8 +85,8 @@ def _config(checkpoint: "Checkpoint") -> Iterator[Check]:
     found = changes(checkpoint.path)
     if found is None:
         return
-    wrong = [change for change in found if not change.chosen]
-    shown = ", ".join(change.text() for change in wrong or found)
+    wrong = any(not change.chosen for change in found)
+    shown = ", ".join(change.text() for change in found)
     yield Check(
         "config",
         False if wrong else None if found else True,

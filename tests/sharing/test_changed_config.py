@@ -48,6 +48,7 @@ WRONG = [
     (turn, "rope_parameters.rope_theta 500.0 (was 10000.0)"),
     (lambda f: f["sparsek"].update(gate="log"), "sparsek.gate log (was straight_through)"),
     (lambda f: f.update(rms_norm_eps=0.5), "rms_norm_eps 0.5 (was"),
+    (lambda f: (f["sparsek"].update(sinks=0), f.update(rms_norm_eps=0.5)), "rms_norm_eps 0.5 (was"),
     (lambda f: f.update(hidden_act="gelu"), "hidden_act gelu (was silu)"),
     (lambda f: (stretch(f), turn(f)), "rope_parameters.rope_type yarn (was default)"),
 ]
