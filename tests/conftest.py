@@ -350,22 +350,23 @@ def _layers_of_a_config_are_alike():
 
 @pytest.fixture(scope="session", autouse=True)
 def _quick_interpreter():
-    """Where Triton's kernels are interpreted."""
+    """Where Triton's kernels are interpreted; gives what puts Triton's language back."""
     if not interpreted.is_on():
-        yield
+        yield None
         return
     from quick_interpreter import quick_interpreter
 
-    with quick_interpreter():
-        yield
+    with quick_interpreter() as put_back:
+        yield put_back
 
 
 @pytest.fixture(autouse=True)
-def _interpreted(request):
+def _interpreted(request, _quick_interpreter):
     """Only who is marked so may run Triton's kernels on the CPU."""
     if interpreted.is_on() and request.node.get_closest_marker("interpret"):
         with interpreted.may_be_run():
             yield
+        _quick_interpreter()
     else:
         yield
 

@@ -1,16 +1,19 @@
 """Triton's interpreter without what it does again and again: most of the time of its tests.
 
 Every launch, and within it every call of a device function, looks through all of triton.language
-for what to replace; every operation builds a table of NumPy's types, and the type and shape of its
-result piece by piece; and every sum is computed a second time in int64, for an assertion that is
-off. What is replaced, and by what, stays as it is. `recorded_calls` spares the rest.
+for what to replace, and puts it back; every operation builds a table of NumPy's types, and the type
+and shape of its result piece by piece; and every sum is computed a second time in int64, for an
+assertion that is off. What is replaced, and by what, stays as it is. `recorded_calls` spares the
+rest.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,49 +22,56 @@ from recorded_calls import RecordedCalls
 
 
 @contextmanager
-def quick_interpreter() -> Iterator[None]:
-    """In force while the context lasts; for triton 3.6 and 3.7, and nothing elsewhere."""
+def quick_interpreter() -> Iterator[Callable[[], None]]:
+    """In force while the context lasts; for triton 3.6 and 3.7, and nothing elsewhere.
+
+    Gives what puts Triton's language back, which the first launch since has replaced.
+    """
     from triton.runtime import interpreter
 
     names = ("_patch_lang", "_patch_builtin", "_LangPatchScope", "_get_np_dtype", "GridExecutor",
              "interpreter_builder")  # fmt: skip
     if not all(hasattr(interpreter, name) for name in names):
-        yield
+        yield lambda: None
         return
     with pytest.MonkeyPatch.context() as patch:
-        _replace_once_a_launch(interpreter, patch)
+        put_back = _replace_once(interpreter, patch)
+        _remember_signatures(interpreter, patch)
         _remember_types(interpreter, patch)
         _remember_shapes(interpreter.tl.core, patch)
         builder = interpreter.interpreter_builder
         if not builder.options.debug:
             options = dataclasses.replace(builder.options, sanitize_overflow=False)
             patch.setattr(builder, "options", options)
-        yield
+        yield put_back
+        put_back()
 
 
-def _replace_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
-    launch, replace = interpreter.GridExecutor.__call__, interpreter._patch_lang
+def _replace_once(interpreter: Any, patch: pytest.MonkeyPatch) -> Callable[[], None]:
+    replace, nothing = interpreter._patch_lang, interpreter._LangPatchScope()
     languages = (interpreter.tl, interpreter.tl.core)
-    replaced: set[int] = set()  # of the launch that runs
+    # Since the language was put back: what was replaced, and for which functions.
+    scopes: list[Any] = []
+    replaced: set[int] = set()
+    ready: set[Any] = set()
     builtins: dict[Any, list[tuple[str, Any]]] = {}
     calls = RecordedCalls(interpreter)
-    within: dict[tuple[int, int], tuple[Any, set[int]]] = {}  # by the names of a module
-
-    def fresh_launch(self, *args, **kwargs):
-        replaced.clear()
-        return launch(self, *args, **kwargs)
 
     def replace_if_new(fn):
-        names = fn.__globals__
-        if (id(names), len(names)) not in within:
-            found = {id(value) for value in names.values() if any(value is x for x in languages)}
-            within[id(names), len(names)] = names, found
-        seen = within[id(names), len(names)][1]
-        if seen and seen <= replaced:
-            return interpreter._LangPatchScope()
-        scope = replace(fn)
-        replaced.update(seen)
-        return scope
+        if fn not in ready:
+            names = fn.__globals__
+            seen = {id(value) for value in names.values() if any(value is x for x in languages)}
+            if not seen or not seen <= replaced:
+                scopes.append(replace(fn))
+                replaced.update(seen)
+            ready.add(fn)
+        return nothing
+
+    def put_back():
+        while scopes:
+            scopes.pop().restore()
+        replaced.clear()
+        ready.clear()
 
     def replace_builtins(package, builder, scope):
         if package not in builtins:
@@ -71,9 +81,23 @@ def _replace_once_a_launch(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
         for name, call in builtins[package]:
             scope.set_attr(package, name, call)
 
-    patch.setattr(interpreter.GridExecutor, "__call__", fresh_launch)
     patch.setattr(interpreter, "_patch_lang", replace_if_new)
     patch.setattr(interpreter, "_patch_builtin", replace_builtins)
+    return put_back
+
+
+def _remember_signatures(interpreter: Any, patch: pytest.MonkeyPatch) -> None:
+    """Those of kernels, which each launch asks for twice."""
+    signature = functools.cache(inspect.signature)
+
+    def arguments(fn, *args, **kwargs):
+        bound = signature(fn).bind(*args, **kwargs)
+        bound.apply_defaults()
+        return bound.arguments
+
+    quick = types.SimpleNamespace(**vars(inspect))
+    quick.getfullargspec, quick.getcallargs = functools.cache(inspect.getfullargspec), arguments
+    patch.setattr(interpreter, "inspect", quick)
 
 
 def _remember_types(interpreter: Any, patch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,14 @@ NumPy's arrays. Whatever cannot be recorded so is called as ever.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from recorded_steps import PLAIN, Unknown, recording_builder
 
 _MOST = 50_000  # recordings, which hold few bytes each
+_HELD = {"handle", "type", "shape", "numel", "dtype"}  # by a tensor
 
 
 class RecordedCalls:
@@ -32,6 +34,8 @@ class RecordedCalls:
         self._recording = type(self._semantic)(self._builder)
         self._types: dict[Any, object] = {}  # what stands for a type in a key
         self._found: dict[Any, Callable[[list[Any]], Any] | None] = {}
+        # By function: those of `_found` that are one step of two arguments, as functions of them.
+        self._of_two: dict[Any, dict[Any, Callable[[Any, Any], Any]]] = {}
         self._busy = False
 
     def of(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,14 +47,6 @@ class RecordedCalls:
         def call(*args, **kwargs):
             if kwargs and (asked := kwargs.pop("_semantic", None)) not in own:
                 return function(*args, _semantic=asked, **kwargs)  # somebody's recording
-            if len(args) == 2 and not kwargs:  # most operators
-                a, b = args
-                if type(a) is tensor_class and type(b) is tensor_class:
-                    a_kind, b_kind = a.type.__dict__, b.type.__dict__
-                    if "as_key" in a_kind and "as_key" in b_kind:
-                        repeat = found.get((function, a_kind["as_key"], b_kind["as_key"]))
-                        if repeat is not None:
-                            return repeat(args)
             key, tensors = [function], []
             try:
                 for arg in args:
@@ -72,7 +68,24 @@ class RecordedCalls:
                 return function(*args, _semantic=semantic, **kwargs)
             return repeat(tensors)
 
-        return call
+        if [*inspect.signature(function).parameters] != ["self", "other", "_semantic"]:
+            return call
+        known = self._of_two.setdefault(function, {})
+
+        def operator(a, b, _semantic=None):
+            """Most calls there are; keys are those of `call`, without the function."""
+            once = None
+            if _semantic in own:
+                try:
+                    if type(b) is tensor_class:
+                        once = known[a.type.as_key, b.type.as_key]
+                    elif type(b) is int:
+                        once = known[a.type.as_key, int, b]
+                except (AttributeError, KeyError):  # a new type, or no recording
+                    pass
+            return call(a, b, _semantic=_semantic) if once is None else once(a, b)
+
+        return operator
 
     def _add_key(self, arg: Any, key: list[Any], tensors: list[Any]) -> None:
         """Everything about `arg` that operations depend on; tensors by their types alone."""
@@ -122,6 +135,8 @@ class RecordedCalls:
             return function(*args, _semantic=self._semantic, **kwargs)
         if len(self._found) >= _MOST:
             self._found.clear()
+            for known in self._of_two.values():
+                known.clear()
         self._builder.start(handles)
         self._busy = True
         try:
@@ -129,7 +144,9 @@ class RecordedCalls:
         finally:
             self._busy = False
         try:
-            self._found[key] = self._repeat(self._builder, tensors, result)
+            repeat = self._found[key] = self._repeat(self._builder, tensors, result)
+            if len(args) == 2 and not kwargs and hasattr(repeat, "of_two"):
+                self._of_two.get(function, {})[key[1:]] = repeat.of_two
         except Unknown:
             self._found[key] = None
         return result
@@ -185,7 +202,7 @@ class RecordedCalls:
 
         if len(steps) == 1 and type(result) is tensor_class:
             (step,) = steps
-            if places == [getattr(step, "made", None)]:
+            if places == [getattr(step, "made", None)] and result.__dict__.keys() == _HELD:
                 return _one_step(step, first, len(tensors), result, repeat)
         return repeat
 
@@ -198,19 +215,58 @@ def _one_step(
     Args:
         first: the constants among what the step is given. count: of the tensors.
     """
-    attributes, kind, new = dict(result.__dict__, handle=None), type(result), object.__new__
-    (left, right), compute = step.places, step.compute
-    a, b = (first[place] if place >= count else None for place in (left, right))
+    tensor_class, new = type(result), object.__new__
+    kind, shape, numel, dtype = result.type, result.shape, result.numel, result.dtype
+    places, compute = step.places, step.compute
+    # What each place holds: a tensor, by its number, or a constant.
+    held = [(place, None if place < count else first[place]) for place in places]
+    (left, a), (right, b) = (*held, (0, None), (0, None))[:2]
 
     def once(tensors):
-        handle = compute(
-            tensors[left].handle if a is None else a, tensors[right].handle if b is None else b
-        )
+        if len(held) == 2:
+            handle = compute(
+                tensors[left].handle if a is None else a, tensors[right].handle if b is None else b
+            )
+        else:
+            handle = compute(*[tensors[n].handle if one is None else one for n, one in held])
         if handle is None:
             return repeat(tensors)
-        made = new(kind)
-        made.__dict__.update(attributes)
-        made.handle = handle
+        made = new(tensor_class)
+        made.handle, made.type, made.shape, made.numel, made.dtype = (
+            handle, kind, shape, numel, dtype
+        )  # fmt: skip
         return made
 
+    if len(held) == 2:
+        of_one = a is not None or b is not None
+        once.of_two = lambda one, other: once((one,) if of_one else (one, other))
+        if step.arrays and left == 0 and a is None and (b is not None or right == 1):
+            once.of_two = _of_two_arrays(step.arrays, b, result, repeat)
     return once
+
+
+def _of_two_arrays(
+    arrays: tuple, constant: Any, result: Any, repeat: Callable[[tuple], Any]
+) -> Callable[[Any, Any], Any]:
+    """A step's `compute` of a tensor and another, or a constant, all in one: of most calls."""
+    function, (left_data, left_kind), (right_data, right_kind), data_kind, handle_class = arrays
+    element = getattr(left_kind, "element_ty", None)
+    tensor_class, new = type(result), object.__new__
+    type_, shape, numel, dtype = result.type, result.shape, result.numel, result.dtype
+
+    def of_two(one, other):
+        a, b = one.handle, other.handle if constant is None else constant
+        x, y, kind = a.data, b.data, a.dtype
+        if x.dtype is left_data and y.dtype is right_data and b.dtype is right_kind and (
+            kind is left_kind or element is not None and getattr(kind, "element_ty", 0) is element
+        ):  # fmt: skip
+            data = function(x, y)
+            if data.dtype is data_kind:
+                handle, made = new(handle_class), new(tensor_class)
+                handle.data, handle.dtype, handle.attr = data, kind, {}
+                made.handle, made.type, made.shape = handle, type_, shape
+                made.numel, made.dtype = numel, dtype
+                return made
+        return repeat((one,) if constant is not None else (one, other))
+
+    return of_two

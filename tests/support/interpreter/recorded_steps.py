@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from computed_operations import Compute, operation_of, quick_operation
 
 PLAIN = (int, float, bool, str, type(None))
 # They make nothing but their result of what they are given, so constants come to a constant.
@@ -100,15 +101,23 @@ def recording_builder(interpreter: Any) -> Any:
             self.values += new if constant else [None] * len(new)
             if constant:
                 return
-            step, needs = _step(getattr(real, name), args, places, first, made), {*places.values()}
+            operation, needs = getattr(real, name), {*places.values()}
+            if type(made) is not handle_class:
+                self.steps.append((_writing(operation, args, places, first), first, needs))
+                return
+            compute = operation_of(operation, args, [*places])
+            step = Step(compute, [*places.values()], first)
             if name in _SPREADS:
                 (source,) = places.values()
                 if self.handles[source].data.dtype is made.data.dtype:
                     self.spread[first] = source, step
             else:
-                function = numpy_function(name, args)
-                if function:
-                    step, needs = self._by_numpy(function, [*places.values()], first, made, step)
+                quick = quick_operation(interpreter, name, args, made)
+                function = None if quick else numpy_function(name, args)
+                if quick:
+                    step = Step(quick, step.places, first, [step])
+                elif function:
+                    step, needs = self._by_numpy(function, step.places, first, made, step)
             self.steps.append((step, first, needs))
 
         def _by_numpy(self, function, places, first, made, step) -> tuple[Any, set[int]]:
@@ -120,7 +129,8 @@ def recording_builder(interpreter: Any) -> Any:
                 before = [self.spread[place][1] for place in places if place in self.spread]
                 places = narrow
             kinds = [(self.handles[p].data.dtype, self.handles[p].dtype) for p in places]
-            return _numpy_step(function, places, kinds, first, made, [*before, step]), {*places}
+            arrays = function, *kinds, made.data.dtype, type(made)
+            return Step(_of_two_arrays(*arrays), places, first, [*before, step], arrays), {*places}
 
     def numpy_function(name: str, args: tuple) -> Callable[..., Any] | None:
         """What the operation that was just recorded computes of two arrays, if that is all."""
@@ -135,44 +145,59 @@ def recording_builder(interpreter: Any) -> Any:
     return Recording()
 
 
-def _step(operation, args, places, first, made) -> Callable[[list[Any]], None]:
-    """`values[first:] = operation(*args)`, where arguments that are handles are in `values`."""
-    if made is None or type(made) is tuple:
+class Step:
+    """`compute` of the handles in `places` makes the one in `made`; where it gives None, others do.
 
-        def step(values):
-            given = list(args)
-            for number, place in places.items():
-                given[number] = values[place]
-            now = operation(*given)
-            if now is not None:
-                values[first : first + len(now)] = now
+    Called with a list of values, it does so there. `arrays`: see `_of_two_arrays`, whose it is.
+    """
 
-        return step
-    if [*places] == [0]:
-        place, others = places[0], args[1:]
+    __slots__ = ("compute", "places", "made", "arrays", "_otherwise")
 
-        def step(values):
-            values[first] = operation(values[place], *others)
+    def __init__(
+        self, compute: Compute, places: list[int], made: int, otherwise: Sequence = (),
+        arrays: tuple | None = None,
+    ):  # fmt: skip
+        self.compute, self.places, self.made = compute, places, made
+        self.arrays, self._otherwise = arrays, otherwise
 
-        return step
+    def __call__(self, values: list[Any]) -> None:
+        places = self.places
+        if len(places) == 2:
+            handle = self.compute(values[places[0]], values[places[1]])
+        elif len(places) == 1:
+            handle = self.compute(values[places[0]])
+        else:
+            handle = self.compute(*[values[place] for place in places])
+        if handle is None:
+            for other in self._otherwise:
+                other(values)
+        else:
+            values[self.made] = handle
+
+
+def _writing(operation, args, places, first) -> Callable[[list[Any]], None]:
+    """A step that makes several handles from `first` on, or none."""
 
     def step(values):
         given = list(args)
         for number, place in places.items():
             given[number] = values[place]
-        values[first] = operation(*given)
+        now = operation(*given)
+        if now is not None:
+            values[first : first + len(now)] = now
 
     return step
 
 
-def _numpy_step(function, places, kinds, first, made, otherwise) -> Callable[[list[Any]], None]:
-    """A step of two arrays of these kinds, whose result is not cast; of others, `otherwise`.
+def _of_two_arrays(function, left, right, data_kind, handle_class) -> Compute:
+    """`function` of two handles' arrays, whose result is not cast.
 
-    A handle's own kind may be another than its tensor's: that of what was compared. The step's
-    `compute` makes of two handles the one that comes to `made`, or None where kinds are others.
+    Args:
+        left, right: the kinds of array and of handle that they are; a handle's may be another than
+            its tensor's: that of what was compared.
+        data_kind: of the result.
     """
-    handle_class, data_kind = type(made), made.data.dtype
-    (left, right), ((left_data, left_kind), (right_data, right_kind)) = places, kinds
+    (left_data, left_kind), (right_data, right_kind) = left, right
     element = getattr(left_kind, "element_ty", None)  # a pointer's type is made for each launch
     new = object.__new__
 
@@ -188,13 +213,4 @@ def _numpy_step(function, places, kinds, first, made, otherwise) -> Callable[[li
                 return handle
         return None
 
-    def step(values):
-        handle = compute(values[left], values[right])
-        if handle is None:
-            for other in otherwise:
-                other(values)
-        else:
-            values[first] = handle
-
-    step.compute, step.places, step.made = compute, places, first
-    return step
+    return compute
