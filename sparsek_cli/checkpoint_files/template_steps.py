@@ -16,6 +16,7 @@ MOST_STEPS = 50_000
 MOST_CHARACTERS = 10_000_000  # of one of its variables: text that doubles fills any memory
 # What jinja2 calls the code that it makes of a template, and its one function that loops at will.
 _CODE, _LOREM_IPSUM = "<template>", "generate_lorem_ipsum"
+_SIZED = (str, list, tuple)
 _SYSTEM = {"role": "system", "content": "s"}
 _TURNS = [
     {"role": "user", "content": "a"},
@@ -61,6 +62,8 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 def _counting() -> Any:
     """A trace function that raises `_TooMuch` where lines of templates or their texts are many."""
+    from jinja2.utils import Namespace
+
     steps = 0
 
     def step(frame: FrameType, event: str, argument: Any) -> Any:
@@ -68,8 +71,9 @@ def _counting() -> Any:
         steps += 1
         if steps > MOST_STEPS:
             raise _TooMuch(f"{MOST_STEPS:,} steps")
-        if any(_size(value) > MOST_CHARACTERS for value in frame.f_locals.values()):
-            raise _TooMuch(f"{MOST_CHARACTERS:,} characters")
+        for value in frame.f_locals.values():
+            if _size(value, Namespace) > MOST_CHARACTERS:
+                raise _TooMuch(f"{MOST_CHARACTERS:,} characters")
         return step
 
     def enter(frame: FrameType, event: str, argument: Any) -> Any:
@@ -80,12 +84,14 @@ def _counting() -> Any:
     return enter
 
 
-def _size(value: Any) -> int:
+def _size(value: Any, namespace: type) -> int:
     """Characters of a text, items of a list; of a namespace, those of its largest."""
-    if isinstance(value, str | list | tuple):
+    if isinstance(value, _SIZED):
         return len(value)
-    inner = getattr(value, "_Namespace__attrs", None)
-    return max(map(_size, inner.values()), default=0) if isinstance(inner, dict) else 0
+    if isinstance(value, namespace):
+        inner = value._Namespace__attrs.values()
+        return max((_size(one, namespace) for one in inner), default=0)
+    return 0
 
 
 def _has_power(template: str) -> bool:

@@ -43,19 +43,21 @@ _SENTENCES = (
 def generated_text(rng: np.random.Generator, sentences: int) -> str:
     """`sentences` sentences, joined by spaces: about 13 tokens each."""
 
-    def pick(words: tuple[str, ...]) -> str:
-        return words[int(rng.integers(len(words)))]
-
-    return " ".join(
-        pick(_SENTENCES).format(
-            who=pick(_PEOPLE),
-            moved=pick(_MOVES),
-            how=pick(_MANNERS),
-            when=pick(_TIMES),
-            place=pick(vocabulary.PLACES),
-            look=pick(vocabulary.MATERIALS),
-            noun=pick(vocabulary.NOUNS),
-            other=pick(vocabulary.NOUNS),
-        )
-        for _ in range(sentences)
-    )
+    parts = {
+        "who": _PEOPLE,
+        "moved": _MOVES,
+        "how": _MANNERS,
+        "when": _TIMES,
+        "place": vocabulary.PLACES,
+        "look": vocabulary.MATERIALS,
+        "noun": vocabulary.NOUNS,
+        "other": vocabulary.NOUNS,
+    }
+    lists = (_SENTENCES, *parts.values())
+    # All at once: one by one, drawing took longer than everything else.
+    drawn = rng.integers([len(words) for words in lists] * sentences).reshape(sentences, len(lists))
+    made = []
+    for numbers in drawn.tolist():
+        sentence, *chosen = (words[i] for words, i in zip(lists, numbers, strict=True))
+        made.append(sentence.format(**dict(zip(parts, chosen, strict=True))))
+    return " ".join(made)

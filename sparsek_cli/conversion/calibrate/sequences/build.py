@@ -6,6 +6,7 @@ calibration) and told again or asked for at the end: the rows that predict what 
 marked, because they say which keys a query far away will need.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -85,7 +86,11 @@ def calibration_sequences(
             "it is read again and again"
         )
     own = generated_text(rng, GENERATED_SENTENCES)  # drawn in any case: what follows depends on it
-    generated = Filler.from_documents([own], tokenizer) if spec == "auto" else None
+
+    @functools.cache
+    def generated() -> Filler:
+        return Filler.from_documents([own], tokenizer)
+
     chat = _format(tokenizer)
 
     def document(source: Filler, tokens: int, number: int, *, early: bool = False) -> Sequence:
@@ -106,7 +111,7 @@ def calibration_sequences(
             made.append(_text(rng, filler, fit_length, tokenizer))
         else:
             # Some fillers are generated: facts then stand out less against a single style.
-            source = generated if generated and number % 8 == 7 else filler
+            source = generated() if spec == "auto" and number % 8 == 7 else filler
             made.append(document(source, fit_length, number // 2))
     compared = []
     for number in range(held_out):
