@@ -44,6 +44,37 @@ def test_every_type_gives_its_documents(tmp_path):
     assert list(iterate_texts(str(files[0]))) == ["one", "zwei ü"]
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_a_packed_file_whose_end_is_missing_is_not_the_whole(tmp_path, name):
+    """zstandard's own stream ends there without a word, and half a text was trained on."""
+    rows = [{"text": f"row {number}, {os.urandom(60).hex()}"} for number in range(3000)]
+    plain = tmp_path / name
+    if name == "a.parquet":
+        parquet(plain, rows)
+    else:
+        jsonl(plain, rows)
+    packed = zst(plain)
+    whole = packed.read_bytes()
+    assert len(list(iterate_texts(packed))) == (1 if name == "a.txt" else 3000)
+    for size in (len(whole) // 2, len(whole) - 1, 3):
+        packed.write_bytes(whole[:size])
+        with pytest.raises(UsageError, match=f"{name}.zst is cut short"):
+            list(iterate_texts(packed))
+    packed.write_bytes(whole + whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=f"{name}.zst is cut short"):
+        list(iterate_texts(packed))
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    """A folder's NOTES.TXT was left out, and named alone it was of an unknown type."""
+    text = {"A.TXT": "one", "B.Jsonl": '{"text": "two"}\n'}
+    for name, content in text.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "C.TXT.ZST").write_bytes(zstandard.compress(b"three"))
+    assert list(iterate_texts(tmp_path)) == ["one", "two", "three"]
+    assert not is_hub_id("owner/NOTES.TXT")
+
+
 def test_what_a_folder_holds_beside_text_is_said(tmp_path, caplog):
     for name in ("a.txt", "b.csv", "c.csv", "d.json", ".hidden.csv", "LICENSE"):
         (tmp_path / name).write_text("text")

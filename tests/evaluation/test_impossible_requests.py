@@ -86,13 +86,58 @@ def test_budgets_without_room_are_refused_before_data_is_read(run, recipe, conso
     assert "29 or more" in caught.value.hint
 
 
-@pytest.mark.parametrize("row", ['{"id": 1}', "[" * 10**5])
-def test_broken_rows_are_named_with_file_and_line(run, recipe, console, tmp_path, row):
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ('{"id": 1}', "not a SCROLLS row"),
+        ("[" * 10**5, "not valid JSON"),
+        ("[1]", "not a JSON object"),
+        ('{"id": "1", "pid": "1", "input": 3, "output": "a"}', "'input' is no text"),
+        (r'{"id": "1", "pid": "1", "input": "\ud83d", "output": "a"}', "half a surrogate pair"),
+    ],
+)
+def test_broken_rows_are_named_with_file_and_line(run, recipe, console, tmp_path, row, why):
     folder = tmp_path / "broken" / "qasper"
     folder.mkdir(parents=True)
     (folder / "validation.jsonl").write_text(f"{row}\n")
-    with pytest.raises(SparsekError, match=r"validation.jsonl:1: not a SCROLLS row"):
+    with pytest.raises(SparsekError, match=rf"validation.jsonl:1: .*{why}"):
         run(recipe(tasks=["scrolls_qasper"], data=str(tmp_path / "broken")), console)
+
+
+@pytest.mark.parametrize("change", ["cut", "other", "latin1", "utf-16"])
+def test_damaged_files_of_data_are_named(run, recipe, console, data, tmp_path, change):
+    """Half of a .zst passed for the whole; other bytes than UTF-8 were told without a file."""
+    import zstandard
+
+    folder = tmp_path / "damaged" / "qasper"
+    folder.mkdir(parents=True)
+    text = (data / "qasper" / "validation.jsonl").read_text().replace("a", "é")
+    # Two frames: all of the first can be read.
+    packed = zstandard.compress(text.encode()) * 2
+    name, content, why = {
+        "cut": ("validation.jsonl.zst", packed[:-9], "cut short"),
+        "other": ("validation.jsonl.zst", b"no frame", "not a readable .zst file"),
+        "latin1": ("validation.jsonl", text.encode("latin1"), "not UTF-8 text: byte 0xe9"),
+        "utf-16": (
+            "validation.jsonl",
+            text.encode("utf-16"),
+            "not UTF-8 text: it begins as UTF-16",
+        ),
+    }[change]
+    (folder / name).write_bytes(content)
+    with pytest.raises(SparsekError, match=rf"{name} is {why}"):
+        run(recipe(tasks=["scrolls_qasper"], data=str(tmp_path / "damaged")), console)
+
+
+def test_a_mark_and_blank_lines_are_no_rows(run, recipe, console, data, tmp_path):
+    folder = tmp_path / "marked" / "qasper"
+    folder.mkdir(parents=True)
+    text = (data / "qasper" / "validation.jsonl").read_text()
+    (folder / "validation.jsonl").write_text(f"\ufeff{text}\n\n", encoding="utf-8")
+    report = run(
+        recipe(tasks=["scrolls_qasper"], data=str(tmp_path / "marked"), baselines=[]), console
+    )
+    assert report["units"][0]["samples"] == 4
 
 
 def test_tasks_that_fit_run_beside_refused_ones(run, recipe, console):

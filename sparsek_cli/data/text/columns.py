@@ -33,6 +33,15 @@ def text_of(row: dict, column: str | None, where: str) -> str:
             f"{where}: column '{wanted}' holds {type(text).__name__}, not text",
             hint="name the column that holds the text (key 'column' in a recipe)",
         )
+    return whole(text, where)
+
+
+def whole(text: str, where: str) -> str:
+    """The text.
+
+    Raises:
+        UsageError: JSON gave half of a surrogate pair, which no tokenizer takes.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

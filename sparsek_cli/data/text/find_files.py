@@ -23,14 +23,19 @@ _UNREAD = (".json", ".csv", ".tsv", ".arrow", ".pdf", ".html", ".xml", ".docx", 
            ".log", ".text", ".yaml", ".gz", ".zip", ".xz", ".bz2", ".tar")  # fmt: skip
 
 
+def is_readable(name: str) -> bool:
+    """Whether a file of that name is read; Windows writes NOTES.TXT."""
+    return name.lower().endswith(READABLE)
+
+
 def is_hub_id(spec: object) -> bool:
     """Whether `spec` can only mean a dataset on the hub."""
     return (
         isinstance(spec, str)
         and hub.is_hub_id(spec)
-        and not spec.endswith(READABLE)
+        and not is_readable(spec)
         and not Path(spec).exists()
-        and not (spec.endswith(_UNREAD) and Path(spec).parent.is_dir())
+        and not (spec.lower().endswith(_UNREAD) and Path(spec).parent.is_dir())
     )
 
 
@@ -47,7 +52,7 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
         check_name(str(item))
         path = Path(item).expanduser()
         if path.is_file():
-            if not path.name.endswith(READABLE):
+            if not is_readable(path.name):
                 raise UsageError(f"cannot read '{path}': unknown file type", hint=_kinds())
             matches = [path]
         elif path.is_dir():
@@ -82,7 +87,7 @@ def _is_visible(path: Path) -> bool:
 
 
 def _wanted(path: Path) -> bool:
-    return _is_visible(path) and path.name.endswith(READABLE)
+    return _is_visible(path) and is_readable(path.name)
 
 
 def _say_what_is_left_out(folder: Path, held: list[Path]) -> None:

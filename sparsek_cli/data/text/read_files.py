@@ -1,13 +1,13 @@
 """Texts out of files: plain, .jsonl and .parquet, each perhaps compressed."""
 
 import codecs
-import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from sparsek_cli.data.text.columns import text_of
+from sparsek_cli.data.text.unpack import PACKED, is_packed, open_bytes
 from sparsek_cli.errors import UsageError
 
 # A file that unpacks to more, or a line without an end, is no document.
@@ -32,59 +32,26 @@ def file_rows(files: Sequence[str], column: str | None) -> Iterator[dict[str, st
 
 
 def _texts_of(path: Path, column: str | None) -> Iterator[str]:
-    kind = path.name.removesuffix(".zst")
+    kind = path.name.lower().removesuffix(PACKED)
     try:
         if kind.endswith(".parquet"):
             yield from _parquet(path, column)
             return
-        with _open(path) as stream:
+        with open_bytes(path) as stream:
             if kind.endswith(".jsonl"):
-                yield from _jsonl(stream, path, column)
+                for where, row in _objects(stream, path):
+                    yield text_of(row, column, where)
             else:
                 # "\r\n" would otherwise be tokens of its own.
                 yield _decode(_bounded(stream.read(LARGEST + 1), path), path, 0).replace(
                     "\r\n", "\n"
                 )
     except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror or error}", hint="check the file"
-        ) from error
+        raise _unreadable(path, error) from error
 
 
-def _open(path: Path) -> BinaryIO:
-    if path.suffix != ".zst":
-        return path.open("rb")
-    import zstandard
-
-    raw = zstandard.ZstdDecompressor().stream_reader(
-        path.open("rb"), read_across_frames=True, closefd=True
-    )
-    return io.BufferedReader(_Checked(raw, path), buffer_size=1 << 20)
-
-
-class _Checked(io.RawIOBase):
-    """A decompressing stream whose errors name the file."""
-
-    def __init__(self, stream: BinaryIO, path: Path):
-        self._stream, self._path = stream, path
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        import zstandard
-
-        try:
-            return self._stream.readinto(buffer)
-        except zstandard.ZstdError as error:
-            raise UsageError(
-                f"{self._path} is not a readable .zst file: {error}", hint="fetch it again"
-            ) from error
-
-    def close(self) -> None:
-        if not self.closed:
-            self._stream.close()
-        super().close()
+def _unreadable(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot read {path}: {error.strerror or error}", hint="check the file")
 
 
 def _bounded(raw: bytes, where: object) -> bytes:
@@ -117,7 +84,20 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
         ) from error
 
 
-def _jsonl(stream: BinaryIO, path: Path, column: str | None) -> Iterator[str]:
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """The objects of a .jsonl or .jsonl.zst, each with FILE:LINE; blank lines are none.
+
+    Raises:
+        UsageError: the file cannot be read, or a line of it holds no JSON object.
+    """
+    try:
+        with open_bytes(path) as stream:
+            yield from _objects(stream, path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _objects(stream: BinaryIO, path: Path) -> Iterator[tuple[str, dict]]:
     offset = 0
     lines = iter(lambda: stream.readline(LARGEST + 1), b"")
     for number, raw in enumerate(lines, start=1):
@@ -133,9 +113,10 @@ def _jsonl(stream: BinaryIO, path: Path, column: str | None) -> Iterator[str]:
             raise _bad_row(path, number, getattr(error, "msg", str(error))) from error
         if not isinstance(row, dict):
             raise UsageError(
-                f"{path}:{number}: not a JSON object", hint='write {"text": ...} on each line'
+                f"{path}:{number}: not a JSON object",
+                hint="a .jsonl file has one JSON object per line",
             )
-        yield text_of(row, column, f"{path}:{number}")
+        yield f"{path}:{number}", row
 
 
 def _bad_row(path: Path, number: int, why: str) -> UsageError:
@@ -149,8 +130,8 @@ def _parquet(path: Path, column: str | None) -> Iterator[str]:
     import pyarrow.parquet
 
     source = str(path)
-    if path.suffix == ".zst":
-        with _open(path) as stream:
+    if is_packed(path):
+        with open_bytes(path) as stream:
             source = pyarrow.BufferReader(_bounded(stream.read(LARGEST + 1), path))
     try:
         file = pyarrow.parquet.ParquetFile(source)

@@ -4,13 +4,14 @@ Questions come from DIR/<squad or hotpot>/validation.jsonl[.zst] under --data, w
 question, answers and documents, or from the hub's SQuAD and HotpotQA.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from sparsek_cli.data.text.columns import whole
+from sparsek_cli.data.text.read_files import json_rows
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.tasks.local_text import WrongLength, lengths_of, tokenizer_of
 from sparsek_cli.evaluation.tasks.ruler_samples import asked_after
@@ -76,7 +77,7 @@ def _questions(settings: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _local(folder: Path, name: str) -> Iterator[dict[str, Any]]:
-    from sparsek_cli.evaluation.tasks.scrolls import local_files, open_text
+    from sparsek_cli.evaluation.tasks.scrolls import local_files
 
     files = local_files(folder, name)
     if "validation" not in files:
@@ -84,16 +85,19 @@ def _local(folder: Path, name: str) -> Iterator[dict[str, Any]]:
             f"no {name}/validation.jsonl[.zst] under {folder}",
             hint="one object per line: question, answers (list), documents (list)",
         )
-    with open_text(files["validation"]) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                yield {key: row[key] for key in ("question", "answers", "documents")}
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
+    for place, row in json_rows(files["validation"]):
+        found = {key: row.get(key) for key in ("question", "answers", "documents")}
+        for key, value in found.items():
+            texts = [value] if key == "question" else value
+            if not (isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts)):
+                kind = "text" if key == "question" else "list of texts"
                 raise SparsekError(
-                    f"{files['validation']}:{number}: not a question ({error})",
+                    f"{place}: not a question ('{key}' is no {kind})",
                     hint="one object per line: question, answers (list), documents (list)",
-                ) from error
+                )
+            for text in texts:
+                whole(text, place)
+        yield found
 
 
 def _from_hub(name: str) -> Iterator[dict[str, Any]]:

@@ -12,14 +12,15 @@ import re
 import string
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
+from typing import Any
 
+from sparsek_cli.data.text.columns import whole
+from sparsek_cli.data.text.read_files import json_rows
 from sparsek_cli.errors import SparsekError
 
 SQUAD_METRICS = "transformers.data.metrics.squad_metrics"
@@ -156,35 +157,18 @@ def where(config: str) -> str:
     return f"unzip {HUB}/resolve/main/<set>.zip there, or connect and drop --data"
 
 
-@contextmanager
-def open_text(file: Path) -> Iterator[TextIO]:
-    """A .jsonl or .jsonl.zst file, to be read line by line."""
-    import io
-
-    with open(file, "rb") as raw:
-        stream: Any = raw
-        if file.suffix == ".zst":
-            import zstandard
-
-            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        yield io.TextIOWrapper(stream, encoding="utf-8")
-
-
 def _rows(file: Path) -> list[dict[str, str]]:
     """The rows of a file, with the four columns every SCROLLS dataset has."""
-    import json
-
     rows = []
-    with open_text(file) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                rows.append({key: row[key] for key in ("id", "pid", "input", "output")})
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise SparsekError(
-                    f"{file}:{number}: not a SCROLLS row ({error})",
-                    hint="each line is a JSON object with id, pid, input and output",
-                ) from error
+    for place, row in json_rows(file):
+        found = {key: row.get(key) for key in ("id", "pid", "input", "output")}
+        wrong = [key for key, value in found.items() if not isinstance(value, str)]
+        if wrong:
+            raise SparsekError(
+                f"{place}: not a SCROLLS row ('{wrong[0]}' is no text)",
+                hint="each line is a JSON object with id, pid, input and output",
+            )
+        rows.append({key: whole(value, place) for key, value in found.items()})
     if not rows:
         raise SparsekError(f"{file} is empty", hint=where(file.parent.name))
     return rows

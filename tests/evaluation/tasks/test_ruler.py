@@ -108,9 +108,15 @@ def test_questions_from_local_files(checkpoints, tmp_path):
         assert LENGTH * 0.6 < len(row["input"]) <= LENGTH - 32
     assert score(made[1], ["It is N1."]) == {"score": 1.0}
     assert score(made[1], ["It is n2."]) == {"score": 0.0}
-    (tmp_path / "squad" / "validation.jsonl").write_text("[" * 10**5, encoding="utf-8")
-    with pytest.raises(SparsekError, match=r"validation.jsonl:1: not a question"):
-        dataset(**keys, max_seq_lengths=[LENGTH])
+    for bad, why in [
+        ("[" * 10**5, "not valid JSON"),
+        (json.dumps(rows[0] | {"documents": "one text"}), "'documents' is no list of texts"),
+        (json.dumps(rows[0] | {"question": None}), "not a question"),
+        (json.dumps(rows[0] | {"answers": ["\ud83d"]}), "half a surrogate pair"),
+    ]:
+        (tmp_path / "squad" / "validation.jsonl").write_text(bad, encoding="utf-8")
+        with pytest.raises(SparsekError, match=rf"validation.jsonl:1: .*{why}"):
+            dataset(**keys, max_seq_lengths=[LENGTH])
 
 
 def test_needles_are_measured_end_to_end(recipe, console, tmp_path, monkeypatch, figures):
