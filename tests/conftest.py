@@ -18,6 +18,7 @@ from typing import Any
 
 import interpreted
 import pytest
+from quick_configs import quick_configs
 from quick_logging import catch_logs_quickly
 from tiny_families import VOCAB_SIZE, tiny_config
 
@@ -327,24 +328,9 @@ def _nothing_is_drawn_for_the_meta_device():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _layers_of_a_config_are_alike():
-    """Whether they differ is asked for each value of a config that is read, until they do."""
-    # Where nobody has imported transformers yet, as kernels' tests do not, there is little to read.
-    theirs = sys.modules.get("transformers.integrations.heterogeneity.configuration_utils")
-    try:
-        mixin, apply = theirs.HeterogeneousConfigMixin, theirs._apply_heterogeneous_config
-        ask = mixin.__dict__["__getattribute__"]
-    except (AttributeError, KeyError):  # or another version of it
-        yield
-        return
-
-    def apply_and_ask(*args, **kwargs):
-        mixin.__getattribute__ = ask
-        return apply(*args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delattr(mixin, "__getattribute__")
-        patch.setattr(theirs, "_apply_heterogeneous_config", apply_and_ask)
+def _quick_configs():
+    """From the first file on before which transformers is imported."""
+    with quick_configs():
         yield
 
 
