@@ -6,7 +6,7 @@ INTERRUPTED = 130
 # The hint where a model that nobody trains here answers with NaN.
 DAMAGED_OR_TOO_LARGE = (
     "its weights are damaged or the dtype overflows: try --dtype float32, or look with "
-    "`sparsek doctor`"
+    "`sparsek doctor MODEL`"
 )
 
 

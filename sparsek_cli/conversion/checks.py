@@ -7,6 +7,7 @@ from typing import Any
 
 from sparsek_cli import byte_units
 from sparsek_cli.checkpoint_files.shards import Shard
+from sparsek_cli.checkpoint_files.wrapped_names import WRAPPED, in_place_of
 from sparsek_cli.conversion.geometry import Geometry
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import Row
@@ -62,9 +63,11 @@ def check_tensors(
                 path = path.removeprefix(f"{row.stored}.")
             # Packed weights are several tensors, of which none need be named weight.
             if path not in holders and f"{path}.weight" not in names:
+                instead = in_place_of(f"{path}.weight", names)
                 raise SparsekError(
-                    f"the checkpoint lacks {path}.weight, which its config.json promises",
-                    hint="download or save the checkpoint again",
+                    f"the checkpoint lacks {path}.weight, which its config.json promises"
+                    + (f"; it holds {instead}" if instead else ""),
+                    hint=WRAPPED if instead else "download or save the checkpoint again",
                 )
             entry = names.get(f"{path}.weight")
             if projection in _KEYS and entry and (not packed or entry.dtype in _WHOLE):

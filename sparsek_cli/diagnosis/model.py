@@ -23,6 +23,7 @@ def model(checkpoint: "Checkpoint", device: "torch.device") -> Iterator[Check]:
 
     lm = load_model(checkpoint, device=device, dtype=torch.float32)
     yield _tokenizer(checkpoint, lm)
+    yield _numbers(lm)
     family_of(lm.config)
     if not is_converted(lm.config):
         yield Check("model", None, f"{checkpoint.name} is dense: nothing of ours to check in it")
@@ -105,6 +106,24 @@ def _tokenizer(checkpoint: "Checkpoint", lm: "torch.nn.Module") -> Check:
     tokenizer, rows = load_tokenizer(checkpoint), embedding_rows(lm)
     check_tokenizer(tokenizer, rows, checkpoint.name)
     return Check("tokenizer", True, f"{len(tokenizer):,} tokens, {rows:,} embeddings")
+
+
+def _numbers(lm: "torch.nn.Module") -> Check:
+    """Of a dense model, too: verbs whose loss is NaN send here."""
+    import torch
+
+    for name, weight in lm.named_parameters():
+        if weight.is_floating_point() and weight.itemsize > 1 and weight.numel():
+            ends = torch.stack(torch.aminmax(weight.detach()))
+            if not ends.isfinite().all():
+                return Check(
+                    "numbers",
+                    False,
+                    f"{name} holds values that are not finite",
+                    "fetch the model again, or save it again from where it was trained: what holds "
+                    "NaN or infinity is damaged, or overflowed in float16",
+                )
+    return Check("numbers", True, "every weight is a finite number")
 
 
 def _sparse_path(lm: "torch.nn.Module") -> Iterator[Check]:

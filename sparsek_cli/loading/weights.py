@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli import quantised
 from sparsek_cli.checkpoint_files.shape_checks import sizes_beyond
 from sparsek_cli.checkpoint_files.shards import read_shards
+from sparsek_cli.checkpoint_files.wrapped_names import WRAPPED, in_place_of
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.own_config import own_value
@@ -164,7 +165,13 @@ def check_loaded(report: dict[str, Any], name: str, *, scorers_later: bool = Fal
     if scorers_later:
         missing = [key for key in missing if ".scorer." not in key]
     if missing:
-        raise SparsekError(f"'{name}' lacks {_count(missing)}", hint=DAMAGED)
+        there = sorted(report["unexpected_keys"])
+        # The first may be an output embedding, which is stored once where it is tied.
+        instead = in_place_of(missing[0], there) or in_place_of(missing[-1], there)
+        raise SparsekError(
+            f"'{name}' lacks {_count(missing)}" + (f"; it holds {instead}" if instead else ""),
+            hint=WRAPPED if instead else DAMAGED,
+        )
     shapes = sorted((str(key), list(a), list(b)) for key, a, b in report["mismatched_keys"])
     if shapes:
         key, there, wanted = shapes[0]

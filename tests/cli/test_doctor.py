@@ -52,6 +52,20 @@ def test_dense_model_is_said_to_be_dense(sparsek, dense_checkpoint):
     assert shown.code == 0 and "is dense" in shown.out
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_that_are_no_numbers_fail_of_dense_models_too(sparsek, dense_checkpoint, value):
+    """Verbs whose loss is NaN send here, and here all was well."""
+    from safetensors.torch import load_file, save_file
+
+    file = dense_checkpoint() / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    shown = sparsek("doctor", file.parent, "--device", "cpu")
+    assert shown.code == 1 and "1 check failed: numbers" in shown.err
+    assert "model.layers.1.mlp.up_proj.weight holds values that are not finite" in shown.out
+
+
 def test_a_base_s_files_are_those_that_were_written(sparsek, dense_checkpoint, tmp_path):
     """A bit that flips leaves a number, which loads as any other."""
     base, out = dense_checkpoint(), tmp_path / "out"

@@ -67,6 +67,33 @@ def test_scorers_that_are_no_numbers(made, tmp_path, value):
     assert_sparse(loaded(tmp_path / "again"))
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("", "language_model."),  # the text part of a model that sees
+        ("", "_forward_module."),  # a trainer's strategy
+        ("model.layers.0.", "model.layers.0._fsdp_wrapped_module."),
+        ("model.layers.0.", "model.layers.0._checkpoint_wrapped_module."),
+    ],
+)
+def test_weights_under_the_names_of_what_wraps_the_model(made, tmp_path, old, new):
+    """They were told as missing, and to be fetched again, which changes nothing."""
+
+    def renamed(found):
+        for name in [name for name in found if name.startswith(old)]:
+            found[new + name.removeprefix(old)] = found.pop(name)
+
+    tensors(renamed)(made.base, tmp_path / "wrapped")
+    load = [
+        lambda: loaded(tmp_path / "wrapped"),
+        lambda: convert(recipe(tmp_path / "wrapped", tmp_path / "out")),
+    ]
+    for attempt in load:
+        with pytest.raises(SparsekError, match=f"lacks .*; it holds {new}") as refusal:
+            attempt()
+        assert "something that wraps the model" in refusal.value.hint
+
+
 OURS = {"model_type": "sparsek_llama"}
 
 
