@@ -10,7 +10,7 @@ from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.checkpoint_files.weights_beside import left_out
 from sparsek_cli.errors import UsageError
 from sparsek_cli.model_folder.config_file import check_config, read_config
-from sparsek_cli.model_folder.not_a_model import MERGE, no_config
+from sparsek_cli.model_folder.not_a_model import merge_hint, no_config
 from sparsek_cli.model_folder.side_files import check_side_files, check_special
 from sparsek_cli.model_folder.templates import told_apart
 from sparsek_cli.model_folder.weights import check_no_adapters, check_weights, method_apart
@@ -40,7 +40,7 @@ def check(path: Path, name: str) -> dict[str, Any]:
     if (path / "adapter_config.json").is_file():
         raise UsageError(
             f"'{name}' holds a PEFT adapter beside a base model; only one of them would count",
-            hint=f"{MERGE}; or move adapter_config.json and adapter_model.* away",
+            hint=f"{merge_hint(path)}; or move adapter_config.json and adapter_model.* away",
         )
     check_weights(path, name)
     shards = read_shards(path)

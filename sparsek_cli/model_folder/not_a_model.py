@@ -16,6 +16,22 @@ MERGE = (
     "the tokenizer too, then name OUT"
 )
 
+# Kinds of PEFT that learn tokens or keys in front of a text: no weight could hold them.
+_BESIDE_WEIGHTS = (
+    "PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT",
+    "ADAPTION_PROMPT",
+)  # fmt: skip
+
+
+def merge_hint(path: Path) -> str:
+    """What to do about the PEFT adapter in a folder."""
+    kind = json_or_nothing(path / "adapter_config.json").get("peft_type")
+    if kind in _BESIDE_WEIGHTS:
+        return (
+            f"{kind} learns beside the weights and cannot be merged into them: train LoRA instead"
+        )
+    return MERGE
+
 
 def file_error(file: Path) -> UsageError:
     """A single file is no model that can be named."""
@@ -49,7 +65,9 @@ def no_config(path: Path) -> UsageError:
     if holds("adapter_config.json"):
         base = json_or_nothing(path / "adapter_config.json").get("base_model_name_or_path")
         of = f" of {base}" if isinstance(base, str) and base else ""
-        return UsageError(f"'{path}' is a PEFT adapter{of}, not a whole model", hint=MERGE)
+        return UsageError(
+            f"'{path}' is a PEFT adapter{of}, not a whole model", hint=merge_hint(path)
+        )
     if error := _scorers_error(path / SCORERS, str(path)):
         return error
     if packed := gguf_files(path):

@@ -57,6 +57,24 @@ def test_adapters_alone_and_beside_their_base(llama, tmp_path):
     converts(tmp_path / "merged", tmp_path / "out")
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_adapters_that_no_weights_can_hold(llama, tmp_path, kind):
+    """They have no merge_and_unload, which the hint asked for."""
+    import peft
+
+    base = AutoModelForCausalLM.from_pretrained(llama)
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    adapted = peft.get_peft_model(base, config)
+    assert not hasattr(adapted, "merge_and_unload")
+    adapted.save_pretrained(tmp_path / "adapters")
+    beside = shutil.copytree(llama, tmp_path / "beside")
+    for file in (tmp_path / "adapters").glob("adapter_*"):
+        shutil.copy(file, beside)
+    for folder in (tmp_path / "adapters", beside):
+        hint = refusal(folder, tmp_path / "out").hint
+        assert "cannot be merged" in hint and "merge_and_unload" not in hint
+
+
 def test_models_that_also_see(llama, dense_config, tmp_path):
     """Refused, and their language model converts once it is saved on its own."""
     from transformers import CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
