@@ -4,11 +4,13 @@ from sparsek_cli.hub.checkpoint import Checkpoint, bundled, resolve, tokenizer_o
 from sparsek_cli.hub.download import fetch, is_reachable
 from sparsek_cli.hub.names import is_hub_id, is_missed_here, is_short_name
 from sparsek_cli.hub.offline import no_way, offline, switch
+from sparsek_cli.hub.other_spellings import instead
 
 __all__ = [
     "Checkpoint",
     "bundled",
     "fetch",
+    "instead",
     "is_hub_id",
     "is_missed_here",
     "is_reachable",

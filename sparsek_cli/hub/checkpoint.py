@@ -16,6 +16,7 @@ from sparsek_cli.hub.names import (
     no_such_name,
     two_meanings,
 )
+from sparsek_cli.hub.other_spellings import instead
 from sparsek_cli.model_folder.short_names import BUNDLED, SHORT_NAMES
 
 _LOG = logging.getLogger("sparsek_cli")
@@ -122,10 +123,12 @@ def tokenizer_of(name: str) -> Checkpoint:
     if short is None and not there and is_missed_here(name):
         raise no_such_name(name, folder)
     if short is None and (there or not is_hub_id(name)):
-        raise UsageError(
-            f"tokenizer: '{name}' is no folder",
-            hint="name a folder with tokenizer.json, a short name or a hub id",
-        )
+        hint = "name a folder with tokenizer.json, a short name or a hub id"
+        if os.path.isfile(folder):
+            hint = f"name its folder, '{folder.parent}'"
+        elif said := instead(name):
+            hint += f"; {said}"
+        raise UsageError(f"tokenizer: '{name}' is no folder", hint=hint)
     hub_id = name if short is None else short.hub_id
     path = fetch(hub_id, None, TOKENIZER_WANTED)
     return Checkpoint(path, hub_id.split("/")[1], hub_id)

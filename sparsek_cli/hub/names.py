@@ -8,6 +8,7 @@ from pathlib import Path
 from sparsek_cli import model_folder
 from sparsek_cli.checkpoint_files.weights_beside import PICKLES
 from sparsek_cli.errors import UsageError
+from sparsek_cli.hub.other_spellings import instead
 from sparsek_cli.model_folder.short_names import BUNDLED, SHORT_NAMES
 
 _WEIGHTS = (".safetensors", ".gguf", *PICKLES)  # what the names of files of weights end in
@@ -98,6 +99,8 @@ def no_such_name(name: str, folder: Path) -> UsageError:
         beside = [p.name for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         near = get_close_matches(folder.name, beside, n=1)
         hint = f"did you mean '{folder.parent / near[0]}'?" if near else "check the path"
+        if said := instead(name):
+            hint += f"; {said}"
         if _HUB_ID.fullmatch(name) and not is_hub_id(name):
             hint += (
                 "; a name on the hub has no --, no .. and no .git at its end, ends in a letter, a "

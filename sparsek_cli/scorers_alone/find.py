@@ -39,10 +39,10 @@ def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
         path = path / SCORERS
     check_plain(path, hint=f"name a file or folder of scorers ({SCORERS})")
     if not path.is_file():
-        raise UsageError(
-            f"there are no scorers at '{name}'",
-            hint=f"name a file or folder that `sparsek export --scorers` wrote ({SCORERS})",
-        )
+        hint = f"name a file or folder that `sparsek export --scorers` wrote ({SCORERS})"
+        if said := hub.instead(name):
+            hint += f"; {said}"
+        raise UsageError(f"there are no scorers at '{name}'", hint=hint)
     found = header(path)
     if found is None:
         raise UsageError(

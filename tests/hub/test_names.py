@@ -65,6 +65,64 @@ def test_unknown_names(name, error, hint, tmp_path, monkeypatch):
     assert hint in caught.value.hint and caught.value.exit_code == 2
 
 
+ELSEWHERE = {
+    "https://huggingface.co/Qwen/Qwen3-0.6B": "on the hub it is Qwen/Qwen3-0.6B",
+    "https://huggingface.co/Qwen/Qwen3-0.6B/": "on the hub it is Qwen/Qwen3-0.6B",
+    "https://huggingface.co/Qwen/Qwen3-0.6B/tree/main": "on the hub it is Qwen/Qwen3-0.6B",
+    "huggingface.co/Qwen/Qwen3-0.6B?x=1": "on the hub it is Qwen/Qwen3-0.6B",
+    "hf.co/Qwen/Qwen3-0.6B": "on the hub it is Qwen/Qwen3-0.6B",
+    "hf://Qwen/Qwen3-0.6B@v1": "on the hub it is Qwen/Qwen3-0.6B --revision v1",
+    "hf://models/Qwen/Qwen3-0.6B": "on the hub it is Qwen/Qwen3-0.6B",
+    "Qwen/Qwen3-0.6B@refs%2Fpr%2F1": "--revision refs%2Fpr%2F1",
+    "Qwen/Qwen3-0.6B/": "on the hub it is Qwen/Qwen3-0.6B",
+    "Qwen/Qwen3-0.6B/tree/v1": "on the hub it is Qwen/Qwen3-0.6B --revision v1",
+    "Qwen/Qwen3-0.6B/model.safetensors": "on the hub it is Qwen/Qwen3-0.6B",
+    "o/m-GGUF:Q4_K_M": "`hf download o/m-GGUF --include '*Q4_K_M*.gguf' --local-dir DIR`",
+    "hf.co/o/m-GGUF:Q4_K_M": "`hf download o/m-GGUF --include '*Q4_K_M*.gguf' --local-dir DIR`",
+    "o/m-GGUF/m.q4.gguf": "`hf download o/m-GGUF m.q4.gguf --local-dir DIR`",
+    "https://huggingface.co/o/m-GGUF/blob/main/a/m.gguf": "`hf download o/m-GGUF a/m.gguf",
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_names_as_pages_and_other_programs_write_them(name, tmp_path, monkeypatch):
+    """All were folders that are not there, and the path was to be checked."""
+    monkeypatch.chdir(tmp_path)
+    for read in (hub.resolve, hub.tokenizer_of, find.read):
+        with pytest.raises(UsageError) as caught:
+            read(name)
+        assert ELSEWHERE[name] in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "name", ["./o/m/", "/o/m@v1", "a/b/c", "../o/m", "here/m/", "here/m@v1", "s3://b/x", "~/o/m/x",
+             "o/m/c/d.txt", "https://example.org/o/m"],
+)  # fmt: skip
+def test_a_path_is_no_name_on_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    with pytest.raises(UsageError) as caught:
+        hub.resolve(name)
+    assert "hub" not in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("place", "hint"),
+    [
+        ("https://huggingface.co/datasets/o/d", "on the hub it is o/d"),
+        ("hf://datasets/o/d", "on the hub it is o/d"),
+        ("https://example.org/a.txt", "fetch it into a file first"),
+        ("s3://bucket/a.jsonl", "fetch it into a file first"),
+    ],
+)
+def test_addresses_of_data_are_shown_as_they_were_given(place, hint):
+    from sparsek_cli.data.text.find_files import find_files
+
+    with pytest.raises(UsageError, match=re.escape(f"no such file or folder: '{place}'")) as caught:
+        find_files(place)
+    assert hint in caught.value.hint
+
+
 def test_nearest_folder_is_named(checkpoint, tmp_path):
     folder = checkpoint("my-model")
     with pytest.raises(UsageError) as caught:

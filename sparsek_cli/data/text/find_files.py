@@ -72,10 +72,12 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
                 hint="write its text into a file first, and name that",
             )
         else:
-            raise UsageError(
-                f"no such file or folder: '{path}'",
-                hint="name a file, folder, glob, or a hub dataset as owner/name",
-            )
+            hint = "name a file, folder, glob, or a hub dataset as owner/name"
+            if said := hub.instead(str(item), "datasets"):
+                hint += f"; {said}"
+            elif "://" in str(item):
+                hint = "fetch it into a file first: nothing is read from other places than the hub"
+            raise UsageError(f"no such file or folder: '{item}'", hint=hint)
         found.update(dict.fromkeys(matches))
     if not found:
         raise UsageError("no text was named", hint=_kinds())
