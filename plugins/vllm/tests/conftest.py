@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,21 +37,6 @@ def pytest_report_header() -> str:
     return MISSING or f"vllm {vllm.__version__}"
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What transformers makes of one prompt.
-
-    Attributes:
-        written, dense_written: tokens that greedy search adds, with SparseK and without.
-        logprobs, dense_logprobs: of the prompt's own tokens, from the second on.
-    """
-
-    written: list[int]
-    dense_written: list[int]
-    logprobs: list[float]
-    dense_logprobs: list[float]
-
-
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Callable[..., Path]:
     """`checkpoint(family, **settings of the sparsek block)`: a folder, written once."""
@@ -69,40 +53,11 @@ def checkpoint(tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def expected() -> Callable[[Path, list[list[int]]], list[Expected]]:
+def expected() -> Callable[[Path, list[list[int]]], list[Any]]:
     """`expected(folder, prompts)`, by transformers in float32."""
-    import torch
-    from checkpoints import NEW
-    from transformers import AutoModelForCausalLM
+    from transformers_answers import Answers
 
-    import sparsek_cli.models as models
-
-    done: dict[tuple[Path, tuple[int, ...]], Expected] = {}
-    loaded: dict[Path, Any] = {}
-
-    @torch.inference_mode()
-    def one(model: Any, prompt: list[int]) -> tuple[list[int], list[float]]:
-        ids = torch.tensor([prompt])
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False
-        )
-        logs = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-        return out[0, len(prompt) :].tolist(), logs.gather(1, ids[0, 1:, None])[:, 0].tolist()
-
-    def compute(folder: Path, prompts: list[list[int]]) -> list[Expected]:
-        if folder not in loaded:
-            loaded[folder] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        model = loaded[folder]
-        for prompt in prompts:
-            if (folder, tuple(prompt)) not in done:
-                written, logs = one(model, prompt)
-                with models.dense_attention(model):
-                    dense_written, dense_logs = one(model, prompt)
-                found = Expected(written, dense_written, logs, dense_logs)
-                done[folder, tuple(prompt)] = found
-        return [done[folder, tuple(prompt)] for prompt in prompts]
-
-    return compute
+    return Answers().of
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from checkpoints import LENGTH, LONG, NEW, TOPK_OF_FOUR, prompts
 from sparsek_vllm import FAMILIES, NOT_ON_LOWEST, VERSIONS
 from sparsek_vllm.heads import can_deal, dealt_heads
 from sparsek_vllm.sizes import request_bytes
+from transformers_answers import answers_apart
 from vllm import SamplingParams
 
 from sparsek_cli.families import TABLE
@@ -136,7 +137,7 @@ def test_an_8_bit_cache(checkpoint, expected, run_engine):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "olmo2"])  # olmo2: by transformers' own code
-def test_stretched_positions(family, checkpoint, expected, run_engine, tmp_path):
+def test_stretched_positions(family, checkpoint, run_engine, tmp_path):
     """What `sparsek serve --yarn` hands on reaches vLLM's model, beyond its own length too."""
     folder = checkpoint(family)
     shutil.copytree(folder, tmp_path / "long")
@@ -144,8 +145,9 @@ def test_stretched_positions(family, checkpoint, expected, run_engine, tmp_path)
     stretch(config, 2)
     config.save_pretrained(tmp_path / "long")
     batch = [*TEN, *prompts(2, longest=LENGTH + 60, shortest=LENGTH + 20)]
-    wanted = expected(tmp_path / "long", batch)
-    assert [w.written for w in wanted[:-2]] != [w.written for w in expected(folder, TEN)]
+    wanted = answers_apart(tmp_path / "long", batch)
+    plain = answers_apart(folder, TEN)
+    assert [w.written for w in wanted[:-2]] != [w.written for w in plain]
     planned = serving.plan(resolve(str(folder)), engine="vllm", yarn=2).command
     changed = json.loads(planned[planned.index("--hf-overrides") + 1])
     with run_engine(folder, hf_overrides=changed, max_model_len=2 * LENGTH) as llm:
