@@ -12,7 +12,13 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
 from sparsek_cli.families.by_layer import pair_features, shared_layers, sizes_by_layer
 from sparsek_cli.families.own_config import own_config, own_value
-from sparsek_cli.families.positions import check_rotary, context_length, rope_blocks, rope_type
+from sparsek_cli.families.positions import (
+    check_rotary,
+    context_length,
+    rope_blocks,
+    rope_of,
+    rope_type,
+)
 
 _OPTIONAL = ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _CONTEXT = 2048
@@ -84,7 +90,7 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
         head_dim=width,
         context=context_length(
             size("max_position_embeddings", _CONTEXT),
-            config.get("rope_parameters") or config.get("rope_scaling"),
+            rope_of(config),
         ),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
         **alone,

@@ -24,6 +24,7 @@ _POSITIVE = {
     "longrope": (*_STRETCHED, "attention_factor"),
     "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
 }
+_BESIDE = ("rope_theta", "partial_rotary_factor")
 _ZERO_IS_NONE = ("beta_fast", "beta_slow")
 _OLD = ("su",)  # what longrope was called
 # What transformers says of a block whose factors are too many or too few.
@@ -55,9 +56,39 @@ def rope_type(rope: Any) -> str | None:
     return rope.get("rope_type") or rope.get("type") or "default"
 
 
+def rope_of(config: Mapping[str, Any]) -> Any:
+    """What transformers reads of a config: where both are given, `rope_scaling`, the older one."""
+    return config.get("rope_scaling") or config.get("rope_parameters")
+
+
+def check_one_rope(config: Mapping[str, Any]) -> None:
+    """`rope_scaling` beside `rope_parameters` takes nothing away.
+
+    Cards of models say to add a `rope_scaling` to config.json. Beside the block that transformers
+    5 writes it takes its place, and with it goes the base of the rotary positions.
+
+    Raises:
+        UsageError: what `rope_parameters` says would be lost.
+    """
+    within, read = config.get("rope_parameters"), config.get("rope_scaling")
+    if not (within and read and isinstance(within, Mapping) and isinstance(read, Mapping)):
+        return
+    # What stands beside the blocks counts for both, and what nobody says is 10,000.
+    taken = {"rope_theta": 10_000.0} | {k: v for k, v in config.items() if k in _BESIDE} | {**read}
+    kinds = ("rope_type", "type")
+    lost = [k for k, v in within.items() if k not in kinds and taken.get(k) != v]
+    if lost:
+        raise UsageError(
+            f"config.json has rope_scaling beside rope_parameters: it takes its place, and "
+            f"{lost[0]} {str(within[lost[0]])[:60]} is lost",
+            hint="write what rope_scaling says into rope_parameters, beside what is there, and "
+            "take rope_scaling out",
+        )
+
+
 def rope_blocks(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The blocks of a config that scale rotary positions: one, or one for each type of layer."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = rope_of(config)
     if not isinstance(rope, Mapping):
         return []
     nested = [block for block in rope.values() if isinstance(block, Mapping)]
@@ -98,11 +129,12 @@ def check_rotary(config: Mapping[str, Any], head_dim: int) -> None:
         )
 
 
-def check_scaling(config: Mapping[str, Any], head_dim: int) -> None:
+def check_scaling(config: Mapping[str, Any], head_dim: int, *, read: bool = False) -> None:
     """How positions are scaled is known, and by numbers that scale them.
 
     Args:
         config: a config as a dictionary. head_dim: features of a head.
+        read: the config is as its class reads it, which gives old names their new ones.
 
     Raises:
         UsageError: transformers has no such way, or computes nonsense with such numbers, of which
@@ -113,20 +145,20 @@ def check_scaling(config: Mapping[str, Any], head_dim: int) -> None:
         raise _wrong_theta(theta)
     shared = _shared_parts(config, head_dim)
     for block in rope_blocks(config):
-        kind = rope_type(block)
+        kind = block.get("rope_type", "default") if read else rope_type(block)
         if not isinstance(kind, str) or kind not in _POSITIVE:
-            _check_known(kind)
+            _check_known(kind, () if read else _OLD)
             continue
         _check_scaling(block, [*_parts(block, head_dim), *shared, head_dim][0])
 
 
-def _check_known(kind: Any) -> None:
+def _check_known(kind: Any, old: tuple[str, ...]) -> None:
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes seconds
 
-    if kind in ROPE_INIT_FUNCTIONS or kind in _OLD:
+    if kind in ROPE_INIT_FUNCTIONS or kind in old:
         return
     known = [*ROPE_INIT_FUNCTIONS]
-    near = get_close_matches(str(kind), known, n=1)
+    near = ["longrope"] if kind in _OLD else get_close_matches(str(kind), known, n=1)
     raise UsageError(
         f"config.json scales rotary positions in a way ({kind!r}) that transformers does not have",
         hint=f"did you mean {near[0]!r}?"

@@ -37,7 +37,7 @@ def load_config(path: Path, name: str) -> "PreTrainedConfig":
     _settle_stray_kinds(config)
     _leave_flash_out(config)
     if config.model_type.removeprefix("sparsek_") in TABLE:
-        check_scaling(config.to_dict(), head_dim_of(config, 0))
+        check_scaling(config.to_dict(), head_dim_of(config, 0), read=True)
     return config
 
 

@@ -223,6 +223,59 @@ def test_zero_is_what_transformers_reads_as_left_out(dense_config, key):
     assert left.equal(zero)
 
 
+THETA = {"rope_type": "default", "rope_theta": 1e5}
+
+
+@pytest.mark.parametrize(
+    ("keys", "lost"),
+    [
+        ({"rope_parameters": THETA}, "rope_theta 100000.0 is lost"),
+        ({"rope_parameters": THETA | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         "partial_rotary_factor 0.5 is lost"),
+        ({"rope_parameters": {"full_attention": THETA}}, "full_attention"),
+        ({"rope_parameters": THETA, "rope_scaling": YARN | {"rope_theta": 1e6}}, "rope_theta"),
+        ({"rope_parameters": THETA, "rope_theta": 1e5}, None),
+        ({"rope_parameters": THETA | {"rope_theta": 1e4}}, None),  # what is taken then
+        ({"rope_parameters": THETA, "rope_scaling": None}, None),
+        ({"rope_parameters": None, "rope_theta": 1e5}, None),
+        ({"rope_parameters": THETA, "rope_scaling": YARN | {"rope_theta": 1e5}}, None),
+    ],
+)  # fmt: skip
+def test_a_second_block_takes_nothing_away(dense_config, keys, lost):
+    """Cards say to add rope_scaling; beside rope_parameters it took the base of positions away."""
+    from sparsek_cli.families.own_config import own_config
+    from sparsek_cli.model_folder.config_file import check_config
+
+    row = TABLE["llama"]
+    config = dense_config("llama", max_position_embeddings=128)
+    raw = config.to_dict() | {"rope_scaling": dict(YARN)} | keys
+    if lost is None:
+        check_config(raw, "it")
+        theta = raw.get("rope_theta") or (raw["rope_parameters"] or {})["rope_theta"]
+        read = own_config(row, raw).rope_parameters
+        assert read["rope_theta"] == theta
+        scaled = raw["rope_scaling"] is not None
+        assert geometry(raw, row).context == (512 if scaled else 128)
+        return
+    with pytest.raises(UsageError, match=lost) as refusal:
+        check_config(raw, "it")
+    assert "take rope_scaling out" in refusal.value.hint
+    written = {**raw["rope_parameters"], **raw["rope_scaling"]}  # as hinted
+    check_config(raw | {"rope_parameters": written, "rope_scaling": None}, "it")
+
+
+@pytest.mark.parametrize("kind", ["su", None])
+def test_ways_that_a_class_does_not_know_are_told_when_it_is_read(make_checkpoint, tmp_path, kind):
+    """They ended in a KeyError of the model's; Phi-3 alone knows the first name of longrope."""
+    folder = make_checkpoint(tmp_path / "base", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": kind, "rope_theta": 1e4}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    with pytest.raises(UsageError, match="that transformers does not have") as refusal:
+        load_config(folder, "it")
+    assert "longrope" in refusal.value.hint
+
+
 def test_every_verb_counts_with_it(dense_model, tokenizer):
     model = dense_model("qwen2", max_position_embeddings=128, rope_scaling=dict(YARN))
     written = model.config.to_dict()
