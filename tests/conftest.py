@@ -19,6 +19,7 @@ from typing import Any
 import interpreted
 import pytest
 from quick_configs import quick_configs
+from quick_copies import copy_quickly
 from quick_logging import catch_logs_quickly
 from tiny_families import VOCAB_SIZE, tiny_config
 
@@ -246,6 +247,7 @@ def pytest_configure(config: pytest.Config) -> None:
     patch = pytest.MonkeyPatch()
     config.add_cleanup(patch.undo)
     catch_logs_quickly(patch)
+    copy_quickly(patch)
 
 
 def pytest_collectstart() -> None:
