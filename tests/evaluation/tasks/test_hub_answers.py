@@ -32,7 +32,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """
     from lm_eval import tasks
 
-    own = tasks.TaskManager(include_path=Path(tasks.__file__).parent / "gsm8k", include_defaults=False)
+    folder = Path(tasks.__file__).parent / "gsm8k"
+    own = tasks.TaskManager(include_path=folder, include_defaults=False)
     monkeypatch.setattr(catalogue, "lm_eval_index", lambda: own.task_index)
     switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     for name in (*switches, "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
