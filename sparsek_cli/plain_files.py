@@ -20,6 +20,8 @@ _KINDS = (
     (stat.S_ISCHR, "character device"),
     (stat.S_ISBLK, "block device"),
 )
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_LONGEST_POINTER = 1024  # bytes, by its specification
 
 
 def kind_of(mode: int) -> str:
@@ -42,6 +44,25 @@ def check_plain(file: Path, *, hint: str) -> None:
         raise UsageError(f"'{file}' is a {kind}, and a plain file is expected", hint=hint)
 
 
+def check_no_pointer(file: Path) -> None:
+    """Raises UsageError where a file is what git leaves in place of a large one.
+
+    Of a text file it would be the text, and a template of it renders.
+    """
+    try:
+        if file.stat().st_size > _LONGEST_POINTER or not file.is_file():
+            return
+        with file.open("rb") as opened:
+            begin = opened.read(len(_POINTER))
+    except OSError:  # whoever reads it says so
+        return
+    if begin == _POINTER:
+        raise UsageError(
+            f"{file} is a pointer of Git LFS, not the file itself",
+            hint="run `git lfs install` and `git lfs pull` in its folder, or download the file",
+        )
+
+
 def check_entries(folder: Path, patterns: Sequence[str], *, hint: str) -> None:
     """Raises UsageError where something in a folder is called as a file is, and is none.
 
@@ -52,6 +73,7 @@ def check_entries(folder: Path, patterns: Sequence[str], *, hint: str) -> None:
         hidden = file.name.startswith(".")
         if not hidden and any(fnmatchcase(file.name, pattern) for pattern in patterns):
             check_plain(file, hint=hint)
+            check_no_pointer(file)
 
 
 def utf8_text(file: Path) -> str:

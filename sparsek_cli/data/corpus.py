@@ -23,6 +23,8 @@ BATCH = 64  # documents per tokenizer call; it works on them in parallel
 # Characters of a document that is tokenised at once. The call cannot be interrupted, nor seen.
 PIECE = 1 << 20
 SILENCE = 15.0  # seconds between lines that say how far it is
+_LOOKED_AT = 1 << 20  # tokens
+_MUCH_UNKNOWN = 0.1
 LOCK_PATIENCE = 1800.0  # seconds to wait for another process that tokenises the same text
 
 
@@ -205,7 +207,21 @@ def load_corpus(
                 _store(file, *kept)
                 kept = _kept(file) or kept
     tokens, ends = kept
+    _say_unknown(tokens[:_LOOKED_AT], tokenizer, say)
     return Corpus(tokens, np.concatenate([[0], ends[:-1]]), ends)
+
+
+def _say_unknown(tokens: np.ndarray, tokenizer: Any, say: Callable[[str], None]) -> None:
+    """A text that is mostly one token teaches and measures nothing, and its loss looks fine."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return  # byte-level tokenizers name one that they never give
+    share = float(np.mean(tokens == unknown))
+    if share > _MUCH_UNKNOWN:
+        say(
+            f"{share:.0%} of the text's tokens are {tokenizer.unk_token}: the tokenizer does not "
+            "know them, or is not the model's"
+        )
 
 
 def _kept(file: Path) -> tuple[np.ndarray, np.ndarray] | None:

@@ -23,6 +23,7 @@ import numpy as np
 from sparsek_cli.data.facts import Fact, Words, draw_facts
 from sparsek_cli.data.filler import Filler, encode
 from sparsek_cli.data.phrasings import PHRASINGS, Phrasing
+from sparsek_cli.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,10 @@ class NeedleDocument:
         )
 
 
+class DocumentTooShort(UsageError, ValueError):
+    """Facts need more tokens than the document has."""
+
+
 def make_document(
     rng: np.random.Generator,
     filler: Filler,
@@ -83,7 +88,11 @@ def make_document(
     rows = encode(filler.tokenizer, [" " + fact.statement for fact in everything])
     room = tokens - sum(len(row) for row in rows)
     if room < 1:
-        raise ValueError(f"{needles} needles do not fit into {tokens} tokens")
+        raise DocumentTooShort(
+            f"{needles} hidden facts do not fit into {tokens} tokens",
+            hint="ask for longer documents or fewer facts: of some tokenizers each letter is one "
+            "token",
+        )
     chosen = filler.take(rng, room)
     # The first sentence loses the white space before it, and so may have other tokens.
     opening = filler.sentence_text(int(chosen[0])).lstrip()

@@ -12,6 +12,7 @@ import numpy as np
 
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.gguf.recognise import begins_as_gguf
+from sparsek_cli.plain_files import check_no_pointer
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -67,6 +68,7 @@ def read_header(file: Path) -> Header:
             unpacked, a rotary scaling that would be lost; or the package `gguf` is missing.
         SparsekError: the file is damaged.
     """
+    check_no_pointer(file)
     if not begins_as_gguf(file):
         raise UsageError(f"'{file}' is not a GGUF file", hint="name a model's .gguf file")
     if importlib.util.find_spec("gguf") is None:

@@ -9,7 +9,7 @@ from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.output.contents import SCORERS
 from sparsek_cli.output.scorers_file import Scorers, header
-from sparsek_cli.plain_files import check_plain
+from sparsek_cli.plain_files import check_no_pointer, check_plain
 
 
 def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
@@ -38,6 +38,7 @@ def read(place: str | os.PathLike, revision: str | None = None) -> Scorers:
             )
         path = path / SCORERS
     check_plain(path, hint=f"name a file or folder of scorers ({SCORERS})")
+    check_no_pointer(path)
     if not path.is_file():
         hint = f"name a file or folder that `sparsek export --scorers` wrote ({SCORERS})"
         if said := hub.instead(name):

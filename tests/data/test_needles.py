@@ -14,6 +14,7 @@ from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.data.needle_source import NeedleSource
 from sparsek_cli.data.needles import chat_messages, is_correct, make_document
 from sparsek_cli.data.phrasings import PHRASINGS, phrasings
+from sparsek_cli.errors import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_documents_are_deterministic_and_take_depths(filler):
 
 
 def test_what_does_not_fit_is_refused(filler):
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(UsageError, match="4 hidden facts do not fit into 20 tokens"):
         make_document(np.random.default_rng(0), filler, tokens=20, needles=4)
     with pytest.raises(ValueError, match="depths"):
         make_document(np.random.default_rng(0), filler, tokens=200, needles=2, depths=[0.5])

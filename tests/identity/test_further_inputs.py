@@ -94,6 +94,57 @@ def test_weights_under_the_names_of_what_wraps_the_model(made, tmp_path, old, ne
         assert "something that wraps the model" in refusal.value.hint
 
 
+POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb"
+    "8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",
+     "generation_config.json", "chat_template.jinja", "model.gguf", "text.txt", "rows.jsonl",
+     "sparsek.safetensors"],
+)  # fmt: skip
+def test_what_git_leaves_in_place_of_a_large_file_is_told(made, tmp_path, name):
+    """A clone without LFS: each was damaged in its own way, and a template was rendered."""
+    from sparsek_cli.scorers_alone.find import read
+
+    linked(made.base, tmp_path / "cloned", name)
+    pointer = tmp_path / "cloned" / name
+    pointer.write_text(POINTER)
+    attempt = {
+        "model.gguf": lambda: convert(recipe(pointer, tmp_path / "out")),
+        "text.txt": lambda: list(iterate_texts(pointer)),
+        "rows.jsonl": lambda: list(iterate_texts(pointer)),
+        "sparsek.safetensors": lambda: read(pointer),
+    }.get(name, lambda: hub.resolve(tmp_path / "cloned"))
+    with pytest.raises(UsageError, match=f"{name} is a pointer of Git LFS") as refusal:
+        attempt()
+    assert "git lfs pull" in refusal.value.hint
+
+
+def test_a_text_of_unknown_tokens_is_told(tokenizer, tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "crates": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    knows = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    told = {"crates crates crates": False, "who counted crates": True}
+    for number, (text, expected) in enumerate(told.items()):
+        file = tmp_path / f"{number}.txt"
+        file.write_text(text)
+        for _ in range(2):  # and once it is in the cache
+            said = []
+            corpus.load_corpus(str(file), knows, say=said.append)
+            assert any("50% of the text's tokens are <unk>" in line for line in said) is expected
+    said = []
+    corpus.load_corpus(str(file), tokenizer, say=said.append)
+    assert not any("tokens are" in line for line in said)
+
+
 OURS = {"model_type": "sparsek_llama"}
 
 

@@ -9,6 +9,7 @@ from typing import BinaryIO
 from sparsek_cli.data.text.columns import text_of
 from sparsek_cli.data.text.unpack import PACKED, is_packed, open_bytes
 from sparsek_cli.errors import UsageError
+from sparsek_cli.plain_files import check_no_pointer
 
 # A file that unpacks to more, or a line without an end, is no document.
 LARGEST = 1 << 32  # bytes
@@ -32,6 +33,7 @@ def file_rows(files: Sequence[str], column: str | None) -> Iterator[dict[str, st
 
 
 def _texts_of(path: Path, column: str | None) -> Iterator[str]:
+    check_no_pointer(path)
     kind = path.name.lower().removesuffix(PACKED)
     try:
         if kind.endswith(".parquet"):
@@ -90,6 +92,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     Raises:
         UsageError: the file cannot be read, or a line of it holds no JSON object.
     """
+    check_no_pointer(path)
     try:
         with open_bytes(path) as stream:
             yield from _objects(stream, path)
