@@ -7,6 +7,7 @@ a name that fits one name alone; of a flag given twice the last one counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from sparsek_cli.errors import UsageError
 
@@ -28,11 +29,12 @@ _SHORT = {"-tp": _RANKS, "-t": _RANKS}
 _PREFIXES, _NO_PREFIXES = "--enable-prefix-caching", "--no-enable-prefix-caching"
 _CACHE_DTYPE = "--kv-cache-dtype"
 OVERRIDES = "--hf-overrides"
+_FILE = "--config"
 _AT_ONCE, _BLOCKS = "--max-num-seqs", "--num-gpu-blocks-override"
 _MEMORY = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes")
 # What leaves open how many bytes a request takes, and why.
 _OPEN = {
-    "--config": "its file may hold any flag",
+    _FILE: "its file may hold any flag",
     OVERRIDES: "it changes the model's config",
     _PREFIXES: "further blocks keep the prefixes of prompts",
 }
@@ -88,10 +90,23 @@ class Flags:
             raise UsageError(f"{_RANKS} is {said!r}", hint="a number of GPUs, from 1 on")
         return int(said)
 
-    @property
-    def overrides(self) -> bool:
-        """Whether they change the model's config."""
-        return OVERRIDES in self._values
+    def place_of(self, flag: str) -> str | None:
+        """Where a flag is given: that itself, or the file of --config; None: nowhere."""
+        if flag in self._values:
+            return flag
+        return f"{_FILE} {self._values[_FILE]}" if flag in self._of_file() else None
+
+    def _of_file(self) -> set[str | None]:
+        """The flags in the file of --config; none where vLLM will refuse the file."""
+        import yaml
+
+        if _FILE not in self._values:
+            return set()
+        try:
+            said = yaml.safe_load(Path(self._values[_FILE]).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            return set()
+        return {_name(f"--{key}") for key in said} if isinstance(said, dict) else set()
 
     @property
     def memory_said(self) -> bool:

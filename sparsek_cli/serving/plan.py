@@ -209,9 +209,11 @@ def _stretched(engine: str, config: Any, factor: float, flags: Flags) -> list[st
     """What tells a server that positions are stretched, as they are in `config`."""
     if engine == TRANSFORMERS:
         return [YARN, str(factor)]
-    if flags.overrides:
+    if place := flags.place_of(OVERRIDES):
+        beside = "" if place == OVERRIDES else f" in {place}"
         raise UsageError(
-            f"--yarn changes the model's config, and so does {OVERRIDES}: vLLM heeds one of them",
+            f"--yarn changes the model's config, and so does {OVERRIDES}{beside}: vLLM heeds one "
+            "of them",
             hint=f"leave {OVERRIDES} out, or --yarn, and put rope_parameters in there",
         )
     changed = {key: getattr(config, key) for key in CHANGED if hasattr(config, key)}

@@ -338,6 +338,27 @@ def test_positions_are_stretched_on_either_server_or_not_at_all(sparsek, convert
     assert sparsek("serve", converted, "--yarn", "1", "--dry-run").failed(2)
 
 
+def test_a_file_of_flags_is_looked_into_for_what_changes_the_config(
+    sparsek, converted, installed, tmp_path
+):
+    """vLLM takes the file's flags first, and of two --hf-overrides the last one."""
+    installed(*ALL)
+    file = tmp_path / "server.yaml"
+    words = ["serve", converted, "--yarn", "2", "--dry-run", "--engine", "vllm", "--"]
+    for text in ("hf-overrides: {a: 1}", "hf_overrides.a: 1", "port: 1\nhf-overrides: '{}'"):
+        file.write_text(text)
+        for flag in (["--config", file], [f"--config={file}"]):
+            shown = sparsek(*words, *flag)
+            assert shown.failed(2) and f"so does --hf-overrides in --config {file}" in shown.err
+            assert "leave --hf-overrides out" in shown.err
+            assert sparsek(*words[:2], *words[4:], *flag).code == 0, "without --yarn it may be"
+    for text in ("max-num-seqs: 4", "", "- hf-overrides", "{", "\x00"):
+        file.write_text(text)
+        assert sparsek(*words, "--config", file).code == 0
+    file.unlink()
+    assert sparsek(*words, "--config", file).code == 0, "vLLM says what is wrong with it"
+
+
 def test_positions_that_cannot_be_stretched_are_told_before_a_server_starts(
     sparsek, tmp_path, installed, sparse_model, tokenizer
 ):
