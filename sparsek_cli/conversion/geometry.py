@@ -19,9 +19,11 @@ from sparsek_cli.families.positions import (
     rope_of,
     rope_type,
 )
+from sparsek_cli.families.varying_positions import DYNAMIC, LONGROPE, in_words
 
 _OPTIONAL = ("num_hidden_layers", "num_key_value_heads", "head_dim", "max_position_embeddings")
 _CONTEXT = 2048
+_VARYING = {LONGROPE, DYNAMIC, "su"}  # the last as Phi-3's first files call longrope
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Geometry:
             each of them as in the others.
         values_are_keys: layers that are converted have no projection of values.
         shared: how many of the last layers have no keys of their own.
+        positions: what is chosen where positions change with a text's length; None: they do not.
     """
 
     layers: int
@@ -46,6 +49,7 @@ class Geometry:
     sliding_features: int | None = None
     values_are_keys: bool = False
     shared: int = 0
+    positions: str | None = None
 
 
 def geometry(config: dict[str, Any], row: Row) -> Geometry:
@@ -82,6 +86,7 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
     hidden = size("hidden_size")
     width = size("head_dim", hidden // heads)
     check_rotary(_with_rotary_part(config, row, width), width)
+    scaled = {rope_type(block) for block in rope_blocks(config)}
     return Geometry(
         layers=size("num_hidden_layers"),
         hidden=hidden,
@@ -93,6 +98,7 @@ def geometry(config: dict[str, Any], row: Row) -> Geometry:
             rope_of(config),
         ),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+        positions=in_words(own_config(row, config)) if scaled & _VARYING else None,
         **alone,
     )
 

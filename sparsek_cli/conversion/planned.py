@@ -204,6 +204,7 @@ class Plan:
             "kv_heads": size.kv_heads,
             "head_dim": size.head_dim,
             "context": size.context,
+            "positions": size.positions,
             "topk": self.topk,
             "window": self.window,
             "sinks": self.sinks,
@@ -264,6 +265,7 @@ class Plan:
                 f"{self.budget} slots per KV head, gate {self.gate}{never}",
                 f"cache       {byte_size(kept)} always, in {self.slot_dtype}; "
                 f"dense at {size.context:,}: {byte_size(dense)}",
+                *((f"positions   {size.positions}",) if size.positions else ()),
                 f"weights     {len(self.shards)} file(s), {gib:.2f} GiB, {how}",
                 f"calibration {calibration}",
                 *(() if self.own_tokenizer else (f"tokenizer   {self.tokenizer.path}",)),

@@ -205,6 +205,7 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sparsek_cli.models import DENSE_ATTENTION, proven
+    from sparsek_cli.models.positions import fix_positions
 
     def load(path: Path, **extra: Any) -> Any:
         config = AutoConfig.from_pretrained(path)
@@ -214,6 +215,7 @@ def _logit_difference(plan: Plan, scorers: list[Scorer], folder: Path, layers: i
         if info["missing_keys"] or info["mismatched_keys"]:
             names = sorted([*info["missing_keys"], *map(str, info["mismatched_keys"])])
             raise SparsekError(f"verification failed: {names[0]} was not loaded", hint=_BUG)
+        fix_positions(model)  # the base's as in what was made of it
         return model.eval()
 
     least = min(size for scorer in scorers for size in scorer.topk)

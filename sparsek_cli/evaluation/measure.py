@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from sparsek_cli.errors import DAMAGED_OR_TOO_LARGE, SparsekError
@@ -42,6 +43,7 @@ def run_unit(
     with (
         quiet_lm_eval(),
         policy.applied(lm.model),
+        _positions(lm.model, policy, unit),
         proofs.watch_attention(lm.proof),
     ):
         most_pairs = policy.most_pairs(lm.model)
@@ -81,6 +83,17 @@ def run_unit(
             [s["doc"]["depth"], s[result["primary"]], s["doc"].get("phrasing")] for s in samples
         ]
     return result, [_sample(s) for s in samples]
+
+
+def _positions(model: Any, policy: Policy, unit: Unit) -> AbstractContextManager[None]:
+    """Where positions change with a text's length, rivals have transformers' for the longest.
+
+    So dense figures are those of the dense model, which has other positions in short texts than
+    in long ones; SparseK's are always those of the model's own length.
+    """
+    from sparsek_cli.models.positions import positions_for
+
+    return nullcontext() if policy.sparse else positions_for(model, unit.longest)
 
 
 def batch_size(longest: int, vocabulary: int, device: str) -> int:

@@ -78,6 +78,9 @@ def load_weights(
 ) -> "PreTrainedModel":
     """The causal LM in a folder with every weight that its config promises, and no others.
 
+    Dense ones, too, have positions as converted ones have (models/positions.py): whatever reads
+    them here reads in pieces.
+
     Args:
         name: what to call it.
         dtype: of the weights; packed ones stay as they are, see quantised.py.
@@ -93,7 +96,7 @@ def load_weights(
     """
     from transformers import AutoModelForCausalLM
 
-    import sparsek_cli.models  # noqa: F401  (registers the sparsek_* model types)
+    from sparsek_cli.models.positions import fix_positions  # registers the sparsek_* model types
 
     if kind is None:
         kind, options["trust_remote_code"] = AutoModelForCausalLM, False
@@ -113,6 +116,7 @@ def load_weights(
             **options,
         )  # fmt: skip
     check_loaded(report, name, scorers_later=scorers_later)
+    fix_positions(model)
     _say_untied(model, name)
     if not scorers_later:
         _check_scorers(model, name)

@@ -19,7 +19,8 @@ from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
 from sparsek_cli.families.own_config import has_key, own_config
-from sparsek_cli.families.positions import rope_type
+from sparsek_cli.families.positions import rope_blocks, rope_type
+from sparsek_cli.families.varying_positions import LONGROPE
 
 KEY = "sparsek_config"  # of the metadata: config.json as it was written
 _LOG = logging.getLogger("sparsek_cli")
@@ -136,6 +137,9 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> Iterator[Change]:
     except SparsekError:  # whoever loads it says what is wrong
         return
     free = _free()
+    blocks = [block for one in own for block in rope_blocks(one)]
+    if any(rope_type(block) == LONGROPE for block in blocks):
+        free -= {"max_position_embeddings"}  # it says which factors are taken
     for key, *values in _differing(*own):
         if key in free or "drop" in key or not has_key(row, key):
             continue

@@ -29,6 +29,7 @@ _SHORT = {"-tp": _RANKS, "-t": _RANKS}
 _PREFIXES, _NO_PREFIXES = "--enable-prefix-caching", "--no-enable-prefix-caching"
 _CACHE_DTYPE = "--kv-cache-dtype"
 OVERRIDES = "--hf-overrides"
+LENGTH = "--max-model-len"
 _FILE = "--config"
 _AT_ONCE, _BLOCKS = "--max-num-seqs", "--num-gpu-blocks-override"
 _MEMORY = ("--gpu-memory-utilization", "--device-memory-utilization", "--kv-cache-memory-bytes")
@@ -40,7 +41,7 @@ _OPEN = {
 }
 _KNOWN = (
     *_OURS, *_ELSEWHERE, *_ENCRYPTED, _RANKS, _CACHE_DTYPE, *_OPEN, _NO_PREFIXES,
-    _AT_ONCE, _BLOCKS, *_MEMORY,
+    _AT_ONCE, _BLOCKS, *_MEMORY, LENGTH,
 )  # fmt: skip
 
 

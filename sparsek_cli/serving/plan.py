@@ -15,6 +15,7 @@ from typing import Any
 from sparsek_cli.checkpoint_files.shards import read_shards
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
+from sparsek_cli.families.varying_positions import varying
 from sparsek_cli.hub import Checkpoint
 from sparsek_cli.loading import (
     check_tokenizer,
@@ -28,7 +29,7 @@ from sparsek_cli.output.parts import check_parts
 from sparsek_cli.serving import address
 from sparsek_cli.serving.cost import Cost, cost, served_dtype
 from sparsek_cli.serving.engines import TRANSFORMERS, VLLM, choose
-from sparsek_cli.serving.flags import OVERRIDES, Flags
+from sparsek_cli.serving.flags import LENGTH, OVERRIDES, Flags
 from sparsek_cli.serving.room import Room, room, served_bytes
 from sparsek_cli.serving.stretched import YARN
 
@@ -158,6 +159,7 @@ def plan(
     command += ["--host", host, "--port", str(port), "--dtype", kept]
     memory, price, place = _memory(name), cost(config, name, kept, given), None
     if name == VLLM:
+        command += _own_length(config, given)
         weights = served_bytes(read_shards(checkpoint.path), kept)
         place = room(price, given, weights, os.environ)
         command += place.flags if place else ()
@@ -218,6 +220,14 @@ def _stretched(engine: str, config: Any, factor: float, flags: Flags) -> list[st
         )
     changed = {key: getattr(config, key) for key in CHANGED if hasattr(config, key)}
     return [OVERRIDES, json.dumps(changed)]
+
+
+def _own_length(config: Any, flags: Flags) -> list[str]:
+    """vLLM's own choice is another where positions vary: longrope's original length, for one."""
+    varies = varying(getattr(config, "rope_parameters", None))
+    if not varies or flags.place_of(LENGTH) or flags.place_of(OVERRIDES):
+        return []
+    return [LENGTH, str(config.max_position_embeddings)]
 
 
 def _check_model(model: str, checkpoint: Checkpoint) -> None:

@@ -91,6 +91,12 @@ def _their_model_is_checked_once(checkpoints):
         yield
 
 
+@pytest.fixture
+def convert() -> Callable[..., Path]:
+    """`convert(dense folder, folder)` -> the second, converted as `checkpoints` is."""
+    return lambda dense, folder: save_converted(dense, folder, SPARSEK)
+
+
 def save_converted(dense: Path, folder: Path, settings: dict[str, Any]) -> Path:
     """The dense checkpoint with random scorers, saved as a converted one."""
     import torch

@@ -92,3 +92,38 @@ def test_positions_by_type_of_layer_are_stretched_where_all_is_seen(dense_config
         assert torch.equal(*found) == same
     with pytest.raises(UsageError, match=r"scales them already \(yarn\)"):
         stretch(config, 2.0)
+
+
+def test_dense_has_the_positions_that_transformers_has_at_each_length(
+    make_checkpoint, convert, recipe, console, tmp_path
+):
+    """And SparseK those of the model's own length, in short texts too."""
+    from verbs import evaluate
+
+    short, long = [1.0, 1.1, 1.2, 1.3], [2.0, 4.0, 8.0, 16.0]
+
+    def losses(short, long):
+        folder = tmp_path / str(len([*tmp_path.iterdir()]))
+        rope = {
+            "rope_type": "longrope", "original_max_position_embeddings": 300,
+            "short_factor": short, "long_factor": long,
+        }  # fmt: skip
+        base = make_checkpoint(
+            folder / "base", "llama", max_position_embeddings=2048, rope_parameters=rope
+        )
+        settings = {"tasks": ["ppl"], "lengths": [200, 600], "limit": 2, "baselines": ["dense"]}
+        found = {}
+        for kind, model in (("base", base), ("out", convert(base, folder / "out"))):
+            out = folder / f"{kind}-results"
+            report = evaluate(recipe(model=str(model), out=str(out), **settings), console)
+            for unit in report["units"]:
+                value = unit["metrics"]["ppl"]["value"]
+                found[kind, unit["policy"].split("-")[0], unit["length"]] = value
+        assert len(found) == 6
+        return found
+
+    both, shorts, longs = losses(short, long), losses(short, short), losses(long, long)
+    assert all(shorts[key] != longs[key] for key in both)
+    for key in both:
+        _, policy, length = key
+        assert both[key] == (shorts if policy == "dense" and length == 200 else longs)[key], key

@@ -133,13 +133,16 @@ def test_another_activation_is_seen_however_small_its_inputs(sparse_model, size)
     [
         ({"rope_type": "default"}, True),
         ({"rope_type": "yarn", "factor": 4.0}, True),  # cosines and sines are scaled
+        ({"rope_type": "dynamic", "factor": 4.0}, True),  # those of the model's own length
         ({"rope_type": "dynamic", "factor": 4.0}, False),  # other frequencies later on
     ],
-    ids=["default", "yarn", "dynamic"],
+    ids=["default", "yarn", "dynamic", "theirs"],
 )
 def test_rotary_positions_of_fixed_frequencies_are_taken(sparse_model, rope, taken):
     model = sparse_model("llama", **SMALL, rope_parameters={"rope_theta": 1e4, **rope})
     rotary = model.model.rotary_emb
+    if not taken:
+        rotary.rope_type = rope["rope_type"]
     fused = fused_of(model, 2)
     assert fused.taken["LlamaRotaryEmbedding"] == taken
     x, places = torch.zeros(2, 1, 64), torch.tensor([[5], [70_000]])

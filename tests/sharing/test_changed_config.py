@@ -136,3 +136,20 @@ def test_trained_scorers_are_written_with_the_config_that_they_learnt_by(out, tm
     edit(out, lambda f: f["sparsek"].update(window=6))
     tuned = sparsek.finetune(out, tmp_path / "tuned", recipe="scorers", **settings).out
     assert changes(out) and changes(hub.resolve(tuned).path) == []
+
+
+def test_the_length_is_told_where_it_chooses_rotary_factors(make_checkpoint, convert, tmp_path):
+    """Nothing else depends on it: elsewhere it is a user's."""
+    rope_of_both = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+    }  # fmt: skip
+    told = []
+    for kind, block in (("plain", None), ("long", rope_of_both)):
+        base = make_checkpoint(
+            tmp_path / kind, "llama", max_position_embeddings=128, rope_parameters=block
+        )
+        out = convert(base, tmp_path / f"{kind}-out")
+        edit(out, lambda fields: fields.update(max_position_embeddings=64))
+        told.append([change.text() for change in changes(out) if not change.chosen])
+    assert told == [[], ["max_position_embeddings 64 (was 128)"]]

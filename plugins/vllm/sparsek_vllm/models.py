@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from vllm import ModelRegistry
 
 from sparsek_cli.converted import dense_config
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.families import TABLE
+from sparsek_cli.families.positions import rope_type
+from sparsek_cli.families.varying_positions import LONGROPE, chosen
 from sparsek_cli.models.cache.bytes import slot_dtype
 from sparsek_cli.models.config import head_dim, kv_heads, layer_budget
 from sparsek_cli.models.scorer import new_scorer
@@ -76,9 +79,11 @@ class SparseKServed:
 
     def __init__(self, *, vllm_config, prefix: str = ""):
         check(vllm_config)
+        config = vllm_config.model_config.hf_config
+        config.rope_parameters = _positions(config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._orders = _replace_attention(self, vllm_config)
-        self._head_dim = head_dim(vllm_config.model_config.hf_config)
+        self._head_dim = head_dim(config)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         return super().load_weights(reordered(weights, self._orders, self._head_dim))
@@ -87,6 +92,15 @@ class SparseKServed:
     def get_mamba_state_copy_func(cls) -> tuple:
         """A prefix is kept by copying its block."""
         return (engine.get_temporal_copy_spec,)
+
+
+def _positions(config: Any) -> dict[str, Any]:
+    """`rope_parameters` by which vLLM turns keys as transformers does, at any --max-model-len."""
+    rope = config.rope_parameters
+    if rope_type(rope) == LONGROPE:  # vLLM scales by the lengths alone
+        _, scale = ROPE_INIT_FUNCTIONS[LONGROPE](config)
+        rope = rope | {"short_mscale": scale, "long_mscale": scale}
+    return chosen(rope, config.max_position_embeddings)
 
 
 class SparseKByTransformers(SparseKServed):

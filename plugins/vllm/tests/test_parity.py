@@ -153,3 +153,28 @@ def test_stretched_positions(family, checkpoint, run_engine, tmp_path):
     with run_engine(folder, hf_overrides=changed, max_model_len=2 * LENGTH) as llm:
         outputs = llm.generate(requests(batch), GREEDY, use_tqdm=False)
     assert_same(outputs, wanted, batch)
+
+
+# starcoder2: by transformers' own code.
+@pytest.mark.parametrize(
+    "family, length, more",
+    [("phi3", 96, {}), ("phi3", 256, {"attention_factor": 2.0}), ("starcoder2", 256, {})],
+)
+def test_positions_do_not_depend_on_the_servers_length(
+    family, length, more, checkpoint, run_engine, tmp_path
+):
+    """vLLM takes longrope's short factors where it is told to read no more than they are for."""
+    folder = shutil.copytree(checkpoint(family), tmp_path / "long")
+    config = load_config(folder, family)
+    config.rope_parameters |= {
+        "rope_type": "longrope", "original_max_position_embeddings": 100,
+        "short_factor": [1.0] * 8, "long_factor": [1.0 + n for n in range(8)], **more,
+    }  # fmt: skip
+    if family == "phi3":
+        config.original_max_position_embeddings = 100
+    config.save_pretrained(folder)
+    batch = prompts(10, longest=length - NEW - 4, shortest=LONG + 1)
+    wanted = answers_apart(folder, batch)
+    with run_engine(folder, max_model_len=length) as llm:
+        outputs = llm.generate(requests(batch), GREEDY, use_tqdm=False)
+    assert_same(outputs, wanted, batch)

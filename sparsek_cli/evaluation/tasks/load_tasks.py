@@ -1,7 +1,7 @@
 """What a run consists of: one task at one length each; loading them, measuring their prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,14 @@ class Unit:
     Attributes:
         entry: the task. length: prompt tokens, or None where the data decides.
         task: lm-eval's loaded task object. chat: whether prompts go through the chat template.
+        longest: tokens of its longest prompt with the answer; 0 before they are counted.
     """
 
     entry: Entry
     length: int | None
     task: Any
     chat: bool
+    longest: int = 0
 
     @property
     def name(self) -> str:
@@ -203,7 +205,8 @@ def refuse_unfit(
     Nothing is ever cut without being asked for.
 
     Returns:
-        The units that fit, and the refused ones with how many prompts are over the limit.
+        The units that fit, with their longest prompt's length, and the refused ones with how many
+        prompts are over the limit.
 
     Raises:
         UsageError: none fits.
@@ -218,7 +221,9 @@ def refuse_unfit(
             continue
         count, longest = lm.over_limit(unit.task.instances)
         if not count or prompts.truncate != "refuse":
-            fitting.append(unit)
+            # Passages are cut to the length asked for, or to what the model takes.
+            longest = min(longest or unit.length or lm.max_length, lm.max_length)
+            fitting.append(replace(unit, longest=longest))
             continue
         reason = (
             f"{count} of {len(unit.task.instances)} prompts are longer than "

@@ -17,6 +17,7 @@ import torch
 
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.families.varying_positions import chosen, varying
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.cache.state_checks import (
     SCALES,
@@ -136,7 +137,11 @@ def _check(path: Path, found: dict[str, Any], cache: SparseKCache, model: Any) -
 
 def _positions(model: Any) -> str:
     """How the model turns its keys, as text."""
-    return json.dumps(getattr(model.config, "rope_parameters", None), sort_keys=True)
+    rope = getattr(model.config, "rope_parameters", None)
+    if varying(rope):
+        own = model.config.max_position_embeddings
+        rope = [chosen(rope, own), own]  # keys of earlier versions were turned by each text's
+    return json.dumps(rope, sort_keys=True)
 
 
 def _check_positions(path: Path, saved: str | None, model: Any) -> None:
@@ -144,7 +149,8 @@ def _check_positions(path: Path, saved: str | None, model: Any) -> None:
     if saved not in (None, _positions(model)):
         raise UsageError(
             f"'{path}' was saved with rotary positions stretched otherwise",
-            hint="load the model with the same --yarn FACTOR, or without where there was none",
+            hint="load the model with the same --yarn FACTOR, or without where there was none; "
+            "else read the text again",
         )
 
 

@@ -30,6 +30,7 @@ from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, hand_on_
 from sparsek_cli.models.causal_lm import SparseKCausalLMMixin
 from sparsek_cli.models.config import SparseKConfigMixin, head_dim
 from sparsek_cli.models.modeling import SparseKModelMixin, forward_names
+from sparsek_cli.models.positions import fix_positions
 
 # Where models/__init__.py finds them by name: pickle and transformers look classes up there.
 _MODULE = {"__module__": "sparsek_cli.models"}
@@ -159,7 +160,8 @@ class Family:
         return self._with_cache(name, getattr(_module(self._runs, "modeling"), name), {})
 
     def _convert(self, base: Any) -> None:
-        """Give the attention modules of a base model their scorers."""
+        """Give the attention modules of a base model their scorers, and fix its positions."""
+        fix_positions(base)
         if self.row.decoder:
             inner = base.get_submodule(self.row.layers.rpartition(".")[0])
             inner.__class__ = self.sparsek_decoder

@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -357,6 +358,36 @@ def test_a_file_of_flags_is_looked_into_for_what_changes_the_config(
         assert sparsek(*words, "--config", file).code == 0
     file.unlink()
     assert sparsek(*words, "--config", file).code == 0, "vLLM says what is wrong with it"
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "default"])
+def test_vllm_is_told_the_length_where_positions_change_with_it(
+    kind, sparsek, sparse_model, tokenizer, installed, tmp_path
+):
+    """By itself it reads no more than longrope's original length, and `factor` times dynamic's."""
+    installed(*ALL)
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0} | {
+        "longrope": {
+            "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
+            "original_max_position_embeddings": 64,
+        },
+    }.get(kind, {})  # fmt: skip
+    sparse_model("llama", rope_parameters=rope, max_position_embeddings=256).save_pretrained(
+        tmp_path / "out"
+    )
+    tokenizer.save_pretrained(tmp_path / "out")
+    file = tmp_path / "server.yaml"
+    file.write_text("max_model_len: 99")
+    said = {}
+    for flags in ((), ("--max-model-len", "99"), ("--config", file), ("--hf-overrides.a", "1")):
+        words = ["serve", tmp_path / "out", "--dry-run", "--json", "--engine", "vllm", "--", *flags]
+        command = json.loads(sparsek(*words).out)["command"]
+        told = [b for a, b in pairwise(command) if a == "--max-model-len"]
+        said[" ".join(map(str, flags))] = told
+    own = [] if kind == "default" else ["256"]
+    assert [*said.values()] == [own, ["99"], [], []]
+    plain = json.loads(sparsek(*words[:4], "--engine", "transformers").out)["command"]
+    assert "--max-model-len" not in plain
 
 
 def test_positions_that_cannot_be_stretched_are_told_before_a_server_starts(

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sparsek_cli.models.positions import FIXED
+
 Forward = Callable[..., Any]
 # Of transformers' rotary positions; the others change frequencies with the position.
-_FIXED_FREQUENCIES = {"default", "linear", "llama3", "yarn"}
+_FIXED_FREQUENCIES = {"default", "linear", "llama3", "yarn", *FIXED.values()}
 
 
 def own_forward(module: nn.Module) -> Forward:
