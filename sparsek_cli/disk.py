@@ -102,7 +102,7 @@ def check_name(path: str) -> None:
 
     Empty, it would be the current folder, which nobody means who gives a shell's unset variable.
     """
-    if not path:
+    if not path.strip():
         raise UsageError(
             "the name of a file or folder is empty",
             hint="name one; in a shell, the variable may not be set",

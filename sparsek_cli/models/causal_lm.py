@@ -91,19 +91,19 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
             hint="call generate with a padded batch; serve without --continuous-batching",
         )
 
-    @staticmethod
-    def _check_generation(generation_config, generation_mode) -> None:
-        if generation_mode not in _GENERATION_MODES or getattr(
-            generation_config, "is_assistant", False
-        ):
+    def _check_generation(self, generation_config, generation_mode) -> None:
+        assists = getattr(generation_config, "is_assistant", False)
+        if generation_mode not in _GENERATION_MODES or assists:
             name = getattr(generation_mode, "value", generation_mode).replace("_", " ")
+            name = "assisting another model" if assists else name
             raise SparsekError(
                 f"{name} takes tokens back, and pairs a SparseK cache evicted cannot come back",
                 hint="use greedy search, sampling or beams, without assistant_model and "
                 "prompt_lookup_num_tokens",
             )
         kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
+        # A base's own generation_config.json may ask for one, which was meant for its own cache.
+        if kind not in (None, "dynamic", self.generation_config.cache_implementation):
             raise SparsekError(
                 f"cache_implementation is {kind!r}",
                 hint="a SparseK model brings its own constant-size cache: leave it out",

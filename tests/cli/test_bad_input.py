@@ -53,6 +53,7 @@ def refused(sparsek, tmp_path, monkeypatch):
         (2, [*FINETUNE, "latin.txt"], "latin.txt is not UTF-8 text"),
         # A shell's variable that is not set: all text of the current folder was read.
         (2, [*FINETUNE, ""], "the name of a file or folder is empty"),
+        (2, [*FINETUNE, " "], "the name of a file or folder is empty"),
         (2, ["finetune", "tiny", "", "--data", "latin.txt"], "the name of a file or folder is"),
         (2, ["convert", "tiny", "", "--calibrate", "none"], "the name of a file or folder is"),
         (2, ["convert", "tiny", "out", "--calibrate", ""], "the name of a file or folder is"),

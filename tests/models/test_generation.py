@@ -174,6 +174,24 @@ def test_what_cannot_work_is_refused(sparse_model, ids):
         model.generate(ids[:1], prompt_lookup_num_tokens=2, max_new_tokens=2)
     with pytest.raises(SparsekError, match="cache_implementation"):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)
+    with pytest.raises(SparsekError, match="assisting another model takes"):
+        other = sparse_model("llama")
+        model.set_attn_implementation("sparsek_dense")
+        model.generate(ids[:1], assistant_model=other, max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_a_cache_that_the_base_s_own_settings_ask_for_is_not_made(sparse_model, ids, tmp_path):
+    """A generation_config.json comes along from the base; every call failed, and named a flag."""
+    model = sparse_model("llama")
+    settings = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True}
+    expected = model.generate(ids, **settings).sequences
+    model.generation_config.cache_implementation = "static"
+    model.save_pretrained(tmp_path)
+    assert "static" in (tmp_path / "generation_config.json").read_text()
+    found = type(model).from_pretrained(tmp_path).generate(ids, **settings)
+    assert type(found.past_key_values) is models.SparseKCache
+    assert found.sequences.equal(expected)
 
 
 @torch.no_grad()
