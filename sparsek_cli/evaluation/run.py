@@ -25,7 +25,6 @@ from sparsek_cli.evaluation.result_folder import Store, working_folder
 from sparsek_cli.evaluation.tasks.hub_data import without_hub
 from sparsek_cli.evaluation.tasks.load_tasks import Unit, load_units, refuse_unfit
 from sparsek_cli.evaluation.tasks.skipped import Absent, explained
-from sparsek_cli.families.varying_positions import in_words
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.reporter import Reporter, Silent
@@ -96,8 +95,6 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
     if not measured.own:
         rows = ", ".join(policy.label for policy in policies)
         say(f"{checkpoint.name} is not converted, so it has no scores: rows are {rows}")
-    if (positions := in_words(model.config)) is not None:
-        say(f"positions: {positions}; dense has transformers' for the longest prompt of a task")
     say(f"preparing {', '.join(plan.request['tasks'])}")
     units, absent = load_units(
         plan.entries,

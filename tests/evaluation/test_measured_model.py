@@ -100,6 +100,8 @@ def test_dense_has_the_positions_that_transformers_has_at_each_length(
     """And SparseK those of the model's own length, in short texts too."""
     from verbs import evaluate
 
+    from sparsek_cli.evaluation.report.notes import notes
+
     short, long = [1.0, 1.1, 1.2, 1.3], [2.0, 4.0, 8.0, 16.0]
 
     def losses(short, long):
@@ -116,6 +118,7 @@ def test_dense_has_the_positions_that_transformers_has_at_each_length(
         for kind, model in (("base", base), ("out", convert(base, folder / "out"))):
             out = folder / f"{kind}-results"
             report = evaluate(recipe(model=str(model), out=str(out), **settings), console)
+            assert [n for n in notes(report) if "positions: long factors" in n]
             for unit in report["units"]:
                 value = unit["metrics"]["ppl"]["value"]
                 found[kind, unit["policy"].split("-")[0], unit["length"]] = value

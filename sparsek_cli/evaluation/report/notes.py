@@ -28,6 +28,11 @@ def notes(report: dict[str, Any]) -> list[str]:
         notes.append(nothing)
     if report["recipe"].get("yarn"):
         notes.append(f"rotary positions stretched {report['recipe']['yarn']:g} times (YaRN).")
+    if positions := report["model"].get("positions"):
+        notes.append(
+            f"positions: {positions}; dense, and what evicts after a dense prompt, has those of "
+            "transformers for the longest prompt of a task."
+        )
     cut = sum(u["proof"]["truncated_prompts"] for u in report["units"] if u["policy"] == DENSE)
     if cut:
         notes.append(f"{cut} prompts were cut ({report['recipe']['truncate']}).")

@@ -14,6 +14,7 @@ from sparsek_cli.evaluation.json_values import digest
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
 from sparsek_cli.evaluation.result_files import RUNS, folder_name
+from sparsek_cli.families.varying_positions import in_words
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
@@ -59,6 +60,7 @@ class Record:
                 "type": model.config.model_type,
                 "parameters": model.num_parameters(),
                 "sparsek": getattr(model.config, "sparsek", None),
+                "positions": in_words(model.config),
             },
             "recipe": _without(self.request, "overwrite"),
             "fingerprint": digest(settings),
