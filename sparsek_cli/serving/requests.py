@@ -119,6 +119,12 @@ def _between(least: float, most: float) -> Callable[[Any], str | None]:
     return check
 
 
+def _temperature(value: Any) -> str | None:
+    if why := _between(0, 1e6)(value):
+        return why
+    return "is above 0 and below 1e-6: 0 is greedy" if 0 < value < 1e-6 else None
+
+
 def _top_p(value: Any) -> str | None:
     return None if _number(value) and 0 < value <= 1 else "is no number above 0, and 1 at most"
 
@@ -153,7 +159,7 @@ def _bias(value: Any) -> str | None:
 
 _CHECKS: Mapping[str, Callable[[Any], str | None]] = {
     **dict.fromkeys(_LIMITS, _limit),
-    "temperature": _between(0, 1e6),
+    "temperature": _temperature,
     "top_p": _top_p,
     "seed": _seed,
     "stop": _stop,

@@ -142,7 +142,9 @@ def test_switches_are_true_or_false(tmp_path, value):
             call()
 
 
-@pytest.mark.parametrize("settings", [{"temperature": float("nan")}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize(
+    "settings", [{"temperature": float("nan")}, {"temperature": 1e-300}, {"max_new_tokens": 0}]
+)
 def test_sampling_that_means_nothing(settings):
     """It was a RuntimeError of torch at the first word."""
     with pytest.raises(UsageError, match="out of range"):

@@ -100,6 +100,7 @@ WRONG = [
     (RESPONSES, {"max_output_tokens": 1.5}, "max_output_tokens is no"),
     (CHAT, {"temperature": -1}, "temperature is no"),
     (CHAT, {"temperature": float("nan")}, "temperature is no"),
+    (CHAT, {"temperature": 1e-300}, "temperature is above 0 and below 1e-6"),
     (CHAT, {"temperature": "hot"}, "temperature is no"),
     (CHAT, {"top_p": 0}, "top_p is no"),
     (CHAT, {"seed": 2**70}, "seed is no"),

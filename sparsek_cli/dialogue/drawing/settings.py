@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from sparsek_cli.dialogue.drawing.sampling import Sampling
 from sparsek_cli.errors import UsageError
 
+COLDEST = 1e-6
+
 
 def changed(sampling: Sampling, assignment: str) -> Sampling:
     """A copy of the settings with `key=value` (or `key value`) applied.
@@ -38,9 +40,11 @@ def changed(sampling: Sampling, assignment: str) -> Sampling:
 
 def check_sampling(sampling: Sampling) -> None:
     """Raises UsageError for settings that mean nothing."""
-    if not 0 <= sampling.temperature <= 100:
+    # Logits are divided by it: by less than this they are no float32 numbers.
+    if sampling.temperature != 0 and not COLDEST <= sampling.temperature <= 100:
         raise UsageError(
-            f"temperature {sampling.temperature} is out of range", hint="0 is greedy, 1 is plain"
+            f"temperature {sampling.temperature} is out of range",
+            hint=f"0 is greedy, 1 is plain; the least above 0 is {COLDEST:g}",
         )
     if not 0 < sampling.top_p <= 1:
         raise UsageError(f"top_p {sampling.top_p} is out of range", hint="it is above 0, up to 1")
