@@ -13,7 +13,7 @@ from sparsek_cli.dialogue.drawing.sampling import Sampling, draw
 from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.families.positions import context_length
+from sparsek_cli.families.positions import context_length, learned_positions
 
 if TYPE_CHECKING:
     import torch
@@ -55,9 +55,7 @@ class Engine:
         self.sparse = is_converted(model.config) and not dense
         self.interrupted = self.at_limit = False
         self._proven = not self.sparse
-        # Learned positions (gpt2) are a table: beyond its end there is nothing to look up.
-        learned = any(name.endswith("wpe.weight") for name, _ in model.named_parameters())
-        self._table = self.context_limit if learned else None
+        self._table = learned_positions(model)
         self._decoder: Decoder | None = None
         self._stepping: ExitStack | None = None  # open while the decoder writes into the cache
         self.reset()

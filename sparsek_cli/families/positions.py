@@ -25,6 +25,7 @@ _POSITIVE = {
     "llama3": (*_STRETCHED, "low_freq_factor", "high_freq_factor"),
 }
 _BESIDE = ("rope_theta", "partial_rotary_factor")
+_TABLES = ("wpe.weight", "embed_positions.weight")
 _ZERO_IS_NONE = ("beta_fast", "beta_slow")
 _OLD = ("su",)  # what longrope was called
 # What transformers says of a block whose factors are too many or too few.
@@ -47,6 +48,16 @@ def context_length(own: int, rope: Any) -> int:
         return own
     blocks = [rope, *(block for block in rope.values() if isinstance(block, Mapping))]
     return max(own, *(_stretched(own, block) for block in blocks))
+
+
+def learned_positions(model: Any) -> int | None:
+    """How many positions a model has in a table (GPT-2's, OPT's); None: it has no such table.
+
+    Beyond its end there is nothing to look up: an IndexError, and on a GPU the end of the process.
+    """
+    if not any(name.endswith(_TABLES) for name, _ in model.named_parameters()):
+        return None
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def rope_type(rope: Any) -> str | None:

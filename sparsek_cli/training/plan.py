@@ -16,6 +16,7 @@ from sparsek_cli.devices import choose_device, choose_dtype, world_size
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import has_states
+from sparsek_cli.families.positions import context_length, learned_positions
 from sparsek_cli.loading import load_tokenizer
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.datasets import load_texts
@@ -119,6 +120,7 @@ def plan(
         model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
     )
     request, inputs = recipe.model_dump(mode="json"), inputs_of(where, texts, held_out)
+    _check_length(model, recipe.sequence_length, reporter)
     sizes = sizes_of(model, settings, texts, source, out, bf16)
     _warn_of_warmup(settings.rates.warmup_steps(sizes.steps), sizes.steps, reporter)
     return Plan(
@@ -135,6 +137,23 @@ def plan(
         bf16=bf16,
         checkpoint=checkpoint_to_resume(request, inputs, part_folder(out)) if resume else None,
     )
+
+
+def _check_length(model: Any, length: int, reporter: Reporter) -> None:
+    """Sequences fit the model's positions, or it is told that they go beyond."""
+    rows = learned_positions(model)
+    if rows is not None and length > rows:
+        raise UsageError(
+            f"sequence_length {length:,} is beyond the {rows:,} positions that this "
+            f"{model.config.model_type.removeprefix('sparsek_')} has learned",
+            hint=f"set sequence_length={rows} or less",
+        )
+    own = getattr(model.config, "max_position_embeddings", None)
+    own = own and context_length(own, getattr(model.config, "rope_parameters", None))
+    if own and length > own:
+        reporter.say(
+            f"sequence_length {length:,} is beyond the {own:,} tokens that the model was made for"
+        )
 
 
 def _warn_of_warmup(warmup: int, steps: int, reporter: Reporter) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sparsek_kernels import NoThreshold
 
 from sparsek_cli.converted import is_converted
 from sparsek_cli.devices import forget_stray_ranks, is_first, meet_others
@@ -165,6 +166,14 @@ def _train(
         raise SparsekError(
             "the GPU is out of memory",
             hint="set checkpointing=true, or lower micro_batch_size or sequence_length",
+        ) from error
+    except NoThreshold as error:
+        step = trainer.state.global_step
+        raise SparsekError(
+            f"after step {step} tokens have scores above a billion, or none that are numbers",
+            hint="it diverged: lower learning_rate and scorer_learning_rate, or raise warmup"
+            if step
+            else "the model's own scorers or weights are damaged: look with `sparsek doctor MODEL`",
         ) from error
     trainer.stop_if_not_finite()
     resumed_at = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else 0

@@ -208,8 +208,15 @@ def test_second_ctrl_c_is_a_real_one(session):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_full_table_of_positions_is_an_error_that_leaves_the_session_usable(engine, tokenizer):
-    session = Session(engine("gpt2", n_positions=64), tokenizer, Sampling(max_new_tokens=2))
+@pytest.mark.parametrize(
+    ("family", "size"),
+    [("gpt2", "n_positions"), ("opt", "max_position_embeddings"),
+     ("biogpt", "max_position_embeddings")],
+)  # fmt: skip
+def test_full_table_of_positions_is_an_error_that_leaves_the_session_usable(
+    engine, tokenizer, family, size
+):
+    session = Session(engine(family, **{size: 64}), tokenizer, Sampling(max_new_tokens=2))
     talk(session, "Hi?")
     with pytest.raises(SparsekError, match="context is full"):
         talk(session, "x" * 100)

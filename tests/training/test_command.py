@@ -53,6 +53,33 @@ def test_a_warm_up_as_long_as_the_run_is_told(
 
 
 @pytest.mark.parametrize(
+    ("family", "size"), [("gpt2", "n_positions"), ("opt", "max_position_embeddings"),
+                         ("llama", "max_position_embeddings")],
+)  # fmt: skip
+def test_sequences_beyond_the_model_s_positions(
+    family, size, text_file, sparse_checkpoint, tmp_path
+):
+    """Beyond a table they were an IndexError; of rotary ones nothing was said."""
+    model = sparse_checkpoint(family, **{size: 64})
+
+    def said(length, *words):
+        words = ["--steps", "1", f"sequence_length={length}", "batch_size=1", *words]
+        return run(model, tmp_path / "out", "--data", text_file, *words)
+
+    beyond = said(65, "--dry-run")
+    if family == "llama":
+        assert beyond.exit_code == 0
+        assert "sequence_length 65 is beyond the 64 tokens that the model was" in beyond.stderr
+        assert "is beyond" not in said(64, "--dry-run").stderr
+        return
+    assert isinstance(beyond.exception, UsageError)
+    assert f"beyond the 64 positions that this {family} has learned" in str(beyond.exception)
+    assert "sequence_length=64" in beyond.exception.hint
+    done = said(64, "evaluation.sequences=1")  # as hinted
+    assert done.exit_code == 0, done.exception
+
+
+@pytest.mark.parametrize(
     ("train", "how", "again"),
     [("scorers", "gates", False), ("all", "gates", True), ("all", "concurrent", False)],
 )

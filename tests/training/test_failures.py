@@ -106,3 +106,12 @@ def test_a_disk_that_is_too_small_is_named_at_once(recipe, scratch, tmp_path, mo
             finetune(recipe(*scratch, *words))
         assert hint in e.value.hint
     assert not part_folder(tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_scores_that_diverge_say_what_to_lower(recipe, sparse_checkpoint, train):
+    """It was a ValueError about the thresholds of gates."""
+    words = ("learning_rate=1e10", "warmup=0", "steps=3", "keep_better=false", f"train={train}")
+    with pytest.raises(SparsekError, match="after step 1 tokens have scores above") as refusal:
+        finetune(recipe(*words, model=sparse_checkpoint()))
+    assert "lower learning_rate and scorer_learning_rate" in refusal.value.hint

@@ -15,6 +15,10 @@ _LARGEST_SCORE = 2.0**30
 _STEPS = 200  # Newton needs a handful; bisection to the last bit needs about 60
 
 
+class NoThreshold(ValueError):
+    """Scores are so large that what they exceed a threshold by is lost in rounding."""
+
+
 def prefix_thresholds(
     candidates: Tensor,
     topk: Tensor,
@@ -193,7 +197,7 @@ def query_thresholds(
     """tau [B * G, N] float64 and |I_t| [B * G, N] int64 of every query's candidates.
 
     Raises:
-        ValueError: a threshold lies among scores that are too large for one.
+        NoThreshold: a threshold lies among scores that are too large for one.
     """
     joins = candidates_of(keys, layout).flatten(0, 1)
     batch = keys.effective.shape[0]
@@ -209,7 +213,7 @@ def query_thresholds(
     taus = prefix_thresholds(joins, topk, support=support, seen=seen, tau=tau)
     selects = taus[:, -1:] > -torch.inf
     if bool(((joins > _LARGEST_SCORE) & selects).any()):
-        raise ValueError(
+        raise NoThreshold(
             f"scores above {_LARGEST_SCORE:.0e}, +inf among them, have no threshold: gates 'log' "
             "and 'kv' and the gradient of scores need one; 'straight_through' without it takes them"
         )
