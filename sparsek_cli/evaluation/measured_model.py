@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
-from sparsek_cli.families.positions import context_length
+from sparsek_cli.families.positions import context_length, learned_positions
 from sparsek_cli.loading import (
     check_tokenizer,
     embedding_rows,
@@ -54,7 +54,7 @@ def measured_model(
     model, tokenizer, own = load_measured(checkpoint, how, sparse=sparse)
     max_length = most_tokens(model, tokenizer, prompts.max_length, say)
     lm = harness_for(model, tokenizer, prompts, max_length)
-    return Measured(model, tokenizer, lm, own, max_length, ways_beyond(model.config))
+    return Measured(model, tokenizer, lm, own, max_length, ways_beyond(model))
 
 
 def load_measured(
@@ -123,7 +123,7 @@ def most_tokens(model: Any, tokenizer: Any, wanted: int | None, say: Callable[[s
     own = context_length(own, getattr(config, "rope_parameters", None))
     if wanted is None or wanted <= own:
         return wanted or own
-    if _positions_end(config):
+    if learned_positions(model) is not None:
         raise UsageError(
             f"--max-length {wanted} is beyond the {own:,} positions of this {config.model_type}",
             hint=f"name at most {own}",
@@ -132,14 +132,8 @@ def most_tokens(model: Any, tokenizer: Any, wanted: int | None, say: Callable[[s
     return wanted
 
 
-def ways_beyond(config: Any) -> str:
+def ways_beyond(model: Any) -> str:
     """The flags that let prompts be longer than `most_tokens` says; "" where nothing does."""
-    if _positions_end(config):
+    if learned_positions(model) is not None:
         return ""
-    return "--yarn FACTOR or --max-length N" if can_stretch(config) else "--max-length N"
-
-
-def _positions_end(config: Any) -> bool:
-    """Whether positions are looked up in a table, beyond which there are none."""
-    rotary = getattr(config, "rope_parameters", None) is not None
-    return not rotary and getattr(config, "max_position_embeddings", None) is not None
+    return "--yarn FACTOR or --max-length N" if can_stretch(model.config) else "--max-length N"

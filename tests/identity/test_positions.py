@@ -294,14 +294,16 @@ def test_only_ways_that_work_are_named(dense_model, tokenizer):
         ("qwen2", YARN, "--max-length N"),
         ("llama", None, "--yarn FACTOR or --max-length N"),
         ("gpt2", None, ""),
+        ("opt", None, ""),
+        ("jamba", None, "--max-length N"),  # has no positions at all
     ):
         model = dense_model(family, **({"rope_scaling": dict(rope)} if rope else {}))
-        assert ways_beyond(model.config) == ways
+        assert ways_beyond(model) == ways
         own = most_tokens(model, tokenizer, None, print)
         if "--max-length" in ways:
             assert most_tokens(model, tokenizer, 2 * own, lambda text: None) == 2 * own
         else:
-            with pytest.raises(UsageError, match=f"beyond the {own:,} positions of this gpt2"):
+            with pytest.raises(UsageError, match=f"beyond the {own:,} positions of this {family}"):
                 most_tokens(model, tokenizer, 2 * own, print)
         if "--yarn" in ways:
             stretch(model.config, 2.0)
