@@ -154,9 +154,8 @@ def read_shards(folder: Path) -> list[Shard]:
             return [read_shard(single)]
         raise SparsekError(_no_weights(folder), hint=_weights_hint(folder))
     try:
-        weight_map: dict[str, str] = json_text.parse(index.read_text(encoding="utf-8"))[
-            "weight_map"
-        ]
+        content = json_text.parse(index.read_text(encoding="utf-8"))
+        weight_map: dict[str, str] = content["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f": {error}" if isinstance(error, json_text.GivenTwice) else ""
@@ -187,6 +186,11 @@ def read_shards(folder: Path) -> list[Shard]:
             raise SparsekError(
                 f"{index.name} expects {tensor} in {name}, which does not hold it", hint=_AGAIN
             )
+    if not isinstance(content.get("metadata"), dict):  # what transformers raises names no file
+        raise SparsekError(
+            f'{index} has no object "metadata", and transformers does not read it without',
+            hint='write "metadata": {} beside its "weight_map"',
+        )
     return shards
 
 

@@ -109,3 +109,19 @@ def test_indexes_are_refused_wherever_a_model_is_named(index, dense_checkpoint):
     with pytest.raises(SparsekError, match="index") as refusal:
         hub.resolve(folder)
     assert refusal.value.hint and "\n" not in refusal.value.message
+
+
+@pytest.mark.parametrize("metadata", ["gone", None, []])
+def test_an_index_without_metadata_is_told_as_that(metadata, dense_checkpoint):
+    """transformers fails on it with a KeyError, for which config.json was blamed."""
+    from sparsek_cli import load
+
+    folder = dense_checkpoint(max_shard_size="20KB")
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index.pop("metadata")
+    file.write_text(json.dumps(index if metadata == "gone" else {**index, "metadata": metadata}))
+    with pytest.raises(SparsekError, match='has no object "metadata"'):
+        hub.resolve(folder)
+    file.write_text(json.dumps({**index, "metadata": {}}))  # as hinted
+    assert load(folder)[0].num_parameters()
