@@ -145,7 +145,7 @@ class Engine:
             raise SparsekError("nothing to answer", hint="write something first")
         self.interrupted = self.at_limit = False
         generator = torch.Generator(device="cpu").manual_seed(sampling.seed + self.fed)
-        shape = shaped(self.model, sampling, stop_tokens, self.said())
+        shape = shaped(self.model, sampling, stop_tokens, self.said)
         try:
             with interruptible() as stop:
                 for _ in range(sampling.max_new_tokens):

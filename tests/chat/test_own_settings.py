@@ -108,3 +108,15 @@ def test_what_cannot_be_is_refused_in_one_line(asked, model, monkeypatch):
         with pytest.raises(UsageError, match="generation_config.json asks for") as error:
             ask(model)
         assert "remove it" in error.value.hint
+
+
+def test_tokens_of_the_conversation_are_listed_only_where_something_is_shaped(model, monkeypatch):
+    """Of a million tokens such a list takes more memory than the cache."""
+    listed = []
+    said = Engine.said
+    monkeypatch.setattr(Engine, "said", lambda engine: listed.append(1) or said(engine))
+    written(model)
+    assert not listed
+    monkeypatch.setattr(model, "generation_config", GenerationConfig(repetition_penalty=1.7))
+    written(model)
+    assert listed

@@ -5,7 +5,7 @@ chat's own settings, and whether tokens are drawn is the temperature's: the file
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,16 @@ class Shaped:
 
 
 def shaped(
-    model: Any, sampling: Sampling, stop_tokens: frozenset[int], said: Sequence[int]
+    model: Any,
+    sampling: Sampling,
+    stop_tokens: frozenset[int],
+    said: Callable[[], Sequence[int]],
 ) -> Shaped | None:
     """What shapes a reply; None where the model's own settings ask for nothing.
+
+    Args:
+        said: gives the ids of the conversation. Asked only where something is shaped: of a million
+            tokens a list takes more memory than the cache.
 
     Raises:
         UsageError: generation_config.json asks for what cannot be.
@@ -69,10 +76,10 @@ def shaped(
     config.guidance_scale, config.num_beams = None, 1
     config.do_sample = sampling.temperature > 0
     config.temperature = config.top_p = None
-    config.max_length = len(said) + sampling.max_new_tokens
-    ids = torch.tensor([said], device=model.device)
-    if not _processors(model, config, stop_tokens, ids):
+    if not _processors_of(model, copy.deepcopy(config)):
         return None
+    ids = torch.tensor([said()], device=model.device)
+    config.max_length = ids.shape[1] + sampling.max_new_tokens
     config.temperature, config.top_p = sampling.temperature, sampling.top_p
     plain = replace(sampling, temperature=float(config.do_sample), top_p=1.0)
     return Shaped(_processors(model, config, stop_tokens, ids), ids, plain)
