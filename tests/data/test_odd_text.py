@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from sparsek_cli.data import corpus
 from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import UsageError
 
@@ -97,3 +98,64 @@ def test_a_long_document_is_read_in_pieces_and_says_how_far_it_is(tokenizer, mon
     pieces, ends_of_pieces = corpus.build_corpus(documents, tokenizer, say=said.append)
     assert whole.tolist() == pieces.tolist() and ends.tolist() == ends_of_pieces.tolist()
     assert len(said) > 10 and said[0].startswith("tokenised 0 million")
+
+
+def test_a_text_of_unknown_tokens_is_told(tokenizer, tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "cache"))
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "crates": 2}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    knows = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    told = {"crates crates crates": False, "who counted crates": True}
+    for number, (text, expected) in enumerate(told.items()):
+        file = tmp_path / f"{number}.txt"
+        file.write_text(text)
+        for _ in range(2):  # and once it is in the cache
+            said = []
+            corpus.load_corpus(str(file), knows, say=said.append)
+            assert any("50% of the text's tokens are <unk>" in line for line in said) is expected
+    said = []
+    corpus.load_corpus(str(file), tokenizer, say=said.append)
+    assert not any("tokens are" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("content", "says", "hint"),
+    [
+        ("words ".encode("utf-16-le"), "a null byte at position 1", "iconv -f utf-16le"),
+        ("words ".encode("utf-16-be"), "a null byte at position 0", "iconv"),
+        ("words ".encode("utf-32"), "begins as UTF-32 does", "iconv -f utf-32 "),
+        (b"words\x00words", "a null byte at position 5", "clean it"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_text_that_only_seems_to_be_utf_8(tmp_path, content, says, hint, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=says) as refusal:
+        list(iterate_texts(tmp_path / name))
+    assert hint in refusal.value.hint
+
+
+@pytest.mark.parametrize(
+    "kind", ["binary", "numbers", "lists", "all null", "nothing", "dictionary"]
+)
+def test_columns_of_parquet(tmp_path, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    values = {
+        "binary": pyarrow.array([b"words"]), "numbers": pyarrow.array([1.5]),
+        "lists": pyarrow.array([["words"]]), "all null": pyarrow.array([None, None]),
+        "nothing": pyarrow.array([], pyarrow.string()),
+        "dictionary": pyarrow.array(["words"]).dictionary_encode(),
+    }[kind]  # fmt: skip
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": values}), file)
+    if kind == "dictionary":  # text, written another way
+        assert list(iterate_texts(file)) == ["words"]
+        return
+    with pytest.raises(UsageError, match=r"row 1: column 'text' holds|no text in") as refusal:
+        list(iterate_texts(file))
+    assert "a.parquet" in refusal.value.message
