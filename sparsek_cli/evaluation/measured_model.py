@@ -93,6 +93,8 @@ def load_measured(
         scorers_later=not own, config=config,
     )  # fmt: skip
     check_tokenizer(tokenizer, embedding_rows(model), checkpoint.name)
+    # Answers come in batches of many sizes: compiling for each takes longer than it saves.
+    model.fused_steps = False
     return model.eval(), tokenizer, own
 
 

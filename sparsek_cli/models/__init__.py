@@ -7,7 +7,7 @@ checkpoints like any other.
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.models.attention.modules import sparsek_attentions
 from sparsek_cli.models.attention.registration import register_attention
-from sparsek_cli.models.cache.batches import DecodingBatch, fork, join
+from sparsek_cli.models.cache.batches import DecodingBatch, fork, join, rows
 from sparsek_cli.models.cache.bytes import dense_cache_bytes, sparsek_cache_bytes
 from sparsek_cli.models.cache.layers import SparseKCacheLayer
 from sparsek_cli.models.cache.slots import SparseKCache
@@ -84,6 +84,7 @@ __all__ = [
     "register_attention",
     "remote_code_text",
     "replaced_scorers",
+    "rows",
     "save_state",
     "set_budget",
     "sparse_layers",

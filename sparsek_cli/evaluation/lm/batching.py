@@ -56,7 +56,7 @@ def join(caches: Sequence[Any]) -> Joined | None:
     return Joined(whole, positions, mask)
 
 
-def _like(layer: Any) -> Any:
+def like(layer: Any) -> Any:
     """A layer of the same kind and settings, whose tensors are still those of `layer`."""
     new = object.__new__(type(layer))
     new.__dict__.update(layer.__dict__)
@@ -64,9 +64,9 @@ def _like(layer: Any) -> Any:
 
 
 def _evicting(layers: Sequence[Any]) -> Any:
-    new = _like(layers[0])
+    new = like(layers[0])
     width = max(layer.places.shape[-1] for layer in layers)
-    rows = [_like(layer) for layer in layers]
+    rows = [like(layer) for layer in layers]
     for row in rows:
         row.widen(width)
     for name in ("keys", "values", "mass", "places", "capacity", "after"):
@@ -77,7 +77,7 @@ def _evicting(layers: Sequence[Any]) -> Any:
 
 
 def _padded(layers: Sequence[Any], longest: int) -> Any:
-    new = _like(layers[0])
+    new = like(layers[0])
     for name in ("keys", "values"):
         rows = [getattr(layer, name) for layer in layers]
         padded = [functional.pad(row, (0, 0, longest - row.shape[2], 0)) for row in rows]

@@ -13,9 +13,10 @@ from lm_eval.models.utils import (
 )
 
 from sparsek_cli.evaluation.lm.batching import Joined, join
-from sparsek_cli.evaluation.lm.contexts import ContextCaches, ContextReader
+from sparsek_cli.evaluation.lm.contexts import ContextCaches
 from sparsek_cli.evaluation.lm.proof import row_bytes
-from sparsek_cli.evaluation.lm.shared_prefixes import Group, common, group_by_prefix
+from sparsek_cli.evaluation.lm.read_together import TOGETHER, Read, TogetherReader
+from sparsek_cli.evaluation.lm.shared_prefixes import Group, common
 from sparsek_cli.evaluation.lm.slot_steps import SlotSteps, in_slots
 from sparsek_cli.evaluation.policies.snapkv_h2o import observed_attention
 from sparsek_cli.models import SparseKCache
@@ -29,7 +30,7 @@ GRAPHED = ("cuda",)  # devices on which a decoding step is a graph
 Written = tuple[list[int], list[str]]  # which prompts, and their answers
 
 
-class Answers(ContextReader):
+class Answers(TogetherReader):
     """`generate_until`."""
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
@@ -71,33 +72,24 @@ class Answers(ContextReader):
             contexts = ContextCaches(self)
             order = sorted(range(len(sizes)), key=lambda i: (-sizes[i], sequences[i][: sizes[i]]))
             yield from self._write_alone(
-                order, lambda i: contexts.after(sequences[i], sizes[i]), until, room
+                [[i] for i in order],
+                lambda i: [contexts.after(sequences[i], sizes[i])],
+                until,
+                room,
             )
             return
         if self.policy.evicts_after_prompt and _first_turn(requests[0]) is not None:
             yield from self._write_turns(requests, sequences, until, room)
             return
-        if self.share_prefix:
-            groups = group_by_prefix(sequences, [len(s) - 1 for s in sequences])
-        else:
-            groups = [Group(0, [i]) for i in range(len(sequences))]
-        alone = [group.members[0] for group in groups if not group.prefix]
-        yield from self._write_alone(alone, lambda i: self._read_prompt(sequences[i]), until, room)
+        batches, groups = self._together_or_shared(sequences)
+        yield from self._write_alone(
+            batches,
+            lambda *members: self._read_prompts([sequences[i] for i in members]),
+            until,
+            room,
+        )
         for group in groups:
-            if group.prefix:
-                yield from self._write_shared(group, sequences, until, room)
-
-    def _read_prompt(self, tokens: list[int]) -> tuple[Any, torch.Tensor]:
-        """(cache, logits [1, 1, V]) after a whole prompt."""
-        cache = self._new_cache()
-        return cache, self._read_end(tokens, cache)
-
-    def _read_end(self, ids: Any, cache: Any) -> torch.Tensor:
-        """Reads what is left of a prompt; logits [B, 1, V] of the answer's first token."""
-        logits = self._read(ids, cache, keep=1)
-        self.policy.end_prompt(self.model, cache)
-        self._saw_cache(cache, cache.get_seq_length())
-        return logits
+            yield from self._write_shared(group, sequences, until, room)
 
     def _write_turns(
         self, requests: list[Any], sequences: list[list[int]], until: list[str], room: int
@@ -117,22 +109,23 @@ class Answers(ContextReader):
     # ------------------------------------------------------------------ prompts by themselves
 
     def _write_alone(
-        self, members: Sequence[int], read: Callable, until: list[str], room: int
+        self, batches: Sequence[list[int]], read: Callable, until: list[str], room: int
     ) -> Iterator[Written]:
-        """Prompts are read one by one, as many answers written together as memory allows.
+        """As many answers written together as memory allows, of prompts read in `batches`.
 
         Args:
-            read: index of a prompt -> (its cache, logits [1, 1, V] of the first token).
+            read: numbers of prompts -> what was `Read`.
         """
         pile: list[tuple[int, Any, torch.Tensor]] = []
         largest = 0
-        for index in members:
-            cache, logits = read(index)
-            pile.append((index, cache, logits))
-            largest = max(largest, row_bytes(cache, room))
-            if len(pile) >= self._together(largest) or index == members[-1]:
-                yield [i for i, _, _ in pile], self._write_pile(pile, until, room)
-                pile, largest = [], 0
+        for number, members in enumerate(batches, 1):
+            for index, (cache, logits) in zip(members, read(*members), strict=True):
+                pile.append((index, cache, logits))
+                largest = max(largest, row_bytes(cache, room))
+                last = number == len(batches) and index == members[-1]
+                if len(pile) >= self._together(largest) or last:
+                    yield [i for i, _, _ in pile], self._write_pile(pile, until, room)
+                    pile, largest = [], 0
 
     def _together(self, size: int) -> int:
         """How many answers to write side by side when the largest cache takes `size` bytes.
@@ -165,10 +158,21 @@ class Answers(ContextReader):
     def _write_shared(
         self, group: Group, sequences: list[list[int]], until: list[str], room: int
     ) -> Iterator[Written]:
-        """The common beginning is read once; answers to rests of equal length come together."""
+        """The common beginning is read once.
+
+        On a CPU answers to rests of equal length come together, elsewhere all that can be joined.
+        """
         shared = self._new_cache()
         self._read(sequences[group.members[0]][: group.prefix], shared, keep=1)
         self._saw_cache(shared, group.prefix)
+        if self.device.type in TOGETHER:
+
+            def read(index: int) -> list[Read]:
+                cache = copy.deepcopy(shared)
+                return [(cache, self._read_end(sequences[index][group.prefix :], cache))]
+
+            yield from self._write_alone([[i] for i in group.members], read, until, room)
+            return
         longest = max(len(sequences[i]) for i in group.members)
         size = row_bytes(shared, longest - group.prefix + room)
         rows = max(1, SHARED_CACHE_BYTES // max(1, size))

@@ -1,6 +1,7 @@
 """Prefill for lm-eval's requests: prompts read into a policy's cache."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ from sparsek_cli.evaluation.settings import Prompts
 if TYPE_CHECKING:
     from sparsek_cli.evaluation.policies.policy import Policy
 
+ENCODERS = 8  # threads
+
 
 class PromptReader(HFLM):
     """One model under one policy.
@@ -23,7 +26,7 @@ class PromptReader(HFLM):
         policy: what attends and what the cache is.
         max_length: most tokens of prompt and answer together, in place of what `prompts` asks for.
         prompts: how they are read and answered. Without a batch size, prompts that share no
-            beginning are scored one by one, and their answers written one by one on a CPU, as many
+            beginning are scored one by one, and read and answered one by one on a CPU, as many
             together as memory allows on a GPU.
         advance: called with the number of requests finished.
     """
@@ -63,12 +66,21 @@ class PromptReader(HFLM):
             self._encodings[string] = super().tok_encode(string)
         return list(self._encodings[string])
 
+    def _remember(self, strings: list[str]) -> None:
+        """Encodes strings on all cores: while it encodes, a tokenizer lets other threads work."""
+        for first in strings[:1]:  # by itself: it gives the tokenizer the settings that it keeps
+            self.tok_encode(first)
+        with ThreadPoolExecutor(ENCODERS) as pool:
+            list(pool.map(self.tok_encode, strings[1:]))
+
     def forget_encodings(self) -> None:
         self._encodings.clear()
 
     def over_limit(self, instances: Sequence[Any]) -> tuple[int, int]:
         """(requests that do not fit, tokens of the longest request with its answer)."""
         over = longest = 0
+        written = (i.args[0] for i in instances if i.request_type == "generate_until")
+        self._remember(list(dict.fromkeys(written)))
         for instance in instances:
             if instance.request_type == "generate_until":
                 size = len(self.tok_encode(instance.args[0])) + self._room(instance.args[1])

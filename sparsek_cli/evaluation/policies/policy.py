@@ -22,6 +22,7 @@ class Policy:
         sparse: whether SparseK attention has to run under it.
         evicts_after_prompt: whether the prompt is read densely and the cache cut when it ends.
         evicts_before_question: whether that is when the context ends, before the question.
+        reads_rows: whether prompts of several lengths can be read as rows of one batch.
     """
 
     budget: int | None = None
@@ -32,6 +33,7 @@ class Policy:
     sparse: ClassVar[bool] = True
     evicts_after_prompt: ClassVar[bool] = False
     evicts_before_question: ClassVar[bool] = False
+    reads_rows: ClassVar[bool] = True
 
     @property
     def label(self) -> str:

@@ -24,6 +24,7 @@ class SparseK8Bit(SparseK):
     name: ClassVar[str] = "sparsek:int8"
     # Tokens read together see each other's keys as they are, which would hide the loss.
     read_chunk: ClassVar[int] = 256
+    reads_rows: ClassVar[bool] = False
 
     def rule(self, model: Any) -> AbstractContextManager:
         """Keys and values as codes."""

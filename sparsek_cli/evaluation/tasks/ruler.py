@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ MAKERS: dict[str, Callable[..., dict[str, Any]]] = {
     "common_words": ruler_samples.common_words,
     "frequent_words": ruler_samples.frequent_words,
 }
+MAKERS_AT_ONCE = 8  # threads: most of the time is the tokenizer's, which lets others work
 FORMAT = 2  # of the samples; a change makes cached ones stale
 HAYSTACK_CHARACTERS = 1_500_000
 HAYSTACK_DOCUMENTS = 8
@@ -75,15 +77,19 @@ def _samples(settings: dict[str, Any], length: int, count: int) -> list[dict[str
         return made[:count]
     hay = _haystack(settings)
     make = MAKERS[block["maker"]]
-    for number in range(len(made), count):
+
+    def one(number: int) -> dict[str, Any]:
         rng = np.random.default_rng([seed, length, number])
-        try:
-            made.append(make(rng, hay, length - block["answer"], **block.get("options", {})))
-        except ValueError as error:
-            raise WrongLength(
-                f"{length:,} tokens are too short for a sample and its answer",
-                hint="name larger --lengths",
-            ) from error
+        return make(rng, hay, length - block["answer"], **block.get("options", {}))
+
+    try:
+        with ThreadPoolExecutor(MAKERS_AT_ONCE) as pool:
+            made += pool.map(one, range(len(made), count))
+    except ValueError as error:
+        raise WrongLength(
+            f"{length:,} tokens are too short for a sample and its answer",
+            hint="name larger --lengths",
+        ) from error
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, not results
         write_atomically(file, "".join(json.dumps(row) + "\n" for row in made))
     return made

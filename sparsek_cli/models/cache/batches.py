@@ -52,10 +52,20 @@ def join(caches: Sequence[SparseKCache]) -> SparseKCache:
     return whole
 
 
+def rows(cache: SparseKCache) -> list[SparseKCache]:
+    """A cache for each row, that continues where the row stands; copies.
+
+    Raises:
+        SparsekError: its model has other layers beside SparseK's.
+    """
+    _check_slots(cache)
+    return [_row(cache, row, seen) for row, seen in enumerate(positions_of(cache).tolist())]
+
+
 def _check_slots(cache: SparseKCache) -> None:
     if not cache.all_slots:
         raise SparsekError(
-            "caches of models with other layers beside SparseK's cannot be joined",
+            "caches of models with other layers beside SparseK's cannot be joined or taken apart",
             hint="read the prompts as one batch, padded on the left",
         )
 
@@ -136,10 +146,7 @@ class DecodingBatch:
         if not 0 <= row < self.rows or not self._taken[row]:
             raise SparsekError(f"row {row} is not taken", hint="join gives a row's number")
         self._taken[row] = False
-        only = torch.tensor([row], device=self._positions.device)
-        left = object.__new__(type(self._cache))
-        Cache.__init__(left, layers=[_row(layer, only) for layer in self._cache.layers])
-        return left
+        return _row(self._cache, row, int(positions_of(self._cache)[row]))
 
     def step(self, count: int = 1) -> dict[int, list[int]]:
         """The next `count` tokens of every taken row, by its number."""
@@ -161,8 +168,11 @@ class DecodingBatch:
         return {row: columns[row] for row in range(self.rows) if self._taken[row]}
 
 
-def _row(layer: SparseKCacheLayer, row: torch.Tensor) -> SparseKCacheLayer:
-    new = SparseKCacheLayer(layer.budget)
-    new.state = layer.state.index_select(row)
-    new.tokens_seen = int(new.state.seen[0])
-    return new
+def _row(cache: SparseKCache, row: int, seen: int) -> SparseKCache:
+    only = torch.tensor([row], device=cache.layers[0].state.seen.device)
+    alone = object.__new__(type(cache))
+    Cache.__init__(alone, layers=[SparseKCacheLayer(layer.budget) for layer in cache.layers])
+    for new, layer in zip(alone.layers, cache.layers, strict=True):
+        new.state = layer.state.index_select(only)
+        new.tokens_seen = seen
+    return alone
