@@ -36,6 +36,7 @@ from experiments.suite import (
     with_tokenizer,
 )
 from sparsek_cli.benchmarks.session import Session, arguments
+from sparsek_cli.conversion.calibrate.method import DOCUMENTS
 from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.evaluation.policies.registry import DENSE, OWN
 from sparsek_cli.models import budget
@@ -44,8 +45,9 @@ SINKS = 4
 SPLITS = ("calibration", "held_out")
 COLUMNS = ("row", "closed", "alike", "ppl_last", "ppl", *SPLITS)
 # What may differ between a run and its continuation.
-FREE = ("rows", "again", "seconds", "out")
+FREE = ("rows", "again", "documents", "seconds", "out")
 CONTROLS = DENSE_CONTROL, WINDOW_CONTROL = " dense", " window"
+_AGAIN = ", again"
 _TEXT = ("objective.lm=1", "objective.distill=0")
 _MORE_TEXT = ("data.needles.weight=0.15", "data.copies.weight=0.05", "data.novels.weight=0.8")
 
@@ -75,6 +77,7 @@ _TEXT_TOO = (
     _WITH_DENSE, "objective.lm=1", "learning_rate=3e-4", "min_learning_rate=0.1",
     "data.needles.weight=0.3", "data.novels.weight=0.6",
 )  # fmt: skip
+_FEW_SPARSE = ("budgets=[16,8,1,1,1,1]", "objective.distill=0.25", "scorer_training=refit")
 ROWS |= {
     "adapt": _ADAPT,
     "adapt dense": _ADAPT,
@@ -93,6 +96,9 @@ ROWS |= {
     "adapt, text too": (*_ADAPT, *_TEXT_TOO),
     "adapt, text too dense": (*_ADAPT, *_TEXT_TOO),
     "adapt, text too window": (*_ADAPT, *_TEXT_TOO),
+    "adapt, few sparse steps": (*_ADAPT, *_TEXT_TOO, *_FEW_SPARSE),
+    "adapt, few sparse steps dense": (*_ADAPT, *_TEXT_TOO, *_FEW_SPARSE),
+    "adapt, few sparse steps window": (*_ADAPT, *_TEXT_TOO, *_FEW_SPARSE),
 }
 _SMOKE = (
     "data_workers=0", "batch_size=2", "micro_batch_size=2", "sequence_length=512",
@@ -121,6 +127,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--windows", type=int, default=128, help="windows measured")
     parser.add_argument("--questions", type=int, default=96, help="of each kind and number")
     parser.add_argument("--again", nargs="*", metavar="NAME", help="rows to calibrate again")
+    parser.add_argument(
+        "--documents",
+        nargs="*",
+        choices=DOCUMENTS,
+        default=[],
+        metavar="KIND",
+        help="further kinds to calibrate again with, see calibrate/method.py",
+    )
     parser.add_argument("--also", type=int, metavar="N", help="calibrate again at 1/N, too")
     parser.add_argument("--convert", nargs="+", default=[], metavar="WORD", help="for converting")
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for every row")
@@ -158,8 +172,9 @@ class Experiment:
             again = self.given.again is None or name in self.given.again
             if again and not name.endswith(CONTROLS):
                 for share in filter(None, (self.given.share, self.given.also)):
-                    label = f"{name}, again{self.at(share)}"
-                    self.session.run(label, partial(self.again, name, share), needs=20)
+                    for kind in (None, *self.given.documents):
+                        label = self.label(name, share, kind)
+                        self.session.run(label, partial(self.again, name, share, kind), needs=20)
         self.compare_alike()
         print(self.session.table(COLUMNS), flush=True)
         self.session.say(f"wrote {self.session.folder / 'results.json'}")
@@ -217,13 +232,19 @@ class Experiment:
         if not name.endswith(CONTROLS):
             self.add(f"{name}, dense self", words, self.suite.measure(model, DENSE))
 
-    def again(self, name: str, share: int) -> None:
+    def label(self, name: str, share: int, documents: str | None) -> str:
+        """Of a row that is calibrated again; None: with the documents that calibration takes."""
+        return f"{name}{_AGAIN}{self.at(share)}" + (f", {documents}" if documents else "")
+
+    def again(self, name: str, share: int, documents: str | None) -> None:
         """What a row trained, with scorers fitted to the weights it has now, at 1/share."""
         out, at = self.session.folder / "again", self.at(share)
         settings = self.calibration() | {"again": True} | (self.budget(share) if at else {})
+        if documents:
+            settings["method.documents"] = documents
         self.steps.convert(self.folder(name), out, settings)
         measured = self.suite.measure(load(out, self.device, self.dtype), OWN)
-        self.add(f"{name}, again{at}", ROWS[name], measured, window=f"window{at}")
+        self.add(self.label(name, share, documents), ROWS[name], measured, window=f"window{at}")
 
     def folder(self, name: str) -> Path:
         return self.session.folder / name.replace(" ", "-").replace(",", "")
@@ -262,7 +283,8 @@ class Experiment:
     def compare_alike(self) -> None:
         """Adds what is closed between dense attention and a window that were trained alike."""
         for row in self.session.record["rows"]:
-            dense, window = (self.named(f"{row['row']} {kind}") for kind in (DENSE, "window"))
+            trained = row["row"].partition(_AGAIN)[0]
+            dense, window = (self.named(f"{trained} {kind}") for kind in (DENSE, "window"))
             if dense and window:
                 row["alike"] = share_closed(row, dense, window)
 

@@ -155,6 +155,24 @@ def test_every_second_document_hides_facts(tokenizer):
     assert {"Repeat the previous context" in text for text in texts} == {True, False}
 
 
+@pytest.mark.parametrize(
+    ("documents", "kinds"),
+    [
+        ("text_and_asked", ["asked", "text", "asked", "text"]),
+        ("all_in_turn", ["asked", "text", "asked", "retold"]),
+    ],
+)
+def test_documents_may_be_of_several_kinds_in_turn(tokenizer, documents, kinds):
+    sizes = {"fitting": 8, "fit_length": 1024, "held_out": 8, "lengths": (1024,)}
+    made, held_out = calibration_sequences(tokenizer, "auto", **sizes, documents=documents, seed=3)
+
+    def kind(sequence):
+        return "retold" if sequence.turns else "asked" if sequence.answer.any() else "text"
+
+    assert [kind(sequence) for sequence in held_out] == 2 * kinds
+    assert [kind(sequence) for sequence in made] == [x for k in kinds for x in ("text", k)]
+
+
 def test_documents_too_short_to_be_told_again_are_refused(tokenizer):
     with pytest.raises(SparsekError, match="too short") as refused:
         calibration_sequences(

@@ -22,12 +22,14 @@ def test_every_row_is_a_recipe_and_every_control_has_a_row(name):
 
 
 def test_a_row_is_compared_with_controls_of_its_words():
-    losses = {"a": 3.1, "a dense": 3.0, "a window": 3.5, "b": 3.2}
+    losses = {"a": 3.1, "a dense": 3.0, "a window": 3.5, "b": 3.2, "a, again, retold": 3.05}
     experiment = tuning.Experiment.__new__(tuning.Experiment)
     rows = [{"row": name, "loss_last": loss} for name, loss in losses.items()]
     experiment.session = SimpleNamespace(record={"rows": rows})
     experiment.compare_alike()
-    assert [row.get("alike") for row in rows] == [pytest.approx(80.0), None, None, None]
+    assert [row.get("alike") for row in rows] == [
+        pytest.approx(80.0), None, None, None, pytest.approx(90.0)
+    ]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -35,10 +37,12 @@ def test_a_control_keeps_every_key_and_a_row_is_calibrated_again(novels, tmp_pat
     train, held_out = novels
     words = ["tuning", str(tmp_path / "out"), "--model", "tiny", "--train", train, "--tune", train,
              "--held-out", held_out, "--device", "cpu", "--smoke"]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", [*words, "--rows", "text 3e-4 dense", "text 1e-4"])
+    rows = ["--rows", "text 3e-4 dense", "text 1e-4", "--documents", "told_and_asked"]
+    monkeypatch.setattr(sys, "argv", [*words, *rows])
     tuning.main()
     record = json.loads((tmp_path / "out" / "results.json").read_text())
-    dense, window, own, control, trained, itself, again = record["rows"]
+    dense, window, own, control, trained, itself, again, told = record["rows"]
+    assert told["row"] == "text 1e-4, again, told_and_asked"
     assert itself["row"] == "text 1e-4, dense self" and itself["loss"] < trained["loss"]
     assert [row["row"] for row in record["rows"][:3]] == ["dense", "window", "sparsek"]
     closed = (window["loss_last"] - own["loss_last"]) / (window["loss_last"] - dense["loss_last"])

@@ -12,6 +12,8 @@ TARGETS = ("max", "mean", "p99")
 DOCUMENTS = {
     "retold": "that are told again",
     "retold_and_asked": "that are told again, or with facts told again and asked for",
+    "text_and_asked": "of plain text, or with facts told again and asked for",
+    "all_in_turn": "of plain text, that are told again, or with facts told again and asked for",
     "statements": "whose facts are told again",
     "questions": "with questions",
     "told_and_asked": "with facts told again and asked for",
@@ -33,8 +35,9 @@ class Method:
             (`max`), the mean, or the 99th percentile (`p99`).
         documents: what asks for things far back: the text itself, told again (`retold`: no
             template), facts told again (`statements`), `questions`, half of each
-            (`told_and_asked`), that and retold documents in turn (`retold_and_asked`), questions
-            and passages (`mixed`), or nothing (`none`). `auto`: retold_and_asked, and
+            (`told_and_asked`), that and retold documents in turn (`retold_and_asked`), that and
+            plain text in turn (`text_and_asked`), that and one of both in turn (`all_in_turn`),
+            questions and passages (`mixed`), or nothing (`none`). `auto`: retold_and_asked, and
             told_and_asked where the slots of all heads together do not hold two heads' whole
             documents.
         maps: maps that a KV head chooses from, by what they are fitted on; `blend` exists with

@@ -42,6 +42,12 @@ _PASSAGE_LEAD = 8
 _SHARE_WITH_PASSAGE = {"mixed": 0.5}
 # This much of the facts is told again; the rest is asked for.
 _SHARE_TOLD = {"statements": 1.0, "told_and_asked": 0.5}
+# Kinds of documents that are made in turn; the first, on which parts are valued, has answers.
+_IN_TURN = {
+    "retold_and_asked": ("retold", "told_and_asked"),
+    "text_and_asked": ("told_and_asked", "none"),
+    "all_in_turn": ("told_and_asked", "none", "told_and_asked", "retold"),
+}
 
 
 def calibration_sequences(
@@ -66,8 +72,7 @@ def calibration_sequences(
         fitting, fit_length: how many to fit on, and their tokens.
         held_out, lengths: how many to compare on, and their tokens in turn: as long as what the
             model will read, because how steeply scores may prefer the new depends on it.
-        documents: what they ask for, see `method.DOCUMENTS`; with none they are text, with
-            retold_and_asked every second one is told again.
+        documents: what they ask for, see `method.DOCUMENTS`; with none they are text.
         seed: everything random comes from it.
         turns, longest: parts of a retold document that are told again (None: all), and most
             tokens of each.
@@ -94,9 +99,9 @@ def calibration_sequences(
     chat = _format(tokenizer)
 
     def document(source: Filler, tokens: int, number: int, *, early: bool = False) -> Sequence:
-        asks = documents
-        if documents == "retold_and_asked":
-            asks, number = "told_and_asked" if number % 2 else "retold", number // 2
+        kinds = _IN_TURN.get(documents, (documents,))
+        number, turn = divmod(number, len(kinds))
+        asks = kinds[turn]
         if asks == "none":
             return _text(rng, source, tokens, tokenizer)
         if asks == "retold":
