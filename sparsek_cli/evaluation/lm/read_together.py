@@ -60,6 +60,7 @@ class TogetherReader(ContextReader):
         except torch.OutOfMemoryError:
             return [self._read_prompt(prompt) for prompt in prompts]
         for prompt, (cache, _) in zip(prompts, found, strict=True):
+            self.policy.end_prompt(self.model, cache)
             self._saw_cache(cache, len(prompt))
         return found
 

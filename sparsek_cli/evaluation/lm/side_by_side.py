@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer
 
 from sparsek_cli.evaluation.lm.batching import like
+from sparsek_cli.evaluation.policies.snapkv_h2o import SnapLayer
 from sparsek_cli.models import SparseKCache, rows
 from sparsek_cli.models.generation.prefill import READ_CHUNK
 
@@ -54,7 +55,7 @@ def can_split(cache: Any) -> bool:
     if isinstance(cache, SparseKCache):
         return cache.all_slots
     layers = cache.layers
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
+    return bool(layers) and all(type(layer) in (DynamicLayer, SnapLayer) for layer in layers)
 
 
 @torch.no_grad()
@@ -62,6 +63,8 @@ def read(
     model: Any, prompts: Sequence[Sequence[int]], new_cache: Callable[[], Any]
 ) -> list[tuple[Any, torch.Tensor]]:
     """(cache, logits [1, 1, V] of the first token after it) of each prompt, as if read alone.
+
+    The policy has not been told yet that the prompts have ended.
 
     Args:
         prompts: token ids, none empty. new_cache: makes an empty cache, one that `can_split`.
@@ -107,6 +110,9 @@ def _read_growing(
 ) -> list[tuple[Any, torch.Tensor]]:
     longest = max(lengths)
     ids = [list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
+    for layer in cache.layers:
+        if isinstance(layer, SnapLayer):
+            layer.padding = longest - min(lengths)
     logits = model(
         input_ids=torch.tensor(ids, device=model.device), past_key_values=cache,
         use_cache=True, logits_to_keep=longest - min(lengths) + 1,
@@ -123,6 +129,9 @@ def _row(cache: Cache, row: int, length: int) -> Cache:
     whole = object.__new__(type(cache))
     Cache.__init__(whole, layers=[like(layer) for layer in cache.layers])
     for layer in whole.layers:
+        if isinstance(layer, SnapLayer):
+            layer.end_row(row, length)
+            continue
         layer.keys = layer.keys[row : row + 1, :, :length]
         layer.values = layer.values[row : row + 1, :, :length]
     return whole

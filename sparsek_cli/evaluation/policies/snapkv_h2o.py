@@ -37,9 +37,14 @@ DROPPED = -1.0  # below any mass: the first to go
 
 
 class SnapLayer(EvictingLayer):
-    """Keeps what the prompt's last queries look at."""
+    """Keeps what the prompt's last queries look at.
+
+    Attributes:
+        padding: most tokens behind the end of a row's prompt, see `end_row`.
+    """
 
     fresh = DROPPED
+    padding = 0
 
     def __init__(self, slots: int, recent: int, sinks: int = 0):
         super().__init__(slots, recent, sinks)
@@ -47,12 +52,22 @@ class SnapLayer(EvictingLayer):
         self.logits: Logits | None = None
 
     def see(self, query: torch.Tensor, logits: Logits) -> None:
-        """Remembers the last `OBSERVED` queries of the prompt."""
+        """Remembers the last `OBSERVED` queries of the prompt, wherever it may end."""
         if not self.bounded:
-            last = query[:, :, -OBSERVED:]
+            count = OBSERVED + self.padding
+            last = query[:, :, -count:]
             earlier = last[:, :, :0] if self.queries is None else self.queries
-            self.queries = torch.cat([earlier, last], dim=2)[:, :, -OBSERVED:]
+            self.queries = torch.cat([earlier, last], dim=2)[:, :, -count:]
             self.logits = logits
+
+    def end_row(self, row: int, length: int) -> None:
+        """Becomes one row, whose prompt was `length` tokens with at most `padding` behind it."""
+        end = self.queries.shape[2] - (self.seen - length)
+        self.queries = self.queries[row : row + 1, :, max(0, end - OBSERVED) : end]
+        self.keys = self.keys[row : row + 1, :, :length]
+        self.values = self.values[row : row + 1, :, :length]
+        self.mass = self.mass[row : row + 1, :, :length]
+        self.seen = length
 
     def rank(self) -> None:
         """Ranks all pairs by what the last queries saw in them and around them."""

@@ -11,7 +11,7 @@ from sparsek_cli.evaluation.lm.proof import held
 from sparsek_cli.evaluation.policies.registry import make_policy
 
 LENGTHS = (201, 90, 150, 201)
-ROWS = ["sparsek", "dense", "window", "random"]
+ROWS = ["sparsek", "dense", "window", "random", "snapkv", "snapkv:shared"]
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,8 @@ def test_rows_are_as_if_they_had_been_read_alone(model, name, lengths):
             alone = policy.new_cache(model)
             wanted = model(input_ids=torch.tensor([ids]), past_key_values=alone, use_cache=True)
             torch.testing.assert_close(logits, wanted.logits[:, -1:], rtol=1e-4, atol=1e-4)
+            for one in (cache, alone):
+                policy.end_prompt(model, one)
             assert cache.get_seq_length() == alone.get_seq_length() == len(ids)
             assert held(cache) == held(alone)
             after = [
@@ -47,13 +49,12 @@ def test_rows_are_as_if_they_had_been_read_alone(model, name, lengths):
             torch.testing.assert_close(*after, rtol=1e-4, atol=1e-4)
 
 
-def test_caches_that_evict_or_slide_are_read_alone(model):
+def test_caches_that_add_up_or_slide_are_read_alone(model):
     from transformers import DynamicCache, Gemma3TextConfig
 
-    for name in ("snapkv", "h2o"):
-        policy = make_policy(name)
-        with policy.applied(model):
-            assert not side_by_side.can_split(policy.new_cache(model))
+    policy = make_policy("h2o")  # counts all queries, those of padding too
+    with policy.applied(model):
+        assert not side_by_side.can_split(policy.new_cache(model))
     sliding = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
     assert not side_by_side.can_split(DynamicCache(config=sliding))
     assert not make_policy("sparsek:int8").reads_rows  # its prompts are read in pieces
