@@ -89,11 +89,12 @@ def check_one_rope(config: Mapping[str, Any]) -> None:
     kinds = ("rope_type", "type")
     lost = [k for k, v in within.items() if k not in kinds and taken.get(k) != v]
     if lost:
+        nested = isinstance(within[lost[0]], Mapping)
         raise UsageError(
             f"config.json has rope_scaling beside rope_parameters: it takes its place, and "
             f"{lost[0]} {str(within[lost[0]])[:60]} is lost",
-            hint="write what rope_scaling says into rope_parameters, beside what is there, and "
-            "take rope_scaling out",
+            hint=f"write what rope_scaling says into rope_parameters{'.full_attention' * nested}, "
+            "beside what is there, and take rope_scaling out",
         )
 
 

@@ -49,6 +49,7 @@ class Row:
             each token side by side, [states, batch, tokens, hidden]; "": there is one.
         by_layer: heads are those of single layers, or other layers' (by_layer.py), which the
             family's own config knows.
+        rope_by_type: rotary positions of each type of layer have a block of their own.
     """
 
     model_type: str
@@ -77,6 +78,7 @@ class Row:
     mixed: bool = False
     by_layer: bool = False
     streams: str = ""
+    rope_by_type: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "module", self.module or self.model_type)

@@ -27,7 +27,8 @@ _LFM2: dict[str, Any] = {
     "dropout": None,
 }
 
-_SHARING: dict[str, Any] = {"text": "Text", "attends": "Text", "mixed": True, "by_layer": True}
+_BY_TYPE: dict[str, Any] = {"mixed": True, "rope_by_type": True}
+_SHARING: dict[str, Any] = {"text": "Text", "attends": "Text", "by_layer": True, **_BY_TYPE}
 
 _ROWS: dict[str, Row] = {
     row.model_type: row
@@ -45,6 +46,7 @@ _ROWS: dict[str, Row] = {
             norm="final_layer_norm",
             plain_sizes=True,
             lora_targets=("query_key_value", "attention.dense"),
+            keys={"rope_theta": "rotary_emb_base"},
         ),
         Row(
             "gpt2",
@@ -144,14 +146,14 @@ _ROWS: dict[str, Row] = {
         Row("hy_v3", "HYV3"),
         Row("aria_text", "AriaText", module="aria"),
         # Layers differ: those that attend to everything are converted, the others stay.
-        Row("gemma3_text", "Gemma3", module="gemma3", text="Text", mixed=True),
+        Row("gemma3_text", "Gemma3", module="gemma3", text="Text", **_BY_TYPE),
         Row("gemma3n_text", "Gemma3n", module="gemma3n", streams="altup_active_idx", **_SHARING),
         Row("gemma4_text", "Gemma4", module="gemma4", **_SHARING),
         Row("gemma4_unified_text", "Gemma4Unified", module="gemma4_unified", **_SHARING),
         Row("gemma2", "Gemma2", mixed=True),
         Row("vaultgemma", "VaultGemma", mixed=True),
         Row("gpt_oss", "GptOss", mixed=True),
-        Row("olmo3", "Olmo3", joint_norm=True, mixed=True),
+        Row("olmo3", "Olmo3", joint_norm=True, **_BY_TYPE),
         Row("cohere2", "Cohere2", mixed=True),
         Row("exaone4", "Exaone4", mixed=True),
         Row("ministral", "Ministral", mixed=True),
@@ -161,16 +163,16 @@ _ROWS: dict[str, Row] = {
         Row("exaone_moe", "ExaoneMoe", mixed=True),
         Row("cohere2_moe", "Cohere2Moe", mixed=True),
         Row("afmoe", "Afmoe", joint_norm=True, mixed=True),
-        Row("laguna", "Laguna", joint_norm=True, mixed=True),
-        Row("mellum", "Mellum", mixed=True),
+        Row("laguna", "Laguna", joint_norm=True, **_BY_TYPE),
+        Row("mellum", "Mellum", **_BY_TYPE),
         Row("flint", "Flint", mixed=True),
         Row("kolibri1", "Kolibri1", mixed=True),
-        Row("beam", "Beam", joint_norm=True, mixed=True),
+        Row("beam", "Beam", joint_norm=True, **_BY_TYPE),
         Row("qwen3_next", "Qwen3Next", mixed=True),
         Row("qwen3_5_text", "Qwen3_5", module="qwen3_5", text="Text", mixed=True),
         Row("lfm2", "Lfm2", **_LFM2, mixed=True),
         Row("lfm2_moe", "Lfm2Moe", **_LFM2, mixed=True),
-        Row("lfm3", "Lfm3", norm="embedding_norm", joint_norm=True, mixed=True),
+        Row("lfm3", "Lfm3", norm="embedding_norm", joint_norm=True, **_BY_TYPE),
         Row("olmo_hybrid", "OlmoHybrid", joint_norm=True, mixed=True),
         Row("qwen3_5_moe_text", "Qwen3_5Moe", module="qwen3_5_moe", text="Text", mixed=True),
         Row("jamba", "Jamba", norm="final_layernorm", mixed=True, reads_once=True),

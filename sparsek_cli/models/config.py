@@ -25,7 +25,9 @@ from sparsek_cli.converted import ATTENTION, check_whole_settings
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.by_layer import head_dim_of, kv_heads_of, shared_layers
 from sparsek_cli.families.layers import full_layers
+from sparsek_cli.families.positions import check_one_rope
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
+from sparsek_cli.families.rotary_base import check_base
 from sparsek_cli.recipes.limits import MOST_SLOTS, MOST_UNITS
 
 GATES = ("straight_through", "log", "kv")
@@ -267,7 +269,8 @@ class SparseKConfigMixin:
         """The config that a file's content describes; every loader comes by here.
 
         Raises:
-            UsageError: the `sparsek` block, there or among `kwargs`, is not whole.
+            UsageError: the `sparsek` block, there or among `kwargs`, is not whole; or the base of
+                rotary positions is not said where it is read.
         """
         if "sparsek" in kwargs:  # else set after the checks
             config_dict = {**config_dict, "sparsek": kwargs.pop("sparsek")}
@@ -275,6 +278,9 @@ class SparseKConfigMixin:
         check_whole_settings(
             config_dict.get("sparsek"), f"'{name}'" if name else f"a {cls.model_type} model"
         )
+        rope = {key: kwargs[key] for key in ("rope_parameters", "rope_scaling") if key in kwargs}
+        for check in (check_one_rope, check_base):
+            check({**config_dict, **rope})
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod

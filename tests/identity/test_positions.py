@@ -232,7 +232,6 @@ THETA = {"rope_type": "default", "rope_theta": 1e5}
         ({"rope_parameters": THETA}, "rope_theta 100000.0 is lost"),
         ({"rope_parameters": THETA | {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
          "partial_rotary_factor 0.5 is lost"),
-        ({"rope_parameters": {"full_attention": THETA}}, "full_attention"),
         ({"rope_parameters": THETA, "rope_scaling": YARN | {"rope_theta": 1e6}}, "rope_theta"),
         ({"rope_parameters": THETA, "rope_theta": 1e5}, None),
         ({"rope_parameters": THETA | {"rope_theta": 1e4}}, None),  # what is taken then
@@ -262,6 +261,18 @@ def test_a_second_block_takes_nothing_away(dense_config, keys, lost):
     assert "take rope_scaling out" in refusal.value.hint
     written = {**raw["rope_parameters"], **raw["rope_scaling"]}  # as hinted
     check_config(raw | {"rope_parameters": written, "rope_scaling": None}, "it")
+
+
+def test_of_several_blocks_the_one_of_full_attention_is_scaled(dense_config):
+    """The hint had the keys written beside the blocks, where Gemma 3 does not look."""
+    from sparsek_cli.model_folder.config_file import check_config
+
+    both = {"full_attention": dict(THETA), "sliding_attention": dict(THETA)}
+    raw = dense_config("gemma3_text").to_dict() | {"rope_parameters": both}
+    with pytest.raises(UsageError, match="full_attention") as refusal:
+        check_config(raw | {"rope_scaling": dict(YARN)}, "it")
+    assert "rope_parameters.full_attention, beside what is there" in refusal.value.hint
+    check_config(raw | {"rope_parameters": both | {"full_attention": THETA | YARN}}, "it")
 
 
 @pytest.mark.parametrize("kind", ["su", None])
