@@ -6,7 +6,7 @@ rotary_base  whether a config.json says the base of its rotary positions where i
 row       what a row says
 layers    which layers of a model attend to everything
 by_layer  heads of single layers, where layers differ in them
-causal    whether tokens see those after them, which no converted model does
+causal    whether tokens see those after them, or an encoder's, which no converted model does
 refusals  families that cannot be converted, and why
 remote_code  the small file beside every converted checkpoint
 

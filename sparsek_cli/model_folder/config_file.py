@@ -9,6 +9,7 @@ from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.converted import check_whole_settings
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.families import TABLE
+from sparsek_cli.families.causal import check_alone
 from sparsek_cli.families.positions import check_one_rope
 from sparsek_cli.families.rotary_base import check_base
 from sparsek_cli.model_folder.not_a_model import no_config
@@ -112,6 +113,8 @@ def _check_one_model(config: dict[str, Any], name: str) -> None:
                 hint=f"take {key} out of config.json if the weights have the sizes around it, else "
                 "save the language model on its own",
             )
+    if family in TABLE:
+        check_alone(config)
 
 
 def _check_converted(config: dict[str, Any], name: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 from sparsek_cli.converted import ATTENTION, check_whole_settings
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.by_layer import head_dim_of, kv_heads_of, shared_layers
+from sparsek_cli.families.causal import check_alone
 from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.positions import check_one_rope
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
@@ -36,6 +37,7 @@ GATES = ("straight_through", "log", "kv")
 SCORERS = ("linear", "mlp", "random")
 MLP_WIDTH = 128
 CACHE_DTYPES = ("auto", "int8")  # auto: the model's own, and no key in the block
+_LOOKED_AT = ("rope_parameters", "rope_scaling", "is_encoder_decoder", "add_cross_attention")
 DENSE_ATTENTION = "sparsek_dense"  # the same weights, attending densely; only on request
 DEFAULTS: dict[str, Any] = {
     "topk": 380,
@@ -270,7 +272,7 @@ class SparseKConfigMixin:
 
         Raises:
             UsageError: the `sparsek` block, there or among `kwargs`, is not whole; or the base of
-                rotary positions is not said where it is read.
+                rotary positions is not said where it is read; or it has an encoder.
         """
         if "sparsek" in kwargs:  # else set after the checks
             config_dict = {**config_dict, "sparsek": kwargs.pop("sparsek")}
@@ -278,9 +280,9 @@ class SparseKConfigMixin:
         check_whole_settings(
             config_dict.get("sparsek"), f"'{name}'" if name else f"a {cls.model_type} model"
         )
-        rope = {key: kwargs[key] for key in ("rope_parameters", "rope_scaling") if key in kwargs}
-        for check in (check_one_rope, check_base):
-            check({**config_dict, **rope})
+        given = {key: kwargs[key] for key in _LOOKED_AT if key in kwargs}
+        for check in (check_one_rope, check_base, check_alone):
+            check({**config_dict, **given})
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod

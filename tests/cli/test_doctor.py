@@ -52,6 +52,14 @@ def test_dense_model_is_said_to_be_dense(sparsek, dense_checkpoint):
     assert shown.code == 0 and "is dense" in shown.out
 
 
+def test_a_decoder_that_says_it_has_an_encoder_fails(sparsek, dense_checkpoint):
+    file = dense_checkpoint() / "config.json"
+    fields = json.loads(file.read_text()) | {"is_encoder_decoder": True}
+    file.write_text(json.dumps(fields))
+    shown = sparsek("doctor", file.parent, "--device", "cpu")
+    assert shown.code != 0 and "is_encoder_decoder" in shown.out + shown.err
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_weights_that_are_no_numbers_fail_of_dense_models_too(sparsek, dense_checkpoint, value):
     """Verbs whose loss is NaN send here, and here all was well."""

@@ -101,6 +101,49 @@ def test_models_that_see_ahead(family, key, value, dense_config):
         assert sparsek_config_from(dense_config(family, **taken), {}).sparsek
 
 
+@pytest.mark.parametrize(
+    ("family", "key", "value"),
+    [
+        ("llama", "is_encoder_decoder", True),
+        ("gpt2", "is_encoder_decoder", "true"),
+        ("gpt2", "add_cross_attention", True),
+        ("llama", "add_cross_attention", True),
+    ],
+)
+def test_decoders_that_read_an_encoder(family, key, value, make_checkpoint, tmp_path):
+    """One converted and chatted, and `generate` failed; GPT-2's weights were said to be missing."""
+    import torch
+    from bad_models import config as with_keys
+    from transformers import AutoModelForCausalLM
+
+    import sparsek_cli as sparsek
+    from sparsek_cli import hub
+    from sparsek_cli.models import sparsek_config_from
+
+    base, out = make_checkpoint(tmp_path / "base", family), tmp_path / "out"
+    sparsek.convert(base, out, topk=8, window=8, calibrate="none")
+    for folder in (base, out):
+        with_keys(**{key: value})(folder, tmp_path / f"{folder.name}-edited")
+    edited = tmp_path / "base-edited", tmp_path / "out-edited"
+    given = AutoModelForCausalLM.from_pretrained(base).config
+    setattr(given, key, True)
+    for attempt in (
+        lambda: sparsek.convert(edited[0], tmp_path / "next", calibrate="none"),
+        lambda: hub.resolve(edited[0]),  # by which every verb goes, doctor too
+        lambda: hub.resolve(edited[1]),
+        lambda: AutoModelForCausalLM.from_pretrained(edited[1]),
+        lambda: AutoModelForCausalLM.from_pretrained(out, **{key: True}),
+        lambda: sparsek_config_from(given, {}),
+    ):
+        with pytest.raises(UsageError, match=f"says {key} .*true.*only decoder-only") as refusal:
+            attempt()
+        assert f"take {key} out of config.json" in refusal.value.hint
+    with_keys(**{key: None})(edited[0], tmp_path / "mended")  # as hinted
+    sparsek.convert(tmp_path / "mended", tmp_path / "next", topk=8, window=8, calibrate="none")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "next")
+    assert model.generate(torch.arange(5, 25)[None], max_new_tokens=2).shape == (1, 22)
+
+
 def test_code_of_a_checkpoint_is_not_run(tmp_path):
     from sparsek_cli.conversion.base_config import convertible
 

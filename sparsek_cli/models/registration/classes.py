@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import TABLE, Row, row_of
 from sparsek_cli.families.by_layer import sizes_by_layer
-from sparsek_cli.families.causal import check_causal
+from sparsek_cli.families.causal import check_alone, check_causal
 from sparsek_cli.families.layers import idle_window_off
 from sparsek_cli.families.positions import check_rotary
 from sparsek_cli.models.attention.modules import add_scorers
@@ -248,11 +248,8 @@ def sparsek_config_from(base_config: Any, settings: Mapping[str, Any]) -> PreTra
         raise UsageError(
             "the model is converted already", hint="change its budget, or convert its base again"
         )
-    if getattr(base_config, "add_cross_attention", False):
-        raise UsageError(
-            "the model has cross-attention", hint="only decoder-only models can be converted"
-        )
     fields = base_config.to_dict()
+    check_alone(fields)
     check_causal(fields)
     if family.row.by_layer:
         sizes_by_layer(base_config)
