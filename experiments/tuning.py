@@ -77,7 +77,7 @@ _TEXT_TOO = (
     _WITH_DENSE, "objective.lm=1", "learning_rate=3e-4", "min_learning_rate=0.1",
     "data.needles.weight=0.3", "data.novels.weight=0.6",
 )  # fmt: skip
-_FEW_SPARSE = ("budgets=[16,8,1,1,1,1]", "objective.distill=0.25", "scorer_training=refit")
+_FEW_SPARSE = ("budgets=[16,8,1,1,1,1]", "objective.distill=0.25")
 ROWS |= {
     "adapt": _ADAPT,
     "adapt dense": _ADAPT,
