@@ -46,6 +46,11 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
         if not getattr(prepare, "keeps_cache", False):
             cls.prepare_inputs_for_generation = keeps_cache(prepare)
 
+    @property
+    def learned_rows(self) -> int | None:
+        """Tokens that a table of learned positions has places for; None: there is no table."""
+        return self.base_model.learned_rows
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, *args: Any, **kwargs: Any
     ):

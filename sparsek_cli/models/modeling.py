@@ -21,6 +21,7 @@ from sparsek_cli.models.attention.sharing import last_token, reads_slots
 from sparsek_cli.models.attention.sparsek import check_cache
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION
+from sparsek_cli.models.learned_positions import check_positions
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
     RandomScorer,
@@ -94,9 +95,11 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
 
     Attributes:
         reads_once: see `families.Row`.
+        learned_rows: tokens that its table of learned positions has places for; None: no table.
     """
 
     reads_once = False
+    learned_rows: int | None = None
 
     def forward(self, *args: Any, **kwargs: Any):
         """As the family's base model.
@@ -123,6 +126,7 @@ class SparseKModelMixin(SparseKPreTrainedMixin):
             recomputing = self.training and getattr(self, "gradient_checkpointing", False)
             if implementation == ATTENTION and kwargs["use_cache"] and not recomputing:
                 kwargs["past_key_values"] = SparseKCache(self.config)
+        check_positions(self, kwargs)
         if self.reads_once and given is not None:
             self._check_piece(given, kwargs)
         caching = given is not None or kwargs["use_cache"]

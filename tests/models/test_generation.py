@@ -36,6 +36,78 @@ def test_phi_3_keeps_its_cache_where_long_rotary_factors_begin(short, sparse_mod
         assert out.shape == text.shape and (options or torch.equal(out, text))
 
 
+LEARNED = {"gpt2": "n_positions", "opt": "max_position_embeddings", "biogpt": None}
+
+
+def padded(ids, count):
+    """`count` columns of padding before the tokens, and the mask that says so."""
+    nothing = torch.zeros(ids.shape[0], count, dtype=torch.int64)
+    mask = torch.cat([nothing, torch.ones_like(ids)], dim=1)
+    return {"input_ids": torch.cat([nothing, ids], dim=1), "attention_mask": mask}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", LEARNED)
+def test_a_text_ends_where_learned_positions_do(family, sparse_model, ids):
+    """It was an IndexError of torch, and on a GPU the end of the process."""
+    key = LEARNED[family] or "max_position_embeddings"
+    model = sparse_model(family, **{key: 32})
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    said = f"this {family} has learned positions for 32 tokens only"
+
+    def room(words, wanted, **more):
+        """A text that ends with the table, its last token behind it, is written; no longer one."""
+        whole = model.generate(**words, max_new_tokens=wanted, **options, **more)
+        with pytest.raises(SparsekError, match=said) as refusal:
+            model.generate(**words, max_new_tokens=wanted + 1, **options, **more)
+        assert "prompt and max_new_tokens together within 32" in refusal.value.hint
+        return whole
+
+    written = room({"input_ids": ids}, 19)
+    kept = model.generate(ids, max_new_tokens=18, **options)  # as hinted: 14 and 18
+    assert torch.equal(kept, written[:, :32]) and written.shape == (2, 33)
+    room({"input_ids": ids}, 19, num_beams=2)  # by transformers' loop
+    room({"inputs_embeds": model.get_input_embeddings()(ids)}, 19)
+    room(padded(ids, 30), 19)  # columns that stand nowhere
+    with models.dense_attention(model):
+        room({"input_ids": ids}, 19)
+    # Who may stop earlier is not refused for what could have come.
+    ends = options | {"eos_token_id": list(range(128)), "max_new_tokens": 60}
+    assert model.generate(ids, **ends).shape == (2, 15)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", LEARNED)
+def test_reading_and_stepping_beyond_learned_positions(family, sparse_model):
+    key = LEARNED[family] or "max_position_embeddings"
+    model = sparse_model(family, **{key: 32})
+    text, said = torch.randint(4, 128, (1, 33)), "learned positions for 32 tokens"
+    cache = models.SparseKCache(model.config)
+    model(text[:, :30], past_key_values=cache)
+    for attempt in (
+        lambda: model(text),
+        lambda: model.base_model(text),
+        lambda: model(text[:, 30:], past_key_values=models.fork(cache)),
+        lambda: model(text[:, :1], position_ids=torch.tensor([[32]])),
+    ):
+        with pytest.raises(SparsekError, match=said):
+            attempt()
+    assert model(text[:, :32]).logits.shape[1] == 32
+    if family == "opt":  # which counts what its mask shows
+        assert model(**padded(text[:, :32], 4)).logits.shape[1] == 36
+    batch = models.DecodingBatch(model, rows=2)
+    row = batch.join(cache, 7)
+    with pytest.raises(SparsekError, match=said):
+        batch.step(3)
+    alone = model.generate(
+        torch.cat([text[:, :30], torch.tensor([[7]])], 1), max_new_tokens=2, do_sample=False,
+        eos_token_id=None,
+    )  # fmt: skip
+    assert batch.step(2)[row] == alone[0, 31:].tolist()  # nothing was written before
+    with pytest.raises(SparsekError, match=said):
+        batch.step()
+
+
 @torch.no_grad()
 def test_left_padded_batch_equals_rows_alone(family, sparse_model):
     model = sparse_model(family)

@@ -14,6 +14,7 @@ from sparsek_cli.models.cache.layers import SparseKCacheLayer
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.generation.cuda_graphs import Decoder
 from sparsek_cli.models.generation.likeliest import likeliest
+from sparsek_cli.models.learned_positions import Room
 
 
 def fork(cache: SparseKCache, copies: int = 1) -> SparseKCache:
@@ -149,12 +150,18 @@ class DecodingBatch:
         return _row(self._cache, row, int(positions_of(self._cache)[row]))
 
     def step(self, count: int = 1) -> dict[int, list[int]]:
-        """The next `count` tokens of every taken row, by its number."""
+        """The next `count` tokens of every taken row, by its number.
+
+        Raises:
+            SparsekError: not all of them have a place among the model's learned positions; nothing
+                was written.
+        """
         if self._cache is None or self.free == self.rows:
             return {}
         taken = torch.tensor(self._taken, device=self._positions.device).long()
         # A free row stays where the table of positions has a place for it.
         self._positions.mul_(taken)
+        Room(self.model, self._positions).take(count)
         written = []
         decoder = self._decoder
         with decoder.over(self._cache, self._positions, advance=taken, own=True):

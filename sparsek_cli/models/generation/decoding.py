@@ -29,6 +29,7 @@ from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.generation.compiled import compile_options
 from sparsek_cli.models.generation.kept_decoders import decoder_for
 from sparsek_cli.models.generation.likeliest import Ending, likeliest
+from sparsek_cli.models.learned_positions import Room
 
 # They look at the logits alone and only launch work, so that they can be part of a graph.
 _GRAPH_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
@@ -144,7 +145,11 @@ def write(
     streamer: Any,
     kwargs: dict[str, Any],
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """As transformers' `_sample`, with the same arguments and result."""
+    """As transformers' `_sample`, with the same arguments and result.
+
+    Raises:
+        SparsekError: a token would stand beyond the model's learned positions.
+    """
     cache: SparseKCache = kwargs["past_key_values"]
     output = model._prefill(input_ids, config, kwargs, is_first_iteration=True)
     logits = output.logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
@@ -167,7 +172,7 @@ def write(
     ended = _Ended(logits.device, late=not kept and streamer is None)
     positions = kwargs.get("position_ids")
     positions = cache.layers[0].state.seen if positions is None else positions[:, -1] + 1
-    text = _Text(input_ids, criteria.max_length)
+    text, room = _Text(input_ids, criteria.max_length), Room(model, positions)
     optimized = getattr(model, "_optimize_model_for_decode", nullcontext)
     with (
         optimized(),
@@ -200,6 +205,7 @@ def write(
                 break
             if words is not decoder.words:
                 decoder.words.copy_(words)
+            room.take()
             decoder.step()
             words = decoder.words
             if not in_graph:

@@ -23,7 +23,7 @@ from sparsek_cli.families import TABLE, Row, row_of
 from sparsek_cli.families.by_layer import sizes_by_layer
 from sparsek_cli.families.causal import check_alone, check_causal
 from sparsek_cli.families.layers import idle_window_off
-from sparsek_cli.families.positions import check_rotary
+from sparsek_cli.families.positions import check_rotary, learned_positions
 from sparsek_cli.models.attention.modules import add_scorers
 from sparsek_cli.models.attention.sharing import ReadingAttentionMixin
 from sparsek_cli.models.attention.sparsek import SparseKAttentionMixin, hand_on_bounds
@@ -162,9 +162,11 @@ class Family:
     def _convert(self, base: Any) -> None:
         """Give the attention modules of a base model their scorers, and fix its positions."""
         fix_positions(base)
+        base.learned_rows = learned_positions(base)
         if self.row.decoder:
             inner = base.get_submodule(self.row.layers.rpartition(".")[0])
             inner.__class__ = self.sparsek_decoder
+            inner.learned_rows = base.learned_rows
         add_scorers(base, self.attention, self.sparsek_attention, self.reading_attention)
         if self.row.drops_arguments:
             for layer in base.get_submodule(self.row.layers):
