@@ -15,7 +15,12 @@ from lm_eval.models.utils import (
 from sparsek_cli.evaluation.lm.batching import Joined, join
 from sparsek_cli.evaluation.lm.contexts import ContextCaches
 from sparsek_cli.evaluation.lm.proof import row_bytes
-from sparsek_cli.evaluation.lm.read_together import TOGETHER, Read, TogetherReader
+from sparsek_cli.evaluation.lm.read_together import (
+    TOGETHER,
+    Read,
+    TogetherReader,
+    memory_for_caches,
+)
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, common
 from sparsek_cli.evaluation.lm.slot_steps import SlotSteps, in_slots
 from sparsek_cli.evaluation.policies.snapkv_h2o import observed_attention
@@ -23,7 +28,6 @@ from sparsek_cli.models import SparseKCache
 from sparsek_cli.models.generation.kept_decoders import decoder_for
 
 SHARED_CACHE_BYTES = 1 << 30  # questions about one document share at most this much cache
-MEMORY_SHARE = 0.2  # of a GPU's free memory goes to caches of answers written together
 MOST_TOGETHER = 32
 GRAPHED = ("cuda",)  # devices on which a decoding step is a graph
 
@@ -134,10 +138,8 @@ class Answers(TogetherReader):
         """
         if self.answers_together is not None:
             return self.answers_together
-        if self.device.type != "cuda":
-            return 1
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, min(MOST_TOGETHER, int(MEMORY_SHARE * free) // max(1, size)))
+        room = memory_for_caches(self.device)
+        return 1 if room is None else max(1, min(MOST_TOGETHER, room // max(1, size)))
 
     def _write_pile(
         self, pile: Sequence[tuple[int, Any, torch.Tensor]], until: list[str], room: int

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from sparsek_cli.evaluation.policies.policy import Policy
 
 ENCODERS = 8  # threads
+LONG = 1000  # characters from which on a string's tokens are remembered
 
 
 class PromptReader(HFLM):
@@ -60,7 +61,7 @@ class PromptReader(HFLM):
 
     def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
         """As lm-eval's, remembering long strings: they are measured first and run later."""
-        if args or kwargs or len(string) < 1000:
+        if args or kwargs or len(string) < LONG:
             return super().tok_encode(string, *args, **kwargs)
         if string not in self._encodings:
             self._encodings[string] = super().tok_encode(string)

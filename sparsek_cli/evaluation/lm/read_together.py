@@ -12,9 +12,11 @@ import torch
 from sparsek_cli.evaluation.lm import side_by_side
 from sparsek_cli.evaluation.lm.contexts import ContextReader
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, group_by_prefix
+from sparsek_cli.models import SparseKCache, dense_cache_bytes, sparsek_cache_bytes
 
 TOGETHER = ("cuda",)  # devices on which many rows take hardly longer than one
 MOST_ROWS = 32
+MEMORY_SHARE = 0.2  # of a GPU's free memory goes to caches of prompts read, or answered, together
 # Parameters times tokens of a common beginning from which on it is read once: some 40 ms of work
 # for a data centre's GPU, as long as the launches of one more reading take.
 WORTH_SHARING = 1 << 43
@@ -22,6 +24,14 @@ WORTH_SHARING = 1 << 43
 Read = tuple[
     Any, torch.Tensor
 ]  # a prompt's cache, and logits [1, 1, V] of its answer's first token
+
+
+def memory_for_caches(device: torch.device) -> int | None:
+    """Bytes that caches of several prompts may take; None where nothing says how many there are."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(MEMORY_SHARE * free)
 
 
 class TogetherReader(ContextReader):
@@ -35,12 +45,24 @@ class TogetherReader(ContextReader):
         groups = [Group(0, [i]) for i in range(len(sequences))]
         if self.share_prefix:
             groups = group_by_prefix(sequences, [len(s) - 1 for s in sequences])
-        least = WORTH_SHARING // self.model.num_parameters() if together else 0
-        shared = [group for group in groups if group.prefix and group.prefix >= least]
-        alone = [i for group in groups if group not in shared for i in group.members]
-        most = min(MOST_ROWS, self.answers_together or MOST_ROWS) if together else 1
-        tokens = side_by_side.tokens_at_once(self.model.config)
+        least = max(1, WORTH_SHARING // self.model.num_parameters()) if together else 1
+        shared = [group for group in groups if group.prefix >= least]
+        alone = [i for group in groups if group.prefix < least for i in group.members]
+        most, tokens = self._most_at_once() if together else (1, 0)
         return side_by_side.batches(sequences, alone, most=most, tokens=tokens), shared
+
+    def _most_at_once(self) -> tuple[int, int]:
+        """(prompts, tokens of all of them) that may be read at once: what memory is there for."""
+        config, dtype = self.model.config.get_text_config(), self.model.dtype
+        tokens = side_by_side.tokens_at_once(config)
+        if self.answers_together is not None:
+            return min(MOST_ROWS, self.answers_together), tokens
+        room = memory_for_caches(self.device)
+        if room is None:
+            return MOST_ROWS, tokens
+        if isinstance(self._new_cache(), SparseKCache):
+            return max(1, min(MOST_ROWS, room // sparsek_cache_bytes(config, dtype))), tokens
+        return MOST_ROWS, min(tokens, room // dense_cache_bytes(config, 1, dtype))
 
     def _reads_together(self) -> bool:
         """Whether prompts can be read side by side, and the user did not ask for one at a time."""
@@ -55,12 +77,16 @@ class TogetherReader(ContextReader):
         """Whole prompts, side by side if there are several."""
         if len(prompts) == 1:
             return [self._read_prompt(prompts[0])]
+        found: list[Read] = []
         try:
-            found = side_by_side.read(self.model, prompts, self._new_cache)
+            for cache, logits in side_by_side.read(self.model, prompts, self._new_cache):
+                self.policy.end_prompt(self.model, cache)
+                found.append((cache, logits))
         except torch.OutOfMemoryError:
+            found = []  # what the attempt holds is free only once the error has been dealt with
+        if not found:
             return [self._read_prompt(prompt) for prompt in prompts]
         for prompt, (cache, _) in zip(prompts, found, strict=True):
-            self.policy.end_prompt(self.model, cache)
             self._saw_cache(cache, len(prompt))
         return found
 

@@ -20,14 +20,14 @@ from sparsek_cli.models.generation.prefill import READ_CHUNK
 
 # Inner width of the feed-forward layers that READ_CHUNK is for: what is held of a token follows it.
 _WIDTH = 8192
-SPREAD = 256  # tokens between the longest and the shortest: logits are made of so many places
+SPREAD = 256  # tokens between the longest and the shortest, of which padding is made
 
 
 def tokens_at_once(config: Any) -> int:
     """How many tokens of all rows may be read in one pass: below 1 GiB of activations."""
     text = config.get_text_config()
     inner = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
-    return READ_CHUNK * _WIDTH // inner
+    return READ_CHUNK * _WIDTH // (inner if isinstance(inner, int) else max(inner))
 
 
 def batches(
@@ -51,9 +51,12 @@ def batches(
 
 
 def can_split(cache: Any) -> bool:
-    """Whether the rows of a cache of this kind (an empty one) can go their own ways."""
+    """Whether the rows of a cache of this kind (an empty one) can go their own ways.
+
+    Not where slots hold codes: what a row loses to them depends on what is read in one pass.
+    """
     if isinstance(cache, SparseKCache):
-        return cache.all_slots
+        return cache.all_slots and all(x.budget.cache_dtype != "int8" for x in cache.layers)
     layers = cache.layers
     return bool(layers) and all(type(layer) in (DynamicLayer, SnapLayer) for layer in layers)
 
@@ -108,19 +111,22 @@ def _in_one_pass(model: Any) -> Iterator[None]:
 def _read_growing(
     model: Any, prompts: Sequence[Sequence[int]], lengths: list[int], cache: Cache
 ) -> list[tuple[Any, torch.Tensor]]:
-    longest = max(lengths)
+    longest, ends = max(lengths), sorted(set(lengths))
     ids = [list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
     for layer in cache.layers:
         if isinstance(layer, SnapLayer):
             layer.padding = longest - min(lengths)
     logits = model(
-        input_ids=torch.tensor(ids, device=model.device), past_key_values=cache,
-        use_cache=True, logits_to_keep=longest - min(lengths) + 1,
+        input_ids=torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True,
+        logits_to_keep=torch.tensor(ends, device=model.device) - 1,
     ).logits  # fmt: skip
     found = []
     for row, length in enumerate(lengths):
-        last = logits.shape[1] - (longest - length)
-        found.append((_row(cache, row, length), logits[row : row + 1, last - 1 : last]))
+        # Some models of transformers give all logits, whatever is asked for.
+        place = ends.index(length) if logits.shape[1] == len(ends) else length - 1
+        # A copy: while an answer is written, nothing holds the logits of all others.
+        last = logits[row : row + 1, place : place + 1].clone()
+        found.append((_row(cache, row, length), last))
     return found
 
 

@@ -1,6 +1,8 @@
 """Prompts read side by side answer as prompts read one by one, from caches that hold the same."""
 
 import json
+import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from verbs import evaluate
 from sparsek_cli.evaluation.lm import generation, read_together, side_by_side
 from sparsek_cli.evaluation.lm.proof import held
 from sparsek_cli.evaluation.policies.registry import make_policy
+from sparsek_cli.evaluation.policies.snapkv_h2o import SnapKV
+from sparsek_cli.models import budget, sparsek_cache_bytes
 
 LENGTHS = (201, 90, 150, 201)
 ROWS = ["sparsek", "dense", "window", "random", "snapkv", "snapkv:shared"]
@@ -58,6 +62,8 @@ def test_caches_that_add_up_or_slide_are_read_alone(model):
     sliding = Gemma3TextConfig(num_hidden_layers=2, layer_types=["sliding_attention"] * 2)
     assert not side_by_side.can_split(DynamicCache(config=sliding))
     assert not make_policy("sparsek:int8").reads_rows  # its prompts are read in pieces
+    with budget(model, cache_dtype="int8"):
+        assert not side_by_side.can_split(make_policy("window").new_cache(model))
 
 
 def test_what_is_read_at_once_is_bounded():
@@ -71,13 +77,57 @@ def test_what_is_read_at_once_is_bounded():
 
 
 def test_narrow_models_read_more_at_once():
-    from transformers import GPT2Config, LlamaConfig
+    from transformers import Gemma3nTextConfig, GPT2Config, LlamaConfig
 
     wide = LlamaConfig(hidden_size=2048, intermediate_size=8192)
     narrow = LlamaConfig(hidden_size=576, intermediate_size=1536)
     assert side_by_side.tokens_at_once(wide) == 15 * 1024
     assert side_by_side.tokens_at_once(narrow) == 80 * 1024
     assert side_by_side.tokens_at_once(GPT2Config(n_embd=1024)) == 30 * 1024
+    by_layer = Gemma3nTextConfig(num_hidden_layers=2, intermediate_size=[4096, 16384])
+    assert side_by_side.tokens_at_once(by_layer) == 7680
+
+
+def test_nothing_but_a_rows_own_logits_is_kept(model):
+    """Each row's are parts of those of 32 rows and 256 places otherwise, while its answer lasts."""
+    made = []
+    hook = model.lm_head.register_forward_hook(lambda *call: made.append(call[2].shape))
+    with make_policy("dense").applied(model):
+        found = side_by_side.read(model, prompts(), lambda: make_policy("dense").new_cache(model))
+    hook.remove()
+    assert made == [(4, 3, 128)]  # of the places at which prompts end
+    assert all(logits.untyped_storage().nbytes() == 128 * 4 for _, logits in found)
+
+
+def test_logits_that_a_model_gives_unasked_are_told_from_those_asked_for():
+    from transformers import CTRLConfig, CTRLLMHeadModel, DynamicCache
+
+    sizes = {"vocab_size": 128, "n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48}
+    model = CTRLLMHeadModel(CTRLConfig(**sizes)).eval()
+    given = [model(torch.tensor([ids])).logits[:, -1:] for ids in prompts()]
+    found = side_by_side.read(model, prompts(), lambda: DynamicCache(config=model.config))
+    torch.testing.assert_close([logits for _, logits in found], given, rtol=1e-4, atol=1e-4)
+
+
+def test_caches_of_what_is_read_at_once_take_a_share_of_free_memory(model, monkeypatch):
+    def most(name, free, answers=None):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 0))
+        policy = make_policy(name)
+        with policy.applied(model):
+            reader = SimpleNamespace(
+                answers_together=answers, device=torch.device("cuda"), model=model,
+                _new_cache=lambda: policy.new_cache(model),
+            )  # fmt: skip
+            return read_together.TogetherReader._most_at_once(reader)
+
+    pair = 2 * 2 * 2 * 8 * 4  # layers, KV heads, key and value, numbers, bytes
+    slots = sparsek_cache_bytes(model.config, torch.float32)
+    every = side_by_side.tokens_at_once(model.config)
+    assert most("dense", 5 * 700 * pair) == (32, 700)
+    assert most("sparsek", 5 * 3 * slots) == (3, every)
+    assert most("sparsek", 0) == (1, every)
+    assert most("dense", 1 << 50) == most("window", 1 << 50) == (32, every)
+    assert most("dense", 0, answers=7) == (7, every)  # as the user says
 
 
 def test_answers_and_proofs_are_those_of_prompts_read_one_by_one(
@@ -110,16 +160,33 @@ def test_answers_and_proofs_are_those_of_prompts_read_one_by_one(
     assert run("shared-too") == shared
 
 
+@pytest.mark.parametrize("where", ["reading", "evicting"])
 def test_without_memory_for_all_at_once_each_is_read_by_itself(
-    recipe, console, tmp_path, monkeypatch
+    recipe, console, tmp_path, monkeypatch, where
 ):
+    """What the attempt took is free again by then."""
+    held, read_alone = [], read_together.TogetherReader._read_prompt
+
     def full(*args):
+        activations = torch.zeros(8)
+        held.append(weakref.ref(activations))
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    settings = {"tasks": ["recall_4"], "baselines": ["window"]}
-    alone = evaluate(recipe(**settings, out=str(tmp_path / "alone")), console)
+    def alone(self, prompt):
+        assert all(gone() is None for gone in held)
+        monkeypatch.setattr(SnapKV, "end_prompt", evict)
+        return read_alone(self, prompt)
+
+    evict = SnapKV.end_prompt
+    settings = {"tasks": ["recall_4"], "baselines": ["snapkv"]}
+    wanted = evaluate(recipe(**settings, out=str(tmp_path / "alone")), console)
     for module in (generation, read_together):
         monkeypatch.setattr(module, "TOGETHER", ("cpu",))
-    monkeypatch.setattr(side_by_side, "read", full)
+    monkeypatch.setattr(read_together.TogetherReader, "_read_prompt", alone)
+    if where == "reading":
+        monkeypatch.setattr(side_by_side, "read", full)
+    else:
+        monkeypatch.setattr(SnapKV, "end_prompt", full)
     found = evaluate(recipe(**settings, out=str(tmp_path / "full")), console)
-    assert [u["metrics"] for u in found["units"]] == [u["metrics"] for u in alone["units"]]
+    assert held
+    assert [u["metrics"] for u in found["units"]] == [u["metrics"] for u in wanted["units"]]
