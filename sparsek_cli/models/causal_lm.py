@@ -81,7 +81,9 @@ class SparseKCausalLMMixin(SparseKPreTrainedMixin):
         The tokenizer, which transformers hands on to the model, was for the stop strings.
         """
         rest = (input_ids, logits_processor, stopping_criteria, generation_config)
-        if can_write(generation_config, model_kwargs, synced_gpus=synced_gpus):
+        # PEFT's learned prompts put theirs there, and read more tokens than the text has.
+        own = getattr(self.prepare_inputs_for_generation, "__self__", None) is self
+        if own and can_write(generation_config, model_kwargs, synced_gpus=synced_gpus):
             return write(self, *rest, streamer, model_kwargs)
         return super()._sample(*rest, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
 

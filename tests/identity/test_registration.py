@@ -48,6 +48,76 @@ def test_lm_eval_and_pipelines_take_it_for_a_causal_model(family):
     assert row.sparsek_causal_lm in MODEL_FOR_CAUSAL_LM_MAPPING.values()
 
 
+def learned_prompts():
+    """PEFT's methods that put tokens of theirs before each text."""
+    from peft import CPTConfig, PromptEncoderConfig, PromptTuningConfig
+
+    known = {"cpt_token_ids": [5, 6, 7], "cpt_mask": [1] * 3, "cpt_tokens_type_mask": [1] * 3}
+    tokens = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+    return (
+        PromptTuningConfig(**tokens),
+        PromptEncoderConfig(**tokens, encoder_hidden_size=8),
+        CPTConfig(task_type="CAUSAL_LM", **known),
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_learned_prompts_are_heard_in_generate_as_in_one_pass(family, sparse_model):
+    """Written tokens stood as many places too early as the prompt has: another text."""
+    from peft import get_peft_model
+
+    ids = torch.randint(4, 128, (2, 14))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    for config in learned_prompts():
+        model = sparse_model(family)
+        plain = model.generate(ids, **options)
+        tuned = get_peft_model(model, config).eval()
+        text = ids
+        with torch.no_grad():
+            for _ in range(8):
+                logits = tuned(text, use_cache=False).logits
+                text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(tuned.generate(input_ids=ids, **options), text)
+        assert not torch.equal(text, plain)
+        assert torch.equal(model.generate(ids, **options), plain)  # and by our own loop again
+
+
+def test_prefix_tuning_is_refused_by_what_works(make_checkpoint, tmp_path):
+    """The hint was to pass another cache, which PEFT makes itself; `generate` failed in PEFT."""
+    from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    import sparsek_cli as sparsek
+    from sparsek_cli.errors import SparsekError
+
+    base, out = make_checkpoint(tmp_path / "base", "llama"), tmp_path / "out"
+    sparsek.convert(base, out, topk=8, window=8, calibrate="none")
+    ids = torch.randint(4, 128, (1, 14))
+    model = AutoModelForCausalLM.from_pretrained(out)
+    prefix = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    tuned = get_peft_model(model, prefix)
+    for attempt in (
+        lambda: tuned(ids, labels=ids),
+        lambda: tuned.generate(input_ids=ids, max_new_tokens=2),
+    ):
+        with pytest.raises(SparsekError, match="which grows with the text") as refusal:
+            attempt()
+        for way in ("LoraConfig", "PromptTuningConfig", "finetune MODEL OUT --recipe lora --data"):
+            assert way in refusal.value.hint
+    # As the hint says.
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    for config in (LoraConfig(task_type="CAUSAL_LM"), prompts):
+        works = get_peft_model(AutoModelForCausalLM.from_pretrained(out), config)
+        works(ids, labels=ids).loss.backward()
+        learnt = [p.grad for p in works.parameters() if p.requires_grad]
+        assert any(grad is not None and grad.abs().sum() for grad in learnt)
+        assert works.generate(input_ids=ids, max_new_tokens=2, eos_token_id=None).shape == (1, 16)
+    text = tmp_path / "text.txt"
+    text.write_text("Who walks at night? A quiet man. " * 200)
+    short = {"steps": 1, "sequence_length": 64, "batch_size": 1, "save_steps": 0, "warmup": 0}
+    done = sparsek.finetune(out, tmp_path / "tuned", recipe="lora", data=text, **short)
+    assert sparsek.load(done.out, device="cpu")
+
+
 def test_peft_adapts_what_it_adapts_in_the_base(family, sparse_model, dense_model):
     from peft import IA3Config, LoraConfig, get_peft_model
 

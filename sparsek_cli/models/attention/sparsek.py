@@ -7,6 +7,7 @@ rotary positions, QK norms, fused projections and biases stay the family's busin
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -24,6 +25,12 @@ from sparsek_cli.models.cache.layers import SparseKCacheLayer
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.config import ATTENTION, GATES, layer_budget
 from sparsek_cli.models.logits import Logits
+
+# Who tunes prefixes passes no cache, and cannot leave it out either.
+_OF_PEFT = (
+    "PEFT's prefix tuning brings one: take LoraConfig or PromptTuningConfig, or `sparsek finetune "
+    "MODEL OUT --recipe lora --data FILE`"
+)
 
 
 class SparseKAttentionMixin:
@@ -266,9 +273,11 @@ def check_cache(cache: Any, implementation: str) -> None:
     if cache is None or isinstance(cache, SparseKCache) == (implementation == ATTENTION):
         return
     if implementation == ATTENTION:
+        hint = "pass a SparseKCache(model.config), or none and let the model make one"
+        if "peft" in sys.modules:
+            hint += f"; {_OF_PEFT}"
         raise SparsekError(
-            f"past_key_values is a {type(cache).__name__}, which grows with the text",
-            hint="pass a SparseKCache(model.config), or none and let the model make one",
+            f"past_key_values is a {type(cache).__name__}, which grows with the text", hint=hint
         )
     raise SparsekError(
         f"past_key_values is a SparseKCache, but attention is {implementation!r}",

@@ -94,6 +94,11 @@ class SparseKCache(Cache):
         return all(type(layer) is SparseKCacheLayer for layer in self.layers)
 
     @property
+    def max_cache_len(self) -> int:
+        """-1: texts of any length. PEFT's prefix tuning asks, before it is refused."""
+        return -1
+
+    @property
     def nbytes(self) -> int:
         """Bytes held now, over all layers: 0 before the first token, then constant.
 
