@@ -195,7 +195,12 @@ class RandomScorer(nn.Module):
 
     A pure function of the absolute position, so that decoding token by token, prefilling in
     chunks and one forward pass agree, and so that eviction is final as with learned scores.
+
+    Attributes:
+        reads_positions: scores are made of positions, also where a family hands attention none.
     """
+
+    reads_positions = True
 
     def __init__(self, heads: int, *, layer: int, seed: int):
         super().__init__()

@@ -133,7 +133,12 @@ def observed_attention(model: Any) -> Iterator[None]:
 
     def observing(attend: Callable) -> Callable:
         def observed(
-            module: Any, query: torch.Tensor, key: Any, value: Any, mask: Any, **kwargs: Any
+            module: Any,
+            query: torch.Tensor,
+            key: Any,
+            value: Any,
+            attention_mask: Any,
+            **kwargs: Any,
         ) -> Any:
             layer = None if current is None else current.layers[module.layer_idx]
             if isinstance(layer, EvictingLayer):
@@ -143,8 +148,9 @@ def observed_attention(model: Any) -> Iterator[None]:
                     mask = layer.visible(query.shape[2])
                     if query.shape[2] == 1:
                         return attend_once(query, key, value, mask, logits), None
-                    mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], dim=1)
-            return attend(module, query, key, value, mask, **kwargs)
+                    heads = query.shape[1] // mask.shape[1]
+                    attention_mask = mask.repeat_interleave(heads, dim=1)
+            return attend(module, query, key, value, attention_mask, **kwargs)
 
         return observed
 

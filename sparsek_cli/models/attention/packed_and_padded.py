@@ -70,3 +70,29 @@ def attend_unpadded(
     if tokens.numel():
         flat = flat.index_copy(2, tokens, attend(*packed, cu_seqlens).to(flat.dtype))
     return unflatten(flat, query.shape[0])
+
+
+def counted_positions(
+    hidden_states: torch.Tensor,
+    mask: torch.Tensor | None,
+    bounds: torch.Tensor | None,
+    seen: torch.Tensor | None,
+) -> torch.Tensor:
+    """Positions, int64 [B or 1, N], of a pass in families that hand attention none.
+
+    Args:
+        hidden_states: [B, N, hidden_size].
+        mask: bool [B, N], False at padding, which has some position; None without padding.
+        bounds: int32 [documents + 1] of packed documents; None where each row is one.
+        seen: int64 [B], tokens of each row that were read before; None: none.
+    """
+    batch, count = hidden_states.shape[:2]
+    device = hidden_states.device
+    if bounds is not None:
+        places, bounds = torch.arange(batch * count, device=device), bounds.to(device)
+        document = torch.searchsorted(bounds, places, right=True) - 1
+        return (places - bounds[document]).view(batch, count)
+    places = torch.arange(count, device=device)[None]
+    if mask is not None:
+        places = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return places if seen is None else places + seen[:, None]

@@ -17,7 +17,11 @@ from torch import nn
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.models.attention.arguments import check_arguments
-from sparsek_cli.models.attention.packed_and_padded import attend_packed, attend_unpadded
+from sparsek_cli.models.attention.packed_and_padded import (
+    attend_packed,
+    attend_unpadded,
+    counted_positions,
+)
 from sparsek_cli.models.attention.sharing import Stored, hand_on, layer_of_scores
 from sparsek_cli.models.autocast import without_autocast
 from sparsek_cli.models.block_attention import sliding_layer, sliding_mask
@@ -61,7 +65,12 @@ class SparseKAttentionMixin:
             if cache is None:
                 cache = kwargs.get("layer_past")  # GPT-NeoX's name
             layer = None if cache is None else cache.layers[self.layer_idx]
-            scores, slopes = self.scorer(hidden_states, position_ids=kwargs.get("position_ids"))
+            positions = kwargs.get("position_ids")
+            if positions is None and getattr(self.scorer, "reads_positions", False):
+                seen = None if layer is None or layer.state is None else layer.state.seen
+                mask, bounds = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
+                positions = counted_positions(hidden_states, mask, bounds, seen)
+            scores, slopes = self.scorer(hidden_states, position_ids=positions)
             kwargs |= {
                 "sparsek_cache": layer, "sparsek_scores": scores, "sparsek_slopes": slopes
             }  # fmt: skip

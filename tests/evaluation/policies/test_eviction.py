@@ -222,3 +222,16 @@ def test_a_rival_that_does_not_evict_is_caught(recipe, console, monkeypatch):
 def test_rows_come_after_ours(model):
     labels = [p.label for p in plan_policies(model, ["h2o", "snapkv", "window"], [], seed=0)]
     assert labels == ["sparsek", "h2o", "snapkv", "window"]
+
+
+def test_families_that_name_the_mask_when_they_attend(sparse_model):
+    model = sparse_model("afmoe", topk=8)
+    policy = make_policy("snapkv")
+    with policy.applied(model), torch.no_grad():
+        cache = policy.new_cache(model)
+        model(input_ids=ids(40), past_key_values=cache)
+        policy.end_prompt(model, cache)
+        found = model(input_ids=ids(3), past_key_values=cache).logits
+    assert found.isfinite().all()
+    own = [layer for layer in cache.layers if isinstance(layer, evicting_layer.EvictingLayer)]
+    assert own and all(layer.bounded for layer in own)

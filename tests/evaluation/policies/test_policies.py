@@ -136,3 +136,45 @@ def test_rules_that_evict_do_not_know_layers_that_share_keys(sparse_model):
     assert len(rows) == 4 and len({row for name, row in rows.items() if name != "dense"}) == 1
     assert rows["sparsek"][0] == 2 * 13 + 2 * 5  # slots, and a window of 6 less the query's own
     assert rows["dense"][0] > rows["sparsek"][0]
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "granitemoehybrid"])
+def test_random_pairs_are_kept_in_families_that_hand_attention_no_positions(sparse_model, family):
+    import torch
+
+    from sparsek_cli.models.scorer import RandomScorer
+
+    model, seen = sparse_model(family), []
+    ids = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
+    policy = make_policy("random")
+    with policy.applied(model), torch.no_grad():
+        scorer = next(x for x in model.modules() if isinstance(x, RandomScorer))
+        scorer.register_forward_pre_hook(
+            lambda module, args, given: seen.append(given["position_ids"]), with_kwargs=True
+        )
+        whole = model(input_ids=ids, use_cache=True)
+        cache = policy.new_cache(model)
+        for part in ids.split([11, 1], dim=1):
+            steps = model(input_ids=part, past_key_values=cache).logits
+        mask = torch.tensor([[0] * 3 + [1] * 12])
+        padded, places = torch.nn.functional.pad(ids, (3, 0)), (mask.cumsum(-1) - 1).clamp(min=0)
+        beside = model(padded, attention_mask=mask, position_ids=places, use_cache=True).logits
+    found = [positions.flatten().tolist() for positions in seen]
+    assert found == [[*range(12)], [*range(11)], [11], [0] * 3 + [*range(12)]]
+    for logits in (steps, beside):
+        torch.testing.assert_close(logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_random_scores_of_packed_documents_begin_anew_in_each(sparse_model):
+    import torch
+
+    model = sparse_model("gpt_bigcode", topk=2)
+    ids = torch.randint(3, 90, (2, 15), generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, 12, 22, 30], dtype=torch.int32)
+    places = torch.cat([torch.arange(n) for n in (12, 10, 8)]).view(2, 15)
+    with make_policy("random").applied(model), torch.no_grad():
+        packed = model(ids, position_ids=places, cu_seq_lens_q=bounds, use_cache=False).logits
+        flat = packed.flatten(0, 1)
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            alone = model(ids.flatten()[None, start:end], use_cache=False).logits[0]
+            torch.testing.assert_close(flat[start:end], alone, rtol=1e-4, atol=1e-4)
