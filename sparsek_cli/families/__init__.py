@@ -2,6 +2,7 @@
 
 table     one row per family: add a family here
 positions the longest text that a model was made for
+original_length  whether a config.json says where its scaled positions start from
 rotary_base  whether a config.json says the base of its rotary positions where it is read
 row       what a row says
 layers    which layers of a model attend to everything

@@ -30,6 +30,10 @@ _ZERO_IS_NONE = ("beta_fast", "beta_slow")
 _OLD = ("su",)  # what longrope was called
 # What transformers says of a block whose factors are too many or too few.
 _COUNTED = re.compile(r"(\w+) field must have length (\d+), got (\d+)")
+_LACKING = re.compile(
+    r"Missing required keys in `rope_parameters` for 'rope_type'='(\w+)': \{(.+)\}"
+)
+_ONE_OF = re.compile(r"type field must be one of \['(\w+)'\], got (\w+)")
 _LISTED = re.compile(r"(\w+) field must be a list of numbers, got (.+)")
 
 
@@ -184,6 +188,21 @@ def rotary_error(text: str) -> UsageError | None:
     if found := _COUNTED.search(text):
         key, takes, has = found.groups()
         return _wrong_scaling("longrope", f"{has} numbers in {key}", f"it takes {takes}")
+    if found := _LACKING.search(text):
+        kind, keys = found.groups()
+        lacking = ", ".join(sorted(key.strip("' ") for key in keys.split(",")))
+        return UsageError(
+            f"config.json scales rotary positions ({kind}) without {lacking}",
+            hint="write it into rope_parameters (rope_scaling), as the config.json that came with "
+            "the weights has it; if that one has no such block, take it out",
+        )
+    if found := _ONE_OF.search(text):
+        return UsageError(
+            f"config.json scales rotary positions in a way ({found[2]}) that the family does not "
+            "have",
+            hint=f"its one way is {found[1]}: put back the block that came with the weights; if "
+            "none came, take it out",
+        )
     if found := _LISTED.search(text):
         key, has = found.groups()
         return _wrong_scaling("longrope", f"{key} {has[:60]}", "it is a list of numbers")

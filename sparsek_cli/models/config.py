@@ -26,6 +26,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.families.by_layer import head_dim_of, kv_heads_of, shared_layers
 from sparsek_cli.families.causal import check_alone
 from sparsek_cli.families.layers import full_layers
+from sparsek_cli.families.original_length import check_original
 from sparsek_cli.families.positions import check_one_rope
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
 from sparsek_cli.families.rotary_base import check_base
@@ -271,8 +272,8 @@ class SparseKConfigMixin:
         """The config that a file's content describes; every loader comes by here.
 
         Raises:
-            UsageError: the `sparsek` block, there or among `kwargs`, is not whole; or the base of
-                rotary positions is not said where it is read; or it has an encoder.
+            UsageError: the `sparsek` block, there or among `kwargs`, is not whole; or rotary
+                positions are not said where they are read; or it has an encoder.
         """
         if "sparsek" in kwargs:  # else set after the checks
             config_dict = {**config_dict, "sparsek": kwargs.pop("sparsek")}
@@ -281,7 +282,7 @@ class SparseKConfigMixin:
             config_dict.get("sparsek"), f"'{name}'" if name else f"a {cls.model_type} model"
         )
         given = {key: kwargs[key] for key in _LOOKED_AT if key in kwargs}
-        for check in (check_one_rope, check_base, check_alone):
+        for check in (check_one_rope, check_base, check_original, check_alone):
             check({**config_dict, **given})
         return super().from_dict(config_dict, **kwargs)
 
