@@ -21,6 +21,7 @@ from sparsek_cli.output import leftovers, scorers_file
 from sparsek_cli.output.contents import SCORERS, SCORERS_ALONE
 from sparsek_cli.output.place import absolute, check_file, check_folder, check_not_inside
 from sparsek_cli.output.staging import staged
+from sparsek_cli.output.written_config import say_changes
 from sparsek_cli.plain_files import utf8_text
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.scorers_alone.base_identity import comparable, weights_digest
@@ -103,6 +104,8 @@ def plan(
 ) -> Plan:
     """Checks the request; reads config.json and headers only.
 
+    A config.json that was changed since the model was made is told.
+
     Raises:
         UsageError: no converted model, no scorers that are worth keeping, settings out of range,
             or OUT stands.
@@ -126,6 +129,7 @@ def plan(
     else:
         check_folder(place, SCORERS_ALONE, overwrite=overwrite, model=source.path)
     check_whole(source.path, source.name)  # they fit its weights, and are of its settings
+    say_changes(source.path)  # they are marked as those of a base with this config
     return _plan(source, place, overwrite=overwrite)
 
 

@@ -32,6 +32,7 @@ from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.output.staging import staged
 from sparsek_cli.output.tokenizer_files import bring, copy_missing, holds_tokenizer
 from sparsek_cli.output.tokenizer_files import files_in as tokenizer_files
+from sparsek_cli.output.written_config import say_changes
 from sparsek_cli.reporter import Reporter, Silent
 
 _BUG = "please report this with the model's name; nothing was written"
@@ -134,6 +135,8 @@ def plan(
 ) -> Plan:
     """Checks the request; reads config.json and safetensors headers only.
 
+    A config.json that was changed since the model was made is told.
+
     Args:
         model: folder or hub id of a converted model.
         out: the folder to write; default: `<name>-dense`.
@@ -162,6 +165,7 @@ def plan(
         overwrite=overwrite,
     )
     _check_room(made)
+    say_changes(source.path)  # OUT's config.json will say the same, and nothing what it was
     return made
 
 

@@ -82,6 +82,46 @@ def test_another_model_than_was_made_is_told_by_doctor_and_by_loaders(change, to
     assert changes(out) is None and not [*_config(hub.resolve(out))]
 
 
+def exported(out, tmp_path):
+    sparsek.export(out, tmp_path / "exported")
+
+
+def planned(out, tmp_path):
+    """As by `--dry-run`."""
+    from sparsek_cli.sharing import dense
+
+    dense.plan(str(out), tmp_path / "exported")
+
+
+def scorers(out, tmp_path):
+    sparsek.export_scorers(out, tmp_path / "exported")
+
+
+def scorers_file(out, tmp_path):
+    sparsek.export_scorers(out, tmp_path / "exported.safetensors")
+
+
+def again(out, tmp_path):
+    sparsek.convert(out, tmp_path / "exported", again=True, calibrate="none")
+
+
+@pytest.mark.parametrize("make", [exported, planned, scorers, scorers_file, again])
+def test_what_is_made_of_a_changed_model_says_so(make, out, tmp_path, caplog):
+    """Doctor and loaders did, and what was exported carried the change on without a word."""
+    edit(out, turn)
+    with caplog.at_level(logging.WARNING, "sparsek_cli"):
+        make(out, tmp_path)
+    [said] = [record.message for record in caplog.records if "was changed" in record.message]
+    assert "rope_theta 500.0 (was 10000.0)" in said and str(out) in said and "put it back" in said
+    # As the hint says.
+    edit(out, lambda fields: rope(fields).update(rope_theta=10000.0))
+    caplog.clear()
+    shutil.rmtree(tmp_path / "exported", ignore_errors=True)
+    (tmp_path / "exported.safetensors").unlink(missing_ok=True)
+    make(out, tmp_path)
+    assert "was changed" not in caplog.text
+
+
 @pytest.mark.parametrize(("change", "told"), CHOSEN)
 def test_budgets_and_stretched_positions_are_a_user_s_to_choose(change, told, out, caplog):
     edit(out, change)
