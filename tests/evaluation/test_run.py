@@ -131,6 +131,19 @@ def test_other_settings_in_the_same_folder_are_refused(run, recipe, console):
     run(recipe(**small, seed=1), console, overwrite=True)
 
 
+def test_a_run_from_before_a_change_of_what_is_measured_is_not_gone_on_with(
+    run, recipe, console, monkeypatch
+):
+    """Its rows and new ones would stand in one table, under one version of the package."""
+    from sparsek_cli.evaluation.report import record
+
+    wanted = recipe(tasks=["recall_1"], baselines=["window"])
+    run(wanted, console)
+    monkeypatch.setattr(record, "MEANING", record.MEANING + 1)
+    with pytest.raises(UsageError, match="other settings"):
+        run(wanted, console, resume=True)
+
+
 def test_results_are_not_measured_again_unasked(run, recipe, console, tmp_path):
     small = {"tasks": ["ppl"], "limit": 1, "baselines": []}
     run(recipe(**small), console)

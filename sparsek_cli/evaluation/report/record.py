@@ -19,6 +19,9 @@ from sparsek_cli.families.varying_positions import in_words
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
 
+# What results mean. Raise it with every change of the code that changes what is measured
+# (positions, budgets, prompts, scores): no unfinished run from before is then gone on with.
+MEANING = 1
 PACKAGES = ("sparsek", "torch", "transformers", "lm_eval", "datasets", "triton", "numpy")
 
 
@@ -103,6 +106,7 @@ def settings_of(
         "max_length": max_length,
         "data": files,
         "versions": _versions(),
+        "meaning": MEANING,
     }
 
 

@@ -5,6 +5,7 @@ know before running (what is measured, at which lengths, which data, from where)
 tasks never imports the harness, which takes seconds.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -132,10 +133,10 @@ def _lm_eval_tasks(name: str, parent: Entry | None) -> Iterator[Entry]:
     near = get_close_matches(name, catalogue(), n=1, cutoff=0.75)
     if near:  # a typo in a name of ours should not cost the import of lm-eval
         raise _unknown(name, near)
-    index = lm_eval_index()
-    found = index.get(name)
+    found = _in_its_folder(name) or lm_eval_index().get(name)
     if found is None:
-        raise _unknown(name, get_close_matches(name, [*catalogue(), *index], n=1, cutoff=0.4))
+        known = [*catalogue(), *lm_eval_index()]
+        raise _unknown(name, get_close_matches(name, known, n=1, cutoff=0.4))
     members = sorted(found.tags or ()) if found.kind.name == "TAG" else []
     if found.kind.name == "GROUP":
         members = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in _of(found)]
@@ -149,6 +150,31 @@ def _lm_eval_tasks(name: str, parent: Entry | None) -> Iterator[Entry]:
 def _of(found: Any) -> list:
     task = (found.cfg or {}).get("task") or []
     return task if isinstance(task, list) else [task]
+
+
+def _in_its_folder(name: str) -> Any:
+    """lm-eval's entry of a task or group in a folder called as its name begins; None: not there.
+
+    Two of three are. A tag's tasks may lie in any folder.
+    """
+    import lm_eval.tasks
+
+    theirs, words = Path(lm_eval.tasks.__file__).parent, name.split("_")
+    for count in range(len(words), 0, -1):
+        folder = "_".join(words[:count])
+        if not re.fullmatch(r"[\w-]+", folder) or not (theirs / folder).is_dir():
+            continue
+        found = _index_of(str(theirs / folder)).get(name)
+        if found is not None and found.kind.name != "TAG":
+            return found
+    return None
+
+
+@lru_cache(maxsize=8)
+def _index_of(folder: str) -> dict[str, Any]:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder, include_defaults=False).task_index
 
 
 @lru_cache(maxsize=1)

@@ -3,7 +3,6 @@
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -11,7 +10,6 @@ from huggingface_hub import constants
 from verbs import evaluate
 
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.evaluation.tasks import catalogue
 from sparsek_cli.evaluation.tasks.hub_data import hub_answers
 
 
@@ -26,15 +24,7 @@ class Proxy(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """A hub of a name that nobody knows; of lm-eval's 14,000 files those of gsm8k are read.
-
-    `make slow-test` finds a task among all of them, in test_hub_data.
-    """
-    from lm_eval import tasks
-
-    folder = Path(tasks.__file__).parent / "gsm8k"
-    own = tasks.TaskManager(include_path=folder, include_defaults=False)
-    monkeypatch.setattr(catalogue, "lm_eval_index", lambda: own.task_index)
+    """A hub of a name that nobody knows."""
     switches = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
     for name in (*switches, "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)

@@ -93,14 +93,12 @@ def test_scrolls_without_data_says_where_it_is_read_from(run, recipe, console):
 
 
 def test_a_task_of_lm_evals_is_read_with_its_folder_alone(monkeypatch):
-    """All 14,000 files of lm-eval were read once for its name and again for each such task."""
+    """All 14,000 files of lm-eval were read for its name, which took seconds."""
     import lm_eval.tasks
 
     from sparsek_cli.evaluation.tasks import catalogue, load_tasks
 
-    folder = Path(lm_eval.tasks.__file__).parent / "arc"
-    index = lm_eval.tasks.TaskManager(include_path=folder, include_defaults=False).task_index
-    monkeypatch.setattr(catalogue, "lm_eval_index", lambda: index)
+    monkeypatch.setattr(catalogue, "lm_eval_index", None)
     found, real = [], lm_eval.tasks.TaskManager
 
     class Manager(real):
@@ -111,9 +109,10 @@ def test_a_task_of_lm_evals_is_read_with_its_folder_alone(monkeypatch):
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Manager)
     [entry] = catalogue.expand(["arc_easy"])
+    assert Path(entry.folders[0]).name == "arc"
     with pytest.raises(load_tasks._DATA_ERRORS):  # the hub is not asked
         load_tasks._load(entry, {})
-    assert found[0]["arc_easy"] == index["arc_easy"]
+    assert found[-1]["arc_easy"].yaml_path.name == "arc_easy.yaml"
 
 
 def test_a_group_without_data_is_one_line_and_one_hint(run, recipe, console):
@@ -122,3 +121,25 @@ def test_a_group_without_data_is_one_line_and_one_hint(run, recipe, console):
         run(recipe(tasks=["scrolls"], data=None), console)
     assert caught.value.message.count("is not in the hub's cache") == 1
     assert caught.value.hint.count("--data DIR") == 1 and len(caught.value.hint) < 140
+
+
+def test_only_folders_of_lm_evals_are_looked_into_for_a_name(monkeypatch):
+    from sparsek_cli.evaluation.tasks import catalogue
+
+    looked = []
+    monkeypatch.setattr(catalogue, "_index_of", lambda folder: looked.append(folder) or {})
+    for name in ("/", "..", "", ".", "../arc", "/_etc", "arc_hard_er"):
+        assert catalogue._in_its_folder(name) is None
+    assert [Path(folder).name for folder in looked] == ["arc"]
+
+
+def test_a_tags_tasks_are_looked_for_in_all_folders(monkeypatch):
+    import lm_eval.tasks
+
+    from sparsek_cli.evaluation.tasks import catalogue
+
+    folder = Path(lm_eval.tasks.__file__).parent / "arc"
+    index = catalogue._index_of(str(folder))
+    monkeypatch.setattr(catalogue, "lm_eval_index", lambda: index)
+    monkeypatch.setattr(catalogue, "_index_of", lambda folder: {"arc": index["ai2_arc"]})
+    assert index["ai2_arc"].kind.name == "TAG" and catalogue._in_its_folder("arc") is None
