@@ -1,5 +1,6 @@
 """The model card of what is pushed: whose weights, which licence, what was measured."""
 
+import re
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -15,8 +16,27 @@ from sparsek_cli.evaluation.result_files import load_results
 from sparsek_cli.output.contents import CONVERT_RECIPE, FINETUNE_RECIPE
 from sparsek_cli.plain_files import utf8_text
 
+_LICENCE = re.compile(r"[a-z0-9]+([.-][a-z0-9]+)*")
 # Bases of bases that are followed: tuned of tuned of converted.
 _DEEPEST = 8
+
+
+def check_licence(licence: str | None) -> None:
+    """Raises UsageError for what can be no name of a licence on the hub, which refuses the card."""
+    if licence is None or _LICENCE.fullmatch(licence):
+        return
+    if not licence.strip():
+        raise UsageError(
+            "the licence is empty",
+            hint="name it as the hub does (apache-2.0, mit, other), or leave it out for the "
+            "base's; in a shell, the variable may not be set",
+        )
+    near = re.sub(r"[^a-z0-9.]+", "-", licence.lower()).strip("-.")
+    near = f"did you mean '{near}'? " if _LICENCE.fullmatch(near) else ""
+    raise UsageError(
+        f"{licence[:60]!r} is no name of a licence on the hub",
+        hint=f"{near}they are words in small letters and hyphens: apache-2.0, mit, other",
+    )
 
 
 def card(

@@ -1,5 +1,6 @@
 """A folder goes to the hub, when it is asked for and not otherwise; private unless told."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from sparsek_cli import hub, model_folder
 from sparsek_cli.checkpoint_files.file_hashes import check_as_written
 from sparsek_cli.checkpoint_files.samples import check_samples
 from sparsek_cli.checkpoint_files.seal import check_seal
+from sparsek_cli.disk import check_name
 from sparsek_cli.errors import SparsekError, UsageError, first_line
 from sparsek_cli.loading import check_whole, load_tokenizer
 from sparsek_cli.output.contents import (
@@ -24,7 +26,7 @@ from sparsek_cli.output.tokenizer_files import holds_tokenizer
 from sparsek_cli.output.written_config import say_changes
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.scorers_alone.portable_recipe import portable
-from sparsek_cli.sharing.hub_card import card
+from sparsek_cli.sharing.hub_card import card, check_licence
 
 _LOGIN = "run `hf auth login` (or set HF_TOKEN) with a token that may write"
 
@@ -98,10 +100,15 @@ def plan(
     """Checks what would be sent, files with a known hash to the bit; the network is not asked.
 
     Raises:
-        UsageError: no folder of ours, files in it that are of nobody, or no valid name.
+        UsageError: no folder of ours, files in it that are of nobody, or no valid name of the
+            repository or the licence.
         SparsekError: a tokenizer that does not load, weights that are missing, of another shape or
             not those that were written, or scorers that are no numbers.
     """
+    for name in (folder, evaluation):
+        if name is not None:
+            check_name(os.fspath(name))  # empty, it would be the folder that one is in
+    check_licence(licence)
     place = Path(folder).expanduser()
     if not place.is_dir():
         raise UsageError(f"no such folder: '{folder}'", hint="name a folder that sparsek wrote")

@@ -91,6 +91,44 @@ def test_a_dry_run_shows_everything_and_sends_nothing(model, online):
     assert set(data["files"]) == {file.name for file in model.iterdir()} and not data["private"]
 
 
+@pytest.mark.parametrize(
+    ("licence", "says", "typed"),
+    [
+        ("", "the licence is empty", "mit"),
+        (" ", "the licence is empty", "other"),
+        ("Apache 2.0", "'Apache 2.0' is no name of a licence", "apache-2.0"),
+        ("MIT", "'MIT' is no name of a licence", "mit"),
+        ("mit\nx: y", "is no name of a licence", "mit-x-y"),
+        ("--", "is no name of a licence", "apache-2.0"),
+    ],
+)
+@pytest.mark.parametrize("option", ["--licence", "--license"])
+def test_a_licence_that_is_none_is_refused(model, online, licence, says, typed, option):
+    """An empty one, of a variable that is not set, was the base's; the hub refuses the others."""
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(UsageError, match=says) as refusal:
+            CliRunner().invoke(
+                app, ["push", str(model), "me/model", f"{option}={licence}", *dry],
+                catch_exceptions=False,
+            )  # fmt: skip
+        assert typed in refusal.value.hint
+        assert online.made is None and not online.files
+    # As the hint says.
+    words = ["push", str(model), "me/model", f"{option}={typed}", "--dry-run"]
+    shown = CliRunner().invoke(app, words)
+    assert shown.exit_code == 0 and f"license: {typed}" in shown.stdout
+    left_out = CliRunner().invoke(app, [*words[:3], "--dry-run"])
+    assert left_out.exit_code == 0 and "license: mit" in left_out.stdout  # the base's
+
+
+def test_names_of_variables_that_are_not_set_are_no_folder(model, online, monkeypatch):
+    """It was the folder that one is in."""
+    monkeypatch.chdir(model)
+    for words in (("", "me/model"), (str(model), "me/model", "--evaluation", "")):
+        with pytest.raises(UsageError, match="name of a file or folder is empty"):
+            CliRunner().invoke(app, ["push", *words, "--dry-run"], catch_exceptions=False)
+
+
 def test_what_was_measured_is_in_the_card(model, online, tmp_path):
     (tmp_path / "text.txt").write_text("A boat and a house and a garden. " * 60)
     report = sparsek.evaluate(
