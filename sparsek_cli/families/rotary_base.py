@@ -41,7 +41,8 @@ def check_base(config: Mapping[str, Any]) -> None:
 def _check_blocks(config: Mapping[str, Any], within: Mapping[str, Any], row: Row | None) -> None:
     nested = {name: block for name, block in within.items() if isinstance(block, Mapping)}
     if row is not None and row.rope_by_type:
-        if not nested or rope_type(within) != "default":
+        flat = not nested and any(value is not None for value in within.values())
+        if flat or rope_type(within) != "default":
             raise UsageError(
                 f"config.json: rope_parameters hold one block, and {row.model_type} reads one for "
                 "each type of layer: none would heed it",
@@ -55,9 +56,18 @@ def _check_blocks(config: Mapping[str, Any], within: Mapping[str, Any], row: Row
             hint=f"write its keys into rope_parameters themselves, {_AS_IT_CAME}",
         )
     for name, block in (nested or {"": within}).items():
+        if row is not None and row.rope_by_type and not nested:
+            break  # null stands for the class's own
         if block.get(_KEY) is None and (_KEY in block or not _said_beside(config, name, row)):
             at = f".{name}" if name else ""
-            unsaid = "" if row is None else f"; where it names none, {_of_class(config, name, row)}"
+            known = None if row is None else _of_class(config, name, row)
+            if row is not None and known is None:
+                raise UsageError(
+                    f"config.json has rope_parameters{at} ({rope_type(block)}), and "
+                    f"{row.model_type} has no rotary positions: nothing would heed them",
+                    hint="take rope_parameters out",
+                )
+            unsaid = "" if row is None else f"; where it names none, {known}"
             raise UsageError(
                 f"config.json: rope_parameters{at} ({rope_type(block)}) name no {_KEY}, and that "
                 "of the class would count, whatever the weights were trained with",
@@ -66,7 +76,7 @@ def _check_blocks(config: Mapping[str, Any], within: Mapping[str, Any], row: Row
 
 
 def _of_class(config: Mapping[str, Any], name: str, row: Row) -> Any:
-    """The base that old files without a block mean."""
+    """The base that old files without a block mean; None: there are no rotary positions."""
     old = {key: value for key, value in config.items() if not key.startswith("rope_")}
     rope = own_config(row, old | {"model_type": row.model_type}).to_dict().get("rope_parameters")
     block = rope if isinstance(rope, Mapping) else {}
@@ -84,13 +94,19 @@ def _said_beside(config: Mapping[str, Any], name: str, row: Row | None) -> bool:
 
 
 def _check_beside(config: Mapping[str, Any], row: Row) -> None:
-    """Without a block: a base under a name that the family does not read."""
+    """Without a block: a base under a name that the family does not read, or null."""
     own = row.key(_KEY)
     other = next((key for key in _NAMES if key != own and config.get(key) is not None), None)
-    if other is None or config.get(own) is not None:
+    unsaid = own in config and config[own] is None
+    if not unsaid and (other is None or config.get(own) is not None):
         return
     blocks = rope_blocks(own_config(row, config).to_dict())
-    if all(block.get(_KEY) == config[other] for block in blocks):
+    if unsaid and any(block.get(_KEY) is None for block in blocks):
+        raise UsageError(
+            f"config.json: {own} is null, and rotary positions need a number",
+            hint=f"write the number, {_AS_IT_CAME}; where that one has no {own}, take it out",
+        )
+    if other is None or all(block.get(_KEY) == config[other] for block in blocks):
         return  # has no rotary positions, or means the same
     raise UsageError(
         f"config.json names the base of rotary positions {other}, which {row.model_type} does not "

@@ -43,6 +43,8 @@ def each(block):
         ("gemma3_text", each(YARN) | BASE, ".sliding_attention (yarn) name no rope_theta"),
         ("olmo3", each(YARN) | BASE, ".sliding_attention (yarn) name no rope_theta"),
         ("unknown", {"rope_parameters": YARN}, "name no rope_theta"),
+        ("cohere2_moe", {"rope_parameters": YARN}, "name no rope_theta"),
+        ("gpt2", {"rope_parameters": YARN}, "and gpt2 has no rotary positions"),
         ("llama", each(PLAIN), "a block for full_attention, and llama reads one block for all"),
         ("llama", {"rope_parameters": PLAIN | each(YARN)["rope_parameters"]}, "none would heed"),
         ("gemma3_text", {"rope_parameters": YARN | BASE}, "reads one for each type of layer"),
@@ -54,9 +56,15 @@ def each(block):
         ("llama", {"rotary_emb_base": 5e4}, "rotary_emb_base, which llama does not read: it would"),
         ("llama", {"rope_base": 5e4, "rope_scaling": YARN}, "it would be 10000.0, not 50000.0"),
         ("gpt_neox", BASE, "rope_theta, which gpt_neox does not read"),
+        ("llama", {"rope_theta": None}, "rope_theta is null, and rotary positions need a number"),
+        ("llama", {"rope_theta": None, "rope_parameters": {}}, "rope_theta is null"),
+        ("llama", {"rope_theta": None, "rope_scaling": YARN}, "rope_theta is null"),
+        ("gpt_neox", {"rotary_emb_base": None}, "rotary_emb_base is null"),
+        ("gemma3_text", {"rope_theta": None}, "rope_theta is null"),
         # What is said is taken, wherever the class reads it.
         ("llama", {"rope_parameters": YARN | BASE}, None),
         ("llama", {"rope_parameters": YARN, **BASE}, None),
+        ("llama", {"rope_parameters": YARN | BASE, "rope_theta": None}, None),
         ("llama", {"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN | BASE}, None),
         ("gpt_neox", {"rope_parameters": YARN, "rotary_emb_base": 5e4}, None),
         ("gpt_neox", {"rotary_emb_base": 5e4, "rope_theta": 1e4}, None),
@@ -95,6 +103,8 @@ def test_a_block_names_its_base_in_the_family_s_shape(family, keys, says):
         ("gpt_neox", {"rotary_pct": 0.25}, 1e4),
         ("gemma3_text", {}, 1e6),
         ("gemma3_text", {"rope_parameters": {"sliding_attention": PLAIN}}, 1e6),
+        ("gemma3_text", {"rope_parameters": {"full_attention": None}}, 1e6),
+        ("gpt_neox", {"rope_theta": None}, 1e4),  # which it does not read
         ("olmo3", {"rope_scaling": YARN}, 5e5),
     ],
 )  # fmt: skip
