@@ -15,7 +15,7 @@ from sparsek_cli.models.config import ATTENTION
 
 @dataclass
 class Calls:
-    """Calls of SparseK attention, and the query positions of all of them together."""
+    """Calls of SparseK attention, and the query positions of all of them, without padding."""
 
     count: int = 0
     queries: int = 0
@@ -27,12 +27,15 @@ def counted_calls() -> Iterator[Calls]:
     calls = Calls()
 
     def counting(attend: Callable) -> Callable:
-        def counted(module: Any, query: Any, *args: Any, **kwargs: Any) -> Any:
+        def counted(
+            module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+        ) -> Any:
             # Layers that slide pass here too, without scores.
             if kwargs.get("sparsek_scores") is not None:
                 calls.count += 1
-                calls.queries += query.shape[0] * query.shape[2]
-            return attend(module, query, *args, **kwargs)
+                every = query.shape[0] * query.shape[2]
+                calls.queries += every if attention_mask is None else int(attention_mask.sum())
+            return attend(module, query, key, value, attention_mask, **kwargs)
 
         return counted
 

@@ -68,11 +68,12 @@ class PromptReader(HFLM):
         return list(self._encodings[string])
 
     def _remember(self, strings: list[str]) -> None:
-        """Encodes strings on all cores: while it encodes, a tokenizer lets other threads work."""
-        for first in strings[:1]:  # by itself: it gives the tokenizer the settings that it keeps
+        """Encodes long strings on all cores: while it does, a tokenizer lets other threads work."""
+        long = [string for string in strings if len(string) >= LONG]
+        for first in long[:1]:  # by itself: it gives the tokenizer the settings that it keeps
             self.tok_encode(first)
         with ThreadPoolExecutor(ENCODERS) as pool:
-            list(pool.map(self.tok_encode, strings[1:]))
+            list(pool.map(self.tok_encode, long[1:]))
 
     def forget_encodings(self) -> None:
         self._encodings.clear()

@@ -12,7 +12,7 @@ from sparsek_cli.evaluation.lm import generation, read_together, side_by_side
 from sparsek_cli.evaluation.lm.proof import held
 from sparsek_cli.evaluation.policies.registry import make_policy
 from sparsek_cli.evaluation.policies.snapkv_h2o import SnapKV
-from sparsek_cli.models import budget, sparsek_cache_bytes
+from sparsek_cli.models import budget, counted_calls, sparsek_cache_bytes
 
 LENGTHS = (201, 90, 150, 201)
 ROWS = ["sparsek", "dense", "window", "random", "snapkv", "snapkv:shared"]
@@ -51,6 +51,13 @@ def test_rows_are_as_if_they_had_been_read_alone(model, name, lengths):
                 for one in (cache, alone)
             ]
             torch.testing.assert_close(*after, rtol=1e-4, atol=1e-4)
+
+
+def test_padding_is_no_query(model):
+    policy = make_policy("sparsek")
+    with policy.applied(model), counted_calls() as calls:
+        side_by_side.read(model, prompts(), lambda: policy.new_cache(model))
+    assert calls.queries == 2 * sum(LENGTHS)  # layers
 
 
 def test_caches_that_add_up_or_slide_are_read_alone(model):

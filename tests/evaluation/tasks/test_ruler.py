@@ -81,6 +81,18 @@ def test_more_samples_keep_the_first_ones(load):
     assert load("ruler_niah_single_1", count=4)[:2] == load("ruler_niah_single_1", count=2, seed=0)
 
 
+def test_samples_are_those_of_one_thread(load, tmp_path, monkeypatch):
+    from sparsek_cli.evaluation.tasks import ruler
+
+    many = load("ruler_niah_multikey_1", count=12)
+    monkeypatch.setattr(ruler, "MAKERS_AT_ONCE", 1)
+    monkeypatch.setenv("SPARSEK_CACHE_DIR", str(tmp_path / "another"))
+    assert load("ruler_niah_multikey_1", count=12) == many
+    with pytest.raises(SparsekError, match="64 tokens are too short for a sample") as caught:
+        load("ruler_niah_multikey_1", length=64)
+    assert caught.value.hint == "name larger --lengths"
+
+
 def test_partial_answers_score_in_part():
     doc = {"outputs": ["Alpha", "beta"]}
     assert process_results(doc, ["it is ALPHA\nand gamma"]) == {"score": 0.5}

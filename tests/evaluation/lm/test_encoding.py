@@ -1,0 +1,61 @@
+"""Prompts are encoded on threads, into the ids that they have without."""
+
+import random
+from collections import Counter
+
+import pytest
+from tokenizers import processors
+
+from sparsek_cli.evaluation.lm.prefill import LONG, PromptReader
+
+
+def strings(count, size):
+    draw = random.Random(0)
+    return ["".join(draw.choices("abcdefgh ", k=size + number)) for number in range(count)]
+
+
+def cut_and_padded(backend):
+    """As tokenizer.json may say: the first call takes it back, under which no other may run."""
+    backend.enable_truncation(50)
+    backend.enable_padding(length=4000)
+
+
+def with_a_beginning(backend):
+    backend.enable_truncation(50)
+    backend.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+
+
+@pytest.fixture(params=[lambda backend: None, cut_and_padded, with_a_beginning])
+def make(request, tokenizer):
+    def made():
+        lm = object.__new__(PromptReader)
+        lm.tokenizer, lm.add_bos_token, lm.custom_prefix_token_id = tokenizer, None, None
+        lm._encodings = {}
+        request.param(tokenizer._tokenizer)
+        return lm
+
+    return made
+
+
+def test_ids_are_those_of_one_thread(make):
+    long = strings(60, 3000)
+    one, many = make(), make()
+    wanted = [one.tok_encode(string) for string in long]
+    assert min(map(len, wanted)) >= 3000
+    many._remember(long)
+    assert [many._encodings[string] for string in long] == wanted
+
+
+def test_each_string_is_encoded_once(make, monkeypatch):
+    """Short ones are not remembered, so that those were encoded here and again."""
+    lm, seen = make(), Counter()
+    real = type(lm.tokenizer).encode
+    monkeypatch.setattr(
+        type(lm.tokenizer), "encode",
+        lambda self, text, **keys: seen.update([text]) or real(self, text, **keys),
+    )  # fmt: skip
+    every = strings(9, LONG - 5)
+    lm._remember(every)
+    for string in every:
+        lm.tok_encode(string)
+    assert seen == Counter(every)
