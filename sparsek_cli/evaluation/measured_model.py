@@ -1,5 +1,6 @@
 """The checkpoint of a run as a model on its device, and lm-eval's view of it."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,9 @@ def load_measured(
         how: device, dtype, and `yarn` for `stretch`.
         sparse: a dense model of a supported family becomes a sparse one in memory: windows and
             random pairs need no scores.
+
+    Raises:
+        UsageError: the tokenizer has no token to begin with, or the model nothing to be cached.
     """
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
@@ -92,6 +96,12 @@ def load_measured(
         checkpoint.path, checkpoint.name, dtype=dtype, device=where, kind=kind,
         scorers_later=not own, config=config,
     )  # fmt: skip
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        raise UsageError(
+            f"'{checkpoint.name}' keeps no keys and values of what it reads ({config.model_type}), "
+            "of which there is no policy, nor a cache to be measured",
+            hint="name a model whose layers attend",
+        )
     check_tokenizer(tokenizer, embedding_rows(model), checkpoint.name)
     # Answers come in batches of many sizes: compiling for each takes longer than it saves.
     model.fused_steps = False

@@ -130,3 +130,15 @@ def test_dense_has_the_positions_that_transformers_has_at_each_length(
     for key in both:
         _, policy, length = key
         assert both[key] == (shorts if policy == "dense" and length == 200 else longs)[key], key
+
+
+def test_models_without_keys_are_refused(make_checkpoint, recipe, console, tmp_path):
+    """It ended at the first prompt, as an error of ours: the cache was not even looked at."""
+    from transformers import MambaConfig, MambaForCausalLM
+    from verbs import evaluate
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes, eos_token_id=2, bos_token_id=1, pad_token_id=0))
+    folder = make_checkpoint(tmp_path / "mamba", model=model)
+    with pytest.raises(UsageError, match=r"keeps no keys and values of what it reads \(mamba\)"):
+        evaluate(recipe(model=str(folder), tasks=["recall_1"], baselines=["dense"]), console)
