@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from sparsek_cli.evaluation.lm.batching import Joined
 from sparsek_cli.evaluation.policies.evicting_layer import GROWTH, EvictingLayer
-from sparsek_cli.models import DENSE_ATTENTION
+from sparsek_cli.models import DENSE_ATTENTION, FAMILIES
 
 _LOG = logging.getLogger("sparsek_cli")
 
@@ -86,7 +86,9 @@ def in_slots(model: Any, cache: Any, joined: Joined | None, room: int) -> Cache 
         for layer in layers:
             layer.widen(min(layer.widest, _rounded(layer.seen + room)))
         return cache
-    attends = model.config._attn_implementation in (DENSE_ATTENTION, "sdpa")
+    # Other families may attend by a function of their own, which does not ask what slots hold.
+    own = model.config._attn_implementation == "sdpa" and model.config.model_type in FAMILIES
+    attends = own or model.config._attn_implementation == DENSE_ATTENTION
     if not attends or not all(type(layer) is DynamicLayer for layer in layers):
         return None
     longest = layers[0].keys.shape[2]

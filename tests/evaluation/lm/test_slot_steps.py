@@ -88,6 +88,22 @@ def test_caches_of_other_kinds_stay_as_they_are(checkpoints):
     assert in_slots(model, cache, None, 4) is None
 
 
+def test_families_whose_attention_nobody_has_tried_decode_over_growing_caches(dense_model):
+    """Falcon's asks for no mask of ours: its answers failed."""
+    from transformers import DynamicCache, FalconConfig, FalconForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    for model, slots in (
+        (FalconForCausalLM(FalconConfig(**sizes)), False),
+        (dense_model("llama"), True),
+    ):
+        assert model.config._attn_implementation == "sdpa"
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model.eval()(input_ids=torch.tensor([[5, 6, 7]]), past_key_values=cache)
+        assert (in_slots(model, cache, None, STEPS) is not None) == slots
+
+
 def test_answers_are_the_same(recipe, console, tmp_path, monkeypatch):
     import json
 
