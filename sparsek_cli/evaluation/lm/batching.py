@@ -23,6 +23,20 @@ class Joined:
     mask: torch.Tensor | None
 
 
+def can_join(cache: Any) -> bool:
+    """Whether rows of caches of this kind, which may differ in length, can stand in one."""
+    from transformers.cache_utils import DynamicLayer
+
+    from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer
+    from sparsek_cli.models import SparseKCache
+
+    layers = cache.layers
+    if isinstance(cache, SparseKCache):
+        return cache.all_slots
+    evicting = all(isinstance(layer, EvictingLayer) for layer in layers)
+    return evicting or all(type(layer) is DynamicLayer for layer in layers)
+
+
 def join(caches: Sequence[Any]) -> Joined | None:
     """The rows of `caches` (batch 1 each) in one cache; they are copied.
 
@@ -31,26 +45,23 @@ def join(caches: Sequence[Any]) -> Joined | None:
     """
     from transformers.cache_utils import Cache, DynamicLayer
 
-    from sparsek_cli.evaluation.policies.evicting_layer import EvictingLayer
     from sparsek_cli.models import SparseKCache
     from sparsek_cli.models import join as side_by_side
 
-    if any(not hasattr(layer, "keys") for layer in caches[0].layers):
-        return None  # states
+    if not can_join(caches[0]):
+        return None
     seen = [cache.get_seq_length() for cache in caches]
     device = caches[0].layers[0].keys.device
     positions = torch.tensor(seen, device=device)
-    columns = list(zip(*(cache.layers for cache in caches), strict=True))
-    if isinstance(caches[0], SparseKCache) and caches[0].all_slots:
+    if isinstance(caches[0], SparseKCache):
         return Joined(side_by_side(caches), positions, None)
-    if all(isinstance(layer, EvictingLayer) for layer in caches[0].layers):
-        layers, mask = [_evicting(column) for column in columns], None
-    elif all(type(layer) is DynamicLayer for layer in caches[0].layers):
+    columns = list(zip(*(cache.layers for cache in caches), strict=True))
+    if type(caches[0].layers[0]) is DynamicLayer:
         longest = max(seen)
         layers = [_padded(column, longest) for column in columns]
         mask = torch.arange(longest, device=device) >= longest - positions[:, None]
     else:
-        return None
+        layers, mask = [_evicting(column) for column in columns], None
     whole = object.__new__(type(caches[0]))
     Cache.__init__(whole, layers=layers)
     return Joined(whole, positions, mask)

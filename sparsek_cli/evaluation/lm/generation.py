@@ -12,7 +12,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
 )
 
-from sparsek_cli.evaluation.lm.batching import Joined, join
+from sparsek_cli.evaluation.lm.batching import Joined, can_join, join
 from sparsek_cli.evaluation.lm.contexts import ContextCaches
 from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.read_together import (
@@ -162,12 +162,13 @@ class Answers(TogetherReader):
     ) -> Iterator[Written]:
         """The common beginning is read once.
 
-        On a CPU answers to rests of equal length come together, elsewhere all that can be joined.
+        On a GPU all answers come together where their caches can be joined, else those to rests of
+        equal length.
         """
         shared = self._new_cache()
         self._read(sequences[group.members[0]][: group.prefix], shared, keep=1)
         self._saw_cache(shared, group.prefix)
-        if self.device.type in TOGETHER:
+        if self.device.type in TOGETHER and can_join(shared):
 
             def read(index: int) -> list[Read]:
                 cache = copy.deepcopy(shared)

@@ -167,6 +167,33 @@ def test_answers_and_proofs_are_those_of_prompts_read_one_by_one(
     assert run("shared-too") == shared
 
 
+def test_caches_that_cannot_be_joined_write_answers_to_rests_of_one_length_together(
+    make_checkpoint, convert, recipe, console, tmp_path, monkeypatch
+):
+    """As on a CPU: one by one, a layer that slides made a GPU slower than it was."""
+    dense = make_checkpoint(tmp_path / "dense", "gemma3_text", max_position_embeddings=2048)
+    model, sizes = convert(dense, tmp_path / "converted"), []
+    real = generation.Answers._decode
+    monkeypatch.setattr(
+        generation.Answers, "_decode",
+        lambda self, logits, *rest: sizes.append(len(logits)) or real(self, logits, *rest),
+    )  # fmt: skip
+    document = "some words of a document. " * 9
+    asked = [f"{word}?\n\n{document}" for word in ("Who", "How", "Why")]
+    rows = [{"id": q, "pid": q, "input": q, "output": "It is so."} for q in asked]
+    (tmp_path / "qasper").mkdir()
+    lines = "\n".join(map(json.dumps, rows))
+    (tmp_path / "qasper" / "validation.jsonl").write_text(lines, encoding="utf-8")
+    settings = {"model": str(model), "data": str(tmp_path), "baselines": ["dense"]}
+    settings |= {"tasks": ["scrolls_qasper"]}
+    evaluate(recipe(**settings, out=str(tmp_path / "cpu")), console)
+    wanted, sizes[:] = list(sizes), []
+    for module in (generation, read_together):
+        monkeypatch.setattr(module, "TOGETHER", ("cpu",))
+    evaluate(recipe(**settings, out=str(tmp_path / "gpu")), console)
+    assert sizes == wanted == [3, 3]  # under each policy
+
+
 @pytest.mark.parametrize("where", ["reading", "evicting"])
 def test_without_memory_for_all_at_once_each_is_read_by_itself(
     recipe, console, tmp_path, monkeypatch, where
