@@ -220,6 +220,8 @@ def refuse_unfit(
             refused.append(Absent(unit.name, reason, "name a task with greedy answers"))
             continue
         count, longest = lm.over_limit(unit.task.instances)
+        if len(units) > 1:  # those of all tasks take gigabytes, and one is measured at a time
+            lm.forget_encodings()
         if not count or prompts.truncate != "refuse":
             # Passages are cut to the length asked for, or to what the model takes.
             longest = min(longest or unit.length or lm.max_length, lm.max_length)

@@ -43,7 +43,9 @@ def test_ids_are_those_of_one_thread(make):
     wanted = [one.tok_encode(string) for string in long]
     assert min(map(len, wanted)) >= 3000
     many._remember(long)
-    assert [many._encodings[string] for string in long] == wanted
+    assert [many._encodings[string].tolist() for string in long] == wanted
+    held = [memoryview(ids).nbytes for ids in many._encodings.values()]
+    assert sorted(held) == [4 * len(ids) for ids in wanted]
 
 
 def test_each_string_is_encoded_once(make, monkeypatch):
@@ -59,3 +61,17 @@ def test_each_string_is_encoded_once(make, monkeypatch):
     for string in every:
         lm.tok_encode(string)
     assert seen == Counter(every)
+
+
+def test_prompts_of_one_task_are_held_at_a_time(recipe, console, monkeypatch):
+    """Those of thirteen tasks of 128k tokens took gigabytes before the first was measured."""
+    from verbs import evaluate
+
+    held, real = [], PromptReader.over_limit
+    monkeypatch.setattr(
+        PromptReader, "over_limit",
+        lambda self, instances: held.append(len(self._encodings)) or real(self, instances),
+    )  # fmt: skip
+    wanted = {"lengths": [1500, 1600], "baselines": ["window"], "limit": 2}
+    evaluate(recipe(tasks=["recall_1"], **wanted), console)
+    assert held == [0, 0, 0, 2, 0, 2]  # both counted, then each under two policies
