@@ -54,8 +54,10 @@ class Answers(TogetherReader):
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(settings.get("until"), eos=eos)
         room = min(settings["max_gen_toks"], self.max_new_tokens or settings["max_gen_toks"])
+        prompts = [request.args[0] for request in requests]
+        self._remember(prompts)
         sequences = []
-        for prompt in (request.args[0] for request in requests):
+        for prompt in prompts:
             tokens = self.tok_encode(prompt)
             self._saw_prompt(len(tokens) + room)
             sequences.append(self._fit(tokens, self.max_length - room))

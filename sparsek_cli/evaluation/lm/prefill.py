@@ -1,7 +1,7 @@
 """Prefill for lm-eval's requests: prompts read into a policy's cache."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +68,10 @@ class PromptReader(HFLM):
             self._encodings[string] = array("i", super().tok_encode(string))
         return self._encodings[string].tolist()
 
-    def _remember(self, strings: list[str]) -> None:
+    def _remember(self, strings: Iterable[str]) -> None:
         """Encodes long strings on all cores: while it does, a tokenizer lets other threads work."""
-        long = [string for string in strings if len(string) >= LONG]
+        known = self._encodings
+        long = [text for text in dict.fromkeys(strings) if len(text) >= LONG and text not in known]
         for first in long[:1]:  # by itself: it gives the tokenizer the settings that it keeps
             self.tok_encode(first)
         with ThreadPoolExecutor(ENCODERS) as pool:
@@ -83,7 +84,7 @@ class PromptReader(HFLM):
         """(requests that do not fit, tokens of the longest request with its answer)."""
         over = longest = 0
         written = (i.args[0] for i in instances if i.request_type == "generate_until")
-        self._remember(list(dict.fromkeys(written)))
+        self._remember(written)
         for instance in instances:
             if instance.request_type == "generate_until":
                 size = len(self.tok_encode(instance.args[0])) + self._room(instance.args[1])

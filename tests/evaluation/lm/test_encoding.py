@@ -4,6 +4,7 @@ import random
 from collections import Counter
 
 import pytest
+from lm_eval.models.huggingface import HFLM
 from tokenizers import processors
 
 from sparsek_cli.evaluation.lm.prefill import LONG, PromptReader
@@ -75,3 +76,28 @@ def test_prompts_of_one_task_are_held_at_a_time(recipe, console, monkeypatch):
     wanted = {"lengths": [1500, 1600], "baselines": ["window"], "limit": 2}
     evaluate(recipe(tasks=["recall_1"], **wanted), console)
     assert held == [0, 0, 0, 2, 0, 2]  # both counted, then each under two policies
+
+
+@pytest.mark.parametrize("rows", ["auto", 2])
+def test_no_prompt_that_is_answered_is_encoded_by_itself(recipe, console, monkeypatch, rows):
+    """Threads had none of them where the user said how many are answered together."""
+    from verbs import evaluate
+
+    alone, real = [], PromptReader._remember
+
+    def remember(self, strings):
+        monkeypatch.setattr(HFLM, "tok_encode", encode)
+        real(self, strings)
+        monkeypatch.setattr(HFLM, "tok_encode", noted)
+
+    def noted(self, string, *args, **keys):
+        if len(string) >= LONG:
+            alone.append(string)
+        return encode(self, string, *args, **keys)
+
+    encode = HFLM.tok_encode
+    monkeypatch.setattr(PromptReader, "_remember", remember)
+    monkeypatch.setattr(HFLM, "tok_encode", noted)
+    wanted = {"lengths": [1500, 1600], "baselines": ["window"], "limit": 2, "batch_size": rows}
+    evaluate(recipe(tasks=["recall_1"], **wanted), console)
+    assert not alone
