@@ -28,6 +28,7 @@ _BESIDE = ("rope_theta", "partial_rotary_factor")
 _TABLES = ("wpe.weight", "embed_positions.weight")
 _ZERO_IS_NONE = ("beta_fast", "beta_slow")
 _OLD = ("su",)  # what longrope was called
+_SEEING = "mrope"  # positions of images, in files of the text part of Qwen2-VL and its like
 # What transformers says of a block whose factors are too many or too few.
 _COUNTED = re.compile(r"(\w+) field must have length (\d+), got (\d+)")
 _LACKING = re.compile(
@@ -173,6 +174,12 @@ def _check_known(kind: Any, old: tuple[str, ...]) -> None:
 
     if kind in ROPE_INIT_FUNCTIONS or kind in old:
         return
+    if kind == _SEEING:
+        raise UsageError(
+            "config.json scales rotary positions by 'mrope', which places images, and transformers "
+            "has it in models that see only",
+            hint='write "default" in its place: text alone has the same positions',
+        )
     known = [*ROPE_INIT_FUNCTIONS]
     near = ["longrope"] if kind in _OLD else get_close_matches(str(kind), known, n=1)
     raise UsageError(

@@ -287,6 +287,26 @@ def test_ways_that_a_class_does_not_know_are_told_when_it_is_read(make_checkpoin
     assert "longrope" in refusal.value.hint
 
 
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_positions_of_images_in_a_text_part(make_checkpoint, tmp_path, key):
+    """Taken out of Qwen2-VL, it was asked whether it meant longrope, which needs other keys."""
+    folder = make_checkpoint(tmp_path / "base", "qwen2", rope_theta=1e6)
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | {"rope_theta": 1e6}
+    del config["rope_parameters"]
+    rope = {key: "mrope", "mrope_section": [1, 1, 2]}
+    file.write_text(json.dumps(config | {"rope_scaling": rope}))
+    for read in (lambda: load_config(folder, "it"), lambda: geometry(
+            json.loads(file.read_text()), TABLE["qwen2"])):  # fmt: skip
+        with pytest.raises(UsageError, match="by 'mrope', which places images") as refusal:
+            read()
+        assert refusal.value.hint.startswith('write "default" in its place')
+    # As the hint says.
+    file.write_text(json.dumps(config | {"rope_scaling": rope | {key: "default"}}))
+    read = load_config(folder, "it").rope_parameters
+    assert (read["rope_type"], read["rope_theta"]) == ("default", 1e6)
+
+
 def test_every_verb_counts_with_it(dense_model, tokenizer):
     model = dense_model("qwen2", max_position_embeddings=128, rope_scaling=dict(YARN))
     written = model.config.to_dict()
