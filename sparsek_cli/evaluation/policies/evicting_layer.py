@@ -159,7 +159,7 @@ class EvictingLayer(DynamicLayer):
         worth = worth.masked_fill(self.places < 0, -torch.inf)
         slot = torch.arange(worth.shape[-1], device=worth.device)
         worth = worth.masked_fill(slot >= self.capacity[..., None], torch.inf)
-        index = worth.topk(new, largest=False).indices
+        index = _least(worth, self.places, new)
         self.keys.scatter_(2, _rows(index, keys), keys)
         self.values.scatter_(2, _rows(index, values), values)
         self.mass.scatter_(2, index, torch.full_like(worth[..., :new], self.fresh))
@@ -189,6 +189,21 @@ class EvictingLayer(DynamicLayer):
             old = getattr(self, name)
             if old is not None:
                 setattr(self, name, old.index_select(0, beam_idx.to(old.device)))
+
+
+def _least(worth: torch.Tensor, places: torch.Tensor, count: int) -> torch.Tensor:
+    """Indices [B, G, count] of the slots that are worth least; of equals those of oldest pairs.
+
+    Pairs that left the window of a prompt shorter than the slots are equals: which of them goes
+    must not depend on how wide the slots of other rows are.
+    """
+    if count == 1:
+        equal = worth == worth.amin(dim=-1, keepdim=True)
+        newest = torch.iinfo(places.dtype).max
+        return places.masked_fill(~equal, newest).argmin(dim=-1, keepdim=True)
+    oldest = places.argsort(dim=-1)
+    order = worth.gather(-1, oldest).argsort(dim=-1, stable=True)
+    return oldest.gather(-1, order[..., :count])
 
 
 def _rows(index: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

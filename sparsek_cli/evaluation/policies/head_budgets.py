@@ -90,6 +90,8 @@ def recency(attention: Any) -> Any:
     class RecencyScorer(torch.nn.Module):
         """Scores [B, G, N] that are the positions, slopes 0: the newest candidates are the best."""
 
+        reads_positions = True
+
         def __init__(self, heads: int):
             super().__init__()
             self.heads = heads

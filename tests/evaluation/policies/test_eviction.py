@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparsek_cli.evaluation.lm.batching import join
 from sparsek_cli.evaluation.policies import evicting_layer, snapkv_h2o
 from sparsek_cli.evaluation.policies.registry import make_policy, plan_policies
 from sparsek_cli.models.logits import Logits
@@ -235,3 +236,44 @@ def test_families_that_name_the_mask_when_they_attend(sparse_model):
     assert found.isfinite().all()
     own = [layer for layer in cache.layers if isinstance(layer, evicting_layer.EvictingLayer)]
     assert own and all(layer.bounded for layer in own)
+
+
+@pytest.mark.parametrize("name", ["snapkv", "snapkv:shared", "kvzip", "h2o:shared"])
+def test_what_goes_does_not_depend_on_other_rows_slots(sparse_model, name):
+    """Of pairs worth the same some went where the slots were as wide as a longer row's."""
+    model = sparse_model("llama", topk=5, window=3, sinks=0)
+    policy = make_policy(name)
+    prompts = [ids(n, seed=n + 2) for n in (19, 7, 6, 14)]
+    steps = ids(8)[0]
+
+    def read(prompt):
+        cache = policy.new_cache(model)
+        model(input_ids=prompt, past_key_values=cache)
+        policy.end_prompt(model, cache)
+        return cache
+
+    with policy.applied(model), torch.no_grad():
+        joined = join([read(prompt) for prompt in prompts])
+        alone = [read(prompt) for prompt in prompts]
+        for step, token in enumerate(steps):
+            found = model(
+                token.expand(len(prompts), 1), past_key_values=joined.cache,
+                position_ids=(joined.positions + step)[:, None],
+            ).logits  # fmt: skip
+            wanted = [model(token.view(1, 1), past_key_values=one).logits for one in alone]
+            torch.testing.assert_close(found, torch.cat(wanted), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", [8, 9, 64, 2000])
+@pytest.mark.parametrize("count", [1, 2])
+def test_of_equals_the_oldest_pair_goes(width, count):
+    layer, query, keys = snapkv_h2o.SnapLayer(8, 3), draw(1, 4, 11, 8), draw(1, 2, 11, 8, seed=1)
+    layer.update(keys[:, :, :7], keys[:, :, :7])
+    layer.see(query[:, :, :7], Logits(0.3))
+    layer.rank()
+    snapkv_h2o.evict([layer], shared=False)
+    layer.widen(width)
+    for start in range(7, 11, count):
+        layer.update(keys[:, :, start : start + count], keys[:, :, start : start + count])
+    left = [sorted(row[row >= 0].tolist()) for row in layer.places[0]]
+    assert left == [[0, 1, 2, 3, 7, 8, 9, 10]] * 2

@@ -165,6 +165,19 @@ def test_random_pairs_are_kept_in_families_that_hand_attention_no_positions(spar
         torch.testing.assert_close(logits[:, -1], whole.logits[:, -1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt_bigcode", "granitemoehybrid"])
+def test_windows_that_differ_by_a_pair_need_no_positions_from_a_family(sparse_model, family):
+    from sparsek_cli.evaluation.policies.head_budgets import by_layer, per_head
+    from sparsek_cli.models import set_budget
+
+    model = sparse_model(family)
+    rows = [[3] * len(row) for row in per_head(model)]
+    rows[0][0] = 4
+    set_budget(model, topk=by_layer(model, rows))
+    _, logits = read(model, make_policy("window"), tokens=30)
+    assert logits.isfinite().all()
+
+
 def test_random_scores_of_packed_documents_begin_anew_in_each(sparse_model):
     import torch
 
