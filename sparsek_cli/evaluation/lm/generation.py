@@ -58,7 +58,8 @@ class Answers(TogetherReader):
         self._remember(prompts)
         sequences = []
         for prompt in prompts:
-            tokens = self.tok_encode(prompt)
+            # An empty prompt is the token that every text begins with.
+            tokens = self.tok_encode(prompt) or [self.prefix_token_id]
             self._saw_prompt(len(tokens) + room)
             sequences.append(self._fit(tokens, self.max_length - room))
         results = [""] * len(requests)

@@ -31,6 +31,8 @@ def memory_for_caches(device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for itself and does not use is free for it.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(MEMORY_SHARE * free)
 
 

@@ -1,5 +1,6 @@
 """Prompts read side by side answer as prompts read one by one, from caches that hold the same."""
 
+import copy
 import json
 import weakref
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from sparsek_cli.evaluation.policies.snapkv_h2o import SnapKV
 from sparsek_cli.models import budget, counted_calls, sparsek_cache_bytes
 
 LENGTHS = (201, 90, 150, 201)
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 ROWS = ["sparsek", "dense", "window", "random", "snapkv", "snapkv:shared"]
 
 
@@ -32,25 +34,29 @@ def prompts(lengths=LENGTHS):
     return [torch.randint(3, 128, (n,), generator=draw).tolist() for n in lengths]
 
 
+@pytest.mark.parametrize("device", ["cpu", ON_GPU])
 @pytest.mark.parametrize("lengths", [LENGTHS, (150, 150), (1, 40)])
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_are_as_if_they_had_been_read_alone(model, name, lengths):
-    policy = make_policy(name)
+def test_rows_are_as_if_they_had_been_read_alone(model, name, lengths, device):
+    policy, model = make_policy(name), copy.deepcopy(model).to(device)
+    near = {"rtol": 1e-4, "atol": 1e-4 if device == "cpu" else 2e-3}
     with policy.applied(model), torch.no_grad():
         found = side_by_side.read(model, prompts(lengths), lambda: policy.new_cache(model))
         for ids, (cache, logits) in zip(prompts(lengths), found, strict=True):
             alone = policy.new_cache(model)
-            wanted = model(input_ids=torch.tensor([ids]), past_key_values=alone, use_cache=True)
-            torch.testing.assert_close(logits, wanted.logits[:, -1:], rtol=1e-4, atol=1e-4)
+            one_row = torch.tensor([ids], device=device)
+            wanted = model(input_ids=one_row, past_key_values=alone, use_cache=True)
+            torch.testing.assert_close(logits, wanted.logits[:, -1:], **near)
             for one in (cache, alone):
                 policy.end_prompt(model, one)
             assert cache.get_seq_length() == alone.get_seq_length() == len(ids)
             assert held(cache) == held(alone)
+            word = torch.tensor([[7]], device=device)
             after = [
-                model(input_ids=torch.tensor([[7]]), past_key_values=one, use_cache=True).logits
+                model(input_ids=word, past_key_values=one, use_cache=True).logits
                 for one in (cache, alone)
             ]
-            torch.testing.assert_close(*after, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(*after, **near)
 
 
 def test_padding_is_no_query(model):
@@ -224,3 +230,29 @@ def test_without_memory_for_all_at_once_each_is_read_by_itself(
     found = evaluate(recipe(**settings, out=str(tmp_path / "full")), console)
     assert held
     assert [u["metrics"] for u in found["units"]] == [u["metrics"] for u in wanted["units"]]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_empty_prompt_is_the_token_that_texts_begin_with(checkpoints, monkeypatch, together):
+    """A tokenizer that adds nothing makes no tokens of an empty prompt."""
+    from sparsek_cli import hub
+    from sparsek_cli.evaluation.measured_model import measured_model
+    from sparsek_cli.evaluation.settings import Loading, Prompts
+
+    if together:
+        for module in (generation, read_together):
+            monkeypatch.setattr(module, "TOGETHER", ("cpu",))
+    measured = measured_model(
+        hub.resolve(str(checkpoints[1])), Loading(device="cpu", dtype="float32", yarn=None),
+        Prompts(batch_size=None, truncate="refuse", max_length=None, max_new_tokens=3,
+                share_prefix=True), sparse=True, say=print,
+    )  # fmt: skip
+    lm = measured.lm
+    monkeypatch.setattr(type(lm), "tok_encode", lambda self, text, *a, **k: [ord(c) for c in text])
+    requests = [
+        SimpleNamespace(args=(text, {"until": [], "max_gen_toks": 3}), doc={})
+        for text in ("", chr(lm.prefix_token_id), "abc")
+    ]
+    with lm.policy.applied(lm.model):
+        nothing, beginning, _ = lm.generate_until(requests)
+    assert nothing == beginning
