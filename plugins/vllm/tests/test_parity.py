@@ -155,6 +155,29 @@ def test_stretched_positions(family, checkpoint, run_engine, tmp_path):
     assert_same(outputs, wanted, batch)
 
 
+LLAMA3 = {
+    "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64, "rope_type": "llama3",
+}  # fmt: skip
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(("family", "scaling"), [("llama", LLAMA3), ("qwen3", YARN)])
+def test_positions_as_transformers_4_wrote_them(family, scaling, checkpoint, run_engine, tmp_path):
+    """Most bases are so old, and what is made of them keeps their config.json's spelling."""
+    folder = shutil.copytree(checkpoint(family), tmp_path / "old")
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    plain = answers_apart(folder, TEN)
+    del config["rope_parameters"]
+    file.write_text(json.dumps(config | {"rope_theta": 500.0, "rope_scaling": scaling}))
+    wanted = answers_apart(folder, TEN)
+    assert [w.written for w in wanted] != [w.written for w in plain]
+    with run_engine(folder) as llm:
+        outputs = llm.generate(requests(TEN), GREEDY, use_tqdm=False)
+    assert_same(outputs, wanted, TEN)
+
+
 # starcoder2: by transformers' own code.
 @pytest.mark.parametrize(
     "family, length, more",
