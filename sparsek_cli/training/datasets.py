@@ -243,6 +243,12 @@ def _generator(block: Any, texts: Mapping[str, Corpus], tokenizer: Any) -> Calla
 
         return NeedleSource(tokenizer, texts[block.filler], **block.options.model_dump())
     except (TypeError, ValueError) as error:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                f"data of kind '{block.kind}' are questions and answers, and {error}",
+                hint="name a recipe that learns from text alone, as --recipe lora or scorers; or "
+                "put a chat template beside the weights (chat_template.jinja)",
+            ) from error
         raise UsageError(
             f"data options of kind '{block.kind}': {error}",
             hint="`sparsek recipes schema finetune` says which settings there are",

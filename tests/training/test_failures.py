@@ -6,7 +6,8 @@ import pytest
 from safetensors import SafetensorError
 from verbs import finetune
 
-from sparsek_cli.errors import SparsekError
+import sparsek_cli as sparsek
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.reporter import Silent
 from sparsek_cli.training.storage import checkpoints, output
 from sparsek_cli.training.storage.resume import part_folder
@@ -115,3 +116,17 @@ def test_scores_that_diverge_say_what_to_lower(recipe, sparse_checkpoint, train)
     with pytest.raises(SparsekError, match="after step 1 tokens have scores above") as refusal:
         finetune(recipe(*words, model=sparse_checkpoint()))
     assert "lower learning_rate and scorer_learning_rate" in refusal.value.hint
+
+
+def test_without_a_chat_template_a_recipe_that_needs_none_is_named(
+    sparse_checkpoint, text_file, tmp_path
+):
+    """The hint was to look at a schema, in which no template is; base models have none."""
+    model = sparse_checkpoint()
+    (model / "chat_template.jinja").unlink()
+    small = {"steps": 1, "sequence_length": 64, "batch_size": 1, "data": text_file}
+    with pytest.raises(UsageError, match="the tokenizer has no chat template") as refusal:
+        sparsek.finetune(model, tmp_path / "tuned", recipe="demo", **small)
+    assert "--recipe lora or scorers" in refusal.value.hint
+    for name in ("lora", "scorers"):  # as the hint says
+        sparsek.finetune(model, tmp_path / name, recipe=name, **small)
