@@ -84,12 +84,13 @@ def test_linked_read_lazily_and_within_seconds(tmp_path):
     assert write_checkpoint(tmp_path / "base") > 1.5e9
     words = ["convert", str(tmp_path / "base"), str(tmp_path / "out"), "--calibrate", "none"]
     state = {"SPARSEK_STATE_DIR": str(tmp_path / "state")}
+    # Weights are matched with those of the model's class. Importing it is the most of all that is
+    # done, and so the unit: processors differ, and one of them from minute to minute.
+    imported = ("-c", "import torch; from transformers import LlamaForCausalLM")
+    before = measured(*imported)[1]
     stdout, seconds, size = measured("-m", "sparsek_cli", *words, "--json", **state)
     report = json.loads(stdout)
-    # Weights are matched with those of the model's class. Importing it is the most of all that is
-    # done, and so the unit: processors differ.
-    _, imports, _ = measured("-c", "import torch; from transformers import LlamaForCausalLM")
-    assert seconds < 2.5 * imports
+    assert seconds < 2.5 * max(before, measured(*imported)[1])
     assert report["base_bytes_copied"] == 0
     assert size / (1024 if sys.platform == "darwin" else 1) < 700 * 1024
     for number, base in enumerate(sorted((tmp_path / "base").glob("model-*.safetensors")), 1):
