@@ -21,9 +21,8 @@ MEMORY_SHARE = 0.2  # of a GPU's free memory goes to caches of prompts read, or 
 # for a data centre's GPU, as long as the launches of one more reading take.
 WORTH_SHARING = 1 << 43
 
-Read = tuple[
-    Any, torch.Tensor
-]  # a prompt's cache, and logits [1, 1, V] of its answer's first token
+# A prompt's cache, and logits [1, 1, V] of its answer's first token.
+Read = tuple[Any, torch.Tensor]
 
 
 def memory_for_caches(device: torch.device) -> int | None:
