@@ -58,6 +58,9 @@ class Ranks:
         if self.accelerator is not None:
             lm.accelerator = self.accelerator
             lm._rank, lm._world_size = self.rank, self.count
+            # How lm-eval asks who has most requests: parts of one model must take equally many
+            # steps, so that the others would repeat their last one. Here each has a whole model.
+            lm.all_gather = lambda requests: requests.expand(self.count)
 
     def wait(self) -> None:
         if self.accelerator is not None:

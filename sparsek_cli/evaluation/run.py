@@ -105,7 +105,7 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
         asked_length=prompts.max_length,
         beyond=measured.beyond,
     )
-    units, refused = refuse_unfit(units, lm, samples, prompts, measured.beyond)
+    units, refused = refuse_unfit(units, lm, samples, prompts, measured.beyond, ranks.count)
     pairs, unfit = _pairs(units, policies)
     for lines, remedy in explained([*absent, *refused, *unfit]):
         for line in lines:

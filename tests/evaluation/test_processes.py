@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -11,7 +12,8 @@ from types import SimpleNamespace
 import pytest
 from patience import PATIENCE
 
-from sparsek_cli.errors import SparsekError
+import sparsek_cli as sparsek
+from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation import processes
 
 
@@ -51,3 +53,27 @@ def test_two_processes_measure_once(checkpoints, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results: ") == 1
+    # lm-eval gave the process with one of the three another time to answer it.
+    for unit in (tmp_path / "out" / "units").rglob("*.json"):
+        assert json.loads(unit.read_text())["proof"]["prompts"] == 3
+    for samples in (tmp_path / "out" / "samples").rglob("*.jsonl"):
+        lines = [json.loads(line) for line in samples.read_text().splitlines()]
+        assert sorted((line["doc_id"], len(line["responses"])) for line in lines) == [
+            (0, 1), (1, 1), (2, 1),
+        ]  # fmt: skip
+
+
+def test_samples_that_do_not_go_round_are_refused(checkpoints, tmp_path, monkeypatch):
+    """lm-eval gave up in the process that had none, and the others waited for it."""
+    import accelerate
+
+    monkeypatch.setattr(
+        accelerate, "Accelerator", lambda cpu: SimpleNamespace(process_index=0, num_processes=3)
+    )
+    monkeypatch.setattr(processes, "meet_others", lambda say: None)
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    settings = {"tasks": ["recall_1"], "lengths": [256], "limit": 2, "device": "cpu"}
+    with pytest.raises(UsageError, match="recall_1@256: 2 samples for 3 processes") as refused:
+        sparsek.evaluate(str(checkpoints[1]), **settings, out=str(tmp_path / "out"))
+    assert refused.value.hint.startswith("start no more processes than there are samples")
+    assert not (tmp_path / "out").exists()

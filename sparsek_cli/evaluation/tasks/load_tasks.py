@@ -197,12 +197,20 @@ def _load(entry: Entry, settings: dict[str, Any]) -> Any:
 
 
 def refuse_unfit(
-    units: list[Unit], lm: Any, samples: "Samples", prompts: "Prompts", beyond: str
+    units: list[Unit],
+    lm: Any,
+    samples: "Samples",
+    prompts: "Prompts",
+    beyond: str,
+    processes: int = 1,
 ) -> tuple[list[Unit], list[Absent]]:
     """Leaves out tasks with prompts that do not fit, unless the user said how to cut them.
 
-    And those whose answers are not greedy. Found out for all tasks before anything has run.
-    Nothing is ever cut without being asked for.
+    And those whose answers are not greedy, and those that have no sample for one of the processes.
+    Found out for all tasks before anything has run. Nothing is ever cut without being asked for.
+
+    Args:
+        processes: that share the samples.
 
     Returns:
         The units that fit, with their longest prompt's length, and the refused ones with how many
@@ -218,6 +226,12 @@ def refuse_unfit(
         if lm.wants_chance_or_beams(unit.task.instances):
             reason = "its answers are sampled or searched for with beams; only greedy ones count"
             refused.append(Absent(unit.name, reason, "name a task with greedy answers"))
+            continue
+        found = len({request.doc_id for request in unit.task.instances})
+        if found < processes:
+            reason = f"{found} sample{'s' * (found > 1)} for {processes} processes"
+            remedy = "start no more processes than there are samples, or raise --limit"
+            refused.append(Absent(unit.name, reason, remedy))
             continue
         count, longest = lm.over_limit(unit.task.instances)
         if len(units) > 1:  # those of all tasks take gigabytes, and one is measured at a time
