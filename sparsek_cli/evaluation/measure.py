@@ -70,6 +70,7 @@ def run_unit(
         "primary": unit.entry.metric,
         "samples": len({s["doc_id"] for s in samples}),
         "chat_template": unit.chat,
+        "num_fewshot": unit.task.get_config("num_fewshot"),
         "proof": proof.as_dict(),
     }
     result["primary"] = _primary(result)

@@ -5,15 +5,15 @@ know before running (what is measured, at which lengths, which data, from where)
 tasks never imports the harness, which takes seconds.
 """
 
-import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.tasks import lm_eval_names
 
 TASK_FOLDER = Path(__file__).parent / "definitions"
 
@@ -30,6 +30,7 @@ class Entry:
         chat: whether prompts go through the chat template when the tokenizer has one.
         builtin: the task is lm-eval's own.
         folders: of lm-eval's tasks, where this one or a group's builtin members are defined.
+        settings: of lm-eval's task, where a group of its own changes them.
         extra: anything else in the block, for the task's own code.
     """
 
@@ -43,6 +44,7 @@ class Entry:
     chat: bool = False
     builtin: bool = False
     folders: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
     extra: dict[str, Any] = field(default_factory=dict, hash=False, compare=False)
 
     @property
@@ -99,90 +101,65 @@ def expand(names: Iterable[str]) -> list[Entry]:
     """
     tasks: dict[str, Entry] = {}
     for name in names:
-        for entry in _expand(name, ()):
-            tasks.setdefault(entry.name, entry)
+        for entry in _expand(name):
+            known = tasks.setdefault(entry.name, entry)
+            if known.settings != entry.settings:
+                raise UsageError(
+                    f"'{name}' measures '{entry.name}' with {_told(entry.settings)}, and what is "
+                    f"named before it with {_told(known.settings)}",
+                    hint="measure them one after the other",
+                )
     return list(tasks.values())
 
 
-def _expand(name: str, parents: tuple[str, ...]) -> Iterator[Entry]:
+def _told(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in settings.items()) or "its own settings"
+
+
+def _expand(name: str, group: Entry | None = None) -> Iterator[Entry]:
     entry = catalogue().get(name)
     if entry is None:
-        yield from _lm_eval_tasks(name, catalogue()[parents[-1]] if parents else None)
+        yield from _lm_eval_tasks(name) if group is None else [_of_group(name, group)]
     elif not entry.is_group:
         yield entry
     else:
         for member in entry.members:
-            yield from _expand(member, (*parents, name))
+            yield from _expand(member, entry)
 
 
-def _lm_eval_tasks(name: str, parent: Entry | None) -> Iterator[Entry]:
-    if parent is not None:  # named by a file of ours: lm-eval is asked when the task is loaded
-        yield Entry(
-            name,
-            metric="",
-            summary=parent.summary,
-            data=parent.data,
-            source=parent.source,
-            chat=parent.chat,
-            lengths=parent.lengths if parent.extra.get("length_names") else (),
-            builtin=True,
-            folders=parent.folders,
-            extra=parent.extra,
-        )
-        return
+def _of_group(name: str, group: Entry) -> Entry:
+    """lm-eval's task, measured as a group of ours says; it is asked when the task is loaded."""
+    return Entry(
+        name,
+        metric="",
+        summary=group.summary,
+        data=group.data,
+        source=group.source,
+        chat=group.chat,
+        lengths=group.lengths if group.extra.get("length_names") else (),
+        builtin=True,
+        folders=group.folders,
+        extra=group.extra,
+    )
+
+
+def _lm_eval_tasks(name: str) -> Iterator[Entry]:
     near = get_close_matches(name, catalogue(), n=1, cutoff=0.75)
-    if near:  # a typo in a name of ours should not cost the import of lm-eval
+    if near and lm_eval_names.in_its_folder(name) is None:  # a typo should not cost its whole index
         raise _unknown(name, near)
-    found = _in_its_folder(name) or lm_eval_index().get(name)
-    if found is None:
-        known = [*catalogue(), *lm_eval_index()]
-        raise _unknown(name, get_close_matches(name, known, n=1, cutoff=0.4))
-    members = sorted(found.tags or ()) if found.kind.name == "TAG" else []
-    if found.kind.name == "GROUP":
-        members = [m if isinstance(m, str) else m.get("task") or m.get("group") for m in _of(found)]
-    if not members:
-        folders = (str(found.yaml_path.parent),) if found.yaml_path else ()
-        yield Entry(name, summary="a task of lm-eval", data="hub", builtin=True, folders=folders)
-    for member in members:
-        yield from _lm_eval_tasks(member, None)
-
-
-def _of(found: Any) -> list:
-    task = (found.cfg or {}).get("task") or []
-    return task if isinstance(task, list) else [task]
-
-
-def _in_its_folder(name: str) -> Any:
-    """lm-eval's entry of a task or group in a folder called as its name begins; None: not there.
-
-    Two of three are. A tag's tasks may lie in any folder.
-    """
-    import lm_eval.tasks
-
-    theirs, words = Path(lm_eval.tasks.__file__).parent, name.split("_")
-    for count in range(len(words), 0, -1):
-        folder = "_".join(words[:count])
-        if not re.fullmatch(r"[\w-]+", folder) or not (theirs / folder).is_dir():
-            continue
-        found = _index_of(str(theirs / folder)).get(name)
-        if found is not None and found.kind.name != "TAG":
-            return found
-    return None
-
-
-@lru_cache(maxsize=8)
-def _index_of(folder: str) -> dict[str, Any]:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_path=folder, include_defaults=False).task_index
-
-
-@lru_cache(maxsize=1)
-def lm_eval_index() -> dict[str, Any]:
-    """lm-eval's registry of built-in names (about four seconds the first time)."""
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager().task_index
+    try:
+        found = lm_eval_names.tasks_of(name)
+    except KeyError:
+        known = [*catalogue(), *lm_eval_names.whole_index()]
+        raise _unknown(name, get_close_matches(name, known, n=1, cutoff=0.4)) from None
+    for task in found:
+        folder = task.folder
+        # What a group of ours lists is the same task by itself, and its like is measured alike.
+        kin = [e for e in catalogue().values() if folder and e.folders == (folder.name,)]
+        plain = Entry("", summary="a task of lm-eval", data="hub", builtin=True)
+        entry = _of_group(task.name, kin[0]) if kin else replace(plain, name=task.name)
+        folders = (str(folder),) if folder else ()
+        yield replace(entry, folders=folders, settings=task.settings)
 
 
 def _unknown(name: str, near: list[str]) -> UsageError:

@@ -189,7 +189,10 @@ def _load(entry: Entry, settings: dict[str, Any]) -> Any:
             include_defaults=entry.builtin and not entry.folders,
             metadata=settings,
         )
-        [task] = manager.load([entry.name])["tasks"].values()
+        asked: Any = entry.name
+        if entry.settings:  # as lm-eval takes them: of a member of a group
+            asked = {"group": "changed", "task": [{"task": entry.name, **entry.settings}]}
+        [task] = manager.load([asked])["tasks"].values()
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=FEWSHOT_SEED)

@@ -27,18 +27,23 @@ def place(folder, repository, config, splits, rows):
     (target / "README.md").write_text(f"---\n{block}\n---\n", encoding="utf-8")
 
 
-@pytest.mark.slow
-def test_a_local_copy_is_read(run, recipe, console, tmp_path):
-    rows = [
+def questions(count):
+    """Rows as those of ARC."""
+    return [
         {
             "id": str(i),
             "question": f"What is {i}?",
             "choices": {"text": ["this", "that", "it"], "label": ["A", "B", "C"]},
             "answerKey": "ABC"[i % 3],
         }
-        for i in range(5)
+        for i in range(count)
     ]
-    place(tmp_path / "sets", "allenai/ai2_arc", "ARC-Easy", ("train", "validation", "test"), rows)
+
+
+@pytest.mark.slow
+def test_a_local_copy_is_read(run, recipe, console, tmp_path):
+    splits = ("train", "validation", "test")
+    place(tmp_path / "sets", "allenai/ai2_arc", "ARC-Easy", splits, questions(5))
     report = run(
         recipe(tasks=["arc_easy"], data=str(tmp_path / "sets"), limit=3, baselines=[]), console
     )
@@ -96,9 +101,9 @@ def test_a_task_of_lm_evals_is_read_with_its_folder_alone(monkeypatch):
     """All 14,000 files of lm-eval were read for its name, which took seconds."""
     import lm_eval.tasks
 
-    from sparsek_cli.evaluation.tasks import catalogue, load_tasks
+    from sparsek_cli.evaluation.tasks import catalogue, lm_eval_names, load_tasks
 
-    monkeypatch.setattr(catalogue, "lm_eval_index", None)
+    monkeypatch.setattr(lm_eval_names, "whole_index", None)
     found, real = [], lm_eval.tasks.TaskManager
 
     class Manager(real):
@@ -123,23 +128,16 @@ def test_a_group_without_data_is_one_line_and_one_hint(run, recipe, console):
     assert caught.value.hint.count("--data DIR") == 1 and len(caught.value.hint) < 140
 
 
-def test_only_folders_of_lm_evals_are_looked_into_for_a_name(monkeypatch):
-    from sparsek_cli.evaluation.tasks import catalogue
+def test_a_task_has_as_many_examples_as_its_group_says(tmp_path):
+    """Those of the Open LLM Leaderboard were measured without any."""
+    from sparsek_cli.evaluation.tasks import catalogue, load_tasks
+    from sparsek_cli.evaluation.tasks.hub_data import redirected
 
-    looked = []
-    monkeypatch.setattr(catalogue, "_index_of", lambda folder: looked.append(folder) or {})
-    for name in ("/", "..", "", ".", "../arc", "/_etc", "arc_hard_er"):
-        assert catalogue._in_its_folder(name) is None
-    assert [Path(folder).name for folder in looked] == ["arc"]
-
-
-def test_a_tags_tasks_are_looked_for_in_all_folders(monkeypatch):
-    import lm_eval.tasks
-
-    from sparsek_cli.evaluation.tasks import catalogue
-
-    folder = Path(lm_eval.tasks.__file__).parent / "arc"
-    index = catalogue._index_of(str(folder))
-    monkeypatch.setattr(catalogue, "lm_eval_index", lambda: index)
-    monkeypatch.setattr(catalogue, "_index_of", lambda folder: {"arc": index["ai2_arc"]})
-    assert index["ai2_arc"].kind.name == "TAG" and catalogue._in_its_folder("arc") is None
+    splits = ("train", "validation", "test")
+    place(tmp_path, "allenai/ai2_arc", "ARC-Challenge", splits, questions(30))
+    [entry] = [e for e in catalogue.expand(["openllm"]) if e.name == "arc_challenge"]
+    with redirected(str(tmp_path)):
+        task = load_tasks._load(entry, {})
+    task.build_all_requests(limit=1)
+    assert task.instances[0].args[0].count("What is ") == 26
+    assert task.get_config("num_fewshot") == 25
