@@ -292,6 +292,8 @@ class Engine:
     @property
     def dense_kv_bytes(self) -> int:
         """Bytes a dense cache would hold for the tokens fed so far."""
+        if not self.sparse:  # whatever its family stores, which no config of another one says
+            return self.kv_bytes
         from sparsek_cli.models import dense_cache_bytes
 
         return dense_cache_bytes(self.model.config, self.fed, self.model.dtype, 1)

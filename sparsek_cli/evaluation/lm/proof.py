@@ -55,9 +55,20 @@ class Proof:
             return
         pairs, size = held(cache, row, padding)
         self.kv_tokens, self.kv_pairs, self.kv_bytes = tokens, pairs, size
-        with_pairs = [n for n, layer in enumerate(cache.layers) if _holds_pairs(layer)]
-        heads = sum(kv_heads_of(config, layer) for layer in with_pairs)
+        heads = sum(_heads(layer, config, n) for n, layer in enumerate(cache.layers))
         self.kept_share = round(pairs / (heads * tokens), 6)
+
+
+def _heads(layer: Any, config: Any, number: int) -> int:
+    """KV heads of a layer's keys, as it has them.
+
+    Slots of all heads are one row. Elsewhere the config is not asked: with latent attention
+    (DeepSeek) one head is stored, and sliding layers may have another number (MiMo).
+    """
+    if not _holds_pairs(layer):
+        return 0
+    one_row = getattr(layer, "state", None) is not None
+    return kv_heads_of(config, number) if one_row else layer.keys.shape[1]
 
 
 def _holds_pairs(layer: Any) -> bool:

@@ -11,8 +11,9 @@ import torch
 
 from sparsek_cli.evaluation.lm import side_by_side
 from sparsek_cli.evaluation.lm.contexts import ContextReader
+from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, group_by_prefix
-from sparsek_cli.models import SparseKCache, dense_cache_bytes, sparsek_cache_bytes
+from sparsek_cli.models import SparseKCache, sparsek_cache_bytes
 
 TOGETHER = ("cuda",)  # devices on which many rows take hardly longer than one
 MOST_ROWS = 32
@@ -63,7 +64,17 @@ class TogetherReader(ContextReader):
             return MOST_ROWS, tokens
         if isinstance(self._new_cache(), SparseKCache):
             return max(1, min(MOST_ROWS, room // sparsek_cache_bytes(config, dtype))), tokens
-        return MOST_ROWS, min(tokens, room // dense_cache_bytes(config, 1, dtype))
+        return MOST_ROWS, min(tokens, room // self._token_bytes())
+
+    @torch.no_grad()
+    def _token_bytes(self) -> int:
+        """What a token takes in a growing cache, seen at one: no config says how it is stored.
+
+        Latent attention (DeepSeek) has keys of other widths than its values and than its heads.
+        """
+        cache, first = self._new_cache(), torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.model(input_ids=first, past_key_values=cache, use_cache=True)
+        return row_bytes(cache)
 
     def _reads_together(self) -> bool:
         """Whether prompts can be read side by side, and the user did not ask for one at a time."""

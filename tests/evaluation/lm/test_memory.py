@@ -49,6 +49,49 @@ def test_dense_rows_take_the_formula_s_bytes_and_grow(model):
         assert row_bytes(cache, more) == wanted
 
 
+def test_latent_keys_are_counted_as_they_are_stored():
+    """By the heads and the width in its config, bounds were off, and dense kept half of the pairs.
+
+    One head of 16 numbers and 8 that rotate is stored for four heads of 24.
+    """
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    from sparsek_cli.evaluation.lm.proof import Proof
+    from sparsek_cli.evaluation.lm.read_together import TogetherReader
+
+    config = DeepseekV3Config(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16,
+        qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24, first_k_dense_replace=2,
+    )  # fmt: skip
+    model, policy, proof = DeepseekV3ForCausalLM(config).eval(), make_policy("dense"), Proof()
+    reader = SimpleNamespace(
+        model=model, device=model.device, _new_cache=lambda: policy.new_cache(model)
+    )
+    cache = read(model, policy, 50)
+    proof.saw_cache(cache, 50, config)
+    stored = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values)) // 2
+    assert 50 * TogetherReader._token_bytes(reader) == row_bytes(cache) == proof.kv_bytes == stored
+    assert proof.kept_share == 1
+
+
+def test_sliding_layers_with_heads_of_their_own_keep_no_pair_twice():
+    """Their number is not the whole model's: 175 % of the pairs were an error of ours."""
+    from transformers import MiMoV2FlashConfig, MiMoV2FlashForCausalLM
+
+    from sparsek_cli.evaluation.lm.proof import Proof
+
+    config = MiMoV2FlashConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8,
+        v_head_dim=8, num_attention_heads=8, num_key_value_heads=2, n_routed_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=32, n_group=1, topk_group=1,
+        layer_types=["full_attention", "sliding_attention"],
+    )  # fmt: skip
+    policy, proof = make_policy("dense"), Proof()
+    proof.saw_cache(read(MiMoV2FlashForCausalLM(config).eval(), policy, 20), 20, config)
+    assert proof.kept_share == 1
+
+
 @pytest.mark.parametrize("name", ["snapkv", "h2o"])
 def test_rivals_take_keys_values_and_what_ranks_them_and_stay(model, name):
     policy = make_policy(name)

@@ -131,6 +131,9 @@ def test_caches_of_what_is_read_at_once_take_a_share_of_free_memory(model, monke
                 answers_together=answers, device=torch.device("cuda"), model=model,
                 _new_cache=lambda: policy.new_cache(model),
             )  # fmt: skip
+            reader._token_bytes = lambda: read_together.TogetherReader._token_bytes(
+                SimpleNamespace(**vars(reader) | {"device": model.device})
+            )
             return read_together.TogetherReader._most_at_once(reader)
 
     pair = 2 * 2 * 2 * 8 * 4  # layers, KV heads, key and value, numbers, bytes
