@@ -159,8 +159,8 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         [*FINETUNE, DRY],
     ),
     "column": (
-        [*FINETUNE[:4], "{columns}", *FINETUNE[5:], DRY], "key '(column)' in a recipe",
-        ["+", r"data.text.\1=words"],
+        [*FINETUNE[:4], "{columns}", *FINETUNE[5:], DRY], r"takes another \((.*?),",
+        ["+", r"\1"],
     ),
     "kind": (
         [*FINETUNE, DRY, "data.more.kind=txt"], r"set (data.more.kind) to one of .*(needles)",

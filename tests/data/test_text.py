@@ -93,6 +93,18 @@ def test_folders_and_globs_are_sorted_and_counted_once(tmp_path):
     assert names == ["a.txt", "b.txt", "c.txt"]
 
 
+def test_hidden_folders_are_left_out_as_hidden_files_are(tmp_path, caplog):
+    """.git, .venv and .ipynb_checkpoints were read: somebody's text twice, and programs."""
+    for name in ("a.txt", ".venv/lib/pip.py", "sub/.ipynb_checkpoints/a.txt", ".git/d.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    assert [file.name for file in find_files(tmp_path)] == ["a.txt"]
+    assert not caplog.messages
+    # Asked for by name, they are.
+    assert [f.name for f in find_files(tmp_path / ".venv")] == ["pip.py"]
+    assert [f.name for f in find_files(str(tmp_path / "sub/../.venv/*/*.py"))] == ["pip.py"]
+
+
 def test_another_column(tmp_path):
     file = jsonl(tmp_path / "a.jsonl", [{"id": 1, "input": "story"}])
     assert list(iterate_texts(file, column="input")) == ["story"]

@@ -1,5 +1,6 @@
 """The text of a row of a table, and what is refused in its place."""
 
+import shlex
 from itertools import islice
 
 from sparsek_cli.errors import UsageError
@@ -23,7 +24,7 @@ def text_of(row: dict, column: str | None, where: str) -> str:
         names += ["..."] * (len(row) > MOST_NAMES)
         raise UsageError(
             f"{where}: no column '{wanted}'; it has: {', '.join(names)}",
-            hint="name the column that holds the text (key 'column' in a recipe)",
+            hint=_another(row),
         )
     text = row[wanted]
     if text is None:
@@ -31,9 +32,19 @@ def text_of(row: dict, column: str | None, where: str) -> str:
     if not isinstance(text, str):
         raise UsageError(
             f"{where}: column '{wanted}' holds {type(text).__name__}, not text",
-            hint="name the column that holds the text (key 'column' in a recipe)",
+            hint=_another(row),
         )
     return whole(text, where)
+
+
+def _another(row: dict) -> str:
+    """What to do about it: finetune alone has a setting. The longest text is what was meant."""
+    texts = {name: len(value) for name, value in row.items() if isinstance(value, str)}
+    likely = max(texts, key=texts.__getitem__, default="NAME")
+    return (
+        f"finetune takes another (data.text.column={shlex.quote(str(likely))}, or 'column' of its "
+        "source in a recipe); other verbs read a column 'text': write it into a file with one"
+    )
 
 
 def whole(text: str, where: str) -> str:

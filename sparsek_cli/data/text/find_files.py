@@ -56,14 +56,14 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
                 raise UsageError(f"cannot read '{path}': unknown file type", hint=_kinds())
             matches = [path]
         elif path.is_dir():
-            held = sorted(p for p in path.rglob("*") if _is_visible(p))
-            matches = [p for p in held if _wanted(p)]
+            held = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+            matches = [p for p in held if is_readable(p.name)]
             if not matches:
                 raise UsageError(f"folder '{path}' holds no text files", hint=_kinds())
             _say_what_is_left_out(path, held)
         elif glob.has_magic(str(path)):
             named = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
-            matches = [p for p in named if _wanted(p)]
+            matches = [p for p in named if p.is_file() and _is_wanted(p.name)]
             if not matches:
                 raise UsageError(f"no text file matches '{path}'", hint=_kinds())
         elif os.path.lexists(path) and not path.is_symlink():
@@ -84,17 +84,19 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
     return list(found)
 
 
-def _is_visible(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
+def _is_hidden(path: Path, folder: Path) -> bool:
+    """By its name or that of a folder on the way: .git, .venv and .ipynb_checkpoints hold copies
+    and programs, which nobody means who names a folder of documents."""
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _wanted(path: Path) -> bool:
-    return _is_visible(path) and is_readable(path.name)
+def _is_wanted(name: str) -> bool:
+    return is_readable(name) and not name.startswith(".")
 
 
 def _say_what_is_left_out(folder: Path, held: list[Path]) -> None:
     """A folder may hold a licence or a picture; that its .csv is not read must be known."""
-    others = Counter(path.suffix or path.name for path in held if not _wanted(path))
+    others = Counter(path.suffix or path.name for path in held if not is_readable(path.name))
     if others:
         kinds = ", ".join(f"{count} {kind}" for kind, count in others.most_common(4))
         more = ", ..." if len(others) > 4 else ""
