@@ -139,5 +139,15 @@ def size(folder: Path) -> int:
 
 
 def readable(file: Path, folder: Path | None = None) -> None:
-    """safetensors makes private files; this one becomes as readable as its folder, or `folder`."""
-    file.chmod(((folder or file.parent).stat().st_mode | 0o600) & 0o666)
+    """safetensors makes private files; this one becomes as readable as its folder, or `folder`.
+
+    Not more than any other new file: in /tmp, where everybody may write, weights could be changed.
+    """
+    file.chmod(((folder or file.parent).stat().st_mode & ~umask() | 0o600) & 0o666)
+
+
+def umask() -> int:
+    """The rights that new files and folders of this process do without."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,6 +1,7 @@
 """The conversation at a terminal: lines in, replies out, and commands that start with a slash."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import fields, replace
@@ -15,7 +16,7 @@ from sparsek_cli.dialogue.files import ProgressMaker, load_path, save_conversati
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.errors import SparsekError, UsageError, out_of_memory, reason
 from sparsek_cli.loading.positions import can_stretch
-from sparsek_cli.output.place import absolute, check_file
+from sparsek_cli.output.place import absolute, check_file, check_not_inside
 from sparsek_cli.termination import Terminated
 
 HELP = """\
@@ -259,11 +260,17 @@ class Repl:
         self.say(f"wrote {rest}")
 
     def _check(self, file: Path, *, own: bool) -> None:
-        """Raises UsageError where a file stands that is not this conversation's own."""
+        """Raises UsageError where a file stands that is not this conversation's own.
+
+        And within a model's folder, which `push` and --overwrite would then refuse.
+        """
         try:
+            check_not_inside(file, None)
             check_file(file, overwrite=own, suffixes=(file.suffix.lower(),))
         except UsageError as error:
-            raise UsageError(error.message, hint="name a file that does not exist yet") from error
+            new = "name a file that does not exist yet"  # no line here takes --overwrite
+            hint = new if os.path.lexists(file) else error.hint
+            raise UsageError(error.message.removeprefix("OUT "), hint=hint) from error
 
 
 def _told(error: Exception) -> str:

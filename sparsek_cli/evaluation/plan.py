@@ -23,7 +23,7 @@ from sparsek_cli.evaluation.settings import (
 )
 from sparsek_cli.evaluation.tasks.catalogue import Entry, expand
 from sparsek_cli.evaluation.tasks.local_files import data_fingerprint
-from sparsek_cli.output.place import check_not_inside
+from sparsek_cli.output.place import check_local, check_not_inside
 
 if TYPE_CHECKING:
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
@@ -90,9 +90,10 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
     if recipe.model is None:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
     checkpoint = hub.resolve(recipe.model, recipe.revision)
-    for name in (recipe.out, recipe.data):
-        if name is not None:
-            check_name(name)
+    if recipe.data is not None:
+        check_name(recipe.data)
+    if recipe.out is not None:
+        check_local(recipe.out)
     out = None if recipe.out is None else Path(os.path.expanduser(recipe.out))
     if out is None and not resume:
         check_not_inside(RUNS, checkpoint.path, "--out")

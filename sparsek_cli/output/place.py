@@ -1,6 +1,7 @@
 """The one decision about what a verb may write on: OUT, or a single file."""
 
 import os
+import re
 import shlex
 import stat
 from pathlib import Path
@@ -18,6 +19,7 @@ from sparsek_cli.output.contents import (
 from sparsek_cli.plain_files import kind_of
 
 BESIDE = len("..old.xxxxxxxx.part")  # what `leftovers` adds to the name of OUT
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _ANOTHER = "name a folder that does not exist yet"
 
 
@@ -111,7 +113,7 @@ def check_not_inside(out: Path, model: Path | None, flag: str = "") -> None:
             f"OUT '{out}' lies inside {which}",
             hint=f"add {flag} {shlex.quote(str(beside))}, or run it from another folder"
             if flag
-            else f"name a folder beside it: {beside}",
+            else f"name one beside it: {beside}",
         )
 
 
@@ -148,13 +150,29 @@ def _followed(path: Path) -> Path:
         ) from error
 
 
+def check_local(path: str) -> None:
+    """Raises UsageError as `check_name`, and for an address, which would become folders here.
+
+    Who writes hf://me/model or s3://bucket/model believes that it was sent there.
+    """
+    check_name(path)
+    if address := _ADDRESS.match(path):
+        raise UsageError(
+            f"'{path}' is an address, and folders are written on this machine alone",
+            hint="name a folder; `sparsek push FOLDER owner/name` sends one to the hub"
+            if address[1].lower() in ("hf", "http", "https")
+            else "name a folder, and copy it there afterwards",
+        )
+
+
 def absolute(path: str | os.PathLike) -> Path:
     """From the root on, `~` followed, links not.
 
     Raises:
-        UsageError: the name is empty, or no text, so that no recipe or card could record it.
+        UsageError: the name is empty, an address, or no text, so that no recipe or card could
+            record it.
     """
-    check_name(os.fspath(path))
+    check_local(os.fspath(path))
     found = os.path.abspath(os.path.expanduser(path))
     check_name(found)
     return Path(found)

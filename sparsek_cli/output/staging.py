@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from sparsek_cli.disk import umask
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.output.contents import MODEL, Contents
 from sparsek_cli.output.leftovers import held, make_beside
@@ -43,7 +44,7 @@ def staged(out: Path, *, overwrite: bool = False, contents: Contents = MODEL) ->
     with held(sibling):
         try:
             # mkdtemp makes private folders; a checkpoint is as readable as any other new folder.
-            sibling.chmod(0o777 & ~_umask())
+            sibling.chmod(0o777 & ~umask())
             with sigterm_interrupts():
                 yield sibling
                 if not take_name(sibling, out, contents, overwrite=overwrite):
@@ -124,9 +125,3 @@ def _remove_empty(parents: list[Path]) -> None:
     for parent in parents:
         with contextlib.suppress(OSError):
             parent.rmdir()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

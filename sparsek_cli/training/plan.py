@@ -13,11 +13,11 @@ from sparsek_cli import hub, quantised
 from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.data.streams import STREAMS, stream_tokenizer
 from sparsek_cli.devices import choose_device, choose_dtype, world_size
-from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import has_states
 from sparsek_cli.families.positions import context_length, learned_positions
 from sparsek_cli.loading import load_tokenizer
+from sparsek_cli.output.place import check_local
 from sparsek_cli.reporter import Reporter, Silent
 from sparsek_cli.training.datasets import load_texts
 from sparsek_cli.training.model import model_without_weights
@@ -84,7 +84,7 @@ def plan(
     if recipe.init == "pretrained" and recipe.model is None:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")
     named = f"{_base_name(recipe)}-finetuned" if recipe.out is None else recipe.out
-    check_name(named)
+    check_local(named)
     out = Path(os.path.expanduser(named))
     source = None if recipe.model is None else hub.resolve(recipe.model)
     where = None if source is None else source.path

@@ -228,6 +228,24 @@ def test_where_a_file_stops_being_text_is_named(repl, tmp_path):
             load_file(repl.session, str(file), progress=no_progress)
 
 
+def test_files_are_written_where_they_may_be_and_the_hint_says_where(
+    repl, said, tmp_path, make_checkpoint
+):
+    """In a model's folder they kept `push` and --overwrite from it; "a file that does not exist
+    yet" was the hint for a folder that does not, either."""
+    model = make_checkpoint(tmp_path / "model")
+    (model / "sparsek.yaml").write_text("topk: 3")
+    run(repl, "hello", f"/save {model}/talk.json", f"/save {tmp_path}/no/talk.json")
+    first, second = (text for text in said if text.startswith("error"))
+    assert "lies inside" in first and not (model / "talk.json").exists()
+    assert "make the folder first" in second and "exist yet" not in second
+    beside = first.split("beside it: ")[1].strip()
+    (tmp_path / "no").mkdir()
+    run(repl, f"/save {beside}", f"/save {tmp_path}/no/talk.json")
+    assert sum(text.startswith("error") for text in said) == 2
+    assert (tmp_path / "talk.json").exists() and (tmp_path / "no" / "talk.json").exists()
+
+
 def test_save_to_nowhere(repl, tmp_path):
     with pytest.raises(SparsekError, match="cannot write"):
         save_conversation(repl.session, tmp_path / "no" / "such" / "file.txt")

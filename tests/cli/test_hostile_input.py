@@ -249,6 +249,19 @@ def test_outs(refused, verb, more):
         refused([*(word if word != "{out}" else out for word in words), *more])
 
 
+@pytest.mark.parametrize(
+    "out", ["hf://someone/model", "https://huggingface.co/a/b", "s3://a/b", "file:///a"]
+)
+@pytest.mark.parametrize("verb", ["convert", "finetune", "evaluate", "export"])
+def test_outs_elsewhere(refused, verb, out):
+    """They became folders here, hf: first, for whoever believed that a model had been sent."""
+    export = ["export", "{sparse}", out]
+    said = refused(
+        export if verb == "export" else [w if w != "{out}" else out for w in VERBS[verb]]
+    )
+    assert "is an address" in said and ("push" in said) is out.startswith(("hf", "http"))
+
+
 @pytest.mark.parametrize("place", ["SPARSEK_CACHE_DIR", "SPARSEK_STATE_DIR", "HOME"])
 def test_settings_that_lead_nowhere(refused, monkeypatch, world, place):
     monkeypatch.setenv(place, str(world.root / "text.txt"))

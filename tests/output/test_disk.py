@@ -92,6 +92,21 @@ def test_what_a_killed_run_left_of_a_file_goes_with_the_next_and_nothing_else(
     assert write is texts or file.stat().st_mode & 0o777 == 0o644  # as its folder
 
 
+@pytest.mark.parametrize(
+    ("folder", "mask", "wanted"),
+    [(0o777, 0o022, 0o644), (0o775, 0o002, 0o664), (0o755, 0o077, 0o600), (0o700, 0o022, 0o600)],
+)
+def test_scorers_are_as_readable_as_any_new_file_and_no_more(tmp_path, folder, mask, wanted):
+    """In /tmp, which everybody may write in, everybody could change them."""
+    tmp_path.chmod(folder)
+    before = os.umask(mask)
+    try:
+        scorers(tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == wanted
+
+
 def test_what_a_killed_run_left_stays_where_nothing_new_was_written(tmp_path, gone, full):
     left = tmp_path / f".a.b.{gone}.part"
     with left.open("w") as opened:
