@@ -40,10 +40,12 @@ def load(
         cache_dtype: what a converted model's cache holds: auto (`dtype`) or int8; None: as
             converted.
         yarn: rotary positions are stretched (YaRN), to read so many times the model's own length.
+            Some families (Phi-3) cannot be saved with it, which is said.
     """
     from sparsek_cli import hub
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.loading import load_model, load_tokenizer
+    from sparsek_cli.loading.positions import say_unsaved
 
     dtype = values.plain(dtype)
     check_words(revision=revision, dtype=dtype, cache_dtype=cache_dtype)
@@ -56,11 +58,15 @@ def load(
         "device": where, "dtype": number, "cache_dtype": cache_dtype, "yarn": yarn,
     }  # fmt: skip
     if added is None:
-        return load_model(checkpoint, **how), tokenizer
-    from sparsek_cli.scorers_alone.find import read
-    from sparsek_cli.sharing.merge import load_onto
+        loaded = load_model(checkpoint, **how)
+    else:
+        from sparsek_cli.scorers_alone.find import read
+        from sparsek_cli.sharing.merge import load_onto
 
-    return load_onto(checkpoint, read(added), **how), tokenizer
+        loaded = load_onto(checkpoint, read(added), **how)
+    if yarn is not None:
+        say_unsaved(loaded.config, checkpoint.name)
+    return loaded, tokenizer
 
 
 def chat(

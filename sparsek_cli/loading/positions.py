@@ -1,5 +1,6 @@
 """Rotary positions beyond the length that a model was made for."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.families.layers import FULL
 from sparsek_cli.families.positions import rope_type
 
+_LOG = logging.getLogger("sparsek_cli")
 _MOST = 1 << 24
 _ORIGINAL = "original_max_position_embeddings"
 # What `stretch` changes of a config.
@@ -30,8 +32,10 @@ def stretch(config: Any, factor: float) -> None:
             f"--yarn {factor:g} is out of range", hint="name a factor above 1, or drop --yarn"
         )
     kind = _kind(config)
-    if kind != "default":
+    if not can_stretch(config):
         why = "has no rotary positions" if kind is None else f"scales them already ({kind})"
+        if kind == "default":
+            why = "says no length of its own (max_position_embeddings)"
         raise UsageError(
             f"--yarn stretches rotary positions, and {config.model_type} {why}", hint="drop --yarn"
         )
@@ -48,7 +52,20 @@ def stretch(config: Any, factor: float) -> None:
 
 def can_stretch(config: Any) -> bool:
     """Whether `stretch` takes the config."""
-    return _kind(config) == "default"
+    return _kind(config) == "default" and hasattr(config, "max_position_embeddings")
+
+
+def say_unsaved(config: Any, name: str) -> None:
+    """Warns of a stretched config that transformers refuses to write: Phi-3's knows no YaRN."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        config.validate()
+    except StrictDataclassError:
+        _LOG.warning(
+            "'%s' with yarn can be used, and not saved: transformers takes no YaRN in configs of "
+            "%s; load it without yarn to save it", name, config.model_type,
+        )  # fmt: skip
 
 
 def _kind(config: Any) -> str | None:

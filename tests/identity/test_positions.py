@@ -6,8 +6,10 @@ import copy
 import json
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from tiny_families import tiny_config
 
+import sparsek_cli as sparsek
 from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.errors import UsageError
@@ -15,7 +17,7 @@ from sparsek_cli.evaluation.measured_model import most_tokens, ways_beyond
 from sparsek_cli.families import TABLE
 from sparsek_cli.families.positions import check_rotary, context_length
 from sparsek_cli.loading.configs import load_config
-from sparsek_cli.loading.positions import stretch
+from sparsek_cli.loading.positions import can_stretch, stretch
 from sparsek_cli.models import sparsek_config_from
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -357,3 +359,30 @@ def test_phi_3_is_stretched_from_its_own_length(dense_config):
         stretch(config, 2.0)
         found.append(kind(config).inv_freq)
     assert found[0].equal(found[1])
+
+
+@pytest.mark.parametrize("family", ["phi3", "llama"])
+def test_what_transformers_will_not_save_is_said_when_it_is_stretched(
+    family, saved, tmp_path, caplog
+):
+    """Phi-3's config takes no YaRN: it was an error of transformers' at save_pretrained."""
+    model, _ = sparsek.load(saved(family), yarn=2.0, device="cpu")
+    said = [r.getMessage() for r in caplog.records if r.name == "sparsek_cli"]
+    if family == "llama":
+        model.save_pretrained(tmp_path / "again")
+        assert not said
+        return
+    [line] = said
+    assert "used, and not saved" in line and "load it without yarn" in line
+    with pytest.raises(StrictDataclassError):
+        model.save_pretrained(tmp_path / "again")
+
+
+def test_a_length_that_no_config_says_is_not_stretched():
+    """RecurrentGemma names none: it was an AttributeError."""
+    from transformers import RecurrentGemmaConfig
+
+    config = RecurrentGemmaConfig()
+    assert not can_stretch(config)
+    with pytest.raises(UsageError, match="recurrent_gemma says no length of its own"):
+        stretch(config, 2.0)
