@@ -52,9 +52,9 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
     value = "" if isinstance(problem["input"], dict) else f", not {problem['input']!r}"
     described = _field(model_cls, loc)
     hint = getattr(described, "description", None) or "`sparsek recipes show NAME` has examples"
-    if problem["type"] == "string_type" and loc[-1:] == ("revision",):
-        # Of digits alone YAML makes a number, without the zeros in front.
-        hint = f'write a commit of digits in quotes: revision: "..." ({hint})'
+    if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
+        # YAML makes a number of digits (a commit's, without the zeros in front), a switch of no.
+        hint = f'write it in quotes if it is a word or name: {loc[-1]}: "..." ({hint})'
     return UsageError(f"{where}'{key}' {message}{value}{tail}", hint=hint)
 
 

@@ -34,7 +34,12 @@ def recipe_names() -> list[str]:
 
 
 def find_recipe(name_or_path: str | Path, *, verb: str | None = None) -> Path:
-    """The file that a name or path means."""
+    """The file that a name or path means.
+
+    Args:
+        name_or_path: a file, or the name of a recipe that ships; its verb may be left out where
+            `verb` says it, or there is one for a single verb.
+    """
     given = Path(name_or_path).expanduser()
     if os.path.lexists(given) and not given.is_dir():
         check_plain(given, hint="write the recipe into a file, and name that")
@@ -45,11 +50,18 @@ def find_recipe(name_or_path: str | Path, *, verb: str | None = None) -> Path:
         file = recipe_folder() / f"{candidate}.yaml"
         if "/" not in candidate and file.is_file():
             return file
+    verbs = [full for full in recipe_names() if full.rpartition(".")[0] == name]
+    if verb is None and len(verbs) == 1:
+        return recipe_folder() / f"{verbs[0]}.yaml"
     if given.is_dir():
         raise UsageError(f"'{given}' is a folder, not a recipe", hint="name a YAML file")
     words = RENAMED.get(name.removesuffix(".finetune"))
     if words is not None:
         raise UsageError(f"no recipe '{name_or_path}'", hint=f"it is --recipe {words.strip()}")
+    if verb is None and verbs:
+        raise UsageError(
+            f"'{name}' is a recipe of several verbs", hint=f"name one: {', '.join(verbs)}"
+        )
     near = get_close_matches(name, recipe_names(), n=1, cutoff=0.4)
     raise UsageError(
         f"no recipe '{name_or_path}'",

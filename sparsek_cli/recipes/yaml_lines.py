@@ -104,7 +104,10 @@ def parse_yaml(text: str, where: str, hint: str) -> tuple[Any, dict[Loc, int]]:
 
 
 def _loader(text: str) -> "yaml.SafeLoader":
-    """One that takes 1e-4 for a number; YAML 1.1 makes a word of it, for want of a dot."""
+    """One that takes 1e-4 for a number; YAML 1.1 makes a word of it, for want of a dot.
+
+    And days for words: no setting is a date, and folders are called after them.
+    """
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -121,6 +124,10 @@ def _loader(text: str) -> "yaml.SafeLoader":
         made.text = node.value
         return made
 
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if not tag.endswith(":timestamp")]
+        for first, found in Loader.yaml_implicit_resolvers.items()
+    }
     Loader.add_implicit_resolver(_SPELLED, _EXPONENT, list("-+.0123456789"))
     Loader.add_constructor(_SPELLED, number)
     return Loader(text)

@@ -12,6 +12,7 @@ from sparsek_cli.commands.options import split_words
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes import shipped, yaml_lines
 from sparsek_cli.recipes.load import load_recipe
+from sparsek_cli.recipes.schema_convert import ConvertRecipe
 from sparsek_cli.recipes.shipped import find_recipe, recipe_folder, recipe_names
 
 
@@ -112,7 +113,6 @@ BOMB = "a0: &a0 [1, 1]\n" + "".join(
         ("a: " + "[" * 3000, "r.yaml:1: not valid YAML: values lie within each other too deeply"),
         ("a: [1,\n" + "[1, {b: " * 3000, "r.yaml:2: not valid YAML: values lie within each other"),
         ("- " * 3000, "r.yaml: not valid YAML: values lie within each other too deeply"),
-        ("topk: 2020-13-45\n", "r.yaml: not valid YAML: month must be in 1..12"),
         (" " * (1 << 20) + "a: 1", "r.yaml is larger than any recipe (1 MiB)"),
     ],
 )
@@ -165,6 +165,30 @@ def test_names_find_shipped_recipes(monkeypatch, tmp_path):
     (tmp_path / "work" / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "work")
     assert find_recipe("tiny", verb="convert") == tmp_path / "tiny.convert.yaml"
+
+
+def test_show_and_copy_take_the_names_that_the_guides_use(sparsek, monkeypatch, tmp_path):
+    """`--recipe lora` was a name, and `recipes show lora` none."""
+    monkeypatch.chdir(tmp_path)
+    assert sparsek("recipes", "show", "lora").out == sparsek("recipes", "show", "lora.finetune").out
+    assert sparsek("recipes", "copy", "lora").code == 0
+    assert (tmp_path / "lora.finetune.yaml").is_file()
+    shown = sparsek("recipes", "show", "tiny")
+    assert shown.code == 2 and "name one: tiny.convert, tiny.evaluate" in shown.err
+    assert "did you mean 'scorers.finetune'" in sparsek("recipes", "show", "scorer").err
+
+
+def test_a_day_is_a_name_and_digits_are_told_to_be_quoted(recipe):
+    """Folders are called after days; it was "not datetime.date(2026, 1, 31)"."""
+    assert load_recipe(ConvertRecipe, recipe("out: 2026-01-31\n")).out == "2026-01-31"
+    with pytest.raises(UsageError, match="topk' .*, not '2026-01-31'"):
+        load_recipe(ConvertRecipe, recipe("topk: 2026-01-31\n"))
+    for key, value in (("out", "20260131"), ("calibrate", "no"), ("tokenizer", "1.5")):
+        with pytest.raises(UsageError, match=f"'{key}' should be") as refused:
+            load_recipe(ConvertRecipe, recipe(f"{key}: {value}\n"))
+        quoted = re.search(r'quotes if .*?: (\w+: "\.\.\.")', refused.value.hint)[1]
+        written = quoted.replace("...", value) + "\n"
+        assert getattr(load_recipe(ConvertRecipe, recipe(written)), key) == value
 
 
 def test_split_words():

@@ -248,7 +248,7 @@ def test_a_commit_of_digits_alone_is_told_to_be_quoted(tmp_path):
     for recipe, words in ((tmp_path / "r.yaml", []), (None, ["model=m", "revision=1234567"])):
         with pytest.raises(UsageError, match="'revision' should be .*, not 1234567") as refusal:
             load_recipe(ConvertRecipe, recipe, words)
-        assert 'in quotes: revision: "..."' in refusal.value.hint
+        assert 'word or name: revision: "..."' in refusal.value.hint
     (tmp_path / "r.yaml").write_text('model: m\nrevision: "0123456"\n')
     assert load_recipe(ConvertRecipe, tmp_path / "r.yaml").revision == "0123456"
 
