@@ -39,7 +39,8 @@ def samples_file(folder: Path, policy: str, unit: str) -> Path:
 def load_samples(folder: Path, policy: str, unit: str) -> list[dict[str, Any]]:
     """The stored samples of one unit; [] when they are not there or not whole."""
     try:
-        lines = samples_file(folder, policy, unit).read_text(encoding="utf-8").splitlines()
+        # Bytes: text has letters, too, that would end lines (U+2028).
+        lines = samples_file(folder, policy, unit).read_bytes().splitlines()
         found = [json.loads(line) for line in lines]
     except (OSError, ValueError, RecursionError):
         return []

@@ -20,6 +20,7 @@ from typing import Any
 from sparsek_cli.disk import HALF_WRITTEN, write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.json_values import to_json
+from sparsek_cli.evaluation.other_settings import differences
 from sparsek_cli.evaluation.result_files import RUN, samples_file, unit_file
 from sparsek_cli.output.contents import RESULTS as RESULTS_FOLDER
 from sparsek_cli.output.leftovers import held
@@ -86,6 +87,7 @@ class Store:
     Args:
         folder: the result folder; made here.
         fingerprint: of everything that the numbers depend on.
+        settings: these, to say in what results that are there differ; {}: not said.
         resume: keep what is finished there.
         overwrite: replace what is there, of this run or another.
 
@@ -94,9 +96,17 @@ class Store:
             another run is writing there.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, *, resume: bool, overwrite: bool):
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        settings: dict[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool,
+    ):
         self.out = self.folder = folder
-        self._fingerprint = fingerprint
+        self._fingerprint, self._settings = fingerprint, settings
         check_results(folder, resume=resume)
         with ExitStack() as stack:
             try:
@@ -125,7 +135,7 @@ class Store:
         finished = len(list((folder / "units").glob("*/*.json")))
         if finished and before != fingerprint and not overwrite:
             raise UsageError(
-                f"{folder} holds results of other settings",
+                f"{folder} holds results of {differences(folder, self._settings)}",
                 hint="name another --out, or --overwrite to replace them",
             )
         if finished and before == fingerprint and not (resume or overwrite):

@@ -126,7 +126,9 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
     if ranks.first:
         leftovers.clear(folder, say, RESULTS_FOLDER)
         fingerprint = digest(record.settings)
-        store = Store(folder, fingerprint, resume=plan.resume, overwrite=plan.overwrite)
+        store = Store(
+            folder, fingerprint, record.settings, resume=plan.resume, overwrite=plan.overwrite
+        )
     with store or nullcontext():
         ranks.wait()  # for the folder; and again before the first result is written into it
         out, folder = folder, working_folder(folder, digest(record.settings))

@@ -20,7 +20,7 @@ from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 
 def begin(folder, settings="a", *, resume=False, overwrite=False) -> Store:
-    return Store(folder, settings, resume=resume, overwrite=overwrite)
+    return Store(folder, settings, {}, resume=resume, overwrite=overwrite)
 
 
 UNIT = {
@@ -61,6 +61,11 @@ def test_damaged_samples_are_none(tmp_path, content):
     with begin(tmp_path) as store:
         store.save("dense", "ppl@32", UNIT, [sample])
     assert load_samples(tmp_path, "dense", "ppl@32") == [sample]
+    # Letters that end lines elsewhere; the samples were none, and so was the paired error.
+    odd = sample | {"prompt": "a\u2028b\x85c\x0bd"}
+    with begin(tmp_path / "odd") as store:
+        store.save("dense", "ppl@32", UNIT, [odd, odd])
+    assert load_samples(tmp_path / "odd", "dense", "ppl@32") == [odd, odd]
     file = next(tmp_path.glob("samples/*/*"))
     file.write_bytes(content.encode("utf-8", "surrogateescape"))
     assert load_samples(tmp_path, "dense", "ppl@32") == []

@@ -126,9 +126,30 @@ def test_resume_after_a_full_disk(run, recipe, console, tmp_path, monkeypatch, w
 def test_other_settings_in_the_same_folder_are_refused(run, recipe, console):
     small = {"tasks": ["ppl"], "limit": 1, "baselines": []}
     run(recipe(**small), console)
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match=r"other settings: seed 1 \(was 0\)"):
         run(recipe(**small, seed=1), console)
     run(recipe(**small, seed=1), console, overwrite=True)
+
+
+def test_what_keeps_a_run_from_being_resumed_is_said(run, recipe, console, tmp_path, monkeypatch):
+    """It was "other settings", also where a file of text had been written again."""
+    from sparsek_cli.evaluation.report import record
+
+    text = tmp_path / "text.txt"
+    text.write_text("a few words and a few more. " * 400)
+    small = {"tasks": ["ppl"], "limit": 1, "baselines": [], "lengths": [32], "text": [str(text)]}
+    run(recipe(**small), console)
+    changed = small | {"limit": 2, "lengths": [32, 48]}
+    wanted = r"lengths \[32, 48\] \(was \[32\]\), limit 2 \(was 1\)|limit 2 .*, lengths \["
+    with pytest.raises(UsageError, match=wanted):
+        run(recipe(**changed), console, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "_versions", lambda: {"torch": "9"})
+        with pytest.raises(UsageError, match=r"other settings: torch's version 9 \(was "):
+            run(recipe(**small), console, resume=True)
+    os.utime(text, ns=(1, 1))
+    with pytest.raises(UsageError, match="other files: .* the text or the data have changed"):
+        run(recipe(**small), console, resume=True)
 
 
 def test_a_run_from_before_a_change_of_what_is_measured_is_not_gone_on_with(
@@ -140,7 +161,7 @@ def test_a_run_from_before_a_change_of_what_is_measured_is_not_gone_on_with(
     wanted = recipe(tasks=["recall_1"], baselines=["window"])
     run(wanted, console)
     monkeypatch.setattr(record, "MEANING", record.MEANING + 1)
-    with pytest.raises(UsageError, match="other settings"):
+    with pytest.raises(UsageError, match="another version of sparsek, which measured"):
         run(wanted, console, resume=True)
 
 

@@ -67,6 +67,7 @@ class Record:
             },
             "recipe": _without(self.request, "overwrite"),
             "fingerprint": digest(settings),
+            "meaning": settings["meaning"],
             "max_length": settings["max_length"],
             "environment": {
                 "versions": settings["versions"],

@@ -265,7 +265,7 @@ def test_compare_pairs_the_same_prompts(report, tmp_path):
 
     other = copy.deepcopy(report)
     for name, run, scores in (("a", report, [1, 1, 0, 0]), ("b", other, [1, 1, 1, 0])):
-        store = Store(tmp_path / name, "f", resume=False, overwrite=False)
+        store = Store(tmp_path / name, "f", {}, resume=False, overwrite=False)
         samples = [
             {"doc_id": i, "prompt_hash": f"h{i}", "filter": "none", "scores": {"exact": score}}
             for i, score in enumerate(scores)
