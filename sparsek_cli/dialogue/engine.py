@@ -14,6 +14,7 @@ from sparsek_cli.dialogue.heard import Heard
 from sparsek_cli.dialogue.interrupt import interruptible
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.positions import context_length, learned_positions
+from sparsek_cli.loading.reads_on import check_reads_on
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +42,9 @@ class Engine:
     Args:
         chunk: tokens read at once. dense: for use inside `dense_attention(model)`.
 
+    Raises:
+        UsageError: a dense model that cannot be read in pieces, see `check_reads_on`.
+
     Attributes:
         fed: number of tokens the model has seen in this conversation.
         heard: these tokens.
@@ -50,6 +54,7 @@ class Engine:
     """
 
     def __init__(self, model: "PreTrainedModel", *, chunk: int = CHUNK, dense: bool = False):
+        check_reads_on(model)
         self.model = model
         self.chunk = chunk
         self.sparse = is_converted(model.config) and not dense

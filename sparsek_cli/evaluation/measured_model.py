@@ -10,6 +10,7 @@ from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.registry import DENSE, make_policy
 from sparsek_cli.families.positions import context_length, learned_positions
 from sparsek_cli.loading import (
+    check_reads_on,
     check_tokenizer,
     embedding_rows,
     load_config,
@@ -69,7 +70,8 @@ def load_measured(
             random pairs need no scores.
 
     Raises:
-        UsageError: the tokenizer has no token to begin with, or the model nothing to be cached.
+        UsageError: the tokenizer has no token to begin with, the model nothing to be cached, or
+            it cannot be read in pieces.
     """
     from sparsek_cli.devices import choose_device, choose_dtype
     from sparsek_cli.models import FAMILIES, family_of, sparsek_config_from
@@ -102,6 +104,7 @@ def load_measured(
             "of which there is no policy, nor a cache to be measured",
             hint="name a model whose layers attend",
         )
+    check_reads_on(model)
     check_tokenizer(tokenizer, embedding_rows(model), checkpoint.name)
     # Answers come in batches of many sizes: compiling for each takes longer than it saves.
     model.fused_steps = False

@@ -5,12 +5,14 @@ No weight is ever random, no pickle is read, no code of a checkpoint runs, nothi
 weights         the model, every weight of which is there
 configs         config.json as transformers reads it, and what it may not say
 positions       rotary positions beyond the model's own length
+reads_on        whether a model of an unknown family can be read in pieces
 tokenizers      the tokenizer, whose ids fit the model
 library_errors  what libraries raise meanwhile, in one line
 """
 
 from sparsek_cli.loading.configs import load_config
 from sparsek_cli.loading.library_errors import readable_errors
+from sparsek_cli.loading.reads_on import check_reads_on
 from sparsek_cli.loading.tokenizers import (
     check_tokenizer,
     closing_tokens,
@@ -28,6 +30,7 @@ from sparsek_cli.loading.weights import (
 
 __all__ = [
     "check_loaded",
+    "check_reads_on",
     "check_tokenizer",
     "check_whole",
     "closing_tokens",
