@@ -17,6 +17,7 @@ from sparsek_cli.loading import (
     load_open_tokenizer,
     load_weights,
     readable_errors,
+    stands_where_told,
 )
 from sparsek_cli.loading.positions import can_stretch, stretch
 from sparsek_cli.silence import quiet_lm_eval
@@ -116,13 +117,16 @@ def harness_for(model: Any, tokenizer: Any, prompts: "Prompts", max_length: int)
     with quiet_lm_eval():
         from sparsek_cli.evaluation.lm.harness import SparsekLM
 
-        return SparsekLM(
+        lm = SparsekLM(
             model,
             tokenizer,
             policy=make_policy(DENSE),
             max_length=max_length,
             prompts=prompts,
         )
+    if not stands_where_told(model):
+        lm.answers_together = 1
+    return lm
 
 
 def most_tokens(model: Any, tokenizer: Any, wanted: int | None, say: Callable[[str], None]) -> int:

@@ -12,7 +12,7 @@ library_errors  what libraries raise meanwhile, in one line
 
 from sparsek_cli.loading.configs import load_config
 from sparsek_cli.loading.library_errors import readable_errors
-from sparsek_cli.loading.reads_on import check_reads_on
+from sparsek_cli.loading.reads_on import check_reads_on, stands_where_told
 from sparsek_cli.loading.tokenizers import (
     check_tokenizer,
     closing_tokens,
@@ -42,4 +42,5 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "readable_errors",
+    "stands_where_told",
 ]

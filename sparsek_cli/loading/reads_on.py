@@ -51,16 +51,39 @@ def check_reads_on(model: Any) -> None:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
         said = f"models of type {kind} cannot be read in pieces: {reason}"
         raise UsageError(said, hint=hint) from e
-    exact = model.dtype in (torch.float32, torch.float64)
-    if _apart(whole, ahead)[:, :-_CHANGED].max() > (_EXACT if exact else _HALF):
+    if _apart(whole, ahead)[:, :-_CHANGED].max() > (_EXACT if _is_exact(model) else _HALF):
         raise UsageError(
             f"this {kind} model sees tokens ahead: what follows changes what it says of a text",
             hint="name a model that generates text left to right; one that was trained as a "
             "decoder says is_decoder in its config.json",
         )
-    apart = _apart(whole, pieces)
-    if _without_state(cache) or (apart.max() > _EXACT if exact else apart.mean() > _HALF):
+    if _without_state(cache) or _differ(model, whole, pieces):
         raise forgets
+
+
+def stands_where_told(model: Any) -> bool:
+    """Whether a text behind padding is read at the positions that are given for it.
+
+    Decoders of models with an encoder (BART) take no positions, and say nothing of it: rows of
+    several lengths would be answered from other places than their own. Known families all do.
+    """
+    import torch
+
+    from sparsek_cli.models import FAMILIES
+
+    if is_converted(model.config) or model.config.model_type in FAMILIES:
+        return True
+    text = _text(model)
+    padded = torch.nn.functional.pad(text, (_CHANGED, 0), value=0)
+    places = torch.arange(padded.shape[1], device=model.device)[None] - _CHANGED
+    told = {"attention_mask": (places >= 0).long(), "position_ids": places.clamp(min=0)}
+    with torch.no_grad():
+        alone = model(input_ids=text, use_cache=False).logits.float()
+        try:
+            behind = model(input_ids=padded, use_cache=False, **told).logits.float()
+        except TypeError:  # no such argument
+            return False
+    return not _differ(model, alone, behind[:, _CHANGED:])
 
 
 def _logits(model: Any) -> tuple[Any, Any, Any, Any]:
@@ -68,22 +91,41 @@ def _logits(model: Any) -> tuple[Any, Any, Any, Any]:
     import torch
     from transformers import DynamicCache
 
-    rows = model.get_input_embeddings().weight.shape[0]
-    draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, rows, (1, sum(_PIECES)), generator=draw)
-    ids[ids == getattr(model.config, "pad_token_id", None)] = 1 % rows
+    ids = _text(model)
     other = ids.clone()
     other[:, -_CHANGED:] = ids[:, :_CHANGED]
     cache, pieces = DynamicCache(config=model.config), []
     with torch.no_grad():
         whole, ahead = (
-            model(input_ids=each.to(model.device), use_cache=False).logits.float()
-            for each in (ids, other)
+            model(input_ids=each, use_cache=False).logits.float() for each in (ids, other)
         )
-        for piece in ids.to(model.device).split(_PIECES, dim=1):
+        for piece in ids.split(_PIECES, dim=1):
             read = model(input_ids=piece, past_key_values=cache, use_cache=True)
             pieces.append(read.logits.float())
     return whole, ahead, torch.cat(pieces, dim=1), cache
+
+
+def _text(model: Any) -> Any:
+    """The same ids [1, N] each time, none of them padding."""
+    import torch
+
+    rows = model.get_input_embeddings().weight.shape[0]
+    draw = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, rows, (1, sum(_PIECES)), generator=draw)
+    ids[ids == getattr(model.config, "pad_token_id", None)] = 1 % rows
+    return ids.to(model.device)
+
+
+def _is_exact(model: Any) -> bool:
+    import torch
+
+    return model.dtype in (torch.float32, torch.float64)
+
+
+def _differ(model: Any, a: Any, b: Any) -> bool:
+    """Whether logits of one text differ by more than rounding."""
+    apart = _apart(a, b)
+    return bool(apart.max() > _EXACT if _is_exact(model) else apart.mean() > _HALF)
 
 
 def _apart(a: Any, b: Any) -> Any:

@@ -1,5 +1,7 @@
 """Dense models of families that are not converted: whether they read on, found out at once."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -7,7 +9,7 @@ import transformers
 import sparsek_cli as sparsek
 from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.errors import UsageError
-from sparsek_cli.loading.reads_on import check_reads_on
+from sparsek_cli.loading.reads_on import check_reads_on, stands_where_told
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
@@ -75,3 +77,25 @@ def test_evaluate_refuses_it_before_the_first_prompt(name, tokenizer, tmp_path):
     settings = {"tasks": ["recall_1"], "baselines": ["dense"], "device": "cpu"}
     with pytest.raises(UsageError, match=STRANGE[name][0]):
         sparsek.evaluate(str(tmp_path / "model"), **settings, out=str(tmp_path / "out"))
+
+
+@pytest.mark.parametrize(("name", "more", "heeds"), [("Bart", BART, False), ("Falcon", {}, True)])
+def test_answers_come_one_by_one_where_positions_are_not_heeded(
+    name, more, heeds, tokenizer, tmp_path
+):
+    """With --batch-size, and on a GPU without, BART answered shorter prompts from other places."""
+    wide = {"init_std": 0.5, "initializer_range": 0.5}  # so that answers hang on every token
+    model = tiny(name, **(more | wide | {"max_position_embeddings": 1024}))
+    assert stands_where_told(model) == heeds
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    answers = []
+    for size in (1, 4):
+        out = tmp_path / str(size)
+        sparsek.evaluate(
+            str(tmp_path / "model"), tasks=["recall_1"], lengths=[700], limit=4, out=str(out),
+            baselines=["dense"], device="cpu", batch_size=size, max_new_tokens=6,
+        )  # fmt: skip
+        [file] = out.rglob("*.jsonl")
+        answers.append([json.loads(line)["responses"] for line in file.read_text().splitlines()])
+    assert answers[0] == answers[1]
