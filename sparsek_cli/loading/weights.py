@@ -49,6 +49,8 @@ def load_model(
         UsageError: a cache_dtype that does not exist, or for a model that is not converted; a
             model whose positions cannot be stretched.
     """
+    from sparsek_cli.models.learned_positions import guard
+
     if yarn is not None:
         options["config"] = load_config(checkpoint.path, checkpoint.name)
         stretch(options["config"], yarn)
@@ -62,6 +64,7 @@ def load_model(
         from sparsek_cli.models import set_budget
 
         set_budget(model, cache_dtype=cache_dtype)
+    guard(model)
     return model.eval()
 
 

@@ -5,12 +5,16 @@ There it is torch's IndexError, and on a GPU the end of the process.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.families import TABLE
+from sparsek_cli.families.positions import learned_positions
 
 
 def check_positions(model: Any, kwargs: Mapping[str, Any]) -> None:
@@ -33,6 +37,21 @@ def check_positions(model: Any, kwargs: Mapping[str, Any]) -> None:
         end = int(kwargs["attention_mask"].sum(-1).max())
     if end > rows:
         raise _beyond(model, f"the text has {end:,} tokens")
+
+
+def guard(model: Any) -> None:
+    """Has a dense model of a known family look at its arguments, as converted ones do."""
+    rows = learned_positions(model)
+    if rows is None or is_converted(model.config) or model.config.model_type not in TABLE:
+        return
+    for part in (model, model.base_model):  # OPT's class for generation passes its base model by
+        part.learned_rows = rows
+        part.register_forward_pre_hook(_look, with_kwargs=True)
+
+
+def _look(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
+    named = dict(zip(inspect.signature(model.forward).parameters, args, strict=False))
+    check_positions(model, named | kwargs)
 
 
 class Room:

@@ -1,9 +1,12 @@
 """generate() and the cache behind it."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
 
+import sparsek_cli as sparsek
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError
 
@@ -74,6 +77,23 @@ def test_a_text_ends_where_learned_positions_do(family, sparse_model, ids):
     # Who may stop earlier is not refused for what could have come.
     ends = options | {"eos_token_id": list(range(128)), "max_new_tokens": 60}
     assert model.generate(ids, **ends).shape == (2, 15)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", LEARNED)
+def test_a_dense_model_ends_there_too(family, make_checkpoint, tmp_path, ids):
+    """It was an IndexError, though what is converted of it says why."""
+    key = LEARNED[family] or "max_position_embeddings"
+    model, _ = sparsek.load(make_checkpoint(tmp_path, family, **{key: 32}), device="cpu")
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    for words in ({"input_ids": ids}, padded(ids, 30)):
+        end = words["input_ids"].shape[1] + 19
+        assert model.generate(**words, max_new_tokens=19, **options).shape == (2, end)
+        for attempt in (copy.deepcopy(model), model):
+            with pytest.raises(SparsekError, match=f"this {family} has learned positions for 32"):
+                attempt.generate(**words, max_new_tokens=20, **options)
+    with pytest.raises(SparsekError, match="the text has 33 tokens"):
+        model.base_model(torch.zeros(1, 33, dtype=torch.int64))
 
 
 @torch.no_grad()
