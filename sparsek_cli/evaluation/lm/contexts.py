@@ -18,10 +18,14 @@ class ContextReader(PromptReader):
     def _context_sizes(self, requests: Sequence[Any], sequences: Sequence[list[int]]) -> list[int]:
         """How many first tokens of each prompt are its context, the user's cuts regarded."""
         sizes = []
-        for request, sequence in zip(requests, sequences, strict=True):
-            prompt = request.args[0]
-            whole = self.tok_encode(prompt)
-            told = self.tok_encode(prompt[: prompt.rindex(request.doc["asked"])])
+        prompts = [request.args[0] for request in requests]
+        contexts = [
+            prompt[: prompt.rindex(request.doc["asked"])]
+            for prompt, request in zip(prompts, requests, strict=True)
+        ]
+        self._remember(contexts)
+        for prompt, context, sequence in zip(prompts, contexts, sequences, strict=True):
+            whole, told = self.tok_encode(prompt), self.tok_encode(context)
             question = len(whole) - common(told, whole)
             sizes.append(max(1, len(sequence) - question))
         return sizes

@@ -78,9 +78,16 @@ def test_prompts_of_one_task_are_held_at_a_time(recipe, console, monkeypatch):
     assert held == [0, 0, 0, 2, 0, 2]  # both counted, then each under two policies
 
 
-@pytest.mark.parametrize("rows", ["auto", 2])
-def test_no_prompt_that_is_answered_is_encoded_by_itself(recipe, console, monkeypatch, rows):
-    """Threads had none of them where the user said how many are answered together."""
+@pytest.mark.parametrize(
+    ("rows", "baseline"), [("auto", "window"), (2, "window"), ("auto", "kvzip")]
+)
+def test_no_prompt_that_is_answered_is_encoded_by_itself(
+    recipe, console, monkeypatch, rows, baseline
+):
+    """Threads had none of them where the user said how many are answered together.
+
+    Nor had they the part of each that kvzip reads first.
+    """
     from verbs import evaluate
 
     alone, real = [], PromptReader._remember
@@ -98,6 +105,6 @@ def test_no_prompt_that_is_answered_is_encoded_by_itself(recipe, console, monkey
     encode = HFLM.tok_encode
     monkeypatch.setattr(PromptReader, "_remember", remember)
     monkeypatch.setattr(HFLM, "tok_encode", noted)
-    wanted = {"lengths": [1500, 1600], "baselines": ["window"], "limit": 2, "batch_size": rows}
+    wanted = {"lengths": [1700, 1800], "baselines": [baseline], "limit": 2, "batch_size": rows}
     evaluate(recipe(tasks=["recall_1"], **wanted), console)
     assert not alone
