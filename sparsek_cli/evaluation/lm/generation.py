@@ -14,6 +14,7 @@ from lm_eval.models.utils import (
 
 from sparsek_cli.evaluation.lm.batching import Joined, can_join, join
 from sparsek_cli.evaluation.lm.contexts import ContextCaches
+from sparsek_cli.evaluation.lm.prefill import check_numbers
 from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.read_together import (
     TOGETHER,
@@ -218,6 +219,7 @@ class Answers(TogetherReader):
         read, padding = _row_lengths(cache, len(running), joined)
         slots = self._slots(cache, joined, room)
         cache = slots or cache
+        check_numbers(logits)
         with self._steps(cache, joined, slots is not None) as read_words:
             for step in range(room):
                 tokens = logits[:, -1].float().argmax(dim=-1)
@@ -232,6 +234,7 @@ class Answers(TogetherReader):
                 if not running:
                     break
                 logits = read_words(tokens, step)
+        check_numbers(logits)  # of what was answered: once it is none, it stays so
         return [self.tok_decode(answer) for answer in answers]
 
     def _slots(self, cache: Any, joined: Joined | None, room: int) -> Any:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from sparsek_cli.evaluation.lm.prefill import PromptReader
+from sparsek_cli.evaluation.lm.prefill import PromptReader, check_numbers
 from sparsek_cli.evaluation.lm.shared_prefixes import Group, group_by_prefix
 from sparsek_cli.evaluation.tasks.ppl import TokenLogLikelihood
 
@@ -136,7 +136,12 @@ def _log_softmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _score(log_p: torch.Tensor, answer: list[int]) -> tuple[float, bool]:
-    """(log-likelihood, greedy would say it) of `answer` under log_p [n, V]."""
+    """(log-likelihood, greedy would say it) of `answer` under log_p [n, V].
+
+    Raises:
+        SparsekError: it is no number: of choices the first would be the likeliest.
+    """
     target = torch.tensor(answer, device=log_p.device)
     chosen = log_p.gather(1, target[:, None])[:, 0]
+    check_numbers(chosen)
     return float(chosen.sum()), bool((log_p.argmax(dim=-1) == target).all())

@@ -9,6 +9,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
+from sparsek_cli.errors import DAMAGED_OR_TOO_LARGE, SparsekError
 from sparsek_cli.evaluation.lm.proof import Proof
 from sparsek_cli.evaluation.settings import Prompts
 
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 ENCODERS = 8  # threads
 LONG = 1000  # characters from which on a string's tokens are remembered
+
+
+def check_numbers(logits: torch.Tensor) -> None:
+    """Raises SparsekError where they are none, of which the largest would be the answer."""
+    if logits.isnan().any():
+        raise SparsekError("the model's output is not a number", hint=DAMAGED_OR_TOO_LARGE)
 
 
 class PromptReader(HFLM):
