@@ -12,9 +12,13 @@ from sparsek_cli.errors import UsageError
 Value = typer.Option
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 WHAT = ("attention", "train", "decode", "generate")
+# What one of them takes and the others do not: a figure of another shape would be believed.
+OF_A_LAYER = ("heads", "dim", "topk", "window", "sinks", "gate", "against")
+OF_A_MODEL = ("model", "tokens")
 
 
 def bench(
+    context: typer.Context,
     what: Annotated[
         str, typer.Argument(metavar="WHAT", help="attention, train, decode or generate.")
     ] = "attention",
@@ -50,14 +54,16 @@ def bench(
     """Time the kernels beside their rivals: same process, same random data, checked first."""
     if what not in WHAT:
         raise UsageError(f"cannot bench '{what}'", hint=f"choose one of {', '.join(WHAT)}")
+    _check_all_count(context, what)
     console = Console(as_json=json, quiet=quiet)
     if plot:
         if Path(plot).suffix.lower() not in PICTURES:
             raise UsageError(
                 f"--plot {plot} names no kind of picture", hint=f"end it in {', '.join(PICTURES)}"
             )
-        from sparsek_cli.output.place import check_file
+        from sparsek_cli.output.place import check_file, check_not_inside
 
+        check_not_inside(Path(plot), None)
         check_file(Path(plot), overwrite=overwrite, suffixes=PICTURES)
     from sparsek_cli.devices import choose_device, choose_dtype
 
@@ -75,6 +81,11 @@ def bench(
 
         if gate not in GATES:
             raise UsageError(f"unknown gate '{gate}'", hint=f"the gates are {', '.join(GATES)}")
+        if what == "decode" and gate != "straight_through":
+            raise UsageError(
+                f"decode is not timed under gate {gate}: its state holds pairs without number",
+                hint="leave --gate out, or time the attention of one",
+            )
         query, kv = _heads(heads)
         from sparsek_cli.benchmarks.case import Shape
 
@@ -90,6 +101,20 @@ def bench(
         console.result("", {"what": what, **extra, "rows": rows})
 
 
+def _check_all_count(context: typer.Context, what: str) -> None:
+    """Raises UsageError for words and flags that do not count for what is timed."""
+    names = OF_A_LAYER if what == "generate" else OF_A_MODEL
+    sources = {name: context.get_parameter_source(name) for name in names}
+    # By name: typer has click's enumeration, or one of its own.
+    given = [n for n, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    if not given:
+        return
+    shown = "MODEL" if given[0] == "model" else f"--{given[0]}"
+    other = "attention, train or decode" if what == "generate" else "generate"
+    why = "its shape is the model's" if what == "generate" else "its data are random"
+    raise UsageError(f"bench {what} takes no {shown}: {why}", hint=f"leave it out, or time {other}")
+
+
 def _layer(console, what, shape, lengths, against, repeats):
     from dataclasses import asdict
 
@@ -101,6 +126,8 @@ def _layer(console, what, shape, lengths, against, repeats):
     if unknown:
         raise UsageError(f"unknown rival '{unknown[0]}'", hint=f"choose from {', '.join(RIVALS)}")
     rivals = [name for name in rivals if name != "none"]
+    if what == "decode" and against and set(rivals) - {"sdpa"}:
+        raise UsageError(f"decode has no rival '{rivals[0]}'", hint="give --against sdpa or none")
     extra = {"shape": asdict(shape)}
     if what == "decode":
         names = ["sparsek", *(["sdpa"] if rivals else [])]

@@ -46,3 +46,25 @@ def test_table_and_plot(sparsek, tmp_path):
 )  # fmt: skip
 def test_bad_requests(sparsek, words):
     assert sparsek("bench", *words).failed(2)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["generate", "{model}", "--topk", "8"], "takes no --topk: its shape is the model's"),
+        (["generate", "{model}", "--heads", "2/1"], "takes no --heads"),
+        (["attention", "{model}"], "takes no MODEL: its data are random"),
+        (["train", "--tokens", "3"], "takes no --tokens"),
+        (["decode", "--gate", "kv"], "not timed under gate kv"),
+        (["decode", "--against", "flex"], "no rival 'flex'"),
+        (["attention", "--plot", "{model}/p.svg"], "lies inside"),
+    ],
+)
+def test_what_would_not_count_is_refused(sparsek, tmp_path, make_checkpoint, words, said):
+    """Flags of a layer did nothing to a model's figures; gate kv ended as a ValueError."""
+    model = make_checkpoint(tmp_path / "model")
+    (model / "sparsek.yaml").write_text("topk: 3")
+    line = [word.replace("{model}", str(model)) for word in words]
+    shown = sparsek("bench", *line, "--device", "cpu", "--lengths", "64", "--repeats", "1")
+    assert shown.failed(2) and said in shown.err
+    assert not (model / "p.svg").exists()
