@@ -105,6 +105,31 @@ WRONG = [
     (CHAT, {"top_p": 0}, "top_p is no"),
     (CHAT, {"seed": 2**70}, "seed is no"),
     (CHAT, {"stop": ""}, "stop is no"),
+    (TEXT, {"suffix": 5}, "suffix is not heeded"),
+    (TEXT, {"suffix": "END"}, "suffix is not heeded"),
+    (TEXT, {"logit_bias": {"5": 100}}, "logit_bias is not heeded"),
+    (RESPONSES, {"instructions": 5}, "instructions is no text"),
+    (RESPONSES, {"prompt": {"id": "p"}}, "prompt is not heeded"),
+    (RESPONSES, {"conversation": "c"}, "conversation is not heeded by this server$"),
+    (RESPONSES, {"include": ["message.output_text.logprobs"]}, "include is not heeded"),
+    (RESPONSES, {"tools": [{"type": "web_search"}]}, "tools is no list of functions"),
+    (CHAT, {"tools": "x"}, "tools is no list of functions"),
+    (CHAT, {"tools": [5]}, "tools is no list of functions"),
+    (CHAT, {"chat_template_kwargs": "x"}, "chat_template_kwargs is no object"),
+    (CHAT, {"chat_template_kwargs": {"tokenize": False}}, "may not set tokenize"),
+    (CHAT, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "may not set chat_template"),
+    (CHAT, {"generation_config": {"top_k": 1}}, "generation_config is no text that holds"),
+    (CHAT, {"generation_config": "{"}, "generation_config is no text that holds"),
+    (CHAT, {"generation_config": "[1]"}, "generation_config is no text that holds"),
+    (TEXT, {"generation_config": '{"cache_implementation": "static"}'}, "asks for cache_impl"),
+    (CHAT, {"generation_config": '{"num_return_sequences": 3}'}, "asks for num_return_sequences"),
+    (CHAT, {"generation_config": '{"nonsense": 1}'}, "does not know: nonsense"),
+    (CHAT, {"generation_config": '{"max_new_tokens": -1}'}, "none that generate takes: .*greater"),
+    (
+        CHAT,
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+        r"messages\[0\] has tool_calls whose arguments are no JSON",
+    ),
     (TEXT, {"stop": ["a", 3]}, "stop is no"),
     (CHAT, {"stream": "yes"}, "stream is neither"),
     (CHAT, {"logit_bias": {"a": 1}}, "logit_bias is no"),
@@ -144,11 +169,20 @@ def test_what_would_fail_or_not_be_heeded_is_refused_by_its_key(path, change, sa
         {"stop": ["a", "b"], "seed": -1, "logit_bias": {"5": -100}},
         {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
         {"messages": said([{"type": "text", "text": "a"}])},
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]},
+        {"tools": [], "chat_template_kwargs": {"enable_thinking": False}},
+        {"generation_config": '{"max_new_tokens": 4, "top_k": 5, "cache_implementation": null}'},
+        {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]},
     ],
 )
 def test_what_asks_for_nothing_unusual_passes(change):
     status, _, bodies = ask(CHAT, GOOD[CHAT] | change)
     assert status == 200 and bodies == [GOOD[CHAT] | change]
+
+
+def test_no_texts_to_stop_at_are_none():
+    """The server failed at an empty list."""
+    assert ask(CHAT, GOOD[CHAT] | {"stop": []})[2] == [GOOD[CHAT]]
 
 
 def test_the_newer_name_of_a_limit_counts():
