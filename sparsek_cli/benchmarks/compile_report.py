@@ -46,7 +46,8 @@ class Recorder:
         signature, constants, attributes = {}, {}, {}
         for index, name in enumerate(kernel.arg_names):
             value, path = values[name], (index,)
-            if kernel.params[index].is_constexpr or (isinstance(value, int) and value == 1):
+            fixed = value is None or (isinstance(value, int) and value == 1)
+            if kernel.params[index].is_constexpr or fixed:
                 signature[name], constants[path] = "constexpr", value
             elif torch.is_tensor(value):
                 signature[name] = "*" + TYPES[value.dtype]
@@ -138,6 +139,7 @@ def report(
     pipeline.hopper_kernels = own
     for bounds in (None, torch.tensor([0, 9, LONG], dtype=torch.int32)):
         _score_gradient(bounds)
+        _effective_scores(bounds)
     if gate == "straight_through":  # a prompt with a state takes no other on Triton
         layout = SlotLayout((topk,) * groups, window, 4)
         read = SparseKState.empty(1, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
@@ -170,6 +172,15 @@ def _score_gradient(bounds: torch.Tensor | None) -> None:
     runs, changes = pipeline.interior_runs(scores, tau, 9, shape, 4)
     rows = torch.zeros(1, 4, LONG)
     pipeline.score_gradient(rows[:, :1], rows, runs, changes)
+
+
+def _effective_scores(bounds: torch.Tensor | None) -> None:
+    """As a scorer leaves scores, and their gradient."""
+    from sparsek_kernels.triton.effective import effective_scores
+
+    scores = torch.zeros(1, LONG, 8).transpose(1, 2).requires_grad_()
+    found = effective_scores(scores, torch.zeros(8, requires_grad=True), bounds)
+    found.backward(torch.zeros_like(found))
 
 
 def _linear_maps(dim: int, dtype: torch.dtype) -> None:

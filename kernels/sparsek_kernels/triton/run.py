@@ -4,11 +4,11 @@ from functools import lru_cache
 
 import torch
 
-from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.decode.step import step
 from sparsek_kernels.triton.documents.listing import list_documents
+from sparsek_kernels.triton.effective import effective_scores
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.ops import attention
 from sparsek_kernels.triton.state import first_slots, list_new, next_state
@@ -59,7 +59,7 @@ def run(
     if n == 0:
         return torch.zeros_like(q), state
     if state is None:
-        effective = effective_scores(scores, slopes, _positions(slopes, cu_seqlens, n, q.device))
+        effective = effective_scores(scores, slopes, cu_seqlens)
         out, *_ = attention(
             q, k, v, effective, sink_logits, cu_seqlens,
             layout.topk, layout.window, layout.sinks, gate, scale, softcap,
@@ -90,17 +90,6 @@ def run(
 def _row_bounds(batch: int, n: int, device: torch.device) -> torch.Tensor:
     """Rows of a batch as documents, one behind the other: int32 [B + 1]."""
     return torch.arange(batch + 1, dtype=torch.int32, device=device) * n
-
-
-def _positions(slopes, cu_seqlens, n: int, device: torch.device) -> torch.Tensor | None:
-    """Places [N] of the tokens in their documents, float64, where somebody asks for them."""
-    if slopes is None:
-        return None
-    positions = torch.arange(n, device=device, dtype=torch.float64)  # what a slope takes
-    if cu_seqlens is not None:
-        starts = cu_seqlens.to(positions.dtype)
-        positions = positions - starts[torch.searchsorted(starts, positions, right=True) - 1]
-    return positions
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ KERNELS = {
     "insert_and_attend", "linears", "add_hidden", "normalise", "turn_heads", "turns",
     "best_of_parts", "best_of_all", "order_blocks", "_ends_of_short", "_list_short",
     "_cut_in_parts", "_segments_in_order", "_sequence_table", "_sort_blocks",
-    "_thresholds_of_short",
+    "_thresholds_of_short", "_effective_scores", "_effective_gradients",
 }  # fmt: skip
 READING = {"_list_documents", "_leave_state"}  # with a carried state
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}
