@@ -20,6 +20,7 @@ from sparsek_cli.conversion.calibrate.layerwise import LayerwiseBase
 from sparsek_cli.conversion.calibrate.recorded import Attend, Recorded
 from sparsek_cli.conversion.calibrate.scorers.linear import Map
 from sparsek_cli.conversion.planned import Plan
+from sparsek_cli.errors import SparsekError
 
 
 class Rows(NamedTuple):
@@ -37,12 +38,17 @@ class Whole:
 
     Args:
         base: all layers still to be run. rows: that count, by number of the document.
+
+    Raises:
+        SparsekError: what the dense model says of them is not finite.
     """
 
     def __init__(self, base: LayerwiseBase, rows: Mapping[int, Rows]):
         self._base, self._rows = base, rows
         self._embedded = self.inputs()
         self._dense = {n: base.run_dense(n) for n in self._embedded}
+        if not all(states.isfinite().all() for states in self._dense.values()):
+            raise _no_numbers()
         self._kept = self._predicted_once()
 
     def _predicted_once(self) -> dict[tuple[int, int], list[torch.Tensor]]:
@@ -73,6 +79,9 @@ class Whole:
 
         Args:
             inputs: states before layer `first`; None: run all layers.
+
+        Raises:
+            SparsekError: it is no number.
         """
         sums, counts = np.zeros(2), np.zeros(2)
         for number, hidden in (inputs or self._embedded).items():
@@ -85,7 +94,17 @@ class Whole:
                     lost = self._base.predictions.divergence(expected, states[rows])
                     sums[kind] += float(lost.mean())
                     counts[kind] += 1
+        if not np.isfinite(sums).all():
+            raise _no_numbers()
         return sums / np.maximum(counts, 1)
+
+
+def _no_numbers() -> SparsekError:
+    """Comparisons would choose among numbers that are none."""
+    return SparsekError(
+        "what the model says of calibration's documents is not finite",
+        hint="try --dtype float32; the checkpoint may be damaged",
+    )
 
 
 def chosen_attention(plan: Plan, maps: Mapping[str, Map], choice: Choice) -> Attend:
