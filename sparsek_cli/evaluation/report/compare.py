@@ -15,6 +15,8 @@ _WHERE = ("model", "out", "overwrite")
 DECISIVE = (
     "limit", "limits", "data", "text", "lengths", "seed", "truncate", "yarn", "max_new_tokens",
 )  # fmt: skip
+# What was found out for a task: `auto` is one thing for a model and another for the next.
+OF_A_TASK = ("chat_template", "num_fewshot")
 
 
 def compare(first: str, second: str) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def compare(first: str, second: str) -> dict[str, Any]:
         "a": {"folder": first, "model": reports[0]["model"]["name"]},
         "b": {"folder": second, "model": reports[1]["model"]["name"]},
         "scores": rows,
-        "differences": _differences(*reports),
+        "differences": [*_differences(*reports), *_of_tasks(*reports)],
         "only_a": len(ours.keys() - theirs.keys()),
         "only_b": len(theirs.keys() - ours.keys()),
     }
@@ -99,6 +101,20 @@ def _differences(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
+def _of_tasks(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
+    """How prompts of the same task were made in one run and not in the other."""
+    ours, theirs = ({(u["task"], u["length"]): u for u in report["units"]} for report in (a, b))
+    found = {}
+    for key in OF_A_TASK:
+        for unit in ours.keys() & theirs.keys():
+            left, right = ours[unit], theirs[unit]
+            # Folders of earlier versions do not say all of it.
+            if key in left and key in right and left[key] != right[key]:
+                name = f"{unit[0]}.{key}"
+                found[name] = {"key": name, "a": left[key], "b": right[key], "decisive": True}
+    return [found[name] for name in sorted(found)]
+
+
 def as_text(comparison: dict[str, Any]) -> str:
     """The comparison for a terminal."""
     a, b = comparison["a"], comparison["b"]
@@ -127,7 +143,7 @@ def as_text(comparison: dict[str, Any]) -> str:
         lines += ["", f"± standard error of the difference ({how})."]
     decisive = [d for d in comparison["differences"] if d["decisive"]]
     if decisive:
-        keys = ", ".join(d["key"].split(".")[1] for d in decisive)
+        keys = ", ".join(dict.fromkeys(d["key"].split(".")[1] for d in decisive))
         lines += ["", f"warning: not the same measurement, these settings differ: {keys}"]
     others = [d["key"] for d in comparison["differences"] if not d["decisive"]]
     if others:

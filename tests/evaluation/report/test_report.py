@@ -248,6 +248,21 @@ def test_compare_shows_differences(report, tmp_path):
     assert "-0.4" in shown
 
 
+def test_compare_says_that_prompts_were_made_otherwise(report, tmp_path):
+    """`auto` is a chat template for a model that has one; openllm gives arc 25 examples."""
+    from sparsek_cli.evaluation.report.compare import as_text, compare
+
+    old, other = copy.deepcopy(report), copy.deepcopy(report)
+    for one in report["units"]:
+        one |= {"chat_template": False, "num_fewshot": 0}
+    for one in other["units"]:
+        one |= {"chat_template": True, "num_fewshot": 25 if one["task"] == "ppl" else 0}
+    runs = [write(tmp_path / n, r) for n, r in (("a", report), ("b", other), ("old", old))]
+    shown = as_text(compare(*runs[:2]))
+    assert "not the same measurement, these settings differ: chat_template, num_fewshot" in shown
+    assert compare(runs[0], runs[2])["differences"] == []
+
+
 def test_two_equal_runs_in_two_folders_do_not_differ(report, tmp_path):
     from sparsek_cli.evaluation.report.compare import compare
 
