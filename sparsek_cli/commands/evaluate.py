@@ -85,13 +85,16 @@ def evaluate(
 
     Without MODEL: the last model converted or fine-tuned here, else the bundled one.
     """
-    console = Console(as_json=as_json, quiet=quiet, verbose=verbose)
+    from sparsek_cli.devices import is_first
+
+    first = is_first()
+    console = Console(as_json=as_json, quiet=quiet or not first, verbose=verbose)
     if compare:
         from sparsek_cli.evaluation.report.compare import as_text as compared_text
         from sparsek_cli.evaluation.report.compare import compare as compared
 
-        (first, second), _ = options.split_words(words, "A", "B", required=2)
-        comparison = compared(first, second)
+        (one, other), _ = options.split_words(words, "A", "B", required=2)
+        comparison = compared(one, other)
         console.result(compared_text(comparison), comparison)
         return
     (model,), overrides = options.split_words(words, "MODEL")
@@ -129,12 +132,13 @@ def evaluate(
 
     named = name_or_default(settings.model, say=console.say)
     plan = make_plan(settings.model_copy(update={"model": named}), resume=resume)
-    if options.shown_dry(console, plan, dry_run):
+    if dry_run:
+        if first:
+            options.shown_dry(console, plan, dry_run)
         return
     console.say(f"loading {plan.checkpoint.name}")  # seconds, most of them imports
-    from sparsek_cli.devices import is_first
     from sparsek_cli.evaluation.run import run
 
     done = run(plan, console)
-    if is_first():
+    if first:
         console.result(done.text(), done.data())

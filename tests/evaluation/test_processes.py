@@ -53,6 +53,7 @@ def test_two_processes_measure_once(checkpoints, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("results: ") == 1
+    assert done.stderr.count("loading ") == 1 and done.stderr.count("waiting for 2") == 1
     # lm-eval gave the process with one of the three another time to answer it.
     for unit in (tmp_path / "out" / "units").rglob("*.json"):
         assert json.loads(unit.read_text())["proof"]["prompts"] == 3
