@@ -67,6 +67,7 @@ def test_two_processes_measure_once(checkpoints, tmp_path):
 def test_samples_that_do_not_go_round_are_refused(checkpoints, tmp_path, monkeypatch):
     """lm-eval gave up in the process that had none, and the others waited for it."""
     import accelerate
+    import lm_eval.models.huggingface  # noqa: F401  (which keeps the class that it finds)
 
     monkeypatch.setattr(
         accelerate, "Accelerator", lambda cpu: SimpleNamespace(process_index=0, num_processes=3)
