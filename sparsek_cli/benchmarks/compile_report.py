@@ -176,11 +176,15 @@ def _score_gradient(bounds: torch.Tensor | None) -> None:
 
 def _effective_scores(bounds: torch.Tensor | None) -> None:
     """As a scorer leaves scores, and their gradient."""
-    from sparsek_kernels.triton.effective import effective_scores
+    from sparsek_kernels.triton.effective import effective_gradients, effective_scores
+    from sparsek_kernels.triton.geometry import geometry
 
-    scores = torch.zeros(1, LONG, 8).transpose(1, 2).requires_grad_()
-    found = effective_scores(scores, torch.zeros(8, requires_grad=True), bounds)
-    found.backward(torch.zeros_like(found))
+    scores, slopes = torch.zeros(1, LONG, 8).transpose(1, 2), torch.zeros(8)
+    keys = scores[..., None].shape
+    shape = geometry(keys, keys, scores.device, bounds)
+    found = effective_scores(scores, slopes, shape)
+    kinds = {"scores": scores.dtype, "by_token": True, "slopes": slopes.dtype}
+    effective_gradients(found, found, shape, **kinds)
 
 
 def _linear_maps(dim: int, dtype: torch.dtype) -> None:

@@ -5,8 +5,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsek_kernels import scores as twin
 from sparsek_kernels.scores import LARGEST
+from sparsek_kernels.triton.documents.tables import document_at
+from sparsek_kernels.triton.geometry import Geometry
 
 BLOCK = 1024  # tokens of a program
 _LARGEST = tl.constexpr(LARGEST)
@@ -30,10 +31,20 @@ def effective_score(score, slope, place, SLOPED: tl.constexpr):
     return comparable(score)
 
 
-@triton.jit(do_not_specialize=("tokens", "row_b"))
+@triton.jit
+def _places(sequences, token, inside, count, steps, PACKED: tl.constexpr):
+    """Of tokens of a row, in their documents."""
+    first = token * 0
+    if PACKED:
+        its = sequences + 6 * document_at(sequences, token, count, steps)
+        first = tl.load(its + 3, mask=inside, other=0)
+    return token - first
+
+
+@triton.jit(do_not_specialize=("count", "steps", "tokens", "row_b"))
 def _effective_scores(
-    scores, slopes, places, effective, heads, tokens, row_b, head_b, step,
-    SLOPED: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+    scores, slopes, sequences, effective, count, steps, heads, tokens, row_b, head_b, step,
+    SLOPED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of tokens of one head of one row."""
     row = tl.program_id(1).to(tl.int64)
@@ -42,18 +53,18 @@ def _effective_scores(
     inside = token < tokens
     at = scores + row // heads * row_b + head * head_b + token.to(tl.int64) * step
     place, slope = token, 0.0
-    if PLACED:
-        place = tl.load(places + token, mask=inside, other=0)
     if SLOPED:
         slope = tl.load(slopes + head)
+        place = _places(sequences, token, inside, count, steps, PACKED)
     found = effective_score(tl.load(at, mask=inside, other=0), slope, place, SLOPED)
     tl.store(effective + row * tokens + token, found, mask=inside)
 
 
-@triton.jit(do_not_specialize=("tokens", "row_b"))
+@triton.jit(do_not_specialize=("count", "steps", "tokens", "row_b"))
 def _effective_gradients(
-    grad, effective, places, d_scores, d_slopes, heads, tokens, row_b, head_b, step,
-    SLOPED: tl.constexpr, PLACED: tl.constexpr, BLOCK: tl.constexpr,
+    grad, effective, sequences, d_scores, d_slopes,
+    count, steps, heads, tokens, row_b, head_b, step,
+    SLOPED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d(scores) of a block of tokens, and what they add to d(slope), float64."""
     row = tl.program_id(1).to(tl.int64)
@@ -68,78 +79,62 @@ def _effective_gradients(
     else:  # halves by way of float32, as PyTorch rounds
         tl.store(at, given.to(tl.float32), mask=inside)
     if SLOPED:
-        place = token
-        if PLACED:
-            place = tl.load(places + token, mask=inside, other=0)
+        place = _places(sequences, token, inside, count, steps, PACKED)
         part = tl.sum(given * place.to(tl.float64), 0)
         tl.store(d_slopes + row * tl.num_programs(0) + tl.program_id(0), part)
 
 
-class _EffectiveScores(torch.autograd.Function):
-    # PyTorch's own operations would be five launches, and would keep a second float64 tensor.
-    @staticmethod
-    def forward(ctx, scores: Tensor, slopes: Tensor | None, places: Tensor | None) -> Tensor:
-        effective = _launch(scores, slopes, places)
-        ctx.save_for_backward(effective, places)
-        ctx.layout = scores.dtype, scores.stride(-1) == 1
-        ctx.slopes = None if slopes is None else slopes.dtype
-        return effective
+def effective_scores(scores: Tensor, slopes: Tensor | None, shape: Geometry) -> Tensor:
+    """`sparsek_kernels.effective_scores` in one launch, to the bit, and without a gradient.
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        effective, places = ctx.saved_tensors
-        batch, heads, tokens = effective.shape
-        (dtype, by_head), device = ctx.layout, effective.device
-        size = (batch, heads, tokens) if by_head else (batch, tokens, heads)
-        d_scores = torch.empty(size, dtype=dtype, device=device)
-        if not by_head:
-            d_scores = d_scores.transpose(1, 2)
-        blocks = triton.cdiv(tokens, BLOCK)
-        sloped = ctx.needs_input_grad[1]
-        d_slopes = effective.new_empty((batch, heads, blocks)) if sloped else None
-        _effective_gradients[(blocks, batch * heads)](
-            grad.contiguous(), effective, places, d_scores, d_slopes, heads, tokens,
-            *d_scores.stride(), SLOPED=sloped, PLACED=places is not None, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
-        return d_scores, d_slopes.sum((0, 2)).to(ctx.slopes) if sloped else None, None
+    Args:
+        scores: [B, G, N], any floating dtype and strides. slopes: [G] or None.
 
-
-def _launch(scores: Tensor, slopes: Tensor | None, places: Tensor | None) -> Tensor:
+    Returns:
+        [B, G, N] float64.
+    """
     batch, heads, tokens = scores.shape
     effective = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     _effective_scores[(triton.cdiv(tokens, BLOCK), batch * heads)](
-        scores, slopes, places, effective, heads, tokens, *scores.stride(),
-        SLOPED=slopes is not None, PLACED=places is not None, BLOCK=BLOCK,
+        scores, slopes, shape.sequences, effective, *_documents(shape), heads, tokens,
+        *scores.stride(), SLOPED=slopes is not None, PACKED=shape.packed, BLOCK=BLOCK,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return effective
 
 
-def effective_scores(scores: Tensor, slopes: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """`sparsek_kernels.effective_scores` in one launch, to the bit; its gradient in another.
+def effective_gradients(
+    grad: Tensor,
+    effective: Tensor,
+    shape: Geometry,
+    *,
+    scores: torch.dtype,
+    by_token: bool,
+    slopes: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None]:
+    """d(scores) [B, G, N] and d(slopes) [G], in one launch and a sum.
+
+    PyTorch's own operations would be ten, and would have kept a second float64 tensor.
 
     Args:
-        scores: [B, G, N], any floating dtype and strides. slopes: [G] or None.
-        cu_seqlens: int32 [docs + 1], documents packed in one row, or None.
-
-    Returns:
-        [B, G, N] float64. No gradient goes on to scores of which it is not finite.
+        grad: float64 [B, G, N], of `effective` [B, G, N]. None of it goes on to scores of which
+            that is not finite.
+        scores: their dtype; by_token: whether they lie as [B, N, G]. slopes: their dtype, or None
+            where they do not learn.
     """
-    if torch.compiler.is_compiling():  # operations that it sees into
-        return twin.effective_scores(scores, slopes, _places(scores, slopes, cu_seqlens))
-    places = None if cu_seqlens is None else _places(scores, slopes, cu_seqlens)
-    if torch.is_grad_enabled():
-        return _EffectiveScores.apply(scores, slopes, places)
-    return _launch(scores, slopes, places)
+    batch, heads, tokens = effective.shape
+    size = (batch, tokens, heads) if by_token else (batch, heads, tokens)
+    d_scores = torch.empty(size, dtype=scores, device=effective.device)
+    if by_token:
+        d_scores = d_scores.transpose(1, 2)
+    sloped, blocks = slopes is not None, triton.cdiv(tokens, BLOCK)
+    parts = effective.new_empty((batch, heads, blocks)) if sloped else None
+    _effective_gradients[(blocks, batch * heads)](
+        grad.contiguous(), effective, shape.sequences, d_scores, parts, *_documents(shape), heads,
+        tokens, *d_scores.stride(), SLOPED=sloped, PACKED=shape.packed, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
+    return d_scores, parts.sum((0, 2)).to(slopes) if sloped else None
 
 
-def _places(scores: Tensor, slopes: Tensor | None, cu_seqlens: Tensor | None) -> Tensor | None:
-    """Places [N] of the tokens in their documents, float64, where a slope asks for them."""
-    if slopes is None:
-        return None
-    places = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float64)
-    if cu_seqlens is not None:
-        starts = cu_seqlens.to(places.dtype)
-        places = places - starts[torch.searchsorted(starts, places, right=True) - 1]
-    return places
+def _documents(shape: Geometry) -> tuple[int, int]:
+    return shape.count, shape.count.bit_length()

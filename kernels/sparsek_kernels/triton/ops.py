@@ -8,26 +8,33 @@ from collections.abc import Sequence
 
 import torch
 
+from sparsek_kernels import scores as twin
 from sparsek_kernels.triton import pipeline
-from sparsek_kernels.triton.geometry import geometry
+from sparsek_kernels.triton.effective import effective_gradients, effective_scores
+from sparsek_kernels.triton.geometry import Geometry, geometry
+from sparsek_kernels.triton.short.ends import short_ends
+from sparsek_kernels.triton.short.limits import has_short_thresholds
 from sparsek_kernels.triton.tiles import empty_rows
 
 
-def _forward(
-    q, k, v, scores, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap
-):  # fmt: skip
+def _call(
+    q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap
+) -> tuple[pipeline.Settings, Geometry]:  # fmt: skip
     settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale, softcap)
-    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
-    out, lse, end, tau = pipeline.forward(q, k, v, scores, settings, shape, sink_logits=sink_logits)
+    return settings, geometry(q.shape, k.shape, q.device, cu_seqlens)
+
+
+def _attend(q, k, v, scores, sink_logits, settings: pipeline.Settings, shape: Geometry, end=None):
+    out, lse, end, tau = pipeline.forward(
+        q, k, v, scores, settings, shape, end=end, sink_logits=sink_logits
+    )
     return out, lse, end, scores.new_empty(0) if tau is None else tau
 
 
 def _gradients(
-    grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens,
-    topk, window, sinks, gate, scale, softcap, score_grad, deterministic,
+    grad, q, k, v, scores, out, lse, end, tau, sink_logits,
+    settings: pipeline.Settings, shape: Geometry, score_grad, deterministic,
 ):  # fmt: skip
-    settings = pipeline.Settings(tuple(topk), window, sinks, gate, scale, softcap)
-    shape = geometry(q.shape, k.shape, q.device, cu_seqlens)
     dq, dk, dv, de, own = pipeline.backward(
         grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, settings, shape,
         score_grad=score_grad, deterministic=deterministic, sink_logits=sink_logits,
@@ -57,9 +64,8 @@ def attention_op(
         sink_logits: [H] or None.
         cu_seqlens: int32 [docs + 1] or None. topk: one budget per KV head.
     """
-    return _forward(
-        q, k, v, scores, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap
-    )  # fmt: skip
+    call = _call(q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap)
+    return _attend(q, k, v, scores, sink_logits, *call)
 
 
 @attention_op.register_fake
@@ -95,10 +101,9 @@ def attention_backward(
     deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, d(scores) (empty unless `score_grad`) and d(sink_logits) (perhaps empty)."""
-    return _gradients(
-        grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens,
-        topk, window, sinks, gate, scale, softcap, score_grad, deterministic,
-    )  # fmt: skip
+    call = _call(q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap)
+    given = grad, q, k, v, scores, out, lse, end, tau, sink_logits
+    return _gradients(*given, *call, score_grad, deterministic)
 
 
 @attention_backward.register_fake
@@ -123,37 +128,96 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens)
 
 
-def _backward_by(gradients):
-    def backward(ctx, grad, *_):
-        q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[3]
-        dq, dk, dv, de, own = gradients(
-            grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens, *ctx.settings,
-            wanted, torch.are_deterministic_algorithms_enabled(),
-        )  # fmt: skip
-        own = None if sink_logits is None else own
-        return dq, dk, dv, de if wanted else None, own, *(None,) * 7
-
-    return backward
+def _backward(ctx, grad, *_):
+    *saved, sink_logits, cu_seqlens = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[3]
+    dq, dk, dv, de, own = attention_backward(
+        grad, *saved, sink_logits, cu_seqlens, *ctx.settings,
+        wanted, torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    own = None if sink_logits is None else own
+    return dq, dk, dv, de if wanted else None, own, *(None,) * 7
 
 
-attention_op.register_autograd(_backward_by(attention_backward), setup_context=_setup)
+attention_op.register_autograd(_backward, setup_context=_setup)
 
 
 class _Attention(torch.autograd.Function):
-    # Without `setup_context`, with which every call binds its arguments by name: a quarter of
-    # the time that it takes the CPU.
+    """Effective scores and attention as one node.
+
+    Without `setup_context`, with which every call binds its arguments by name: a quarter of the
+    time that it takes the CPU.
+    """
+
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _setup(ctx, inputs, output)
-        return output
+    def forward(ctx, q, k, v, scores, slopes, sink_logits, cu_seqlens, *settings):
+        settings, shape = _call(q, k, cu_seqlens, *settings)
+        effective, *found = _from_scores(q, k, v, scores, slopes, sink_logits, settings, shape)
+        ctx.call, ctx.by_token = (settings, shape), scores.stride(-1) != 1
+        ctx.dtypes = scores.dtype, slopes.dtype if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(q, k, v, effective, *found, sink_logits)
+        return found[0]
 
-    backward = staticmethod(torch.autograd.function.once_differentiable(_backward_by(_gradients)))
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        *saved, sink_logits = ctx.saved_tensors
+        (settings, shape), (scores, slopes) = ctx.call, ctx.dtypes
+        wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        dq, dk, dv, de, own = _gradients(
+            grad, *saved, sink_logits, settings, shape, wanted, deterministic
+        )
+        d_scores = d_slopes = None
+        if wanted:
+            d_scores, d_slopes = effective_gradients(
+                de, saved[3], shape, scores=scores, by_token=ctx.by_token, slopes=slopes
+            )
+        own = None if sink_logits is None else own
+        return dq, dk, dv, d_scores, d_slopes, own, *(None,) * 7
 
 
-def attention(*inputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`attention_op` with its arguments: the op itself while compiling, else an eager node."""
+def _from_scores(
+    q, k, v, scores, slopes, sink_logits, settings: pipeline.Settings, shape: Geometry
+):  # fmt: skip
+    """Effective scores, made on the way to the ends of a short call, and what `_attend` returns.
+
+    Of sinks they are +inf then, which nothing that reads them looks at.
+    """
+    end = None
+    if has_short_thresholds(shape):
+        effective = torch.empty(scores.shape, dtype=torch.float64, device=q.device)
+        end = short_ends(
+            scores, settings.topk, settings.window, shape,
+            sinks=settings.sinks, slopes=slopes, effective=effective,
+        )  # fmt: skip
+    else:
+        effective = effective_scores(scores, slopes, shape)
+    return effective, *_attend(q, k, v, effective, sink_logits, settings, shape, end)
+
+
+def attention(
+    q, k, v, scores, slopes, sink_logits, cu_seqlens, *settings
+) -> torch.Tensor:  # fmt: skip
+    """out [B, H, N, D]; arguments as those of `attention_op`, but scores and slopes by themselves.
+
+    A compiler gets the op, and operations that it sees into; else there is one eager node.
+    """
     if torch.compiler.is_compiling():
-        return attention_op(*inputs)
-    return _Attention.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)
+        effective = twin.effective_scores(scores, slopes, _places(q, slopes, cu_seqlens))
+        return attention_op(q, k, v, effective, sink_logits, cu_seqlens, *settings)[0]
+    if torch.is_grad_enabled():
+        return _Attention.apply(q, k, v, scores, slopes, sink_logits, cu_seqlens, *settings)
+    call = _call(q, k, cu_seqlens, *settings)
+    return _from_scores(q, k, v, scores, slopes, sink_logits, *call)[1]
+
+
+def _places(q, slopes, cu_seqlens) -> torch.Tensor | None:
+    """Places [N] of the tokens in their documents, float64, where a slope asks for them."""
+    if slopes is None:
+        return None
+    places = torch.arange(q.shape[2], device=q.device, dtype=torch.float64)
+    if cu_seqlens is not None:
+        starts = cu_seqlens.to(places.dtype)
+        places = places - starts[torch.searchsorted(starts, places, right=True) - 1]
+    return places

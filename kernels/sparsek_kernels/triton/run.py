@@ -8,7 +8,6 @@ from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton import pipeline
 from sparsek_kernels.triton.decode.step import step
 from sparsek_kernels.triton.documents.listing import list_documents
-from sparsek_kernels.triton.effective import effective_scores
 from sparsek_kernels.triton.geometry import geometry
 from sparsek_kernels.triton.ops import attention
 from sparsek_kernels.triton.state import first_slots, list_new, next_state
@@ -59,9 +58,8 @@ def run(
     if n == 0:
         return torch.zeros_like(q), state
     if state is None:
-        effective = effective_scores(scores, slopes, cu_seqlens)
-        out, *_ = attention(
-            q, k, v, effective, sink_logits, cu_seqlens,
+        out = attention(
+            q, k, v, scores, slopes, sink_logits, cu_seqlens,
             layout.topk, layout.window, layout.sinks, gate, scale, softcap,
         )  # fmt: skip
         return out, None

@@ -1,11 +1,17 @@
 """Effective scores by one launch are those of PyTorch's operations, and keep nothing beside."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from sparsek_kernels import sparsek_attention
+from sparsek_kernels.dispatch import as_if_long
 from sparsek_kernels.scores import effective_scores as twin
-from sparsek_kernels.triton.effective import BLOCK, effective_scores
+from sparsek_kernels.triton.effective import BLOCK, effective_gradients, effective_scores
+from sparsek_kernels.triton.geometry import geometry
 
-WHERE = pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+CPU = pytest.param("cpu", marks=pytest.mark.interpret)
+WHERE = pytest.mark.parametrize("where", [CPU, pytest.param("cuda", marks=pytest.mark.gpu)])
 SLOPES = torch.tensor([0.0173, -0.3, 1e-3])
 
 
@@ -36,39 +42,72 @@ def places_of(tokens, bounds, where):
 )  # fmt: skip
 def test_scores_and_gradients_are_the_twin_s(where, dtype, sloped, tokens, batch, bounds, by_token):
     places, cu_seqlens = places_of(tokens, bounds, where)
-    found, gradients = [], []
-    for made, where_from in ((effective_scores, cu_seqlens), (twin, places)):
-        scores = scores_of(tokens, batch, dtype, by_token, where).requires_grad_()
-        slopes = SLOPES.to(where, copy=True).requires_grad_() if sloped else None
-        out = made(scores, slopes, where_from)
-        grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
-        out.backward(grad.to(where))
-        found.append(out.detach())
-        gradients.append((scores.grad, slopes.grad if sloped else None))
-    assert torch.equal(*found)
-    (own, own_slopes), (expected, expected_slopes) = gradients
-    assert own.dtype == dtype
+    scores = scores_of(tokens, batch, dtype, by_token, where).requires_grad_()
+    slopes = SLOPES.to(where, copy=True).requires_grad_() if sloped else None
+    expected = twin(scores, slopes, places)
+    keys = scores[..., None].shape
+    shape = geometry(keys, keys, scores.device, cu_seqlens)
+    found = effective_scores(scores.detach(), slopes, shape)
+    assert torch.equal(found, expected)
+    grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).double().to(where)
+    expected.backward(grad)
+    kinds = {"scores": dtype, "by_token": by_token, "slopes": torch.float32 if sloped else None}
+    own, own_slopes = effective_gradients(grad, found, shape, **kinds)
+    assert own.dtype == dtype and own.stride() == scores.stride()
     # The interpreter cuts where PyTorch rounds to halves.
-    torch.testing.assert_close(own, expected, rtol=2**-7 * (dtype == torch.bfloat16), atol=0)
+    rtol = 2**-7 * (dtype == torch.bfloat16)
+    torch.testing.assert_close(own, scores.grad, rtol=rtol, atol=0)
     if sloped:
-        torch.testing.assert_close(own_slopes, expected_slopes, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(own_slopes, slopes.grad, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("learns", ["scores", "slopes", "nothing"])
-def test_what_does_not_learn_gets_no_gradient(learns):
-    scores, slopes = torch.randn(1, 3, 50), SLOPES.clone()
-    given = {"scores": scores, "slopes": slopes}
-    if learns == "nothing":
-        assert not effective_scores(scores, slopes, None).requires_grad
-        return
-    given[learns].requires_grad_()
-    effective_scores(scores, slopes, None).sum().backward()
-    assert [name for name, tensor in given.items() if tensor.grad is not None] == [learns]
+def attended(scores, slopes, backend="triton", **options):
+    """Of queries, keys and values that are the same at every call."""
+    seed = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, 60, 16, generator=seed) for heads in (6, 3, 3))
+    shape = {"topk": 5, "window": 4, "sinks": 2}
+    return sparsek_attention(q, k, v, scores, slopes=slopes, backend=backend, **shape, **options)
 
 
-def test_nothing_is_kept_for_the_gradient_but_the_result():
+@pytest.mark.interpret
+@pytest.mark.parametrize("learns", [(), ("scores",), ("slopes",), ("scores", "slopes")])
+def test_who_does_not_learn_gets_no_gradient(learns):
+    given = {"scores": torch.randn(1, 3, 60), "slopes": SLOPES.clone()}
+    for name in learns:
+        given[name].requires_grad_()
+    out = attended(**given)
+    assert out.requires_grad == bool(learns)
+    if learns:
+        out.sum().backward()
+    assert {name for name, tensor in given.items() if tensor.grad is not None} == set(learns)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("long", [False, True], ids=["short", "long"])
+@pytest.mark.parametrize("bounds", [None, [0, 23, 60]], ids=["one row", "documents"])
+def test_scores_that_sinks_have_move_nothing(long, bounds):
+    """They are +inf where ends are found on the way to them, and what they are where not."""
+    options = {}
+    if bounds:
+        options["cu_seqlens"] = torch.tensor(bounds, dtype=torch.int32)
+    gradients = []
+    for backend in ("triton", "pytorch"):
+        scores = torch.randn(1, 3, 60, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        slopes = SLOPES.clone().requires_grad_()
+        with as_if_long() if long else nullcontext():
+            attended(scores, slopes, backend, **options).square().sum().backward()
+        first = [0, 1, *([23, 24] if bounds else [])]
+        assert (scores.grad[..., first] == 0).all()
+        gradients.append((scores.grad, slopes.grad))
+    for own, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.interpret
+def test_of_scores_only_the_effective_ones_are_kept_for_the_gradient():
     kept = []
-    scores, slopes = torch.randn(1, 3, 64, requires_grad=True), SLOPES.clone().requires_grad_()
+    scores, slopes = torch.randn(1, 3, 60, requires_grad=True), SLOPES.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        out = effective_scores(scores, slopes, None)
-    assert {x.data_ptr() for x in kept} == {out.data_ptr()}
+        attended(scores, slopes)
+    by_key = [x for x in kept if x.shape == scores.shape]
+    assert sorted(str(x.dtype) for x in by_key) == ["torch.float64", "torch.int32"]  # and ends
