@@ -16,7 +16,7 @@ from sparsek_cli.evaluation.measure import run_unit
 from sparsek_cli.evaluation.measured_model import measured_model
 from sparsek_cli.evaluation.plan import Plan
 from sparsek_cli.evaluation.policies.policy import Policy
-from sparsek_cli.evaluation.policies.registry import DENSE, plan_policies
+from sparsek_cli.evaluation.policies.registry import DENSE, left_out, plan_policies
 from sparsek_cli.evaluation.processes import Ranks
 from sparsek_cli.evaluation.report import table
 from sparsek_cli.evaluation.report.record import Record, default_folder, settings_of, write_reports
@@ -107,7 +107,8 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
     )
     units, refused = refuse_unfit(units, lm, samples, prompts, measured.beyond, ranks.count)
     pairs, unfit = _pairs(units, policies)
-    for lines, remedy in explained([*absent, *refused, *unfit]):
+    absent += [*refused, *unfit, *left_out(model, rivals.baselines, own=measured.own)]
+    for lines, remedy in explained(absent):
         for line in lines:
             say(f"not measured: {line}")
         say(f"hint: {remedy}")
@@ -118,7 +119,7 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
         settings_of(plan.request, checkpoint, model, max_length, plan.files),
         policies,
         check_policies(model, policies, max_length),
-        [*absent, *refused, *unfit],
+        absent,
         planned=len(pairs),
     )
     folder = plan.out or default_folder(record)

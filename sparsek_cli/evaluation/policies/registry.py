@@ -5,14 +5,17 @@ in score is a difference in choice. A policy's file is imported when it is asked
 checked without torch.
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import UsageError
 from sparsek_cli.evaluation.policies.policy import Policy
+from sparsek_cli.evaluation.tasks.skipped import Absent
 
 OWN = "sparsek"
+SCORED = (OWN, "sparsek:int8")  # by the model's own scores
 DENSE = "dense"
 PRESS = "kvpress:"
 SHARED = ":shared"  # after the name of a rule that evicts: slots shared out over layers and heads
@@ -80,7 +83,7 @@ def plan_policies(
     """
     if not is_converted(model.config):
         return [make_policy(DENSE)]
-    wanted = [OWN, *baselines] if own else [n for n in baselines if n != OWN] or [DENSE]
+    wanted = [OWN, *baselines] if own else [n for n in baselines if n not in SCORED] or [DENSE]
     names = [n for n in dict.fromkeys([DENSE, OWN, *wanted]) if n in wanted]
     rows: list[Policy] = []
     for name in names:
@@ -92,6 +95,22 @@ def plan_policies(
         if policy.evicts_after_prompt:
             policy.new_cache(model)  # refused where its rule does not know the model's layers
     return rows
+
+
+def left_out(model: Any, baselines: Sequence[str], *, own: bool) -> list[Absent]:
+    """Rows that were asked for and that this model cannot have; arguments of `plan_policies`."""
+    if not is_converted(model.config):
+        names = [name for name in baselines if name != DENSE]
+        reason = (
+            f"models of type {model.config.model_type} cannot be converted, and only layers of "
+            "those that can drop pairs here"
+        )
+        remedy = "baselines=dense leaves them out; docs/families.md lists the families"
+    else:
+        names = [] if own else [name for name in baselines if name in SCORED]
+        reason = "the model is not converted: its scores would be drawn at random"
+        remedy = "measure what `sparsek convert` makes of it"
+    return [Absent(name, reason, remedy) for name in names]
 
 
 def check_names(baselines: list[str]) -> None:

@@ -122,6 +122,31 @@ def test_a_dense_model_has_one_row(dense_model):
     assert labels == ["dense"]
 
 
+def test_rows_that_a_model_cannot_have_are_named(checkpoints, tmp_path, tokenizer):
+    """Scores drawn at random were measured as `sparsek:int8`; other rows were just not there."""
+    import sparsek_cli as sparsek
+
+    settings = {"tasks": ["recall_1"], "lengths": [512], "limit": 1, "device": "cpu"}
+    settings |= {"baselines": ["window", "sparsek", "sparsek:int8"], "max_new_tokens": 2}
+    settings |= {"budgets": [180]}
+    done = sparsek.evaluate(str(checkpoints[0]), tmp_path / "known", **settings)
+    assert [unit["policy"] for unit in done.report["units"]] == ["window-180"]
+    missing = {item["task"]: item["reason"] for item in done.report["absent"]}
+    assert missing.keys() == {"sparsek", "sparsek:int8"}
+    assert all("drawn at random" in reason for reason in missing.values())
+    assert "not measured: sparsek, sparsek:int8: the model is not converted" in done.text()
+
+    from transformers import BloomConfig, BloomForCausalLM
+
+    sizes = {"vocab_size": 128, "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained(tmp_path / "bloom")
+    tokenizer.save_pretrained(tmp_path / "bloom")
+    done = sparsek.evaluate(str(tmp_path / "bloom"), tmp_path / "foreign", **settings)
+    assert [unit["policy"] for unit in done.report["units"]] == ["dense"]
+    assert [item["task"] for item in done.report["absent"]] == settings["baselines"]
+    assert "models of type bloom cannot be converted" in done.text()
+
+
 def test_rules_that_evict_do_not_know_layers_that_share_keys(sparse_model):
     """Before anything is measured; those of SparseK's own cache hold the same bytes."""
     from sparsek_cli.evaluation.lm.proof import held
