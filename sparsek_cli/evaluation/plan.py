@@ -21,7 +21,7 @@ from sparsek_cli.evaluation.settings import (
     rivals_of,
     samples_of,
 )
-from sparsek_cli.evaluation.tasks.catalogue import Entry, expand
+from sparsek_cli.evaluation.tasks.catalogue import Entry, check_limits, expand
 from sparsek_cli.evaluation.tasks.local_files import data_fingerprint
 from sparsek_cli.output.place import check_local, check_not_inside
 
@@ -86,6 +86,7 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
         UsageError: something in it does not exist.
     """
     entries = expand(recipe.tasks)
+    check_limits(recipe.limits, entries)
     check_names(recipe.baselines)
     if recipe.model is None:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")

@@ -112,6 +112,29 @@ def expand(names: Iterable[str]) -> list[Entry]:
     return list(tasks.values())
 
 
+def check_limits(limits: Iterable[str], entries: Iterable[Entry]) -> None:
+    """Limits of single tasks are of some that are measured, or that a recipe may measure.
+
+    Raises:
+        UsageError: a name that would count for nothing: of a group, or of no task.
+    """
+    known = {entry.name for entry in entries}
+    known |= {name for e in catalogue().values() for name in (e.members or (e.name,))}
+    for name in limits:
+        group = catalogue().get(name)
+        if group is not None and group.is_group:
+            raise UsageError(
+                f"limits: '{name}' is a group, and limits are of single tasks",
+                hint=f"name its tasks: {', '.join(entry.name for entry in expand([name]))}",
+            )
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"limits: '{name}' is not measured",
+                hint=f"did you mean '{near[0]}'?" if near else "name one of the tasks",
+            )
+
+
 def _told(settings: dict[str, Any]) -> str:
     return ", ".join(f"{key}={value}" for key, value in settings.items()) or "its own settings"
 

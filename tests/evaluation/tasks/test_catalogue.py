@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
+import sparsek_cli as sparsek
 from sparsek_cli.errors import UsageError
-from sparsek_cli.evaluation.tasks.catalogue import catalogue, expand
+from sparsek_cli.evaluation.tasks.catalogue import catalogue, check_limits, expand
 from sparsek_cli.evaluation.tasks.listing import listing, listing_data
 
 
@@ -40,6 +41,25 @@ def test_unknown_task_names_the_nearest(wrong, right):
     with pytest.raises(UsageError, match=f"unknown task '{wrong}'") as caught:
         expand([wrong])
     assert right in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "hint"),
+    [
+        ("recall", "'recall' is a group", "name its tasks: recall_1, recall_4, recall_16"),
+        ("recal_1", "'recal_1' is not measured", "did you mean 'recall_1'?"),
+        ("mmlu", "'mmlu' is not measured", "name one of the tasks"),
+    ],
+)
+def test_limits_of_nothing_are_refused(checkpoints, name, says, hint):
+    """They counted for nothing: all samples were measured."""
+    with pytest.raises(UsageError, match=f"limits: {says}") as refused:
+        sparsek.evaluate(str(checkpoints[1]), tasks=["recall"], limits={name: 1})
+    assert refused.value.hint == hint
+
+
+def test_limits_of_a_recipe_may_be_of_other_tasks():
+    check_limits({"ppl": 2, "recall_16": 4, "gsm8k": 9}, expand(["recall_1"]))
 
 
 def test_list_imports_nothing_heavy():
