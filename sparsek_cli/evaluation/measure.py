@@ -52,8 +52,8 @@ def run_unit(
             {"tasks": {unit.entry.name: unit.task}, "groups": {}, "group_map": {}},
             limit=limit,
             bootstrap_iters=100,
-            apply_chat_template=unit.chat,
-            fewshot_as_multiturn=unit.chat,
+            apply_chat_template=unit.wrapped,
+            fewshot_as_multiturn=unit.wrapped,
         )
     proof = ranks.add_up(lm)
     if raw is None:

@@ -1,15 +1,34 @@
 """Prompts of which the context is read first, and evicted, before the question is seen."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from sparsek_cli.data.chat_format import ChatFormat
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.lm.prefill import PromptReader
 from sparsek_cli.evaluation.lm.shared_prefixes import common
 from sparsek_cli.evaluation.policies.kvzip import REPEAT
+
+
+def place_in(prompt: str, part: str, find: Callable[[str, str], int] = str.index) -> int:
+    """Where a part of a task's prompt begins in what is read of it, in characters.
+
+    A chat template may stand around it, and most take white space off its ends.
+
+    Raises:
+        SparsekError: it is not there as it was.
+    """
+    try:
+        return find(prompt, part.strip()) - (len(part) - len(part.lstrip()))
+    except ValueError as error:
+        raise SparsekError(
+            "the chat template changes what the task says, so that nobody knows where its question "
+            "begins",
+            hint="chat_template=off, or leave baselines out that evict at a question",
+        ) from error
 
 
 class ContextReader(PromptReader):
@@ -20,7 +39,7 @@ class ContextReader(PromptReader):
         sizes = []
         prompts = [request.args[0] for request in requests]
         contexts = [
-            prompt[: prompt.rindex(request.doc["asked"])]
+            prompt[: place_in(prompt, request.doc["asked"], str.rindex)]
             for prompt, request in zip(prompts, requests, strict=True)
         ]
         self._remember(contexts)

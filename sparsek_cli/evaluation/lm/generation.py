@@ -13,7 +13,7 @@ from lm_eval.models.utils import (
 )
 
 from sparsek_cli.evaluation.lm.batching import Joined, can_join, join
-from sparsek_cli.evaluation.lm.contexts import ContextCaches
+from sparsek_cli.evaluation.lm.contexts import ContextCaches, place_in
 from sparsek_cli.evaluation.lm.prefill import check_numbers
 from sparsek_cli.evaluation.lm.proof import row_bytes
 from sparsek_cli.evaluation.lm.read_together import (
@@ -299,8 +299,7 @@ def _first_turn(request: Any) -> str | None:
     size = (request.doc or {}).get("first_turn")
     if size is None:
         return None
-    start = request.args[0].index(request.doc["prompt"])  # a template may stand around it
-    return request.args[0][: start + size]
+    return request.args[0][: place_in(request.args[0], request.doc["prompt"]) + size]
 
 
 def _end_tokens(model: Any, eos: int) -> set[int]:

@@ -28,7 +28,7 @@ class Unit:
 
     Attributes:
         entry: the task. length: prompt tokens, or None where the data decides.
-        task: lm-eval's loaded task object. chat: whether prompts go through the chat template.
+        task: lm-eval's loaded task object. chat: whether prompts are in the chat template.
         longest: tokens of its longest prompt with the answer; 0 before they are counted.
     """
 
@@ -41,6 +41,11 @@ class Unit:
     @property
     def name(self) -> str:
         return unit_name(self.entry, self.length)
+
+    @property
+    def wrapped(self) -> bool:
+        """Whether lm-eval puts prompts into the template: conversations stand in it already."""
+        return self.chat and not _converses(self.entry)
 
 
 def unit_name(entry: Entry, length: int | None) -> str:
@@ -166,7 +171,12 @@ def _uses_chat(entry: Entry, wanted: str, tokenizer: Any) -> bool:
             "chat_template=on, but the tokenizer has no chat template",
             hint="leave chat_template out",
         )
-    return has and (wanted == "on" or (wanted == "auto" and entry.chat))
+    return has and (wanted == "on" or (wanted == "auto" and (entry.chat or _converses(entry))))
+
+
+def _converses(entry: Entry) -> bool:
+    """Whether a task's prompts are of several turns, which it puts into the template itself."""
+    return bool(entry.extra.get("turns"))
 
 
 def _lengths(entry: Entry, wanted: Sequence[int], max_length: int) -> list[int | None]:
@@ -266,8 +276,8 @@ def build_requests(unit: Unit, lm: Any, limit: int | None) -> None:
             limit=get_sample_size(unit.task, limit),
             rank=lm.rank,
             world_size=lm.world_size,
-            apply_chat_template=unit.chat,
-            fewshot_as_multiturn=unit.chat,
-            chat_template=lm.apply_chat_template if unit.chat else None,
-            tokenizer_name=lm.tokenizer_name if unit.chat else "",
+            apply_chat_template=unit.wrapped,
+            fewshot_as_multiturn=unit.wrapped,
+            chat_template=lm.apply_chat_template if unit.wrapped else None,
+            tokenizer_name=lm.tokenizer_name if unit.wrapped else "",
         )

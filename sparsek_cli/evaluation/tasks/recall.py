@@ -46,7 +46,7 @@ def dataset(**settings: Any) -> dict:
 
     Args:
         settings: the task's metadata: tokenizer, max_seq_lengths, text, data, limit, seed, chat
-            (whether the chat template will be applied) and the `sparsek` block with needles,
+            (whether prompts are in the chat template) and the `sparsek` block with needles,
             questions, and optionally depths (lowest, highest), distractors, phrasings (splits)
             and turns (each question follows the earlier ones about its document, answered).
     """
@@ -152,7 +152,7 @@ def _conversation(settings: dict[str, Any], document: NeedleDocument, facts: Seq
     """The turns so far with their right answers, ending in the question about the last fact."""
     *answered, asked = (document.facts[i] for i in facts)
     tokenizer = tokenizer_of(settings)
-    if not tokenizer.chat_template:
+    if not settings.get("chat", tokenizer.chat_template):  # lm-eval by itself does not say
         told = [plain_prompt(document.text, f.question) + f" {f.value}." for f in answered]
         rounds = [text[len(document.text) :] for text in told]
         return document.text + "".join(rounds) + plain_prompt("", asked.question)

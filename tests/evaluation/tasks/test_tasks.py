@@ -1,9 +1,12 @@
 """The recall variants and the ppl passages say what their names promise."""
 
+import copy
 import json
+import shutil
 
 import pytest
 
+import sparsek_cli as sparsek
 from sparsek_cli.evaluation.tasks.catalogue import catalogue
 
 
@@ -60,6 +63,31 @@ def test_turns_repeat_earlier_questions_with_their_answers(load):
     for earlier, later in zip(rows, rows[1:], strict=False):
         assert earlier["answer"] in later["prompt"]
         assert later["prompt"].startswith(earlier["prompt"][: earlier["prompt"].rindex("user")])
+
+
+@pytest.mark.parametrize("baselines", [["snapkv"], ["kvzip"]])
+def test_turns_stand_in_the_chat_template_once_or_not_at_all(
+    checkpoints, tokenizer, tmp_path, baselines
+):
+    """With chat_template=on the whole conversation was one turn of another, with off it stayed."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    shutil.copytree(checkpoints[1], tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = {"tasks": ["recall_turns"], "lengths": [900], "limit": 2, "device": "cpu"}
+    settings |= {"baselines": baselines, "max_new_tokens": 2}
+    ends = {}
+    for wanted in ("auto", "on", "off"):
+        out = tmp_path / wanted
+        done = sparsek.evaluate(tmp_path / "model", out, chat_template=wanted, **settings)
+        assert {u["chat_template"] for u in done.report["units"]} == {wanted != "off"}
+        lines = (out / "samples" / "sparsek" / "recall_turns@900.jsonl").read_text().splitlines()
+        ends[wanted] = [json.loads(line)["prompt_end"] for line in lines]
+    assert ends["auto"] == ends["on"] and ends["on"][1].count("[assistant]") == 2
+    assert not any("[" in end for end in ends["off"])
 
 
 def test_turns_without_a_chat_template(load, checkpoints, tmp_path):
