@@ -28,6 +28,7 @@ from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.output.staging import take_name
 
 _REPLACES = "replaces"  # in run.json of OUT.part: the name of OUT
+_REPLACED = "replaced"  # in run.json of results that are about to be: the name of OUT
 
 
 def check_results(folder: Path, *, resume: bool, model: Path | None = None) -> None:
@@ -54,7 +55,7 @@ def check_part(folder: Path) -> None:
     A folder of results may be called so, too: ours says in its run.json what it will replace.
     """
     part = part_folder(folder)
-    if not os.path.lexists(part):
+    if not os.path.lexists(part) or _is_left(part, folder):
         return
     if _run_in(part).get(_REPLACES) != absolute(folder).name:
         raise UsageError(
@@ -62,6 +63,18 @@ def check_part(folder: Path) -> None:
             hint="move it away, or name another --out",
         )
     check_folder(part, RESULTS_FOLDER, overwrite=True)
+
+
+def _is_left(part: Path, folder: Path) -> bool:
+    """Whether OUT.part is what a kill leaves: nothing yet, or the results that were replaced."""
+    if part.is_symlink() or not part.is_dir():
+        return False
+    if _run_in(part).get(_REPLACED) == absolute(folder).name:
+        return RESULTS_FOLDER.foreign(part) is None
+    return all(
+        HALF_WRITTEN.fullmatch(entry.name) and entry.name.startswith(f".{RUN}.")
+        for entry in part.iterdir()
+    )
 
 
 def part_folder(folder: Path) -> Path:
@@ -167,6 +180,8 @@ class Store:
             UsageError: there is one, and nobody said what becomes of it; or others' files.
         """
         part = part_folder(self.out)
+        if _is_left(part, self.out):
+            shutil.rmtree(part)
         if _run_in(part).get(_REPLACES) != absolute(self.out).name:
             if overwrite:
                 check_part(self.out)
@@ -209,6 +224,9 @@ class Store:
         """
         if self.folder == self.out:
             return
+        if before := _run_in(self.out):  # killed once the names are exchanged, it is known by this
+            name = absolute(self.out).name
+            write_atomically(self.out / RUN, to_json(before | {_REPLACED: name}))
         if not take_name(self.folder, absolute(self.out), RESULTS_FOLDER, overwrite=True):
             raise SparsekError(
                 f"{self.out} holds files of others by now and is left as it was: the new results "

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.evaluation import result_folder
 from sparsek_cli.evaluation.lm.proof import Proof
 from sparsek_cli.evaluation.plan import plan
 from sparsek_cli.evaluation.report.stored_shapes import is_report
@@ -16,6 +17,7 @@ from sparsek_cli.evaluation.result_files import load_results, load_samples, load
 from sparsek_cli.evaluation.result_folder import Store, check_part, working_folder
 from sparsek_cli.output import leftovers
 from sparsek_cli.output.contents import RESULTS
+from sparsek_cli.output.swap_folders import exchange
 from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 
@@ -207,6 +209,49 @@ def test_results_in_a_folder_called_as_ours_are_not_dropped(tmp_path):
     with begin(out, resume=True) as store:  # it is nothing to this run
         assert store.folder == out
     assert stored(part) == before
+
+
+class Killed(BaseException):
+    """Nothing is tidied up after it."""
+
+
+@pytest.mark.parametrize("left", [[], [".run.json.77.part"]])
+def test_a_part_in_which_nothing_was_begun_is_no_stranger(tmp_path, left):
+    """kill -9 between its making and its run.json: every later --overwrite was refused."""
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    finish(out)
+    part.mkdir()
+    for name in left:
+        (part / name).write_text("{")
+    check_part(out)
+    with begin(out, "b", overwrite=True) as store:
+        assert store.folder == part and not set(left) & set(os.listdir(part))
+    part.mkdir()
+    (part / "thesis.txt").write_text("mine")
+    with pytest.raises(UsageError, match="is not of a run"):
+        begin(out, "b", overwrite=True)
+
+
+@pytest.mark.parametrize("how", [{"overwrite": True}, {"resume": True}])
+def test_results_that_were_replaced_are_no_stranger_s_to_the_next_run(tmp_path, monkeypatch, how):
+    """kill -9 once the names were exchanged: the old ones lay in OUT.part, and stood in the way."""
+    out, part = tmp_path / "out", tmp_path / "out.part"
+    finish(out)
+
+    def killed(folder, out, contents, *, overwrite):
+        assert exchange(folder, out)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result_folder, "take_name", killed)
+        with pytest.raises(Killed), begin(out, "b", overwrite=True) as store:
+            store.save("dense", "ppl@64", UNIT, [])
+            store.complete()
+    assert (out / "units/dense/ppl@64.json").exists()
+    assert (part / "units/dense/ppl@32.json").exists()
+    check_part(out)
+    with begin(out, "b", **how):
+        assert not (part / "units/dense/ppl@32.json").exists()
 
 
 def test_a_run_goes_on_whatever_else_was_to_replace_it(tmp_path):

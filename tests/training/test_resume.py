@@ -21,7 +21,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.reporter import Silent
 from sparsek_cli.termination import Terminated
 from sparsek_cli.training import run
-from sparsek_cli.training.storage.resume import part_folder
+from sparsek_cli.training.storage.resume import begun, check_output, part_folder, remove
 from sparsek_cli.training.trainer import SparsekTrainer
 
 # Dropout, so that the state of the random generators matters; two micro-batches per step.
@@ -45,6 +45,55 @@ def kill_after_a_checkpoint(made, folder: Path) -> None:
     process.kill()
     process.wait()
     assert list(part_folder(folder / "out").glob("checkpoint-*")), process.stderr.read()
+
+
+EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.")
+
+
+def killed_at(event: int, work) -> bool:
+    """Whether a process that does `work` has as many events of files, at the last of which it dies.
+
+    Such as an audit hook sees: opened to write, renamed, removed.
+    """
+    child = os.fork()
+    if child == 0:
+        seen = []
+
+        def count(name, found):
+            flags = found[2] if name == "open" and isinstance(found[2], int) else 0
+            if flags & (os.O_WRONLY | os.O_RDWR) or name.startswith(EVENTS):
+                seen.append(name)
+                if len(seen) == event:
+                    os.kill(os.getpid(), signal.SIGKILL)  # an event, too
+
+        sys.addaudithook(count)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_what_a_kill_leaves_of_a_run_s_folder_is_known_as_that(tmp_path):
+    """Before its recipe was written, or once that was removed, OUT.part was somebody else's: the
+    next run was refused, with --overwrite too."""
+    out, part = tmp_path / "out", tmp_path / "out.part"
+
+    def run():
+        with begun({"steps": 1}, {"text": "a"}, part, resume=False):
+            for folder in ("checkpoint-1", "writing"):
+                (part / folder).mkdir()
+                (part / folder / "trained.safetensors").write_text("x")
+        remove(part)
+
+    events = 0
+    while killed_at(events + 1, run):
+        events += 1
+        check_output(out, resume=False, overwrite=True)
+        with begun({"steps": 1}, {"text": "a"}, part, resume=False):
+            pass
+        assert remove(part) is None
+    assert events > 12 and not part.exists()
 
 
 @pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])

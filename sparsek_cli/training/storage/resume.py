@@ -127,18 +127,23 @@ def begun(
             ) from error
         if not resume:
             _empty(part)
-        json_text.write(part / RUN_INPUTS, inputs)
         text = yaml.safe_dump(recipe, sort_keys=False)
-        # In one step: other processes may be reading what an earlier run left.
+        # In one step: other processes may be reading what an earlier run left. And first: by this
+        # name the folder of a run that is killed now is known.
         fresh = part / f"{RECIPE}.new"
         fresh.write_text(text, encoding="utf-8")
+        json_text.write(part / RUN_INPUTS, inputs)
         fresh.replace(part / RECIPE)
         yield
 
 
 def _empty(part: Path) -> None:
-    """The folder itself stays: it is locked; and so does what others laid into it meanwhile."""
-    for entry in part.iterdir():
+    """The folder itself stays: it is locked; and so does what others laid into it meanwhile.
+
+    The recipe goes last: killed on the way, the folder is still known by it.
+    """
+    marks = [name for group in RUN.marks for name in group]
+    for entry in sorted(part.iterdir(), key=lambda entry: entry.name in marks):
         if entry.is_symlink():
             continue
         if entry.is_dir() and any(fnmatchcase(entry.name, name) for name in RUN.folders):
