@@ -24,24 +24,6 @@ def _call(
     return settings, geometry(q.shape, k.shape, q.device, cu_seqlens)
 
 
-def _attend(q, k, v, scores, sink_logits, settings: pipeline.Settings, shape: Geometry, end=None):
-    out, lse, end, tau = pipeline.forward(
-        q, k, v, scores, settings, shape, end=end, sink_logits=sink_logits
-    )
-    return out, lse, end, scores.new_empty(0) if tau is None else tau
-
-
-def _gradients(
-    grad, q, k, v, scores, out, lse, end, tau, sink_logits,
-    settings: pipeline.Settings, shape: Geometry, score_grad, deterministic,
-):  # fmt: skip
-    dq, dk, dv, de, own = pipeline.backward(
-        grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, settings, shape,
-        score_grad=score_grad, deterministic=deterministic, sink_logits=sink_logits,
-    )  # fmt: skip
-    return dq, dk, dv, *(scores.new_empty(0) if x is None else x for x in (de, own))
-
-
 @torch.library.custom_op("sparsek::attention", mutates_args=())
 def attention_op(
     q: torch.Tensor,
@@ -65,7 +47,8 @@ def attention_op(
         cu_seqlens: int32 [docs + 1] or None. topk: one budget per KV head.
     """
     call = _call(q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap)
-    return _attend(q, k, v, scores, sink_logits, *call)
+    out, lse, end, tau = pipeline.forward(q, k, v, scores, *call, sink_logits=sink_logits)
+    return out, lse, end, scores.new_empty(0) if tau is None else tau
 
 
 @attention_op.register_fake
@@ -102,8 +85,11 @@ def attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """dq, dk, dv, d(scores) (empty unless `score_grad`) and d(sink_logits) (perhaps empty)."""
     call = _call(q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap)
-    given = grad, q, k, v, scores, out, lse, end, tau, sink_logits
-    return _gradients(*given, *call, score_grad, deterministic)
+    found = pipeline.backward(
+        grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, *call,
+        score_grad=score_grad, deterministic=deterministic, sink_logits=sink_logits,
+    )  # fmt: skip
+    return tuple(scores.new_empty(0) if x is None else x for x in found)
 
 
 @attention_backward.register_fake
@@ -153,34 +139,44 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, scores, slopes, sink_logits, cu_seqlens, *settings):
         settings, shape = _call(q, k, cu_seqlens, *settings)
         effective, *found = _from_scores(q, k, v, scores, slopes, sink_logits, settings, shape)
-        ctx.call, ctx.by_token = (settings, shape), scores.stride(-1) != 1
-        ctx.dtypes = scores.dtype, slopes.dtype if ctx.needs_input_grad[4] else None
-        ctx.save_for_backward(q, k, v, effective, *found, sink_logits)
+        ctx.call = settings, shape
+        learns = slopes.dtype if ctx.needs_input_grad[4] else None
+        ctx.kinds = dict(scores=scores.dtype, slopes=learns, by_token=scores.stride(-1) != 1)
+        if settings.gate == "straight_through" and not _learn(ctx):
+            kept = None, None, None
+        elif has_short_thresholds(shape):  # where a launch counts
+            kept = effective, None, None
+        else:  # where memory does
+            kept = None, scores, slopes
+        ctx.save_for_backward(*kept, q, k, v, *found, sink_logits)
         return found[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        *saved, sink_logits = ctx.saved_tensors
-        (settings, shape), (scores, slopes) = ctx.call, ctx.dtypes
-        wanted = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        dq, dk, dv, de, own = _gradients(
-            grad, *saved, sink_logits, settings, shape, wanted, deterministic
-        )
-        d_scores = d_slopes = None
+        effective, scores, slopes, q, k, v, *found, sink_logits = ctx.saved_tensors
+        settings, shape = ctx.call
+        if scores is not None:
+            effective = effective_scores(scores, slopes, shape)
+        wanted, d_scores, d_slopes = _learn(ctx), None, None
+        dq, dk, dv, de, own = pipeline.backward(
+            grad, q, k, v, effective, *found, settings, shape, score_grad=wanted,
+            deterministic=torch.are_deterministic_algorithms_enabled(), sink_logits=sink_logits,
+        )  # fmt: skip
         if wanted:
-            d_scores, d_slopes = effective_gradients(
-                de, saved[3], shape, scores=scores, by_token=ctx.by_token, slopes=slopes
-            )
-        own = None if sink_logits is None else own
+            d_scores, d_slopes = effective_gradients(de, effective, shape, **ctx.kinds)
         return dq, dk, dv, d_scores, d_slopes, own, *(None,) * 7
+
+
+def _learn(ctx) -> bool:
+    """Whether scores or slopes do."""
+    return ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
 
 
 def _from_scores(
     q, k, v, scores, slopes, sink_logits, settings: pipeline.Settings, shape: Geometry
 ):  # fmt: skip
-    """Effective scores, made on the way to the ends of a short call, and what `_attend` returns.
+    """Effective scores, made on the way to the ends of a short call, and `pipeline.forward`'s.
 
     Of sinks they are +inf then, which nothing that reads them looks at.
     """
@@ -193,7 +189,8 @@ def _from_scores(
         )  # fmt: skip
     else:
         effective = effective_scores(scores, slopes, shape)
-    return effective, *_attend(q, k, v, effective, sink_logits, settings, shape, end)
+    given = q, k, v, effective, settings, shape
+    return effective, *pipeline.forward(*given, end=end, sink_logits=sink_logits)
 
 
 def attention(

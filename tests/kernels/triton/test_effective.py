@@ -61,10 +61,11 @@ def test_scores_and_gradients_are_the_twin_s(where, dtype, sloped, tokens, batch
         torch.testing.assert_close(own_slopes, slopes.grad, rtol=1e-6, atol=1e-6)
 
 
-def attended(scores, slopes, backend="triton", **options):
-    """Of queries, keys and values that are the same at every call."""
+def attended(scores, slopes, backend="triton", q=None, **options):
+    """Of queries (unless given), keys and values that are the same at every call."""
     seed = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, heads, 60, 16, generator=seed) for heads in (6, 3, 3))
+    own, k, v = (torch.randn(1, heads, 60, 16, generator=seed) for heads in (6, 3, 3))
+    q = own if q is None else q
     shape = {"topk": 5, "window": 4, "sinks": 2}
     return sparsek_attention(q, k, v, scores, slopes=slopes, backend=backend, **shape, **options)
 
@@ -103,11 +104,29 @@ def test_scores_that_sinks_have_move_nothing(long, bounds):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
+LEARN, FROZEN = ("scores", "slopes"), ()
+
+
 @pytest.mark.interpret
-def test_of_scores_only_the_effective_ones_are_kept_for_the_gradient():
-    kept = []
-    scores, slopes = torch.randn(1, 3, 60, requires_grad=True), SLOPES.clone().requires_grad_()
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-        attended(scores, slopes)
-    by_key = [x for x in kept if x.shape == scores.shape]
-    assert sorted(str(x.dtype) for x in by_key) == ["torch.float64", "torch.int32"]  # and ends
+@pytest.mark.parametrize(
+    "learns, gate, long, kept",
+    [
+        (LEARN, "straight_through", False, ["float64", "int32"]),  # effective ones, and ends
+        (LEARN, "straight_through", True, ["float32", "int32"]),  # as they were given
+        (FROZEN, "straight_through", False, ["int32"]),
+        (FROZEN, "straight_through", True, ["int32"]),
+        (FROZEN, "log", True, ["float32", "float64", "int32"]),  # and tau
+    ],
+)
+def test_of_scores_no_more_is_kept_than_their_gradient_takes(learns, gate, long, kept):
+    found = []
+    given = {"scores": torch.randn(1, 3, 60), "slopes": SLOPES.clone()}
+    for name in learns:
+        given[name].requires_grad_()
+    q = torch.randn(1, 6, 60, 16, requires_grad=True)
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: found.append(x) or x, lambda x: x)
+    with keep, as_if_long() if long else nullcontext():
+        attended(**given, gate=gate, q=q).sum().backward()
+    assert q.grad.abs().sum() > 0
+    by_key = [x for x in found if x.shape == given["scores"].shape]
+    assert sorted(str(x.dtype).removeprefix("torch.") for x in by_key) == kept
