@@ -42,7 +42,10 @@ def bench(
         Value("--against", metavar="A,B", help="sdpa, sdpa-flash, sdpa-cudnn, flex, fla-nsa."),
     ] = None,
     tokens: Annotated[int, Value("--tokens", metavar="N", min=1, help="For generate.")] = 256,
-    repeats: Annotated[int, Value("--repeats", metavar="N", min=1, help="Median of.")] = 20,
+    repeats: Annotated[
+        int | None,
+        Value("--repeats", metavar="N", min=1, help="Median of so many [20; generate: 3]."),
+    ] = None,
     plot: Annotated[str | None, Value("--plot", metavar="FILE", help="Write a plot.")] = None,
     overwrite: Annotated[bool, Value("--overwrite", help="Replace the plot's FILE.")] = False,
     seed: options.Seed = None,
@@ -69,12 +72,10 @@ def bench(
 
     where = choose_device(device)
     kind = choose_dtype(dtype, where)
-    cuda = where.type == "cuda"
-    default = "4096,16384,32768,65536,131072" if cuda else "512,1024,2048"
-    tokens_of = _numbers(lengths or default)
+    tokens_of = _numbers(lengths or _usual_lengths(what, where.type))
     if what == "generate":
         rows, names, extra = _generate(
-            console, model, tokens_of, batch, tokens, repeats, seed, where, kind
+            console, model, tokens_of, batch, tokens, repeats or 3, seed, where, kind
         )
     else:
         from sparsek_kernels.attention import GATES
@@ -91,7 +92,7 @@ def bench(
 
         shape = Shape(query, kv, dim, topk, window, sinks, batch, gate, kind, where, seed or 0)
         console.say(_conditions(what, shape))
-        rows, names, extra = _layer(console, what, shape, tokens_of, against, repeats)
+        rows, names, extra = _layer(console, what, shape, tokens_of, against, repeats or 20)
     if plot:
         from sparsek_cli.benchmarks.report import plot as draw
 
@@ -99,6 +100,13 @@ def bench(
         console.say(f"wrote {plot}")
     if json:
         console.result("", {"what": what, **extra, "rows": rows})
+
+
+def _usual_lengths(what: str, device: str) -> str:
+    if device == "cuda":
+        return "4096,16384,32768,65536,131072"
+    # A step is timed over full slots, which are 2,048 unless something else is said.
+    return "4096,8192,16384" if what == "decode" else "512,1024,2048"
 
 
 def _check_all_count(context: typer.Context, what: str) -> None:
@@ -126,10 +134,17 @@ def _layer(console, what, shape, lengths, against, repeats):
     if unknown:
         raise UsageError(f"unknown rival '{unknown[0]}'", hint=f"choose from {', '.join(RIVALS)}")
     rivals = [name for name in rivals if name != "none"]
-    if what == "decode" and against and set(rivals) - {"sdpa"}:
-        raise UsageError(f"decode has no rival '{rivals[0]}'", hint="give --against sdpa or none")
+    others = [name for name in rivals if name != "sdpa"]
+    if what == "decode" and against and others:
+        raise UsageError(f"decode has no rival '{others[0]}'", hint="give --against sdpa or none")
     extra = {"shape": asdict(shape)}
     if what == "decode":
+        slots = shape.sinks + shape.topk + shape.window
+        if max(lengths) <= slots:
+            raise UsageError(
+                f"--lengths {max(lengths)}: a step is timed over full slots, and there are {slots}",
+                hint=f"name lengths above {slots}, or fewer slots (--topk, --window)",
+            )
         names = ["sparsek", *(["sdpa"] if rivals else [])]
         measured = decode.measure(
             lengths, shape, dense=bool(rivals), repeats=repeats, say=console.say
@@ -170,7 +185,7 @@ def _generate(console, name, lengths, batch, tokens, repeats, seed, device, dtyp
     show = _shown(console)
     show(report.generate_header())
     for row in generate.measure(
-        model, lengths, batch=batch, tokens=tokens, repeats=min(repeats, 3), seed=seed or 0,
+        model, lengths, batch=batch, tokens=tokens, repeats=repeats, seed=seed or 0,
         say=console.say,
     ):  # fmt: skip
         rows.append(row)

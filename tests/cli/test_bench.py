@@ -56,15 +56,37 @@ def test_bad_requests(sparsek, words):
         (["attention", "{model}"], "takes no MODEL: its data are random"),
         (["train", "--tokens", "3"], "takes no --tokens"),
         (["decode", "--gate", "kv"], "not timed under gate kv"),
-        (["decode", "--against", "flex"], "no rival 'flex'"),
+        (["decode", "--against", "sdpa,flex"], "no rival 'flex'"),
+        (["decode"], "timed over full slots, and there are 2048"),
         (["attention", "--plot", "{model}/p.svg"], "lies inside"),
     ],
 )
 def test_what_would_not_count_is_refused(sparsek, tmp_path, make_checkpoint, words, said):
-    """Flags of a layer did nothing to a model's figures; gate kv ended as a ValueError."""
+    """Flags of a layer did nothing to a model's figures; gate kv ended as a ValueError, and a step
+    over slots that no length fills as an empty table."""
     model = make_checkpoint(tmp_path / "model")
     (model / "sparsek.yaml").write_text("topk: 3")
     line = [word.replace("{model}", str(model)) for word in words]
     shown = sparsek("bench", *line, "--device", "cpu", "--lengths", "64", "--repeats", "1")
     assert shown.failed(2) and said in shown.err
     assert not (model / "p.svg").exists()
+
+
+def test_repeats_count_for_a_model(sparsek, tmp_path, make_checkpoint, monkeypatch):
+    from sparsek_cli.benchmarks import generate
+
+    asked = []
+    monkeypatch.setattr(generate, "measure", lambda *_, repeats, **__: asked.append(repeats) or [])
+    model = str(make_checkpoint(tmp_path / "model"))
+    for words in ([], ["--repeats", "7"]):
+        assert sparsek("bench", "generate", model, "--device", "cpu", *words).code == 0
+    assert asked == [3, 7]
+
+
+def test_a_step_is_timed_by_default_on_a_cpu(sparsek, monkeypatch):
+    from sparsek_cli.benchmarks import decode
+
+    asked = []
+    monkeypatch.setattr(decode, "measure", lambda lengths, *_, **__: asked.extend(lengths) or [])
+    assert sparsek("bench", "decode", "--device", "cpu").code == 0
+    assert asked and min(asked) > 2048
