@@ -113,7 +113,9 @@ def _text(model: Any) -> Any:
     rows = model.get_input_embeddings().weight.shape[0]
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(0, rows, (1, sum(_PIECES)), generator=draw)
-    ids[ids == getattr(model.config, "pad_token_id", None)] = 1 % rows
+    padding = getattr(model.config, "pad_token_id", None)
+    if padding is not None:
+        ids[ids == padding] = (padding + 1) % rows
     return ids.to(model.device)
 
 

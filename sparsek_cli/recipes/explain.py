@@ -54,7 +54,9 @@ def explain(model_cls: "type[BaseModel]", error: Any, origins: Mapping[Loc, str]
     hint = getattr(described, "description", None) or "`sparsek recipes show NAME` has examples"
     if problem["type"] == "string_type" and isinstance(problem["input"], int | float):
         # YAML makes a number of digits (a commit's, without the zeros in front), a switch of no.
-        hint = f'write it in quotes if it is a word or name: {loc[-1]}: "..." ({hint})'
+        inside = '["..."]' if isinstance(loc[-1], int) else '"..."'
+        name = next(part for part in reversed(loc) if isinstance(part, str))
+        hint = f"write it in quotes if it is a word or name: {name}: {inside} ({hint})"
     return UsageError(f"{where}'{key}' {message}{value}{tail}", hint=hint)
 
 

@@ -9,6 +9,7 @@ import transformers
 import sparsek_cli as sparsek
 from sparsek_cli.dialogue.engine import Engine
 from sparsek_cli.errors import UsageError
+from sparsek_cli.loading import reads_on
 from sparsek_cli.loading.reads_on import check_reads_on, stands_where_told
 
 SIZES = {
@@ -67,6 +68,13 @@ def test_an_encoder_that_reads_from_both_ends_is_refused():
 )
 def test_who_does_is_not(name, more, dtype):
     check_reads_on(tiny(name, dtype, **more))
+
+
+@pytest.mark.parametrize("padding", [0, 1, 7])
+def test_the_trial_holds_no_padding(padding):
+    """With padding 1 (BART's) it could: positions and masks leave padding out."""
+    model = tiny("Falcon", vocab_size=8, pad_token_id=padding)
+    assert padding not in reads_on._text(model).tolist()[0]
 
 
 @pytest.mark.parametrize("name", ["MiniMax", "RecurrentGemma"])

@@ -249,6 +249,10 @@ def test_a_commit_of_digits_alone_is_told_to_be_quoted(tmp_path):
         with pytest.raises(UsageError, match="'revision' should be .*, not 1234567") as refusal:
             load_recipe(ConvertRecipe, recipe, words)
         assert 'word or name: revision: "..."' in refusal.value.hint
+    (tmp_path / "r.yaml").write_text("model: m\ntext: [a.txt, 2024]\n")
+    with pytest.raises(UsageError, match="'text.1' should be .*, not 2024") as refusal:
+        load_recipe(EvaluateRecipe, tmp_path / "r.yaml")
+    assert 'word or name: text: ["..."]' in refusal.value.hint
     (tmp_path / "r.yaml").write_text('model: m\nrevision: "0123456"\n')
     assert load_recipe(ConvertRecipe, tmp_path / "r.yaml").revision == "0123456"
 

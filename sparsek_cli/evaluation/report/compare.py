@@ -143,7 +143,8 @@ def as_text(comparison: dict[str, Any]) -> str:
         lines += ["", f"± standard error of the difference ({how})."]
     decisive = [d for d in comparison["differences"] if d["decisive"]]
     if decisive:
-        keys = ", ".join(dict.fromkeys(d["key"].split(".")[1] for d in decisive))
+        # Behind the last dot: names of tasks have some themselves.
+        keys = ", ".join(dict.fromkeys(d["key"].rpartition(".")[2] for d in decisive))
         lines += ["", f"warning: not the same measurement, these settings differ: {keys}"]
     others = [d["key"] for d in comparison["differences"] if not d["decisive"]]
     if others:

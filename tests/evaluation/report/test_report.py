@@ -261,6 +261,10 @@ def test_compare_says_that_prompts_were_made_otherwise(report, tmp_path):
     shown = as_text(compare(*runs[:2]))
     assert "not the same measurement, these settings differ: chat_template, num_fewshot" in shown
     assert compare(runs[0], runs[2])["differences"] == []
+    for one in (report, other):
+        one["units"] = [unit | {"task": "longproc_0.5k"} for unit in one["units"]]
+    runs = [write(tmp_path / n, r) for n, r in (("a5", report), ("b5", other))]
+    assert "settings differ: chat_template" in as_text(compare(*runs))
 
 
 def test_two_equal_runs_in_two_folders_do_not_differ(report, tmp_path):
