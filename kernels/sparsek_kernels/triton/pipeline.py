@@ -103,7 +103,8 @@ def forward(
     Args:
         q [B, H, N, D], k and v [B, G, M, D], scores float64 [B, G, M].
         positions: int64 [B, G, M] of keys that were listed from a state, see `find_ends`.
-        end: what `find_ends` found, if somebody asked before; the scores are not read then.
+        end: what `find_ends` found, if somebody asked before; gates log and kv alone read the
+            scores then.
         sink_logits: [H] or None. out: where to write, or None.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
@@ -146,7 +147,7 @@ def find_ends(
     shape: Geometry,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`selection_ends`, in one launch where the call is short.
+    """`selection_ends`, in two launches where the call is short.
 
     Args:
         scores: float64 [B, G, M].
@@ -258,7 +259,8 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     """dq, dk, dv in the inputs' dtypes, d(scores) float64 and d(sink_logits), where asked for.
 
-    None in their places where not.
+    None in their places where not. `scores` may be None under the gate straight_through, where
+    no gradient of them is asked for.
     """
     if shape.keys != shape.queries:
         raise ValueError("no gradient through a carried state: detach it or start without one")

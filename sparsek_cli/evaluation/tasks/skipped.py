@@ -1,4 +1,4 @@
-"""Tasks that are not measured: why, and what to do about it."""
+"""Tasks and rows that are not measured: why, and what to do about it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from sparsek_cli.errors import SparsekError
 
 @dataclass(frozen=True)
 class Absent:
-    """A task, or a task at one length, that is left out: why, and what to do.
+    """A task, a task at one length, or a row of the table that is left out: why, and what to do.
 
     Attributes:
         switch: the variable that keeps the hub from being asked: to unset it may do, too.
