@@ -62,6 +62,12 @@ class Plan:
         """For a person."""
         lengths = ", ".join(f"{n:,}" for n in self.samples.lengths) or "each task's own"
         budgets = ", ".join(map(str, self.rivals.budgets)) or "the checkpoint's own"
+        samples = [f"{self.samples.limit or 'all'} per task and length"]
+        samples += [
+            f"{self.samples.limits[entry.name]} of {entry.name}"
+            for entry in self.entries
+            if entry.name in self.samples.limits
+        ]
         return "\n".join(
             [
                 f"model      {self.checkpoint.path}",
@@ -69,7 +75,7 @@ class Plan:
                 f"lengths    {lengths}",
                 f"baselines  {', '.join(self.rivals.baselines) or 'none'}",
                 f"budgets    {budgets}",
-                f"samples    {self.samples.limit or 'all'} per task and length",
+                f"samples    {', '.join(samples)}",
                 f"out        {self.out or RUNS / self.checkpoint.name / '<settings>'}",
             ]
         )

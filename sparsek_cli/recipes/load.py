@@ -56,6 +56,7 @@ class Draft:
         """Arguments as of `load_recipe`."""
         self._tree: dict[str, Any] = {}
         self._origins: dict[Loc, str] = {}
+        self._beside: set[str] = set()  # keys that were given beside the file
         if name_or_path is not None:
             self._tree, self._origins = read_recipe(find_recipe(name_or_path, verb=verb), verb=verb)
 
@@ -66,6 +67,7 @@ class Draft:
     def set(self, key: str, value: Any, origin: str) -> None:
         """Puts a value at "key" or "key.sub"; `origin` is named where it is refused."""
         _assign(self._tree, self._origins, key, value, origin)
+        self._beside.add(key.partition(".")[0])
 
     def words(self, overrides: Sequence[str]) -> "Draft":
         """Words "key.sub=value"."""
@@ -86,8 +88,11 @@ class Draft:
         """The recipe; raises UsageError for anything wrong with it."""
         from pydantic import ValidationError
 
+        weaker = getattr(model_cls, "gives_way", {}).items()
+        gone = {key for key, to in weaker if to in self._beside and key not in self._beside}
+        tree = {key: value for key, value in self._tree.items() if key not in gone}
         try:
-            return model_cls.model_validate(_settled(model_cls, self._tree))
+            return model_cls.model_validate(_settled(model_cls, tree))
         except ValidationError as error:
             raise explain(model_cls, error, self._origins) from error
 

@@ -24,6 +24,8 @@ class EvaluateRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED_EVALUATE.items()}
+    # A key of a recipe's file, and the one that takes its place where it is given beside the file.
+    gives_way: ClassVar[dict[str, str]] = {"limits": "limit"}
 
     model: str | None = Field(
         None, description="folder, hub id or short name; default: the last model made here"
@@ -42,7 +44,9 @@ class EvaluateRecipe(BaseModel):
     )
     limit: Count | None = Field(None, description="samples per task and length; default: all")
     limits: dict[str, Count] = Field(
-        {}, description="samples of single tasks, before `limit`: {ppl: 2, recall_16: 16}"
+        {},
+        description="samples of single tasks, before `limit`; one given beside the recipe's file "
+        "takes their place: {ppl: 2, recall_16: 16}",
     )
     lengths: list[Length] = Field(
         [], description="prompt lengths in tokens, for tasks that can be made at any length"

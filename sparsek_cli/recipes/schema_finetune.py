@@ -251,7 +251,10 @@ class FinetuneRecipe(Strict):
     def _consistent(self) -> "FinetuneRecipe":
         lengths = [self.steps, self.tokens, self.epochs]
         if sum(length is not None for length in lengths) > 1:
-            raise ValueError("takes one of 'steps', 'tokens', 'epochs', not several")
+            raise ValueError(
+                "takes one of 'steps', 'tokens', 'epochs', not several "
+                "(steps=null drops a recipe's)"
+            )
         if self.init == "pretrained" and self.sparsek is not None and self.sparsek.scorer:
             raise ValueError("can set sparsek.scorer with init: random only")
         if self.init == "random" and self.architecture is None:

@@ -346,3 +346,10 @@ def test_what_is_named_twice_is_measured_once():
 def test_a_recipe_begins_with_a_sentence_that_says_what_it_is_for(name):
     first = (recipe_folder() / f"{name}.yaml").read_text().split("\n", 1)[0]
     assert first.startswith("# ") and first.endswith(".") and not first.startswith("# sparsek ")
+
+
+def test_a_dry_evaluation_says_the_samples_of_single_tasks(sparsek):
+    shown = sparsek("evaluate", "tiny", "--recipe", "tiny", "--dry-run")
+    assert "8 per task and length, 2 of ppl, 2 of recall_1, 4 of recall_4, 16 of" in shown.out
+    shown = sparsek("evaluate", "tiny", "--recipe", "tiny", "--limit", "1", "--dry-run")
+    assert "1 per task and length\n" in shown.out

@@ -279,3 +279,20 @@ def test_options_of_generators(options):
     made = load_recipe(FinetuneRecipe, None, [*words[:1], word.replace(options, "facts: [2, 3]")])
     assert made.data["n"].options.model_dump() == {"facts": (2, 3)}
     assert FinetuneRecipe.model_validate(made.model_dump(mode="json")) == made
+
+
+def test_a_limit_beside_a_recipe_takes_the_place_of_those_of_its_tasks(tmp_path):
+    """`evaluate --recipe tiny --limit 1` measured as many samples as the file says of each task."""
+    (tmp_path / "r.yaml").write_text("limit: 8\nlimits: {ppl: 2}\n")
+    made = [
+        load_recipe(EvaluateRecipe, tmp_path / "r.yaml", words, {"limit": flag})
+        for words, flag in (([], None), ([], 1), (["limit=1"], None), (["limits={ppl: 3}"], 1))
+    ]
+    limits = [(one.limit, one.limits) for one in made]
+    assert limits == [(8, {"ppl": 2}), (1, {}), (1, {}), (1, {"ppl": 3})]
+
+
+def test_a_length_beside_that_of_a_recipe_says_how_to_drop_it():
+    with pytest.raises(UsageError, match="not several .steps=null drops a recipe's"):
+        load_recipe(FinetuneRecipe, "lora", ["epochs=1"], verb="finetune")
+    assert load_recipe(FinetuneRecipe, "lora", ["epochs=1", "steps=null"], verb="finetune").epochs
