@@ -5,7 +5,8 @@
 
 A base is converted once per row, calibration only, at `--share` of `--length`, `--window` of that
 being the newest keys, with one thing changed in the request (the words shown), with another kind of
-scorer, or with outputs patched (experiments/variants/patches.py). Measured are perplexity of
+scorer, or with outputs patched (experiments/variants/patches.py), or with slots for means of what
+was evicted (experiments/variants/summaries.py). Measured are perplexity of
 windows of unseen novels, the share of the loss between a window of the same slots and dense
 attention that is closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in
 phrasings that calibration knows and in others that only the base knows. Dense and window are
@@ -46,7 +47,7 @@ from experiments.suite import (
     weights_folder,
     with_tokenizer,
 )
-from experiments.variants import patches
+from experiments.variants import patches, summaries
 from experiments.variants.scorers import FITS, in_place_of_linear
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.conversion.calibrate.run import search
@@ -86,6 +87,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "scorer-leaving": {"scorer": "leaving"},
     "patch-layer": {"patch": "layer"},
     "patch-head": {"patch": "head"},
+    "summary-1": {"summary": 1},
+    "summary-4": {"summary": 4},
     "ceiling": {"ceiling": True},
     "future": {"scorer": "future"},
     "future-slope-0": {"scorer": "future", "method.slopes": [0]},
@@ -179,7 +182,7 @@ class Experiment:
     def request(self, name: str) -> dict[str, Any]:
         """The words of `sparsek convert` for a row, and `Method`'s fields below "method."."""
         changes = dict(ROWS[name])
-        for key in ("scorer", "patch", "ceiling"):
+        for key in ("scorer", "patch", "summary", "ceiling"):
             changes.pop(key, None)
         words = conversion_words(
             self.given.length // self.given.share,
@@ -215,14 +218,17 @@ class Experiment:
         self.add(name, ROWS[name], measured, text_loss=text_loss, seconds=seconds)
 
     def alone(self, name: str) -> Suite:
-        """The suite, one sequence at a time where padding would be a query like others."""
-        sees_later = "ceiling" in ROWS[name] or ROWS[name].get("scorer") == "future"
-        return replace(self.suite, batch_tokens=1) if sees_later else self.suite
+        """The suite, one sequence at a time where padding would be a token like others."""
+        row = ROWS[name]
+        alone = "ceiling" in row or "summary" in row or row.get("scorer") == "future"
+        return replace(self.suite, batch_tokens=1) if alone else self.suite
 
     def altered(self, model: Any, row: dict[str, Any]) -> AbstractContextManager:
         """Attention as a row wants it; patches are fitted to an eighth of calibration's text."""
         if "ceiling" in row:
             return ceiling.applied()
+        if "summary" in row:
+            return summaries.applied(row["summary"])
         if "patch" not in row:
             return nullcontext()
         corpus = load_corpus(self.given.train, load_tokenizer(self.base))
