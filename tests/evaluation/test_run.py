@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -150,6 +151,19 @@ def test_what_keeps_a_run_from_being_resumed_is_said(run, recipe, console, tmp_p
     os.utime(text, ns=(1, 1))
     with pytest.raises(UsageError, match="other files: .* the text or the data have changed"):
         run(recipe(**small), console, resume=True)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "chat_template.jinja"])
+def test_what_ends_an_answer_or_makes_a_prompt_counts(
+    name, run, recipe, console, checkpoints, tmp_path
+):
+    """With other end tokens, or another template, results were "of this very run"."""
+    model = shutil.copytree(checkpoints[1], tmp_path / "model")
+    wanted = recipe(model=str(model), tasks=["ppl"], limit=1, baselines=[], lengths=[32])
+    run(wanted, console)
+    (model / name).write_text("{}")
+    with pytest.raises(UsageError, match="other files: the model's files"):
+        run(wanted, console, resume=True)
 
 
 def test_a_run_from_before_a_change_of_what_is_measured_is_not_gone_on_with(

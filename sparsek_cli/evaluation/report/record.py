@@ -15,6 +15,7 @@ from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
 from sparsek_cli.evaluation.result_files import RUNS, folder_name
 from sparsek_cli.families.varying_positions import in_words
+from sparsek_cli.output.tokenizer_files import files_in
 
 if TYPE_CHECKING:
     from sparsek_cli.hub import Checkpoint
@@ -96,11 +97,15 @@ def settings_of(
     files: Sequence,
 ) -> dict[str, Any]:
     """Everything the numbers depend on; its digest tells runs apart."""
-    weights = sorted(f for f in checkpoint.path.glob("*.safetensors") if f.is_file())
+    path = checkpoint.path
+    weights = sorted(f for f in path.glob("*.safetensors") if f.is_file())
+    # What makes tokens of texts, and says which tokens end an answer.
+    beside = [*files_in(path), *filter(Path.is_file, [path / "generation_config.json"])]
     return {
         "recipe": _without(request, "out", "overwrite", "model"),
-        "model": str(checkpoint.path),
-        "weights": [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in weights],
+        "model": str(path),
+        "weights": _as_they_are(weights, path),
+        "beside": _as_they_are(beside, path),
         "config": model.config.to_dict(),
         "dtype": str(model.dtype),
         "device": model.device.type,
@@ -109,6 +114,12 @@ def settings_of(
         "versions": _versions(),
         "meaning": MEANING,
     }
+
+
+def _as_they_are(files: Sequence[Path], folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each."""
+    stats = [(file.relative_to(folder).as_posix(), file.stat()) for file in files]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _without(request: dict[str, Any], *keys: str) -> dict[str, Any]:
