@@ -166,7 +166,10 @@ def read_shards(folder: Path) -> list[Shard]:
         if not isinstance(name, str):
             raise SparsekError(f"corrupt index: {index} names {name!r} as a file", hint=_AGAIN)
         if Path(name).name != name:
-            raise SparsekError(f"{index} names a file outside its folder: {name}", hint=_AGAIN)
+            raise SparsekError(
+                f"{index} names a file that is not beside it: {name}",
+                hint="lay every file of weights beside the index, and name each by its name alone",
+            )
         if not (folder / name).is_file():
             raise SparsekError(f"{index.name} names {name}, which is missing", hint=_AGAIN)
     shards = [read_shard(folder / name) for name in names]

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.checkpoint_files.template_steps import check_template
-from sparsek_cli.errors import SparsekError, first_line
-from sparsek_cli.loading import check_tokenizer
+from sparsek_cli.errors import SparsekError
+from sparsek_cli.loading import check_tokenizer, tokenizer_reason
 from sparsek_cli.output.tokenizer_files import PROBES, facts_of, holds_tokenizer, make_load_as
 from sparsek_cli.silence import quiet_transformers
 
@@ -49,9 +49,9 @@ def settle(plan: Plan, folder: Path) -> str:
             facts = facts_of(base)
         except Exception as error:
             # Every tokenizer library fails in its own way; code of its own is not run either.
-            first = first_line(error)
+            why = tokenizer_reason(error)
             raise SparsekError(
-                f"the tokenizer of {plan.tokenizer.name} does not load: {first}",
+                f"the tokenizer of {plan.tokenizer.name} does not load: {why}",
                 hint=_HINT,
             ) from error
         if not base(PROBES[0]).input_ids:

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.data.pieces import BLOCK
+from sparsek_cli.data.text.read_files import check_bytes
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.disk import check_name, write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.plain_files import check_no_pointer
 
 ProgressMaker = Callable[[str, float], AbstractContextManager[Any]]
 
@@ -83,11 +85,13 @@ def _parts(path: Path, name: str | None = None) -> Iterator[str]:
     name = name or str(path)
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UsageError(f"'{name}' is no plain file", hint="name a text file or a folder of some")
+    check_no_pointer(path)
     read = 0  # bytes that were text
-    decoder = IncrementalNewlineDecoder(getincrementaldecoder("utf-8")(), translate=True)
+    decoder = IncrementalNewlineDecoder(getincrementaldecoder("utf-8-sig")(), translate=True)
     try:
         with path.open("rb") as file:
             while block := file.read(BLOCK):
+                check_bytes(block, name, read)
                 yield decoder.decode(block)
                 read += len(block)
             yield decoder.decode(b"", final=True)
@@ -100,7 +104,8 @@ def _parts(path: Path, name: str | None = None) -> Iterator[str]:
         kept = len(error.object) - len(block)  # of an earlier block, a character's first bytes
         raise UsageError(
             f"'{name}' is not UTF-8 text (byte {read - kept + error.start})",
-            hint="convert it (iconv -t utf-8); of a PDF or Word file, extract the text first",
+            hint="convert it (iconv -t utf-8); of a PDF, Word, Parquet or packed file, write the "
+            "text into a file first",
         ) from error
     except OSError as error:
         raise UsageError(

@@ -7,11 +7,12 @@ configs         config.json as transformers reads it, and what it may not say
 positions       rotary positions beyond the model's own length
 reads_on        whether a model of an unknown family can be read in pieces
 tokenizers      the tokenizer, whose ids fit the model
+generation      generation_config.json as transformers reads it
 library_errors  what libraries raise meanwhile, in one line
 """
 
 from sparsek_cli.loading.configs import load_config
-from sparsek_cli.loading.library_errors import readable_errors
+from sparsek_cli.loading.library_errors import readable_errors, tokenizer_reason
 from sparsek_cli.loading.reads_on import check_reads_on, stands_where_told
 from sparsek_cli.loading.tokenizers import (
     check_tokenizer,
@@ -43,4 +44,5 @@ __all__ = [
     "load_weights",
     "readable_errors",
     "stands_where_told",
+    "tokenizer_reason",
 ]

@@ -13,6 +13,18 @@ _UNFIT = (
 _MISFIT = "a package that loading it needs does not fit the installed transformers: upgrade both"
 
 
+def tokenizer_reason(error: Exception) -> str:
+    """Why a tokenizer does not load, in one line that can be acted on."""
+    text = str(error)
+    if "instantiate the backend tokenizer" in text:
+        return "tokenizer.json, or what stands for it, is missing"
+    if "trust_remote_code" in text or "custom code" in text:
+        return "it needs code of its own (auto_map in tokenizer_config.json), which is not run"
+    # Of values of another type Python's own words are left, which name no file or key.
+    slipped = isinstance(error, TypeError | AttributeError | LookupError)
+    return f"{reason(error)} (in one of its files)" if slipped else first_line(error)
+
+
 @contextmanager
 def readable_errors(name: str) -> Iterator[None]:
     """What libraries raise while a checkpoint loads, as one line that names it.

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli.checkpoint_files.template_steps import check_template
-from sparsek_cli.errors import SparsekError, first_line
+from sparsek_cli.errors import SparsekError
 from sparsek_cli.loading.configs import load_config
+from sparsek_cli.loading.library_errors import tokenizer_reason
 from sparsek_cli.silence import quiet_transformers
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBas
     except Exception as error:
         # Every tokenizer library fails in its own way; all of them mean the same to the user.
         raise SparsekError(
-            f"'{name}' has no usable tokenizer: {first_line(error)}", hint=hint
+            f"'{name}' has no usable tokenizer: {tokenizer_reason(error)}", hint=hint
         ) from error
     if not probe:
         raise SparsekError(

@@ -13,6 +13,7 @@ from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.families.own_config import own_value
 from sparsek_cli.loading.configs import load_config
+from sparsek_cli.loading.generation import check_generation
 from sparsek_cli.loading.library_errors import DAMAGED, readable_errors
 from sparsek_cli.loading.positions import stretch
 from sparsek_cli.silence import quiet_transformers
@@ -96,6 +97,7 @@ def load_weights(
     Raises:
         SparsekError: weights are missing, left over or of another shape, or cannot be read;
             scorers are not those that were written, or a base's not those that were converted.
+        UsageError: its generation_config.json asks for what cannot be.
     """
     from transformers import AutoModelForCausalLM
 
@@ -112,6 +114,7 @@ def load_weights(
             scorers_later=scorers_later, **options,
         )  # fmt: skip
     with quiet_transformers(), readable_errors(name):
+        check_generation(path)
         model, report = quantised.load(
             kind, path, config, dtype, device,
             # So that mis-shaped ones are named here, not in a report that is not shown.

@@ -68,6 +68,11 @@ def no_config(path: Path) -> UsageError:
         return UsageError(
             f"'{path}' is a PEFT adapter{of}, not a whole model", hint=merge_hint(path)
         )
+    if holds("adapter_model.*"):
+        return UsageError(
+            f"'{path}' holds a PEFT adapter's weights, without its adapter_config.json",
+            hint="fetch adapter_config.json, too: PEFT merges the adapter into its base by it",
+        )
     if error := _scorers_error(path / SCORERS, str(path)):
         return error
     if packed := gguf_files(path):

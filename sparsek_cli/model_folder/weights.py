@@ -15,6 +15,8 @@ _WRAPPERS = (
     ("module.", "torch's DataParallel", "model.module"),
     ("_orig_mod.", "torch.compile", "model._orig_mod"),
 )
+# Weights of TensorFlow, Flax, ONNX, and of a training run's processes (FSDP, DeepSpeed).
+_FOREIGN = (".h5", ".msgpack", ".onnx", ".distcp", "_model_states.pt")
 
 
 def check_weights(path: Path, name: str) -> None:
@@ -33,6 +35,7 @@ def check_weights(path: Path, name: str) -> None:
         return
     others = sorted(p.name for p in path.glob("*.safetensors") if p.is_file())
     pickled = any(p.suffix in PICKLES for p in path.iterdir())
+    foreign = [p for end in _FOREIGN for at in ("*", "*/*") for p in sorted(path.glob(at + end))]
     if others:
         raise UsageError(
             f"'{name}' holds {others[0]}, but neither {SINGLE} nor {INDEX}",
@@ -43,6 +46,11 @@ def check_weights(path: Path, name: str) -> None:
             f"'{name}' holds no .safetensors weights, but {packed[0].name}, which only convert "
             "reads",
             hint=unpack(packed[0]),
+        )
+    if foreign and not pickled:
+        raise UsageError(
+            f"'{name}' holds no .safetensors weights; {foreign[0].relative_to(path)} is not read",
+            hint="fetch the same model's .safetensors files, or write some from what is there",
         )
     raise UsageError(
         f"'{name}' holds no .safetensors weights"

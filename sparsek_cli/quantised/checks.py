@@ -19,6 +19,8 @@ from sparsek_cli.quantised.methods import (
 )
 
 _ORIGINAL = "name the checkpoint it was made from; quantise the converted model, if you must"
+# Where config.json says that weights are quantised; older files have the second.
+_BLOCKS = ("quantization_config", "compression_config")
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _EIGHT_BITS = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8")
 # Beside tensors of these names lie weights that are packed or scaled.
@@ -39,20 +41,31 @@ def check(
     Raises:
         UsageError: a method that is not read, a missing package, or tensors of another method.
     """
-    said = config.get("quantization_config") or config.get("compression_config") or apart
+    said = [key for key in _BLOCKS if config.get(key) is not None]
     tensors = {key: entry for shard in shards for key, entry in shard.tensors.items()}
-    if not said:
-        _check_plain(tensors, name)
-        return
-    method = method_of(config)
+    method, packed = method_of(config), _first_packed(tensors)
     if method is None or "quantization_config" not in config:
-        raise _refusal(name, method or apart, "its config.json does not say so where it should")
+        if packed and (said or apart):
+            raise _refusal(name, method or apart, "its config.json does not say so where it should")
+        if packed:
+            raise _refusal(name, None, f"{packed}, and config.json names no method")
+        if said:
+            raise UsageError(
+                f"'{name}': config.json has a {said[0]} that names no method, and the weights are "
+                "plain",
+                hint=f"take {said[0]} out of config.json",
+            )
+        return
     if method not in METHODS:
         raise _refusal(name, method, REFUSED.get(method, "transformers knows no such method"))
     found, family = METHODS[method], str(config.get("model_type")).removeprefix("sparsek_")
     if family in found.families:
         raise _refusal(name, method, f"of {family} models, activations are scaled, too")
-    if not any(key.endswith(found.marks) for key in tensors):
+    marked = any(key.endswith(found.marks) for key in tensors)
+    if packed and not marked:
+        marks = " or ".join(found.marks)
+        raise _refusal(name, method, f"{packed}, and no tensor's name ends in {marks}")
+    if not marked:
         raise UsageError(
             f"'{name}': config.json says that weights are quantised ({method}), and none is",
             hint="take quantization_config out of config.json if the weights are plain, else "
@@ -100,12 +113,13 @@ def _refusal(name: str, method: str | None, why: str) -> UsageError:
     return UsageError(f"'{name}' is quantised{by}, and is not read: {why}", hint=_ORIGINAL)
 
 
-def _check_plain(tensors: Mapping[str, TensorEntry], name: str) -> None:
+def _first_packed(tensors: Mapping[str, TensorEntry]) -> str:
+    """A tensor that is no plain weight, and what it is instead; "": there is none."""
     for key, entry in tensors.items():
         packed = key.endswith(_PACKED) or "quant_state" in key
         if packed or (key.endswith(".weight") and entry.dtype not in _PLAIN):
-            what = "packed" if packed else entry.dtype
-            raise _refusal(name, None, f"{key} is {what}, and config.json names no method")
+            return f"{key} is {'packed' if packed else entry.dtype}"
+    return ""
 
 
 def _check_scaled(tensors: Mapping[str, TensorEntry], name: str, method: str) -> None:

@@ -110,6 +110,15 @@ def test_what_cannot_be_is_refused_in_one_line(asked, model, monkeypatch):
         assert "remove it" in error.value.hint
 
 
+def test_a_ban_of_what_is_no_token_is_refused_in_one_line(model, monkeypatch):
+    """transformers finds it with the first logits; it was told as an error of ours."""
+    asked = GenerationConfig(bad_words_ids=[[99_999]])
+    monkeypatch.setattr(model, "generation_config", asked)
+    with pytest.raises(UsageError, match="generation_config.json asks for") as error:
+        written(model)
+    assert "remove it" in error.value.hint
+
+
 def test_tokens_of_the_conversation_are_listed_only_where_something_is_shaped(model, monkeypatch):
     """Of a million tokens such a list takes more memory than the cache."""
     listed = []

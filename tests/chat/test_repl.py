@@ -217,6 +217,33 @@ def test_a_long_file_is_read_in_parts_like_its_text(engine, tokenizer, tmp_path)
     assert seen[0] == seen[1] and max(longest) < 2 * BLOCK < len(text)
 
 
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("plain words".encode("utf-16-le"), "a null byte at position 1"),  # valid UTF-8, too
+        (b"words" * BLOCK + b"\0", f"a null byte at position {5 * BLOCK}"),
+        ("plain words".encode("utf-16"), "begins as UTF-16 does"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+    ],
+)
+def test_what_only_looks_like_text_is_not_read(repl, tmp_path, content, says):
+    file = tmp_path / "bad.txt"
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=says):
+        load_file(repl.session, str(file), progress=no_progress)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_document(engine, tokenizer, tmp_path):
+    seen, file = [], tmp_path / "a.txt"
+    for mark in (b"", b"\xef\xbb\xbf"):
+        file.write_bytes(mark + b"The end.")
+        session = Session(engine(), tokenizer, Sampling(max_new_tokens=1))
+        load_file(session, str(file), progress=no_progress)
+        "".join(session.ask("What?"))
+        seen.append(session.engine.seen)
+    assert seen[0] == seen[1]
+
+
 def test_where_a_file_stops_being_text_is_named(repl, tmp_path):
     file = tmp_path / "bad.txt"
     for before in (b"a" * (BLOCK - 1), b"a" * 7, b"a" * 3 * BLOCK):

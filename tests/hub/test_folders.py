@@ -19,6 +19,8 @@ def test_folder(checkpoint):
         ({"architectures": ["BertForMaskedLM"]}, (), "not a causal language model"),
         ({"architectures": ["LlamaForCausalLM"]}, ("pytorch_model.bin",), "pickled weights"),
         ({"architectures": ["LlamaForCausalLM"]}, ("notes.txt",), "no .safetensors"),
+        ({"architectures": ["LlamaForCausalLM"]}, ("tf_model.h5",), "tf_model.h5 is not read"),
+        ({"architectures": ["LlamaForCausalLM"]}, ("model.onnx",), "model.onnx is not read"),
         ("{not json", (), "not valid JSON"),
         ("[1]", (), "no JSON object"),
     ],
@@ -32,6 +34,10 @@ def test_not_a_checkpoint_at_all(tmp_path):
     with pytest.raises(UsageError, match="no config.json"):
         hub.resolve(tmp_path)
     (tmp_path / "file.txt").touch()
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_model.safetensors").touch()
+    with pytest.raises(UsageError, match="PEFT adapter's weights, without its adapter_config"):
+        hub.resolve(tmp_path / "adapter")
     with pytest.raises(UsageError, match="is a file"):
         hub.resolve(tmp_path / "file.txt")
 

@@ -66,8 +66,26 @@ def test_none_or_a_broken_one_is_refused(content, tmp_path, tokenizer):
     with pytest.raises(SparsekError, match="has no usable tokenizer") as no:
         load_tokenizer(folder)
     assert "copy tokenizer.json" in no.value.hint and "\n" not in no.value.message
+    assert "tokenizer.json, or" in no.value.message or content is not None
     file.write_text(text)  # as hinted
     assert load_tokenizer(folder)("hi").input_ids
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model_max_length", "16", "TypeError: .* .in one of its files"),
+        ("auto_map", {"AutoTokenizer": ["own.Own", None]}, "needs code of its own"),
+    ],
+)
+def test_why_one_does_not_load_is_said_in_words(key, value, says, tmp_path, tokenizer):
+    folder = tmp_path / "model"
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    named = json.loads(file.read_text()) | {key: value, "tokenizer_class": "Own"}
+    file.write_text(json.dumps(named))
+    with pytest.raises(SparsekError, match=says):
+        load_tokenizer(folder)
 
 
 def test_additional_chat_templates_come_along(pair, tmp_path):

@@ -107,6 +107,27 @@ def test_eight_bits_without_their_scale(plain, tmp_path):
     assert f"{name} has no scale beside it" in refusal(base, tmp_path / "out").message
 
 
+def test_tensors_that_are_called_otherwise_are_no_plain_ones(plain, tmp_path):
+    """As vLLM's FP8 files are. Who took the block out, as hinted, was refused again."""
+    scale = {"model.layers.0.mlp.up_proj.weight_scale": torch.ones(1)}
+    base = changed(plain, tmp_path / "base", {"quant_method": "fp8"}, **scale)
+    error = refusal(base, tmp_path / "out")
+    assert "weight_scale is packed, and no tensor's name ends in .weight_scale_inv" in error.message
+    assert "the checkpoint it was made from" in error.hint
+
+
+@pytest.mark.parametrize("block", [{}, {"load_in_4bit": False}, {"bits": 4}, "awq"])
+def test_plain_weights_beside_a_block_without_a_method(block, plain, tmp_path):
+    base = changed(plain, tmp_path / "base", block)
+    error = refusal(base, tmp_path / "out")
+    assert "names no method, and the weights are plain" in error.message
+    config = json.loads((base / "config.json").read_text())
+    del config["quantization_config"]  # as hinted
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "quantize_config.json").write_text("{}")  # left from what it was made from
+    sparsek.convert(base, tmp_path / "out", topk=8, window=8, calibrate="none")
+
+
 def test_families_whose_activations_are_scaled_too(make_checkpoint, tmp_path):
     plain = make_checkpoint(tmp_path / "plain", "starcoder2")
     packed = {"model.layers.0.mlp.c_fc.qweight": torch.zeros(4, 4, dtype=torch.int32)}

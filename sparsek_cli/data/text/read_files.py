@@ -64,7 +64,11 @@ def _bounded(raw: bytes, where: object) -> bytes:
     return raw
 
 
-def _decode(raw: bytes, path: Path, offset: int) -> str:
+def check_bytes(raw: bytes, path: str | Path, offset: int) -> None:
+    """Raises UsageError where bytes of a file, which begin at an offset, are of no UTF-8 text.
+
+    UTF-16 without a mark may be valid UTF-8, with a null byte behind each letter.
+    """
     for marks, name in _OTHER_MARKS:
         if offset == 0 and raw.startswith(marks):
             raise UsageError(
@@ -76,6 +80,10 @@ def _decode(raw: bytes, path: Path, offset: int) -> str:
             f"{path} is not UTF-8 text: it holds a null byte at position {offset + raw.index(0)}",
             hint="of UTF-16 without a mark: iconv -f utf-16le -t utf-8 IN > OUT; else clean it",
         )
+
+
+def _decode(raw: bytes, path: Path, offset: int) -> str:
+    check_bytes(raw, path, offset)
     try:
         return raw.decode("utf-8" if offset else "utf-8-sig")
     except UnicodeDecodeError as error:

@@ -5,7 +5,8 @@ chat's own settings, and whether tokens are drawn is the temperature's: the file
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,13 @@ class Shaped:
         self.sampling = sampling
 
     def __call__(self, logits: "torch.Tensor") -> "torch.Tensor":
-        """Of logits [vocabulary], float32; those given stay as they are."""
-        return self._processors(self._said, logits[None].clone())[0]
+        """Of logits [vocabulary], float32; those given stay as they are.
+
+        Raises:
+            UsageError: see `shaped`; ids beyond the vocabulary are found by its width alone.
+        """
+        with _one_that_can_be():
+            return self._processors(self._said, logits[None].clone())[0]
 
     def follow(self, token: int) -> None:
         """A token was drawn."""
@@ -126,10 +132,16 @@ def _processors(
 
     ends = torch.tensor(sorted(stop_tokens), device=ids.device) if stop_tokens else None
     config._eos_token_tensor = ends
-    try:
+    with _one_that_can_be():
         return model._get_logits_processor(
             config, input_ids_seq_length=ids.shape[1], encoder_input_ids=ids, device=ids.device
         )
+
+
+@contextmanager
+def _one_that_can_be() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise UsageError(
             f"generation_config.json asks for what cannot be: {reason(error)}",
