@@ -279,16 +279,20 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
         yield batch
 
 
+def told(tokenizer: Any) -> str:
+    """All that a tokenizer makes ids by, as text: not its words alone, which others have, too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
+
+
 def _key(spec: str | list[str], tokenizer: Any, settings: dict) -> str:
     if is_hub_id(spec):
         source: Any = str(spec)
     else:
         stats = [(str(f.resolve()), f.stat()) for f in find_files(spec)]
         source = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
     ends = [tokenizer.eos_token_id, len(tokenizer)]
-    text = json.dumps([source, settings, words, ends], sort_keys=True)
+    text = json.dumps([source, settings, told(tokenizer), ends], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

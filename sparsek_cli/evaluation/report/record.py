@@ -14,6 +14,7 @@ from sparsek_cli.evaluation.json_values import digest
 from sparsek_cli.evaluation.policies.policy import Policy
 from sparsek_cli.evaluation.report.retrieval import unanswered_by_dense
 from sparsek_cli.evaluation.result_files import RUNS, folder_name
+from sparsek_cli.evaluation.tasks.local_files import as_they_are
 from sparsek_cli.families.varying_positions import in_words
 from sparsek_cli.output.tokenizer_files import files_in
 
@@ -104,8 +105,8 @@ def settings_of(
     return {
         "recipe": _without(request, "out", "overwrite", "model"),
         "model": str(path),
-        "weights": _as_they_are(weights, path),
-        "beside": _as_they_are(beside, path),
+        "weights": as_they_are(weights),
+        "beside": as_they_are(beside),
         "config": model.config.to_dict(),
         "dtype": str(model.dtype),
         "device": model.device.type,
@@ -114,12 +115,6 @@ def settings_of(
         "versions": _versions(),
         "meaning": MEANING,
     }
-
-
-def _as_they_are(files: Sequence[Path], folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of change of each."""
-    stats = [(file.relative_to(folder).as_posix(), file.stat()) for file in files]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
 def _without(request: dict[str, Any], *keys: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The user's own files that tasks read."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sparsek_cli.errors import UsageError
@@ -22,4 +22,9 @@ def data_fingerprint(text: Sequence[str], data: str | None) -> list[tuple[str, i
         if not folder.is_dir():
             raise UsageError(f"--data: no such folder '{folder}'", hint="check the path")
         files += sorted(p for p in folder.rglob("*") if p.is_file())
+    return as_they_are(files)
+
+
+def as_they_are(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Name, size and time of change of each: others, once something was written there."""
     return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -7,6 +7,8 @@ from typing import Any
 
 from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.evaluation.tasks.local_files import as_they_are
+from sparsek_cli.output.tokenizer_files import files_in
 
 MIN_SOURCE_BYTES = 40_000  # of a Python source that may stand in for text; shorter ones say little
 
@@ -23,6 +25,14 @@ def named_text(settings: Mapping[str, Any]) -> list[str]:
     return [str(folder)] if folder is not None and folder.is_dir() else []
 
 
+def text_as_it_is(settings: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """The files of `named_text`, `as_they_are`: what is made of them is kept by this."""
+    from sparsek_cli.data.text.find_files import find_files
+
+    named = named_text(settings)
+    return as_they_are(find_files(named)) if named else []
+
+
 def documents(settings: Mapping[str, Any]) -> Iterator[str]:
     """The documents of `named_text`, else the longer sources of this Python's standard library."""
     files = named_text(settings)
@@ -36,22 +46,23 @@ def documents(settings: Mapping[str, Any]) -> Iterator[str]:
 
 
 def tokenizer_of(settings: Mapping[str, Any]) -> Any:
-    """The tokenizer that sizes a task's prompts, loaded once per process.
+    """The tokenizer that sizes a task's prompts, loaded once per process while its files stay.
 
     lm-eval hands tasks the model's arguments under `tokenizer` or `pretrained`.
     """
     return _tokenizer(str(settings.get("tokenizer") or settings["pretrained"]))
 
 
-_LOADED: dict[str, Any] = {}
+_LOADED: dict[tuple, Any] = {}  # all of them stay: what is made by one is known by its id
 
 
 def _tokenizer(name: str) -> Any:
-    if name not in _LOADED:
+    key = (name, *as_they_are(files_in(Path(name).absolute())))
+    if key not in _LOADED:
         from sparsek_cli.loading import load_open_tokenizer
 
-        _LOADED[name] = load_open_tokenizer(name)
-    return _LOADED[name]
+        _LOADED[key] = load_open_tokenizer(name)
+    return _LOADED[key]
 
 
 class WrongLength(SparsekError):

@@ -27,6 +27,7 @@ from sparsek_cli.evaluation.tasks.local_text import (
     documents,
     lengths_of,
     named_text,
+    text_as_it_is,
     tokenizer_of,
 )
 
@@ -174,7 +175,7 @@ def _filler(settings: dict[str, Any]) -> Filler:
     """Sentences to hide facts in; cutting and tokenising them is shared by all recall tasks."""
     tokenizer = tokenizer_of(settings)
     seed = settings.get("seed") or 0
-    key = (id(tokenizer), seed, *named_text(settings))
+    key = (id(tokenizer), seed, *text_as_it_is(settings))
     if key not in _FILLERS:
         if named_text(settings):
             texts = [t[:FILLER_CHARACTERS] for t in islice(documents(settings), FILLER_DOCUMENTS)]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli.data import vocabulary
-from sparsek_cli.data.corpus import cache_folder
+from sparsek_cli.data.corpus import cache_folder, told
 from sparsek_cli.data.filler import split_sentences
 from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.disk import write_atomically
@@ -23,6 +23,7 @@ from sparsek_cli.evaluation.tasks.local_text import (
     documents,
     lengths_of,
     named_text,
+    text_as_it_is,
     tokenizer_of,
 )
 from sparsek_cli.evaluation.tasks.ruler_samples import Haystack
@@ -60,7 +61,6 @@ def _samples(settings: dict[str, Any], length: int, count: int) -> list[dict[str
     block = settings["sparsek"]
     seed = settings.get("seed") or 0
     tokenizer = tokenizer_of(settings)
-    source = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in _files(settings)]
     key = {
         "format": FORMAT,
         "maker": block["maker"],
@@ -68,8 +68,8 @@ def _samples(settings: dict[str, Any], length: int, count: int) -> list[dict[str
         "answer": block["answer"],
         "length": length,
         "seed": seed,
-        "source": source,
-        "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
+        "source": text_as_it_is(settings),
+        "tokenizer": told(tokenizer),
     }
     file = cache_folder().parent / "ruler" / f"{digest(key)}.jsonl"
     made = _cached(file)
@@ -95,12 +95,6 @@ def _samples(settings: dict[str, Any], length: int, count: int) -> list[dict[str
     return made
 
 
-def _files(settings: dict[str, Any]) -> list[Path]:
-    from sparsek_cli.data.text.find_files import find_files
-
-    return find_files(named_text(settings)) if named_text(settings) else []
-
-
 def _cached(file: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -113,7 +107,7 @@ _HAYSTACKS: dict[tuple, Haystack] = {}
 
 def _haystack(settings: dict[str, Any]) -> Haystack:
     tokenizer = tokenizer_of(settings)
-    key = (id(tokenizer), settings.get("seed") or 0, *named_text(settings))
+    key = (id(tokenizer), settings.get("seed") or 0, *text_as_it_is(settings))
     if key not in _HAYSTACKS:
         _HAYSTACKS[key] = build_haystack(settings, tokenizer)
     return _HAYSTACKS[key]

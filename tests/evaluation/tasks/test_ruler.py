@@ -1,5 +1,8 @@
 """RULER samples: they fit, hold their answers, come back from the cache, and are scored."""
 
+import json
+import shutil
+
 import pytest
 
 from sparsek_cli.errors import SparsekError
@@ -140,3 +143,26 @@ def test_needles_are_measured_end_to_end(recipe, console, tmp_path, monkeypatch,
     assert [unit["policy"] for unit in report["units"]] == ["dense", "sparsek"]
     assert all(len(unit["by_depth"]) == unit["samples"] == 2 for unit in report["units"])
     assert (tmp_path / "out" / "recall_by_depth.png").is_file()
+
+
+def test_text_that_was_changed_since_is_read_again(load, tmp_path):
+    """In one process samples of the text before were measured, and kept on disk as of the new."""
+    text = tmp_path / "text.txt"
+    for word in ("boat", "goat"):
+        text.write_text(f"The {word} is here. " * 300)
+        [row] = load("ruler_niah_single_2", count=1, text=[str(text)])
+        assert f"The {word} is here." in row["input"]
+
+
+def test_a_tokenizer_that_was_changed_since_is_another(load, checkpoints, tmp_path):
+    """Prompts were as long as another's ids; of the same words it had the same file on disk."""
+    model = shutil.copytree(checkpoints[0], tmp_path / "model")
+    kept = {"tokenizer": str(model), "count": 1}
+    [short] = load("ruler_niah_single_1", **kept)
+    file = model / "tokenizer.json"
+    found = json.loads(file.read_text())
+    found["pre_tokenizer"] = {"type": "Split", "pattern": {"String": "e"}, "behavior": "Removed",
+                              "invert": False}  # fmt: skip
+    file.write_text(json.dumps(found))
+    [long] = load("ruler_niah_single_1", **kept)
+    assert len(long["input"]) > len(short["input"])

@@ -179,3 +179,12 @@ def test_a_passage_as_long_as_its_document_counts_once(tokenizer, checkpoints, t
         text=[str(tmp_path / "one.txt")], sparsek={"documents": 4},
     )["test"]  # fmt: skip
     assert rows["text"] == [text]
+
+
+def test_facts_are_hidden_in_the_text_as_it_is_now(load, tmp_path):
+    """In one process it was the text as it had been at first."""
+    text = tmp_path / "text.txt"
+    for word in ("boat", "goat"):
+        text.write_text(f"The {word} is here. " * 300)
+        [row] = load("recall_1", count=1, text=[str(text)])
+        assert f"The {word} is here." in row["prompt"]
