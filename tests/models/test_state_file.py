@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedConfig
 
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.models.cache.state_file import fingerprint
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
 
@@ -189,6 +191,16 @@ def test_forged_tensors_are_refused(saved, tmp_path, gate):
         assert error.value.hint
     save_file(tensors, tmp_path / "state", metadata)
     assert models.load_state(tmp_path / "state", model)[1] == [1]
+
+
+def test_a_fingerprint_takes_in_large_tensors():
+    """Of more than 2^24 numbers, as every public model's embedding, it was an IndexError."""
+    large, model = torch.zeros(1 << 25, dtype=torch.bfloat16), torch.nn.Module()
+    model.config = PreTrainedConfig()
+    model.register_parameter("embedding", torch.nn.Parameter(large, requires_grad=False))
+    before = fingerprint(model)
+    large[-1] = 1
+    assert fingerprint(model) != before
 
 
 def test_bytes_that_flipped(saved, tmp_path):

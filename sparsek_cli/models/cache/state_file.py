@@ -200,7 +200,8 @@ def fingerprint(model: Any) -> str:
     seen = hashlib.sha256(str(model.config.model_type).encode())
     for name, weight in sorted(model.named_parameters(), key=lambda pair: pair[0]):
         flat = weight.detach().flatten()
-        picks = torch.linspace(0, max(flat.numel() - 1, 0), 64, device=flat.device).long()
+        # In whole numbers: linspace's float32 goes beyond the end of more than 2^24.
+        picks = torch.arange(64, device=flat.device) * max(flat.numel() - 1, 0) // 63
         sample = flat[picks] if flat.numel() else flat
         seen.update(f"{name}{tuple(weight.shape)}".encode())
         seen.update(sample.to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes())
