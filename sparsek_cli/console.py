@@ -60,10 +60,18 @@ def _one_line(text: str) -> str:
     return escaped(" ".join(str(text).split("\n")))
 
 
+# Left-to-right and right-to-left override; what Arabic and Hebrew need are marks and isolates.
+_TURNING = "\u202d\u202e"
+
+
 def escaped(text: str) -> str:
-    """Control characters, which files may hold, as Python writes them; newline and tab stay."""
+    """Control characters, which files may hold, as Python writes them; newline and tab stay.
+
+    So are those that turn the order of what follows around: a name would read as another one.
+    """
     return "".join(
-        c if c in "\n\t" or c.isprintable() or unicodedata.category(c) not in ("Cc", "Cs")
+        c if c in "\n\t" or c.isprintable()
+        or (unicodedata.category(c) not in ("Cc", "Cs") and c not in _TURNING)
         else c.encode("unicode_escape", "surrogatepass").decode()
         for c in text
     )  # fmt: skip

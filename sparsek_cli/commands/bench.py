@@ -64,8 +64,9 @@ def bench(
             raise UsageError(
                 f"--plot {plot} names no kind of picture", hint=f"end it in {', '.join(PICTURES)}"
             )
-        from sparsek_cli.output.place import check_file, check_not_inside
+        from sparsek_cli.output.place import absolute, check_file, check_not_inside
 
+        plot = str(absolute(plot))
         check_not_inside(Path(plot), None)
         check_file(Path(plot), overwrite=overwrite, suffixes=PICTURES)
     from sparsek_cli.devices import choose_device, choose_dtype

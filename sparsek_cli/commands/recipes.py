@@ -64,17 +64,19 @@ def copy(
 ) -> None:
     """Copy a recipe, to change it."""
     from sparsek_cli.disk import write_atomically
-    from sparsek_cli.output.place import check_file
+    from sparsek_cli.output.place import absolute, check_file, check_not_inside
     from sparsek_cli.recipes.shipped import find_recipe
     from sparsek_cli.recipes.yaml_lines import read_text
 
     source = find_recipe(name)
-    target = to or Path(source.name)
-    if target.is_dir():
-        target = target / source.name
+    said = to or Path(source.name)
+    if absolute(said).is_dir():
+        said = said / source.name
+    target = absolute(said)
+    check_not_inside(target, None)
     check_file(target, overwrite=overwrite, suffixes=(".yaml", ".yml"))
     write_atomically(target, read_text(source))
-    Console().result(str(target), {})
+    Console().result(str(said), {})
 
 
 @app.command("schema")

@@ -23,6 +23,7 @@ from sparsek_cli.conversion.geometry import geometry
 from sparsek_cli.conversion.planned import Calibration, Plan, contents_of
 from sparsek_cli.converted import dense_config, is_converted
 from sparsek_cli.data.text.find_files import find_files, is_hub_id
+from sparsek_cli.devices import choose_device, choose_dtype
 from sparsek_cli.disk import existing_parent
 from sparsek_cli.errors import UsageError
 from sparsek_cli.families import Row
@@ -41,6 +42,18 @@ from sparsek_cli.output.place import absolute, check_folder
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 
+def _check_words(recipe: ConvertRecipe) -> None:
+    """Calibration alone uses them, minutes later; without one no word would be too odd.
+
+    What is left to us needs no look: torch, which looks, takes seconds to import.
+
+    Raises:
+        UsageError: a device that is not there, or a dtype that there is none of.
+    """
+    if {recipe.device, recipe.dtype} - {None, "auto"}:
+        choose_dtype(recipe.dtype, choose_device(recipe.device))
+
+
 def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
     """Checks the request and its base checkpoint, and fills in what was left open.
 
@@ -56,8 +69,8 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
         raise UsageError(
             "MODEL is missing", hint="name one, e.g. `sparsek convert tiny`; --list-models shows"
         )
-    base = find_gguf(recipe.model, recipe.revision)
-    base = base or hub.resolve(recipe.model, recipe.revision)
+    _check_words(recipe)
+    base = find_gguf(recipe.model, recipe.revision) or hub.resolve(recipe.model, recipe.revision)
     config = base.config()
     again = recipe.again and is_converted(config)
     repeatable = method is None

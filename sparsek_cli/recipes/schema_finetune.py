@@ -80,7 +80,7 @@ class Lora(Strict):
 
     rank: Length = Field(16, description="rank of the adapters")
     alpha: Positive = Field(32.0, description="adapter scale; the update is alpha / rank x B A")
-    dropout: Share = Field(0.0, description="dropout on the adapters' input")
+    dropout: Share = Field(0.0, lt=1, description="dropout on the adapters' input")
     targets: list[str] = Field(
         default_factory=list,
         description="names of the linear layers to adapt; empty: all linear layers of the blocks",

@@ -96,6 +96,12 @@ def refused(sparsek, tmp_path, monkeypatch):
         (1, ["doctor", "nobody/nothing"], "not in the cache"),
         (1, ["convert", "nobody/nothing"], "not in the cache"),
         (1, ["convert", "tiny", "--calibrate", "nobody/nothing"], "not in the cache"),
+        # Calibration alone uses them: without one any word went through, and with one minutes did.
+        (2, ["convert", "tiny", "out", "--calibrate", "none", "--dtype", "int8"], "unknown dtype"),
+        (2, ["convert", "tiny", "out", "--calibrate", "none", "--device", "gpu"], "unknown device"),
+        (2, ["convert", "tiny", "out", "--dry-run", "--device", "cuda:99"], "is not there"),
+        # Nothing of what adapters read would be left.
+        (2, [*FINETUNE, "good.txt", "train=lora", "lora.dropout=1"], "should be less than 1"),
     ],
 )
 def test_refused(refused, code, words, says):

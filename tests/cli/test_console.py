@@ -52,6 +52,12 @@ def test_control_characters_of_files_do_not_reach_the_terminal(capsys):
     assert "\\x1b]0;title\\x07\\x9b" in shown and "\x1b" not in shown and "näme\tone 東京" in shown
 
 
+def test_a_name_does_not_turn_what_stands_behind_it_around(capsys):
+    console.report_error("'notes\u202etxt.exe' is no checkpoint", "\u05d0\u2067b\u2069")
+    shown = capsys.readouterr().err
+    assert "notes\\u202etxt.exe" in shown and "\u05d0\u2067b\u2069" in shown
+
+
 def test_nor_do_those_of_models_results_progress_and_logs(capsys, monkeypatch):
     import logging
 

@@ -178,6 +178,19 @@ def test_show_and_copy_take_the_names_that_the_guides_use(sparsek, monkeypatch, 
     assert "did you mean 'scorers.finetune'" in sparsek("recipes", "show", "scorer").err
 
 
+def test_copy_goes_where_other_files_may_go(sparsek, make_checkpoint, monkeypatch, tmp_path):
+    """`~` in quotes was a folder of that name, and a copy in a model kept --overwrite from it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sparsek("recipes", "copy", "lora", "~/mine.yaml").code == 0
+    assert (tmp_path / "mine.yaml").is_file()
+    base, out = str(make_checkpoint(tmp_path / "base")), str(tmp_path / "out")
+    made = ["convert", base, out, "--topk", "8", "--window", "8", "--calibrate", "none"]
+    assert sparsek(*made).code == 0
+    shown = sparsek("recipes", "copy", "lora", out)
+    assert shown.code == 2 and "lies inside" in shown.err
+    assert sparsek(*made, "--overwrite").code == 0
+
+
 def test_a_day_is_a_name_and_digits_are_told_to_be_quoted(recipe):
     """Folders are called after days; it was "not datetime.date(2026, 1, 31)"."""
     assert load_recipe(ConvertRecipe, recipe("out: 2026-01-31\n")).out == "2026-01-31"

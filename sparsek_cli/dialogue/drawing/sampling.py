@@ -40,6 +40,7 @@ def draw(
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True)
         # Keep the smallest set whose mass reaches top_p: drop what comes after it was reached.
-        ordered[ordered.cumsum(0) - ordered >= sampling.top_p] = 0
+        # The likeliest one stays, also where top_p is 0 in float32.
+        ordered[1:][(ordered.cumsum(0) - ordered)[1:] >= sampling.top_p] = 0
         return int(order[torch.multinomial(ordered, 1, generator=generator)])
     return int(torch.multinomial(probabilities, 1, generator=generator))
