@@ -14,13 +14,20 @@ class GivenTwice(ValueError):
     """A key stands twice in one object; which of its values counts is anybody's guess."""
 
 
+class Marked(ValueError):
+    """It begins with a byte order mark, which transformers takes for no JSON."""
+
+
 def parse(text: str | bytes) -> Any:
     """What a JSON text says.
 
     Raises:
-        ValueError: it is no JSON; as `GivenTwice`, it names a key twice.
+        ValueError: it is no JSON; as `GivenTwice`, it names a key twice; as `Marked`, others read
+            it.
         RecursionError: it is nested too deeply.
     """
+    if text[:1] == "\ufeff":
+        raise Marked("it begins with a byte order mark")
     return json.loads(text, object_pairs_hook=_object)
 
 

@@ -158,7 +158,8 @@ def read_shards(folder: Path) -> list[Shard]:
         weight_map: dict[str, str] = content["weight_map"]
         names = sorted(set(weight_map.values()))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        why = f": {error}" if isinstance(error, json_text.GivenTwice) else ""
+        said = isinstance(error, json_text.GivenTwice | json_text.Marked)
+        why = f": {error}" if said else ""
         raise SparsekError(f"corrupt index: {index}{why}", hint=_AGAIN) from error
     if not names:
         raise SparsekError(f"corrupt index: {index} names no weights", hint=_AGAIN)

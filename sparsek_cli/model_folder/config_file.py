@@ -16,6 +16,7 @@ from sparsek_cli.families.rotary_base import check_base
 from sparsek_cli.model_folder.not_a_model import no_config
 
 ONE_OF_THEM = "keep the one that is meant, or fetch the file again"
+UNMARKED = "save it as UTF-8 without one: transformers does not read it"
 _LONGEST = 4 << 20  # bytes
 # Where transformers looks for the part of a model that writes text (`get_text_config`).
 _TEXT_PARTS = ("text_config", "decoder", "generator", "text_encoder")
@@ -37,11 +38,13 @@ def read_config(path: Path) -> dict[str, Any]:
     again = "fetch or save the model again"
     check_length(file)
     try:
-        config = json_text.parse(file.read_text(encoding="utf-8-sig"))
+        config = json_text.parse(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise no_config(path) from error
     except json_text.GivenTwice as error:
         raise UsageError(f"{file}: {error}", hint=ONE_OF_THEM) from error
+    except json_text.Marked as error:
+        raise UsageError(f"{file} begins with a byte order mark", hint=UNMARKED) from error
     except (ValueError, RecursionError) as error:
         why = first_line(error)
         raise UsageError(f"{file} is not valid JSON: {why}", hint=again) from error
@@ -136,7 +139,7 @@ def _check_dtype(config: dict[str, Any], name: str) -> None:
     """Weights are loaded in the format that config.json names, whatever they are stored in."""
     for key in ("dtype", "torch_dtype"):
         found = config.get(key)
-        if found is not None and str(found).removeprefix("torch.") not in _DTYPES:
+        if found is not None and found not in _DTYPES:  # `torch.bfloat16` fails in transformers
             raise UsageError(
                 f"'{name}': {key} in config.json is {json.dumps(found)[:40]}, no number format of "
                 "weights",

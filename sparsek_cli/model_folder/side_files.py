@@ -7,7 +7,7 @@ from typing import Any
 from sparsek_cli.checkpoint_files import json_text
 from sparsek_cli.checkpoint_files.shards import INDEX
 from sparsek_cli.errors import UsageError
-from sparsek_cli.model_folder.config_file import ONE_OF_THEM, check_length
+from sparsek_cli.model_folder.config_file import ONE_OF_THEM, UNMARKED, check_length
 from sparsek_cli.output.contents import CALIBRATION, CONVERT_RECIPE, FINETUNE_RECIPE
 from sparsek_cli.output.tokenizer_files import BESIDE as TOKENIZER_BESIDE
 from sparsek_cli.plain_files import check_entries
@@ -91,12 +91,16 @@ def check_side_files(path: Path, config: dict[str, Any]) -> None:
             found = json_text.parse(file.read_text(encoding="utf-8"))
         except json_text.GivenTwice as error:
             raise UsageError(f"{file}: {error}", hint=ONE_OF_THEM) from error
+        except json_text.Marked as error:
+            raise UsageError(f"{file} begins with a byte order mark", hint=UNMARKED) from error
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
             raise UsageError(f"{file} holds no JSON object", hint=remedy)
         if name == "generation_config.json":
             _check_ends(file, found, config.get("vocab_size"))
+    if not (path / "generation_config.json").is_file():  # those of config.json count then
+        _check_ends(path / "config.json", config, config.get("vocab_size"))
 
 
 def _check_ends(file: Path, found: dict[str, Any], rows: Any) -> None:

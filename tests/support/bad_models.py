@@ -146,6 +146,16 @@ def _truncated(good: Path, folder: Path) -> None:
     (folder / SINGLE).write_bytes((good / SINGLE).read_bytes()[:-100])
 
 
+def _marked(name: str) -> Maker:
+    """One file with a byte order mark, as Windows' editors save it."""
+
+    def make(good: Path, folder: Path) -> None:
+        linked(good, folder, name)
+        rewritten(folder / name, b"\xef\xbb\xbf" + (good / name).read_bytes())
+
+    return make
+
+
 def _index(content: str) -> Maker:
     def make(good: Path, folder: Path) -> None:
         linked(good, folder, SINGLE)
@@ -320,6 +330,7 @@ MODELS: dict[str, Maker] = {
     "dtype-of-integers": config(dtype="int8"),
     "dtype-unknown": config(dtype=None, torch_dtype="float7"),
     "dtype-auto": config(dtype="auto"),
+    "dtype-of-torch": config(dtype="torch.bfloat16"),  # an AttributeError of transformers
     "end-a-word": config(eos_token_id="</s>"),
     "activation-unknown": config(hidden_act="sily"),
     "rope-unknown": config(rope_parameters={"rope_type": "who", "rope_theta": 1e4}),
@@ -331,6 +342,9 @@ MODELS: dict[str, Maker] = {
     "special-tokens-cut": file("special_tokens_map.json", "{"),
     "added-tokens-list": file("added_tokens.json", "[1]"),
     "ends-beyond": file("generation_config.json", '{"eos_token_id": [2, 1000000]}'),
+    "ends-of-config-beyond": both(config(eos_token_id=10**6), file("generation_config.json", None)),
+    "config-marked": _marked("config.json"),  # "not a valid JSON file" of transformers
+    "tokenizer-marked": _marked("tokenizer_config.json"),
     "ends-below": file("generation_config.json", '{"eos_token_id": -1}'),
     "outputs-as-tuples": config(return_dict=False),
     "ends-are-words": file("generation_config.json", '{"eos_token_id": ["</s>"]}'),
