@@ -55,6 +55,12 @@ def check(
                 "plain",
                 hint=f"take {said[0]} out of config.json",
             )
+        if apart:
+            raise UsageError(
+                f"'{name}' holds a file of settings of {apart}, and its weights are plain",
+                hint="move quantize_config.json (quant_config.json) away if they were never "
+                "quantised or are unpacked, else fetch the model again",
+            )
         return
     if method not in METHODS:
         raise _refusal(name, method, REFUSED.get(method, "transformers knows no such method"))

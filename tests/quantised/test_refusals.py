@@ -124,7 +124,11 @@ def test_plain_weights_beside_a_block_without_a_method(block, plain, tmp_path):
     config = json.loads((base / "config.json").read_text())
     del config["quantization_config"]  # as hinted
     (base / "config.json").write_text(json.dumps(config))
-    (base / "quantize_config.json").write_text("{}")  # left from what it was made from
+    apart = base / "quantize_config.json"  # left from what it was made from
+    apart.write_text("{}")
+    error = refusal(base, tmp_path / "out")
+    assert "its weights are plain" in error.message and "move quantize_config.json" in error.hint
+    apart.unlink()
     sparsek.convert(base, tmp_path / "out", topk=8, window=8, calibrate="none")
 
 
