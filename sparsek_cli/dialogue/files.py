@@ -1,5 +1,6 @@
 """Documents that a conversation reads, and files that it is written to."""
 
+import logging
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from sparsek_cli.data.pieces import BLOCK
+from sparsek_cli.data.text.made_folders import say_made, without_made
 from sparsek_cli.data.text.read_files import check_bytes
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.disk import check_name, write_atomically
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.plain_files import check_no_pointer
 
+_LOG = logging.getLogger("sparsek_cli")
 ProgressMaker = Callable[[str, float], AbstractContextManager[Any]]
 
 # What a folder is searched for.
@@ -36,6 +39,9 @@ def load_path(session: Session, name: str, *, progress: ProgressMaker) -> bool:
     if not folder.is_dir():
         return load_file(session, name, progress=progress)
     files = [path for path in sorted(folder.rglob("*")) if _is_text(path, folder)]
+    files, made = without_made(files, folder)
+    if made:
+        _LOG.warning("%s", say_made(folder, made))
     if not files:
         raise UsageError(
             f"no text files below '{name}'", hint="they end in " + ", ".join(TEXT_SUFFIXES)

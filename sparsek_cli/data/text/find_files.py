@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from sparsek_cli import hub
+from sparsek_cli.data.text.made_folders import say_made, without_made
 from sparsek_cli.disk import check_name
 from sparsek_cli.errors import UsageError
 
@@ -57,6 +58,9 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
             matches = [path]
         elif path.is_dir():
             held = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p, path))
+            held, made = without_made(held, path)
+            if made:
+                _warn_once(say_made(path, made))
             matches = [p for p in held if is_readable(p.name)]
             if not matches:
                 raise UsageError(f"folder '{path}' holds no text files", hint=_kinds())
