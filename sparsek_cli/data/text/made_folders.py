@@ -1,4 +1,4 @@
-"""Folders within a folder of text that programs made: models, adapters, results and unfinished runs.
+"""Folders within a folder of text that programs made: models, adapters, results, unfinished runs.
 
 Their cards, samples and vocabularies end as text does. Where OUT lies in the folder that is read,
 the next run would learn from what this one wrote.
