@@ -87,8 +87,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "scorer-leaving": {"scorer": "leaving"},
     "patch-layer": {"patch": "layer"},
     "patch-head": {"patch": "head"},
-    "summary-1": {"summary": 1},
-    "summary-4": {"summary": 4},
+    "summary-1": {"summary": (1, 0.0)},
+    "summary-2": {"summary": (2, 0.0)},
+    "summary-2-raised": {"summary": (2, 1.0)},
+    "summary-4": {"summary": (4, 0.0)},
     "ceiling": {"ceiling": True},
     "future": {"scorer": "future"},
     "future-slope-0": {"scorer": "future", "method.slopes": [0]},
@@ -228,7 +230,7 @@ class Experiment:
         if "ceiling" in row:
             return ceiling.applied()
         if "summary" in row:
-            return summaries.applied(row["summary"])
+            return summaries.applied(*row["summary"])
         if "patch" not in row:
             return nullcontext()
         corpus = load_corpus(self.given.train, load_tokenizer(self.base))

@@ -86,7 +86,7 @@ def running_means(
 
 
 def _attend(
-    count: int, module: Any, query, key, value, mask, *,
+    count: int, raised: float, module: Any, query, key, value, mask, *,
     sparsek_scores, sparsek_slopes=None, scaling=None, **kwargs: Any,
 ) -> tuple:  # fmt: skip
     """Shapes as in `sparsek_attention_forward`; whole sequences without padding."""
@@ -105,7 +105,8 @@ def _attend(
         q = q.view(groups, heads // groups, tokens, size).float() * scaling
         logits = q @ k.float()[:, None].transpose(2, 3)
         logits = logits.masked_fill_(~seen[:, None], -torch.inf)
-        theirs = (q[..., None, :] * means.keys[:, None]).sum(-1) + means.counts[:, None].log()
+        theirs = (q[..., None, :] * means.keys[:, None]).sum(-1)
+        theirs += raised + means.counts[:, None].log()
         weights = torch.cat([logits, theirs], -1).softmax(-1)
         out = weights[..., :tokens] @ v.float()[:, None]
         out += (weights[..., tokens:, None] * means.values[:, None]).sum(-2)
@@ -114,7 +115,10 @@ def _attend(
 
 
 @contextmanager
-def applied(count: int) -> Iterator[None]:
-    """Within the block converted models have `count` summaries in each head."""
-    with replaced_attention(ATTENTION, lambda _: partial(_attend, count)):
+def applied(count: int, raised: float = 0.0) -> Iterator[None]:
+    """Within the block converted models have `count` summaries in each head.
+
+    `raised` is added to their logits, in nats: pairs differ, so that they had more together.
+    """
+    with replaced_attention(ATTENTION, lambda _: partial(_attend, count, raised)):
         yield

@@ -35,6 +35,20 @@ def test_a_pair_goes_where_its_key_points():
     torch.testing.assert_close(means.values[0, -1], torch.tensor([[3.0, 1.0], [-3.0, -1.0]]))
 
 
+def test_raised_so_far_that_nothing_else_counts_a_summary_is_all_there_is(dense_config):
+    torch.manual_seed(0)
+    settings = {"topk": 4, "window": 4, "sinks": 1}
+    config = sparsek_config_from(dense_config("llama", num_hidden_layers=1), settings)
+    model, ids = AutoModelForCausalLM.from_config(config).eval(), torch.randint(3, 128, (1, 40))
+    logits = {}
+    with torch.no_grad():
+        for raised in (0.0, 50.0, 60.0):
+            with summaries.applied(1, raised):
+                logits[raised] = model(ids).logits[0, -1]
+    torch.testing.assert_close(logits[50.0], logits[60.0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(logits[0.0], logits[60.0], atol=1e-3)
+
+
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("topk", [64, 4])
 def test_models_attend_densely_where_all_fits_and_otherwise_not(topk, count, dense_config):
