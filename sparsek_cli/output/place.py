@@ -153,15 +153,16 @@ def _followed(path: Path) -> Path:
 def check_local(path: str) -> None:
     """Raises UsageError as `check_name`, and for an address, which would become folders here.
 
-    Who writes hf://me/model or s3://bucket/model believes that it was sent there.
+    Who writes hf://me/model or s3://bucket/model believes that it was sent there. States of chat,
+    which are read, too, are named alike.
     """
     check_name(path)
     if address := _ADDRESS.match(path):
         raise UsageError(
-            f"'{path}' is an address, and folders are written on this machine alone",
-            hint="name a folder; `sparsek push FOLDER owner/name` sends one to the hub"
+            f"'{path}' is an address, and what stands here is read and written on this machine",
+            hint="name a place here; `sparsek push FOLDER owner/name` sends a folder to the hub"
             if address[1].lower() in ("hf", "http", "https")
-            else "name a folder, and copy it there afterwards",
+            else "name a place here, and copy to it or from it yourself",
         )
 
 
