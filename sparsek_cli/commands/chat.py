@@ -104,7 +104,7 @@ def chat(
 
 def _read_pipe() -> str:
     try:
-        return sys.stdin.buffer.read().decode("utf-8").strip("\n")
+        return sys.stdin.buffer.read().decode("utf-8-sig").strip("\n")
     except UnicodeDecodeError as error:
         raise UsageError(
             f"the piped text is not UTF-8 (byte {error.start})", hint="convert it first: iconv"

@@ -104,6 +104,15 @@ def test_bad_requests(sparsek, model, words, error):
     assert error in shown.err and shown.out == ""
 
 
+def test_a_byte_order_mark_is_no_part_of_the_question(sparsek, model, monkeypatch):
+    found = []
+    for mark in (b"", b"\xef\xbb\xbf"):
+        pipe(monkeypatch, mark + b"What is it?\n")
+        shown = sparsek("chat", model, "--max-new-tokens", "3", "--json")
+        found.append(json.loads(shown.out)["context_tokens"])
+    assert found[0] == found[1]
+
+
 def test_pipe_that_is_not_utf8(sparsek, model, monkeypatch):
     pipe(monkeypatch, b"\xff\xfe\xfd")
     shown = sparsek("chat", model)

@@ -1,6 +1,7 @@
 """NaN losses and full disks: what is said, and what is left to go on from."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
@@ -107,6 +108,21 @@ def test_a_disk_that_is_too_small_is_named_at_once(recipe, scratch, tmp_path, mo
             finetune(recipe(*scratch, *words))
         assert hint in e.value.hint
     assert not part_folder(tmp_path / "out").exists()
+
+
+def test_a_base_that_cannot_be_linked_counts_as_written(
+    recipe, sparse_checkpoint, tmp_path, monkeypatch
+):
+    """On another disk it was copied when all steps were done; scorers alone had been counted."""
+    usage = shutil.disk_usage(tmp_path)._replace(free=60 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    made = recipe("train=scorers", "steps=1", model=sparse_checkpoint())
+    assert finetune(made).steps == 1
+    shutil.rmtree(tmp_path / "out")
+    elsewhere = Path("/proc")  # another file system
+    monkeypatch.setattr(output.disk, "existing_parent", lambda path: elsewhere)
+    with pytest.raises(SparsekError, match="will write .* 60.0 KiB are free"):
+        finetune(made)
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])

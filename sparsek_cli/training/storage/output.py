@@ -55,10 +55,11 @@ def check_scorers_apart(source: "Checkpoint") -> None:
         )
 
 
-def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
+def check_room(sizes: "Sizes", base: Path | None, dtype: torch.dtype, *, checkpoints: int) -> None:
     """Raises SparsekError where the disk cannot hold what the run will write: better now than then.
 
     Args:
+        base: the folder of the model that is trained; None: random weights are.
         dtype: of the weights on disk.
         checkpoints: how many are kept; 0: none is written.
     """
@@ -67,7 +68,7 @@ def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
     # A checkpoint holds weights and both moments, and is whole before an older one goes.
     saves = min(checkpoints + 1, sizes.steps) if checkpoints else 0
     whole = dtype.itemsize * (sizes.trained + sizes.frozen)
-    model = weights if sizes.train == "scorers" else whole
+    model = weights + _copied(base, output) if sizes.train == "scorers" else whole
     needed = model + 3 * weights * saves
     free = disk.free_bytes(output) + disk.size(part_folder(output))
     if free < needed:
@@ -77,6 +78,15 @@ def check_room(sizes: "Sizes", dtype: torch.dtype, *, checkpoints: int) -> None:
             hint="free some space, choose another OUT"
             + (", or set save_steps=0 (no checkpoints)" if saves else ""),
         )
+
+
+def _copied(base: Path | None, output: Path) -> int:
+    """Bytes of a base's weights that are no links in OUT: those of another file system."""
+    if base is None:
+        return 0
+    device = disk.existing_parent(output).stat().st_dev
+    files = [p.stat() for p in base.glob("*.safetensors") if p.name != SCORERS and p.is_file()]
+    return sum(file.st_size for file in files if file.st_dev != device)
 
 
 def write_model(
