@@ -107,7 +107,8 @@ def _run(plan: Plan, reporter: Reporter) -> Evaluated:
     )
     units, refused = refuse_unfit(units, lm, samples, prompts, measured.beyond, ranks.count)
     pairs, unfit = _pairs(units, policies)
-    absent += [*refused, *unfit, *left_out(model, rivals.baselines, own=measured.own)]
+    unlike = left_out(model, rivals.baselines, rivals.budgets, own=measured.own)
+    absent += [*refused, *unfit, *unlike]
     for lines, remedy in explained(absent):
         for line in lines:
             say(f"not measured: {line}")

@@ -97,7 +97,9 @@ def plan_policies(
     return rows
 
 
-def left_out(model: Any, baselines: Sequence[str], *, own: bool) -> list[Absent]:
+def left_out(
+    model: Any, baselines: Sequence[str], budgets: Sequence[int], *, own: bool
+) -> list[Absent]:
     """Rows that were asked for and that this model cannot have; arguments of `plan_policies`."""
     if not is_converted(model.config):
         names = [name for name in baselines if name != DENSE]
@@ -110,7 +112,11 @@ def left_out(model: Any, baselines: Sequence[str], *, own: bool) -> list[Absent]
         names = [] if own else [name for name in baselines if name in SCORED]
         reason = "the model is not converted: its scores would be drawn at random"
         remedy = "measure what `sparsek convert` makes of it"
-    return [Absent(name, reason, remedy) for name in names]
+    found = [Absent(name, reason, remedy) for name in names]
+    if budgets and not (own and is_converted(model.config)) and not {*baselines} - {*names, DENSE}:
+        sizes = f"budgets {', '.join(map(str, budgets))}"
+        found.append(Absent(sizes, "dense attention alone is measured", "leave budgets out"))
+    return found
 
 
 def check_names(baselines: list[str]) -> None:

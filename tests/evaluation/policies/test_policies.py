@@ -136,6 +136,10 @@ def test_rows_that_a_model_cannot_have_are_named(checkpoints, tmp_path, tokenize
     assert all("drawn at random" in reason for reason in missing.values())
     assert "not measured: sparsek, sparsek:int8: the model is not converted" in done.text()
 
+    alone = settings | {"baselines": ["dense"]}
+    done = sparsek.evaluate(str(checkpoints[0]), tmp_path / "dense", **alone)
+    assert "budgets 180: dense attention alone is measured" in done.text()
+
     from transformers import BloomConfig, BloomForCausalLM
 
     sizes = {"vocab_size": 128, "hidden_size": 32, "n_layer": 1, "n_head": 4}
@@ -143,7 +147,8 @@ def test_rows_that_a_model_cannot_have_are_named(checkpoints, tmp_path, tokenize
     tokenizer.save_pretrained(tmp_path / "bloom")
     done = sparsek.evaluate(str(tmp_path / "bloom"), tmp_path / "foreign", **settings)
     assert [unit["policy"] for unit in done.report["units"]] == ["dense"]
-    assert [item["task"] for item in done.report["absent"]] == settings["baselines"]
+    absent = [item["task"] for item in done.report["absent"]]
+    assert absent == [*settings["baselines"], "budgets 180"]
     assert "models of type bloom cannot be converted" in done.text()
 
 
