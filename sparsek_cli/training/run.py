@@ -114,7 +114,10 @@ def run(plan: Plan, reporter: Reporter | None = None) -> Trained:
         keeps_states=has_states(getattr(config, "layer_types", None)), say=reporter.say,
     )  # fmt: skip
     reporter.say(sizes.text())
-    check_room(sizes, where, learner.dtype, checkpoints=1 if settings.rhythm.save else 0)
+    check_room(
+        sizes, where, learner.dtype, checkpoints=1 if settings.rhythm.save else 0,
+        adapters=learner.tuner is not None and not start.lora.merge,
+    )  # fmt: skip
     part = part_folder(out)
     began = begun(plan.request, plan.inputs, part, resume=resumed)
     with began, _kept_on_failure(part, reporter):

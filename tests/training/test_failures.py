@@ -125,6 +125,19 @@ def test_a_base_that_cannot_be_linked_counts_as_written(
         finetune(made)
 
 
+def test_adapters_alone_need_no_room_for_the_model(
+    recipe, sparse_checkpoint, tmp_path, monkeypatch
+):
+    """Of a model of 8B parameters 16 GB were asked for, and megabytes written."""
+    model = sparse_checkpoint()
+    usage = shutil.disk_usage(tmp_path)._replace(free=60 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    words = ("train=lora", "steps=1", "lora.rank=1", "lora.scorers=false")
+    with pytest.raises(SparsekError, match="will write .* 60.0 KiB are free"):
+        finetune(recipe(*words, model=model))
+    assert finetune(recipe(*words, "lora.merge=false", model=model)).steps == 1
+
+
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_scores_that_diverge_say_what_to_lower(recipe, sparse_checkpoint, train):
     """It was a ValueError about the thresholds of gates."""

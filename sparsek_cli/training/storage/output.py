@@ -55,12 +55,14 @@ def check_scorers_apart(source: "Checkpoint") -> None:
         )
 
 
-def check_room(sizes: "Sizes", base: Path | None, dtype: torch.dtype, *, checkpoints: int) -> None:
+def check_room(
+    sizes: "Sizes", base: Path | None, dtype: torch.dtype, *, adapters: bool, checkpoints: int
+) -> None:
     """Raises SparsekError where the disk cannot hold what the run will write: better now than then.
 
     Args:
         base: the folder of the model that is trained; None: random weights are.
-        dtype: of the weights on disk.
+        dtype: of the weights on disk. adapters: they alone are written.
         checkpoints: how many are kept; 0: none is written.
     """
     output = Path(sizes.out)
@@ -68,7 +70,9 @@ def check_room(sizes: "Sizes", base: Path | None, dtype: torch.dtype, *, checkpo
     # A checkpoint holds weights and both moments, and is whole before an older one goes.
     saves = min(checkpoints + 1, sizes.steps) if checkpoints else 0
     whole = dtype.itemsize * (sizes.trained + sizes.frozen)
-    model = weights + _copied(base, output) if sizes.train == "scorers" else whole
+    model = weights if adapters else whole
+    if sizes.train == "scorers":
+        model = weights + _copied(base, output)
     needed = model + 3 * weights * saves
     free = disk.free_bytes(output) + disk.size(part_folder(output))
     if free < needed:
