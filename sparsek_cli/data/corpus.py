@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
-from sparsek_cli.data.pieces import Encoder, safe_cut
+from sparsek_cli.data.pieces import Encoder, ids_of, safe_cut, told
 from sparsek_cli.data.text.documents import iterate_texts
 from sparsek_cli.data.text.find_files import find_files, is_hub_id
 from sparsek_cli.errors import SparsekError, UsageError
@@ -107,7 +107,7 @@ def build_corpus(
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokens [T] and ends [D] of the documents, each closed by the end-of-text token if any."""
-    dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
+    dtype = np.uint16 if ids_of(tokenizer) <= 1 << 16 else np.uint32
     parts: list[np.ndarray] = []
     ends: list[int] = []
     total = 0
@@ -277,12 +277,6 @@ def _locked(file: Path) -> Iterator[None]:
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
     while batch := list(islice(texts, BATCH)):
         yield batch
-
-
-def told(tokenizer: Any) -> str:
-    """All that a tokenizer makes ids by, as text: not its words alone, which others have, too."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())
 
 
 def _key(spec: str | list[str], tokenizer: Any, settings: dict) -> str:

@@ -1,8 +1,9 @@
-"""Between text and tokens, a piece at a time: as if all of it had been tokenized together."""
+"""Between text and tokens: a piece at a time, as if all had been tokenized together; which ids."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,3 +131,14 @@ def safe_cut(text: str, hold_back: int) -> int:
             break
         cut = match.start()
     return cut or len(text)
+
+
+def ids_of(tokenizer: Any) -> int:
+    """One more than its largest id: ids may have gaps, which `len` does not count."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+def told(tokenizer: Any) -> str:
+    """All that a tokenizer makes ids by, as text: not its words alone, which others have, too."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab())

@@ -6,6 +6,7 @@ import torch
 
 from sparsek_cli import quantised
 from sparsek_cli.converted import is_converted
+from sparsek_cli.data.pieces import ids_of
 from sparsek_cli.errors import UsageError
 from sparsek_cli.loading import load_config, load_weights, readable_errors
 from sparsek_cli.training.parameters import is_scorer
@@ -36,7 +37,7 @@ def random_config(
     from sparsek_cli.models import sparsek_config_from
 
     settings = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": ids_of(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -57,10 +58,10 @@ def random_config(
             f"architecture: {str(error).splitlines()[0]}",
             hint="types: llama, mistral, qwen2, qwen3, gpt_neox, gpt2",
         ) from error
-    if config.vocab_size < len(tokenizer):
+    if config.vocab_size < ids_of(tokenizer):
         raise UsageError(
             f"architecture.settings.vocab_size is {config.vocab_size}, the tokenizer has "
-            f"{len(tokenizer)} tokens",
+            f"{ids_of(tokenizer)} ids",
             hint="leave vocab_size out, or round it up",
         )
     return config if sparsek is None else sparsek_config_from(config, sparsek)

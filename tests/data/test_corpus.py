@@ -8,10 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizers
 from filelock import FileLock, Timeout
+from transformers import PreTrainedTokenizerFast
 
 from sparsek_cli.data import corpus
 from sparsek_cli.errors import SparsekError
+from sparsek_cli.recipes.schema_finetune import Architecture
+from sparsek_cli.training.model import random_config
 
 # Holds the lock until it is killed.
 HOLDER = """
@@ -120,3 +124,15 @@ def test_a_damaged_entry_is_made_anew_and_told(place, tokenizer, name, damage):
     said.clear()
     corpus.load_corpus(str(file), tokenizer, say=said.append)
     assert not said
+
+
+def test_ids_may_have_gaps():
+    """An end of text at 70,000 behind three words was an OverflowError."""
+    words = {"a": 0, "b": 1, "<unk>": 2, "</s>": 70_000}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    tokens, ends = corpus.build_corpus(["a b a"], gaps)
+    assert (tokens.tolist(), ends.tolist()) == ([0, 1, 0, 70_000], [4])
+    shape = Architecture(type="llama", settings={"hidden_size": 8, "num_attention_heads": 1})
+    assert random_config(shape, None, 8, gaps).vocab_size == 70_001

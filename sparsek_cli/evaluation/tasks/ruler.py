@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from sparsek_cli.data import vocabulary
-from sparsek_cli.data.corpus import cache_folder, told
+from sparsek_cli.data.corpus import cache_folder
 from sparsek_cli.data.filler import split_sentences
 from sparsek_cli.data.generated_text import generated_text
+from sparsek_cli.data.pieces import told
 from sparsek_cli.disk import write_atomically
 from sparsek_cli.evaluation.json_values import digest
 from sparsek_cli.evaluation.tasks import ruler_samples
