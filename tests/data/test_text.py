@@ -199,6 +199,17 @@ def test_an_unreachable_hub_is_asked_once_and_what_is_cached_is_read(monkeypatch
     assert told.value.hint.startswith("unset it, or name a local file")
 
 
+def test_what_a_shell_hands_over_as_a_file_is_a_pipe():
+    """<(zcat a.gz) is a link to one: there was "no such file or folder", and it was there."""
+    reader, writer = os.pipe()
+    try:
+        with pytest.raises(UsageError, match="is no plain file: it cannot be read twice"):
+            find_files(f"/dev/fd/{reader}")
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
 def test_a_message_names_some_columns_of_many(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({f"k{i}": i for i in range(10_000)}) + "\n")

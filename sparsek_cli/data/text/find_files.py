@@ -2,7 +2,6 @@
 
 import glob
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -70,7 +69,7 @@ def find_files(spec: str | Path | Sequence[str | Path]) -> list[Path]:
             matches = [p for p in named if p.is_file() and _is_wanted(p.name)]
             if not matches:
                 raise UsageError(f"no text file matches '{path}'", hint=_kinds())
-        elif os.path.lexists(path) and not path.is_symlink():
+        elif path.exists():  # a pipe, or a link to one: <(...) of a shell, /dev/stdin
             raise UsageError(
                 f"'{path}' is no plain file: it cannot be read twice",
                 hint="write its text into a file first, and name that",
