@@ -25,6 +25,8 @@ PIECE = 1 << 20
 SILENCE = 15.0  # seconds between lines that say how far it is
 _LOOKED_AT = 1 << 20  # tokens
 _MUCH_UNKNOWN = 0.1
+# How text becomes tokens. Raise it with every change of that: none kept from before is taken then.
+READING = 2
 LOCK_PATIENCE = 1800.0  # seconds to wait for another process that tokenises the same text
 
 
@@ -186,7 +188,7 @@ def load_corpus(
     """Reads and tokenises what `spec` means (see `iterate_texts`), once: the result is cached.
 
     The cache lies in $SPARSEK_CACHE_DIR, else in the XDG cache directory; its key covers files
-    (path, size, time of change), tokenizer and settings. Several processes share one result.
+    (path, size, time of change), tokenizer, settings and `READING`. Several processes share one result.
     """
     where = {"name": name, "split": split, "column": column}
     key = _key(spec, tokenizer, {**where, "max_tokens": max_tokens})
@@ -286,7 +288,7 @@ def _key(spec: str | list[str], tokenizer: Any, settings: dict) -> str:
         stats = [(str(f.resolve()), f.stat()) for f in find_files(spec)]
         source = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     ends = [tokenizer.eos_token_id, len(tokenizer)]
-    text = json.dumps([source, settings, told(tokenizer), ends], sort_keys=True)
+    text = json.dumps([READING, source, settings, told(tokenizer), ends], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 

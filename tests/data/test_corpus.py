@@ -84,6 +84,16 @@ def test_half_an_entry_is_made_again(place, tokenizer, monkeypatch):
     assert not list(corpus.cache_folder().glob("*.part"))
 
 
+def test_what_was_kept_by_another_way_of_reading_is_not_taken(place, tokenizer, monkeypatch):
+    file, _ = place
+    corpus.load_corpus(str(file), tokenizer)
+    monkeypatch.setattr(corpus, "build_corpus", None)
+    corpus.load_corpus(str(file), tokenizer)  # kept
+    monkeypatch.setattr(corpus, "READING", corpus.READING + 1)
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        corpus.load_corpus(str(file), tokenizer)
+
+
 def test_a_cache_that_cannot_be_written_names_the_setting(place, tokenizer, monkeypatch):
     file, entry = place
     monkeypatch.setenv("SPARSEK_CACHE_DIR", str(file))  # as a home that is read-only
