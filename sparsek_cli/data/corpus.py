@@ -188,7 +188,8 @@ def load_corpus(
     """Reads and tokenises what `spec` means (see `iterate_texts`), once: the result is cached.
 
     The cache lies in $SPARSEK_CACHE_DIR, else in the XDG cache directory; its key covers files
-    (path, size, time of change), tokenizer, settings and `READING`. Several processes share one result.
+    (path, size, time of change), tokenizer, settings and `READING`. Several processes share one
+    result.
     """
     where = {"name": name, "split": split, "column": column}
     key = _key(spec, tokenizer, {**where, "max_tokens": max_tokens})
