@@ -34,12 +34,12 @@ def damage(base: Path, how: str) -> None:
         shard.unlink()
     elif how == "bad index":
         (base / "model.safetensors.index.json").write_text("{")
-    elif how == "nan":
+    elif how in ("nan", "-inf"):
         from safetensors.numpy import load_file, save_file
 
         tensors = load_file(shard)
         name = sorted(tensors)[0]
-        tensors[name].flat[-1] = float("nan")
+        tensors[name].flat[-1] = float(how)
         save_file(tensors, shard, metadata={"format": "pt"})
     elif how == "lacks a layer":
         config["num_hidden_layers"] += 1
@@ -91,6 +91,7 @@ def refused(tmp_path, capsys, monkeypatch):
         ("missing shard", 1, "which is missing"),
         ("bad index", 1, "corrupt index"),
         ("nan", 1, "NaN weights: "),
+        ("-inf", 1, "infinite weights: "),  # doctor alone found it, or nothing named it
         ("lacks a layer", 1, "lacks model.layers.2."),
         ("not causal", 2, "not a causal language model"),
         ("family", 2, "supported families: afmoe, apertus, arcee"),

@@ -125,3 +125,20 @@ def test_an_index_without_metadata_is_told_as_that(metadata, dense_checkpoint):
         hub.resolve(folder)
     file.write_text(json.dumps({**index, "metadata": {}}))  # as hinted
     assert load(folder)[0].num_parameters()
+
+
+def test_a_mask_of_old_files_may_be_infinite(tmp_path):
+    """Pythia's float16 files hold -1e9 as such a value, which no model reads."""
+    import torch
+    from safetensors.torch import save_file
+
+    from sparsek_cli.checkpoint_files.shards import find_nan, read_shards
+
+    name = "gpt_neox.layers.0.attention.masked_bias"
+    for value, weights in ((float("-inf"), True), (float("nan"), False)):
+        save_file({name: torch.tensor(value).half()}, tmp_path / "model.safetensors")
+        if weights:
+            assert find_nan(read_shards(tmp_path), limit=1 << 20)
+        else:
+            with pytest.raises(SparsekError, match="NaN weights"):
+                find_nan(read_shards(tmp_path), limit=1 << 20)
