@@ -88,8 +88,9 @@ def make_document(
     rows = encode(filler.tokenizer, [" " + fact.statement for fact in everything])
     room = tokens - sum(len(row) for row in rows)
     if room < 1:
+        subject = "1 hidden fact does" if needles == 1 else f"{needles} hidden facts do"
         raise DocumentTooShort(
-            f"{needles} hidden facts do not fit into {tokens} tokens",
+            f"{subject} not fit into {tokens} tokens",
             hint="ask for longer documents or fewer facts: of some tokenizers each letter is one "
             "token",
         )

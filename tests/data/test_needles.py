@@ -117,6 +117,8 @@ def test_documents_are_deterministic_and_take_depths(filler):
 def test_what_does_not_fit_is_refused(filler):
     with pytest.raises(UsageError, match="4 hidden facts do not fit into 20 tokens"):
         make_document(np.random.default_rng(0), filler, tokens=20, needles=4)
+    with pytest.raises(UsageError, match="1 hidden fact does not fit into 3 tokens"):
+        make_document(np.random.default_rng(0), filler, tokens=3, needles=1)
     with pytest.raises(ValueError, match="depths"):
         make_document(np.random.default_rng(0), filler, tokens=200, needles=2, depths=[0.5])
     with pytest.raises(ValueError, match="no text"):
