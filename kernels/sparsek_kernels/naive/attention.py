@@ -39,6 +39,7 @@ def naive_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    stand_ins: Tensor | None = None,
 ) -> Tensor:
     """Twin of sparsek_attention without documents or state; float64, [B, H, N, D]."""
     batch, heads, n, dim = q.shape
@@ -74,8 +75,16 @@ def naive_attention(
                 if sink_logits is not None:
                     nothing = sink_logits[h].to(torch.float64).expand(n, 1)
                     logits = torch.cat([logits, nothing], 1)
-                weights = logits.softmax(-1)[:, :n]
-                out.append((weights * m if gate == "kv" else weights) @ v[b, g])
+                if stand_ins is not None:
+                    key, value, bias = stand_ins[h].to(torch.float64).split([dim, dim, 1], 1)
+                    gone = (position + 1 - (sinks + topk[g] + window)).clamp(min=0)
+                    theirs = q[b, h] @ key.T * scale + bias.T + gone.double().log()[:, None]
+                    logits = torch.cat([logits, theirs], 1)
+                weights = logits.softmax(-1)
+                seen = weights[:, :n] @ v[b, g] if gate != "kv" else (weights[:, :n] * m) @ v[b, g]
+                if stand_ins is not None:
+                    seen = seen + weights[:, -len(value) :] @ value
+                out.append(seen)
     return torch.stack(out).view(batch, heads, n, dim)
 
 
