@@ -31,6 +31,7 @@ def sparsek_attention(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    stand_ins: Tensor | None = None,
     backend: str | None = None,
     out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, SparseKState | StateRows]:
@@ -40,9 +41,9 @@ def sparsek_attention(
     included) and, of the candidates s <= j <= t - w, the `topk` best by (u_j + slope * j, then
     the earlier token). Time O(N (k + w)), memory O(N). topk >= N is dense causal attention.
 
-    Differentiable once in q, k, v, scores, slopes and sink_logits. Keys carried in by `state` are
-    constants; under `straight_through` a state that has seen tokens keeps no tau, so scores and
-    slopes then get no gradient.
+    Differentiable once in q, k, v, scores, slopes, sink_logits and stand_ins. Keys carried in by
+    `state` are constants; under `straight_through` a state that has seen tokens keeps no tau, so
+    scores and slopes then get no gradient.
 
     Args:
         q: [B, H, N, D], fp64, fp32, bf16 or fp16. Computed in fp32, or fp64 for fp64.
@@ -72,6 +73,12 @@ def sparsek_attention(
             before gates act on it. None: as it is.
         sink_logits: [H], any floating dtype: one further logit per query head in the softmax,
             which has no value, as in gpt-oss: attention to nothing. None: there is none.
+        stand_ins: [H, M, 2 D + 1], any floating dtype: M pairs per query head, each a key, a value
+            and a bias, that stand in for pairs no longer kept. At place t of its sequence a query
+            of KV head g is short of n = t + 1 - (s + k_g + w) pairs: where n > 0, each stand-in is
+            one more pair in the softmax, with the logit scale * q.key + bias + log n, on which
+            neither softcap nor gates act. It is no token, and no state holds it. None: there is
+            none.
         backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
         out: [B, H, N, D] in q's dtype, its last dimension dense: where the answer is written, which
             is then what is returned. None: memory of its own. Not with a gradient.
@@ -85,7 +92,8 @@ def sparsek_attention(
     """
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
     _check_logits(q, softcap, sink_logits)
-    wanted = (q, k, v, scores, slopes, sink_logits)
+    _check_stand_ins(q, stand_ins)
+    wanted = (q, k, v, scores, slopes, sink_logits, stand_ins)
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in wanted)
     if isinstance(state, StateRows):
         _check_rows(state, q, gate, cu_seqlens, gradient)
@@ -100,6 +108,8 @@ def sparsek_attention(
     more = {"fresh": True} if fresh and isinstance(state, SparseKState) else {}
     if out is not None and state is not None:
         more["out"] = out
+    if stand_ins is not None:
+        more["stand_ins"] = stand_ins
     found, new = run(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
@@ -117,6 +127,7 @@ def attend_to_state(
     scale: float | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    stand_ins: Tensor | None = None,
 ) -> Tensor:
     """What one query per row sees of a state that holds its own token already: nothing is put in.
 
@@ -126,13 +137,13 @@ def attend_to_state(
 
     Args:
         q: [B, H, 1, D], H a multiple of the state's KV heads.
-        state: as `sparsek_attention` left it. scale, softcap, sink_logits: as there.
+        state: as `sparsek_attention` left it. scale, softcap, sink_logits, stand_ins: as there.
 
     Returns:
         [B, H, 1, D] in q's dtype.
 
     Raises:
-        ValueError: the query does not fit the state.
+        ValueError, TypeError: the query does not fit the state, or another argument the query.
     """
     from sparsek_kernels.pytorch.decode import decode
 
@@ -144,8 +155,11 @@ def attend_to_state(
     if q.shape[3] != state.keys.shape[-1]:
         raise ValueError(f"the state's head size is {state.keys.shape[-1]}, q's {q.shape[3]}")
     _check_logits(q, softcap, sink_logits)
+    _check_stand_ins(q, stand_ins)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    return decode(q, state, scale=scale, softcap=softcap, sink_logits=sink_logits)
+    return decode(
+        q, state, scale=scale, softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins
+    )
 
 
 def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state) -> SlotLayout:
@@ -199,6 +213,20 @@ def _check_logits(q: Tensor, softcap: float | None, sink_logits: Tensor | None) 
         raise TypeError("sink_logits must be a floating-point tensor")
     if sink_logits.shape != (q.shape[1],):
         raise ValueError(f"sink_logits must be [{q.shape[1]}], got {tuple(sink_logits.shape)}")
+
+
+def _check_stand_ins(q: Tensor, stand_ins: Tensor | None) -> None:
+    if stand_ins is None:
+        return
+    if not torch.is_tensor(stand_ins) or not stand_ins.is_floating_point():
+        raise TypeError("stand_ins must be a floating-point tensor")
+    heads, width = q.shape[1], 2 * q.shape[3] + 1
+    fits = stand_ins.dim() == 3 and stand_ins.shape[::2] == (heads, width)
+    if not fits or stand_ins.shape[1] < 1:
+        raise ValueError(
+            f"stand_ins must be [{heads}, M, {width}] with M >= 1: key, value and bias "
+            f"of M pairs per query head, got {tuple(stand_ins.shape)}"
+        )
 
 
 def _check_out(out: Tensor, q: Tensor, gradient: bool) -> None:

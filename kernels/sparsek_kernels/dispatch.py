@@ -3,7 +3,8 @@
 - `triton` on CUDA, if Triton is installed and takes the call;
 - `sdpa`, PyTorch's dense kernel, on CUDA where no key can be evicted (N <= s + k + w): SparseK is
   then dense causal attention, so the results are the same and the dense kernel is the faster one
-  (scores are not looked at: keys of -inf or NaN are seen, too);
+  (scores are not looked at: keys of -inf or NaN are seen, too; stand-ins have nothing to stand
+  in for);
 - `pytorch` everywhere else.
 
 Each distinct decision is logged once; `describe` says all of it for `sparsek doctor`.
@@ -152,16 +153,21 @@ def _unsupported(q, gate, state, gradient) -> str | None:
 
 
 def _run_dense(
-    q, k, v, scores, *, layout, slopes, gate, cu_seqlens, state, scale, softcap, sink_logits
+    q, k, v, scores, *, layout, slopes, gate, cu_seqlens, state, scale, softcap, sink_logits,
+    stand_ins=None,
 ):  # fmt: skip
-    """Dense causal attention; every gate is 1, so scores and slopes get a zero gradient."""
+    """Dense causal attention; every gate is 1, and nothing has to be stood in for.
+
+    So scores, slopes and stand_ins get a zero gradient.
+    """
     out = torch.nn.functional.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     if torch.is_grad_enabled():
-        for unused in (scores, slopes):
+        for unused in (scores, slopes, stand_ins):
             if unused is not None and unused.requires_grad:
-                out = out + (unused.sum() * 0).to(out.dtype)
+                # Of no element: a score of -inf times 0 were NaN.
+                out = out + unused[:0].sum().to(out.dtype)
     return out, None
 
 

@@ -54,20 +54,21 @@ def test_the_op_says_what_it_does(gate, softcap):
     scores = torch.randn(1, 2, 14, dtype=torch.float64, requires_grad=True)
     slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
     own = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    pairs = torch.randn(4, 2, 17, dtype=torch.float64, requires_grad=True)
     bounds = torch.tensor([0, 5, 14])
     for cu_seqlens in (None, bounds):
-        arguments = (q, k, v, scores, slopes, own, cu_seqlens, [2, 3], 3, 1, gate, 0.3, softcap)
+        tensors = q, k, v, scores, slopes, own, pairs
+        arguments = (*tensors, cu_seqlens, [2, 3], 3, 1, gate, 0.3, softcap)
         torch.library.opcheck(attention_op, arguments)
         expected = sparsek_attention(
             q, k, v, scores, topk=(2, 3), window=3, sinks=1, slopes=slopes, gate=gate, scale=0.3,
-            cu_seqlens=cu_seqlens, softcap=softcap, sink_logits=own,
+            cu_seqlens=cu_seqlens, softcap=softcap, sink_logits=own, stand_ins=pairs,
         )  # fmt: skip
         found = attention_op(*arguments)
         torch.testing.assert_close(found, expected)
         weight = torch.randn_like(expected)
         for ours, theirs in zip(
-            *(torch.autograd.grad((x * weight).sum(), (q, k, v, scores, slopes, own))
-              for x in (found, expected)),
+            *(torch.autograd.grad((x * weight).sum(), tensors) for x in (found, expected)),
             strict=True,
-        ):  # fmt: skip
+        ):
             torch.testing.assert_close(ours, theirs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparsek_kernels.pytorch.stand_ins import tiled
 from sparsek_kernels.pytorch.thresholds import interior_runs
 from sparsek_kernels.pytorch.tiling import Tiles, Tiling
 
@@ -16,15 +17,19 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _inference(q, keys, values, effective, end, tau, base, window, gate, scale) -> Tensor:
+def _inference(
+    q, keys, values, effective, end, tau, base, window, gate, scale, stand_ins=None, missing=None
+) -> Tensor:
     """Forward alone: gates `straight_through` and `log` are a plain masked attention per tile."""
     tiling = Tiling(q, keys, end, base, window)
     # A CPU computes in fp32; an accelerator's attention accumulates in it anyway.
-    dtype = compute_dtype(q.dtype) if q.device.type == "cpu" else q.dtype
+    exact = q.device.type == "cpu" or stand_ins is not None
+    dtype = compute_dtype(q.dtype) if exact else q.dtype
     tiles = tiling.to_tiles(q)
     flat_k, flat_v = keys.reshape(-1, tiling.dim), values.reshape(-1, tiling.dim)
     out = torch.empty_like(tiles)
     soft = gate == "log"
+    theirs = tiled(stand_ins, missing, tiling, scale, dtype)
     for step in tiling.steps(effective if soft else None, tau if soft else None):
         mask = step.visible
         if soft:
@@ -33,6 +38,8 @@ def _inference(q, keys, values, effective, end, tau, base, window, gate, scale) 
             _take(flat, step, dtype)[:, None].expand(-1, tiling.rep, -1, -1)
             for flat in (flat_k, flat_v)
         )
+        if theirs is not None:
+            k, v, mask = theirs.beside(step.span, k, v, mask)
         out[step.span] = torch.nn.functional.scaled_dot_product_attention(
             tiles[step.span].to(dtype), k, v, attn_mask=mask, scale=scale
         )
@@ -54,7 +61,7 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     @_own_precision
     def forward(
-        ctx, q, keys, values, effective, sink_logits, end, tau, counts,
+        ctx, q, keys, values, effective, sink_logits, stand_ins, end, tau, counts, missing,
         base, window, gate, scale, softcap,
     ):  # fmt: skip
         tiling = Tiling(q, keys, end, base, window)
@@ -65,6 +72,7 @@ class _Attend(torch.autograd.Function):
         logsum = torch.empty(tiles.shape[:3], dtype=dtype, device=q.device)
         soft = gate != "straight_through"
         nothing = tiling.per_tile(sink_logits, dtype)
+        theirs = tiled(stand_ins, missing, tiling, scale, dtype)
         for step in tiling.steps(effective if soft else None, tau if soft else None):
             logits, m = _capped(_logits(step, tiles, flat_k, scale, dtype), softcap), None
             if soft:
@@ -75,6 +83,9 @@ class _Attend(torch.autograd.Function):
             top = logits.amax(-1, keepdim=True).clamp_(min=torch.finfo(dtype).min)
             if nothing is not None:
                 top = top.maximum(nothing[step.span])
+            if theirs is not None:
+                own, their_values = theirs.logits(step.span, tiles[step.span].to(dtype))
+                top = top.maximum(own.amax(-1, keepdim=True))
             weights = logits.sub_(top).exp_()
             total = weights.sum(-1, keepdim=True)
             if nothing is not None:
@@ -82,11 +93,16 @@ class _Attend(torch.autograd.Function):
             if gate == "kv":
                 weights *= m
             part = _rows(weights).bmm(_take(flat_v, step, dtype)).view_as(out[step.span])
+            if theirs is not None:
+                own = own.sub_(top).exp_()
+                total += own.sum(-1, keepdim=True)
+                part += own @ their_values
             out[step.span] = (part / total).to(q.dtype)
             logsum[step.span] = (top + total.log()).squeeze(-1)
         out = tiling.from_tiles(out)
         ctx.save_for_backward(
-            q, keys, values, effective, sink_logits, end, tau, counts, out, logsum
+            q, keys, values, effective, sink_logits, stand_ins, end, tau, counts, missing, out,
+            logsum,
         )  # fmt: skip
         ctx.settings = (base, window, gate, scale, softcap)
         return out
@@ -95,7 +111,8 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     @_own_precision
     def backward(ctx, grad_out):
-        q, keys, values, effective, sink_logits, end, tau, counts, out, logsum = ctx.saved_tensors
+        q, keys, values, effective, sink_logits, stand_ins, *rest = ctx.saved_tensors
+        end, tau, counts, missing, out, logsum = rest
         base, window, gate, scale, softcap = ctx.settings
         tiling = Tiling(q, keys, end, base, window)
         dtype = compute_dtype(q.dtype)
@@ -109,6 +126,7 @@ class _Attend(torch.autograd.Function):
         if wants_scores:
             de = torch.zeros(tiling.rows * tiling.m, dtype=torch.float64, device=q.device)
             dm_sum = torch.zeros(tiles.shape[0], tiling.block, dtype=torch.float64, device=q.device)
+        theirs = tiled(stand_ins, missing, tiling, scale, dtype)
         soft = gate != "straight_through" or wants_scores
         for step in tiling.steps(effective if soft else None, tau if soft else None):
             log_total = logsum[step.span, ..., None]
@@ -136,7 +154,11 @@ class _Attend(torch.autograd.Function):
             k = _take(flat_k, step, dtype)
             qs = _rows(tiles[step.span].to(dtype))
             ds3 = _rows(ds)
-            dq[step.span] = (ds3.bmm(k) * scale).view_as(dq[step.span]).to(q.dtype)
+            dq_part = (ds3.bmm(k) * scale).view_as(dq[step.span])
+            if theirs is not None:
+                given = qs.view_as(dq_part), go.view_as(dq_part), log_total, d
+                dq_part += theirs.backward(step.span, *given)
+            dq[step.span] = dq_part.to(q.dtype)
             dk.index_add_(0, step.index, (ds3.transpose(1, 2).bmm(qs) * scale).flatten(0, 1))
             dv.index_add_(0, step.index, _rows(carried).transpose(1, 2).bmm(go).flatten(0, 1))
             if wants_scores:
@@ -158,7 +180,8 @@ class _Attend(torch.autograd.Function):
             dv.view(values.shape).to(values.dtype),
             grad_e,
             grad_sinks,
-            *(None,) * 8,
+            None if theirs is None else theirs.gradient.view_as(stand_ins).to(stand_ins.dtype),
+            *(None,) * 9,
         )
 
 
@@ -234,8 +257,12 @@ def attend(
     counts: Tensor | None = None,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    stand_ins: Tensor | None = None,
+    missing: Tensor | None = None,
 ) -> Tensor:
-    """Attention over an interval of queries per key; differentiable in q, keys, values, effective.
+    """Attention over an interval of queries per key.
+
+    Differentiable in q, keys, values, effective, sink_logits and stand_ins.
 
     Query i sees key m iff m - base - window <= i < end[m]; from i >= m - base on it does so as a
     selected key (gate clip(e - tau_i, 0, 1)), before as one of its window (gate 1).
@@ -246,8 +273,8 @@ def attend(
         end: [B, G, M] int32.
         tau: [B * G, N] float64 and counts [B * G, N] int64 = |I_t|; needed by gates log and kv
             and for the gradient of `effective`, else None.
-
-        softcap, sink_logits [H]: as in sparsek_attention.
+        softcap, sink_logits [H], stand_ins [H, W, 2 D + 1]: as in sparsek_attention.
+        missing: [B, G, N], `log_missing` of every query; needed by stand_ins.
 
     Returns:
         [B, H, N, D] in q's dtype.
@@ -255,6 +282,11 @@ def attend(
     inputs = (q, keys, values, effective)
     settings = (base, window, gate, scale)
     plain = gate != "kv" and softcap is None and sink_logits is None
-    if plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)):
-        return _inference(*inputs, end, tau, *settings)
-    return _Attend.apply(*inputs, sink_logits, end, tau, counts, *settings, softcap)
+    wanted = inputs if stand_ins is None else (*inputs, stand_ins)
+    if plain and not (torch.is_grad_enabled() and any(x.requires_grad for x in wanted)):
+        if stand_ins is None:
+            return _inference(*inputs, end, tau, *settings)
+        with torch.autocast(q.device.type, enabled=False):
+            return _inference(*inputs, end, tau, *settings, stand_ins, missing)
+    given = sink_logits, stand_ins, end, tau, counts, missing
+    return _Attend.apply(*inputs, *given, *settings, softcap)

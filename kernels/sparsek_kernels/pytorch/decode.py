@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from sparsek_kernels.pytorch.stand_ins import by_head, log_missing
 from sparsek_kernels.quantization import dequantize, quantize
 from sparsek_kernels.state import EMPTY, SparseKState, StateRows
 
@@ -85,22 +86,25 @@ def decode(
     scale: float,
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
+    stand_ins: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query per row to every slot that holds a token (gate straight_through).
 
+    Its own token is in the state.
+
     Args:
-        q: [B, H, 1, D]. softcap, sink_logits [H]: as in sparsek_attention.
+        q: [B, H, 1, D]. softcap, sink_logits [H], stand_ins [H, M, 2 D + 1]: as in
+            sparsek_attention.
 
     Returns:
         [B, H, 1, D] in q's dtype.
     """
     layout = state.layout
+    options = dict(softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins)
     if isinstance(state, StateRows) and q.device.type == "cpu":
         # Views of the rows, one after the other: gathering them would copy all their slots.
         parts = [
-            decode(
-                one, _row(state.pool, row), scale=scale, softcap=softcap, sink_logits=sink_logits
-            )
+            decode(one, _row(state.pool, row), scale=scale, **options)
             for one, row in zip(q.split(1), state.rows.tolist(), strict=True)
         ]
         return torch.cat(parts)
@@ -112,26 +116,41 @@ def decode(
         held[:, :, layout.sinks : layout.width - layout.window] &= layout.real(q.device)
     # The group's heads are the queries of one small attention per KV head.
     grouped = q.reshape(batch, layout.heads, heads // layout.heads, dim).to(keys.dtype)
-    if softcap is None and sink_logits is None:
+    if all(option is None for option in options.values()):
         out = torch.nn.functional.scaled_dot_product_attention(
             grouped, keys, values, attn_mask=held[:, :, None], scale=scale
         )
     else:
-        out = _attend(grouped, keys, values, held, scale, softcap, sink_logits)
+        places = state.seen[:, None] - 1
+        with torch.autocast(q.device.type, enabled=False):
+            out = _attend(grouped, keys, values, held, scale, layout, places, **options)
     return out.reshape(batch, heads, 1, dim).to(q.dtype)
 
 
-def _attend(q, keys, values, held, scale: float, softcap, sink_logits) -> Tensor:
-    """Of q [B, G, rep, D] over the slots `held` [B, G, width]: [B, G, rep, D] in fp32 or fp64."""
+def _attend(
+    q, keys, values, held, scale: float, layout, places, *, softcap, sink_logits, stand_ins
+) -> Tensor:
+    """Of q [B, G, rep, D] over the slots `held` [B, G, width]: [B, G, rep, D] in fp32 or fp64.
+
+    `places` [B, 1] are those of the queries.
+    """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     logits = (q.to(dtype) * scale) @ keys.to(dtype).transpose(2, 3)
     if softcap is not None:
-        logits = logits.div_(softcap).tanh_().mul_(softcap)
+        logits = logits.div(softcap).tanh_() * softcap
     logits = logits.masked_fill_(~held[:, :, None], -torch.inf)
     if sink_logits is not None:
         nothing = sink_logits.to(dtype).view(1, *q.shape[1:3], 1).expand(q.shape[0], -1, -1, -1)
         logits = torch.cat([logits, nothing], 3)
-    return logits.softmax(3)[..., : keys.shape[2]] @ values.to(dtype)
+    if stand_ins is None:
+        return logits.softmax(3)[..., : keys.shape[2]] @ values.to(dtype)
+    their_keys, their_values, biases = by_head(stand_ins, layout.heads, dtype)
+    # [B, G, rep, M]: every query head has its own.
+    theirs = torch.einsum("bgrd,grmd->bgrm", q.to(dtype) * scale, their_keys)
+    theirs = theirs + biases.squeeze(3) + log_missing(places, layout, dtype)[..., None]
+    weights = torch.cat([logits, theirs], 3).softmax(3)
+    own = torch.einsum("bgrm,grmd->bgrd", weights[..., -theirs.shape[3] :], their_values)
+    return weights[..., : keys.shape[2]] @ values.to(dtype) + own
 
 
 def _row(pool: SparseKState, row: int) -> SparseKState:

@@ -14,13 +14,15 @@ from sparsek_kernels.state import SlotLayout
 
 
 def _run(
-    q, k, v, scores, slopes, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap
+    q, k, v, scores, slopes, sink_logits, stand_ins, cu_seqlens,
+    topk, window, sinks, gate, scale, softcap,
 ) -> Tensor:  # fmt: skip
     from sparsek_kernels.pytorch.run import run_eagerly
 
     out, _ = run_eagerly(
         q, k, v, scores, layout=SlotLayout(tuple(topk), window, sinks), slopes=slopes, gate=gate,
         cu_seqlens=cu_seqlens, state=None, scale=scale, softcap=softcap, sink_logits=sink_logits,
+        stand_ins=stand_ins,
     )  # fmt: skip
     return out
 
@@ -33,6 +35,7 @@ def attention_op(
     scores: Tensor,
     slopes: Tensor | None,
     sink_logits: Tensor | None,
+    stand_ins: Tensor | None,
     cu_seqlens: Tensor | None,
     topk: Sequence[int],
     window: int,
@@ -44,11 +47,12 @@ def attention_op(
     """out [B, H, N, D] for q [B, H, N, D], k and v [B, G, N, D], scores [B, G, N]; no state.
 
     Args:
-        slopes: [G] or None. sink_logits: [H] or None. cu_seqlens: int [docs + 1] or None.
+        slopes: [G] or None. sink_logits: [H] or None. stand_ins: [H, M, 2 D + 1] or None.
+        cu_seqlens: int [docs + 1] or None.
         topk: one budget per KV head. softcap: of the logits, or None.
     """
     with torch.no_grad():
-        tensors = q, k, v, scores, slopes, sink_logits, cu_seqlens
+        tensors = q, k, v, scores, slopes, sink_logits, stand_ins, cu_seqlens
         out = _run(*tensors, topk, window, sinks, gate, scale, softcap)
         return out.clone()
 
@@ -76,6 +80,7 @@ def attention_backward(
     scores: Tensor,
     slopes: Tensor | None,
     sink_logits: Tensor | None,
+    stand_ins: Tensor | None,
     cu_seqlens: Tensor | None,
     topk: Sequence[int],
     window: int,
@@ -83,13 +88,14 @@ def attention_backward(
     gate: str,
     scale: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, scores, slopes and sink_logits, of their shapes (the last maybe empty).
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, scores, slopes, sink_logits and stand_ins, of their shapes.
 
     Empty where there is no such tensor.
     """
     given = [x.detach().requires_grad_() for x in (q, k, v, scores)]
-    extra = [None if x is None else x.detach().requires_grad_() for x in (slopes, sink_logits)]
+    extra = slopes, sink_logits, stand_ins
+    extra = [None if x is None else x.detach().requires_grad_() for x in extra]
     with torch.enable_grad(), _recording():
         out = _run(*given, *extra, cu_seqlens, topk, window, sinks, gate, scale, softcap)
         wanted = [*given, *(x for x in extra if x is not None)]
@@ -100,23 +106,26 @@ def attention_backward(
 
 
 @attention_backward.register_fake
-def _(grad, q, k, v, scores, slopes, sink_logits, *_):
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v, scores)]
-    extra = (slopes, sink_logits)
-    return (*like, *(scores.new_empty(0) if x is None else torch.empty_like(x) for x in extra))
+def _(grad, q, k, v, scores, slopes, sink_logits, stand_ins, *_):
+    def like(x):
+        if x is None:
+            return scores.new_empty(0)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    return tuple(like(x) for x in (q, k, v, scores, slopes, sink_logits, stand_ins))
 
 
 def _save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:7])
-    ctx.settings = inputs[7:]
+    ctx.save_for_backward(*inputs[:8])
+    ctx.settings = inputs[8:]
 
 
 def _backward(ctx, grad):
     found = attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.settings)
     extra = [
-        None if x is None else g for x, g in zip(ctx.saved_tensors[4:6], found[4:], strict=True)
+        None if x is None else g for x, g in zip(ctx.saved_tensors[4:7], found[4:], strict=True)
     ]
-    return (*found[:4], *extra, *(None,) * 7)
+    return (*found[:4], *extra, *(None,) * (1 + len(ctx.settings)))
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from sparsek_kernels import keys as key_lists
 from sparsek_kernels.pytorch import selection, thresholds
-from sparsek_kernels.pytorch.attention import attend
+from sparsek_kernels.pytorch.attention import attend, compute_dtype
 from sparsek_kernels.pytorch.decode import decode, insert
 from sparsek_kernels.pytorch.ops import attention_op
+from sparsek_kernels.pytorch.stand_ins import log_missing
 from sparsek_kernels.rows import join_states, pack, row_groups
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
@@ -29,6 +30,7 @@ def run(
     scale: float,
     softcap: float | None,
     sink_logits: Tensor | None,
+    stand_ins: Tensor | None = None,
     fresh: bool = False,
     out: Tensor | None = None,
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
@@ -43,17 +45,17 @@ def run(
             lambda own: run(
                 q, k, v, scores,
                 layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=own,
-                scale=scale, softcap=softcap, sink_logits=sink_logits,
+                scale=scale, softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins,
             )
         )  # fmt: skip
     if state is None and torch.compiler.is_compiling():
-        tensors = q, k, v, scores, slopes, sink_logits, cu_seqlens
+        tensors = q, k, v, scores, slopes, sink_logits, stand_ins, cu_seqlens
         settings = layout.topk, layout.window, layout.sinks, gate, scale, softcap
         return attention_op(*tensors, *settings), None
     return run_eagerly(
         q, k, v, scores,
         layout=layout, slopes=slopes, gate=gate, cu_seqlens=cu_seqlens, state=state, scale=scale,
-        softcap=softcap, sink_logits=sink_logits,
+        softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins,
     )  # fmt: skip
 
 
@@ -71,10 +73,11 @@ def run_eagerly(
     scale: float,
     softcap: float | None,
     sink_logits: Tensor | None,
+    stand_ins: Tensor | None = None,
 ) -> tuple[Tensor, SparseKState | StateRows | None]:
     """`run`, step by step."""
     options = dict(layout=layout, slopes=slopes, gate=gate)
-    options |= dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
+    options |= dict(scale=scale, softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins)
     if cu_seqlens is None:
         return _run_rows(q, k, v, scores, None, state, **options)
     groups = row_groups(cu_seqlens, q.shape[2])
@@ -93,7 +96,7 @@ def run_eagerly(
 
 def _run_rows(
     q, k, v, scores, lengths, state, *, layout: SlotLayout, slopes, gate, scale, softcap,
-    sink_logits,
+    sink_logits, stand_ins,
 ):  # fmt: skip
     """One call on rows [B, ..., N]; `lengths` [B] int64 or None where all N tokens are real."""
     batch, _, n, _ = q.shape
@@ -106,13 +109,14 @@ def _run_rows(
                 positions = positions + state.seen[:, None]
     effective = effective_scores(scores, slopes, positions)
     grad = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (q, k, v, effective, sink_logits)
+        x is not None and x.requires_grad for x in (q, k, v, effective, sink_logits, stand_ins)
     )
     if n == 0:
         return torch.zeros_like(q), state
     if state is not None and n == 1 and lengths is None and not grad and gate == "straight_through":
         insert(state, k[:, :, 0], v[:, :, 0], effective[:, :, 0])
-        return decode(q, state, scale=scale, softcap=softcap, sink_logits=sink_logits), state
+        logits = dict(softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins)
+        return decode(q, state, scale=scale, **logits), state
 
     keys = key_lists.list_keys(k, v, effective, positions, layout, state)
     soft = _needs_tau(gate, effective, state)
@@ -121,10 +125,13 @@ def _run_rows(
         tau = counts = None
         if soft:
             tau, counts = thresholds.query_thresholds(keys, layout, state)
+        missing = None
+        if stand_ins is not None:
+            missing = log_missing(positions, layout, compute_dtype(q.dtype))
     out = attend(
         q, keys.keys, keys.values, keys.effective, end,
         base=keys.base, window=layout.window, gate=gate, scale=scale, tau=tau, counts=counts,
-        softcap=softcap, sink_logits=sink_logits,
+        softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins, missing=missing,
     )  # fmt: skip
     if state is None:
         return out, None
