@@ -74,11 +74,9 @@ def sparsek_attention(
         sink_logits: [H], any floating dtype: one further logit per query head in the softmax,
             which has no value, as in gpt-oss: attention to nothing. None: there is none.
         stand_ins: [H, M, 2 D + 1], any floating dtype: M pairs per query head, each a key, a value
-            and a bias, that stand in for pairs no longer kept. At place t of its sequence a query
-            of KV head g is short of n = t + 1 - (s + k_g + w) pairs: where n > 0, each stand-in is
-            one more pair in the softmax, with the logit scale * q.key + bias + log n, on which
-            neither softcap nor gates act. It is no token, and no state holds it. None: there is
-            none.
+            and a bias, that stand in for pairs no longer kept. Query t of its sequence is short of
+            n = t + 1 - (s + k + w); where n > 0, each is one more pair in the softmax, its logit
+            scale * q.key + bias + log n. Neither softcap nor gates act on it; no state holds it.
         backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
         out: [B, H, N, D] in q's dtype, its last dimension dense: where the answer is written, which
             is then what is returned. None: memory of its own. Not with a gradient.
@@ -91,8 +89,7 @@ def sparsek_attention(
             are too large for their gate, see there.
     """
     layout = _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state)
-    _check_logits(q, softcap, sink_logits)
-    _check_stand_ins(q, stand_ins)
+    _check_logits(q, softcap, sink_logits, stand_ins)
     wanted = (q, k, v, scores, slopes, sink_logits, stand_ins)
     gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in wanted)
     if isinstance(state, StateRows):
@@ -102,8 +99,7 @@ def sparsek_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     run = dispatch.backend(
         backend, q, layout=layout, gate=gate, cu_seqlens=cu_seqlens, state=state,
-        plain=softcap is None and sink_logits is None,
-        gradient=gradient,
+        plain=softcap is None and sink_logits is None, gradient=gradient,
     )  # fmt: skip
     more = {"fresh": True} if fresh and isinstance(state, SparseKState) else {}
     if out is not None and state is not None:
@@ -154,8 +150,7 @@ def attend_to_state(
         )
     if q.shape[3] != state.keys.shape[-1]:
         raise ValueError(f"the state's head size is {state.keys.shape[-1]}, q's {q.shape[3]}")
-    _check_logits(q, softcap, sink_logits)
-    _check_stand_ins(q, stand_ins)
+    _check_logits(q, softcap, sink_logits, stand_ins)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     return decode(
         q, state, scale=scale, softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins
@@ -204,9 +199,12 @@ def _check(q, k, v, scores, topk, window, sinks, slopes, gate, cu_seqlens, state
     return layout
 
 
-def _check_logits(q: Tensor, softcap: float | None, sink_logits: Tensor | None) -> None:
+def _check_logits(
+    q: Tensor, softcap: float | None, sink_logits: Tensor | None, stand_ins: Tensor | None
+) -> None:
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive, got {softcap!r}")
+    _check_stand_ins(q, stand_ins)
     if sink_logits is None:
         return
     if not torch.is_tensor(sink_logits) or not sink_logits.is_floating_point():

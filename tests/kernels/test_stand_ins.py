@@ -11,9 +11,8 @@ from sparsek_kernels.naive.attention import naive_attention
 from state_pool import strided_pool
 
 HEADS, GROUPS = 4, 2
-# 16 slots, 8 and (of one head) none that is selected.
 BUDGET = dict(topk=(8, 0), window=6, sinks=2)
-SLOTS = 8  # of the narrower head
+SLOTS = (16, 8)
 LOGITS = {
     "plain": {},
     "capped": dict(softcap=0.8),
@@ -65,8 +64,7 @@ def test_forward_and_every_gradient(logits, gate, make_inputs, relative_error):
 
 
 @pytest.mark.parametrize("heads, groups", [(2, 2), (4, 2), (4, 1)])
-@pytest.mark.parametrize("m", [1, 3])
-@pytest.mark.parametrize("topk", [0, 5])
+@pytest.mark.parametrize("m, topk", [(1, 0), (1, 5), (3, 0), (3, 5)])
 def test_heads_share_keys_but_no_stand_ins(heads, groups, m, topk, make_inputs, relative_error):
     inputs = make_inputs(140, batch=2, heads=heads, groups=groups)
     own = pairs(heads, m).requires_grad_()
@@ -74,8 +72,7 @@ def test_heads_share_keys_but_no_stand_ins(heads, groups, m, topk, make_inputs, 
     twin = naive_attention(*inputs, **options)
     ours = sparsek_attention(*inputs, **options)
     assert relative_error(ours, twin) < 1e-12
-    leaves = [inputs[0], own]
-    for a, b in zip(grads(ours, leaves), grads(twin, leaves), strict=True):
+    for a, b in zip(*(grads(out, [inputs[0], own]) for out in (ours, twin)), strict=True):
         assert relative_error(a, b) < 1e-11
 
 
@@ -124,7 +121,7 @@ def test_where_all_fits_they_are_not_there(make_inputs, relative_error):
     inputs = make_inputs(60, heads=HEADS, groups=GROUPS, grad=False)
     plain = sparsek_attention(*inputs, **BUDGET)
     out = sparsek_attention(*inputs, **BUDGET, stand_ins=pairs(bias=5.0))
-    for group, slots in enumerate((SLOTS + 8, SLOTS)):
+    for group, slots in enumerate(SLOTS):
         heads = slice(2 * group, 2 * group + 2)
         assert relative_error(out[:, heads, :slots], plain[:, heads, :slots]) < 1e-13
         later = out[:, heads, slots:] - plain[:, heads, slots:]
@@ -132,7 +129,7 @@ def test_where_all_fits_they_are_not_there(make_inputs, relative_error):
 
 
 def test_a_dense_call_gives_them_a_gradient_of_zero(make_inputs, relative_error):
-    inputs = make_inputs(SLOTS, heads=HEADS, groups=GROUPS, dtype=torch.float32)
+    inputs = make_inputs(min(SLOTS), heads=HEADS, groups=GROUPS, dtype=torch.float32)
     own = pairs(dtype=torch.float32)
     own[0, 0, -1] = -torch.inf
     own.requires_grad_()
@@ -170,7 +167,6 @@ def test_pieces_equal_the_whole(logits, dtype, tolerance, make_inputs, relative_
             assert relative_error(again, whole[:, :, at : at + 1]) < tolerance
         outs.append(out)
         at += size
-    assert at == n
     assert relative_error(torch.cat(outs, 2), whole) < tolerance
 
 
@@ -198,7 +194,7 @@ def test_a_gradient_through_a_carried_state(gate, make_inputs, relative_error):
     assert relative_error(*(grads(out, [own])[0] for out in (ours, twin))) < 1e-11
 
 
-def test_attending_to_a_state_gives_gradients(make_inputs, relative_error):
+def test_a_state_attended_to_gives_gradients(make_inputs, relative_error):
     inputs = make_inputs(30, heads=HEADS, groups=GROUPS, grad=False)
     state = SparseKState.empty(1, GROUPS, 4, dtype=torch.float64, **BUDGET)
     _, state = sparsek_attention(*inputs, state=state, **BUDGET)

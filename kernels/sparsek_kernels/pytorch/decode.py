@@ -146,10 +146,10 @@ def _attend(
         return logits.softmax(3)[..., : keys.shape[2]] @ values.to(dtype)
     their_keys, their_values, biases = by_head(stand_ins, layout.heads, dtype)
     # [B, G, rep, M]: every query head has its own.
-    theirs = torch.einsum("bgrd,grmd->bgrm", q.to(dtype) * scale, their_keys)
+    theirs = (q.to(dtype)[..., None, :] * their_keys).sum(4) * scale
     theirs = theirs + biases.squeeze(3) + log_missing(places, layout, dtype)[..., None]
     weights = torch.cat([logits, theirs], 3).softmax(3)
-    own = torch.einsum("bgrm,grmd->bgrd", weights[..., -theirs.shape[3] :], their_values)
+    own = (weights[..., -theirs.shape[3] :, None] * their_values).sum(3)
     return weights[..., : keys.shape[2]] @ values.to(dtype) + own
 
 
