@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -124,6 +125,7 @@ def report(
     q = torch.zeros(1, heads, length, dim, dtype=dtype)
     k = torch.zeros(1, groups, length, dim, dtype=dtype)
     scores = torch.zeros(1, groups, length, dtype=torch.float64)
+    pairs = torch.zeros(heads, 1, 2 * dim + 1)
     settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5, softcap)
     shape = geometry(q.shape, k.shape, q.device)
     own = pipeline.hopper_kernels
@@ -131,10 +133,10 @@ def report(
         pipeline.hopper_kernels = hopper_kernels
         for ways in (as_if_long, nullcontext):
             with ways():
-                out, lse, end, tau = pipeline.forward(q, k, k, scores, settings, shape)
+                found = pipeline.forward(q, k, k, scores, settings, shape, stand_ins=pairs)
                 pipeline.backward(
-                    q, q, k, k, scores, out, lse, end, tau, settings, shape,
-                    score_grad=True, deterministic=False,
+                    q, q, k, k, scores, *found, settings, shape,
+                    score_grad=True, deterministic=False, stand_ins=pairs,
                 )  # fmt: skip
     pipeline.hopper_kernels = own
     for bounds in (None, torch.tensor([0, 9, LONG], dtype=torch.int32)):
@@ -145,16 +147,16 @@ def report(
         read = SparseKState.empty(1, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
         read_prompt(
             q, k, k, scores, layout=layout, slopes=None, gate=gate, cu_seqlens=None, state=read,
-            scale=1.0, softcap=softcap, sink_logits=None,
+            scale=1.0, softcap=softcap, sink_logits=None, stand_ins=pairs,
         )  # fmt: skip
     own_logits = None if softcap is None else torch.zeros(heads)
-    for rows in (2, 8):  # in one launch and in two
+    for rows, own_pairs in product((2, 8), (None, pairs)):  # in one launch and in two
         held = SparseKState.empty(rows, groups, dim, topk=topk, window=window, sinks=4, dtype=dtype)
         token = torch.zeros(rows, groups, 1, dim, dtype=dtype)
         query = torch.zeros(rows, heads, 1, dim, dtype=dtype)
         step(
             query, token, token, torch.zeros(rows, groups, 1), torch.zeros(groups), held,
-            scale=1.0, softcap=softcap, sink_logits=own_logits,
+            scale=1.0, softcap=softcap, sink_logits=own_logits, stand_ins=own_pairs,
         )  # fmt: skip
     likeliest(torch.zeros(2, 128256, dtype=dtype))
     _linear_maps(dim, dtype)

@@ -31,6 +31,7 @@ def attention_op(
     v: torch.Tensor,
     scores: torch.Tensor,
     sink_logits: torch.Tensor | None,
+    stand_ins: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     topk: Sequence[int],
     window: int,
@@ -43,16 +44,20 @@ def attention_op(
 
     Args:
         q [B, H, N, D], k and v [B, G, N, D], scores float64 [B, G, N] (effective scores).
-        sink_logits: [H] or None.
+        sink_logits: [H] or None. stand_ins: [H, M, 2 D + 1] or None.
         cu_seqlens: int32 [docs + 1] or None. topk: one budget per KV head.
     """
     call = _call(q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap)
-    out, lse, end, tau = pipeline.forward(q, k, v, scores, *call, sink_logits=sink_logits)
+    out, lse, end, tau = pipeline.forward(
+        q, k, v, scores, *call, sink_logits=sink_logits, stand_ins=stand_ins
+    )
     return out, lse, end, scores.new_empty(0) if tau is None else tau
 
 
 @attention_op.register_fake
-def _(q, k, v, scores, sink_logits, cu_seqlens, topk, window, sinks, gate, scale, softcap):
+def _(
+    q, k, v, scores, sink_logits, stand_ins, cu_seqlens, topk, window, sinks, gate, scale, softcap
+):  # fmt: skip
     return (
         empty_rows(q),
         q.new_empty(q.shape[:3], dtype=torch.float32),
@@ -73,6 +78,7 @@ def attention_backward(
     end: torch.Tensor,
     tau: torch.Tensor,
     sink_logits: torch.Tensor | None,
+    stand_ins: torch.Tensor | None,
     cu_seqlens: torch.Tensor | None,
     topk: Sequence[int],
     window: int,
@@ -82,19 +88,22 @@ def attention_backward(
     softcap: float | None,
     score_grad: bool,
     deterministic: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dq, dk, dv, d(scores) (empty unless `score_grad`) and d(sink_logits) (perhaps empty)."""
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]:  # fmt: skip
+    """dq, dk, dv, d(scores) (empty unless `score_grad`), d(sink_logits), d(stand_ins) (if any)."""
     call = _call(q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap)
     found = pipeline.backward(
         grad, q, k, v, scores, out, lse, end, tau if tau.numel() else None, *call,
         score_grad=score_grad, deterministic=deterministic, sink_logits=sink_logits,
+        stand_ins=stand_ins,
     )  # fmt: skip
     return tuple(scores.new_empty(0) if x is None else x for x in found)
 
 
 @attention_backward.register_fake
 def _(
-    grad, q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens,
+    grad, q, k, v, scores, out, lse, end, tau, sink_logits, stand_ins, cu_seqlens,
     topk, window, sinks, gate, scale, softcap, score_grad, deterministic,
 ):  # fmt: skip
     return (
@@ -102,27 +111,30 @@ def _(
         k.new_empty(k.shape),
         v.new_empty(v.shape),
         scores.new_empty(scores.shape if score_grad else 0),
-        scores.new_empty(0) if sink_logits is None else torch.empty_like(sink_logits),
+        *(
+            scores.new_empty(0) if x is None else torch.empty_like(x)
+            for x in (sink_logits, stand_ins)
+        ),
     )
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, scores, sink_logits, cu_seqlens, *ctx.settings = inputs
+    q, k, v, scores, sink_logits, stand_ins, cu_seqlens, *ctx.settings = inputs
     out, lse, end, tau = output
     ctx.mark_non_differentiable(lse, end, tau)
     ctx.set_materialize_grads(False)  # nobody reads gradients of these
-    ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, sink_logits, cu_seqlens)
+    ctx.save_for_backward(q, k, v, scores, out, lse, end, tau, sink_logits, stand_ins, cu_seqlens)
 
 
 def _backward(ctx, grad, *_):
-    *saved, sink_logits, cu_seqlens = ctx.saved_tensors
+    *saved, cu_seqlens = ctx.saved_tensors
     wanted = ctx.needs_input_grad[3]
-    dq, dk, dv, de, own = attention_backward(
-        grad, *saved, sink_logits, cu_seqlens, *ctx.settings,
+    dq, dk, dv, de, *own = attention_backward(
+        grad, *saved, cu_seqlens, *ctx.settings,
         wanted, torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
-    own = None if sink_logits is None else own
-    return dq, dk, dv, de if wanted else None, own, *(None,) * 7
+    own = (None if x is None else found for x, found in zip(saved[-2:], own, strict=True))
+    return dq, dk, dv, de if wanted else None, *own, *(None,) * 7
 
 
 attention_op.register_autograd(_backward, setup_context=_setup)
@@ -136,9 +148,10 @@ class _Attention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, scores, slopes, sink_logits, cu_seqlens, *settings):
+    def forward(ctx, q, k, v, scores, slopes, sink_logits, stand_ins, cu_seqlens, *settings):
         settings, shape = _call(q, k, cu_seqlens, *settings)
-        effective, *found = _from_scores(q, k, v, scores, slopes, sink_logits, settings, shape)
+        given = q, k, v, scores, slopes, sink_logits, stand_ins
+        effective, *found = _from_scores(*given, settings, shape)
         ctx.call = settings, shape
         learns = slopes.dtype if ctx.needs_input_grad[4] else None
         ctx.kinds = dict(scores=scores.dtype, slopes=learns, by_token=scores.stride(-1) != 1)
@@ -148,24 +161,25 @@ class _Attention(torch.autograd.Function):
             kept = effective, None, None
         else:  # where memory does
             kept = None, scores, slopes
-        ctx.save_for_backward(*kept, q, k, v, *found, sink_logits)
+        ctx.save_for_backward(*kept, q, k, v, *found, sink_logits, stand_ins)
         return found[0]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        effective, scores, slopes, q, k, v, *found, sink_logits = ctx.saved_tensors
+        effective, scores, slopes, q, k, v, *found, sink_logits, stand_ins = ctx.saved_tensors
         settings, shape = ctx.call
         if scores is not None:
             effective = effective_scores(scores, slopes, shape)
         wanted, d_scores, d_slopes = _learn(ctx), None, None
-        dq, dk, dv, de, own = pipeline.backward(
+        dq, dk, dv, de, *own = pipeline.backward(
             grad, q, k, v, effective, *found, settings, shape, score_grad=wanted,
             deterministic=torch.are_deterministic_algorithms_enabled(), sink_logits=sink_logits,
+            stand_ins=stand_ins,
         )  # fmt: skip
         if wanted:
             d_scores, d_slopes = effective_gradients(de, effective, shape, **ctx.kinds)
-        return dq, dk, dv, d_scores, d_slopes, own, *(None,) * 7
+        return dq, dk, dv, d_scores, d_slopes, *own, *(None,) * 7
 
 
 def _learn(ctx) -> bool:
@@ -174,7 +188,7 @@ def _learn(ctx) -> bool:
 
 
 def _from_scores(
-    q, k, v, scores, slopes, sink_logits, settings: pipeline.Settings, shape: Geometry
+    q, k, v, scores, slopes, sink_logits, stand_ins, settings: pipeline.Settings, shape: Geometry
 ):  # fmt: skip
     """Effective scores, made on the way to the ends of a short call, and `pipeline.forward`'s.
 
@@ -190,11 +204,13 @@ def _from_scores(
     else:
         effective = effective_scores(scores, slopes, shape)
     given = q, k, v, effective, settings, shape
-    return effective, *pipeline.forward(*given, end=end, sink_logits=sink_logits)
+    return effective, *pipeline.forward(
+        *given, end=end, sink_logits=sink_logits, stand_ins=stand_ins
+    )
 
 
 def attention(
-    q, k, v, scores, slopes, sink_logits, cu_seqlens, *settings
+    q, k, v, scores, slopes, sink_logits, stand_ins, cu_seqlens, *settings
 ) -> torch.Tensor:  # fmt: skip
     """out [B, H, N, D]; arguments as those of `attention_op`, but scores and slopes by themselves.
 
@@ -202,11 +218,11 @@ def attention(
     """
     if torch.compiler.is_compiling():
         effective = twin.effective_scores(scores, slopes, _places(q, slopes, cu_seqlens))
-        return attention_op(q, k, v, effective, sink_logits, cu_seqlens, *settings)[0]
+        return attention_op(q, k, v, effective, sink_logits, stand_ins, cu_seqlens, *settings)[0]
+    given = q, k, v, scores, slopes, sink_logits, stand_ins
     if torch.is_grad_enabled():
-        return _Attention.apply(q, k, v, scores, slopes, sink_logits, cu_seqlens, *settings)
-    call = _call(q, k, cu_seqlens, *settings)
-    return _from_scores(q, k, v, scores, slopes, sink_logits, *call)[1]
+        return _Attention.apply(*given, cu_seqlens, *settings)
+    return _from_scores(*given, *_call(q, k, cu_seqlens, *settings))[1]
 
 
 def _places(q, slopes, cu_seqlens) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from sparsek_kernels.triton.short.ends import short_ends
 from sparsek_kernels.triton.short.limits import has_short_thresholds, is_short
 from sparsek_kernels.triton.short.lists import short_lists
 from sparsek_kernels.triton.short.thresholds import short_thresholds
+from sparsek_kernels.triton.stand_ins import StandIns, join_stand_ins, stand_in_gradient
 from sparsek_kernels.triton.thresholds.descent import prefix_thresholds
 from sparsek_kernels.triton.tiles import LOG2_E, rows_of
 from sparsek_kernels.triton.tuning import device_capability, launch_config
@@ -96,6 +97,7 @@ def forward(
     positions: torch.Tensor | None = None,
     end: torch.Tensor | None = None,
     sink_logits: torch.Tensor | None = None,
+    stand_ins: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """out, lse, end and (gates log and kv) tau.
@@ -105,14 +107,25 @@ def forward(
         positions: int64 [B, G, M] of keys that were listed from a state, see `find_ends`.
         end: what `find_ends` found, if somebody asked before; gates log and kv alone read the
             scores then.
-        sink_logits: [H] or None. out: where to write, or None.
+        sink_logits: [H] or None. stand_ins: [H, M, 2 D + 1] or None. out: where to write, or None.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     found = select(q, k, scores, settings, shape, positions=positions, end=end)
     out, lse = attend(q, k, v, found, settings, shape, out)
     if sink_logits is not None:
         out, lse = add_sinks(out, lse, sink_logits)
+    if stand_ins is not None:
+        given = _stand_ins(stand_ins, settings, positions)
+        join_stand_ins(q, out, lse, given, found.lists, shape, settings.scale)
     return out, lse, found.end, found.tau
+
+
+def _stand_ins(
+    pairs: torch.Tensor, settings: Settings, positions: torch.Tensor | None = None
+) -> StandIns:
+    return StandIns(
+        pairs.contiguous(), settings.topk, settings.sinks + settings.window, positions
+    )  # fmt: skip
 
 
 def select(
@@ -256,8 +269,9 @@ def backward(
     score_grad: bool,
     deterministic: bool,
     sink_logits: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """dq, dk, dv in the inputs' dtypes, d(scores) float64 and d(sink_logits), where asked for.
+    stand_ins: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, ...]:
+    """dq, dk, dv in the inputs' dtypes, d(scores) float64, d(sink_logits) and d(stand_ins).
 
     None in their places where not. `scores` may be None under the gate straight_through, where
     no gradient of them is asked for.
@@ -299,4 +313,10 @@ def backward(
     if score_grad:
         de = score_gradient(column_sum, row_sum, runs, changes)
     own = None if sink_logits is None else sink_gradient(lse, delta, sink_logits)
-    return dq, dk.to(k.dtype), dv.to(v.dtype), de, own
+    theirs = None
+    if stand_ins is not None:
+        given = _stand_ins(stand_ins, settings)
+        theirs = stand_in_gradient(
+            q, do, dq, lse, delta, given, lists[0], shape, settings.scale
+        )  # fmt: skip
+    return dq, dk.to(k.dtype), dv.to(v.dtype), de, own, theirs

@@ -44,6 +44,7 @@ def run(
     scale: float,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
+    stand_ins: torch.Tensor | None = None,
     fresh: bool = False,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, SparseKState | StateRows | None]:
@@ -59,28 +60,29 @@ def run(
         return torch.zeros_like(q), state
     if state is None:
         out = attention(
-            q, k, v, scores, slopes, sink_logits, cu_seqlens,
+            q, k, v, scores, slopes, sink_logits, stand_ins, cu_seqlens,
             layout.topk, layout.window, layout.sinks, gate, scale, softcap,
         )  # fmt: skip
         return out, None
     if cu_seqlens is None and n == 1:
-        logits = dict(scale=scale, softcap=softcap, sink_logits=sink_logits)
+        logits = dict(scale=scale, softcap=softcap, sink_logits=sink_logits, stand_ins=stand_ins)
         return step(q, k, v, scores, slopes, state, out=out, **logits), state
     settings = pipeline.Settings(
         layout.topk, layout.window, layout.sinks, "straight_through", scale, softcap
     )
+    beside = dict(sink_logits=sink_logits, stand_ins=stand_ins)
     if first:
-        return _read_first(q, k, v, scores, slopes, state, settings, sink_logits, out), state
+        return _read_first(q, k, v, scores, slopes, state, settings, beside, out), state
     if cu_seqlens is not None:
-        given = q, k, v, scores, slopes, state, settings, sink_logits, out, cu_seqlens
+        given = q, k, v, scores, slopes, state, settings, beside, out, cu_seqlens
         return _read_documents(*given), state
     batch = q.shape[0]
     bounds = _row_bounds(batch, n, q.device)
     if batch == 1:
-        given = q, k, v, scores, slopes, state, settings, sink_logits, out, bounds
+        given = q, k, v, scores, slopes, state, settings, beside, out, bounds
         return _read_documents(*given), state
     rows = (x.transpose(0, 1).flatten(1, 2)[None] for x in (q, k, v, scores))
-    found = _read_documents(*rows, slopes, state, settings, sink_logits, None, bounds)
+    found = _read_documents(*rows, slopes, state, settings, beside, None, bounds)
     return found[0].unflatten(1, (batch, n)).transpose(0, 1), state
 
 
@@ -92,14 +94,14 @@ def _row_bounds(batch: int, n: int, device: torch.device) -> torch.Tensor:
 
 @torch.no_grad()
 def _read_first(
-    q, k, v, scores, slopes, state: SparseKState, settings: pipeline.Settings, sink_logits, out
+    q, k, v, scores, slopes, state: SparseKState, settings: pipeline.Settings, beside: dict, out
 ) -> torch.Tensor:
-    """Several tokens of each row of a state that has seen nothing."""
+    """Several tokens of each row of a state that has seen nothing; `beside`: of the logits."""
     state.support = state.tau = None
     shape = geometry(q.shape, k.shape, q.device)
     keys, end = list_new(k, v, scores, slopes, state.layout, state, shape)
     out, _, end, _ = pipeline.forward(
-        q, k, v, keys.effective, settings, shape, end=end, sink_logits=sink_logits, out=out
+        q, k, v, keys.effective, settings, shape, end=end, out=out, **beside
     )
     next_state(keys, state.layout, end, shape, state)
     return out
@@ -108,7 +110,7 @@ def _read_first(
 @torch.no_grad()
 def _read_documents(
     q, k, v, scores, slopes, state: SparseKState | StateRows, settings: pipeline.Settings,
-    sink_logits, out, cu_seqlens,
+    beside: dict, out, cu_seqlens,
 ) -> torch.Tensor:  # fmt: skip
     """Documents packed in one row, each with a row of the state."""
     layout = state.layout
@@ -118,7 +120,7 @@ def _read_documents(
     keys, shape = list_documents(q, k, v, scores, slopes, cu_seqlens, layout, state, starts)
     out, _, end, _ = pipeline.forward(
         q, keys.keys, keys.values, keys.effective, settings, shape,
-        positions=keys.positions, sink_logits=sink_logits, out=out,
+        positions=keys.positions, out=out, **beside,
     )  # fmt: skip
     next_state(keys, layout, end, shape, state)
     return out

@@ -17,6 +17,7 @@ KERNELS = {
     "best_of_parts", "best_of_all", "order_blocks", "_ends_of_short", "_list_short",
     "_cut_in_parts", "_segments_in_order", "_sequence_table", "_sort_blocks",
     "_thresholds_of_short", "_effective_scores", "_effective_gradients",
+    "_join_stand_ins", "_stand_in_gradient",
 }  # fmt: skip
 READING = {"_list_documents", "_leave_state"}  # with a carried state
 HOPPER = {"_attend_hopper", "_query_gradient_hopper", "_key_gradient_hopper"}

@@ -89,6 +89,56 @@ def test_steps_with_capped_and_sink_logits(relative_error, held):
     assert torch.equal(state.positions, other.positions)
 
 
+def stand_ins_of(heads: int, dim: int) -> torch.Tensor:
+    pairs = torch.randn(heads, 2, 2 * dim + 1, device="cuda")
+    pairs[..., -1] -= 2.0
+    return pairs
+
+
+@pytest.mark.parametrize(
+    "dim, dtype, n, packed",
+    [
+        (64, torch.bfloat16, 2100, False),
+        (128, torch.bfloat16, 20_001, False),
+        (128, torch.bfloat16, 3001, True),
+        (80, torch.float32, 2100, False),
+    ],
+)
+def test_stand_ins(relative_error, dim, dtype, n, packed):
+    inputs = random_inputs(1, 8, 2, n, dim, dtype)
+    pairs = stand_ins_of(8, dim).requires_grad_()
+    options = dict(topk=[300, 60], window=100, sinks=4)
+    if packed:
+        options["cu_seqlens"] = torch.tensor([0, 900, 903, n], dtype=torch.int32, device="cuda")
+    out = sparsek_attention(*inputs, stand_ins=pairs, backend="triton", **options)
+    plain = sparsek_attention(*inputs, backend="triton", **options)
+    assert relative_error(out, plain) > 0.05
+    grad = torch.randn_like(out)
+    mine = torch.autograd.grad(out, [*inputs, pairs], grad)
+    wide = [x.detach().float().requires_grad_() for x in (*inputs, pairs)]
+    wanted = sparsek_attention(*wide[:4], stand_ins=wide[4], backend="pytorch", **options)
+    theirs = torch.autograd.grad(wanted, wide, grad.float())
+    assert relative_error(out, wanted) < TOLERANCE[dtype]
+    for name, a, b in zip(("dq", "dk", "dv", "dscores", "pairs"), mine, theirs, strict=True):
+        assert relative_error(a, b) < 2 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("held", [torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("rows", [2, 6])
+def test_steps_with_stand_ins(relative_error, held, rows):
+    q, k, v, scores = (x.detach() for x in random_inputs(rows, 8, 2, 260, 64, torch.bfloat16))
+    shape = dict(topk=[100, 40], window=64, sinks=4)
+    options = shape | dict(stand_ins=stand_ins_of(8, 64))
+    state = SparseKState.empty(rows, 2, 64, dtype=held, device="cuda", **shape)
+    other = state.clone()
+    for first, last in ((0, 100), (100, 160), *((t, t + 1) for t in range(160, 260))):
+        cut = [x[:, :, first:last] for x in (q, k, v, scores)]
+        out, state = sparsek_attention(*cut, state=state, backend="triton", **options)
+        same, other = sparsek_attention(*cut, state=other, backend="pytorch", **options)
+        assert relative_error(out, same) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(state.positions, other.positions)
+
+
 def test_same_bits_twice_in_deterministic_mode():
     inputs = random_inputs(1, 8, 2, 8192, 128, torch.bfloat16)
     torch.use_deterministic_algorithms(True)

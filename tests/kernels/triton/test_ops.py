@@ -10,24 +10,30 @@ pytestmark = pytest.mark.interpret
 
 
 @pytest.mark.parametrize(
-    "gate, softcap, own", [("straight_through", 2.0, torch.zeros(4)), ("kv", None, None)]
+    "gate, softcap, own, pairs",
+    [("straight_through", 2.0, torch.zeros(4), torch.zeros(4, 1, 33)), ("kv", None, None, None)],
 )
-def test_fake_versions_describe_the_real_ones(make_inputs, gate, softcap, own):
+def test_fake_versions_describe_the_real_ones(make_inputs, gate, softcap, own, pairs):
     from sparsek_kernels.triton.ops import attention_op
 
     q, k, v, scores = make_inputs(20, heads=4, groups=2, dim=16, dtype=torch.float32, grad=False)
     torch.library.opcheck(
         attention_op,
-        (q, k, v, scores.double(), own, None, [5, 4], 4, 1, gate, 0.25, softcap),
+        (q, k, v, scores.double(), own, pairs, None, [5, 4], 4, 1, gate, 0.25, softcap),
         test_utils=("test_schema", "test_faketensor"),
     )
 
 
-def test_compile_keeps_one_graph(make_inputs):
+@pytest.mark.parametrize("has_stand_ins", [False, True])
+def test_compile_keeps_one_graph(make_inputs, has_stand_ins):
     inputs = make_inputs(30, heads=2, dim=16, dtype=torch.float32)
+    if has_stand_ins:
+        inputs = [*inputs, torch.randn(2, 1, 33).requires_grad_()]
 
-    def step(q, k, v, scores):
-        return sparsek_attention(q * 2, k, v, scores, topk=5, window=4, backend="triton") + 1
+    def step(q, k, v, scores, *pairs):
+        more = {"stand_ins": pairs[0]} if pairs else {}
+        shape = dict(topk=5, window=4, backend="triton")
+        return sparsek_attention(q * 2, k, v, scores, **shape, **more) + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.state import EMPTY, SlotLayout
+from sparsek_kernels.triton.stand_ins import log2_missing
 from sparsek_kernels.triton.tiles import LOG2_E, capped, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
@@ -15,11 +16,43 @@ JOINED_NUMBERS = 8192  # float32 that the program which joins the splits holds a
 
 
 @triton.jit
-def join_splits(
-    part_out, part_lse, out, nothing, row_head, head, group, splits, d,
-    D: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr,
+def _with_stand_ins(
+    acc, highest, whole, rows, pairs, q_head, real, d, missing, scale,
+    D: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """The queries of one row and KV head from what all programs made of their slots."""
+    """Sums [GROUP, DP] and totals [GROUP], over 2^highest, with stand-ins among what is summed.
+
+    rows: the queries [GROUP, DP]. pairs: [H, M, 2 D + 1]. missing: see `log2_missing`.
+    """
+    pair = (pairs + q_head * (M * (2 * D + 1)))[:, None] + d[None, :]
+    bias = pairs + q_head * (M * (2 * D + 1)) + 2 * D
+    there = tl.sum(real.to(tl.int32), 1) > 0
+    for _ in tl.static_range(M):
+        key = tl.load(pair, mask=real, other=0.0).to(tl.float32)
+        value = tl.load(pair + D, mask=real, other=0.0).to(tl.float32)
+        logit = tl.sum(rows.to(tl.float32) * key, 1) * scale + missing
+        logit += tl.load(bias, mask=there, other=0.0).to(tl.float32) * _LOG2_E
+        top = tl.maximum(highest, logit)
+        shrink, own = tl.exp2(highest - top), tl.exp2(logit - top)
+        acc = acc * shrink[:, None] + own[:, None] * value
+        whole = whole * shrink + own
+        highest = top
+        pair += 2 * D + 1
+        bias += 2 * D + 1
+    return acc, whole
+
+
+@triton.jit
+def join_splits(
+    part_out, part_lse, out, nothing, q, q_h, pairs, row_head, head, group, splits, d, missing,
+    scale, D: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    STAND_INS: tl.constexpr,
+):  # fmt: skip
+    """The queries of one row and KV head from what all programs made of their slots.
+
+    q: pointer to the row's queries. missing: `log2_missing` of the row and head, where there are
+    STAND_INS of each query head.
+    """
     part = tl.arange(0, SPLITS)[:, None]
     member = tl.arange(0, GROUP)[None, :]
     inside = (part < splits) & (member < group)
@@ -38,7 +71,15 @@ def join_splits(
     if SINK_LOGITS:
         logit = tl.load(nothing + head * group + lane, mask=lane < group, other=0.0).to(tl.float32)
         whole += tl.exp2(logit * _LOG2_E - highest)
-    joined = tl.sum(acc * share[:, :, None], 0) / whole[:, None]
+    joined = tl.sum(acc * share[:, :, None], 0)
+    if STAND_INS > 0:
+        q_head = (head * group + lane).to(tl.int64)
+        real = (lane < group)[:, None] & (d < D)[None, :]
+        rows = tl.load(q + (q_head * q_h)[:, None] + d[None, :], mask=real, other=0.0)
+        joined, whole = _with_stand_ins(
+            joined, highest, whole, rows, pairs, q_head, real, d, missing, scale, D, STAND_INS
+        )
+    joined /= whole[:, None]
     where = out + ((row_head * group + lane) * D)[:, None] + d[None, :]
     mask = (lane < group)[:, None] & (d < D)[None, :]
     tl.store(where, joined.to(out.dtype.element_ty), mask=mask)
@@ -47,16 +88,18 @@ def join_splits(
 @triton.jit(do_not_specialize_on_alignment=("pool_rows",))
 def attend_slots(
     q, keys, values, key_scale, value_scale, positions, seen, pool_rows, heads_table,
-    part_out, part_lse, arrived, out, nothing,
+    part_out, part_lse, arrived, out, nothing, pairs,
     q_b, q_h, keys_b, values_b, key_scale_b, value_scale_b, positions_b, seen_b,
     group, extra, scale, cap, splits, split_slots,
     ROWS: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, PRECISION: tl.constexpr, QUANTIZED: tl.constexpr,
     POOLED: tl.constexpr, CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    STAND_INS: tl.constexpr,
 ):  # fmt: skip
     """Attention of one group's queries (the rows) over `split_slots` slots of a row and KV head.
 
-    Whoever of a head's programs comes last joins the splits; one program counts the row's token.
+    Whoever of a head's programs comes last joins the splits; one program counts the row's token,
+    whose place stands behind `arrived` where somebody asks for it.
     """
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -116,9 +159,13 @@ def attend_slots(
     tl.debug_barrier()  # all of the program's stores come before its arrival
     before = tl.atomic_add(arrived + batch * heads + head, 1, sem="acq_rel")
     if before == splits - 1:
+        missing = 0.0
+        if STAND_INS > 0:
+            places = arrived + tl.num_programs(2) * heads
+            missing = log2_missing(tl.load(places + batch * heads + head), size)
         join_splits(
-            part_out, part_lse, out, nothing, batch * heads + head, head, group, splits, d,
-            D, SPLITS, GROUP, SINK_LOGITS,
+            part_out, part_lse, out, nothing, q + batch * q_b, q_h, pairs, batch * heads + head,
+            head, group, splits, d, missing, scale, D, SPLITS, GROUP, SINK_LOGITS, STAND_INS,
         )  # fmt: skip
 
 

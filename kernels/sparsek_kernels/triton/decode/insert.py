@@ -90,6 +90,8 @@ def insert(
 ):  # fmt: skip
     """Puts the token of one row into the slots of one head; nothing has arrived there yet.
 
+    The token's place is left behind `arrived` of all rows and heads.
+
     Compiled without fused multiply-add: the effective score must be the one prefill computes.
     """
     batch = tl.program_id(0).to(tl.int64)
@@ -105,6 +107,7 @@ def insert(
     k = tl.load(heads_table + 2 * head + 1)
     token = tl.load(seen + held_row * seen_b)
     tl.store(arrived + batch * heads + head, 0)
+    tl.store(arrived + (tl.num_programs(0) + batch) * heads + head, token.to(tl.int32))
     slope = tl.load(slopes + head) if SLOPED else 0.0
     score = tl.load(new_score + batch * ns_b + head * ns_h)
     effective = effective_score(score, slope, token, SLOPED)

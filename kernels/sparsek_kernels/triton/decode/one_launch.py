@@ -12,6 +12,7 @@ from sparsek_kernels.state import EMPTY
 from sparsek_kernels.triton.decode.attend import join_splits
 from sparsek_kernels.triton.decode.insert import coded, worst_slot
 from sparsek_kernels.triton.effective import effective_score
+from sparsek_kernels.triton.stand_ins import log2_missing
 from sparsek_kernels.triton.tiles import capped, load_rows
 
 _EMPTY = tl.constexpr(EMPTY)
@@ -131,14 +132,15 @@ def _attend(
 def insert_and_attend(
     q, new_key, new_value, new_score, slopes,
     keys, values, key_scale, value_scale, positions, scores, seen, pool_rows, heads_table,
-    part_out, part_lse, arrived, out, nothing,
+    part_out, part_lse, arrived, out, nothing, pairs,
     q_b, q_h, nk_b, nk_h, nv_b, nv_h, ns_b, ns_h,
     keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b, seen_b,
     group, sinks, window, scale, cap, splits,
     ROWS: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
     PRECISION: tl.constexpr, SLOPED: tl.constexpr, QUANTIZED: tl.constexpr, POOLED: tl.constexpr,
-    CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr, WAITS: tl.constexpr, AT_REST: tl.constexpr,
+    CAPPED: tl.constexpr, SINK_LOGITS: tl.constexpr, STAND_INS: tl.constexpr, WAITS: tl.constexpr,
+    AT_REST: tl.constexpr,
 ):  # fmt: skip
     """One row's token of one KV head, and its queries over BN * BLOCKS slots.
 
@@ -220,9 +222,12 @@ def insert_and_attend(
             own_key_scale, own_value_scale, token.to(tl.int32), effective, d, mask, True, D,
             QUANTIZED,
         )  # fmt: skip
+        missing = 0.0
+        if STAND_INS > 0:
+            missing = log2_missing(token, high)
         join_splits(
-            part_out, part_lse, out, nothing, batch * heads + head, head, group, splits, d,
-            D, SPLITS, GROUP, SINK_LOGITS,
+            part_out, part_lse, out, nothing, q + batch * q_b, q_h, pairs, batch * heads + head,
+            head, group, splits, d, missing, scale, D, SPLITS, GROUP, SINK_LOGITS, STAND_INS,
         )  # fmt: skip
         tl.store(counter + head, 0)  # as the next step finds it
         if tl.atomic_add(counter + heads, 1, sem="acq_rel") == heads - 1:

@@ -48,13 +48,15 @@ def step(
     scale: float,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    stand_ins: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Puts one token per row into its slots, in place, counts it, and attends to all slots.
 
     Args:
         q: [B, H, 1, D]. key, value: [B, G, 1, D]. score: [B, G, 1], any floating dtype.
-        slopes: [G] or None. softcap, sink_logits [H]: as in sparsek_attention.
+        slopes: [G] or None. softcap, sink_logits [H], stand_ins [H, M, 2 D + 1]: as in
+            sparsek_attention.
         out: where to write if it is contiguous, and nobody compiles this; or None.
 
     Returns:
@@ -66,6 +68,7 @@ def step(
     tensors = (
         pool.keys, pool.values, pool.key_scale, pool.value_scale,
         pool.positions, pool.scores, pool.seen, rows, sink_logits,
+        None if stand_ins is None else stand_ins.contiguous(),
     )  # fmt: skip
     settings = layout.topk, layout.window, layout.sinks, scale, softcap
     if torch.compiler.is_compiling():
@@ -160,7 +163,7 @@ def _sums(
 
 def _one_launch(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    rows, sink_logits, topk, window, sinks, scale, softcap, arrived, out=None,
+    rows, sink_logits, stand_ins, topk, window, sinks, scale, softcap, arrived, out=None,
 ) -> torch.Tensor:  # fmt: skip
     layout = SlotLayout(tuple(topk), window, sinks)
     given = _prepared(
@@ -178,16 +181,23 @@ def _one_launch(
     insert_and_attend[(splits, groups, batch)](
         given.q, *given.token, *given.held, given.rows, given.table,
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
+        q if stand_ins is None else stand_ins,
         given.q.stride(0), given.q.stride(1), *given.strides, *given.held_strides,
         group, sinks, window, scale * LOG2_E, cap_of(softcap), splits,
         ROWS=_tile_rows(group), BN=tile, BLOCKS=blocks,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
         D=dim, DP=padded, BLOCK=_scanned(layout), PRECISION=dot_precision(q.dtype), **given.flags,
-        CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None, WAITS=overlap,
+        CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None,
+        STAND_INS=_count(stand_ins), WAITS=overlap,
         AT_REST=rows is None and are_states_at_rest(), num_warps=_WARPS, num_stages=1,
         enable_fp_fusion=False, **launch_options(overlap),
     )  # fmt: skip
     return out
+
+
+def _count(stand_ins: torch.Tensor | None) -> int:
+    """Stand-ins of each query head."""
+    return 0 if stand_ins is None else stand_ins.shape[1]
 
 
 def _scanned(layout: SlotLayout) -> int:
@@ -197,7 +207,7 @@ def _scanned(layout: SlotLayout) -> int:
 
 def _two_launches(
     q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-    rows, sink_logits, topk, window, sinks, scale, softcap, out=None,
+    rows, sink_logits, stand_ins, topk, window, sinks, scale, softcap, out=None,
 ) -> torch.Tensor:  # fmt: skip
     layout = SlotLayout(tuple(topk), window, sinks)
     given = _prepared(
@@ -206,7 +216,8 @@ def _two_launches(
     )  # fmt: skip
     batch, q_heads, _, dim = q.shape
     groups, group = layout.heads, q_heads // layout.heads
-    arrived = torch.empty(batch, groups, dtype=torch.int32, device=q.device)
+    # How many programs of a head have arrived, and the place of its token.
+    arrived = torch.empty(2, batch, groups, dtype=torch.int32, device=q.device)
     insert[(batch, groups)](
         *given.held, given.rows, given.table, arrived, *given.token,
         *given.strides, *given.held_strides, groups, sinks, window,
@@ -220,13 +231,14 @@ def _two_launches(
     attend_slots[(splits, groups, batch)](
         given.q, *slots, seen, given.rows, given.table,
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
+        q if stand_ins is None else stand_ins,
         given.q.stride(0), given.q.stride(1), *given.held_strides[:5], given.held_strides[6],
         group, sinks + window, scale * LOG2_E, cap_of(softcap), splits, split_slots,
         ROWS=_tile_rows(group), BN=32 if padded > 128 else 64,
         SPLITS=triton.next_power_of_2(splits), GROUP=triton.next_power_of_2(group),
         D=dim, DP=padded, PRECISION=dot_precision(q.dtype), **flags,
         CAPPED=softcap is not None, SINK_LOGITS=sink_logits is not None,
-        num_warps=4, num_stages=3,
+        STAND_INS=_count(stand_ins), num_warps=4, num_stages=3,
     )  # fmt: skip
     return out
 
@@ -250,6 +262,7 @@ def _step_op(
     seen: torch.Tensor,
     rows: torch.Tensor | None,
     sink_logits: torch.Tensor | None,
+    stand_ins: torch.Tensor | None,
     topk: Sequence[int],
     window: int,
     sinks: int,
@@ -259,7 +272,7 @@ def _step_op(
     """`step` as torch.compile sees it: one opaque node that changes the state in place."""
     return _two_launches(
         q, key, value, score, slopes, keys, values, key_scale, value_scale, positions, scores, seen,
-        rows, sink_logits, topk, window, sinks, scale, softcap,
+        rows, sink_logits, stand_ins, topk, window, sinks, scale, softcap,
     )  # fmt: skip
 
 
