@@ -49,6 +49,17 @@ def test_dense_agrees_where_it_may_be_chosen(make_inputs, relative_error):
         assert relative_error(a, b) < 1e-5
 
 
+def test_dense_survives_scores_that_no_number_is(make_inputs):
+    """Times 0, for a gradient of zero, they were NaN in the whole output."""
+    *rest, scores = make_inputs(8, heads=4, groups=2, dim=8, dtype=torch.float32)
+    scores = scores.detach().clone()
+    scores[0, 0, :2] = torch.tensor([-torch.inf, torch.nan])
+    scores.requires_grad_()
+    out = sparsek_attention(*rest, scores, topk=4, window=3, sinks=1, backend="sdpa")
+    assert out.isfinite().all()
+    assert torch.autograd.grad(out.sum(), scores)[0].eq(0).all()
+
+
 def test_doctor_gets_plain_data():
     found = dispatch.describe()
     assert {"backend", "reason", "device", "break_even"} <= set(found)
