@@ -6,7 +6,8 @@
 A base is converted once per row, calibration only, at `--share` of `--length`, `--window` of that
 being the newest keys, with one thing changed in the request (the words shown), with another kind of
 scorer, or with outputs patched (experiments/variants/patches.py), or with slots for means of what
-was evicted (experiments/variants/summaries.py). Measured are perplexity of
+was evicted (experiments/variants/summaries.py); these have no stand-ins, and row `no-stand-ins` is
+what they are compared with. Measured are perplexity of
 windows of unseen novels, the share of the loss between a window of the same slots and dense
 attention that is closed (on the last quarter of the windows), and recall of 1, 4 and 16 facts in
 phrasings that calibration knows and in others that only the base knows. Dense and window are
@@ -91,6 +92,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "summary-2": {"summary": (2, 0.0)},
     "summary-2-raised": {"summary": (2, 1.0)},
     "summary-4": {"summary": (4, 0.0)},
+    "no-stand-ins": {"stand_ins": False},
     "ceiling": {"ceiling": True},
     "future": {"scorer": "future"},
     "future-slope-0": {"scorer": "future", "method.slopes": [0]},
@@ -184,8 +186,9 @@ class Experiment:
     def request(self, name: str) -> dict[str, Any]:
         """The words of `sparsek convert` for a row, and `Method`'s fields below "method."."""
         changes = dict(ROWS[name])
-        for key in ("scorer", "patch", "summary", "ceiling"):
-            changes.pop(key, None)
+        others = [changes.pop(key, None) for key in ("scorer", "patch", "summary", "ceiling")]
+        if any(others):  # scorers or attention of their own, which know no stand-ins
+            changes["stand_ins"] = False
         words = conversion_words(
             self.given.length // self.given.share,
             window=changes.pop("slots.window", self.given.window),

@@ -142,6 +142,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
             method=with_documents(method or Method(), selected, length),
             recall=recipe.recall,
             per_head=recipe.budgets == "per_head",
+            stand_ins=recipe.stand_ins,
             device=recipe.device,
             dtype=recipe.dtype,
         ),

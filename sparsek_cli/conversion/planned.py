@@ -26,6 +26,7 @@ class Calibration:
         text: what they are fitted on, as the recipe's `calibrate`.
         recall: how much what stands far back counts against running text, from 0 to 1.
         per_head: whether heads that look far back get more of the same total.
+        stand_ins: whether a pair per query head is fitted for what it no longer sees.
         device, dtype: as users name them.
     """
 
@@ -33,6 +34,7 @@ class Calibration:
     method: Method
     recall: float
     per_head: bool
+    stand_ins: bool
     device: str
     dtype: str
 

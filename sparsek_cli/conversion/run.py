@@ -94,6 +94,9 @@ def _calibrated(found: Mapping[str, Any]) -> list[str]:
         f"            recall={found['recall']:g} weighs them; for text alone "
         f"{nats(found['text_alone'])} was to be had, for answers {nats(found['recall_alone'])}",
     ]
+    if found.get("stand_ins", {}).get("taken"):
+        without = nats(found["stand_ins"]["without"])
+        lines.append(f"            without the stand-ins for evicted pairs: {without} nats")
     kinds = {"text": "in text", "answer": "at answers far back"}
     worse = [w for kind, w in kinds.items() if found[f"{kind}_loss"] > found[f"window_{kind}_loss"]]
     if worse:

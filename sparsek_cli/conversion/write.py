@@ -33,7 +33,8 @@ class Scorer:
     """One layer's scorer: weight [G, hidden], bias [G], slopes [G], all float32.
 
     topk holds the selected keys of each KV head. A scorer with a hidden layer also has
-    hidden_weight [width, hidden], hidden_bias [width] and out_weight [G, width].
+    hidden_weight [width, hidden], hidden_bias [width] and out_weight [G, width]; one with stand-ins
+    for evicted pairs stand_ins [H, M, 2 D + 1].
     """
 
     weight: np.ndarray
@@ -43,10 +44,13 @@ class Scorer:
     hidden_weight: np.ndarray | None = None
     hidden_bias: np.ndarray | None = None
     out_weight: np.ndarray | None = None
+    stand_ins: np.ndarray | None = None
 
     def tensors(self) -> dict[str, np.ndarray]:
         """By the names that the model's scorer has for them."""
-        names = ("weight", "bias", "slopes", "hidden_weight", "hidden_bias", "out_weight")
+        names = (
+            "weight", "bias", "slopes", "hidden_weight", "hidden_bias", "out_weight", "stand_ins"
+        )  # fmt: skip
         arrays = {name: getattr(self, name) for name in names}
         return {name: array for name, array in arrays.items() if array is not None}
 
@@ -208,9 +212,10 @@ def converted_config(plan: Plan, scorers: list[Scorer]) -> dict[str, Any]:
 
 
 def _scorer_block(scorer: Scorer) -> dict[str, Any]:
+    more = {} if scorer.stand_ins is None else {"stand_ins": scorer.stand_ins.shape[1]}
     if scorer.hidden_weight is None:
-        return {"type": "linear"}
-    return {"type": "mlp", "width": len(scorer.hidden_weight)}
+        return {"type": "linear", **more}
+    return {"type": "mlp", "width": len(scorer.hidden_weight), **more}
 
 
 def _recipe_text(plan: Plan) -> str:

@@ -6,7 +6,8 @@
 ```
 `"cache_dtype": "int8"` is there where the cache holds keys and values in 8 bits; without it they
 are in the model's own dtype.
-A scorer of type `mlp` also has a `width`, the units of its hidden layer (128).
+A scorer of type `mlp` also has a `width`, the units of its hidden layer (128). With `stand_ins`: 1
+it and a linear one hold so many pairs of each query head that stand in for evicted ones.
 `topk` is one integer, or a list with one entry per layer, each an integer or a list with one
 integer per KV head; null for layers that do not attend to everything, which stay as they are.
 Every KV head of the others keeps sinks + topk + window pairs, always.
@@ -37,6 +38,7 @@ GATES = ("straight_through", "log", "kv")
 # random: a rival to train, pairs kept by a hash of their position.
 SCORERS = ("linear", "mlp", "random")
 MLP_WIDTH = 128
+MOST_STAND_INS = 16
 CACHE_DTYPES = ("auto", "int8")  # auto: the model's own, and no key in the block
 _LOOKED_AT = ("rope_parameters", "rope_scaling", "is_encoder_decoder", "add_cross_attention")
 DENSE_ATTENTION = "sparsek_dense"  # the same weights, attending densely; only on request
@@ -168,16 +170,22 @@ def check_settings(
 
 def _check_scorer(scorer: Any) -> dict[str, Any]:
     kind = scorer.get("type") if isinstance(scorer, Mapping) else None
-    known = {"type", "width"} if kind == "mlp" else {"type"}
-    if kind not in SCORERS or not scorer.keys() <= known:
+    known = {"linear": {"stand_ins"}, "mlp": {"stand_ins", "width"}}.get(kind, set())
+    if kind not in SCORERS or not scorer.keys() <= {"type", *known}:
         raise UsageError(
             f"scorer is {scorer!r}",
-            hint=f'it is {{"type": ...}}, one of {", ".join(SCORERS)}; mlp may have a "width"',
+            hint=f'it is {{"type": ...}}, one of {", ".join(SCORERS)}; mlp may have a "width", mlp '
+            'and linear may have "stand_ins"',
         )
-    if kind != "mlp":
-        return {"type": kind}
-    width = _check_integer("scorer.width", scorer.get("width", MLP_WIDTH), least=1, most=MOST_UNITS)
-    return {"type": kind, "width": width}
+    checked = {"type": kind}
+    if kind == "mlp":
+        width = scorer.get("width", MLP_WIDTH)
+        checked["width"] = _check_integer("scorer.width", width, least=1, most=MOST_UNITS)
+    if "stand_ins" in scorer:
+        checked["stand_ins"] = _check_integer(
+            "scorer.stand_ins", scorer["stand_ins"], least=1, most=MOST_STAND_INS
+        )
+    return checked
 
 
 def _check_integer(name: str, value: Any, *, least: int, most: int = MOST_SLOTS) -> int:

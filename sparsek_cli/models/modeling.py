@@ -24,6 +24,7 @@ from sparsek_cli.models.config import ATTENTION, DENSE_ATTENTION
 from sparsek_cli.models.learned_positions import check_positions
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
+    FAINT,
     RandomScorer,
     SparseKMlpScorer,
     SparseKScorer,
@@ -48,6 +49,9 @@ class SparseKPreTrainedMixin:
             init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
             init.zeros_(module.bias)
             init.constant_(module.slopes, DEFAULT_SLOPE)
+            if module.stand_ins is not None:
+                init.zeros_(module.stand_ins)
+                init.constant_(module.stand_ins[..., -1], FAINT)
             if isinstance(module, SparseKMlpScorer):
                 init.normal_(module.hidden_weight, std=module.hidden_weight.shape[1] ** -0.5)
                 init.zeros_(module.hidden_bias)

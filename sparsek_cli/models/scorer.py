@@ -1,9 +1,10 @@
 """Scores of KV pairs: from the token's own hidden state, or from its position alone.
 
 A scorer is a module with `slopes` [G] and `forward(hidden_states, position_ids)` -> scores and
-slopes; whatever stands at `attention.scorer` decides what is kept, so a policy is a scorer put in
-its place. Slopes are handed out by `forward`, and read nowhere else while a model runs: where
-weights are offloaded they are only there while their module's own forward runs.
+slopes, and stand-ins where it has some; whatever stands at `attention.scorer` decides what is kept,
+and what stands in for the rest, so a policy is a scorer put in its place. Slopes and stand-ins are
+handed out by `forward`, and read nowhere else while a model runs: where weights are offloaded they
+are only there while their module's own forward runs.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsek_cli.models.autocast import without_autocast
-from sparsek_cli.models.config import kv_heads
+from sparsek_cli.models.config import head_dim, kv_heads
 
 DEFAULT_SLOPE = 1e-3
+FAINT = -8.0  # bias of stand-ins that have learned nothing yet: hardly any share, some gradient
 MANY_ROWS = 1024  # of bf16, which fill tensor cores
 
 
@@ -32,33 +34,38 @@ class SparseKScorer(nn.Module):
     Args:
         hidden_size: width of the block's input.
         heads: number of KV heads G.
+        stand_ins: shape of the pairs that stand in for evicted ones; None: there are none.
 
     Attributes:
         weight: [G, hidden_size] float32. bias: [G] float32. slopes: [G] float32, per token.
+        stand_ins: [H, M, 2 D + 1] float32, as in `sparsek_attention`, or None.
         shapes_input: whether a gradient goes on into the hidden states, and so into the layers
             below; training sets it from random weights only.
     """
 
     shapes_input = True
 
-    def __init__(self, hidden_size: int, heads: int):
+    def __init__(self, hidden_size: int, heads: int, stand_ins: tuple[int, int, int] | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(heads, dtype=torch.float32))
         self.slopes = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        pairs = None if stand_ins is None else torch.empty(stand_ins, dtype=torch.float32)
+        self.register_parameter("stand_ins", None if pairs is None else nn.Parameter(pairs))
 
     def forward(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scores [B, G, N] float32 of hidden states [B, N, hidden_size], and slopes [G].
+    ) -> tuple[torch.Tensor, ...]:
+        """Scores [B, G, N] float32 of hidden states [B, N, hidden_size], slopes [G], and stand-ins.
 
-        Positions are unused.
+        The last are left out where there are none. Positions are unused.
         """
         if not self.shapes_input:
             hidden_states = hidden_states.detach()
         # Autocast would turn the product into bf16, whose steps are larger than score gaps.
         with without_autocast(hidden_states.device.type):
-            return self._scores(hidden_states).transpose(1, 2), self.slopes
+            found = self._scores(hidden_states).transpose(1, 2), self.slopes
+        return found if self.stand_ins is None else (*found, self.stand_ins)
 
     def _scores(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, G] of x [B, N, hidden_size]."""
@@ -92,8 +99,14 @@ class SparseKMlpScorer(SparseKScorer):
         out_weight: W_2 [G, width] float32.
     """
 
-    def __init__(self, hidden_size: int, heads: int, width: int):
-        super().__init__(hidden_size, heads)
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        width: int,
+        stand_ins: tuple[int, int, int] | None = None,
+    ):
+        super().__init__(hidden_size, heads, stand_ins)
         self.hidden_weight = nn.Parameter(torch.empty(width, hidden_size, dtype=torch.float32))
         self.hidden_bias = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.out_weight = nn.Parameter(torch.empty(heads, width, dtype=torch.float32))
@@ -229,9 +242,12 @@ class RandomScorer(nn.Module):
 
 def new_scorer(config: Any, layer: int) -> nn.Module:
     """The scorer that a config's `sparsek` block asks for; weights are not initialised."""
-    heads = kv_heads(config)
-    if config.sparsek["scorer"]["type"] == "random":
+    heads, asked = kv_heads(config), config.sparsek["scorer"]
+    if asked["type"] == "random":
         return RandomScorer(heads, layer=layer, seed=0)
-    if config.sparsek["scorer"]["type"] == "mlp":
-        return SparseKMlpScorer(config.hidden_size, heads, config.sparsek["scorer"]["width"])
-    return SparseKScorer(config.hidden_size, heads)
+    pairs = None
+    if asked.get("stand_ins"):
+        pairs = (config.num_attention_heads, asked["stand_ins"], 2 * head_dim(config) + 1)
+    if asked["type"] == "mlp":
+        return SparseKMlpScorer(config.hidden_size, heads, asked["width"], pairs)
+    return SparseKScorer(config.hidden_size, heads, pairs)

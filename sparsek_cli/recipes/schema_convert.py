@@ -75,6 +75,11 @@ class ConvertRecipe(BaseModel):
         description="per_head: calibration gives heads that look far back more of the same total; "
         "uniform: topk for every head",
     )
+    stand_ins: Switch = Field(
+        True,
+        description="calibration fits one pair per query head that stands in for what it no "
+        "longer sees, beside the slots and for all texts; kept if whole models lose less with it",
+    )
     calibrate: str = Field(
         "auto",
         description="text that scorers are fitted on: auto (generated, offline), none (neutral "

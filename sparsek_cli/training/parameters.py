@@ -55,7 +55,7 @@ def choose_parameters(
             learns = train == "all" or (train == "lora" and "lora_" in name)
         parameter.requires_grad_(learns)
         # Changed between steps and by no gradient: a part of what a checkpoint has to keep.
-        parameter.refitted = scorers == "refit" and is_scorer(name)
+        parameter.refitted = scorers == "refit" and is_scorer(name) and not _is_stand_in(name)
     if train != "scorers":
         _set_shaping(model, shape_base)
     for name in _idle_scorers(model):
@@ -67,10 +67,19 @@ def choose_parameters(
 
 
 def _scorer_learns(name: str, scorers: str) -> bool:
-    """Whether a parameter of a scorer has a gradient; slopes feel the gates' alone."""
+    """Whether a parameter of a scorer has a gradient; slopes feel the gates' alone.
+
+    Stand-ins have that of the loss, whatever scorers learn from.
+    """
+    if _is_stand_in(name):
+        return True
     if scorers == "concurrent":
         return not name.endswith(".slopes")
     return scorers == "gates"
+
+
+def _is_stand_in(name: str) -> bool:
+    return name.endswith(".scorer.stand_ins")
 
 
 def changing_parameters(model: Any) -> dict[str, torch.nn.Parameter]:

@@ -155,7 +155,7 @@ def _stand_in_gradient(
         tl.store(part + 2 * D, d_bias)
 
 
-def _shared(given: StandIns, q: torch.Tensor, lists: KeyLists, shape: Geometry) -> dict:
+def _shared(given: StandIns, q: torch.Tensor, lists: KeyLists) -> dict:
     """What both kernels are compiled for."""
     dim = q.shape[3]
     return dict(
@@ -179,7 +179,7 @@ def join_stand_ins(
     Args:
         q: [B, H, N, D], its last dimension dense, as out's. lists: of any tiles of the queries.
     """
-    options = _shared(given, q, lists, shape)
+    options = _shared(given, q, lists)
     count = lists.tiles.shape[0] * (lists.size // options["BQ"])
     _join_stand_ins[(count, q.shape[1])](
         q, out, lse, given.pairs, *_tables(given, lists, shape), *strides(q), *strides(out),
@@ -196,7 +196,7 @@ def stand_in_gradient(
     Args:
         do, dq: as q. lse: with the stand-ins in it. delta: float32 [B, H, N], sums of do * out.
     """
-    options = _shared(given, q, lists, shape)
+    options = _shared(given, q, lists)
     count = lists.tiles.shape[0] * (lists.size // options["BQ"])
     parts = min(PARTS, count)
     sums = torch.empty(parts, *given.pairs.shape, dtype=torch.float32, device=q.device)

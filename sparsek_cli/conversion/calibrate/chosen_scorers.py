@@ -12,12 +12,16 @@ from sparsek_cli.conversion.calibrate.scorers.mlp import MlpMap
 from sparsek_cli.conversion.write import Scorer
 
 
-def scorers_of(layers: list[HeldOut], choices: list[Choice]) -> list[Scorer]:
+def scorers_of(
+    layers: list[HeldOut], choices: list[Choice], stand_ins: list[np.ndarray] | None = None
+) -> list[Scorer]:
     """One per layer."""
-    return [_scorer(layer.maps, choice) for layer, choice in zip(layers, choices, strict=True)]
+    beside = stand_ins or [None] * len(layers)
+    each = zip(layers, choices, beside, strict=True)
+    return [_scorer(layer.maps, choice, pairs) for layer, choice, pairs in each]
 
 
-def _scorer(maps: dict[str, Map], choice: Choice) -> Scorer:
+def _scorer(maps: dict[str, Map], choice: Choice, stand_ins: np.ndarray | None) -> Scorer:
     taken = [maps[name] for name in choice.maps]
     linear = [map_.linear if isinstance(map_, MlpMap) else map_ for map_ in taken]
     parts = {
@@ -28,4 +32,5 @@ def _scorer(maps: dict[str, Map], choice: Choice) -> Scorer:
         parts["hidden_weight"], parts["hidden_bias"] = taken[0].hidden.weight, taken[0].hidden.bias
         parts["out_weight"] = torch.stack([map_.out[head] for head, map_ in enumerate(taken)])
     arrays = {name: tensor.float().cpu().numpy() for name, tensor in parts.items()}
-    return Scorer(slopes=np.asarray(choice.slopes, dtype=np.float32), topk=choice.topk, **arrays)
+    slopes = np.asarray(choice.slopes, dtype=np.float32)
+    return Scorer(slopes=slopes, topk=choice.topk, stand_ins=stand_ins, **arrays)

@@ -39,6 +39,8 @@ class Affordable:
         parts: how many parts of neighbouring layers the model is valued in.
         refining: documents, others than those that judge, along whose gradient the best proposal
             is refined.
+        stand_in_tokens: of sequences that stand-ins are fitted on (two at least); stand_in_rows:
+            queries of each, in text and at answers.
         kept: bytes of what the dense model makes of documents that are kept until they are needed
             again, not computed anew.
         whole_models: proposals that are run as whole models, and how often the best is refined.
@@ -53,18 +55,22 @@ class Affordable:
     valued: int
     parts: int
     refining: int
+    stand_in_tokens: int
+    stand_in_rows: tuple[int, int]
     kept: int
     whole_models: Effort
 
 
 CPU = Affordable(
     target_rows=512, error_rows=(64, 32), held_out=4, turns=2, turn_length=512,
-    whole_tokens=8192, valued=1, parts=12, refining=1, kept=1 << 29,
+    whole_tokens=8192, valued=1, parts=12, refining=1,
+    stand_in_tokens=1 << 14, stand_in_rows=(256, 64), kept=1 << 29,
     whole_models=Effort(5, 1),
 )  # fmt: skip
 ACCELERATOR = Affordable(
     target_rows=4096, error_rows=(256, 192), held_out=12, turns=None, turn_length=LONGEST,
-    whole_tokens=1 << 20, valued=2, parts=48, refining=4, kept=0, whole_models=Effort(8, 2),
+    whole_tokens=1 << 20, valued=2, parts=48, refining=4,
+    stand_in_tokens=1 << 17, stand_in_rows=(512, 256), kept=0, whole_models=Effort(8, 2),
 )  # fmt: skip
 
 

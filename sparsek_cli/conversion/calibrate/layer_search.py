@@ -79,6 +79,8 @@ class LayerSearch:
         with torch.no_grad():
             turns = [(s.turns, s.turn_length) for s in sequences]
             self.base = LayerwiseBase(plan, ids, turns, device, dtype, self.can.kept)
+            # The first inputs are kept: sequences are read once more when all is decided.
+            self._again = {n: self.base.hidden[n] for n in self._to_read_again()}
             self._valued = self._to_value(few)
             self.whole = Whole(self.base, self._counted(few))
             added = range(self.held_out.stop, len(sequences))
@@ -110,6 +112,23 @@ class LayerSearch:
             return [*numbers[:most]]
         answering = [n for n in numbers if bool(self.answers[n].any())] or [*numbers]
         return sorted(answering, key=lambda n: len(self.sequences[n].ids))[:most]
+
+    def _to_read_again(self) -> range:
+        """Text and documents that are long enough to lose much; of those to fit on, if they are."""
+        long = self.plan.fit_length >= 2 * self.plan.budget
+        numbers = self.fitting if long else self.held_out
+        tokens = self.plan.fit_length if long else self.plan.calibrate_length
+        return numbers[: max(2, self.can.stand_in_tokens // tokens)]
+
+    @property
+    def reading_again(self) -> int:
+        """How many sequences `read_again` hands out."""
+        return len(self._again)
+
+    def read_again(self) -> list[int]:
+        """Puts some sequences in front of the first layer again, and all others away."""
+        self.base.restart(self._again)
+        return [*self._again]
 
     def layer(self, layer: int, advance: Any) -> HeldOut:
         """Fits the candidate maps of a layer, then compares them on the held-out sequences."""

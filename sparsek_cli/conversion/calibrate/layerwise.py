@@ -6,7 +6,7 @@ measured there needs memory for one layer only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
@@ -185,7 +185,12 @@ class LayerwiseBase:
         return weight_of(projection, self._output_width, self.hidden[0])
 
     def run_layer(
-        self, layer: int, numbers: range, use: Callable[[int, Recorded], None], *, advance: bool
+        self,
+        layer: int,
+        numbers: Iterable[int],
+        use: Callable[[int, Recorded], None],
+        *,
+        advance: bool,
     ) -> None:
         """Runs one layer over the sequences `numbers` and hands each recording to `use`.
 
@@ -235,6 +240,10 @@ class LayerwiseBase:
             if hidden is not None:
                 self.hidden[number] = self._output(layer, number, hidden)
 
+    def restart(self, hidden: Mapping[int, torch.Tensor]) -> None:
+        """Before the first layer again, with these sequences' inputs of it and no others."""
+        self.hidden = [hidden.get(number) for number in range(len(self._sequences))]
+
     def take(self, number: int) -> torch.Tensor:
         """The residual stream [1, N, hidden] of a sequence, which is from then on not kept here."""
         taken, self.hidden[number] = self.hidden[number], None
@@ -271,11 +280,12 @@ class LayerwiseBase:
 
         Args:
             number: of the sequence. hidden: [1, N, hidden], the input of layer `first`.
-            attend: what takes attention's place, by layer.
+            attend: what takes attention's place, by layer; of a layer that reads another one's
+                keys it is that one's, unless it has its own.
         """
         for layer in range(first, self.layers):
-            stored = self._stored_by.get(layer, layer)
-            run = partial(self._output_with, layer, number, attend.get(stored))
+            own = attend.get(layer, attend.get(self._stored_by.get(layer)))
+            run = partial(self._output_with, layer, number, own)
             hidden = (
                 checkpoint(run, hidden, use_reentrant=False)
                 if hidden.requires_grad

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from sparsek_cli import quantised
@@ -19,6 +20,7 @@ from sparsek_cli.conversion.calibrate.layer_search import LayerSearch
 from sparsek_cli.conversion.calibrate.scorers.linear import Fit, LinearFit
 from sparsek_cli.conversion.calibrate.scorers.mlp import MlpFit
 from sparsek_cli.conversion.calibrate.sequences.build import calibration_sequences
+from sparsek_cli.conversion.calibrate.stand_ins import fit_stand_ins, judged
 from sparsek_cli.conversion.planned import Plan
 from sparsek_cli.conversion.write import Scorer
 from sparsek_cli.devices import choose_device, choose_dtype
@@ -45,16 +47,22 @@ def calibrate(plan: Plan, reporter: Any) -> tuple[list[Scorer], dict[str, Any]]:
     started = time.perf_counter()
     found = search(plan, reporter, FITS[plan.calibration.method.scorer])
     report = found.report | {"seconds": round(time.perf_counter() - started, 1)}
-    return scorers_of(found.layers, found.choices), report
+    return scorers_of(found.layers, found.choices, found.stand_ins), report
 
 
 @dataclass(frozen=True)
 class Found:
-    """What calibration found: candidates and errors of each layer, the choice, and a report."""
+    """What calibration found.
+
+    Attributes:
+        layers: candidates and errors of each. choices: what was taken of them. report: what for.
+        stand_ins: [H, 1, 2 D + 1] of each layer; None where they do no good, or nobody wants them.
+    """
 
     layers: list[HeldOut]
     choices: list[Choice]
     report: dict[str, Any]
+    stand_ins: list[np.ndarray] | None = None
 
 
 # What is made in a caller's inference mode has no gradients, along which slots are moved.
@@ -101,11 +109,19 @@ def search(
                 choices, report = decide(
                     plan, layers, found.whole, found.gradients, effort, bar.advance
                 )
+            stand_ins = None
+            if wanted.stand_ins:
+                with reporter.progress("fitting stand-ins", depth * found.reading_again) as bar:
+                    stand_ins = fit_stand_ins(found, layers, choices, bar.advance)
+                stand_ins, with_them = judged(found, layers, choices, stand_ins, report)
+                report |= with_them
     finally:
         found.end_compiling()
     if report["not_refined"]:
         reporter.say(f"budgets were not refined further: {report['not_refined']}")
-    return Found(layers, choices, report)
+    if wanted.stand_ins and stand_ins is None:
+        reporter.say("stand-ins for evicted pairs did no good here: there are none")
+    return Found(layers, choices, report, stand_ins)
 
 
 def _tokenizer(plan: Plan) -> Any:

@@ -70,10 +70,12 @@ class SparseKAttentionMixin:
                 seen = None if layer is None or layer.state is None else layer.state.seen
                 mask, bounds = kwargs.get("attention_mask"), kwargs.get("cu_seq_lens_q")
                 positions = counted_positions(hidden_states, mask, bounds, seen)
-            scores, slopes = self.scorer(hidden_states, position_ids=positions)
+            scores, slopes, *stand_ins = self.scorer(hidden_states, position_ids=positions)
             kwargs |= {
                 "sparsek_cache": layer, "sparsek_scores": scores, "sparsek_slopes": slopes
             }  # fmt: skip
+            if stand_ins:
+                (kwargs["sparsek_stand_ins"],) = stand_ins
             if self.is_read:
                 kwargs["sparsek_stores"] = Stored(self.layer_idx, scores, slopes, layer)
                 hand_on(kwargs["shared_kv_states"], kwargs["sparsek_stores"])
@@ -98,6 +100,7 @@ def sparsek_attention_forward(
     dropout: float = 0.0,
     sparsek_scores: torch.Tensor | None = None,
     sparsek_slopes: torch.Tensor | None = None,
+    sparsek_stand_ins: torch.Tensor | None = None,
     sparsek_cache: SparseKCacheLayer | None = None,
     sparsek_stores: Stored | None = None,
     sparsek_reads: Stored | None = None,
@@ -116,6 +119,7 @@ def sparsek_attention_forward(
         scaling: factor of the logits.
         dropout: must be 0: a dropped pair would be one the selection paid for.
         sparsek_scores: [B, G, N] float32. sparsek_slopes: [G].
+        sparsek_stand_ins: [H, M, 2 D + 1], pairs in place of evicted ones; None: there are none.
         sparsek_cache: the layer's cache, whose state is advanced; None without a cache.
         sparsek_stores: where it leaves its state for layers that read it, see sharing.py.
         sparsek_reads: what an earlier layer stored; key, value and scores are that layer's.
@@ -159,6 +163,8 @@ def sparsek_attention_forward(
             "cu_seqlens": cu_seqlens,
             **logits.settings,
         }
+        if sparsek_stand_ins is not None:
+            settings["stand_ins"] = sparsek_stand_ins
         # Inside, some sums are float32 on purpose: autocast must not turn them into bf16.
         with without_autocast(q.device.type):
             if sparsek_reads is not None:
@@ -169,6 +175,8 @@ def sparsek_attention_forward(
             _check_layer(sparsek_cache.budget, state, budget, k.dtype)
             if sparsek_stores is not None:
                 wanted = (q, k, v, scores, sparsek_slopes)
+                if sparsek_stand_ins is not None:
+                    wanted = (*wanted, sparsek_stand_ins)
                 sparsek_stores.keep_state(steps=_in_place(wanted, budget.gate, cu_seqlens))
             out, sparsek_cache.state = sparsek_attention(
                 q, k, v, scores, state=state, fresh=sparsek_cache.fresh, **settings

@@ -107,17 +107,28 @@ def _no_numbers() -> SparsekError:
     )
 
 
-def chosen_attention(plan: Plan, maps: Mapping[str, Map], choice: Choice) -> Attend:
-    """Attention over the keys that the KV heads of a layer keep with this choice."""
+def chosen_attention(
+    plan: Plan, maps: Mapping[str, Map], choice: Choice, stand_ins: np.ndarray | None = None
+) -> Attend:
+    """Attention over the keys that the KV heads of a layer keep with this choice.
+
+    Args:
+        stand_ins: [H, M, 2 D + 1], what stands in for the others; of layers that read these keys
+            with queries of their own nothing does.
+    """
 
     def attend(recorded: Recorded) -> torch.Tensor:
         with torch.no_grad():  # which keys are kept is given, where gradients are wanted
             each = {name: maps[name].of(recorded) for name in set(choice.maps)}
             scores = torch.stack([each[name][head] for head, name in enumerate(choice.maps)])
         slopes = torch.tensor(choice.slopes, dtype=torch.float32, device=scores.device)
+        more = {}
+        if stand_ins is not None:
+            more["stand_ins"] = torch.from_numpy(stand_ins).to(scores.device)
         return sparse_attention(
-            recorded, scores, topk=choice.topk, window=plan.window, sinks=plan.sinks, slopes=slopes
-        )
+            recorded, scores, topk=choice.topk, window=plan.window, sinks=plan.sinks,
+            slopes=slopes, **more,
+        )  # fmt: skip
 
     return attend
 

@@ -107,6 +107,7 @@ class FusedLayer:
         out, _ = ALL_ATTENTION_FUNCTIONS[ATTENTION](
             attention, q, k, v, None, scaling=attention.scaling,
             sparsek_scores=scores[:, :, None], sparsek_slopes=attention.scorer.slopes,
+            sparsek_stand_ins=attention.scorer.stand_ins,
             sparsek_cache=cache.layers[attention.layer_idx],
         )  # fmt: skip
         last = attention.o_proj
