@@ -74,14 +74,15 @@ def tiny_sparse_model(
     window: int = 4,
     sinks: int = 1,
     gate: str = "straight_through",
+    stand_ins: int = 0,
     seed: int = 0,
     dense: Any = None,
     **options: Any,
 ):
     """`tiny_dense_model(family, seed=, **options)` with SparseK attention, in eval mode.
 
-    Its scorers are random with slope 0, so that no order of keys is special. `dense`: that model,
-    where it is there already.
+    Its scorers are random with slope 0, so that no order of keys is special; so are `stand_ins`
+    pairs of each query head, if any. `dense`: that model, where it is there already.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -90,6 +91,8 @@ def tiny_sparse_model(
 
     dense = dense or tiny_dense_model(family, seed=seed, **options)
     settings = {"topk": topk, "window": window, "sinks": sinks, "gate": gate}
+    if stand_ins:
+        settings["scorer"] = {"type": "linear", "stand_ins": stand_ins}
     config = models.sparsek_config_from(dense.config, settings)
     with torch.random.fork_rng():
         seed_torch(seed + 1)
@@ -97,9 +100,13 @@ def tiny_sparse_model(
     loaded = model.load_state_dict(dense.state_dict(), strict=False)
     assert not loaded.unexpected_keys
     assert all(".scorer." in name for name in loaded.missing_keys), loaded.missing_keys
+    generator = torch.Generator().manual_seed(seed + 2)
     with torch.no_grad():
         for attention in models.sparsek_attentions(model):
             attention.scorer.slopes.zero_()
+            if stand_ins:
+                pairs = torch.randn(attention.scorer.stand_ins.shape, generator=generator)
+                attention.scorer.stand_ins.copy_(pairs)
     return model.eval()
 
 

@@ -89,11 +89,8 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
         )
     topk, window = slots(
         sizes.context,
-        budget=recipe.budget,
-        topk=recipe.topk,
-        window=recipe.window,
-        sinks=recipe.sinks,
-    )
+        budget=recipe.budget, topk=recipe.topk, window=recipe.window, sinks=recipe.sinks,
+    )  # fmt: skip
     out = out_folder(recipe, base)
     check_folder(out, contents_of(recipe.scorers_only), overwrite=recipe.overwrite, model=base.path)
     packed = isinstance(base, GgufCheckpoint)

@@ -91,7 +91,8 @@ def test_the_report_says_what_the_converted_model_loses(family, dense_checkpoint
     """Its text and answer losses are those of the model on disk, on the same documents."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sparsek_cli.models import budget, dense_attention
+    from sparsek_cli.evaluation.policies.head_budgets import as_window
+    from sparsek_cli.models import dense_attention
 
     base, slots = dense_checkpoint(family), {"topk": 24, "window": 16}
     report = calibrated(
@@ -121,7 +122,7 @@ def test_the_report_says_what_the_converted_model_loses(family, dense_checkpoint
 
         own = [report["text_loss"], report["answer_loss"]]
         assert losses() == pytest.approx(own, rel=1e-3, abs=1e-8)
-        with budget(model, topk=0, window=40):
+        with as_window(model):
             window = [report["window_text_loss"], report["window_answer_loss"]]
             assert losses() == pytest.approx(window, rel=1e-3, abs=1e-8)
 

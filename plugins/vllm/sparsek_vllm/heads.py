@@ -39,6 +39,17 @@ def plain_heads(heads: int, ranks: int) -> list[list[int]]:
     return [list(range(rank * room, (rank + 1) * room)) for rank in range(ranks)]
 
 
+def query_heads_of(heads: Sequence[int], rank: int, count: int, group: int) -> list[int]:
+    """A rank's `count` query heads: those of its KV heads, or its part where ranks share one.
+
+    Args:
+        heads: its KV heads. group: query heads of each.
+    """
+    if count == len(heads) * group:
+        return [head * group + number for head in heads for number in range(group)]
+    return list(range(rank * count, (rank + 1) * count))
+
+
 def can_deal(row: Row) -> bool:
     """Whether all that a family's attention learned belongs to one head each, so that heads move.
 

@@ -75,7 +75,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
 
     Args:
         name: under which vLLM knows the layer.
-        budget: of all KV heads. heads: those of this rank, in order.
+        budget: of all KV heads. heads: those of this rank, in order. queries: its query heads.
         bytes_per_block: what a block takes on the rank that needs most.
         scorer: the checkpoint's, for all KV heads; its parameters belong to the attention block.
     """
@@ -87,7 +87,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         budget: LayerBudget,
         heads: list[int],
         all_heads: int,
-        query_heads: int,
+        queries: list[int],
         head_dim: int,
         scale: float,
         dtype: torch.dtype,
@@ -96,7 +96,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
     ):
         super().__init__()
         self.name, self.scale, self.dtype = name, scale, dtype
-        self.heads, self.query_heads, self.head_dim = len(heads), query_heads, head_dim
+        self.heads, self.query_heads, self.head_dim = len(heads), len(queries), head_dim
         topk = budget.topk
         every = (topk,) * all_heads if isinstance(topk, int) else topk
         self.layout = SlotLayout(tuple(every[head] for head in heads), budget.window, budget.sinks)
@@ -108,6 +108,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         # None where they are all, in the scorer's order.
         own = None if heads == list(range(all_heads)) else torch.tensor(heads)
         self.register_buffer("own_heads", own, persistent=False)
+        self.register_buffer("own_queries", torch.tensor(queries), persistent=False)
 
     @property
     def mamba_type(self) -> engine.MambaAttentionBackendEnum:
@@ -165,7 +166,7 @@ class SparseKLayer(nn.Module, engine.MambaBase):
         self._attend(*tensors, output, metadata, self.pool)
 
     def _attend(self, query, key, value, hidden_states, output, metadata, pool) -> None:
-        scores, slopes = self._scorer[0](hidden_states[None])
+        scores, slopes, *stand_ins = self._scorer[0](hidden_states[None])
         scores = scores[0]  # [G, N]
         if self.own_heads is not None:
             scores, slopes = (x.index_select(0, self.own_heads) for x in (scores, slopes))
@@ -176,6 +177,9 @@ class SparseKLayer(nn.Module, engine.MambaBase):
             "slopes": slopes,
             "scale": self.scale,
         }
+        for pairs in stand_ins:  # of all query heads
+            own = pairs.shape[0] == self.query_heads and self.own_heads is None
+            settings["stand_ins"] = pairs if own else pairs.index_select(0, self.own_queries)
         decodes = reads = 0
         if metadata.num_decodes:
             rows = metadata.state_indices_tensor_d[:, 0]

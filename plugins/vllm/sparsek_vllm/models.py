@@ -24,7 +24,7 @@ from sparsek_cli.models.config import head_dim, kv_heads, layer_budget
 from sparsek_cli.models.scorer import new_scorer
 from sparsek_cli.output.parts import check_parts
 from sparsek_vllm import FAMILIES, engine
-from sparsek_vllm.heads import reordered
+from sparsek_vllm.heads import query_heads_of, reordered
 from sparsek_vllm.layer import SparseKLayer, register_layer
 from sparsek_vllm.limits import check
 from sparsek_vllm.sizes import layer_bytes, shared_heads
@@ -132,6 +132,7 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
             hint="serve with transformers: sparsek serve --engine transformers",
         )
     orders: dict[str, list[int]] = {}
+    group = config.num_attention_heads // kv_heads(config)
     for layer, (name, block) in enumerate(blocks):
         attention = block.attn
         odd = engine.unusual(attention)
@@ -155,7 +156,7 @@ def _replace_attention(model: nn.Module, vllm_config) -> dict[str, list[int]]:
             budget=budget,
             heads=dealt[rank],
             all_heads=kv_heads(config),
-            query_heads=attention.num_heads,
+            queries=query_heads_of(dealt[rank], rank, attention.num_heads, group),
             head_dim=attention.head_size,
             scale=engine.attention_scale(attention),
             dtype=slot_dtype(budget, computes_in),

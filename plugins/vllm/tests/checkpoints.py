@@ -85,13 +85,17 @@ def save_checkpoint(
     }
     dense = AutoConfig.for_model(family, **named)
     topk = TOPK if kv_heads == 2 else TOPK_OF_FOUR
-    block = {"topk": topk, "window": WINDOW, "sinks": SINKS, **(settings or {})}
+    scorer = {"type": "linear", "stand_ins": 1}
+    block = {"topk": topk, "window": WINDOW, "sinks": SINKS, "scorer": scorer, **(settings or {})}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(models.sparsek_config_from(dense, block))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("scorer.slopes"):
                 parameter.copy_(torch.tensor([0.0, 0.02]).repeat(kv_heads // 2))
+            elif name.endswith("scorer.stand_ins"):
+                parameter.normal_()  # a share of what is seen that neither vanishes nor rules
+                parameter[..., -1].zero_()
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.2)
             elif "proj" in name or "lm_head" in name or "embed" in name:

@@ -11,7 +11,13 @@ from sparsek_kernels import cache_bytes
 from sparsek_kernels.state import SlotLayout
 from sparsek_vllm import engine
 from sparsek_vllm.blocks import BLOCK, PART, block_bytes, pool_of
-from sparsek_vllm.heads import can_deal, dealt_heads, plain_heads, reordered
+from sparsek_vllm.heads import (
+    can_deal,
+    dealt_heads,
+    plain_heads,
+    query_heads_of,
+    reordered,
+)
 from sparsek_vllm.layer import SparseKLayer
 from sparsek_vllm.sizes import request_bytes
 from sparsek_vllm.warm_up import is_due, memory_like, warm_up
@@ -53,7 +59,7 @@ def a_layer() -> SparseKLayer:
         budget=LayerBudget((3, 5), 4, 1, "straight_through"),
         heads=[0, 1],
         all_heads=2,
-        query_heads=4,
+        queries=[0, 1, 2, 3],
         head_dim=8,
         scale=1.0,
         dtype=torch.float32,
@@ -133,6 +139,36 @@ def test_heads_are_dealt_by_their_slots():
     assert dealt_heads([10, 9, 1, 2], 1) == [[0, 1, 2, 3]]
     assert dealt_heads([5, 5], 4) == plain_heads(2, 4) == [[0], [0], [1], [1]]
     assert plain_heads(4, 2) == [[0, 1], [2, 3]]
+
+
+def test_query_heads_follow_their_kv_heads():
+    assert query_heads_of([0, 3], 1, 4, 2) == [0, 1, 6, 7]
+    assert query_heads_of([0], 0, 2, 2) == [0, 1]
+    # Two ranks share each KV head of four query heads.
+    assert [query_heads_of(h, r, 2, 4) for r, h in enumerate(plain_heads(2, 4))] == [
+        [0, 1], [2, 3], [4, 5], [6, 7]
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_rank_has_the_stand_ins_of_its_query_heads(monkeypatch):
+    """What a rank attends to is what the whole layer does in its heads."""
+    pairs, given = torch.randn(4, 1, 17), []
+    layer = a_layer()
+    layer._scorer = [lambda hidden: (torch.zeros(1, 2, 1), torch.zeros(2), pairs)]
+    layer.kv_cache = (torch.zeros(2, layer.bytes_per_block, dtype=torch.int8),)
+    monkeypatch.setattr(
+        "sparsek_vllm.layer.sparsek_attention", lambda *_, **more: given.append(more)
+    )
+    step = SimpleNamespace(
+        num_decodes=1, num_prefills=0, state_indices_tensor_d=torch.zeros(1, 1, dtype=torch.int32)
+    )
+    rows = torch.zeros(1, 32), torch.zeros(1, 16), torch.zeros(1, 16), torch.zeros(1, 16)
+    layer._attend(*rows, torch.zeros(1, 32), step, layer.pool)
+    layer.own_heads, layer.own_queries = torch.tensor([0, 1]), torch.tensor([2, 3, 0, 1])
+    layer._attend(*rows, torch.zeros(1, 32), step, layer.pool)
+    whole, own = (each["stand_ins"] for each in given)
+    assert torch.equal(whole, pairs) and torch.equal(own, pairs[[2, 3, 0, 1]])
 
 
 def test_reordered_heads_compute_the_same():

@@ -69,17 +69,16 @@ def evenly(model: Any) -> Iterator[int | None]:
 
 @contextmanager
 def as_window(model: Any) -> Iterator[None]:
-    """The model's pairs spent on the newest ones."""
+    """The model's pairs spent on the newest ones; nothing stands in for the others."""
     from sparsek_cli import models
 
     window = model.config.sparsek["window"]
-    with evenly(model) as topk:
+    with evenly(model) as topk, models.replaced_scorers(model, recency):
         if topk is not None:
             with models.budget(model, topk=0, window=window + topk):
                 yield
         else:  # budgets differ by a pair, windows cannot: the newest pairs win by their scores
-            with models.replaced_scorers(model, recency):
-                yield
+            yield
 
 
 def recency(attention: Any) -> Any:

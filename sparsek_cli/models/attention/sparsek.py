@@ -161,10 +161,9 @@ def sparsek_attention_forward(
             "slopes": sparsek_slopes,
             "gate": budget.gate,
             "cu_seqlens": cu_seqlens,
+            "stand_ins": sparsek_stand_ins,
             **logits.settings,
         }
-        if sparsek_stand_ins is not None:
-            settings["stand_ins"] = sparsek_stand_ins
         # Inside, some sums are float32 on purpose: autocast must not turn them into bf16.
         with without_autocast(q.device.type):
             if sparsek_reads is not None:

@@ -132,9 +132,8 @@ def _attend(
 def insert_and_attend(
     q, new_key, new_value, new_score, slopes,
     keys, values, key_scale, value_scale, positions, scores, seen, pool_rows, heads_table,
-    part_out, part_lse, arrived, out, nothing, pairs,
-    q_b, q_h, nk_b, nk_h, nv_b, nv_h, ns_b, ns_h,
-    keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b, seen_b,
+    part_out, part_lse, arrived, out, nothing, pairs, q_b, q_h, nk_b, nk_h, nv_b, nv_h,
+    ns_b, ns_h, keys_b, values_b, key_scale_b, value_scale_b, positions_b, scores_b, seen_b,
     group, sinks, window, scale, cap, splits,
     ROWS: tl.constexpr, BN: tl.constexpr, BLOCKS: tl.constexpr, SPLITS: tl.constexpr,
     GROUP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
@@ -159,8 +158,7 @@ def insert_and_attend(
     value_scale += held_row * value_scale_b
     positions += held_row * positions_b
     scores += held_row * scores_b
-    base = tl.load(heads_table + 2 * head).to(tl.int64)
-    k = tl.load(heads_table + 2 * head + 1)
+    base, k = tl.load(heads_table + 2 * head).to(tl.int64), tl.load(heads_table + 2 * head + 1)
     token = tl.load(seen + held_row * seen_b)
     d = tl.arange(0, DP)
     high = sinks + k + window
@@ -204,8 +202,8 @@ def insert_and_attend(
         ROWS, BN, BLOCKS, D, DP, PRECISION, QUANTIZED, CAPPED,
     )  # fmt: skip
     part = (batch * heads * group + q_head) * splits + split
-    part_mask = is_row[:, None] & mask[None, :]
-    tl.store(part_out + (part * D)[:, None] + d[None, :], acc, mask=part_mask)
+    where = part_out + (part * D)[:, None] + d[None, :]
+    tl.store(where, acc, mask=is_row[:, None] & mask[None, :])
     tl.store(part_lse + 2 * part, top, mask=is_row)
     tl.store(part_lse + 2 * part + 1, total, mask=is_row)
     tl.debug_barrier()  # all of the program's loads and stores come before its arrival
@@ -222,12 +220,10 @@ def insert_and_attend(
             own_key_scale, own_value_scale, token.to(tl.int32), effective, d, mask, True, D,
             QUANTIZED,
         )  # fmt: skip
-        missing = 0.0
-        if STAND_INS > 0:
-            missing = log2_missing(token, high)
         join_splits(
             part_out, part_lse, out, nothing, q + batch * q_b, q_h, pairs, batch * heads + head,
-            head, group, splits, d, missing, scale, D, SPLITS, GROUP, SINK_LOGITS, STAND_INS,
+            head, group, splits, d, log2_missing(token, high), scale,
+            D, SPLITS, GROUP, SINK_LOGITS, STAND_INS,
         )  # fmt: skip
         tl.store(counter + head, 0)  # as the next step finds it
         if tl.atomic_add(counter + heads, 1, sem="acq_rel") == heads - 1:

@@ -1,0 +1,156 @@
+"""Models whose query heads hold pairs that stand in for evicted ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import sparsek_cli.models as models
+from sparsek_cli.errors import SparsekError, UsageError
+from sparsek_cli.evaluation.policies.registry import make_policy
+from sparsek_cli.models.config import check_settings
+from sparsek_cli.models.scorer import FAINT
+
+TOKENS = 24
+UNEVEN = [[2, 5], 3]
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(4, 128, (2, TOKENS))
+
+
+@pytest.fixture
+def model(sparse_model):
+    return sparse_model("qwen3", topk=UNEVEN, stand_ins=2)
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+def test_they_count_from_the_first_evicted_pair_on(model, sparse_model, dense_model, ids):
+    found = logits(model, ids)
+    plain = logits(sparse_model("qwen3", topk=UNEVEN), ids)
+    torch.testing.assert_close(found[:, :7], plain[:, :7], atol=1e-5, rtol=1e-5)  # 1 + 2 + 4 slots
+    assert (found - plain)[:, 8:].abs().amax(-1).min() > 1e-4
+    held = logits(sparse_model("qwen3", topk=TOKENS, stand_ins=1), ids)
+    torch.testing.assert_close(held, logits(dense_model("qwen3"), ids), atol=1e-5, rtol=1e-5)
+    with models.dense_attention(model):
+        dense = logits(model, ids)
+    torch.testing.assert_close(dense, logits(dense_model("qwen3"), ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "gemma3n_text-shared"])
+@torch.no_grad()
+def test_decoding_chunks_padding_and_packing_equal_one_pass(name, sparse_model, ids):
+    model = sparse_model(name, stand_ins=1)
+    whole = logits(model, ids)
+    for sizes in ([1] * TOKENS, [7, 1, 11, 5]):
+        cache = models.SparseKCache(model.config)
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(sizes, dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+    if name == "gemma3n_text-shared":
+        return
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :5] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    left = logits(model, padded, attention_mask=mask, position_ids=places)[:, 5:]
+    torch.testing.assert_close(left, whole, atol=1e-5, rtol=1e-5)
+    bounds = torch.tensor([0, TOKENS, 2 * TOKENS], dtype=torch.int32)
+    packed = logits(model, ids.view(1, -1), cu_seq_lens_q=bounds).view_as(whole)
+    torch.testing.assert_close(packed, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_generate_writes_what_single_passes_would(model, ids):
+    written = model.generate(ids, max_new_tokens=6, do_sample=False)
+    assert torch.equal(logits(model, written)[:, TOKENS - 1 : -1].argmax(-1), written[:, TOKENS:])
+
+
+def test_every_pair_learns_whatever_else_does(model, ids):
+    model.train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    for attention in models.sparsek_attentions(model):
+        grad = attention.scorer.stand_ins.grad
+        assert (grad.abs().amax(-1) > 0).all() and torch.isfinite(grad).all()
+
+
+def test_rivals_have_none(model, sparse_model, ids):
+    plain = sparse_model("qwen3", topk=UNEVEN)
+    for name in ("window", "random"):
+        found = []
+        for one in (model, plain):
+            with make_policy(name, seed=1).applied(one):
+                found.append(logits(one, ids))
+        torch.testing.assert_close(*found, atol=0, rtol=0)
+    with make_policy("sparsek").applied(model):
+        assert not torch.equal(logits(model, ids), logits(plain, ids))
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_they_are_saved_and_stay_float32(folder, model, ids):
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    for own, other in zip(*map(models.sparsek_attentions, (loaded, model)), strict=True):
+        assert own.scorer.stand_ins.dtype == torch.float32
+        assert torch.equal(own.scorer.stand_ins, other.scorer.stand_ins)
+    assert torch.isfinite(logits(loaded, ids)).all()
+
+
+@pytest.mark.parametrize("change", ["missing", "another shape"])
+def test_weights_that_do_not_belong_to_the_config_are_refused(folder, change):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("scorer.stand_ins"))
+    pairs = weights.pop(name)
+    if change == "another shape":
+        weights[name] = pairs[:, :1].contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    from sparsek_cli.hub import resolve
+    from sparsek_cli.loading import load_model
+
+    with pytest.raises(SparsekError, match="stand_ins"):
+        load_model(resolve(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_a_model_without_trained_ones_hardly_notices_them(sparse_model, ids):
+    config = sparse_model("qwen3", stand_ins=1).config
+    new = AutoModelForCausalLM.from_config(config).eval()
+    for attention in models.sparsek_attentions(new):
+        pairs = attention.scorer.stand_ins
+        assert (pairs[..., -1] == FAINT).all() and not pairs[..., :-1].any()
+
+
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        {"type": "linear", "stand_ins": 0},
+        {"type": "linear", "stand_ins": 17},
+        {"type": "mlp", "stand_ins": "1"},
+        {"type": "mlp", "stand_ins": True},
+        {"type": "random", "stand_ins": 1},
+    ],
+)
+def test_numbers_that_none_has_are_refused(scorer):
+    with pytest.raises(UsageError, match="stand_ins"):
+        check_settings({"scorer": scorer}, layers=2, heads=2)
+
+
+def test_the_block_says_how_many(folder):
+    block = json.loads((folder / "config.json").read_text())["sparsek"]
+    assert block["scorer"] == {"type": "linear", "stand_ins": 2}
+    assert AutoConfig.from_pretrained(folder).sparsek["scorer"] == block["scorer"]
