@@ -11,7 +11,7 @@ from sparsek_cli.conversion.base_config import convertible
 from sparsek_cli.conversion.calibrate.method import Method
 from sparsek_cli.conversion.card import model_card
 from sparsek_cli.conversion.default_sizes import with_settings_of
-from sparsek_cli.conversion.geometry import geometry
+from sparsek_cli.conversion.geometry import Geometry, geometry
 from sparsek_cli.conversion.plan import plan as plan_conversion
 from sparsek_cli.conversion.planned import Plan as Conversion
 from sparsek_cli.conversion.run import Converted, write_verified
@@ -242,19 +242,23 @@ def _check_weights(
     check_weights(scorers.base, digest, base.name)
 
 
+def _shapes(block: dict[str, Any], sizes: Geometry) -> dict[str, tuple[int, ...]]:
+    """Of a scorer's tensors, by name, as its block in the config asks for them."""
+    heads, hidden = sizes.kv_heads, sizes.hidden
+    shapes = {"weight": (heads, hidden), "bias": (heads,), "slopes": (heads,)}
+    if (width := block.get("width")) is not None:
+        shapes |= {"hidden_weight": (width, hidden), "hidden_bias": (width,)}
+        shapes["out_weight"] = (heads, width)
+    if (pairs := block.get("stand_ins")) is not None:
+        shapes["stand_ins"] = (sizes.heads, pairs, 2 * sizes.head_dim + 1)
+    return shapes
+
+
 def _by_layer(plan: Plan) -> list[Scorer]:
     """One scorer for each converted layer, of the sizes that the model has."""
     found, conversion = plan.scorers, plan.conversion
     tensors, topk = found.tensors(), found.block["topk"]
-    heads, hidden = conversion.geometry.kv_heads, conversion.geometry.hidden
-    width = found.block["scorer"].get("width")
-    shapes = {"weight": (heads, hidden), "bias": (heads,), "slopes": (heads,)}
-    if width is not None:
-        shapes |= {
-            "hidden_weight": (width, hidden),
-            "hidden_bias": (width,),
-            "out_weight": (heads, width),
-        }
+    shapes = _shapes(found.block["scorer"], conversion.geometry)
     scorers = []
     for layer in conversion.sparse_layers:
         parts = found.of_layer(layer, tensors)
@@ -263,7 +267,7 @@ def _by_layer(plan: Plan) -> list[Scorer]:
         ):
             raise _damaged(found, f"those of layer {layer}")
         own = topk[layer] if isinstance(topk, list) else topk
-        each = tuple(own) if isinstance(own, list) else (own,) * heads
+        each = tuple(own) if isinstance(own, list) else (own,) * conversion.geometry.kv_heads
         scorers.append(Scorer(**parts, topk=each))
     if len(tensors) != len(scorers) * len(shapes):
         raise _damaged(found, "others than its config promises")

@@ -145,7 +145,7 @@ def numbers(value: Any) -> Iterator[Any]:
 def test_they_are_all_there():
     keys = {(verb, key) for verb, key, _ in KEYS}
     assert len(keys) == len(KEYS) > 110
-    assert sum(bool in types for _, _, types in KEYS) == 12
+    assert sum(bool in types for _, _, types in KEYS) == 13
     assert ("finetune", "data.needles.options.key_values") in keys
 
 

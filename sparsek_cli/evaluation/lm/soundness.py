@@ -157,7 +157,7 @@ def _score_effect(model: Any, ids: torch.Tensor) -> float:
 
 
 class _Negated(torch.nn.Module):
-    """A scorer's scores and slopes with the opposite sign."""
+    """A scorer's scores and slopes with the opposite sign; stand-ins as they are."""
 
     def __init__(self, scorer: Any):
         super().__init__()
@@ -165,5 +165,5 @@ class _Negated(torch.nn.Module):
         self.register_buffer("slopes", -scorer.slopes.detach(), persistent=False)
 
     def forward(self, hidden_states: torch.Tensor, position_ids: Any = None) -> tuple:
-        scores, slopes = self.scorer[0](hidden_states, position_ids=position_ids)
-        return -scores, -slopes
+        scores, slopes, *beside = self.scorer[0](hidden_states, position_ids=position_ids)
+        return -scores, -slopes, *beside
