@@ -39,7 +39,7 @@ class Affordable:
         parts: how many parts of neighbouring layers the model is valued in.
         refining: documents, others than those that judge, along whose gradient the best proposal
             is refined.
-        stand_in_tokens: of sequences that stand-ins are fitted on (two at least); stand_in_rows:
+        stand_in_tokens: of sequences that stand-ins are fitted on (one at least); stand_in_rows:
             queries of each, in text and at answers.
         kept: bytes of what the dense model makes of documents that are kept until they are needed
             again, not computed anew.
@@ -64,7 +64,7 @@ class Affordable:
 CPU = Affordable(
     target_rows=512, error_rows=(64, 32), held_out=4, turns=2, turn_length=512,
     whole_tokens=8192, valued=1, parts=12, refining=1,
-    stand_in_tokens=1 << 14, stand_in_rows=(256, 64), kept=1 << 29,
+    stand_in_tokens=1 << 15, stand_in_rows=(384, 64), kept=1 << 29,
     whole_models=Effort(5, 1),
 )  # fmt: skip
 ACCELERATOR = Affordable(

@@ -113,12 +113,15 @@ class LayerSearch:
         answering = [n for n in numbers if bool(self.answers[n].any())] or [*numbers]
         return sorted(answering, key=lambda n: len(self.sequences[n].ids))[:most]
 
-    def _to_read_again(self) -> range:
-        """Text and documents that are long enough to lose much; of those to fit on, if they are."""
-        long = self.plan.fit_length >= 2 * self.plan.budget
-        numbers = self.fitting if long else self.held_out
-        tokens = self.plan.fit_length if long else self.plan.calibrate_length
-        return numbers[: max(2, self.can.stand_in_tokens // tokens)]
+    def _to_read_again(self) -> list[int]:
+        """Documents of full length, of those that judge little, and texts that lose much.
+
+        How much is missing grows with the length: whoever knows short ones alone is far off.
+        """
+        plan, room = self.plan, self.can.stand_in_tokens
+        documents = self.held_out[-max(1, room // 2 // plan.calibrate_length) :]
+        long = plan.fit_length >= 2 * plan.budget
+        return [*documents, *(self.fitting[: room // 2 // plan.fit_length] if long else ())]
 
     @property
     def reading_again(self) -> int:

@@ -30,7 +30,9 @@ from sparsek_cli.conversion.calibrate.sensitivity.output_error import (
 # So low that a pair which could not be fitted, or only did harm, has no share.
 OFF = -20.0
 # Rows that a head must have lost something at before a pair is fitted to them.
-_LEAST_ROWS = 32
+_LEAST_ROWS = 64
+# And how many tokens must have been missing there, as a share of its slots.
+_LEAST_MISSING = 0.25
 _RATE = 0.05
 _STEPS = {"cpu": 200, "other": 400}
 _BATCH = {"cpu": 768, "other": 4096}  # rows of a step
@@ -104,7 +106,8 @@ def fit_stand_ins(
             advance(1)
 
         base.run_layer(layer, numbers, look, advance=True)
-        found.append(fitted(Observed.joined(parts)))
+        room = torch.tensor(chosen[layer][1].topk) + plan.window + plan.sinks
+        found.append(fitted(Observed.joined(parts), room))
     return found
 
 
@@ -182,10 +185,18 @@ def _observed(
 
 # What is made under no_grad has no gradient; the pairs have.
 @torch.enable_grad()
-def fitted(seen: Observed) -> np.ndarray:
-    """The pair of each head that brings outputs nearest, [H, 1, 2 D + 1]; `OFF` where none does."""
+def fitted(seen: Observed, room: torch.Tensor) -> np.ndarray:
+    """The pair of each head that brings outputs nearest, [H, 1, 2 D + 1]; `OFF` where none does.
+
+    Args:
+        room: [G], slots of each KV head. Of heads that never miss many more nobody knows what many
+            missing pairs would have been worth.
+    """
     lost = seen.log_missing > -torch.inf
     count = lost.sum(1)
+    most = seen.log_missing.amax(1).exp()
+    room = room.to(most).repeat_interleave(len(most) // len(room))
+    known = (count >= _LEAST_ROWS) & (most >= _LEAST_MISSING * room)
     before = _errors(seen.kept, seen.dense, lost)
     keys = torch.zeros_like(seen.dense[:, 0])
     values = (seen.dense * lost[..., None]).sum(1) / count.clamp(min=1)[:, None]
@@ -208,7 +219,7 @@ def fitted(seen: Observed) -> np.ndarray:
         schedule.step()
     with torch.no_grad():
         after = _errors(seen.with_pairs(*pairs), seen.dense, lost)
-        good = (after < before) & (count >= _LEAST_ROWS)
+        good = (after < before) & known
         keys, values, bias = (x.detach() for x in pairs)
         bias = bias.masked_fill(~good, OFF)
         keys, values = (x.masked_fill(~good[:, None], 0.0) for x in (keys, values))

@@ -22,6 +22,7 @@ from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
 HEADS, GROUPS, TOKENS, SIZE = 4, 2, 60, 8
 SLOTS = Slots(window=6, sinks=2, sizes=())
+ROOM = torch.tensor([20, 20, 20])  # slots; up to 29 tokens are missing below
 CHOICE = Choice(("text",) * GROUPS, (0.0,) * GROUPS, (9, 3))
 
 
@@ -66,7 +67,7 @@ def observed(rows: int = 400) -> tuple[Observed, tuple[torch.Tensor, ...]]:
 
 def test_a_pair_that_explains_all_is_found():
     seen, _ = observed()
-    found = torch.from_numpy(fitted(seen))
+    found = torch.from_numpy(fitted(seen, ROOM))
     assert found.shape == (3, 1, 2 * SIZE + 1) and found.dtype == torch.float32
     pairs = found[:, 0, :SIZE], found[:, 0, SIZE:-1], found[:, 0, -1]
     before = (seen.kept - seen.dense)[:2].square().sum()
@@ -77,15 +78,16 @@ def test_a_pair_that_explains_all_is_found():
 def test_a_head_that_loses_nothing_and_one_that_gains_nothing_have_none():
     seen, _ = observed()
     same = Observed(seen.query, seen.kept, seen.kept, seen.log_total, seen.log_missing)
-    assert (fitted(seen)[2] == np.array([0.0] * (2 * SIZE) + [OFF])).all()
-    assert (fitted(same)[..., -1] == OFF).all() and not fitted(same)[..., :-1].any()
+    assert (fitted(seen, ROOM)[2] == np.array([0.0] * (2 * SIZE) + [OFF])).all()
+    assert (fitted(same, ROOM)[..., -1] == OFF).all() and not fitted(same, ROOM)[..., :-1].any()
+    assert (fitted(seen, 10 * ROOM)[..., -1] == OFF).all()  # 29 of 200 say little about 1,000
     few = seen.at(torch.arange(20))
-    assert (fitted(few)[..., -1] == OFF).all()
+    assert (fitted(few, ROOM)[..., -1] == OFF).all()
 
 
 def test_the_same_rows_give_the_same_pairs():
     seen, _ = observed(rows=2000)  # more than one step looks at
-    assert np.array_equal(fitted(seen), fitted(seen))
+    assert np.array_equal(fitted(seen, ROOM), fitted(seen, ROOM))
 
 
 @pytest.fixture
