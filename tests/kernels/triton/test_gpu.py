@@ -136,7 +136,6 @@ def test_steps_with_stand_ins(relative_error, held, rows):
         out, state = sparsek_attention(*cut, state=state, backend="triton", **options)
         same, other = sparsek_attention(*cut, state=other, backend="pytorch", **options)
         assert relative_error(out, same) < TOLERANCE[torch.bfloat16]
-    assert torch.equal(state.positions, other.positions)
 
 
 def test_same_bits_twice_in_deterministic_mode():
