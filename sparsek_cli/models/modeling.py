@@ -50,8 +50,10 @@ class SparseKPreTrainedMixin:
             init.zeros_(module.bias)
             init.constant_(module.slopes, DEFAULT_SLOPE)
             if module.stand_ins is not None:
-                init.zeros_(module.stand_ins)
-                init.constant_(module.stand_ins[..., -1], FAINT)
+                # Whole: a view of what was loaded does not say so, and would be filled.
+                pairs = torch.zeros_like(module.stand_ins)
+                pairs[..., -1] = FAINT
+                init.copy_(module.stand_ins, pairs)
             if isinstance(module, SparseKMlpScorer):
                 init.normal_(module.hidden_weight, std=module.hidden_weight.shape[1] ** -0.5)
                 init.zeros_(module.hidden_bias)

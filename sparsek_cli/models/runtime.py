@@ -81,7 +81,7 @@ def replaced_scorers(model: nn.Module, make: Callable[[nn.Module], nn.Module]) -
     """Within the block, `make(attention)` gives each attention module the scorer that decides.
 
     A scorer has `slopes` [G] and `forward(hidden_states, position_ids)` -> scores [B, G, N] float32
-    and the slopes.
+    and the slopes; without stand-ins behind them nothing stands in for evicted pairs.
     """
     attentions = sparsek_attentions(model)
     before = [attention.scorer for attention in attentions]

@@ -69,10 +69,10 @@ def choose_parameters(
 def _scorer_learns(name: str, scorers: str) -> bool:
     """Whether a parameter of a scorer has a gradient; slopes feel the gates' alone.
 
-    Stand-ins have that of the loss, whatever scorers learn from.
+    Stand-ins have that of the loss, whatever scorers learn from, if they learn.
     """
     if _is_stand_in(name):
-        return True
+        return scorers != "frozen"
     if scorers == "concurrent":
         return not name.endswith(".slopes")
     return scorers == "gates"
@@ -102,12 +102,15 @@ def _set_shaping(model: Any, shape: bool) -> None:
 
 
 def _idle_scorers(model: Any) -> Iterable[str]:
-    """Scorers of layers that select nothing: they get no gradient, which DDP takes for a fault."""
+    """Scorers of layers that select nothing: they get no gradient, which DDP takes for a fault.
+
+    Their stand-ins do: a window leaves tokens out, too.
+    """
     if not is_converted(model.config):
         return
     topk = model.config.sparsek.get("topk")
     for name, _ in model.named_parameters():
-        if not is_scorer(name):
+        if not is_scorer(name) or _is_stand_in(name):
             continue
         layer = next(int(part) for part in name.split(".") if part.isdigit())
         here = topk[layer] if isinstance(topk, list | tuple) else topk

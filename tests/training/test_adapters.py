@@ -80,3 +80,30 @@ def test_the_verb_ends_well_and_replaces_its_own(recipe, sparse_checkpoint, text
     assert "exists" in refused.exception.message
     again = CliRunner().invoke(app, [*words, "micro_batch_size=2", "--overwrite"])
     assert again.exit_code == 0, again.output
+
+
+def with_stand_ins(sparse_model, tokenizer, folder):
+    model = sparse_model("llama", topk=8, window=8, stand_ins=1)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("how", ["gates", "concurrent", "frozen"])
+def test_stand_ins_go_along(how, recipe, sparse_model, tokenizer, tmp_path):
+    """They are trained with the adapters, and PEFT has those that merging gives."""
+    from peft import PeftModel
+
+    model = with_stand_ins(sparse_model, tokenizer, tmp_path / "sparse")
+    words = (*LORA, f"scorer_training={how}")
+    for name, more in {"merged": (), "apart": ("lora.merge=false",)}.items():
+        finetune(recipe(*words, *more, model=tmp_path / "sparse", out=name))
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    for own, before in zip(*map(models.sparsek_attentions, (merged, model)), strict=True):
+        moved = (own.scorer.stand_ins - before.scorer.stand_ins).abs().amax()
+        assert bool(moved > 0) == (how != "frozen") and own.scorer.stand_ins.isfinite().all()
+    expected = logits(merged)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert not torch.allclose(logits(base), expected, atol=1e-3)
+    tuned = PeftModel.from_pretrained(base, tmp_path / "apart")
+    torch.testing.assert_close(logits(tuned), expected, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 from sparsek_cli.training.parameters import choose_parameters
 
 
-def small_model():
+def small_model(**settings):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sparsek_cli.models import sparsek_config_from
@@ -17,7 +17,7 @@ def small_model():
     shape = dict(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
                  num_attention_heads=2, num_key_value_heads=1)  # fmt: skip
     config = AutoConfig.for_model("llama", **shape)
-    settings = {"topk": 4, "window": 4, "sinks": 0}
+    settings = {"topk": 4, "window": 4, "sinks": 0, **settings}
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(sparsek_config_from(config, settings))
 
@@ -49,3 +49,20 @@ def test_a_converted_base_is_left_alone_and_one_from_scratch_is_not(recipe, shap
     choose_parameters(model, request.train, request.lora, shape_base=request.shapes_base)
     scorers = [m for name, m in model.named_modules() if name.endswith(".scorer")]
     assert len(scorers) == 2 and all(scorer.shapes_input == shapes for scorer in scorers)
+
+
+@pytest.mark.parametrize("how", ["gates", "concurrent", "refit", "frozen"])
+def test_stand_ins_learn_unless_scorers_are_frozen(how):
+    model = small_model(topk=[4, 0], scorer={"type": "linear", "stand_ins": 1})
+    choose_parameters(model, "all", scorers=how)
+    first, second = (layer.self_attn.scorer for layer in model.model.layers)
+    assert first.stand_ins.requires_grad == second.stand_ins.requires_grad == (how != "frozen")
+    assert not first.stand_ins.refitted
+    # A layer that selects nothing leaves tokens out all the same.
+    assert not second.weight.requires_grad
+    with torch.no_grad():
+        second.stand_ins.normal_()
+    ids = torch.arange(3, 23)[None]
+    if how != "frozen":
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        assert second.stand_ins.grad.abs().sum() > 0

@@ -3,7 +3,8 @@
 transformers hands keys and values of a pass from the layer that stores them to those that read
 them, in a dictionary of that pass (`shared_kv_states`). What SparseK's attention needs beyond them
 goes the same way: scores, slopes, and the state that the pass found. So a reading layer selects
-what the storing one selects, sees what it sees, and puts nothing into a cache.
+what the storing one selects, sees what it sees, and puts nothing into a cache. Stand-ins belong to
+scorers: a reading layer has none.
 """
 
 from __future__ import annotations

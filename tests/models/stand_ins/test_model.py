@@ -81,6 +81,17 @@ def test_every_pair_learns_whatever_else_does(model, ids):
         assert (grad.abs().amax(-1) > 0).all() and torch.isfinite(grad).all()
 
 
+@torch.no_grad()
+def written_under(policy, model, ids):
+    """Logits of the last tokens, read one by one after the others were a prompt."""
+    with policy.applied(model):
+        cache = policy.new_cache(model)
+        model(ids[:, :-4], past_key_values=cache)
+        policy.end_prompt(model, cache)
+        parts = ids[:, -4:].split(1, dim=1)
+        return torch.cat([model(part, past_key_values=cache).logits for part in parts], 1)
+
+
 def test_rivals_have_none(model, sparse_model, ids):
     plain = sparse_model("qwen3", topk=UNEVEN)
     for name in ("window", "random"):
@@ -88,6 +99,9 @@ def test_rivals_have_none(model, sparse_model, ids):
         for one in (model, plain):
             with make_policy(name, seed=1).applied(one):
                 found.append(logits(one, ids))
+        torch.testing.assert_close(*found, atol=0, rtol=0)
+    for name in ("dense", "snapkv", "h2o"):
+        found = [written_under(make_policy(name), one, ids[:1]) for one in (model, plain)]
         torch.testing.assert_close(*found, atol=0, rtol=0)
     with make_policy("sparsek").applied(model):
         assert not torch.equal(logits(model, ids), logits(plain, ids))
@@ -133,6 +147,16 @@ def test_a_model_without_trained_ones_hardly_notices_them(sparse_model, ids):
     for attention in models.sparsek_attentions(new):
         pairs = attention.scorer.stand_ins
         assert (pairs[..., -1] == FAINT).all() and not pairs[..., :-1].any()
+
+
+def test_what_was_loaded_stays_beside_a_scorer_s_missing_part(folder, model):
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    left = {name: w for name, w in weights.items() if not name.endswith("scorer.slopes")}
+    save_file(left, file, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    for own, other in zip(*map(models.sparsek_attentions, (loaded, model)), strict=True):
+        assert torch.equal(own.scorer.stand_ins, other.scorer.stand_ins)
 
 
 @pytest.mark.parametrize(
