@@ -14,6 +14,7 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.policies.registry import make_policy
 from sparsek_cli.models.config import check_settings
 from sparsek_cli.models.scorer import FAINT
+from sparsek_cli.training.parameters import choose_parameters
 
 TOKENS = 24
 UNEVEN = [[2, 5], 3]
@@ -79,6 +80,15 @@ def test_every_pair_learns_whatever_else_does(model, ids):
     for attention in models.sparsek_attentions(model):
         grad = attention.scorer.stand_ins.grad
         assert (grad.abs().amax(-1) > 0).all() and torch.isfinite(grad).all()
+
+
+@pytest.mark.parametrize("how", ["concurrent", "refit", "gates"])
+def test_they_learn_from_the_loss_however_scorers_learn(model, how):
+    choose_parameters(model, "all", scorers=how)
+    for attention in models.sparsek_attentions(model):
+        assert attention.scorer.stand_ins.requires_grad
+        assert not attention.scorer.stand_ins.refitted  # or the fit would undo what they learned
+        assert attention.scorer.weight.refitted == (how == "refit")
 
 
 @torch.no_grad()
