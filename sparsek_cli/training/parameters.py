@@ -56,7 +56,8 @@ def choose_parameters(
         parameter.requires_grad_(learns)
         # Changed between steps and by no gradient: a part of what a checkpoint has to keep.
         parameter.refitted = scorers == "refit" and is_scorer(name) and not _is_stand_in(name)
-    if train != "scorers":
+    if train != "scorers" or scorers == "concurrent":
+        # The loss that scores have of their own would reach stand-ins of the layers below.
         _set_shaping(model, shape_base)
     for name in _idle_scorers(model):
         model.get_parameter(name).requires_grad_(False)

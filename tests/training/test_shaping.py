@@ -6,6 +6,7 @@ import torch
 from sparsek_cli.models.scorer import SparseKScorer
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
+from sparsek_cli.training.losses.future_attention import FutureAttention
 from sparsek_cli.training.parameters import choose_parameters
 
 
@@ -66,3 +67,19 @@ def test_stand_ins_learn_unless_scorers_are_frozen(how):
     if how != "frozen":
         model(ids, labels=ids, use_cache=False).loss.backward()
         assert second.stand_ins.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("train", ["scorers", "all"])
+def test_stand_ins_do_not_learn_from_the_loss_of_scores_above(train):
+    model = small_model(scorer={"type": "linear", "stand_ins": 1})
+    choose_parameters(model, train, scorers="concurrent")
+    first, second = (layer.self_attn.scorer for layer in model.model.layers)
+    with torch.no_grad():
+        first.stand_ins.normal_()
+    future = FutureAttention()
+    future.begin(torch.ones(1, 40, dtype=torch.int8), None)
+    with future.attached():
+        model.train()(torch.randint(3, 32, (1, 40)), use_cache=False)
+        future.loss().backward()
+    assert second.weight.grad.abs().sum() > 0
+    assert first.stand_ins.grad is None or not first.stand_ins.grad.any()
