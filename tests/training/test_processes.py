@@ -143,10 +143,12 @@ def test_sharded_processes_train_the_model_of_one(
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_base_and_its_scorers_adapt_together_on_two(
-    recipe, sparse_checkpoint, tmp_path, strategy
+    recipe, sparse_model, tokenizer, tmp_path, strategy
 ):
-    """The scores' own loss, drawn budgets and the teacher's copy, whole and sharded."""
-    model = sparse_checkpoint()
+    """The scores' own loss, stand-ins, drawn budgets, the teacher's copy; whole and sharded."""
+    model = tmp_path / "sparse"
+    sparse_model("llama", topk=8, window=8, sinks=2, stand_ins=1).save_pretrained(model)
+    tokenizer.save_pretrained(model)
     words = ["train=all", "objective={lm: 0.1, distill: 1}", "scorer_training=concurrent",
              "budgets=[8, 4]", "batch_size=4", "micro_batch_size=1"]  # fmt: skip
     one = finetune(recipe(*words, model=model, out="one"))
@@ -164,9 +166,11 @@ def test_a_base_and_its_scorers_adapt_together_on_two(
     assert two["held_out_loss"] == pytest.approx(one.held_out_loss, abs=1e-4)
     # Adam makes steps of the last bits of a small gradient, as above.
     same_tensors(*(tmp_path / n / "model.safetensors" for n in ("two", "one")), within=2e-3)
-    before = load_file(model / "sparsek.safetensors")
+    before = load_file(model / "model.safetensors")
     after = load_file(tmp_path / "two" / "model.safetensors")
-    assert any(not torch.equal(before[n], after[n]) for n in before if n.endswith("weight"))
+    for part in ("scorer.weight", "scorer.stand_ins"):
+        moved = [not torch.equal(before[n], after[n]) for n in before if n.endswith(part)]
+        assert len(moved) == 2 and any(moved)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import sparsek_cli as sparsek
 import sparsek_cli.models as models
 from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.evaluation.policies.registry import make_policy
@@ -188,3 +189,33 @@ def test_the_block_says_how_many(folder):
     block = json.loads((folder / "config.json").read_text())["sparsek"]
     assert block["scorer"] == {"type": "linear", "stand_ins": 2}
     assert AutoConfig.from_pretrained(folder).sparsek["scorer"] == block["scorer"]
+
+
+def test_they_go_along_with_scorers_alone(
+    folder, model, dense_model, tokenizer, tmp_path, monkeypatch, ids
+):
+    for name in ("CACHE", "STATE"):
+        monkeypatch.setenv(f"SPARSEK_{name}_DIR", str(tmp_path / name))
+    dense_model("qwen3").save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    scorers = sparsek.export_scorers(folder, tmp_path / "scorers").out
+    put_on, _ = sparsek.load(tmp_path / "base", scorers=scorers, device="cpu", dtype="float32")
+    assert torch.equal(logits(put_on, ids), logits(model, ids))
+    merged = sparsek.merge(tmp_path / "base", scorers, tmp_path / "merged").out
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(merged), ids), logits(model, ids)
+    )
+
+
+def test_weights_that_lie_on_disk_have_them(folder, model, tmp_path, ids):
+    """They are there only while the scorer's own forward runs."""
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"
+    )
+    places |= {"model.layers.0": "disk", "model.layers.1": "disk"}
+    there = AutoModelForCausalLM.from_pretrained(
+        folder, device_map=places, offload_folder=tmp_path / "offloaded"
+    )
+    torch.testing.assert_close(logits(there, ids), logits(model, ids))
+    written = [one.generate(ids, max_new_tokens=4, do_sample=False) for one in (there, model)]
+    assert torch.equal(*written)
