@@ -73,10 +73,10 @@ def sparsek_attention(
             before gates act on it. None: as it is.
         sink_logits: [H], any floating dtype: one further logit per query head in the softmax,
             which has no value, as in gpt-oss: attention to nothing. None: there is none.
-        stand_ins: [H, M, 2 D + 1], any floating dtype: M pairs per query head, each a key, a value
-            and a bias, that stand in for pairs no longer kept. Query t of its sequence is short of
-            n = t + 1 - (s + k + w); where n > 0, each is one more pair in the softmax, its logit
-            scale * q.key + bias + log n. Neither softcap nor gates act on it; no state holds it.
+        stand_ins: [H, M, 2 D + 2], any floating dtype: key, value, bias and limit (which gets no
+            gradient) of M pairs per query head that stand in for evicted ones. Query t of its text
+            misses n = t + 1 - (s + k + w); where n > 0, each is one more pair in the softmax, its
+            logit scale * q.key + bias + min(log n, limit), without softcap, gate or slot.
         backend: `pytorch`, `triton`, `sdpa`, or None to choose (see dispatch.py).
         out: [B, H, N, D] in q's dtype, its last dimension dense: where the answer is written, which
             is then what is returned. None: memory of its own. Not with a gradient.
@@ -218,12 +218,12 @@ def _check_stand_ins(q: Tensor, stand_ins: Tensor | None) -> None:
         return
     if not torch.is_tensor(stand_ins) or not stand_ins.is_floating_point():
         raise TypeError("stand_ins must be a floating-point tensor")
-    heads, width = q.shape[1], 2 * q.shape[3] + 1
+    heads, width = q.shape[1], 2 * q.shape[3] + 2
     fits = stand_ins.dim() == 3 and stand_ins.shape[::2] == (heads, width)
     if not fits or stand_ins.shape[1] < 1:
         raise ValueError(
-            f"stand_ins must be [{heads}, M, {width}] with M >= 1: key, value and bias "
-            f"of M pairs per query head, got {tuple(stand_ins.shape)}"
+            f"stand_ins must be [{heads}, M, {width}] with M >= 1: key, value, bias and "
+            f"limit of M pairs per query head, got {tuple(stand_ins.shape)}"
         )
 
 

@@ -125,7 +125,7 @@ def report(
     q = torch.zeros(1, heads, length, dim, dtype=dtype)
     k = torch.zeros(1, groups, length, dim, dtype=dtype)
     scores = torch.zeros(1, groups, length, dtype=torch.float64)
-    pairs = torch.zeros(heads, 1, 2 * dim + 1)
+    pairs = torch.zeros(heads, 1, 2 * dim + 2)
     settings = pipeline.Settings((topk,) * groups, window, 4, gate, dim**-0.5, softcap)
     shape = geometry(q.shape, k.shape, q.device)
     own = pipeline.hopper_kernels

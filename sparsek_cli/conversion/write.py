@@ -34,7 +34,7 @@ class Scorer:
 
     topk holds the selected keys of each KV head. A scorer with a hidden layer also has
     hidden_weight [width, hidden], hidden_bias [width] and out_weight [G, width]; one with stand-ins
-    for evicted pairs stand_ins [H, M, 2 D + 1].
+    for evicted pairs stand_ins [H, M, 2 D + 2].
     """
 
     weight: np.ndarray

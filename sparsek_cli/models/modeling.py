@@ -25,6 +25,7 @@ from sparsek_cli.models.learned_positions import check_positions
 from sparsek_cli.models.scorer import (
     DEFAULT_SLOPE,
     FAINT,
+    NO_LIMIT,
     RandomScorer,
     SparseKMlpScorer,
     SparseKScorer,
@@ -52,7 +53,7 @@ class SparseKPreTrainedMixin:
             if module.stand_ins is not None:
                 # Whole: a view of what was loaded does not say so, and would be filled.
                 pairs = torch.zeros_like(module.stand_ins)
-                pairs[..., -1] = FAINT
+                pairs[..., -2], pairs[..., -1] = FAINT, NO_LIMIT
                 init.copy_(module.stand_ins, pairs)
             if isinstance(module, SparseKMlpScorer):
                 init.normal_(module.hidden_weight, std=module.hidden_weight.shape[1] ** -0.5)

@@ -21,6 +21,7 @@ from sparsek_cli.models.config import head_dim, kv_heads
 
 DEFAULT_SLOPE = 1e-3
 FAINT = -8.0  # bias of stand-ins that have learned nothing yet: hardly any share, some gradient
+NO_LIMIT = 30.0  # of the log of how many pairs are missing: more than any text has
 MANY_ROWS = 1024  # of bf16, which fill tensor cores
 
 
@@ -38,7 +39,7 @@ class SparseKScorer(nn.Module):
 
     Attributes:
         weight: [G, hidden_size] float32. bias: [G] float32. slopes: [G] float32, per token.
-        stand_ins: [H, M, 2 D + 1] float32, as in `sparsek_attention`, or None.
+        stand_ins: [H, M, 2 D + 2] float32, as in `sparsek_attention`, or None.
         shapes_input: whether a gradient goes on into the hidden states, and so into the layers
             below; training sets it from random weights only.
     """
@@ -247,7 +248,7 @@ def new_scorer(config: Any, layer: int) -> nn.Module:
         return RandomScorer(heads, layer=layer, seed=0)
     pairs = None
     if asked.get("stand_ins"):
-        pairs = (config.num_attention_heads, asked["stand_ins"], 2 * head_dim(config) + 1)
+        pairs = (config.num_attention_heads, asked["stand_ins"], 2 * head_dim(config) + 2)
     if asked["type"] == "mlp":
         return SparseKMlpScorer(config.hidden_size, heads, asked["width"], pairs)
     return SparseKScorer(config.hidden_size, heads, pairs)

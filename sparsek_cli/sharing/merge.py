@@ -250,7 +250,7 @@ def _shapes(block: dict[str, Any], sizes: Geometry) -> dict[str, tuple[int, ...]
         shapes |= {"hidden_weight": (width, hidden), "hidden_bias": (width,)}
         shapes["out_weight"] = (heads, width)
     if (pairs := block.get("stand_ins")) is not None:
-        shapes["stand_ins"] = (sizes.heads, pairs, 2 * sizes.head_dim + 1)
+        shapes["stand_ins"] = (sizes.heads, pairs, 2 * sizes.head_dim + 2)
     return shapes
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,9 +24,10 @@ LOGITS = {
 
 
 def pairs(heads=HEADS, m=3, dim=4, *, dtype=torch.float64, bias=-1.0, seed=5) -> torch.Tensor:
-    """[H, M, 2 D + 1]: biases about `bias`."""
-    made = torch.randn(heads, m, 2 * dim + 1, generator=torch.Generator().manual_seed(seed))
-    made[..., -1] += bias
+    """[H, M, 2 D + 2]: biases about `bias`."""
+    made = torch.randn(heads, m, 2 * dim + 2, generator=torch.Generator().manual_seed(seed))
+    made[..., -2] += bias
+    made[..., -1] += 2.5  # some limits are reached
     return made.to(dtype)
 
 
@@ -80,10 +83,30 @@ def test_the_gradient_is_that_of_differences(make_inputs):
     inputs = make_inputs(12, heads=2, groups=1, grad=False)
     q, rest = inputs[0].requires_grad_(), inputs[1:]
 
-    def call(q, own):
-        return sparsek_attention(q, *rest, topk=2, window=3, sinks=1, stand_ins=own)
+    own = pairs(2, 2)
+    learned, limits = own[..., :-1].clone().requires_grad_(), own[..., -1:]  # which are given
 
-    assert torch.autograd.gradcheck(call, (q, pairs(2, 2).requires_grad_()))
+    def call(q, learned):
+        whole = torch.cat([learned, limits], -1)
+        return sparsek_attention(q, *rest, topk=2, window=3, sinks=1, stand_ins=whole)
+
+    assert torch.autograd.gradcheck(call, (q, learned))
+
+
+def test_what_is_missing_counts_up_to_a_limit(make_inputs):
+    inputs = make_inputs(60, heads=2, groups=1, grad=False)
+    own = pairs(2, 1)
+    own[..., -1] = math.log(20)
+    options = dict(topk=2, window=3, sinks=1)
+    found = sparsek_attention(*inputs, stand_ins=own, **options)
+    own[..., -1] = 30.0
+    free = sparsek_attention(*inputs, stand_ins=own, **options)
+    torch.testing.assert_close(found[:, :, :26], free[:, :, :26])  # 6 slots and 20 missing
+    assert (found - free)[:, :, 27:].abs().amax(-1).min() > 0
+    own[..., -2] += math.log(20)
+    own[..., -1] = 0.0  # of any number
+    most = sparsek_attention(*inputs, stand_ins=own, **options)
+    torch.testing.assert_close(found[:, :, 25:], most[:, :, 25:])
 
 
 @pytest.mark.parametrize(
@@ -131,7 +154,7 @@ def test_where_all_fits_they_are_not_there(make_inputs, relative_error):
 def test_a_dense_call_gives_them_a_gradient_of_zero(make_inputs, relative_error):
     inputs = make_inputs(min(SLOTS), heads=HEADS, groups=GROUPS, dtype=torch.float32)
     own = pairs(dtype=torch.float32)
-    own[0, 0, -1] = -torch.inf
+    own[0, 0, -2] = -torch.inf
     own.requires_grad_()
     given = BUDGET | {"stand_ins": own}
     outs = [sparsek_attention(*inputs, **given, backend=name) for name in ("sdpa", "pytorch")]
@@ -282,7 +305,7 @@ def test_they_do_what_they_say(n, topk, window, sinks, m, seed, gate, bias):
         torch.testing.assert_close(found, plain, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("wrong", [(3, 2, 9), (4, 2, 8), (4, 0, 9), (4, 9)])
+@pytest.mark.parametrize("wrong", [(3, 2, 10), (4, 2, 9), (4, 0, 10), (4, 10)])
 def test_what_does_not_fit_is_refused(wrong, make_inputs):
     q, *rest = make_inputs(1, heads=HEADS, groups=GROUPS, grad=False)
     state = SparseKState.empty(1, GROUPS, 4, dtype=torch.float64, **BUDGET)
@@ -290,7 +313,7 @@ def test_what_does_not_fit_is_refused(wrong, make_inputs):
         lambda own: sparsek_attention(q, *rest, **BUDGET, stand_ins=own),
         lambda own: attend_to_state(q, state, stand_ins=own),
     ):
-        with pytest.raises(ValueError, match=r"stand_ins must be \[4, M, 9\] with M >= 1: key"):
+        with pytest.raises(ValueError, match=r"stand_ins must be \[4, M, 10\] with M >= 1: key"):
             call(torch.zeros(wrong))
         with pytest.raises(TypeError, match="stand_ins must be a floating-point tensor"):
             call(torch.zeros(4, 1, 9, dtype=torch.int32))

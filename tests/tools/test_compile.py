@@ -54,7 +54,7 @@ def test_the_op_says_what_it_does(gate, softcap):
     scores = torch.randn(1, 2, 14, dtype=torch.float64, requires_grad=True)
     slopes = torch.rand(2, dtype=torch.float64, requires_grad=True)
     own = torch.randn(4, dtype=torch.float64, requires_grad=True)
-    pairs = torch.randn(4, 2, 17, dtype=torch.float64, requires_grad=True)
+    pairs = torch.randn(4, 2, 18, dtype=torch.float64, requires_grad=True)
     bounds = torch.tensor([0, 5, 14])
     for cu_seqlens in (None, bounds):
         tensors = q, k, v, scores, slopes, own, pairs

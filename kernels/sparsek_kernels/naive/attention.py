@@ -76,9 +76,11 @@ def naive_attention(
                     nothing = sink_logits[h].to(torch.float64).expand(n, 1)
                     logits = torch.cat([logits, nothing], 1)
                 if stand_ins is not None:
-                    key, value, bias = stand_ins[h].to(torch.float64).split([dim, dim, 1], 1)
+                    parts = stand_ins[h].to(torch.float64).split([dim, dim, 1, 1], 1)
+                    key, value, bias, limit = parts
                     gone = (position + 1 - (sinks + topk[g] + window)).clamp(min=0)
-                    theirs = q[b, h] @ key.T * scale + bias.T + gone.double().log()[:, None]
+                    many = gone.double().log()[:, None].minimum(limit.detach().T)
+                    theirs = q[b, h] @ key.T * scale + bias.T + many
                     logits = torch.cat([logits, theirs], 1)
                 weights = logits.softmax(-1)
                 seen = weights[:, :n] @ v[b, g] if gate != "kv" else (weights[:, :n] * m) @ v[b, g]

@@ -273,7 +273,7 @@ def attend(
         end: [B, G, M] int32.
         tau: [B * G, N] float64 and counts [B * G, N] int64 = |I_t|; needed by gates log and kv
             and for the gradient of `effective`, else None.
-        softcap, sink_logits [H], stand_ins [H, W, 2 D + 1]: as in sparsek_attention.
+        softcap, sink_logits [H], stand_ins [H, W, 2 D + 2]: as in sparsek_attention.
         missing: [B, G, N], `log_missing` of every query; needed by stand_ins.
 
     Returns:

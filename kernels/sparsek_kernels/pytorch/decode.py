@@ -93,7 +93,7 @@ def decode(
     Its own token is in the state.
 
     Args:
-        q: [B, H, 1, D]. softcap, sink_logits [H], stand_ins [H, M, 2 D + 1]: as in
+        q: [B, H, 1, D]. softcap, sink_logits [H], stand_ins [H, M, 2 D + 2]: as in
             sparsek_attention.
 
     Returns:
@@ -144,10 +144,11 @@ def _attend(
         logits = torch.cat([logits, nothing], 3)
     if stand_ins is None:
         return logits.softmax(3)[..., : keys.shape[2]] @ values.to(dtype)
-    their_keys, their_values, biases = by_head(stand_ins, layout.heads, dtype)
+    their_keys, their_values, *beside = by_head(stand_ins, layout.heads, dtype)
+    biases, limits = (x.squeeze(3) for x in beside)
     # [B, G, rep, M]: every query head has its own.
     theirs = (q.to(dtype)[..., None, :] * their_keys).sum(4) * scale
-    theirs = theirs + biases.squeeze(3) + log_missing(places, layout, dtype)[..., None]
+    theirs = theirs + biases + log_missing(places, layout, dtype)[..., None].minimum(limits)
     weights = torch.cat([logits, theirs], 3).softmax(3)
     own = (weights[..., -theirs.shape[3] :, None] * their_values).sum(3)
     return weights[..., : keys.shape[2]] @ values.to(dtype) + own

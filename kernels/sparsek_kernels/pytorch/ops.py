@@ -47,7 +47,7 @@ def attention_op(
     """out [B, H, N, D] for q [B, H, N, D], k and v [B, G, N, D], scores [B, G, N]; no state.
 
     Args:
-        slopes: [G] or None. sink_logits: [H] or None. stand_ins: [H, M, 2 D + 1] or None.
+        slopes: [G] or None. sink_logits: [H] or None. stand_ins: [H, M, 2 D + 2] or None.
         cu_seqlens: int [docs + 1] or None.
         topk: one budget per KV head. softcap: of the logits, or None.
     """

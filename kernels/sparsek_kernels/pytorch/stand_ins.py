@@ -23,11 +23,13 @@ def _slots(layout: SlotLayout, device: torch.device) -> Tensor:
     return torch.tensor(layout.topk, device=device)[:, None] + (layout.sinks + layout.window)
 
 
-def by_head(stand_ins: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """[H, M, 2 D + 1] -> keys and values [G, rep, M, D] and biases [G, rep, M, 1]."""
+def by_head(stand_ins: Tensor, groups: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """[H, M, 2 D + 2] -> keys and values [G, rep, M, D], biases and limits [G, rep, M, 1]."""
     heads, _, width = stand_ins.shape
-    dim = width // 2
-    return stand_ins.to(dtype).unflatten(0, (groups, heads // groups)).split([dim, dim, 1], 3)
+    dim = width // 2 - 1
+    grouped = stand_ins.to(dtype).unflatten(0, (groups, heads // groups))
+    keys, values, biases, limits = grouped.split([dim, dim, 1, 1], 3)
+    return keys, values, biases, limits.detach()
 
 
 def tiled(
@@ -40,14 +42,15 @@ class TiledStandIns:
     """The stand-ins of one tiled call.
 
     Args:
-        stand_ins: [H, M, 2 D + 1]. missing: [B, G, N], as `log_missing` finds it.
+        stand_ins: [H, M, 2 D + 2]. missing: [B, G, N], as `log_missing` finds it.
     """
 
     def __init__(
         self, stand_ins: Tensor, missing: Tensor, tiling: Tiling, scale: float, dtype: torch.dtype
     ):
         self.scale = scale
-        self.keys, self.values, self.biases = by_head(stand_ins, tiling.groups, dtype)
+        found = by_head(stand_ins, tiling.groups, dtype)
+        self.keys, self.values, self.biases, self.limits = found
         missing = missing.to(dtype).reshape(tiling.rows, tiling.n)
         self.missing = tiling.pad_rows(missing, -torch.inf)[:, None, :, None]
         tiles = torch.arange(tiling.rows * tiling.blocks, device=missing.device)
@@ -57,7 +60,8 @@ class TiledStandIns:
     def of(self, span: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values [T, rep, M, D] of some tiles, and what adds to logits [T, rep, Bq, M]."""
         group = self.group[span]
-        added = self.biases[group].transpose(2, 3) + self.missing[span]
+        many = self.missing[span].minimum(self.limits[group].transpose(2, 3))
+        added = self.biases[group].transpose(2, 3) + many
         return self.keys[group], self.values[group], added
 
     def beside(self, span: slice, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
@@ -89,7 +93,8 @@ class TiledStandIns:
         ds = (grads @ values.transpose(2, 3)).sub_(delta).mul_(weights)
         across = ds.transpose(2, 3)
         parts = across @ queries * self.scale, weights.transpose(2, 3) @ grads
-        parts = torch.cat([*parts, across.sum(3, keepdim=True)], 3)
+        biases = across.sum(3, keepdim=True)
+        parts = torch.cat([*parts, biases, torch.zeros_like(biases)], 3)
         group = self.group[span]
         self.gradient.index_add_(0, group, parts)
         return ds @ self.keys[group] * self.scale

@@ -44,7 +44,7 @@ def attention_op(
 
     Args:
         q [B, H, N, D], k and v [B, G, N, D], scores float64 [B, G, N] (effective scores).
-        sink_logits: [H] or None. stand_ins: [H, M, 2 D + 1] or None.
+        sink_logits: [H] or None. stand_ins: [H, M, 2 D + 2] or None.
         cu_seqlens: int32 [docs + 1] or None. topk: one budget per KV head.
     """
     call = _call(q, k, cu_seqlens, topk, window, sinks, gate, scale, softcap)

@@ -107,7 +107,7 @@ def forward(
         positions: int64 [B, G, M] of keys that were listed from a state, see `find_ends`.
         end: what `find_ends` found, if somebody asked before; gates log and kv alone read the
             scores then.
-        sink_logits: [H] or None. stand_ins: [H, M, 2 D + 1] or None. out: where to write, or None.
+        sink_logits: [H] or None. stand_ins: [H, M, 2 D + 2] or None. out: where to write, or None.
     """
     q, k, v = rows_of(q), rows_of(k), rows_of(v)
     found = select(q, k, scores, settings, shape, positions=positions, end=end)

@@ -24,7 +24,7 @@ class StandIns(NamedTuple):
     """What one call knows of its stand-ins.
 
     Attributes:
-        pairs: [H, M, 2 D + 1], key, value and bias of each, dense.
+        pairs: [H, M, 2 D + 2], key, value, bias and limit of each, dense.
         topk, extra: selected pairs of each KV head; sinks and window.
         places: int64 [B, G, M] of keys that were listed from a state, a query's own among them;
             None where each sequence begins at its first key.
@@ -86,18 +86,19 @@ def _join_stand_ins(
     mask = some[:, None] & real[None, :]
     acc = tl.load(o_at[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     total = tl.load(lse + at.stat, mask=some, other=0.0)
-    pair = pairs + tl.program_id(1).to(tl.int64) * (M * (2 * D + 1))
+    pair = pairs + tl.program_id(1).to(tl.int64) * (M * (2 * D + 2))
     for _ in tl.static_range(M):
         key = tl.load(pair + d, mask=real, other=0.0).to(tl.float32)
         value = tl.load(pair + D + d, mask=real, other=0.0).to(tl.float32)
         bias = tl.load(pair + 2 * D).to(tl.float32) * _LOG2_E
-        logit = tl.sum(rows * key[None, :], 1) * scale + bias + missing
+        limit = tl.load(pair + 2 * D + 1).to(tl.float32) * _LOG2_E
+        logit = tl.sum(rows * key[None, :], 1) * scale + bias + tl.minimum(missing, limit)
         top = tl.maximum(total, logit)
         kept, own = tl.exp2(total - top), tl.exp2(logit - top)
         share = own / (kept + own)
         acc += share[:, None] * (value[None, :] - acc)
         total = top + tl.log2(kept + own)
-        pair += 2 * D + 1
+        pair += 2 * D + 2
     tl.store(o_at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=mask)
     tl.store(lse + at.stat, total, mask=some)
 
@@ -112,17 +113,18 @@ def _stand_in_gradient(
 ):  # fmt: skip
     """What one stand-in gives to dq of its queries, and one of the sums of its own gradient.
 
-    sums: float32 [parts, H, M, 2 D + 1]. scale: of logits to the base e; lse is to the base 2.
+    sums: float32 [parts, H, M, 2 D + 2]. scale: of logits to the base e; lse is to the base 2.
     """
     d = tl.arange(0, DP)
     real = d < D
     q_head = tl.program_id(1).to(tl.int64)
-    row: tl.constexpr = 2 * D + 1
+    row: tl.constexpr = 2 * D + 2
     for m in tl.static_range(M):
         pair = pairs + (q_head * M + m) * row
         key = tl.load(pair + d, mask=real, other=0.0).to(tl.float32)
         value = tl.load(pair + D + d, mask=real, other=0.0).to(tl.float32)
         bias = tl.load(pair + 2 * D).to(tl.float32)
+        limit = tl.load(pair + 2 * D + 1).to(tl.float32) * _LOG2_E
         d_key = tl.zeros([DP], tl.float32)
         d_value = tl.zeros([DP], tl.float32)
         d_bias = 0.0
@@ -136,7 +138,8 @@ def _stand_in_gradient(
                 rows = load_rows(q, where, d, some, D, DP, True).to(tl.float32)
                 where = at.batch * do_b + at.query * do_n + at.q_head * do_h
                 grad = load_rows(do, where, d, some, D, DP, True).to(tl.float32)
-                logit = (tl.sum(rows * key[None, :], 1) * scale + bias) * _LOG2_E + missing
+                logit = (tl.sum(rows * key[None, :], 1) * scale + bias) * _LOG2_E
+                logit += tl.minimum(missing, limit)
                 total = tl.load(lse + at.stat, mask=some, other=0.0)
                 weight = tl.where(some, tl.exp2(logit - total), 0.0)
                 own = tl.sum(grad * value[None, :], 1)
@@ -153,6 +156,7 @@ def _stand_in_gradient(
         tl.store(part + d, d_key, mask=real)
         tl.store(part + D + d, d_value, mask=real)
         tl.store(part + 2 * D, d_bias)
+        tl.store(part + 2 * D + 1, 0.0)  # limits are given
 
 
 def _shared(given: StandIns, q: torch.Tensor, lists: KeyLists) -> dict:
@@ -191,7 +195,7 @@ def stand_in_gradient(
     q: torch.Tensor, do: torch.Tensor, dq: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor,
     given: StandIns, lists: KeyLists, shape: Geometry, scale: float,
 ) -> torch.Tensor:  # fmt: skip
-    """d(pairs) [H, M, 2 D + 1] in their dtype; adds to dq, in place, what comes through them.
+    """d(pairs) [H, M, 2 D + 2] in their dtype; adds to dq, in place, what comes through them.
 
     Args:
         do, dq: as q. lse: with the stand-ins in it. delta: float32 [B, H, N], sums of do * out.

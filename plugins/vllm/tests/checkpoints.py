@@ -95,7 +95,7 @@ def save_checkpoint(
                 parameter.copy_(torch.tensor([0.0, 0.02]).repeat(kv_heads // 2))
             elif name.endswith("scorer.stand_ins"):
                 parameter.normal_()  # a share of what is seen that neither vanishes nor rules
-                parameter[..., -1].zero_()
+                parameter[..., -2:] = torch.tensor([0.0, 2.5])
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.2)
             elif "proj" in name or "lm_head" in name or "embed" in name:

@@ -153,7 +153,7 @@ def test_query_heads_follow_their_kv_heads():
 @torch.no_grad()
 def test_a_rank_has_the_stand_ins_of_its_query_heads(monkeypatch):
     """What a rank attends to is what the whole layer does in its heads."""
-    pairs, given = torch.randn(4, 1, 17), []
+    pairs, given = torch.randn(4, 1, 18), []
     layer = a_layer()
     layer._scorer = [lambda hidden: (torch.zeros(1, 2, 1), torch.zeros(2), pairs)]
     layer.kv_cache = (torch.zeros(2, layer.bytes_per_block, dtype=torch.int8),)

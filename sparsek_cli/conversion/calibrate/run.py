@@ -56,7 +56,7 @@ class Found:
 
     Attributes:
         layers: candidates and errors of each. choices: what was taken of them. report: what for.
-        stand_ins: [H, 1, 2 D + 1] of each layer; None where they do no good, or nobody wants them.
+        stand_ins: [H, 1, 2 D + 2] of each layer; None where they do no good, or nobody wants them.
     """
 
     layers: list[HeldOut]

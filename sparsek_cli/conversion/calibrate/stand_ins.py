@@ -75,7 +75,7 @@ class Observed:
 def fit_stand_ins(
     search: LayerSearch, layers: list[HeldOut], choices: list[Choice], advance: Callable[[int], Any]
 ) -> list[np.ndarray]:
-    """By sparse layer, pairs [H, 1, 2 D + 1] float32 as `sparsek_attention` takes them.
+    """By sparse layer, pairs [H, 1, 2 D + 2] float32 as `sparsek_attention` takes them.
 
     Args:
         search: whose sequences are read again. choices: of `layers`, what heads keep.
@@ -186,7 +186,9 @@ def _observed(
 # What is made under no_grad has no gradient; the pairs have.
 @torch.enable_grad()
 def fitted(seen: Observed, room: torch.Tensor) -> np.ndarray:
-    """The pair of each head that brings outputs nearest, [H, 1, 2 D + 1]; `OFF` where none does.
+    """The pair of each head that brings outputs nearest, [H, 1, 2 D + 2]; `OFF` where none does.
+
+    What they are worth grows with what is missing, as far as that was seen.
 
     Args:
         room: [G], slots of each KV head. Of heads that never miss many more nobody knows what many
@@ -223,7 +225,8 @@ def fitted(seen: Observed, room: torch.Tensor) -> np.ndarray:
         keys, values, bias = (x.detach() for x in pairs)
         bias = bias.masked_fill(~good, OFF)
         keys, values = (x.masked_fill(~good[:, None], 0.0) for x in (keys, values))
-        made = torch.cat([keys, values, bias[:, None]], 1)[:, None]
+        limit = most.log().masked_fill(~good, 0.0)
+        made = torch.cat([keys, values, bias[:, None], limit[:, None]], 1)[:, None]
     return made.float().cpu().numpy()
 
 

@@ -119,7 +119,7 @@ def sparsek_attention_forward(
         scaling: factor of the logits.
         dropout: must be 0: a dropped pair would be one the selection paid for.
         sparsek_scores: [B, G, N] float32. sparsek_slopes: [G].
-        sparsek_stand_ins: [H, M, 2 D + 1], pairs in place of evicted ones; None: there are none.
+        sparsek_stand_ins: [H, M, 2 D + 2], pairs in place of evicted ones; None: there are none.
         sparsek_cache: the layer's cache, whose state is advanced; None without a cache.
         sparsek_stores: where it leaves its state for layers that read it, see sharing.py.
         sparsek_reads: what an earlier layer stored; key, value and scores are that layer's.

@@ -38,7 +38,7 @@ def test_rows_see_what_the_converted_model_sees(own, monkeypatch):
     seen = Observed.joined(
         [*module._observed(Reading(recorded, rows, None), effective, CHOICE, SLOTS)]
     )
-    pairs = torch.randn(HEADS, 1, 2 * SIZE + 1)
+    pairs = torch.randn(HEADS, 1, 2 * SIZE + 2)
     settings = dict(topk=CHOICE.topk, window=SLOTS.window, sinks=SLOTS.sinks, **logits.settings)
     tensors = [x[None] for x in (2 * q, k, v, effective)]
 
@@ -47,7 +47,8 @@ def test_rows_see_what_the_converted_model_sees(own, monkeypatch):
 
     torch.testing.assert_close(seen.kept, attended(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(seen.dense, attended(topk=TOKENS), atol=1e-5, rtol=1e-5)
-    parts = pairs[:, 0, :SIZE], pairs[:, 0, SIZE:-1], pairs[:, 0, -1]
+    pairs[..., -1] = 50.0
+    parts = pairs[:, 0, :SIZE], pairs[:, 0, SIZE:-2], pairs[:, 0, -2]
     joined = seen.with_pairs(*parts)
     torch.testing.assert_close(joined, attended(stand_ins=pairs), atol=1e-5, rtol=1e-5)
 
@@ -68,8 +69,9 @@ def observed(rows: int = 400) -> tuple[Observed, tuple[torch.Tensor, ...]]:
 def test_a_pair_that_explains_all_is_found():
     seen, _ = observed()
     found = torch.from_numpy(fitted(seen, ROOM))
-    assert found.shape == (3, 1, 2 * SIZE + 1) and found.dtype == torch.float32
-    pairs = found[:, 0, :SIZE], found[:, 0, SIZE:-1], found[:, 0, -1]
+    assert found.shape == (3, 1, 2 * SIZE + 2) and found.dtype == torch.float32
+    pairs = found[:, 0, :SIZE], found[:, 0, SIZE:-2], found[:, 0, -2]
+    assert found[:2, 0, -1].tolist() == pytest.approx([np.log(29)] * 2)  # as far as was seen
     before = (seen.kept - seen.dense)[:2].square().sum()
     after = (seen.with_pairs(*pairs) - seen.dense)[:2].square().sum()
     assert after < 0.05 * before
@@ -78,11 +80,11 @@ def test_a_pair_that_explains_all_is_found():
 def test_a_head_that_loses_nothing_and_one_that_gains_nothing_have_none():
     seen, _ = observed()
     same = Observed(seen.query, seen.kept, seen.kept, seen.log_total, seen.log_missing)
-    assert (fitted(seen, ROOM)[2] == np.array([0.0] * (2 * SIZE) + [OFF])).all()
-    assert (fitted(same, ROOM)[..., -1] == OFF).all() and not fitted(same, ROOM)[..., :-1].any()
-    assert (fitted(seen, 10 * ROOM)[..., -1] == OFF).all()  # 29 of 200 say little about 1,000
+    assert (fitted(seen, ROOM)[2] == np.array([0.0] * (2 * SIZE) + [OFF, 0.0])).all()
+    assert (fitted(same, ROOM)[..., -2] == OFF).all() and not fitted(same, ROOM)[..., :-2].any()
+    assert (fitted(seen, 10 * ROOM)[..., -2] == OFF).all()  # 29 of 200 say little about 1,000
     few = seen.at(torch.arange(20))
-    assert (fitted(few, ROOM)[..., -1] == OFF).all()
+    assert (fitted(few, ROOM)[..., -2] == OFF).all()
 
 
 def test_the_same_rows_give_the_same_pairs():
@@ -117,8 +119,8 @@ def test_they_are_not_where_it_loses_more_or_nobody_wants_them(recipe, tmp_path,
     def harmful(*given):
         found = own(*given)
         for pairs in found:
-            pairs[..., -1] = 9.0
-            pairs[..., :-1] = 30.0
+            pairs[..., -2:] = 9.0
+            pairs[..., :-2] = 30.0
         return found
 
     with monkeypatch.context() as patch:

@@ -90,8 +90,9 @@ def test_steps_with_capped_and_sink_logits(relative_error, held):
 
 
 def stand_ins_of(heads: int, dim: int) -> torch.Tensor:
-    pairs = torch.randn(heads, 2, 2 * dim + 1, device="cuda")
-    pairs[..., -1] -= 2.0
+    pairs = torch.randn(heads, 2, 2 * dim + 2, device="cuda")
+    pairs[..., -2] -= 2.0
+    pairs[..., -1] += 5.0  # some limits are reached
     return pairs
 
 

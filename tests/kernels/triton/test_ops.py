@@ -11,7 +11,7 @@ pytestmark = pytest.mark.interpret
 
 @pytest.mark.parametrize(
     "gate, softcap, own, pairs",
-    [("straight_through", 2.0, torch.zeros(4), torch.zeros(4, 1, 33)), ("kv", None, None, None)],
+    [("straight_through", 2.0, torch.zeros(4), torch.zeros(4, 1, 34)), ("kv", None, None, None)],
 )
 def test_fake_versions_describe_the_real_ones(make_inputs, gate, softcap, own, pairs):
     from sparsek_kernels.triton.ops import attention_op
@@ -28,7 +28,7 @@ def test_fake_versions_describe_the_real_ones(make_inputs, gate, softcap, own, p
 def test_compile_keeps_one_graph(make_inputs, has_stand_ins):
     inputs = make_inputs(30, heads=2, dim=16, dtype=torch.float32)
     if has_stand_ins:
-        inputs = [*inputs, torch.randn(2, 1, 33).requires_grad_()]
+        inputs = [*inputs, torch.randn(2, 1, 34).requires_grad_()]
 
     def step(q, k, v, scores, *pairs):
         more = {"stand_ins": pairs[0]} if pairs else {}

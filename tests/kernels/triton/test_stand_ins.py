@@ -15,9 +15,10 @@ BUDGET = dict(topk=(12, 5), window=8, sinks=2)
 
 
 def pairs(count: int, dim: int = DIM, heads: int = HEADS) -> torch.Tensor:
-    """[H, M, 2 D + 1] whose shares of the softmax are neither 0 nor 1."""
-    made = torch.randn(heads, count, 2 * dim + 1, generator=torch.Generator().manual_seed(5))
-    made[..., -1] -= 0.5
+    """[H, M, 2 D + 2] whose shares of the softmax are neither 0 nor 1."""
+    made = torch.randn(heads, count, 2 * dim + 2, generator=torch.Generator().manual_seed(5))
+    made[..., -2] -= 0.5
+    made[..., -1] += 2.5  # some limits are reached
     return made
 
 

@@ -157,7 +157,7 @@ def test_a_model_without_trained_ones_hardly_notices_them(sparse_model, ids):
     new = AutoModelForCausalLM.from_config(config).eval()
     for attention in models.sparsek_attentions(new):
         pairs = attention.scorer.stand_ins
-        assert (pairs[..., -1] == FAINT).all() and not pairs[..., :-1].any()
+        assert (pairs[..., -2] == FAINT).all() and not pairs[..., :-2].any()
 
 
 def test_what_was_loaded_stays_beside_a_scorer_s_missing_part(folder, model):

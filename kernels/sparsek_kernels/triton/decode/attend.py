@@ -22,23 +22,24 @@ def _with_stand_ins(
 ):  # fmt: skip
     """Sums [GROUP, DP] and totals [GROUP], over 2^highest, with stand-ins among what is summed.
 
-    rows: the queries [GROUP, DP]. pairs: [H, M, 2 D + 1]. missing: see `log2_missing`.
+    rows: the queries [GROUP, DP]. pairs: [H, M, 2 D + 2]. missing: see `log2_missing`.
     """
-    pair = (pairs + q_head * (M * (2 * D + 1)))[:, None] + d[None, :]
-    bias = pairs + q_head * (M * (2 * D + 1)) + 2 * D
+    pair = (pairs + q_head * (M * (2 * D + 2)))[:, None] + d[None, :]
+    bias = pairs + q_head * (M * (2 * D + 2)) + 2 * D
     there = tl.sum(real.to(tl.int32), 1) > 0
     for _ in tl.static_range(M):
         key = tl.load(pair, mask=real, other=0.0).to(tl.float32)
         value = tl.load(pair + D, mask=real, other=0.0).to(tl.float32)
-        logit = tl.sum(rows.to(tl.float32) * key, 1) * scale + missing
+        limit = tl.load(bias + 1, mask=there, other=0.0).to(tl.float32) * _LOG2_E
+        logit = tl.sum(rows.to(tl.float32) * key, 1) * scale + tl.minimum(missing, limit)
         logit += tl.load(bias, mask=there, other=0.0).to(tl.float32) * _LOG2_E
         top = tl.maximum(highest, logit)
         shrink, own = tl.exp2(highest - top), tl.exp2(logit - top)
         acc = acc * shrink[:, None] + own[:, None] * value
         whole = whole * shrink + own
         highest = top
-        pair += 2 * D + 1
-        bias += 2 * D + 1
+        pair += 2 * D + 2
+        bias += 2 * D + 2
     return acc, whole
 
 

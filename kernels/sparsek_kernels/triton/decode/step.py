@@ -55,7 +55,7 @@ def step(
 
     Args:
         q: [B, H, 1, D]. key, value: [B, G, 1, D]. score: [B, G, 1], any floating dtype.
-        slopes: [G] or None. softcap, sink_logits [H], stand_ins [H, M, 2 D + 1]: as in
+        slopes: [G] or None. softcap, sink_logits [H], stand_ins [H, M, 2 D + 2]: as in
             sparsek_attention.
         out: where to write if it is contiguous, and nobody compiles this; or None.
 

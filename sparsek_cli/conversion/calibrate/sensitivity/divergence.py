@@ -113,7 +113,7 @@ def chosen_attention(
     """Attention over the keys that the KV heads of a layer keep with this choice.
 
     Args:
-        stand_ins: [H, M, 2 D + 1], what stands in for the others; of layers that read these keys
+        stand_ins: [H, M, 2 D + 2], what stands in for the others; of layers that read these keys
             with queries of their own nothing does.
     """
 
