@@ -15,7 +15,8 @@ from sparsek_kernels.triton.geometry import Geometry, head_budgets
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, load_rows, sequence_at, strides, tile_of
 
-ROWS = 64  # queries that a program looks at together
+ROWS = 64  # queries that a program looks at together, at most
+TILE = 8192  # numbers of these in registers
 PARTS = 64  # programs of a query head that sum the gradient of its pairs
 _LOG2_E = tl.constexpr(LOG2_E)
 
@@ -162,9 +163,10 @@ def _stand_in_gradient(
 def _shared(given: StandIns, q: torch.Tensor, lists: KeyLists) -> dict:
     """What both kernels are compiled for."""
     dim = q.shape[3]
+    padded = max(16, triton.next_power_of_2(dim))
     return dict(
-        SIZE=lists.size, BQ=min(ROWS, lists.size), M=given.pairs.shape[1], D=dim,
-        DP=max(16, triton.next_power_of_2(dim)), LISTED=given.places is not None, num_warps=4,
+        SIZE=lists.size, BQ=min(ROWS, lists.size, TILE // padded), M=given.pairs.shape[1], D=dim,
+        DP=padded, LISTED=given.places is not None, num_warps=4,
     )  # fmt: skip
 
 
