@@ -7,9 +7,10 @@
 A base is converted once (calibrated on `--train`, at `--share` of `--length`) and trained for
 `--steps` by a recipe (small-3-all) on `--tune`, text that the base should not have read, with the
 words of each row. Measured are perplexity of windows of unseen novels and recall of 1, 4 and 16
-facts in phrasings that training asks and in others. "closed" is the share of the loss between a
-window of the same slots and dense attention, both as they were before training, that is gone on
-the last quarter of the windows. Some rows train dense attention and a plain window the same way:
+facts in phrasings that training asks and in others. A window that is trained alike has the
+conversion's stand-ins, as they are (`--convert stand_ins=false`: none). "closed" is the share of
+the loss between a window of the same slots and dense attention, both as they were before training,
+that is gone on the last quarter of the windows. Some rows train dense attention and a plain window the same way:
 "alike" is the share between those two, for the row that has their words. Others are calibrated
 again after training (`sparsek convert --again`) and measured once more, as "NAME, again"; `--again`
 names which, by default all. "NAME, dense self" is what was trained, attending densely. Rows `adapt`

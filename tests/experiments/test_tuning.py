@@ -43,7 +43,8 @@ def test_a_control_keeps_every_key_and_a_row_is_calibrated_again(novels, tmp_pat
     record = json.loads((tmp_path / "out" / "results.json").read_text())
     dense, window, own, control, trained, itself, again, told = record["rows"]
     assert told["row"] == "text 1e-4, again, told_and_asked"
-    assert itself["row"] == "text 1e-4, dense self" and itself["loss"] < trained["loss"]
+    assert itself["row"] == "text 1e-4, dense self"
+    assert itself["loss"] == pytest.approx(trained["loss"], abs=0.05)  # stand-ins learned the text
     assert [row["row"] for row in record["rows"][:3]] == ["dense", "window", "sparsek"]
     closed = (window["loss_last"] - own["loss_last"]) / (window["loss_last"] - dense["loss_last"])
     assert own["closed"] == pytest.approx(100 * closed)
