@@ -10,12 +10,13 @@ words of each row. Measured are perplexity of windows of unseen novels and recal
 facts in phrasings that training asks and in others. A window that is trained alike has the
 conversion's stand-ins, as they are (`--convert stand_ins=false`: none). "closed" is the share of
 the loss between a window of the same slots and dense attention, both as they were before training,
-that is gone on the last quarter of the windows. Some rows train dense attention and a plain window the same way:
-"alike" is the share between those two, for the row that has their words. Others are calibrated
-again after training (`sparsek convert --again`) and measured once more, as "NAME, again"; `--again`
-names which, by default all. "NAME, dense self" is what was trained, attending densely. Rows `adapt`
-are that recipe's words with one thing changed: what is minimised, or how scorers learn. With
-`--also 8` what is calibrated again is so at an eighth of the length, too ("NAME, again at 1/8").
+that is gone on the last quarter of the windows. Some rows train dense attention and a plain window
+the same way: "alike" is the share between those two, for the row that has their words. Others are
+calibrated again after training (`sparsek convert --again`) and measured once more, as "NAME,
+again"; `--again` names which, by default all. "NAME, dense self" is what was trained, attending
+densely. Rows `adapt` are that recipe's words with one thing changed: what is minimised, or how
+scorers learn. With `--also 8` what is calibrated again is so at an eighth of the length, too
+("NAME, again at 1/8").
 
 `--set` gives words to every row. OUT/results.json holds everything; the same command goes on where
 an earlier one stopped. `--smoke`: toy sizes. Time on one H100: about 60 s a row.
