@@ -17,6 +17,7 @@ import torch
 
 from sparsek_cli.conversion.calibrate import rows
 from sparsek_cli.conversion.calibrate.head_budgets.choice import Choice
+from sparsek_cli.conversion.calibrate.head_budgets.decide import worth
 from sparsek_cli.conversion.calibrate.head_budgets.held_out import HeldOut
 from sparsek_cli.conversion.calibrate.layer_search import LayerSearch
 from sparsek_cli.conversion.calibrate.recorded import Reading, Recorded
@@ -133,10 +134,8 @@ def judged(
     text, answers = map(float, search.whole.divergence(attend))
     without = {name: report[name] for name in ("text_loss", "answer_loss")}
     window = np.array([report["window_text_loss"], report["window_answer_loss"]])
-    recall = plan.calibration.recall
-    weights = np.array([1 - recall, recall]) / np.maximum(window, 1e-9)
-    lost = weights @ [text, answers]
-    if not lost < weights @ [*without.values()]:
+    weights = worth(plan, window)
+    if not weights @ [text, answers] < weights @ [*without.values()]:
         return None, {"stand_ins": {"text_loss": text, "answer_loss": answers, "taken": False}}
     taken = {"stand_ins": {"without": without, "taken": True}}
     return stand_ins, {"text_loss": text, "answer_loss": answers, **taken}

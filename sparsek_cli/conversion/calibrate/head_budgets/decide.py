@@ -95,8 +95,7 @@ class _Comparison:
     @property
     def nats(self) -> np.ndarray:
         """[2], what a nat of text and of answers counts."""
-        recall = self.plan.calibration.recall
-        return np.array([1 - recall, recall]) / np.maximum(self.window, 1e-9)
+        return worth(self.plan, self.window)
 
     def run(self, choices: list[Choice], name: str, answer_weight: float) -> None:
         """Measures a decision, unless it was measured: several weights may lead to one."""
@@ -145,6 +144,12 @@ class _Comparison:
 
     def _best(self, recall: float) -> int:
         return best_of(self.tried, self.window, recall)
+
+
+def worth(plan: Plan, window: np.ndarray) -> np.ndarray:
+    """[2], what a nat of text and of answers counts; `window`: what a plain one loses of both."""
+    recall = plan.calibration.recall
+    return np.array([1 - recall, recall]) / np.maximum(window, 1e-9)
 
 
 def _refine(compared: _Comparison, moved: list[np.ndarray]) -> bool:
