@@ -49,7 +49,7 @@ def slots(
             raise UsageError(
                 f"budget {budget} and topk {topk} are both given",
                 hint="a budget is sinks + topk + window: give one of the two, with or without a "
-                "window (topk=null drops a recipe's)",
+                "window (topk=null or budget=null drops a recipe's)",
             )
         tokens = budget if isinstance(budget, int) else int(context * Fraction(budget))
     window = window or max(1, min(_LARGEST_WINDOW, int(tokens * _SHARE_OF_WINDOW)))

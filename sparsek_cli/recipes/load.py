@@ -22,6 +22,22 @@ if TYPE_CHECKING:
 _TEXT_MISSED = ("string_type", "list_type")  # a list may be written as `a,b`
 WORD = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*=")
 
+BESIDE = 1  # the strength of flags and words
+
+
+class Place(str):
+    """Where a value was written, in words; `strength`: 0 in the recipe that was named.
+
+    One that it extends has -1, and so on.
+    """
+
+    strength: int
+
+    def __new__(cls, words: str, strength: int) -> "Place":
+        made = super().__new__(cls, words)
+        made.strength = strength
+        return made
+
 
 def load_recipe(
     model_cls: "type[Recipe]",
@@ -55,8 +71,7 @@ class Draft:
     def __init__(self, name_or_path: str | Path | None = None, *, verb: str | None = None):
         """Arguments as of `load_recipe`."""
         self._tree: dict[str, Any] = {}
-        self._origins: dict[Loc, str] = {}
-        self._beside: set[str] = set()  # keys that were given beside the file
+        self._origins: dict[Loc, Place] = {}
         if name_or_path is not None:
             self._tree, self._origins = read_recipe(find_recipe(name_or_path, verb=verb), verb=verb)
 
@@ -66,8 +81,7 @@ class Draft:
 
     def set(self, key: str, value: Any, origin: str) -> None:
         """Puts a value at "key" or "key.sub"; `origin` is named where it is refused."""
-        _assign(self._tree, self._origins, key, value, origin)
-        self._beside.add(key.partition(".")[0])
+        _assign(self._tree, self._origins, key, value, Place(origin, BESIDE))
 
     def words(self, overrides: Sequence[str]) -> "Draft":
         """Words "key.sub=value"."""
@@ -88,13 +102,28 @@ class Draft:
         """The recipe; raises UsageError for anything wrong with it."""
         from pydantic import ValidationError
 
-        weaker = getattr(model_cls, "gives_way", {}).items()
-        gone = {key for key, to in weaker if to in self._beside and key not in self._beside}
-        tree = {key: value for key, value in self._tree.items() if key not in gone}
+        tree = _without_weaker(self._tree, self._origins, getattr(model_cls, "gives_way", {}))
         try:
             return model_cls.model_validate(_settled(model_cls, tree))
         except ValidationError as error:
             raise explain(model_cls, error, self._origins) from error
+
+
+def _without_weaker(
+    tree: dict[str, Any], origins: Mapping[Loc, Place], gives_way: Mapping[str, str]
+) -> dict[str, Any]:
+    """The tree without what gives way to another key that was written in a stronger place."""
+    kept = dict(tree)
+    for key, to in gives_way.items():
+        if key not in tree or to not in tree:
+            continue
+        value, whole, against = tree[key], origins[(key,)], origins[(to,)].strength
+        if isinstance(value, dict):  # of keys that are no words the place is not known
+            places = {part: origins.get((key, part), whole) for part in value}
+            kept[key] = {part: value[part] for part in value if places[part].strength >= against}
+        elif whole.strength < against:
+            del kept[key]
+    return kept
 
 
 def _settled(model_cls: "type[BaseModel]", tree: dict[str, Any]) -> dict[str, Any]:
@@ -121,13 +150,14 @@ def _settled(model_cls: "type[BaseModel]", tree: dict[str, Any]) -> dict[str, An
 
 def read_recipe(
     file: Path, *, verb: str | None = None, seen: tuple[Path, ...] = ()
-) -> tuple[dict[str, Any], dict[Loc, str]]:
+) -> tuple[dict[str, Any], dict[Loc, Place]]:
     """`read_yaml` of a recipe over the one that it `extends`; mappings are merged key by key.
 
     Raises:
         UsageError: as read_yaml; or what it extends is not there, or extends it in turn.
     """
-    tree, origins = read_yaml(file)
+    tree, lines = read_yaml(file)
+    origins = {loc: Place(line, -len(seen)) for loc, line in lines.items()}
     parent = tree.pop("extends", None)
     if parent is None:
         return tree, origins
@@ -152,12 +182,12 @@ def read_recipe(
     return merged, places
 
 
-def _merge(into: dict, places: dict[Loc, str], over: dict, origins: dict[Loc, str], loc: Loc):
+def _merge(into: dict, places: dict[Loc, Place], over: dict, origins: dict[Loc, Place], loc: Loc):
     """Lays `over` on `into`, below `loc`."""
     for key, value in over.items():
         here = (*loc, key)
         if isinstance(value, dict) and isinstance(into.get(key), dict):
-            places[here] = origins[here]
+            places.update({here: origins[here]} if here in origins else {})  # 5: is no word
             _merge(into[key], places, value, origins, here)
             continue
         for below in [place for place in places if place[: len(here)] == here]:
@@ -175,7 +205,7 @@ def _parse_word(word: str) -> tuple[str, Any]:
     return key.replace("-", "_"), value
 
 
-def _assign(tree: dict, origins: dict[Loc, str], key: str, value: Any, origin: str) -> None:
+def _assign(tree: dict, origins: dict[Loc, Place], key: str, value: Any, origin: Place) -> None:
     *parents, last = key.split(".")
     here: Any = tree
     for depth, part in enumerate(parents):
@@ -198,7 +228,7 @@ def _assign(tree: dict, origins: dict[Loc, str], key: str, value: Any, origin: s
     _note(origins, loc, value, origin)
 
 
-def _note(origins: dict[Loc, str], loc: Loc, value: Any, origin: str) -> None:
+def _note(origins: dict[Loc, Place], loc: Loc, value: Any, origin: Place) -> None:
     """The place of a value and of all keys in it, by which a mistake is named."""
     origins[loc] = origin
     for key, part in value.items() if isinstance(value, dict) else ():

@@ -24,7 +24,8 @@ class EvaluateRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED_EVALUATE.items()}
-    # A key of a recipe's file, and the one that takes its place where it is given beside the file.
+    # A key, and the one that takes its place where that is written nearer: beside the file, or in
+    # a recipe that extends it.
     gives_way: ClassVar[dict[str, str]] = {"limits": "limit"}
 
     model: str | None = Field(
@@ -45,8 +46,8 @@ class EvaluateRecipe(BaseModel):
     limit: Count | None = Field(None, description="samples per task and length; default: all")
     limits: dict[str, Count] = Field(
         {},
-        description="samples of single tasks, before `limit`; one given beside the recipe's file "
-        "takes their place: {ppl: 2, recall_16: 16}",
+        description="samples of single tasks, before `limit`; one given beside the recipe's file, "
+        "or in a recipe that extends it, takes their place: {ppl: 2, recall_16: 16}",
     )
     lengths: list[Length] = Field(
         [], description="prompt lengths in tokens, for tasks that can be made at any length"

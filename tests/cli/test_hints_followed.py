@@ -29,8 +29,12 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
         "8"],
     ),
     "two-sizes-null": (
-        [*CONVERT, "--recipe", "{eight}", "--budget", "16"], "(topk=null) drops a recipe's", ["+",
+        [*CONVERT, "--recipe", "{eight}", "--budget", "16"], "(topk=null) or", ["+",
         r"\1"],
+    ),
+    "two-sizes-null-budget": (
+        ["convert", "{good}", "{out}", "--recipe", "tiny", "topk=8", "calibrate_length=null", DRY],
+        "(budget=null) drops a recipe's", ["+", r"\1"],
     ),
     "exists": (
         ["convert", "{good}", "{there}", *CONVERT[3:]], "add --overwrite", ["+", "--overwrite"],

@@ -270,6 +270,7 @@ def test_extends_lays_a_recipe_over_another(tmp_path):
         ("extends: mine\n", "extends: base\n", "base.yaml:1: 'mine' extends this recipe in turn"),
         ("", "extends: [base]\n", "mine.yaml:1: 'extends' should be a recipe's name"),
         ("", "extends: nobody\n", "no recipe 'nobody'"),
+        ("5: {a: 1}\n", "extends: base\n5: {b: 1}\n", "Keys should be strings, not 5"),
     ],
 )
 def test_mistakes_of_extending_are_named_where_they_stand(tmp_path, base, mine, error):

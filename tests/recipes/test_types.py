@@ -292,6 +292,22 @@ def test_a_limit_beside_a_recipe_takes_the_place_of_those_of_its_tasks(tmp_path)
     assert limits == [(8, {"ppl": 2}), (1, {}), (1, {}), (1, {"ppl": 3})]
 
 
+def test_a_limit_in_a_recipe_takes_the_place_of_those_in_what_it_extends(tmp_path):
+    """`extends: tiny` and `limit: 1` measured as many samples as tiny says of each task."""
+    (tmp_path / "base.yaml").write_text("limit: 8\nlimits: {ppl: 2, recall_1: 2}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base\nlimit: 1\n")
+    (tmp_path / "own.yaml").write_text("extends: base\nlimit: 1\nlimits: {ppl: 3}\n")
+    (tmp_path / "part.yaml").write_text("extends: mine\nlimits: {ppl: 4}\n")
+    (tmp_path / "less.yaml").write_text("extends: base\nlimits: {ppl: 5}\n")
+    made = [load_recipe(EvaluateRecipe, tmp_path / f"{n}.yaml") for n in ("mine", "own", "part")]
+    assert [(one.limit, one.limits) for one in made] == [(1, {}), (1, {"ppl": 3}), (1, {"ppl": 4})]
+    assert load_recipe(EvaluateRecipe, tmp_path / "less.yaml").limits == {"ppl": 5, "recall_1": 2}
+    words = ["limits.ppl=6", "limit=7"]
+    for said in (words, words[::-1]):
+        made = load_recipe(EvaluateRecipe, tmp_path / "base.yaml", said)
+        assert (made.limit, made.limits) == (7, {"ppl": 6})
+
+
 def test_a_length_beside_that_of_a_recipe_says_how_to_drop_it():
     with pytest.raises(UsageError, match="not several .steps=null drops a recipe's"):
         load_recipe(FinetuneRecipe, "lora", ["epochs=1"], verb="finetune")
