@@ -93,6 +93,8 @@ def check_one_rope(config: Mapping[str, Any]) -> None:
     taken = {"rope_theta": 10_000.0} | {k: v for k, v in config.items() if k in _BESIDE} | {**read}
     kinds = ("rope_type", "type")
     lost = [k for k, v in within.items() if k not in kinds and taken.get(k) != v]
+    if rope_type(within) not in ("default", rope_type(read)):
+        lost += [k for k in kinds if k in within]
     if lost:
         nested = isinstance(within[lost[0]], Mapping)
         raise UsageError(

@@ -12,6 +12,7 @@ from sparsek_cli.families import TABLE
 from sparsek_cli.families.causal import check_alone
 from sparsek_cli.families.original_length import check_original
 from sparsek_cli.families.positions import check_one_rope
+from sparsek_cli.families.rope_beside import check_beside
 from sparsek_cli.families.rotary_base import check_base
 from sparsek_cli.model_folder.not_a_model import no_config
 
@@ -81,6 +82,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
     _check_attention(config, name)
     check_one_rope(config)
     check_base(config)
+    check_beside(config)
     check_original(config)
     _check_dtype(config, name)
 

@@ -30,6 +30,7 @@ from sparsek_cli.families.layers import full_layers
 from sparsek_cli.families.original_length import check_original
 from sparsek_cli.families.positions import check_one_rope
 from sparsek_cli.families.remote_code import REMOTE_CODE_FILE, remote_code_text
+from sparsek_cli.families.rope_beside import check_beside
 from sparsek_cli.families.rotary_base import check_base
 from sparsek_cli.recipes.limits import MOST_SLOTS, MOST_UNITS
 
@@ -290,7 +291,7 @@ class SparseKConfigMixin:
             config_dict.get("sparsek"), f"'{name}'" if name else f"a {cls.model_type} model"
         )
         given = {key: kwargs[key] for key in _LOOKED_AT if key in kwargs}
-        for check in (check_one_rope, check_base, check_original, check_alone):
+        for check in (check_one_rope, check_base, check_beside, check_original, check_alone):
             check({**config_dict, **given})
         return super().from_dict(config_dict, **kwargs)
 
