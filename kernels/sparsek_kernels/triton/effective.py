@@ -8,6 +8,7 @@ from torch import Tensor
 from sparsek_kernels.scores import LARGEST
 from sparsek_kernels.triton.documents.tables import document_at
 from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.launch import launch
 
 BLOCK = 1024  # tokens of a program
 _LARGEST = tl.constexpr(LARGEST)
@@ -95,7 +96,8 @@ def effective_scores(scores: Tensor, slopes: Tensor | None, shape: Geometry) -> 
     """
     batch, heads, tokens = scores.shape
     effective = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
-    _effective_scores[(triton.cdiv(tokens, BLOCK), batch * heads)](
+    launch(
+        _effective_scores, (triton.cdiv(tokens, BLOCK), batch * heads),
         scores, slopes, shape.sequences, effective, *_documents(shape), heads, tokens,
         *scores.stride(), SLOPED=slopes is not None, PACKED=shape.packed, BLOCK=BLOCK,
         num_warps=4, enable_fp_fusion=False,
@@ -129,7 +131,8 @@ def effective_gradients(
         d_scores = d_scores.transpose(1, 2)
     sloped, blocks = slopes is not None, triton.cdiv(tokens, BLOCK)
     parts = effective.new_empty((batch, heads, blocks)) if sloped else None
-    _effective_gradients[(blocks, batch * heads)](
+    launch(
+        _effective_gradients, (blocks, batch * heads),
         grad.contiguous(), effective, shape.sequences, d_scores, parts, *_documents(shape), heads,
         tokens, *d_scores.stride(), SLOPED=sloped, PACKED=shape.packed, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

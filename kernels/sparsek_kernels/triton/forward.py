@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import (
     GATES,
@@ -172,7 +173,8 @@ def attend_forward(
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     grid, per_tile, per_group = query_grid(geometry, lists, config)
     dim = q.shape[3]
-    _attend[grid](
+    launch(
+        _attend, grid,
         q, k, v, out, lse,
         end if gate_scores is None else gate_scores, end if tau is None else tau,
         end, geometry.sequences, lists.tiles, lists.offsets, lists.counts, lists.keys,

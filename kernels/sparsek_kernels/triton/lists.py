@@ -18,6 +18,7 @@ import triton.language as tl
 
 from sparsek_kernels.triton.documents.tables import tile_tables
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.tiles import sequence_at
 
 SUPER_TILE = 1024  # queries of the tiles that the backward pass walks key by key
@@ -173,8 +174,9 @@ def _ever_selected(end: torch.Tensor, window: int, geometry: Geometry) -> KeyLis
     kept_ends = torch.empty_like(kept)
     counts = torch.empty(rows, 2, dtype=torch.int32, device=device)
     grid = (blocks, rows)
-    _count_kept[grid](end, block_counts, keys, blocks, window, BLOCK=BLOCK, num_warps=4)
-    _compact[grid](
+    launch(_count_kept, grid, end, block_counts, keys, blocks, window, BLOCK=BLOCK, num_warps=4)
+    launch(
+        _compact, grid,
         end, block_counts, kept, kept_ends, counts, keys, blocks, window,
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
@@ -229,7 +231,8 @@ def _lists_of_size(end, runs, topk, window, sinks, geometry, size, parent, keep_
     ends = torch.empty_like(keys) if keep_ends else None
     made = KeyLists(size, tiles, offsets, counts, keys, ends, room.capacity, room.first)
     above = parent or made
-    _build[(tiles.shape[0], geometry.heads)](
+    launch(
+        _build, (tiles.shape[0], geometry.heads),
         end, geometry.sequences, tiles, offsets, counts, keys, keys if ends is None else ends,
         above.first, above.offsets, above.counts, above.keys,
         above.keys if above.ends is None else above.ends, run_start, run_stop,

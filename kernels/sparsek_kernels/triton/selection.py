@@ -24,6 +24,7 @@ import triton.language as tl
 
 from sparsek_kernels.triton.documents.tables import segment_tables
 from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets, ragged_index
+from sparsek_kernels.triton.launch import launch
 
 CHUNK = 64  # ranks resolved by one program
 BUCKETS = 256  # position buckets of the histogram
@@ -211,8 +212,15 @@ def rank_order(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, 
     order = descending_order(flat, geometry)
     short = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
     rank = torch.empty_like(short)
-    _invert[(triton.cdiv(flat.numel(), 1024),)](
-        order, short, rank, flat.numel(), BLOCK=1024, num_warps=4
+    launch(
+        _invert,
+        (triton.cdiv(flat.numel(), 1024),),
+        order,
+        short,
+        rank,
+        flat.numel(),
+        BLOCK=1024,
+        num_warps=4,
     )
     return short, rank
 
@@ -241,7 +249,8 @@ def selection_ends(
     masks = [None if mask is None else mask.expand(scores.shape) for mask in (always, never)]
     # Views, so that a mask of all rows or heads is read where it stands.
     strides = [(0, 0) if mask is None else mask.stride()[:2] for mask in masks]
-    _sort_out[(triton.cdiv(keys, 1024), batch * heads)](
+    launch(
+        _sort_out, (triton.cdiv(keys, 1024), batch * heads),
         scores, *(scores if mask is None else mask for mask in masks), flat, end, heads, keys,
         *strides[0], *strides[1],
         ALWAYS=always is not None, NEVER=never is not None, BLOCK=1024, num_warps=4,
@@ -260,18 +269,22 @@ def _resolve(scores, topk, window, geometry, end) -> None:
     device = scores.device
     table = torch.zeros(count, BUCKETS, dtype=torch.int32, device=device)
     bound = torch.empty(count, dtype=torch.int32, device=device)
-    _histogram[(count,)](
-        order, chunks, segments, table, shift, CHUNK=CHUNK, BUCKETS=BUCKETS, num_warps=4
-    )
-    _running_sum[(segments.shape[0], BUCKETS // 32)](
-        table, lines, BLOCK=64, WIDTH=32, BUCKETS=BUCKETS, num_warps=4
-    )
-    _boundaries[(count,)](
+    launch(
+        _histogram, (count,),
+        order, chunks, segments, table, shift, CHUNK=CHUNK, BUCKETS=BUCKETS, num_warps=4,
+    )  # fmt: skip
+    launch(
+        _running_sum, (segments.shape[0], BUCKETS // 32),
+        table, lines, BLOCK=64, WIDTH=32, BUCKETS=BUCKETS, num_warps=4,
+    )  # fmt: skip
+    launch(
+        _boundaries, (count,),
         rank, chunks, segments, table, bound, shift,
         CHUNK=CHUNK, BUCKETS=BUCKETS, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     scratch = torch.empty(count, CHUNK, dtype=torch.int32, device=device)
-    _ends[(count,)](
+    launch(
+        _ends, (count,),
         order, rank, scores, chunks, segments, bound, scratch, end, geometry.keys, window,
         CHUNK=CHUNK, BLOCK=1024, num_warps=4,
     )  # fmt: skip

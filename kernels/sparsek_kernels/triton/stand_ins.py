@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, load_rows, sequence_at, strides, tile_of
 
@@ -187,7 +188,8 @@ def join_stand_ins(
     """
     options = _shared(given, q, lists)
     count = lists.tiles.shape[0] * (lists.size // options["BQ"])
-    _join_stand_ins[(count, q.shape[1])](
+    launch(
+        _join_stand_ins, (count, q.shape[1]),
         q, out, lse, given.pairs, *_tables(given, lists, shape), *strides(q), *strides(out),
         shape.heads, shape.group, shape.queries, shape.keys, given.extra, scale * LOG2_E, **options,
     )  # fmt: skip
@@ -206,7 +208,8 @@ def stand_in_gradient(
     count = lists.tiles.shape[0] * (lists.size // options["BQ"])
     parts = min(PARTS, count)
     sums = torch.empty(parts, *given.pairs.shape, dtype=torch.float32, device=q.device)
-    _stand_in_gradient[(parts, q.shape[1])](
+    launch(
+        _stand_in_gradient, (parts, q.shape[1]),
         q, do, dq, lse, delta, given.pairs, sums, *_tables(given, lists, shape),
         *strides(q), *strides(do), *strides(dq),
         shape.heads, shape.group, shape.queries, shape.keys, given.extra, scale, count, **options,

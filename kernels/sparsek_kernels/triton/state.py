@@ -16,6 +16,7 @@ from sparsek_kernels.quantization import quantize
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.selection import FOREVER
 from sparsek_kernels.triton.short.ends import short_ends
 from sparsek_kernels.triton.short.limits import is_short
@@ -211,7 +212,8 @@ def next_state(
     held = (pool.keys, pool.values, *held_scales, pool.positions, pool.scores, pool.seen)
     parts = triton.cdiv(layout.width, ROWS)
     scratch = torch.empty(state.batch, heads, parts * ROWS, dtype=torch.int32, device=device)
-    _leave_state[(state.batch, heads, parts)](
+    launch(
+        _leave_state, (state.batch, heads, parts),
         end, effective, shape.sequences, head_budgets(layout.topk, device),
         first_slots(layout, device), scratch,
         end if keys.positions is None else keys.positions,

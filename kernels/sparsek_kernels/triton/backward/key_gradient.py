@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import (
     GATES,
@@ -308,8 +309,9 @@ def key_gradient(
     run_start, run_stop = runs or (end, end)
     dim = q.shape[3]
 
-    def launch(grid, tiles, size, is_window, first_tile=0, tile_step=1):
-        _key_gradient[grid](
+    def add(grid, tiles, size, is_window, first_tile=0, tile_step=1):
+        launch(
+            _key_gradient, grid,
             q, k, v, do, lse, delta, dk, dv, lse if sums is None else sums,
             end if gate_scores is None else gate_scores, end if tau is None else tau,
             run_start, run_stop,
@@ -326,7 +328,7 @@ def key_gradient(
         )  # fmt: skip
 
     tiles = geometry.tiles(config.keys)
-    launch((tiles.shape[0], geometry.heads), tiles, config.keys, True)
+    add((tiles.shape[0], geometry.heads), tiles, config.keys, True)
     parts = -(-lists.capacity // config.keys)
     count = lists.tiles.shape[0]
     if parts and deterministic:
@@ -335,7 +337,7 @@ def key_gradient(
         step = count // items
         for place in range(step):
             grid = (parts, items, geometry.heads)
-            launch(grid, lists.tiles, lists.size, False, first_tile=place, tile_step=step)
+            add(grid, lists.tiles, lists.size, False, first_tile=place, tile_step=step)
     elif parts:
-        launch((parts, count, geometry.heads), lists.tiles, lists.size, False)
+        add((parts, count, geometry.heads), lists.tiles, lists.size, False)
     return dk, dv, sums

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import (
     GATES,
@@ -183,7 +184,8 @@ def query_gradient(
     grid, per_tile, per_group = query_grid(geometry, lists, config)
     run_start, run_stop = runs or (end, end)
     dim = q.shape[3]
-    _query_gradient[grid](
+    launch(
+        _query_gradient, grid,
         q, k, v, do, lse, delta, dq, lse if row_sum is None else row_sum,
         end if gate_scores is None else gate_scores, end if tau is None else tau,
         run_start, run_stop,

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.tiles import (
     load_rows,
     strides,
@@ -32,7 +33,8 @@ def row_products(out: torch.Tensor, do: torch.Tensor) -> torch.Tensor:
     batch, heads, queries, dim = out.shape
     delta = torch.empty(batch, heads, queries, dtype=torch.float32, device=out.device)
     rows = 64
-    _delta[(triton.cdiv(queries, rows), batch * heads)](
+    launch(
+        _delta, (triton.cdiv(queries, rows), batch * heads),
         out, do, delta, *strides(out), *strides(do), heads, queries,
         ROWS=rows, D=dim, DP=max(16, triton.next_power_of_2(dim)), num_warps=4,
     )  # fmt: skip

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from sparsek_kernels.triton.documents.tables import document_at
 from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.running_sums import sum_between
 
 BLOCK = 1024  # keys of a program, and queries whose means are summed together
@@ -83,7 +84,8 @@ def interior_runs(
     rows, blocks, device = batch * heads, triton.cdiv(keys, BLOCK), scores.device
     starts, stops = torch.empty((2, *scores.shape), dtype=torch.int32, device=device)
     changes = torch.zeros(rows * (keys + blocks), dtype=torch.int32, device=device)
-    _interior_runs[(blocks, rows)](
+    launch(
+        _interior_runs, (blocks, rows),
         scores.contiguous(), tau, geometry.sequences, starts, stops, changes,
         geometry.count, geometry.count.bit_length(), keys, geometry.longest.bit_length(),
         window, sinks, PACKED=geometry.packed, BLOCK=BLOCK, num_warps=4,
@@ -150,11 +152,13 @@ def score_gradient(
     means = torch.empty(rows * keys, dtype=torch.float64, device=device)
     totals = torch.empty(rows * blocks, dtype=torch.float64, device=device)
     de = torch.empty(column_sum.shape, dtype=torch.float64, device=device)
-    _interior_means[(blocks, rows)](
+    launch(
+        _interior_means, (blocks, rows),
         row_sum, changes, means, totals, keys,
         GROUP=row_sum.shape[1] // heads, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
-    _less_means[(blocks, rows)](
-        column_sum, *runs, means, totals, de, keys, BLOCK=BLOCK, num_warps=4
-    )
+    launch(
+        _less_means, (blocks, rows),
+        column_sum, *runs, means, totals, de, keys, BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
     return de

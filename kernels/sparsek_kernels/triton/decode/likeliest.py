@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.overlap import launch_options, may_overlap
 
 _PART = 2048  # logits of a program
@@ -78,12 +79,14 @@ def likeliest(
     best = torch.empty(rows, parts, dtype=torch.int64, device=logits.device)
     words = torch.empty(rows, dtype=torch.int64, device=logits.device)
     overlap = may_overlap(logits.device)
-    best_of_parts[(parts, rows)](
+    launch(
+        best_of_parts, (parts, rows),
         logits, best, logits.stride(0), count, PART=_PART, WAITS=overlap, num_warps=4,
         **launch_options(overlap),
     )  # fmt: skip
     running, ends, pad = ending or (words, words, words)
-    best_of_all[(rows,)](
+    launch(
+        best_of_all, (rows,),
         best, words, running, ends, pad, parts, ends.numel(),
         PARTS=triton.next_power_of_2(parts), WAITS=overlap, num_warps=1,
         ENDS=0 if ending is None else triton.next_power_of_2(ends.numel()),

@@ -18,6 +18,7 @@ from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.decode.attend import JOINED_NUMBERS, attend_slots, splits_of
 from sparsek_kernels.triton.decode.insert import insert
 from sparsek_kernels.triton.decode.one_launch import insert_and_attend
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.overlap import are_states_at_rest, launch_options, may_overlap
 from sparsek_kernels.triton.tiles import LOG2_E, cap_of, dot_precision
 
@@ -178,7 +179,8 @@ def _one_launch(
     padded = max(16, triton.next_power_of_2(dim))
     splits, tile, blocks = _cut(layout.width, group, padded, q.element_size())
     part_out, part_lse, out = _sums(q, splits, out)
-    insert_and_attend[(splits, groups, batch)](
+    launch(
+        insert_and_attend, (splits, groups, batch),
         given.q, *given.token, *given.held, given.rows, given.table,
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
         q if stand_ins is None else stand_ins,
@@ -218,7 +220,8 @@ def _two_launches(
     groups, group = layout.heads, q_heads // layout.heads
     # How many programs of a head have arrived, and the place of its token.
     arrived = torch.empty(2, batch, groups, dtype=torch.int32, device=q.device)
-    insert[(batch, groups)](
+    launch(
+        insert, (batch, groups),
         *given.held, given.rows, given.table, arrived, *given.token,
         *given.strides, *given.held_strides, groups, sinks, window,
         D=dim, DP=triton.next_power_of_2(dim), BLOCK=_scanned(layout), **given.flags,
@@ -228,7 +231,8 @@ def _two_launches(
     splits, split_slots = splits_of(layout, batch, group, padded)
     part_out, part_lse, out = _sums(q, splits, out)
     slots, flags = given.held[:5], {name: given.flags[name] for name in ("QUANTIZED", "POOLED")}
-    attend_slots[(splits, groups, batch)](
+    launch(
+        attend_slots, (splits, groups, batch),
         given.q, *slots, seen, given.rows, given.table,
         part_out, part_lse, arrived, out, q if sink_logits is None else sink_logits,
         q if stand_ins is None else stand_ins,

@@ -15,6 +15,7 @@ from sparsek_kernels.rows import document_lengths
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.effective import effective_score
 from sparsek_kernels.triton.geometry import SEQUENCE_FIELDS, Geometry, head_budgets
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.tiles import load_rows, rows_of
 
 ROWS = 32  # keys that a program copies
@@ -280,7 +281,8 @@ def list_documents(
     held_scales = (pool.key_scale, pool.value_scale) if quantized else (pool.scores,) * 2
     held = (pool.keys, pool.values, *held_scales, pool.positions, pool.scores)
     seen = pool.seen
-    _list_documents[(documents * blocks + triton.cdiv(n, ROWS), heads)](
+    launch(
+        _list_documents, (documents * blocks + triton.cdiv(n, ROWS), heads),
         *held, seen, seen if rows is None else rows, seen if fresh is None else fresh,
         cu_seqlens.to(device).contiguous(), head_budgets(layout.topk, device), starts,
         k, v, scores, scores if slopes is None else slopes,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparsek_kernels.triton.launch import launch
+
 BLOCK = 1024  # lines of a table that a program makes together
 
 
@@ -46,9 +48,10 @@ def sequence_table(bounds: Tensor) -> Tensor:
     count = bounds.shape[0] - 1
     sequences = torch.empty(count, 6, dtype=torch.int32, device=bounds.device)
     if count:
-        _sequence_table[(triton.cdiv(count, BLOCK),)](
-            bounds, sequences, count, BLOCK=BLOCK, num_warps=8
-        )
+        launch(
+            _sequence_table, (triton.cdiv(count, BLOCK),),
+            bounds, sequences, count, BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
     return sequences
 
 
@@ -101,7 +104,8 @@ def segment_tables(
     segments = torch.empty(count, 3, dtype=torch.int32, device=device)
     chunks = torch.empty(total, 2, dtype=torch.int32, device=device)
     lines = torch.empty(count + 1, dtype=torch.int32, device=device)
-    _segment_tables[(max(1, triton.cdiv(total, BLOCK)),)](
+    launch(
+        _segment_tables, (max(1, triton.cdiv(total, BLOCK)),),
         sequences, budgets, segments, lines, chunks,
         count, budgets.shape[0], row_keys, total, count.bit_length(),
         CHUNK=chunk, BLOCK=BLOCK, num_warps=8,
@@ -164,7 +168,8 @@ def tile_tables(
     tiles = torch.empty(total, 2, dtype=torch.int32, device=device)
     offsets = torch.empty(total * heads + 1, dtype=torch.int64, device=device)
     first, stops = torch.empty(2, count, dtype=torch.int32, device=device)
-    _tile_tables[(1,)](
+    launch(
+        _tile_tables, (1,),
         sequences, most, tiles, offsets, first, stops, count, heads, total, size, window,
         count.bit_length(), BLOCK=BLOCK, num_warps=8,
     )  # fmt: skip
@@ -205,7 +210,8 @@ def segments_in_order(
     """[numbers] row * S + document of each number's key; order: int64 [numbers], see geometry."""
     segment = torch.empty(order.shape, dtype=dtype, device=order.device)
     count = sequences.shape[0]
-    _segments_in_order[(triton.cdiv(order.numel(), BLOCK),)](
+    launch(
+        _segments_in_order, (triton.cdiv(order.numel(), BLOCK),),
         order, sequences, segment, order.numel(), count, row_keys, per_key, count.bit_length(),
         BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

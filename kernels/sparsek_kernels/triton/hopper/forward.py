@@ -36,6 +36,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     within,
 )
 from sparsek_kernels.triton.hopper.work import programs, rows_of, work_of
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, empty_rows, needs_wide_index, strides
 
@@ -330,7 +331,8 @@ def attend_forward(
     bq = ROWS // packed_heads
     columns = lists.tiles.shape[0] * (lists.size // bq)
     tiles = columns * geometry.heads * (group // packed_heads)
-    _attend_hopper[(programs(tiles, q.device),)](
+    launch(
+        _attend_hopper, (programs(tiles, q.device),),
         q, k, v, out, lse,
         end, geometry.sequences, lists.tiles, lists.offsets, lists.counts, lists.keys,
         *strides(q), *strides(k), *strides(v), *strides(out),

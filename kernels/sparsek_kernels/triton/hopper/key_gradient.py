@@ -34,6 +34,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     sequence_at,
     thread_sums,
 )
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
 
@@ -312,8 +313,9 @@ def key_gradient(
         sums = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
     run_start, run_stop = runs or (end, end)
 
-    def launch(grid, tiles, is_window, first_tile=0, tile_step=1):
-        _key_gradient_hopper[grid](
+    def add(grid, tiles, is_window, first_tile=0, tile_step=1):
+        launch(
+            _key_gradient_hopper, grid,
             q, k, v, do, lse, delta, dk, dv, lse if sums is None else sums,
             run_start, run_stop,
             end, geometry.sequences, tiles, lists.offsets, lists.counts, lists.keys,
@@ -326,7 +328,7 @@ def key_gradient(
         )  # fmt: skip
 
     tiles = geometry.tiles(KEYS)
-    launch((tiles.shape[0], geometry.heads), tiles, True)
+    add((tiles.shape[0], geometry.heads), tiles, True)
     # One more, because front and back of a list are split apart.
     parts = triton.cdiv(lists.capacity, KEYS) + 1 if lists.capacity else 0
     count = lists.tiles.shape[0]
@@ -335,7 +337,7 @@ def key_gradient(
         together = 1 if geometry.packed else geometry.batch
         step = count // together
         for place in range(step):
-            launch((parts, together, geometry.heads), lists.tiles, False, place, step)
+            add((parts, together, geometry.heads), lists.tiles, False, place, step)
     elif parts:
-        launch((parts, count, geometry.heads), lists.tiles, False)
+        add((parts, count, geometry.heads), lists.tiles, False)
     return dk, dv, sums

@@ -33,6 +33,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     thread_sums,
     within,
 )
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, empty_rows, needs_wide_index, strides
 
@@ -277,7 +278,8 @@ def query_gradient(
     group, packed_heads = geometry.group, heads_of_tile(geometry.group)
     bq = ROWS // packed_heads
     grid = (lists.tiles.shape[0] * (lists.size // bq), geometry.heads * (group // packed_heads))
-    _query_gradient_hopper[grid](
+    launch(
+        _query_gradient_hopper, grid,
         q, k, v, do, lse, delta, dq, lse if row_sum is None else row_sum,
         run_start, run_stop,
         end, geometry.sequences, lists.tiles, lists.offsets, lists.counts, lists.keys,

@@ -8,6 +8,7 @@ import triton
 from torch.nn import functional as F
 from triton.runtime import driver
 
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.linears import kernel, norms, segments
 from sparsek_kernels.triton.linears.scores import add_hidden
 from sparsek_kernels.triton.linears.shapes import FASTER_IN_TORCH, Shape, rows_class, shape_of
@@ -135,7 +136,8 @@ def _like(x: torch.Tensor, *shape: int) -> torch.Tensor:
 
 def _add_hidden(scores, hidden, scorer: Scorer, overlap: bool) -> None:
     heads = scores.shape[1]
-    add_hidden[(scores.shape[0],)](
+    launch(
+        add_hidden, (scores.shape[0],),
         scores, hidden, scorer.out_weight, heads, scorer.width,
         G=triton.next_power_of_2(heads), W=triton.next_power_of_2(scorer.width), WAITS=overlap,
         num_warps=4, **launch_options(overlap),
@@ -176,7 +178,8 @@ def _launch(
     cos, sin = (x, x) if turn is None else turn
     biased = biases[0] is not None
     width = 0 if scorer is None else scorer.width
-    kernel.linears[(sum(tiles) + heads + width,)](
+    launch(
+        kernel.linears, (sum(tiles) + heads + width,),
         x, x if norm is None else norm.weight, *weights,
         *(x if bias is None else bias for bias in biases), *outs,
         x if residual is None else residual, cos, sin,
@@ -198,7 +201,8 @@ def rms_norm(x: torch.Tensor, norm: Norm, *, overlap: bool = False) -> torch.Ten
     """The norm of x [M, K], in x's dtype."""
     out = _like(x, x.shape[1])
     columns = x.shape[1]
-    norms.normalise[(x.shape[0],)](
+    launch(
+        norms.normalise, (x.shape[0],),
         x, norm.weight, out, x.stride(0), norm.eps, K=columns,
         BK=min(_MOST_COLUMNS, triton.next_power_of_2(columns)), WAITS=overlap,
         num_warps=4, **launch_options(overlap),
@@ -223,7 +227,8 @@ def norm_rotate(
     """
     rows, q_heads, dim = q.shape
     cos, sin = turn
-    norms.turn_heads[(rows, q_heads + k.shape[1])](
+    launch(
+        norms.turn_heads, (rows, q_heads + k.shape[1]),
         q, k, q_norm, k_norm, cos, sin, q_heads, k.shape[1],
         cos.stride(0) if cos.shape[0] > 1 else 0, eps, D=dim,
         HALF=triton.next_power_of_2(dim // 2), WAITS=overlap, num_warps=1,

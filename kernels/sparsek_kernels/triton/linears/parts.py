@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.launch import launch
+
 PARTS = 3  # of 8 bits each: all 24 of a float32
 _PARTS = tl.constexpr(PARTS)
 _BLOCK = 1024
@@ -25,5 +27,6 @@ def bf16_parts(x: torch.Tensor) -> torch.Tensor:
     x = x.contiguous()
     parts = torch.empty(PARTS * x.shape[0], x.shape[1], dtype=torch.bfloat16, device=x.device)
     numbers = x.numel()
-    _cut_in_parts[(triton.cdiv(numbers, _BLOCK),)](x, parts, numbers, BLOCK=_BLOCK, num_warps=4)
+    grid = (triton.cdiv(numbers, _BLOCK),)
+    launch(_cut_in_parts, grid, x, parts, numbers, BLOCK=_BLOCK, num_warps=4)
     return parts

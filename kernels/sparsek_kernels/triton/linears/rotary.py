@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.overlap import may_overlap
 
 _TURN = tl.constexpr(0.15915494309189535)  # 1 / (2 pi)
@@ -60,7 +61,8 @@ def rotary(
     """
     rows, half = positions.shape[0], frequencies.shape[0]
     cos, sin = torch.empty(2, rows, 2 * half, dtype=dtype, device=positions.device)
-    turns[(rows,)](
+    launch(
+        turns, (rows,),
         positions, frequencies, cos, sin, positions.stride(0), half, scaling,
         HALF=triton.next_power_of_2(half), BEGINS=may_overlap(positions.device), num_warps=1,
     )  # fmt: skip

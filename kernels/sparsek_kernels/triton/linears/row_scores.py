@@ -4,11 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.launch import launch
+
 _AT_ONCE = 4096  # numbers of a row that a program holds
 
 
 @triton.jit
-def _score(x, x_s, weight, bias, scores, rows, K: tl.constexpr, BK: tl.constexpr):
+def _score(x, weight, bias, scores, x_s, rows, K: tl.constexpr, BK: tl.constexpr):
     """The score of one row and head: rows differ in nothing but their numbers."""
     row, head = tl.program_id(0), tl.program_id(1)
     x += row.to(tl.int64) * x_s
@@ -33,8 +35,9 @@ def row_scores(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> tor
     """
     rows, size = x.shape
     scores = torch.empty(weight.shape[0], rows, dtype=torch.float32, device=x.device)
-    _score[(rows, weight.shape[0])](
-        x, x.stride(0), weight, bias, scores, rows,
+    launch(
+        _score, (rows, weight.shape[0]),
+        x, weight, bias, scores, x.stride(0), rows,
         K=size, BK=min(_AT_ONCE, triton.next_power_of_2(size)), num_warps=4,
     )  # fmt: skip
     return scores

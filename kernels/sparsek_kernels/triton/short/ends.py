@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.short.blocks import (
     BLOCK,
     FOREVER_,
@@ -163,14 +164,16 @@ def short_ends(
     unread = end  # where there is none of a kind
     grid = (triton.cdiv(keys, BLOCK), batch * heads)
     found = geometry.count, geometry.count.bit_length(), heads, keys
-    order_blocks[grid](
+    launch(
+        order_blocks, grid,
         scores, scores if slopes is None else slopes, unread if positions is None else positions,
         sequences, ordered, unread if effective is None else effective, end,
         *scores.stride(), *found, sinks,
         SLOPED=slopes is not None, LISTED=positions is not None, STORED=effective is not None,
         PACKED=geometry.packed, BLOCK=BLOCK, MEETS=MEETS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    _ends_of_short[grid](
+    launch(
+        _ends_of_short, grid,
         ordered, sequences, head_budgets(tuple(topk), device), end, *found, window,
         PACKED=geometry.packed, BLOCK=BLOCK, BLOCKS=BLOCKS, num_warps=4,
     )  # fmt: skip

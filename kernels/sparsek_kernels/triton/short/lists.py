@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.lists import SUPER_TILE, KeyLists
 from sparsek_kernels.triton.tiles import sequence_at
 
@@ -134,7 +135,8 @@ def short_lists(
     lists = number * heads
     counts = torch.empty(lists, 2, dtype=torch.int32, device=device)
     keys = torch.empty(lists * room, dtype=torch.int32, device=device)
-    _list_short[(number, heads)](
+    launch(
+        _list_short, (number, heads),
         end, geometry.sequences, tiles, counts, keys,
         geometry.count, room, heads, geometry.keys, window,
         SIZE=size, RATIO=SUPER_TILE // size if size < SUPER_TILE < geometry.queries else 0,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.short.blocks import (
     BLOCK,
     MEETS,
@@ -252,8 +253,9 @@ def short_thresholds(
     grid = (triton.cdiv(keys, BLOCK), batch * heads)
     found = geometry.count, geometry.count.bit_length(), heads, keys
     options = dict(PACKED=geometry.packed, BLOCK=BLOCK, MEETS=MEETS, num_warps=4)
-    _sort_blocks[grid](e, sequences, ordered, *found, sinks, **options)
-    _thresholds_of_short[grid](
+    launch(_sort_blocks, grid, e, sequences, ordered, *found, sinks, **options)
+    launch(
+        _thresholds_of_short, grid,
         e, ordered, sequences, head_budgets(tuple(topk), device), tau, *found, window, sinks,
         BLOCKS=BLOCKS, **options,
     )  # fmt: skip

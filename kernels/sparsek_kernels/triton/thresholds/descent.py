@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets
+from sparsek_kernels.triton.launch import launch
 from sparsek_kernels.triton.running_sums import sum_between
 from sparsek_kernels.triton.thresholds.breakpoints import (
     arrange,
@@ -211,13 +212,15 @@ def prefix_thresholds(
 
     common = dict(PACKED=packed, num_warps=4)
     summed = dict(PACKED=packed, num_warps=max(4, sum_block // 256))  # 8 places to a thread
-    row_centres[(batch * heads,)](e, centres, row_keys, BLOCK=4096, num_warps=8)
-    breakpoints[(query_blocks,)](
+    launch(row_centres, (batch * heads,), e, centres, row_keys, BLOCK=4096, num_warps=8)
+    launch(
+        breakpoints, (query_blocks,),
         e, centres, values, geometry.sequences, first_keys, lengths, keys, row_keys,
         geometry.count, geometry.count.bit_length(), BLOCK=BLOCK, **common,
     )  # fmt: skip
     order = descending_order(values, geometry, per_key=2)
-    arrange[(blocks,)](
+    launch(
+        arrange, (blocks,),
         order, values, first_keys, lengths, here, ordered, sign, when,
         sums, counts, nodes, arrived, size, row_keys, sinks, BLOCK=BLOCK, **common,
     )  # fmt: skip
@@ -225,18 +228,21 @@ def prefix_thresholds(
     half = 1 << max(0, (2 * geometry.longest - 1).bit_length() - 1)
     while half >= leaf:
         running = (word_sums, mass_sums, words, masses)
-        _running[(sum_blocks,)](
+        launch(
+            _running, (sum_blocks,),
             here, ordered, sign, first_keys, lengths, *running, size, row_keys, half,
             SUMS=sum_block, **summed,
         )  # fmt: skip
-        _descend[(blocks + query_blocks,)](
+        launch(
+            _descend, (blocks + query_blocks,),
             here, moved, when, ordered, first_keys, lengths, *running,
             sums, counts, nodes, arrived, budgets, size, row_keys, heads, half, blocks,
             LEAF=leaf, SUMS=sum_block, BLOCK=BLOCK, **common,
         )  # fmt: skip
         here, moved = moved, here
         half //= 2
-    _finish[(triton.cdiv(keys, 32),)](
+    launch(
+        _finish, (triton.cdiv(keys, 32),),
         e, order, when, ordered, sign, first_keys, lengths, centres,
         sums, counts, nodes, arrived, budgets, tau, keys, row_keys, heads, window, sinks,
         LEAF=leaf, BLOCK=32, WIDTH=32, **common,
