@@ -63,6 +63,8 @@ class Steps:
         from sparsek_cli.recipes.load import load_recipe
         from sparsek_cli.recipes.schema_convert import ConvertRecipe
 
+        if settings.get("calibrate") == "none":  # beside it the command refuses how to calibrate
+            settings = {key: settings[key] for key in settings if "calibrate_" not in key}
         settings, method = of_method(settings)
         words = [f"{key}={_yaml(value)}" for key, value in settings.items()]
         self._session.say(f"$ sparsek convert {base} {out} {' '.join(map(_quoted, words))}")

@@ -100,7 +100,8 @@ def calibration_size(
     if length <= budget:
         raise UsageError(
             f"sequences of {length} tokens fit into {budget} slots: nothing to choose from",
-            hint="give a smaller topk or window, a larger calibrate_length, or --calibrate none",
+            hint="give a smaller topk or window, a larger calibrate_length, or "
+            "--calibrate none and no calibrate_length",
         )
     if tokens is None:
         tokens = min(max(_ROWS_PER_FEATURE * sizes.hidden, _LEAST_TOKENS), _MOST_TOKENS)

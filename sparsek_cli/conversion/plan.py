@@ -54,6 +54,23 @@ def _check_words(recipe: ConvertRecipe) -> None:
         choose_dtype(recipe.dtype, choose_device(recipe.device))
 
 
+def _check_calibration(recipe: ConvertRecipe) -> None:
+    """How to calibrate is not said where there is no calibration.
+
+    `recall` may be: records write it down, also where it was not chosen.
+
+    Raises:
+        UsageError: it is.
+    """
+    for key in ConvertRecipe.gives_way if recipe.calibrate == "none" else ():
+        value = getattr(recipe, key)
+        if value is not None:
+            raise UsageError(
+                f"{key} {value} would count for nothing: calibrate is none",
+                hint=f"leave one of the two out ({key}=null drops a recipe's)",
+            )
+
+
 def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
     """Checks the request and its base checkpoint, and fills in what was left open.
 
@@ -70,6 +87,7 @@ def plan(recipe: ConvertRecipe, method: Method | None = None) -> Plan:
             "MODEL is missing", hint="name one, e.g. `sparsek convert tiny`; --list-models shows"
         )
     _check_words(recipe)
+    _check_calibration(recipe)
     base = find_gguf(recipe.model, recipe.revision) or hub.resolve(recipe.model, recipe.revision)
     config = base.config()
     again = recipe.again and is_converted(config)

@@ -21,7 +21,7 @@ from sparsek_cli.evaluation.settings import (
     rivals_of,
     samples_of,
 )
-from sparsek_cli.evaluation.tasks.catalogue import Entry, check_limits, expand
+from sparsek_cli.evaluation.tasks.catalogue import Entry, check_counted, check_limits, expand
 from sparsek_cli.evaluation.tasks.local_files import data_fingerprint
 from sparsek_cli.output.place import check_local, check_not_inside
 
@@ -61,6 +61,9 @@ class Plan:
     def text(self) -> str:
         """For a person."""
         lengths = ", ".join(f"{n:,}" for n in self.samples.lengths) or "each task's own"
+        whole = [entry.name for entry in self.entries if not entry.lengths]
+        if whole and self.samples.lengths:
+            lengths += f"; as long as the data: {', '.join(whole)}"
         budgets = ", ".join(map(str, self.rivals.budgets)) or "the checkpoint's own"
         samples = [f"{self.samples.limit or 'all'} per task and length"]
         samples += [
@@ -93,6 +96,7 @@ def plan(recipe: "EvaluateRecipe", *, resume: bool = False) -> Plan:
     """
     entries = expand(recipe.tasks)
     check_limits(recipe.limits, entries)
+    check_counted(recipe.lengths, recipe.text, entries)
     check_names(recipe.baselines)
     if recipe.model is None:
         raise UsageError("MODEL is missing", hint="name a folder, short name or hub id")

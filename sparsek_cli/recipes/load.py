@@ -112,10 +112,15 @@ class Draft:
 def _without_weaker(
     tree: dict[str, Any], origins: Mapping[Loc, Place], gives_way: Mapping[str, str]
 ) -> dict[str, Any]:
-    """The tree without what gives way to another key that was written in a stronger place."""
+    """The tree without what gives way to another key that was written in a stronger place.
+
+    Args:
+        gives_way: by key: the other one, "limit", or it with the value it must have, "limit=3".
+    """
     kept = dict(tree)
-    for key, to in gives_way.items():
-        if key not in tree or to not in tree:
+    for key, stronger in gives_way.items():
+        to, _, value_of_it = stronger.partition("=")
+        if key not in tree or to not in tree or value_of_it not in ("", str(tree[to])):
             continue
         value, whole, against = tree[key], origins[(key,)], origins[(to,)].strength
         if isinstance(value, dict):  # of keys that are no words the place is not known

@@ -34,6 +34,11 @@ class ConvertRecipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True)
     settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED_CONVERT.items()}
+    # They give way to a nearer `calibrate: none`; in one place with it they are refused.
+    gives_way: ClassVar[dict[str, str]] = {
+        "calibrate_tokens": "calibrate=none",
+        "calibrate_length": "calibrate=none",
+    }
 
     model: str | None = Field(None, description="folder, short name or hub id of the base model")
     out: str | None = Field(None, description="folder to write; default <name>-sparsek")

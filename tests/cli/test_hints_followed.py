@@ -56,7 +56,14 @@ CASES: dict[str, tuple[list[str], str, list[str]]] = {
     ),
     "nothing-to-choose": (
         [*CONVERT[:3], "--budget", "400", "--calibrate-length", "64", DRY],
-        "--calibrate none", ["+", "--calibrate", "none"],
+        "--calibrate none and no calibrate_length", [*CONVERT, "--budget", "400", DRY],
+    ),
+    "calibrate-none": (
+        [*CONVERT, "--calibrate-length", "64"], "leave one of the two out", CONVERT,
+    ),
+    "calibrate-none-null": (
+        ["convert", "{good}", "{out}", "calibrate=none", "calibrate_tokens=512", DRY],
+        "(calibrate_tokens=null)", ["+", r"\1"],
     ),
     "model": (
         ["convert", "tinny", "{out}", DRY], "did you mean '(.*?)'", ["convert", r"\1", "{out}",

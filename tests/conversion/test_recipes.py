@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import yaml
 
+from sparsek_cli.conversion.plan import plan
 from sparsek_cli.errors import UsageError
 from sparsek_cli.recipes.earlier_versions import SETTLED_CONVERT
 from sparsek_cli.recipes.load import load_recipe
@@ -101,3 +102,17 @@ def test_keys_that_ablations_settled_are_refused_with_what_to_do(tmp_path, block
 def test_settled_words_are_refused_too():
     with pytest.raises(UsageError, match="'method.scorer=linear': unknown key 'method.scorer'"):
         load_recipe(ConvertRecipe, None, ["method.scorer=linear"], {"model": "tiny"})
+
+
+def test_how_to_calibrate_gives_way_where_nothing_is_calibrated(dense_checkpoint, tmp_path):
+    """Beside `calibrate: none` it counted for nothing, without a word."""
+    base = {"model": str(dense_checkpoint()), "out": str(tmp_path / "out")}
+    (tmp_path / "r.yaml").write_text("calibrate_tokens: 512\ncalibrate_length: 64\ntopk: 16\n")
+    made = load_recipe(ConvertRecipe, tmp_path / "r.yaml", (), {**base, "calibrate": "none"})
+    assert (made.calibrate_tokens, made.calibrate_length, made.topk) == (None, None, 16)
+    assert plan(made).calibrate_tokens == 0
+    text = load_recipe(ConvertRecipe, tmp_path / "r.yaml", (), {**base, "calibrate": "auto"})
+    assert (text.calibrate_tokens, text.calibrate_length) == (512, 64)
+    beside = load_recipe(ConvertRecipe, None, ["calibrate=none", "calibrate_length=64"], base)
+    with pytest.raises(UsageError, match="calibrate_length 64 would count for nothing"):
+        plan(beside)

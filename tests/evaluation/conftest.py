@@ -149,13 +149,17 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture
 def recipe(checkpoints, data, tmp_path) -> Callable[..., Any]:
     """`recipe(**keys)`: an EvaluateRecipe on the converted model, small by default."""
+    from sparsek_cli.evaluation.tasks.catalogue import catalogue
     from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
+
+    def sized(tasks: list[str]) -> bool:
+        return any(name in catalogue() and catalogue()[name].lengths for name in tasks)
 
     def make(**keys: Any) -> Any:
         defaults = {
             "model": str(checkpoints[1]),
             "data": str(data),
-            "lengths": [LENGTH],
+            "lengths": [LENGTH] if sized(keys.get("tasks", ["ppl"])) else [],
             "limit": 4,
             "out": str(tmp_path / "out"),
             "device": "cpu",

@@ -81,8 +81,8 @@ def test_models_score_as_calibration_did(fit, dense_checkpoint, tmp_path, monkey
     plan = make_plan(recipe)
     found = search(plan, Console(quiet=True), fit)
     layers, choices = found.layers, found.choices
-    convert(make_plan(recipe.model_copy(update={"calibrate": "none"})),
-            Console(quiet=True))  # fmt: skip
+    neutral = {"calibrate": "none", "calibrate_tokens": None, "calibrate_length": None}
+    convert(make_plan(recipe.model_copy(update=neutral)), Console(quiet=True))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ids = torch.randint(3, 50, (2, 60))
     given, real = [], attention.sparsek_attention

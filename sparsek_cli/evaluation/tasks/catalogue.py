@@ -5,7 +5,7 @@ know before running (what is measured, at which lengths, which data, from where)
 tasks never imports the harness, which takes seconds.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import lru_cache
@@ -50,6 +50,11 @@ class Entry:
     @property
     def is_group(self) -> bool:
         return bool(self.members)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it takes `--text`, as its source then says."""
+        return "--text" in self.source
 
 
 @lru_cache(maxsize=1)
@@ -133,6 +138,28 @@ def check_limits(limits: Iterable[str], entries: Iterable[Entry]) -> None:
                 f"limits: '{name}' is not measured",
                 hint=f"did you mean '{near[0]}'?" if near else "name one of the tasks",
             )
+
+
+def check_counted(lengths: Sequence[int], text: Sequence[str], entries: Sequence[Entry]) -> None:
+    """Lengths and text that are asked for count for one task at least.
+
+    Raises:
+        UsageError: none of the tasks is made at a length, or from text.
+    """
+    names = entries[0].name + (f" and {len(entries) - 1} more" if len(entries) > 1 else "")
+    if lengths and not any(entry.lengths for entry in entries):
+        raise UsageError(
+            f"lengths: {', '.join(map(str, lengths))} would count for nothing, as prompts of "
+            f"{names} are as long as the data",
+            hint="leave --lengths out (lengths=[] drops a recipe's); `sparsek evaluate --list` "
+            "shows what has lengths",
+        )
+    if text and not any(entry.reads_text for entry in entries):
+        raise UsageError(
+            f"text: {', '.join(text)} would count for nothing, as {names} has other data",
+            hint="leave --text out (text=[] drops a recipe's); `sparsek evaluate --list` shows "
+            "what takes --text",
+        )
 
 
 def _told(settings: dict[str, Any]) -> str:

@@ -8,8 +8,10 @@ import pytest
 
 import sparsek_cli as sparsek
 from sparsek_cli.errors import UsageError
+from sparsek_cli.evaluation.plan import plan
 from sparsek_cli.evaluation.tasks.catalogue import catalogue, check_limits, expand
 from sparsek_cli.evaluation.tasks.listing import listing, listing_data
+from sparsek_cli.recipes.schema_evaluate import EvaluateRecipe
 
 
 def test_every_entry_says_what_a_reader_needs():
@@ -60,6 +62,36 @@ def test_limits_of_nothing_are_refused(checkpoints, name, says, hint):
 
 def test_limits_of_a_recipe_may_be_of_other_tasks():
     check_limits({"ppl": 2, "recall_16": 4, "gsm8k": 9}, expand(["recall_1"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says", "drop"),
+    [
+        (
+            {"tasks": ["scrolls_qasper"], "lengths": [64]},
+            "lengths: 64 would count",
+            {"lengths": []},
+        ),
+        ({"tasks": ["scrolls"], "lengths": [64, 128]}, "of scrolls_govreport and 6 more", {}),
+        ({"tasks": ["hellaswag"], "lengths": [64]}, "prompts of hellaswag are as long", {}),
+        ({"tasks": ["scrolls_qasper"], "text": ["a.txt"]}, "text: a.txt would", {"text": []}),
+        ({"tasks": ["longbench", "ruler_qa_squad"], "text": ["a.txt"]}, "text: a.txt would", {}),
+    ],
+)
+def test_what_no_task_takes_is_refused(checkpoints, settings, says, drop):
+    """It was ignored without a word."""
+    asked = EvaluateRecipe(model=str(checkpoints[1]), **settings)
+    with pytest.raises(UsageError, match=says) as refused:
+        plan(asked)
+    assert f"--{next(key for key in settings if key != 'tasks')}" in refused.value.hint
+    if drop:
+        assert plan(asked.model_copy(update=drop))
+
+
+def test_a_dry_run_says_which_tasks_take_no_length(checkpoints):
+    asked = EvaluateRecipe(model=str(checkpoints[1]), tasks=["ppl", "scrolls_qasper"], lengths=[64])
+    assert "lengths    64; as long as the data: scrolls_qasper\n" in plan(asked).text()
+    assert "as long" not in plan(asked.model_copy(update={"tasks": ["ppl"]})).text()
 
 
 def test_list_imports_nothing_heavy():
