@@ -25,7 +25,7 @@ from sparsek_cli.training.parameters import choose_parameters
 from sparsek_cli.training.run_sizes import Sizes, sizes_of
 from sparsek_cli.training.settings import Settings, settings_of
 from sparsek_cli.training.sharding import check_launch
-from sparsek_cli.training.storage.inputs import inputs_of
+from sparsek_cli.training.storage.inputs import as_it_began, computed, inputs_of
 from sparsek_cli.training.storage.output import check_scorers_apart
 from sparsek_cli.training.storage.resume import check_output, checkpoint_to_resume, part_folder
 
@@ -39,7 +39,7 @@ class Plan:
 
     Attributes:
         request: the recipe as plain data, for records. sizes: what follows from it.
-        inputs: hashes of what is read, which a continuation compares.
+        inputs: hashes of what is read, which a continuation compares, and where it is computed.
         settings: the request in parts, as what is below reads them.
         out: the folder to appear. source: where weights come from; None: random ones.
         tokenizer, texts, held_out: data, tokenized. device, bf16: where and how it is computed.
@@ -97,6 +97,9 @@ def plan(
     device = choose_device(recipe.device)
     check_launch(settings, cpu=device.type == "cpu")
     bf16 = choose_dtype(recipe.dtype, device) == torch.bfloat16
+    if resume:
+        auto = recipe.dtype == "auto"
+        bf16 = as_it_began(part_folder(out), device.type, bf16=bf16, auto=auto, say=reporter.say)
     tokenizer = _tokenizer(recipe.tokenizer, source)
     texts, held_out = load_texts(
         recipe.data, recipe.evaluation, tokenizer, reporter.say, seed=recipe.seed
@@ -119,7 +122,8 @@ def plan(
     choose_parameters(
         model, start.train, start.lora, shape_base=start.shapes_base, scorers=start.scorers
     )
-    request, inputs = recipe.model_dump(mode="json"), inputs_of(where, texts, held_out)
+    request = recipe.model_dump(mode="json")
+    inputs = {**inputs_of(where, texts, held_out), **computed(device.type, bf16=bf16)}
     _check_length(model, recipe.sequence_length, reporter)
     sizes = sizes_of(model, settings, texts, source, out, bf16)
     _warn_of_warmup(settings.rates.warmup_steps(sizes.steps), sizes.steps, reporter)

@@ -21,6 +21,8 @@ from sparsek_cli.errors import SparsekError, UsageError
 from sparsek_cli.reporter import Silent
 from sparsek_cli.termination import Terminated
 from sparsek_cli.training import run
+from sparsek_cli.training.plan import plan
+from sparsek_cli.training.storage.inputs import as_it_began
 from sparsek_cli.training.storage.resume import begun, check_output, part_folder, remove
 from sparsek_cli.training.trainer import SparsekTrainer
 
@@ -207,6 +209,35 @@ def test_another_text_or_model_is_not_resumed(recipe, sparse_checkpoint, tmp_pat
         finetune(made, resume=True)
     file.write_bytes(bytes_before)
     assert finetune(made, resume=True).steps == 4
+
+
+def test_on_another_device_a_run_goes_on_in_its_own_number_format(
+    recipe, sparse_checkpoint, tmp_path, interrupted
+):
+    """`dtype: auto` is bfloat16 on a GPU and float32 elsewhere: it changed format in silence."""
+    made = recipe("steps=4", "save_steps=2", model=sparse_checkpoint())
+    interrupted(made, 3)
+    file, heard = part_folder(tmp_path / "out") / "inputs.json", []
+    began = json.loads(file.read_text())
+    assert (began["device"], began["number format"]) == ("cpu", "float32")
+
+    class Heard(Silent):
+        def say(self, text=""):
+            heard.append(text)
+
+    assert not plan(made, Heard(), resume=True).bf16 and not any("run" in said for said in heard)
+    file.write_text(json.dumps({**began, "device": "cuda", "number format": "bfloat16"}))
+    heard.clear()
+    assert not as_it_began(file.parent, "cpu", bf16=False, auto=False, say=heard.append)
+    assert heard.pop().startswith("the run began on cuda and goes on on cpu, in float32")
+    planned = plan(made, Heard(), resume=True)
+    assert planned.bf16 and "dtype        bfloat16" in planned.text()
+    told = "the run began on cuda and goes on on cpu, in bfloat16"
+    assert any(said.startswith(told) for said in heard)
+    assert run.run(planned, Silent()).steps == 4
+    file.parent.mkdir()
+    file.write_text("[]")
+    assert not as_it_began(file.parent, "cpu", bf16=False, auto=True, say=heard.append)
 
 
 def test_scorers_resume_without_copying_the_base(recipe, sparse_checkpoint, tmp_path, interrupted):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,7 +16,41 @@ from sparsek_cli.data.corpus import Corpus
 from sparsek_cli.errors import UsageError
 from sparsek_cli.output.contents import RUN_INPUTS
 
+# Beside the hashes: where the run computed, and in which format. A continuation may be elsewhere.
+_DEVICE, _FORMAT = "device", "number format"
 _TOKENS = 1 << 22  # of a text that are looked at; of a longer one they lie evenly apart
+
+
+def computed(device: str, *, bf16: bool) -> dict[str, str]:
+    """What stands beside the hashes; `device`: cpu or cuda."""
+    return {_DEVICE: device, _FORMAT: _name(bf16)}
+
+
+def as_it_began(
+    part: Path, device: str, *, bf16: bool, auto: bool, say: Callable[[str], None]
+) -> bool:
+    """Whether the unfinished run in `part` goes on in bfloat16.
+
+    Args:
+        device: where it goes on. bf16: what its recipe's dtype means there.
+        auto: that is another format on another device, and half a run in each would be neither.
+        say: hears what is not as it was.
+    """
+    before = _read(part)
+    where, how = before.get(_DEVICE), before.get(_FORMAT)
+    kept = how if auto and how in (_name(True), _name(False)) else _name(bf16)
+    if where not in (None, device):
+        say(
+            f"the run began on {where} and goes on on {device}, in {kept}: sums are taken in "
+            "another order there, and random numbers are others"
+        )
+    elif kept != _name(bf16):
+        say(f"the run goes on in {kept}, as it began")
+    return kept == _name(True)
+
+
+def _name(bf16: bool) -> str:
+    return "bfloat16" if bf16 else "float32"
 
 
 def inputs_of(
@@ -41,16 +76,22 @@ def check_inputs(part: Path, now: Mapping[str, str]) -> None:
     Raises:
         UsageError: something is not what the unfinished run in `part` began with.
     """
-    try:
-        before = json.loads((part / RUN_INPUTS).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return  # of an earlier version, which did not write it
+    before = _read(part)
     for what, digest in now.items():
-        if isinstance(before, dict) and before.get(what) not in (None, digest):
+        if what not in (_DEVICE, _FORMAT) and before.get(what) not in (None, digest):
             raise UsageError(
                 f"{what} has changed since the unfinished run began",
                 hint=f"put {what} back as it was, or --overwrite to start over",
             )
+
+
+def _read(part: Path) -> dict[str, Any]:
+    """What was written; nothing, of an earlier version, which did not."""
+    try:
+        before = json.loads((part / RUN_INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return before if isinstance(before, dict) else {}
 
 
 def _of_text(corpus: Corpus) -> str:
