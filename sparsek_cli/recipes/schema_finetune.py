@@ -278,7 +278,9 @@ class FinetuneRecipe(Strict):
         how, own = self.scorer_training, self.scorer_training == "concurrent"
         if not (self.objective.lm or self.objective.distill or own):
             raise ValueError("has nothing to minimise: objective.lm and objective.distill are 0")
-        if self.train == "scorers" and how in ("refit", "frozen"):
+        if (
+            self.train == "scorers" and how == "frozen"
+        ):  # by refit stand-ins may learn: model by model
             raise ValueError(f"with train: scorers and scorer_training: {how} has nothing to train")
         if self.train == "lora" and not self.lora.scorers and how in ("refit", "concurrent"):
             raise ValueError(f"with scorer_training: {how} needs lora.scorers: true")

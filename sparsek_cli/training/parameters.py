@@ -38,7 +38,7 @@ def choose_parameters(
         PEFT's LoraModel for `train: lora` (it has put adapters into `model`), else None.
 
     Raises:
-        UsageError: scorers are to be trained and the model has none.
+        UsageError: scorers are to be trained and the model has none, or nothing in them learns.
     """
     tuner = None
     if train == "scorers" and not is_converted(model.config):
@@ -61,9 +61,16 @@ def choose_parameters(
         _set_shaping(model, shape_base)
     for name in _idle_scorers(model):
         model.get_parameter(name).requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not learning:
+        raise UsageError(
+            f"with train: {train} and scorer_training: {scorers} there is nothing to train: the "
+            "model has no stand-ins" + ("" if scorers == "refit" else " and selects nothing"),
+            hint="set train=all or train=lora; `sparsek convert MODEL OUT --again` fits scorers to "
+            "a model as it is, without training",
+        )
+    for parameter in learning:
+        parameter.data = parameter.data.float()
     return tuner
 
 

@@ -135,7 +135,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train=scorers", "scorer_training=refit"], "nothing to train"),
+        (["train=scorers", "scorer_training=frozen"], "nothing to train"),
         (["train=lora", "lora.scorers=false", "scorer_training=concurrent"], "lora.scorers"),
         (["scorer_training=concurrent", "compile=true"], "compile: false"),
     ],
@@ -151,3 +151,24 @@ def test_a_dense_model_has_no_scorers_to_train(recipe, dense_checkpoint, word):
         finetune(recipe("train=all", word, model=dense_checkpoint("llama")))
     instead = refused.value.hint.split(",")[0].removeprefix("set ")
     assert finetune(recipe("train=all", word, instead, model=dense_checkpoint("llama"))).steps == 3
+
+
+def test_stand_ins_alone_learn_while_scorers_are_fitted(
+    recipe, sparse_model, tokenizer, tmp_path, monkeypatch
+):
+    """It was refused as nothing to train, which is so where a model has none."""
+    monkeypatch.setattr(refit, "EVERY", 2)
+
+    def made(name, *words, **settings):
+        sparse_model("llama", window=8, **settings).save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        return recipe("train=scorers", *words, model=tmp_path / name)
+
+    for words, model in ((["scorer_training=refit"], {"topk": 8}), ([], {"topk": 0})):
+        with pytest.raises(UsageError, match="nothing to train: the model has no stand-ins"):
+            finetune(made("none", *words, **model))
+    words = ("scorer_training=refit", "keep_better=false")
+    assert finetune(made("some", *words, topk=8, stand_ins=1)).steps == 3
+    before, after = (load_file(tmp_path / n / "model.safetensors") for n in ("some", "out"))
+    moved = {name.split(".scorer.")[-1] for name in after if not after[name].equal(before[name])}
+    assert moved == {"weight", "bias", "stand_ins"}
