@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,8 @@ from sparsek_cli.reporter import Silent
 
 if TYPE_CHECKING:
     from sparsek_cli.conversion.calibrate.method import Method
+
+VARIANTS = ("outputs", "prefix_gates")  # words of `finetune` that no recipe has
 
 
 class Steps:
@@ -24,7 +27,8 @@ class Steps:
     def finetune(self, recipe: str, out: Path, *words: str, model: Path | None = None) -> Any:
         """`sparsek finetune [MODEL] OUT --recipe RECIPE WORDS`; its Trained.
 
-        The word outputs=WEIGHT adds a loss that recipes do not have (variants/output_errors.py).
+        Two words are none of recipes: outputs=WEIGHT adds a loss (variants/output_errors.py), and
+        prefix_gates=STRENGTH puts scores into the softmax (variants/prefix_gates.py).
         """
         from experiments.variants.output_errors import OutputErrors
         from sparsek_cli.recipes.load import load_recipe
@@ -38,14 +42,14 @@ class Steps:
         self._session.say(f"$ sparsek finetune {places}{out} --recipe {recipe} {quoted}")
         flags = {"out": str(out), "overwrite": True}
         flags["model"] = None if model is None else str(model)
-        own = [word for word in every if not word.startswith("outputs=")]
-        weights = [float(word.partition("=")[2]) for word in every if word not in own]
+        words, more = of_variants(every)
         lines = _Lines(self._session)
-        planned = plan(load_recipe(FinetuneRecipe, recipe, own, flags, verb="finetune"), lines)
-        if weights:
-            losses = (partial(OutputErrors, weight=weights[-1]),)
+        planned = plan(load_recipe(FinetuneRecipe, recipe, words, flags, verb="finetune"), lines)
+        if "outputs" in more:
+            losses = (partial(OutputErrors, weight=more["outputs"]),)
             planned = replace(planned, settings=replace(planned.settings, layer_losses=losses))
-        result = run(planned, lines)
+        with gated(more):
+            result = run(planned, lines)
         self._session.say(
             f"{result.steps} steps, loss {result.loss:.4f}, {result.tokens_per_second:,.0f} "
             f"tokens/s, held-out {shown(result.start_loss)} -> {shown(result.held_out_loss)}"
@@ -77,6 +81,20 @@ class Steps:
             if line.startswith(("attention", "calibrated")):
                 self._session.say(line)
         return done
+
+
+def of_variants(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
+    """Words of a recipe, and the numbers of those that only variants know."""
+    split = {word: word.partition("=") for word in words}
+    more = {name: float(n) for name, _, n in split.values() if name in VARIANTS}
+    return [word for word in words if split[word][0] not in VARIANTS], more
+
+
+def gated(more: dict[str, float]) -> AbstractContextManager:
+    """Where models attend as they do in a run with these numbers of `of_variants`."""
+    from experiments.variants.prefix_gates import prefix_gates
+
+    return prefix_gates(more["prefix_gates"]) if "prefix_gates" in more else nullcontext()
 
 
 def of_method(settings: dict[str, Any]) -> tuple[dict[str, Any], "Method | None"]:

@@ -28,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments.steps import Steps
+from experiments.steps import Steps, gated, of_variants
 from experiments.suite import (
     WINDOW_SHARE,
     Suite,
@@ -50,6 +50,8 @@ COLUMNS = ("row", "closed", "alike", "ppl_last", "ppl", *SPLITS)
 FREE = ("rows", "again", "documents", "seconds", "out")
 CONTROLS = DENSE_CONTROL, WINDOW_CONTROL = " dense", " window"
 _AGAIN = ", again"
+# Rows that dense attention and calibration do not read as they were trained.
+_PREFIX_GATES = "prefix gates"
 _TEXT = ("objective.lm=1", "objective.distill=0")
 _MORE_TEXT = ("data.needles.weight=0.15", "data.copies.weight=0.05", "data.novels.weight=0.8")
 
@@ -92,6 +94,8 @@ ROWS |= {
     "adapt, refit": (*_ADAPT, "scorer_training=refit"),
     "adapt, gates": (*_ADAPT, "scorer_training=gates"),
     "adapt, log gates": (*_ADAPT, "scorer_training=gates", "sparsek.gate=log"),
+    "adapt, prefix gates": (*_ADAPT, "scorer_training=gates", "prefix_gates=1"),
+    "adapt, faint prefix gates": (*_ADAPT, "scorer_training=gates", "prefix_gates=0.1"),
     "adapt, one budget": (*_ADAPT, "budgets=[]"),
     "adapt, outputs first": (*_ADAPT, "outputs=1"),
     "adapt, dense steps": (*_ADAPT, _WITH_DENSE),
@@ -172,7 +176,7 @@ class Experiment:
         for name in self.given.rows:
             self.session.run(name, partial(self.row, name), needs=20)
             again = self.given.again is None or name in self.given.again
-            if again and not name.endswith(CONTROLS):
+            if again and not name.endswith((*CONTROLS, _PREFIX_GATES)):
                 for share in filter(None, (self.given.share, self.given.also)):
                     for kind in (None, *self.given.documents):
                         label = self.label(name, share, kind)
@@ -229,9 +233,10 @@ class Experiment:
             model=self.sparse,
         )  # fmt: skip
         model = load(out, self.device, self.dtype)
-        measured = self.suite.measure(model, OWN)
+        with gated(of_variants(words)[1]):
+            measured = self.suite.measure(model, OWN)
         self.add(name, words, measured, tokens_per_second=result.tokens_per_second)
-        if not name.endswith(CONTROLS):
+        if not name.endswith((*CONTROLS, _PREFIX_GATES)):
             self.add(f"{name}, dense self", words, self.suite.measure(model, DENSE))
 
     def label(self, name: str, share: int, documents: str | None) -> str:

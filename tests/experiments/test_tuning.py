@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from experiments import tuning
+from experiments.steps import of_variants
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 
 
 @pytest.mark.parametrize("name", tuning.ROWS)
 def test_every_row_is_a_recipe_and_every_control_has_a_row(name):
-    words = [word for word in tuning.ROWS[name] if not word.startswith("outputs=")]
+    words, _ = of_variants(tuning.ROWS[name])
     words.append("data.novels.files=x")
     assert load_recipe(FinetuneRecipe, "small-3-all", words, verb="finetune").train == "all"
     for kind in (" dense", " window"):
