@@ -8,7 +8,7 @@ from torch import Tensor
 from sparsek_kernels.scores import LARGEST
 from sparsek_kernels.triton.documents.tables import document_at
 from sparsek_kernels.triton.geometry import Geometry
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 
 BLOCK = 1024  # tokens of a program
 _LARGEST = tl.constexpr(LARGEST)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from sparsek_kernels.triton.documents.tables import tile_tables
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.tiles import sequence_at
 
 SUPER_TILE = 1024  # queries of the tiles that the backward pass walks key by key

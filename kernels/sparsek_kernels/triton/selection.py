@@ -24,7 +24,7 @@ import triton.language as tl
 
 from sparsek_kernels.triton.documents.tables import segment_tables
 from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets, ragged_index
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 
 CHUNK = 64  # ranks resolved by one program
 BUCKETS = 256  # position buckets of the histogram

@@ -16,7 +16,7 @@ from sparsek_kernels.quantization import quantize
 from sparsek_kernels.scores import effective_scores
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.geometry import Geometry, head_budgets
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.selection import FOREVER
 from sparsek_kernels.triton.short.ends import short_ends
 from sparsek_kernels.triton.short.limits import is_short

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("triton")
 
 import triton.language as tl
-from sparsek_kernels.triton import launch as module
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches import launch as module
+from sparsek_kernels.triton.launches.launch import launch
 from triton.runtime.jit import JITFunction
 
 

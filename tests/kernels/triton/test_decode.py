@@ -8,7 +8,7 @@ from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.decode import attend
 from sparsek_kernels.triton.decode import step as steps
 from sparsek_kernels.triton.decode.likeliest import likeliest
-from sparsek_kernels.triton.overlap import states_at_rest
+from sparsek_kernels.triton.launches.overlap import states_at_rest
 from state_pool import strided_pool
 
 pytestmark = pytest.mark.interpret
@@ -172,7 +172,7 @@ def test_large_heads_and_many_rows_take_two(monkeypatch, rows, heads, dim, dtype
 
 
 def test_states_are_at_rest_only_where_it_is_promised():
-    from sparsek_kernels.triton.overlap import are_states_at_rest
+    from sparsek_kernels.triton.launches.overlap import are_states_at_rest
 
     assert not are_states_at_rest()
     with states_at_rest():

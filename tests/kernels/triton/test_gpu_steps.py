@@ -10,7 +10,7 @@ from sparsek_kernels.state import SparseKState
 from sparsek_kernels.triton import linears
 from sparsek_kernels.triton.decode import step
 from sparsek_kernels.triton.decode.likeliest import likeliest
-from sparsek_kernels.triton.overlap import states_at_rest
+from sparsek_kernels.triton.launches.overlap import states_at_rest
 
 pytestmark = pytest.mark.gpu
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.tiles import (
     load_rows,
     strides,

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from sparsek_kernels.triton.documents.tables import document_at
 from sparsek_kernels.triton.geometry import Geometry
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.running_sums import sum_between
 
 BLOCK = 1024  # keys of a program, and queries whose means are summed together

@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.launch import launch
-from sparsek_kernels.triton.overlap import launch_options, may_overlap
+from sparsek_kernels.triton.launches.launch import launch
+from sparsek_kernels.triton.launches.overlap import launch_options, may_overlap
 
 _PART = 2048  # logits of a program
 _NAN = tl.constexpr(0x7FFFFFFF)

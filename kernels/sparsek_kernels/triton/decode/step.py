@@ -18,8 +18,8 @@ from sparsek_kernels.state import SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.decode.attend import JOINED_NUMBERS, attend_slots, splits_of
 from sparsek_kernels.triton.decode.insert import insert
 from sparsek_kernels.triton.decode.one_launch import insert_and_attend
-from sparsek_kernels.triton.launch import launch
-from sparsek_kernels.triton.overlap import are_states_at_rest, launch_options, may_overlap
+from sparsek_kernels.triton.launches.launch import launch
+from sparsek_kernels.triton.launches.overlap import are_states_at_rest, launch_options, may_overlap
 from sparsek_kernels.triton.tiles import LOG2_E, cap_of, dot_precision
 
 # A layer of up to so many rows took 43 to 59 % less by one launch on an H200; of 16 rows, more.

@@ -15,7 +15,7 @@ from sparsek_kernels.rows import document_lengths
 from sparsek_kernels.state import EMPTY, SlotLayout, SparseKState, StateRows
 from sparsek_kernels.triton.effective import effective_score
 from sparsek_kernels.triton.geometry import SEQUENCE_FIELDS, Geometry, head_budgets
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.tiles import load_rows, rows_of
 
 ROWS = 32  # keys that a program copies

@@ -34,7 +34,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     sequence_at,
     thread_sums,
 )
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, needs_wide_index, strides
 

@@ -33,7 +33,7 @@ from sparsek_kernels.triton.hopper.tiles import (
     thread_sums,
     within,
 )
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.lists import KeyLists
 from sparsek_kernels.triton.tiles import LOG2_E, empty_rows, needs_wide_index, strides
 

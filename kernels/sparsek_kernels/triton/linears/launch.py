@@ -8,11 +8,11 @@ import triton
 from torch.nn import functional as F
 from triton.runtime import driver
 
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
+from sparsek_kernels.triton.launches.overlap import launch_options, may_overlap
 from sparsek_kernels.triton.linears import kernel, norms, segments
 from sparsek_kernels.triton.linears.scores import add_hidden
 from sparsek_kernels.triton.linears.shapes import FASTER_IN_TORCH, Shape, rows_class, shape_of
-from sparsek_kernels.triton.overlap import launch_options, may_overlap
 
 MOST_ROWS = 16
 _SCORE_COLUMNS = 1024

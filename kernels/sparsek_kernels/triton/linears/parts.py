@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 
 PARTS = 3  # of 8 bits each: all 24 of a float32
 _PARTS = tl.constexpr(PARTS)

@@ -7,6 +7,7 @@ before the one before it has ended (WAITS), each way asks for its first weights 
 import triton
 import triton.language as tl
 
+from sparsek_kernels.triton.launches.overlap import LINE, to_cache
 from sparsek_kernels.triton.linears.inputs import (
     inputs,
     norm_part,
@@ -15,7 +16,6 @@ from sparsek_kernels.triton.linears.inputs import (
     raw_inputs,
     rounded,
 )
-from sparsek_kernels.triton.overlap import LINE, to_cache
 
 TOGETHER = tl.constexpr(8)  # products that a thread adds up before they join a sum
 

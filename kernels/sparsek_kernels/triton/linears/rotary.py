@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from sparsek_kernels.triton.launch import launch
-from sparsek_kernels.triton.overlap import may_overlap
+from sparsek_kernels.triton.launches.launch import launch
+from sparsek_kernels.triton.launches.overlap import may_overlap
 
 _TURN = tl.constexpr(0.15915494309189535)  # 1 / (2 pi)
 _CIRCLE = tl.constexpr(6.283185307179586)

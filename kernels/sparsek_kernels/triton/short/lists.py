@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.lists import SUPER_TILE, KeyLists
 from sparsek_kernels.triton.tiles import sequence_at
 

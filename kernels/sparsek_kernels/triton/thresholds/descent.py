@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets
-from sparsek_kernels.triton.launch import launch
+from sparsek_kernels.triton.launches.launch import launch
 from sparsek_kernels.triton.running_sums import sum_between
 from sparsek_kernels.triton.thresholds.breakpoints import (
     arrange,

@@ -97,7 +97,7 @@ class FusedModules:
         A step begins with an embedding, which torch launches: it waits for all before it, so that
         states are at rest between two steps of theirs.
         """
-        from sparsek_kernels.triton.overlap import states_at_rest
+        from sparsek_kernels.triton.launches.overlap import states_at_rest
 
         for module, forward in self._forwards:
             module.__dict__["forward"] = forward
