@@ -29,6 +29,11 @@ from sparsek_cli.recipes.scalars import (
 )
 from sparsek_cli.recipes.schema_sources import Evaluation, Source, Strict
 
+# What to do where a run is asked for them, as convert may be.
+_STAND_INS = (
+    "`sparsek convert` fits them, with --again to a model that was trained from random weights; a "
+    "model that has them trains them"
+)
 Kept = Annotated[StrictInt, Field(ge=0, le=MOST_SLOTS)]
 
 
@@ -121,7 +126,10 @@ class Launch(Strict):
 class FinetuneRecipe(Strict):
     """Everything `sparsek finetune` does, in one mapping."""
 
-    settled: ClassVar[dict[str, str]] = {key: hint for key, (_, hint) in SETTLED_FINETUNE.items()}
+    settled: ClassVar[dict[str, str]] = {
+        **{key: hint for key, (_, hint) in SETTLED_FINETUNE.items()},
+        **dict.fromkeys(("stand_ins", "sparsek.stand_ins"), _STAND_INS),
+    }
 
     model: str | None = Field(None, description="folder, short name or hub id to start from")
     out: str | None = Field(None, description="folder to write; default <name>-finetuned")

@@ -15,6 +15,8 @@ from sparsek_cli.models import (
     sparsek_attentions,
     sparsek_config_from,
 )
+from sparsek_cli.recipes.load import load_recipe
+from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 from sparsek_cli.training import refit_scorers as refit
 from sparsek_cli.training.budgets import DrawnBudgets, scaled
 
@@ -143,6 +145,14 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 def test_what_says_nothing_is_refused(recipe, words, message):
     with pytest.raises(UsageError, match=message):
         recipe(*words)
+
+
+@pytest.mark.parametrize("key", ["stand_ins", "sparsek.stand_ins"])
+@pytest.mark.parametrize("base", ["scratch-llama", "lora"])
+def test_stand_ins_are_convert_s_to_fit(key, base):
+    with pytest.raises(UsageError, match=f"unknown key '{key}'") as refused:
+        load_recipe(FinetuneRecipe, base, [f"{key}=1"], verb="finetune")
+    assert "`sparsek convert` fits them, with --again" in refused.value.hint
 
 
 @pytest.mark.parametrize("word", ["scorer_training=frozen", "budgets=[4]"])
