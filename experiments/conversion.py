@@ -34,6 +34,7 @@ from experiments.steps import Steps
 from experiments.suite import (
     WINDOW_SHARE,
     Suite,
+    conversion_words,
     load,
     recall_text,
     share_closed,
@@ -157,7 +158,7 @@ class Experiment:
                     say.run(name, partial(self.tune, recipe, share), needs=30)
             if "small-3-all" in recipes:
                 name = f"small-3-all of a window at 1/{shares[0]}"
-                say.run(name, partial(self.tune_window, shares[0]), needs=30)
+                say.run(name, partial(self.tune_window, base, shares[0]), needs=30)
         print(self.session.table(COLUMNS), flush=True)
         self.session.say(f"wrote {self.out / 'results.json'}")
 
@@ -214,23 +215,17 @@ class Experiment:
 
     def convert(self, base: Path, share: int) -> None:
         """Calibrated scorers at length / share slots; all policies on the same weights."""
-        length = self.scale.length
-        window = int(length // share * WINDOW_SHARE)
-        self.steps.convert(
-            base,
-            self.folder(share),
-            {
-                "topk": length // share - window - SINKS,
-                "window": window,
-                "sinks": SINKS,
-                "calibrate": self.given.train[0],
-                "calibrate_length": length,
-                "calibrate_tokens": self.scale.calibrate_tokens,
-                "device": self.device.type,
-            },
-        )
+        self.steps.convert(base, self.folder(share), self.request(share))
         policies = POLICIES if share == self.given.shares[0] else POLICIES[1:]
         self.compare("calibrated", self.folder(share), share, policies)
+
+    def request(self, share: int) -> dict[str, Any]:
+        """Words of `sparsek convert`."""
+        slots = self.scale.length // share
+        return conversion_words(
+            slots, window=WINDOW_SHARE, sinks=SINKS, calibrate=self.given.train[0],
+            length=self.scale.length, tokens=self.scale.calibrate_tokens, device=self.device.type,
+        )  # fmt: skip
 
     def tune(self, recipe: str, share: int) -> None:
         """Trains the conversion and measures it; with all weights trained, densely too."""
@@ -242,13 +237,14 @@ class Experiment:
         )  # fmt: skip
         self.compare(name, out, share, ("sparsek",) if name == "scorers" else ("sparsek", DENSE))
 
-    def tune_window(self, share: int) -> None:
-        """What the same training does for a plain window at the same slots."""
-        slots = self.scale.length // share
-        out = self.folder(share).with_name(f"{self.folder(share).name}-window")
+    def tune_window(self, base: Path, share: int) -> None:
+        """What the same training does for a plain window, without stand-ins, at the same slots."""
+        slots, name = self.scale.length // share, self.folder(share).name
+        bare = self.steps.bare(base, self.out / f"{name}-bare", self.request(share))
+        out = self.out / f"{name}-window"
         self.steps.finetune(
             "small-3-all", out, self.files, *self.limits("small-3-all"), *self.words,
-            "sparsek.topk=0", f"sparsek.window={slots - SINKS}", model=self.folder(share),
+            "sparsek.topk=0", f"sparsek.window={slots - SINKS}", model=bare,
         )  # fmt: skip
         self.compare("all, as window", out, share, ("sparsek",))
 

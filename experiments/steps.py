@@ -82,6 +82,11 @@ class Steps:
                 self._session.say(line)
         return done
 
+    def bare(self, base: Path, out: Path, settings: dict[str, Any]) -> Path:
+        """`convert` without calibration: what a window trains, which has no stand-ins."""
+        self.convert(base, out, settings | {"calibrate": "none"})
+        return out
+
 
 def of_variants(words: Sequence[str]) -> tuple[list[str], dict[str, float]]:
     """Words of a recipe, and the numbers of those that only variants know."""

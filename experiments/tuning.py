@@ -7,11 +7,11 @@
 A base is converted once (calibrated on `--train`, at `--share` of `--length`) and trained for
 `--steps` by a recipe (small-3-all) on `--tune`, text that the base should not have read, with the
 words of each row. Measured are perplexity of windows of unseen novels and recall of 1, 4 and 16
-facts in phrasings that training asks and in others. A window that is trained alike has the
-conversion's stand-ins, as they are (`--convert stand_ins=false`: none). "closed" is the share of
-the loss between a window of the same slots and dense attention, both as they were before training,
-that is gone on the last quarter of the windows. Some rows train dense attention and a plain window
-the same way: "alike" is the share between those two, for the row that has their words. Others are
+facts in phrasings that training asks and in others. "closed" is the share of the loss between a
+window of the same slots and dense attention, both as they were before training, that is gone on the
+last quarter of the windows. Some rows train dense attention and a plain window the same way:
+"alike" is the share between those two, for the row that has their words. No window has stand-ins,
+trained or not: one that is trained starts from a conversion of its own ("bare"). Others are
 calibrated again after training (`sparsek convert --again`) and measured once more, as "NAME,
 again"; `--again` names which, by default all. "NAME, dense self" is what was trained, attending
 densely. Rows `adapt` are that recipe's words with one thing changed: what is minimised, or how
@@ -29,14 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.steps import Steps, gated, of_variants
-from experiments.suite import (
-    WINDOW_SHARE,
-    Suite,
-    load,
-    recall_text,
-    share_closed,
-    with_tokenizer,
-)
+from experiments.suite import WINDOW_SHARE, Suite, load, recall_text, share_closed, with_tokenizer
 from sparsek_cli.benchmarks.session import Session, arguments
 from sparsek_cli.conversion.calibrate.method import DOCUMENTS
 from sparsek_cli.devices import choose_device, choose_dtype
@@ -134,13 +127,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=96, help="of each kind and number")
     parser.add_argument("--again", nargs="*", metavar="NAME", help="rows to calibrate again")
     parser.add_argument(
-        "--documents",
-        nargs="*",
-        choices=DOCUMENTS,
-        default=[],
-        metavar="KIND",
+        "--documents", nargs="*", choices=DOCUMENTS, default=[], metavar="KIND",
         help="further kinds to calibrate again with, see calibrate/method.py",
-    )
+    )  # fmt: skip
     parser.add_argument("--also", type=int, metavar="N", help="calibrate again at 1/N, too")
     parser.add_argument("--convert", nargs="+", default=[], metavar="WORD", help="for converting")
     parser.add_argument("--set", nargs="+", default=[], metavar="WORD", help="for every row")
@@ -225,12 +214,19 @@ class Experiment:
             self.add(f"window{self.at(self.given.also)}", (), measured)
         return True
 
+    def start_of(self, name: str) -> Path:
+        """What a row trains: the conversion, or, for a window, one without stand-ins."""
+        if not name.endswith(WINDOW_CONTROL):
+            return self.sparse
+        settings = self.budget(self.given.share) | self.calibration()
+        return self.steps.bare(self.base, self.session.folder / "bare", settings)
+
     def row(self, name: str) -> None:
         words, out = ROWS[name], self.folder(name)
         result = self.steps.finetune(
             self.given.recipe, out, f"data.novels.files={json.dumps(self.given.tune)}",
             f"steps={self.given.steps}", *words, *self.given.set, *self.attention(name),
-            model=self.sparse,
+            model=self.start_of(name),
         )  # fmt: skip
         model = load(out, self.device, self.dtype)
         with gated(of_variants(words)[1]):

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments import tuning
-from experiments.steps import of_variants
+from experiments.steps import Steps, of_variants
 from sparsek_cli.recipes.load import load_recipe
 from sparsek_cli.recipes.schema_finetune import FinetuneRecipe
 
@@ -31,6 +33,20 @@ def test_a_row_is_compared_with_controls_of_its_words():
     assert [row.get("alike") for row in rows] == [
         pytest.approx(80.0), None, None, None, pytest.approx(90.0)
     ]  # fmt: skip
+
+
+def test_a_window_is_trained_without_stand_ins(two_layers, tmp_path):
+    """It had those of the conversion, which the windows that it is compared with have not."""
+    experiment = tuning.Experiment.__new__(tuning.Experiment)
+    experiment.session = SimpleNamespace(folder=tmp_path, say=print)
+    experiment.given = SimpleNamespace(
+        train="x", length=512, share=16, tokens=4096, convert=["cache_dtype=int8"]
+    )
+    experiment.base, experiment.sparse = Path(two_layers), tmp_path / "sparse"
+    experiment.device, experiment.steps = torch.device("cpu"), Steps(experiment.session, [])
+    assert experiment.start_of("adapt") == experiment.start_of("adapt dense") == tmp_path / "sparse"
+    block = json.loads((experiment.start_of("adapt window") / "config.json").read_text())["sparsek"]
+    assert "stand_ins" not in block["scorer"] and block["cache_dtype"] == "int8"
 
 
 @pytest.mark.slow
