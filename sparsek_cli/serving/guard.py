@@ -7,6 +7,7 @@ Left alone it loads whatever model a client names (`/load_model`), and drops the
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from functools import wraps
 from typing import Any
@@ -22,6 +23,8 @@ Send = Callable[[Message], Awaitable[None]]
 _ASKED = (CHAT, TEXT, RESPONSES)
 _OPEN = (*_ASKED, "/v1/models", "/health")
 LARGEST = 64 << 20  # bytes of a request
+# How the server tells a stream of a failure: the message stands in quotes, its own as they are.
+_FAILURE = re.compile(rb'^data: \{"error": "(.*)"\}\n\n\Z', re.DOTALL | re.MULTILINE)
 
 
 class Guard:
@@ -42,8 +45,16 @@ class Guard:
         if path not in _OPEN:
             await _refuse(send, 404, f"there is no {path}", "")
             return
-        if path not in _ASKED or scope["method"] != "POST":
+        takes = ("POST",) if path in _ASKED else ("GET", "HEAD")
+        if scope["method"] not in (*takes, "OPTIONS"):  # by which browsers ask what they may do
+            await _refuse(send, 405, f"{path} takes {takes[0]}, not {scope['method']}", "")
+            return
+        if scope["method"] != "POST":
             await self._app(scope, receive, send)
+            return
+        if not (kind := _kind(scope)).endswith(("/json", "+json")):
+            wrong = f"content-type is {kind or 'not given'}, and application/json is taken"
+            await _refuse(send, 415, wrong, "")
             return
         content = await _content(receive)
         if content is None:
@@ -60,7 +71,28 @@ class Guard:
         if wrong is not None:
             await _refuse(send, 400, *wrong)
             return
-        await self._app(*_with(scope, receive, json.dumps(settled(path, body)).encode()), send)
+        given = _with(scope, receive, json.dumps(settled(path, body)).encode())
+        await self._app(*given, _readable(send))
+
+
+def _kind(scope: Message) -> str:
+    """What the request says that its body is; "" where it says nothing."""
+    named = (value for name, value in scope["headers"] if name.lower() == b"content-type")
+    return next(named, b"").decode("latin-1").partition(";")[0].strip().lower()
+
+
+def _readable(send: Send) -> Send:
+    """`send`, with failures in the middle of a stream as clients of the OpenAI API read them."""
+
+    async def told(message: Message) -> None:
+        body = message.get("body", b"")
+        if message["type"] == "http.response.body" and (found := _FAILURE.search(body)):
+            failure = error_body(found[1].decode(errors="replace"), ours=True)
+            body = body[: found.start()] + b"data: " + json.dumps(failure).encode() + b"\n\n"
+            message = {**message, "body": body}
+        await send(message)
+
+    return told
 
 
 async def _content(receive: Receive) -> bytes | None:

@@ -26,8 +26,8 @@ GOOD = {
 class Server:
     """An ASGI application that says yes, and remembers the bodies that it was sent."""
 
-    def __init__(self):
-        self.bodies = []
+    def __init__(self, replies):
+        self.bodies, self.replies = [], replies
 
     async def __call__(self, scope, receive, send):
         if scope["method"] == "POST":
@@ -35,12 +35,13 @@ class Server:
             assert dict(scope["headers"])[b"content-length"] == b"%d" % len(message["body"])
             self.bodies.append(json.loads(message["body"]))
         await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
+        for reply in self.replies:
+            await send({"type": "http.response.body", "body": reply})
 
 
-def ask(path, body=b"", method="POST"):
+def ask(path, body=b"", method="POST", kind="application/json", replies=(b"{}",)):
     """(status, what the client reads, what the server was sent)"""
-    server, sent = Server(), []
+    server, sent = Server(replies), []
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     half = len(content) // 2  # bodies come in pieces
     pieces = [
@@ -55,9 +56,10 @@ def ask(path, body=b"", method="POST"):
         sent.append(message)
 
     headers = [(b"Content-Length", b"%d" % len(content))]
+    headers += [(b"Content-Type", kind.encode())] if kind else []
     scope = {"type": "http", "method": method, "path": path, "headers": headers}
     asyncio.run(guard.Guard(server)(scope, receive, send))
-    return sent[0]["status"], sent[1]["body"], server.bodies
+    return sent[0]["status"], b"".join(part["body"] for part in sent[1:]), server.bodies
 
 
 @pytest.mark.parametrize("path", GOOD)
@@ -196,6 +198,31 @@ def test_bodies_that_are_no_objects(body):
     status, read, bodies = ask(CHAT, body)
     assert status == 400 and "the body is no JSON" in json.loads(read)["error"]["message"]
     assert not bodies
+
+
+@pytest.mark.parametrize("kind", ["application/x-www-form-urlencoded", "text/plain", ""])
+def test_a_body_that_is_not_said_to_be_json(kind):
+    """curl's own kind: the server's answer was a validator's, and no error that clients read."""
+    status, read, bodies = ask(CHAT, GOOD[CHAT], kind=kind)
+    assert status == 415 and "application/json is taken" in json.loads(read)["error"]["message"]
+    assert not bodies and ask(CHAT, GOOD[CHAT], kind="Application/JSON; charset=utf-8")[2]
+
+
+@pytest.mark.parametrize("method, path", [("GET", CHAT), ("PUT", TEXT), ("POST", "/v1/models")])
+def test_methods_that_a_path_does_not_take(method, path):
+    status, read, bodies = ask(path, GOOD[CHAT], method)
+    assert status == 405 and json.loads(read)["error"]["message"].endswith(f", not {method}")
+    assert not bodies and ask(path, method="OPTIONS")[0] == 200
+
+
+def test_a_failure_in_the_middle_of_a_stream_is_json_that_clients_read():
+    """The server puts it between quotes as it is: one that has quotes was no JSON."""
+    said = b'data: {"choices": "data: {\\"error\\": \\"x\\"}"}\n\n'
+    failed = said + b'data: {"error": "no "key"\nhere"}\n\n'
+    _, read, _ = ask(CHAT, GOOD[CHAT], replies=(said, failed))
+    assert read.startswith(2 * said) and read.endswith(b"\n\n")
+    error = json.loads(read.removeprefix(2 * said + b"data: "))["error"]
+    assert (error["message"], error["type"]) == ('no "key"\nhere', "server_error")
 
 
 def test_a_body_without_end_is_not_read_to_its_end(monkeypatch):
