@@ -27,6 +27,7 @@ from sparsek_cli.loading.weights import (
     embedding_rows,
     load_model,
     load_weights,
+    say_untied,
 )
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "load_weights",
     "readable_errors",
+    "say_untied",
     "stands_where_told",
     "tokenizer_reason",
 ]

@@ -2,12 +2,14 @@
 
 import copy
 import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparsek_cli import quantised
 from sparsek_cli.checkpoint_files.shape_checks import sizes_beyond
 from sparsek_cli.checkpoint_files.shards import read_shards
+from sparsek_cli.checkpoint_files.tied_ends import ends_differ
 from sparsek_cli.checkpoint_files.wrapped_names import WRAPPED, in_place_of
 from sparsek_cli.converted import is_converted
 from sparsek_cli.errors import SparsekError, UsageError
@@ -123,25 +125,37 @@ def load_weights(
         )  # fmt: skip
     check_loaded(report, name, scorers_later=scorers_later)
     fix_positions(model)
-    _say_untied(model, name)
+    _say_untied(model, path, name)
     if not scorers_later:
         _check_scorers(model, name)
     return model
 
 
-def _say_untied(model: "PreTrainedModel", name: str) -> None:
+def _say_untied(model: "PreTrainedModel", path: Path, name: str) -> None:
     """Where both matrices lie in a file and differ, transformers does not tie them."""
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     weights = [getattr(end, "weight", None) for end in ends]
-    tied = own_value(model.config, "tie_word_embeddings")
-    if not tied or any(weight is None or weight.is_meta for weight in weights):
+    if not own_value(model.config, "tie_word_embeddings") or any(w is None for w in weights):
         return
-    if weights[0] is not weights[1]:
-        _LOG.warning(
-            "'%s': config.json says tie_word_embeddings, but input and output embeddings differ: "
-            "they are not tied here, and other programs may tie them; set it to false",
-            name,
-        )
+    unread = any(weight.is_meta for weight in weights)
+    if ends_differ(read_shards(path)) if unread else weights[0] is not weights[1]:
+        _warn_untied(name)
+
+
+def say_untied(path: Path, name: str, config: "PreTrainedConfig") -> None:
+    """Warns as `load_weights` does, for programs that load the files of `path` themselves."""
+    if own_value(config, "tie_word_embeddings") and ends_differ(read_shards(path)):
+        _warn_untied(name)
+
+
+@cache
+def _warn_untied(name: str) -> None:
+    """Once: a verb looks at its weights before it loads them."""
+    _LOG.warning(
+        "'%s': config.json says tie_word_embeddings, but input and output embeddings differ: they "
+        "are not tied here, and other programs (vLLM is one) tie them; set it to false",
+        name,
+    )
 
 
 def check_whole(path: Path, name: str) -> None:

@@ -23,6 +23,7 @@ from sparsek_cli.loading import (
     leave_open,
     load_config,
     load_tokenizer,
+    say_untied,
 )
 from sparsek_cli.loading.positions import CHANGED, stretch
 from sparsek_cli.output.parts import check_parts
@@ -151,6 +152,7 @@ def plan(
         leave_open(tokenizer, checkpoint.name)  # as the server will
     closing = closing_tokens(tokenizer)
     config = load_config(checkpoint.path, checkpoint.name)
+    say_untied(checkpoint.path, checkpoint.name, config)
     kept = served_dtype(config, checkpoint.path, dtype)
     model, command = _command(name, checkpoint)
     if yarn is not None:

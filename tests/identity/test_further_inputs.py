@@ -382,14 +382,36 @@ def test_a_window_in_quotes_is_named(make_checkpoint, tmp_path, key):
         assert "quotes" in error.value.hint
 
 
-def test_embeddings_that_are_tied_by_the_config_alone_are_told(
-    make_checkpoint, tmp_path, monkeypatch
-):
-    """transformers unties them and says so where nobody hears it."""
-    said = []
+@pytest.fixture
+def warned(monkeypatch) -> list[str]:
+    """What loading warns of."""
+    said: list[str] = []
     monkeypatch.setattr(weights._LOG, "warning", lambda text, *of: said.append(text % of))
+    weights._warn_untied.cache_clear()
+    return said
+
+
+def test_embeddings_that_are_tied_by_the_config_alone_are_told(make_checkpoint, tmp_path, warned):
+    """transformers unties them and says so where nobody hears it."""
     config(tie_word_embeddings=True)(make_checkpoint(tmp_path / "base"), tmp_path / "tied")
     loaded(tmp_path / "base")
-    assert not said
+    assert not warned
     loaded(tmp_path / "tied")
-    assert len(said) == 1 and "input and output embeddings differ" in said[0]
+    assert len(warned) == 1 and "input and output embeddings differ" in warned[0]
+
+
+def test_convert_tells_of_embeddings_that_are_not_tied(make_checkpoint, tmp_path, warned):
+    """It looks at names and shapes alone, and of these all was well."""
+    base = make_checkpoint(tmp_path / "base", max_shard_size="20KB")
+    config(tie_word_embeddings=True)(base, tmp_path / "tied")
+    convert(recipe(tmp_path / "tied", tmp_path / "out"))
+    assert len(warned) == 1 and "'tied': config.json says tie_word_embeddings" in warned[0]
+
+
+def test_one_matrix_that_is_stored_twice_is_tied(made, tmp_path, warned):
+    ends = {"lm_head.weight": "model.embed_tokens.weight"}
+    tensors(lambda t: t.update({a: t[b].clone() for a, b in ends.items()}))(
+        made.base, tmp_path / "twice"
+    )
+    convert(recipe(tmp_path / "twice", tmp_path / "out"))
+    assert not warned

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sparsek_cli.loading import weights
 from sparsek_cli.serving import engines
 from sparsek_cli.serving.flags import Flags
 
@@ -89,6 +90,16 @@ def test_a_checkpoint_that_names_no_dtype_is_served_in_that_of_its_weights(
     shown = sparsek("serve", converted, "--dry-run")
     assert shown.failed(2) and "dtype is float64" in shown.err
     assert sparsek("serve", converted, "--dry-run", "--dtype", "bfloat16").code == 0
+
+
+def test_a_server_may_tie_what_the_verbs_do_not(sparsek, converted, installed, caplog):
+    """vLLM takes the input embedding for both; what was measured had the output's own."""
+    installed(*ALL)
+    weights._warn_untied.cache_clear()
+    file = converted / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"tie_word_embeddings": True}))
+    assert sparsek("serve", converted, "--dry-run").code == 0
+    assert "input and output embeddings differ" in caplog.text
 
 
 def test_what_stands_after_the_dashes_goes_to_the_server(sparsek, converted, installed):
