@@ -1,6 +1,7 @@
 """Between text and tokens: a piece at a time, as if all had been tokenized together; which ids."""
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOG = logging.getLogger("sparsek_cli")
 BLOCK = 1 << 13  # characters read at a time, so that a book costs no more than a page
 
 # A space before a letter is where every byte-pair tokenizer cuts anyway.
@@ -59,30 +61,59 @@ class Encoder:
         return self._tokenizer(text, add_special_tokens=False, verbose=False, **options).input_ids
 
 
+class Known:
+    """The ids that a tokenizer has a token for: embeddings mostly have some rows more.
+
+    Nobody trained those, and a model may say one all the same. Most tokenizers give no text for
+    it, and some none for the tokens around it: ByT5's fails.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
+        self._tokenizer, self._count = tokenizer, len(tokenizer)
+        self._all: frozenset[int] | None = None
+
+    def __contains__(self, token: int) -> bool:
+        if token < self._count:
+            return True
+        if self._all is None:  # ids may have gaps
+            self._all = frozenset(self._tokenizer.get_vocab().values())
+        return token in self._all
+
+
+def text_of(tokenizer: "PreTrainedTokenizerBase", ids: Iterable[int], **options: bool) -> str:
+    """The text of ids that may be a model's: those that the tokenizer does not know have none."""
+    known = Known(tokenizer)
+    return tokenizer.decode([token for token in ids if token in known], **options)
+
+
 class Reply:
     """Ids to text as they come: never half a character, spaces as the tokenizer means them."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase"):
-        self._tokenizer = tokenizer
+        self._tokenizer, self._known = tokenizer, Known(tokenizer)
         self.ids: list[int] = []
+        self._shown: list[int] = []  # those that have a text
         self._from = self._to = 0  # a window: decoding needs its left neighbours for spacing
         self.text = ""
 
     def add(self, token: int) -> str:
         """The text that became certain with this token, perhaps none."""
         self.ids.append(token)
-        known = self._decode(self.ids[self._from : self._to])
-        now = self._decode(self.ids[self._from :])
+        if token not in self._known:
+            return ""
+        self._shown.append(token)
+        known = self._decode(self._shown[self._from : self._to])
+        now = self._decode(self._shown[self._from :])
         if now.endswith("\ufffd") or len(now) <= len(known):
             return ""
-        self._from, self._to = self._to, len(self.ids)
+        self._from, self._to = self._to, len(self._shown)
         self.text += now[len(known) :]
         return now[len(known) :]
 
     def rest(self) -> str:
         """What is left at the end, broken characters included."""
-        known = self._decode(self.ids[self._from : self._to])
-        rest = self._decode(self.ids[self._from :])[len(known) :]
+        known = self._decode(self._shown[self._from : self._to])
+        rest = self._decode(self._shown[self._from :])[len(known) :]
         self.text += rest
         return rest
 
@@ -95,6 +126,14 @@ class Reply:
         rest = self.rest()
         if rest:
             yield rest
+        unknown = len(self.ids) - len(self._shown)
+        if unknown:
+            first = next(token for token in self.ids if token not in self._known)
+            _LOG.warning(
+                "the tokenizer knows nothing of %d of the %d tokens that the model wrote (the "
+                "first is %d): they have no text, and are left out",
+                unknown, len(self.ids), first,
+            )  # fmt: skip
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(

@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from sparsek_cli.data.pieces import BLOCK
+from sparsek_cli.data.pieces import BLOCK, text_of
 from sparsek_cli.data.text.made_folders import say_made, without_made
 from sparsek_cli.data.text.read_files import check_bytes
 from sparsek_cli.dialogue.session import Session
@@ -133,7 +133,7 @@ def save_conversation(session: Session, path: Path) -> None:
     if path.suffix == ".jsonl":
         text = json.dumps(
             {
-                "text": session.tokenizer.decode(session.engine.said()),
+                "text": text_of(session.tokenizer, session.engine.said()),
                 "system": session.system,
                 "messages": session.messages,
             },

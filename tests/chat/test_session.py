@@ -1,12 +1,16 @@
 """Turns are appended: every token is fed once, and a turn reads as the template wrote it."""
 
+import json
 import random
 import signal
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from sparsek_cli.data.pieces import BLOCK, Encoder, Reply
 from sparsek_cli.dialogue.drawing.sampling import Sampling
+from sparsek_cli.dialogue.engine import Engine
+from sparsek_cli.dialogue.files import save_conversation
 from sparsek_cli.dialogue.session import Session
 from sparsek_cli.dialogue.template import render
 from sparsek_cli.errors import SparsekError, UsageError
@@ -283,6 +287,29 @@ def test_reply_never_shows_half_a_character(pair_tokenizer):
     pieces.append(reply.rest())
     assert "".join(pieces) == text == reply.text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("bytewise", [False, True])
+def test_ids_that_the_tokenizer_does_not_know_have_no_text_and_are_told(
+    tokenizer, bytewise, dense_model, tmp_path, caplog
+):
+    """Embeddings have more rows than tokenizers have tokens; of ByT5's the first such id failed."""
+    if bytewise:
+        tokenizer = ByT5Tokenizer()
+    size, model = len(tokenizer), dense_model("llama", vocab_size=len(tokenizer) + 9)
+    letters = tokenizer("ab", add_special_tokens=False).input_ids
+    written = [size, letters[0], size + 3, size + 8, letters[1]]
+    session = Session(Engine(model), tokenizer)
+    session.engine.stream = lambda *_: iter(written)
+    assert talk(session, "Who?") == "ab" == session.messages[-1]["content"]
+    assert caplog.messages == [
+        f"the tokenizer knows nothing of 3 of the 5 tokens that the model wrote (the first is "
+        f"{size}): they have no text, and are left out"
+    ]
+    session.engine.heard.extend(written)
+    save_conversation(session, tmp_path / "said.jsonl")
+    assert json.loads((tmp_path / "said.jsonl").read_text())["text"].endswith("ab")
+    assert "".join(Reply(tokenizer).pieces(letters)) == "ab" and len(caplog.messages) == 1
 
 
 def test_sentencepiece_style_tokenizers_add_no_space_between_pieces():
