@@ -1,16 +1,23 @@
-"""Chat templates are programs of strangers: one that does not end is found before it is used."""
+"""Chat templates are programs of strangers: one that does not end is found before it is used.
+
+So is one that never begins, as with a mistake in its syntax: that is said, since texts need none.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
+from functools import cache
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from sparsek_cli.errors import SparsekError
+from sparsek_cli.errors import SparsekError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LOG = logging.getLogger("sparsek_cli")
+MEND = "mend or remove it: chat_template.jinja, or chat_template in tokenizer_config.json"
 # Steps of a template for a conversation of three short turns; the longest in use take hundreds.
 MOST_STEPS = 50_000
 MOST_CHARACTERS = 10_000_000  # of one of its variables: text that doubles fills any memory
@@ -33,7 +40,8 @@ class _TooMuch(BaseException):
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Renders short conversations and counts the template's steps.
 
-    A template may refuse any of them: whoever renders a conversation is told then.
+    A template may refuse any of them: whoever renders a conversation is told then. One that fails
+    at all of them is named in a warning.
 
     Args:
         name: what to call the model.
@@ -47,6 +55,7 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     texts = template.values() if isinstance(template, dict) else [template]
     if any(_has_power(text) for text in texts if isinstance(text, str)):
         raise _refusal(name, "raises numbers to powers")
+    failures = []
     for messages in _TRIALS:
         before = sys.gettrace()
         sys.settrace(_counting())
@@ -54,10 +63,27 @@ def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except _TooMuch as found:
             raise _refusal(name, f"takes over {found} for three turns") from None
-        except Exception:
-            continue
+        except Exception as error:
+            failures.append(error)
         finally:
             sys.settrace(before)
+    if len(failures) == len(_TRIALS):
+        _warn(name.rpartition("/")[2], why_failed(failures[0]))  # a verb may say its path, too
+
+
+def why_failed(error: Exception) -> str:
+    """What a template's engine says, and of a mistake in its syntax where it is."""
+    line = getattr(error, "lineno", None)
+    return first_line(error) + (f" (line {line})" if line else "")
+
+
+@cache
+def _warn(name: str, why: str) -> None:
+    """Once: a verb may look at a tokenizer more than once."""
+    _LOG.warning(
+        "the chat template of '%s' fails whatever is said: %s; chat will fail, too: %s",
+        name, why, MEND,
+    )  # fmt: skip
 
 
 def _counting() -> Any:
@@ -111,7 +137,4 @@ def _has_power(template: str) -> bool:
 
 
 def _refusal(name: str, why: str) -> SparsekError:
-    return SparsekError(
-        f"the chat template of '{name}' {why}",
-        hint="mend or remove it: chat_template.jinja, or chat_template in tokenizer_config.json",
-    )
+    return SparsekError(f"the chat template of '{name}' {why}", hint=MEND)

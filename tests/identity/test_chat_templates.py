@@ -10,6 +10,8 @@ from bad_models import ENDLESS, both, file, tokenizer_config
 from transformers import AutoTokenizer
 from verbs import convert
 
+import sparsek_cli as sparsek
+from sparsek_cli.checkpoint_files import template_steps
 from sparsek_cli.checkpoint_files.template_steps import MOST_STEPS, check_template
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.recipes.schema_convert import ConvertRecipe
@@ -57,6 +59,40 @@ def test_the_limit_is_far_above_a_long_template(tokenizer):
     )
     check_template(tokenizer, "m")
     assert MOST_STEPS >= 100 * 30 * 4
+
+
+BROKEN = "{% for m in messages %}{{ m.content }"
+
+
+def test_one_that_never_gives_a_text_is_told_once(tokenizer, caplog):
+    template_steps._warn.cache_clear()
+    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('a') }}{% endif %}"
+    check_template(tokenizer, "m")
+    assert not caplog.messages  # some conversations it takes
+    tokenizer.chat_template = f"\n{BROKEN}"
+    for name in ("m", "m", "in/a/folder/m"):
+        check_template(tokenizer, name)
+    assert len(caplog.messages) == 1
+    assert "the chat template of 'm' fails whatever is said: unexpected '}' (line 2)" in caplog.text
+    assert "mend or remove it" in caplog.text
+
+
+def test_verbs_say_what_is_wrong_with_a_template(tmp_path, dense_checkpoint, caplog):
+    """convert said nothing, and evaluate ended in a TemplateSyntaxError."""
+    template_steps._warn.cache_clear()
+    base, out = tmp_path / "broken", tmp_path / "out"
+    file("chat_template.jinja", BROKEN)(dense_checkpoint(), base)
+    sparsek.convert(base, out, topk=8, window=8, calibrate="none")
+    assert "of 'broken' fails whatever is said: unexpected '}' (line 1)" in caplog.text
+    recall = {"lengths": [256], "limit": 1, "baselines": ["window"], "out": str(tmp_path / "ev")}
+    for fails in (
+        lambda: sparsek.evaluate(out, tasks=["recall_1"], **recall),
+        lambda: sparsek.evaluate(out, tasks=["ppl"], chat_template="on", **recall),
+        lambda: "".join(sparsek.chat(out).ask("Who?")),
+    ):
+        with pytest.raises(SparsekError, match=r"the chat template failed: unexpected '}'") as told:
+            fails()
+        assert "chat_template.jinja" in told.value.hint
 
 
 def says(word: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sparsek_cli.data.chat_format import ChatFormat
+from sparsek_cli.data.chat_format import ChatFormat, TemplateFails
 from sparsek_cli.errors import SparsekError
 from sparsek_cli.evaluation.lm.prefill import PromptReader
 from sparsek_cli.evaluation.lm.shared_prefixes import common
@@ -63,7 +63,7 @@ class ContextReader(PromptReader):
         request = self.tok_encode(REPEAT, add_special_tokens=False)
         try:
             chat = ChatFormat.of(self.tokenizer)
-        except ValueError:
+        except (ValueError, TemplateFails):
             return request
         start = list(chat.start)
         return request + list(chat.reply) if start and context[: len(start)] == start else request

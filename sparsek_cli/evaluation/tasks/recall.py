@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsek_cli.data.chat_format import rendered
 from sparsek_cli.data.generated_text import generated_text
 from sparsek_cli.data.needles import (
     Filler,
@@ -165,7 +166,7 @@ def _conversation(settings: dict[str, Any], document: NeedleDocument, facts: Seq
         ]
     messages.append({"role": "user", "content": asked.question})
     messages[0] = chat_messages(document.text, messages[0]["content"])[0]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return rendered(tokenizer, messages, add_generation_prompt=True)
 
 
 _FILLERS: dict[tuple, Filler] = {}

@@ -205,12 +205,17 @@ def test_of_one_endless_document_enough_is_taken(tmp_path):
     assert read == [100, PLENTY * 900]
 
 
-def test_models_without_a_chat_template_get_plain_questions(tokenizer):
-    tokenizer.chat_template = None
+@pytest.mark.parametrize("template", [None, "{{ messages"])
+def test_models_without_a_chat_template_get_plain_questions(tokenizer, template):
+    """Or with one that fails: it was a TemplateSyntaxError."""
+    tokenizer.chat_template, said = template, []
     sizes = {"fitting": 1, "fit_length": 1024, "held_out": 1, "lengths": (1024,)}
-    _, [sequence] = calibration_sequences(tokenizer, "auto", **sizes, documents="questions", seed=0)
+    _, [sequence] = calibration_sequences(
+        tokenizer, "auto", **sizes, documents="questions", seed=0, say=said.append
+    )
     text = tokenizer.decode(sequence.ids)
     assert "\nAnswer: It is" in text.replace("Answer:It", "Answer: It") and sequence.is_recall
+    assert any("plain questions: the chat template failed" in s for s in said) == bool(template)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import numpy as np
 from sparsek_cli.conversion.calibrate.sequences.reconstruction import LONGEST, retold
 from sparsek_cli.conversion.calibrate.sequences.sequence import Sequence, plain_text
 from sparsek_cli.conversion.calibrate.sequences.texts import GENERATED_SENTENCES, calibration_texts
-from sparsek_cli.data.chat_format import ChatFormat
+from sparsek_cli.data.chat_format import ChatFormat, TemplateFails
 from sparsek_cli.data.facts import Fact, Words
 from sparsek_cli.data.filler import Filler, encode
 from sparsek_cli.data.generated_text import generated_text
@@ -96,7 +96,7 @@ def calibration_sequences(
     def generated() -> Filler:
         return Filler.from_documents([own], tokenizer)
 
-    chat = _format(tokenizer)
+    chat = _format(tokenizer, say)
 
     def document(source: Filler, tokens: int, number: int, *, early: bool = False) -> Sequence:
         kinds = _IN_TURN.get(documents, (documents,))
@@ -126,11 +126,13 @@ def calibration_sequences(
     return made, compared
 
 
-def _format(tokenizer: Any) -> ChatFormat:
-    """The chat format, or plain questions and answers for a model without one."""
+def _format(tokenizer: Any, say: Callable[[str], Any]) -> ChatFormat:
+    """The chat format, or plain questions and answers for a model without one that can be cut."""
     try:
         return ChatFormat.of(tokenizer)
-    except ValueError:
+    except (ValueError, TemplateFails) as error:
+        if isinstance(error, TemplateFails):
+            say(f"calibrating with plain questions: {error.message}")
         start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         reply, stop, turn = encode(tokenizer, ["\nAnswer:", "\n", "\nQuestion:"])
         return ChatFormat(tuple(start), tuple(reply), tuple(stop), tuple(turn))
