@@ -44,7 +44,7 @@ def load(
     """
     from sparsek_cli import hub
     from sparsek_cli.devices import choose_device, choose_dtype
-    from sparsek_cli.loading import load_model, load_tokenizer
+    from sparsek_cli.loading import check_tokenizer, embedding_rows, load_model, load_tokenizer
     from sparsek_cli.loading.positions import say_unsaved
 
     dtype = values.plain(dtype)
@@ -64,6 +64,7 @@ def load(
         from sparsek_cli.sharing.merge import load_onto
 
         loaded = load_onto(checkpoint, read(added), **how)
+    check_tokenizer(tokenizer, embedding_rows(loaded), checkpoint.name)
     if yarn is not None:
         say_unsaved(loaded.config, checkpoint.name)
     return loaded, tokenizer

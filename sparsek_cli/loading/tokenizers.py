@@ -1,6 +1,8 @@
 """The tokenizer of a checkpoint, whose ids fit the model."""
 
 import json
+import logging
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from sparsek_cli.hub import Checkpoint
+
+_LOG = logging.getLogger("sparsek_cli")
 
 
 def load_tokenizer(source: "Checkpoint | str | Path") -> "PreTrainedTokenizerBase":
@@ -112,7 +116,7 @@ def _left_open(processor: dict[str, Any]) -> dict[str, Any]:
 def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) -> None:
     """The tokenizer's ids must be rows of the embedding.
 
-    A padding token that is none is replaced by the end-of-text token, in memory.
+    A padding token that is none is replaced by the end-of-text token, in memory, and that is told.
 
     Args:
         rows: of the embedding.
@@ -136,6 +140,7 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) 
     largest = max(vocabulary.items(), key=lambda item: item[1], default=("", 0))
     if largest[1] >= rows and largest[0] == pad and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
+        _warn_pad(name.rpartition("/")[2], pad, largest[1], rows, tokenizer.eos_token)
         rest = (item for item in vocabulary.items() if item[0] != pad)
         largest = max(rest, key=lambda item: item[1])
     if largest[1] >= rows:
@@ -145,3 +150,13 @@ def check_tokenizer(tokenizer: "PreTrainedTokenizerBase", rows: int, name: str) 
             hint="put the tokenizer beside the weights that they were trained with, or resize the "
             "embeddings: model.resize_token_embeddings(len(tokenizer)), save_pretrained",
         )
+
+
+@cache
+def _warn_pad(name: str, pad: str, number: int, rows: int, end: str) -> None:
+    """Once: a verb may look at a tokenizer more than once."""
+    _LOG.warning(
+        "the tokenizer of '%s' pads with %r, whose id %d is beyond the model's %d embeddings: %r "
+        "pads in its place here; name it as pad_token in tokenizer_config.json for other programs",
+        name, pad, number, rows, end,
+    )  # fmt: skip

@@ -99,6 +99,7 @@ def check_side_files(path: Path, config: dict[str, Any]) -> None:
             raise UsageError(f"{file} holds no JSON object", hint=remedy)
         if name == "generation_config.json":
             _check_ends(file, found, config.get("vocab_size"))
+            _check_pad(file, found, config.get("vocab_size"))
     if not (path / "generation_config.json").is_file():  # those of config.json count then
         _check_ends(path / "config.json", config, config.get("vocab_size"))
 
@@ -117,3 +118,13 @@ def _check_ends(file: Path, found: dict[str, Any], rows: Any) -> None:
         f"{file}: eos_token_id is {json.dumps(found['eos_token_id'])[:40]}, {why}",
         hint="write the number of the token there, or a list of numbers",
     )
+
+
+def _check_pad(file: Path, found: dict[str, Any], rows: Any) -> None:
+    """Of texts that are written together those that end are padded, and the model reads that."""
+    pad = found.get("pad_token_id")
+    if isinstance(pad, int) and isinstance(rows, int) and pad >= rows:
+        raise UsageError(
+            f"{file}: pad_token_id is {pad}, and the model has tokens 0 to {rows - 1}",
+            hint="write the number of the end token there, or take it out",
+        )

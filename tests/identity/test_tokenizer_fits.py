@@ -8,8 +8,9 @@ import pytest
 from tiny_families import VOCAB_SIZE
 from transformers import AutoTokenizer
 
+import sparsek_cli as sparsek
 from sparsek_cli.errors import SparsekError
-from sparsek_cli.loading import check_tokenizer, embedding_rows, load_tokenizer
+from sparsek_cli.loading import check_tokenizer, embedding_rows, load_tokenizer, tokenizers
 
 
 def test_ids_must_be_rows(tokenizer):
@@ -29,15 +30,32 @@ def test_the_hint_works(tokenizer, dense_model):
     check_tokenizer(tokenizer, embedding_rows(model), "m")
 
 
-def test_a_pad_token_beyond_the_rows_is_replaced_in_memory(tokenizer):
-    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id == VOCAB_SIZE
-    check_tokenizer(tokenizer, VOCAB_SIZE, "m")
-    assert tokenizer.pad_token == tokenizer.eos_token
+def test_a_pad_token_beyond_the_rows_is_replaced_in_memory_and_told(tokenizer, caplog):
+    tokenizers._warn_pad.cache_clear()
+    for name in ("m", "in/a/folder/m"):
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert tokenizer.pad_token_id == VOCAB_SIZE
+        check_tokenizer(tokenizer, VOCAB_SIZE, name)
+        assert tokenizer.pad_token == tokenizer.eos_token
+    assert caplog.messages == [
+        f"the tokenizer of 'm' pads with '[PAD]', whose id {VOCAB_SIZE} is beyond the model's "
+        f"{VOCAB_SIZE} embeddings: '</s>' pads in its place here; name it as pad_token in "
+        "tokenizer_config.json for other programs"
+    ]
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.eos_token = None
     with pytest.raises(SparsekError, match=r"'\[PAD\]'"):
         check_tokenizer(tokenizer, VOCAB_SIZE, "m")
+
+
+def test_a_batch_is_padded_with_what_the_model_has(tokenizer, dense_checkpoint):
+    """What `load` gave padded with an id beyond the rows: an IndexError, on a GPU the end."""
+    folder = dense_checkpoint()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = sparsek.load(folder, device="cpu")
+    rows = tokenizer(["some words", "one"], padding=True, return_tensors="pt")
+    assert model.generate(**rows, max_new_tokens=2).shape == (2, 12)
 
 
 def test_an_end_that_a_class_made_up_is_refused(tokenizer):

@@ -342,6 +342,7 @@ MODELS: dict[str, Maker] = {
     "special-tokens-cut": file("special_tokens_map.json", "{"),
     "added-tokens-list": file("added_tokens.json", "[1]"),
     "ends-beyond": file("generation_config.json", '{"eos_token_id": [2, 1000000]}'),
+    "pad-of-generation-beyond": file("generation_config.json", '{"pad_token_id": 1000000}'),
     "ends-of-config-beyond": both(config(eos_token_id=10**6), file("generation_config.json", None)),
     "config-marked": _marked("config.json"),  # "not a valid JSON file" of transformers
     "tokenizer-marked": _marked("tokenizer_config.json"),
