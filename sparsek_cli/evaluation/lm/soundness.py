@@ -52,8 +52,8 @@ def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> 
     from sparsek_cli.models import layer_budget, sparse_layers
 
     policy = policy or make_policy(OWN)
-    largest = max(_slots(layer_budget(model.config, i)) for i in sparse_layers(model.config))
-    tokens = largest + BEYOND
+    budgets = [layer_budget(model.config, i) for i in sparse_layers(model.config)]
+    tokens = max(map(_slots, budgets)) + BEYOND
     if tokens > min(limit, MAX_TOKENS):
         return {
             "checked": False,
@@ -84,7 +84,8 @@ def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> 
             hint="report this with the model and the command",
         )
     effect = _score_effect(model, ids)
-    if effect == 0.0:
+    # A window alone (topk 0) selects nothing that scores could decide on.
+    if effect == 0.0 and any(map(_selected, budgets)):
         raise SparsekError(
             "turning all scores round changed nothing: the scores do not decide what is kept",
             hint="convert the model again; its scorers are empty or not used",
@@ -92,9 +93,13 @@ def check_soundness(model: Any, *, limit: int, policy: Policy | None = None) -> 
     return {"checked": True, "tokens": tokens, "leak": leak, "score_effect": effect}
 
 
+def _selected(budget: Any) -> int:
+    """Most pairs that a head of a layer selects."""
+    return budget.topk if isinstance(budget.topk, int) else max(budget.topk)
+
+
 def _slots(budget: Any) -> int:
-    topk = budget.topk if isinstance(budget.topk, int) else max(budget.topk)
-    return budget.sinks + topk + budget.window
+    return budget.sinks + _selected(budget) + budget.window
 
 
 @torch.no_grad()

@@ -46,6 +46,17 @@ def test_a_sound_model_passes(model):
     assert found["leak"] < 1e-4 < found["score_effect"]
 
 
+@pytest.mark.parametrize("topk", [0, [[0, 0], [0, 0]]])
+def test_a_window_alone_is_sound(model, topk):
+    """Nothing is selected that scores could decide on, and that was said to be their fault."""
+    import sparsek_cli.models as models
+
+    with models.budget(model, topk=topk):
+        assert check(model)["checked"]
+    with models.budget(model, topk=[[0, 0], [0, 4]]):
+        assert check(model)["score_effect"] > 1e-4
+
+
 def test_weights_that_are_no_numbers_are_blamed(model):
     """It was a cache that lost pairs, to be reported."""
     import torch
