@@ -6,6 +6,8 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 import sparsek_cli as sparsek
@@ -157,3 +159,10 @@ def test_a_state_is_refused_under_other_factors(sparse_model, tmp_path):
     models.load_state(tmp_path / "state", model)
     with pytest.raises(UsageError, match="rotary positions"):
         models.load_state(tmp_path / "state", other)
+    with safe_open(tmp_path / "state", "pt") as opened:
+        metadata = opened.metadata()
+    del metadata["positions"]  # as earlier versions, which turned keys by each text's length
+    save_file(load_file(tmp_path / "state"), tmp_path / "state", metadata)
+    for one in (model, other):
+        with pytest.raises(UsageError, match="by an earlier version of sparsek"):
+            models.load_state(tmp_path / "state", one)

@@ -95,6 +95,19 @@ def test_files_that_are_no_states_are_refused(sparse_model, tmp_path):
         models.load_state(tmp_path / "cut", model)
 
 
+@pytest.mark.parametrize("version", [0, 2, 12])
+def test_another_version_of_the_format_is_named(sparse_model, tmp_path, version):
+    """It was "no saved state"."""
+    model, file = sparse_model("llama", topk=5, window=4, sinks=1), tmp_path / "state"
+    models.save_state(read(model, torch.randint(4, 128, (1, 30))), file, model)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(load_file(file), file, metadata | {"format": f"sparsek-state-{version}"})
+    with pytest.raises(UsageError, match=f"of format {version}, and .* reads format 1") as refused:
+        models.load_state(file, model)
+    assert "the version that wrote it" in refused.value.hint
+
+
 def test_what_cannot_be_saved(sparse_model, tmp_path):
     model = sparse_model("llama", topk=5, window=4, sinks=1)
     with pytest.raises(SparsekError, match="nothing was read"):
@@ -136,7 +149,9 @@ def test_forged_metadata_is_refused(saved, tmp_path, gate, key, text):
     model, tensors, metadata = saved[gate]
     forged = {k: v for k, v in metadata.items() if k != key}
     save_file(tensors, tmp_path / "state", forged if text is None else forged | {key: text})
-    with pytest.raises(UsageError, match="damaged|no saved state|another (model|budget)") as error:
+    with pytest.raises(
+        UsageError, match="damaged|no saved state|another (model|budget)|format 2"
+    ) as error:
         models.load_state(tmp_path / "state", model)
     assert error.value.hint
 

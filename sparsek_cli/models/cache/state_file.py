@@ -17,7 +17,8 @@ import torch
 
 from sparsek_cli import disk
 from sparsek_cli.errors import SparsekError, UsageError
-from sparsek_cli.families.varying_positions import chosen, varying
+from sparsek_cli.families.positions import rope_blocks, rope_type
+from sparsek_cli.families.varying_positions import DYNAMIC, LONGROPE, chosen, varying
 from sparsek_cli.models.cache.slots import SparseKCache
 from sparsek_cli.models.cache.state_checks import (
     SCALES,
@@ -94,10 +95,7 @@ def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
     try:
         with safe_open(path, "pt", device=str(model.device)) as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise UsageError(
-                    f"'{path}' is no saved state", hint="name a file that /save-state wrote"
-                )
+            _check_format(path, metadata.get("format", ""))
             cache = SparseKCache(model.config)
             found = metadata_of(metadata)
             _check(path, found, cache, model)
@@ -123,6 +121,19 @@ def load_state(path: str | Path, model: Any) -> tuple[SparseKCache, Any]:
     return cache, found["notes"]
 
 
+def _check_format(path: Path, saved: str) -> None:
+    if saved == FORMAT:
+        return
+    kind, _, version = saved.rpartition("-")
+    if kind == FORMAT.rpartition("-")[0] and version.isdecimal() and len(version) < 9:
+        raise UsageError(
+            f"'{path}' is a saved state of format {version}, and this version of sparsek reads "
+            f"format {FORMAT.rpartition('-')[2]}",
+            hint="read the text again, or load it with the version that wrote it",
+        )
+    raise UsageError(f"'{path}' is no saved state", hint="name a file that /save-state wrote")
+
+
 def _check(path: Path, found: dict[str, Any], cache: SparseKCache, model: Any) -> None:
     if found["model"] != fingerprint(model):
         raise UsageError(
@@ -145,7 +156,18 @@ def _positions(model: Any) -> str:
 
 
 def _check_positions(path: Path, saved: str | None, model: Any) -> None:
-    """Keys are kept as they were turned. Files of earlier versions say nothing of it."""
+    """Keys are kept as they were turned.
+
+    Files of earlier versions say nothing of it: then stretched positions, which may be `--yarn`'s,
+    and those that changed with a text's length may be others.
+    """
+    blocks = rope_blocks({"rope_parameters": getattr(model.config, "rope_parameters", None)})
+    if saved is None and any(rope_type(block) in ("yarn", LONGROPE, DYNAMIC) for block in blocks):
+        raise UsageError(
+            f"'{path}' was saved by an earlier version of sparsek, which did not say how it turned "
+            "the keys of this model",
+            hint="read the text again",
+        )
     if saved not in (None, _positions(model)):
         raise UsageError(
             f"'{path}' was saved with rotary positions stretched otherwise",
