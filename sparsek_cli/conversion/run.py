@@ -89,14 +89,21 @@ def _calibrated(found: Mapping[str, Any]) -> list[str]:
         return f"{lost[f'{kind}text_loss']:.3f} and {lost[f'{kind}answer_loss']:.3f}"
 
     lines = [
-        f"calibrated  divergence from dense, in text and at answers far back: {nats(found)} nats",
+        f"calibrated  divergence from dense, in text and at answers far back: {nats(found)} nats"
+    ]
+    # What was compared had none: they are fitted to what was taken alone.
+    taken, without = found.get("stand_ins", {}).get("taken"), ""
+    if taken:
+        without = "without stand-ins "
+        lines.append(
+            "            without the stand-ins for evicted pairs: "
+            f"{nats(found['stand_ins']['without'])}"
+        )
+    lines += [
         f"            a plain window of as many slots: {nats(found, 'window_')}",
-        f"            recall={found['recall']:g} weighs them; for text alone "
+        f"            recall={found['recall']:g} weighs them; {without}for text alone "
         f"{nats(found['text_alone'])} was to be had, for answers {nats(found['recall_alone'])}",
     ]
-    if found.get("stand_ins", {}).get("taken"):
-        without = nats(found["stand_ins"]["without"])
-        lines.append(f"            without the stand-ins for evicted pairs: {without} nats")
     kinds = {"text": "in text", "answer": "at answers far back"}
     worse = [w for kind, w in kinds.items() if found[f"{kind}_loss"] > found[f"window_{kind}_loss"]]
     if worse:

@@ -111,6 +111,8 @@ def test_they_are_written_where_the_whole_model_loses_less(recipe, tmp_path, mon
     assert report["stand_ins"]["without"]["text_loss"] > 0
     assert sparsek_block(tmp_path / "out")["scorer"]["stand_ins"] == 1
     assert "without the stand-ins for evicted pairs" in done.text()
+    # What else was tried had none: beside what was taken, with them, it looked the worse.
+    assert "weighs them; without stand-ins for text alone" in done.text()
 
 
 def test_they_are_not_where_it_loses_more_or_nobody_wants_them(recipe, tmp_path, monkeypatch):
@@ -129,5 +131,6 @@ def test_they_are_not_where_it_loses_more_or_nobody_wants_them(recipe, tmp_path,
     assert done.calibration["stand_ins"]["taken"] is False
     assert "stand_ins" not in sparsek_block(tmp_path / "out")["scorer"]
     unwanted = recipe.model_copy(update={"stand_ins": False, "out": str(tmp_path / "other")})
-    assert "stand_ins" not in run(make_plan(unwanted)).calibration
+    plain = run(make_plan(unwanted))
+    assert "stand_ins" not in plain.calibration and "weighs them; for text alone" in plain.text()
     assert "stand_ins" not in sparsek_block(tmp_path / "other")["scorer"]
