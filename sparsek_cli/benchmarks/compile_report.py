@@ -177,14 +177,16 @@ def _score_gradient(bounds: torch.Tensor | None) -> None:
 
 
 def _effective_scores(bounds: torch.Tensor | None) -> None:
-    """As a scorer leaves scores, and their gradient."""
+    """As a scorer leaves scores: when their keys leave, and their gradient."""
     from sparsek_kernels.triton.effective import effective_gradients, effective_scores
     from sparsek_kernels.triton.geometry import geometry
+    from sparsek_kernels.triton.selection import selection_ends
 
     scores, slopes = torch.zeros(1, LONG, 8).transpose(1, 2), torch.zeros(8)
     keys = scores[..., None].shape
     shape = geometry(keys, keys, scores.device, bounds)
     found = effective_scores(scores, slopes, shape)
+    selection_ends(scores, (9,) * 8, 9, shape, slopes=slopes)
     kinds = {"scores": scores.dtype, "by_token": True, "slopes": slopes.dtype}
     effective_gradients(found, found, shape, **kinds)
 

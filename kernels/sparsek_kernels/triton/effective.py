@@ -33,7 +33,7 @@ def effective_score(score, slope, place, SLOPED: tl.constexpr):
 
 
 @triton.jit
-def _places(sequences, token, inside, count, steps, PACKED: tl.constexpr):
+def places_in_documents(sequences, token, inside, count, steps, PACKED: tl.constexpr):
     """Of tokens of a row, in their documents."""
     first = token * 0
     if PACKED:
@@ -56,7 +56,7 @@ def _effective_scores(
     place, slope = token, 0.0
     if SLOPED:
         slope = tl.load(slopes + head)
-        place = _places(sequences, token, inside, count, steps, PACKED)
+        place = places_in_documents(sequences, token, inside, count, steps, PACKED)
     found = effective_score(tl.load(at, mask=inside, other=0), slope, place, SLOPED)
     tl.store(effective + row * tokens + token, found, mask=inside)
 
@@ -80,7 +80,7 @@ def _effective_gradients(
     else:  # halves by way of float32, as PyTorch rounds
         tl.store(at, given.to(tl.float32), mask=inside)
     if SLOPED:
-        place = _places(sequences, token, inside, count, steps, PACKED)
+        place = places_in_documents(sequences, token, inside, count, steps, PACKED)
         part = tl.sum(given * place.to(tl.float64), 0)
         tl.store(d_slopes + row * tl.num_programs(0) + tl.program_id(0), part)
 

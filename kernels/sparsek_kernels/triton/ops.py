@@ -190,17 +190,20 @@ def _learn(ctx) -> bool:
 def _from_scores(
     q, k, v, scores, slopes, sink_logits, stand_ins, settings: pipeline.Settings, shape: Geometry
 ):  # fmt: skip
-    """Effective scores, made on the way to the ends of a short call, and `pipeline.forward`'s.
+    """Effective scores, or None where nothing reads them, and what `pipeline.forward` finds.
 
-    Of sinks they are +inf then, which nothing that reads them looks at.
+    Those of a short call are made on the way to its ends. Of sinks they are +inf then, which
+    nothing that reads them looks at.
     """
-    end = None
+    end = effective = None
     if has_short_thresholds(shape):
         effective = torch.empty(scores.shape, dtype=torch.float64, device=q.device)
         end = short_ends(
             scores, settings.topk, settings.window, shape,
             sinks=settings.sinks, slopes=slopes, effective=effective,
         )  # fmt: skip
+    elif settings.gate == "straight_through":
+        end = pipeline.find_ends(scores, settings, shape, slopes=slopes)
     else:
         effective = effective_scores(scores, slopes, shape)
     given = q, k, v, effective, settings, shape

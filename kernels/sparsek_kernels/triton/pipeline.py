@@ -159,21 +159,24 @@ def find_ends(
     settings: Settings,
     shape: Geometry,
     positions: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`selection_ends`, in two launches where the call is short.
+    """`selection_ends`, whose scores and slopes it takes; in two launches where the call is short.
 
     Args:
-        scores: float64 [B, G, M].
         positions: int64 [B, G, M] of keys listed from a state, whose sinks are those of score +inf;
             EMPTY slots are never seen. None: the sinks are the first keys of each sequence.
     """
     topk, window, listed = settings.topk, settings.window, positions is not None
     if is_short(shape):
         sinks = 0 if listed else settings.sinks
-        return short_ends(scores, topk, window, shape, sinks=sinks, positions=positions)
+        return short_ends(
+            scores, topk, window, shape, sinks=sinks, slopes=slopes, positions=positions
+        )
     always = scores == torch.inf if listed else sink_mask(shape, settings.sinks)
     never = positions == EMPTY if listed else None
-    return selection_ends(scores, topk, window, shape, always=always, never=never)
+    given = scores, topk, window, shape
+    return selection_ends(*given, slopes=slopes, always=always, never=never)
 
 
 def find_thresholds(scores: torch.Tensor, settings: Settings, shape: Geometry) -> torch.Tensor:

@@ -23,8 +23,10 @@ import triton
 import triton.language as tl
 
 from sparsek_kernels.triton.documents.tables import segment_tables
-from sparsek_kernels.triton.geometry import Geometry, descending_order, head_budgets, ragged_index
+from sparsek_kernels.triton.effective import effective_score, places_in_documents
+from sparsek_kernels.triton.geometry import Geometry, head_budgets, ragged_index
 from sparsek_kernels.triton.launches.launch import launch
+from sparsek_kernels.triton.ranks import rank_order
 
 CHUNK = 64  # ranks resolved by one program
 BUCKETS = 256  # position buckets of the histogram
@@ -160,21 +162,26 @@ def _ends(
     tl.store(end + key, leaves, mask=candidate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("count", "steps", "keys", "row_b"))
 def _sort_out(
-    scores, always, never, flat, end, heads, keys,
-    always_row, always_head, never_row, never_head,
-    ALWAYS: tl.constexpr, NEVER: tl.constexpr, BLOCK: tl.constexpr,
+    scores, slopes, sequences, always, never, flat, end, count, steps, heads, keys,
+    row_b, head_b, step, always_row, always_head, never_row, never_head,
+    SLOPED: tl.constexpr, PACKED: tl.constexpr, ALWAYS: tl.constexpr, NEVER: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The candidates' scores, -inf for other keys; and `end` as it is where nothing is evicted."""
+    """The candidates' effective scores, -inf for other keys; and `end` where none is evicted."""
     line = tl.program_id(1)
     row, head = (line // heads).to(tl.int64), (line % heads).to(tl.int64)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = key < keys
     at = line.to(tl.int64) * keys + key
-    # + 0.0: a radix sort would tell -0.0 from 0.0.
-    score = tl.load(scores + at, mask=inside, other=0.0) + 0.0
-    score = tl.where(score > -float("inf"), score, -float("inf"))  # NaN has no place in the order
+    place, slope = key, 0.0
+    if SLOPED:
+        slope = tl.load(slopes + head)
+        place = places_in_documents(sequences, key, inside, count, steps, PACKED)
+    given = scores + row * row_b + head * head_b + key.to(tl.int64) * step
+    score = effective_score(tl.load(given, mask=inside, other=0), slope, place, SLOPED)
+    score = score + 0.0  # a radix sort would tell -0.0 from 0.0
     leaves = tl.where(score == -float("inf"), 0, FOREVER_)
     if ALWAYS:
         one = tl.load(always + row * always_row + head * always_head + key, mask=inside, other=0)
@@ -188,72 +195,42 @@ def _sort_out(
     tl.store(end + at, leaves, mask=inside)
 
 
-@triton.jit
-def _invert(order, short, rank, keys, BLOCK: tl.constexpr):
-    """The order in 32 bits, and the rank of every key."""
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(order + at, mask=at < keys, other=0).to(tl.int32)
-    tl.store(short + at, key, mask=at < keys)
-    tl.store(rank + key, at, mask=at < keys)
-
-
-def rank_order(scores: torch.Tensor, geometry: Geometry) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys of each sequence and head from best to worst, ties to the earlier key.
-
-    Args:
-        scores: float64 [B, G, M], no -0.0; -inf ranks last.
-    Returns:
-        order int32 [B*G*M], flat key indices (a sequence keeps its own range of places), and its
-        inverse, rank int32 [B*G*M].
-    """
-    flat = scores.reshape(-1)
-    if flat.numel() >= FOREVER:
-        raise ValueError(f"{flat.numel()} keys times heads: at most 2^31 - 2 fit one call")
-    order = descending_order(flat, geometry)
-    short = torch.empty(flat.numel(), dtype=torch.int32, device=flat.device)
-    rank = torch.empty_like(short)
-    launch(
-        _invert,
-        (triton.cdiv(flat.numel(), 1024),),
-        order,
-        short,
-        rank,
-        flat.numel(),
-        BLOCK=1024,
-        num_warps=4,
-    )
-    return short, rank
-
-
 def selection_ends(
     scores: torch.Tensor,
     topk: Sequence[int],
     window: int,
     geometry: Geometry,
     *,
+    slopes: torch.Tensor | None = None,
     always: torch.Tensor | None = None,
     never: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """int32 [B, G, M]: key j is selected for the queries j + window <= t < end.
 
     Args:
-        scores: float64 [B, G, M], effective scores; -inf is never selected.
+        scores: [B, G, M] of any floating dtype and strides: effective ones, or u_j, to which
+            `slopes` are added; -inf and NaN are never selected.
         topk: budget of each KV head, G numbers >= 0.
+        slopes: [G], added as slope * place in the sequence; None: nothing is added.
         always, never: bool, broadcastable to [B, G, M]: sinks (end `FOREVER`) and empty slots of a
             state (end 0); neither is a candidate.
     """
-    scores = scores.detach().to(torch.float64).contiguous()
+    scores = scores.detach()
     batch, heads, keys = scores.shape
-    flat = torch.empty_like(scores)
+    flat = torch.empty(scores.shape, dtype=torch.float64, device=scores.device)
     end = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     masks = [None if mask is None else mask.expand(scores.shape) for mask in (always, never)]
     # Views, so that a mask of all rows or heads is read where it stands.
     strides = [(0, 0) if mask is None else mask.stride()[:2] for mask in masks]
     launch(
         _sort_out, (triton.cdiv(keys, 1024), batch * heads),
-        scores, *(scores if mask is None else mask for mask in masks), flat, end, heads, keys,
-        *strides[0], *strides[1],
+        scores, scores if slopes is None else slopes, geometry.sequences,
+        *(end if mask is None else mask for mask in masks), flat, end,
+        geometry.count, geometry.count.bit_length(), heads, keys,
+        *scores.stride(), *strides[0], *strides[1],
+        SLOPED=slopes is not None, PACKED=geometry.packed,
         ALWAYS=always is not None, NEVER=never is not None, BLOCK=1024, num_warps=4,
+        enable_fp_fusion=False,
     )  # fmt: skip
     if min(topk) < geometry.longest and max(topk) >= 0:
         _resolve(flat, topk, window, geometry, end)

@@ -9,8 +9,9 @@ import pytest
 
 pytest.importorskip("triton")
 KERNELS = {
-    "_sort_out", "_invert", "_histogram", "_running_sum", "_boundaries", "_ends", "_count_kept",
-    "_compact", "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "row_centres",
+    "_sort_out", "_invert", "_count_rows", "_take_apart", "_histogram", "_running_sum",
+    "_boundaries", "_ends", "_count_kept", "_compact",
+    "_build", "_attend", "_query_gradient", "_delta", "_key_gradient", "row_centres",
     "breakpoints", "arrange", "_running", "_descend", "_finish", "_interior_runs",
     "_interior_means", "_less_means", "insert", "attend_slots",
     "insert_and_attend", "linears", "add_hidden", "normalise", "turn_heads", "turns",
