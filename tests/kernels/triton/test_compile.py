@@ -16,7 +16,7 @@ KERNELS = {
     "_interior_means", "_less_means", "insert", "attend_slots",
     "insert_and_attend", "linears", "add_hidden", "normalise", "turn_heads", "turns",
     "best_of_parts", "best_of_all", "order_blocks", "_ends_of_short", "_list_short",
-    "_cut_in_parts", "_segments_in_order", "_sequence_table", "_sort_blocks",
+    "_cut_in_parts", "_segments_in_order", "_segment_tables", "_sequence_table", "_sort_blocks",
     "_thresholds_of_short", "_effective_scores", "_effective_gradients",
     "_join_stand_ins", "_stand_in_gradient",
 }  # fmt: skip
