@@ -96,6 +96,12 @@ ROWS |= {
     "adapt, text too dense": (*_ADAPT, *_TEXT_TOO),
     "adapt, text too window": (*_ADAPT, *_TEXT_TOO),
     "adapt, few sparse steps": (*_ADAPT, *_TEXT_TOO, *_FEW_SPARSE),
+    "adapt, few sparse steps, gates": (
+        *_ADAPT,
+        *_TEXT_TOO,
+        *_FEW_SPARSE,
+        "scorer_training=gates",
+    ),
     "adapt, few sparse steps dense": (*_ADAPT, *_TEXT_TOO, *_FEW_SPARSE),
     "adapt, few sparse steps window": (*_ADAPT, *_TEXT_TOO, *_FEW_SPARSE),
 }

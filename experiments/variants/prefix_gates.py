@@ -24,7 +24,7 @@ def prefix_gates(strength: float) -> Iterator[None]:
     """Within the block `strength` times the effective score stands in each key's logit.
 
     The keys that are kept are chosen as ever, and what that choice would teach scores is left out.
-    Full sequences only: neither padded nor packed, and without a cache.
+    Without a cache.
     """
     with replaced_attention(ATTENTION, lambda before: partial(_attend, before, strength)):
         yield
@@ -33,11 +33,11 @@ def prefix_gates(strength: float) -> Iterator[None]:
 def _attend(
     before: Callable, strength: float, module: Any, query, key, value, mask, *,
     scaling: float, sparsek_scores, sparsek_slopes, sparsek_stand_ins=None, sparsek_cache=None,
-    cu_seq_lens_q=None, **more: Any,
+    **more: Any,
 ) -> tuple[torch.Tensor, None]:  # fmt: skip
     """The attention function of transformers; `before` is the one that it takes the place of."""
-    if not (mask is None and cu_seq_lens_q is None and sparsek_cache is None):
-        raise NotImplementedError("prefix gates: padding, packed documents, a cache")
+    if sparsek_cache is not None:
+        raise NotImplementedError("a cache of keys with prefix gates")
     size, gates = query.shape[-1], strength * _gates(sparsek_scores, sparsek_slopes)
     # A bf16 number has 8 bits: what it leaves of a gate is the second dimension.
     high = (gates / scaling).to(value.dtype)
@@ -48,7 +48,7 @@ def _attend(
     if sparsek_stand_ins is not None:
         sparsek_stand_ins = _wide(sparsek_stand_ins, size)
     out, _ = before(
-        module, query, key, F.pad(value, _rest(0)), None, scaling=scaling,
+        module, query, key, F.pad(value, _rest(0)), mask, scaling=scaling,
         sparsek_scores=sparsek_scores.detach(), sparsek_slopes=sparsek_slopes.detach(),
         sparsek_stand_ins=sparsek_stand_ins, **more,
     )  # fmt: skip
@@ -56,7 +56,10 @@ def _attend(
 
 
 def _gates(scores: torch.Tensor, slopes: torch.Tensor) -> torch.Tensor:
-    """float32 [B, G, N]: scores with their slopes, less their mean, which no softmax sees."""
+    """float32 [B, G, N]: scores with their slopes, less their mean, which no softmax sees.
+
+    Nor does it see where in a row a document begins, whose places are counted from the row's start.
+    """
     places = torch.arange(scores.shape[-1], device=scores.device, dtype=torch.float32)
     gates = scores.float() + slopes.float()[:, None] * places
     return gates - gates.mean(-1, keepdim=True)

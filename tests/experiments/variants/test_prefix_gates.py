@@ -1,5 +1,7 @@
 """Scores in the softmax as two dimensions of keys: what a sum by hand gives, and its gradient."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -51,3 +53,13 @@ def test_it_is_gone_behind_the_block(model):
             gated = model(tokens, use_cache=False).logits
         assert not torch.allclose(before, gated)
         assert torch.equal(before, model(tokens, use_cache=False).logits)
+
+
+def test_packed_documents_are_read_as_each_by_itself(model):
+    tokens = torch.randint(3, 100, (1, TOKENS))
+    bounds, places = [0, 9, TOKENS], torch.cat((torch.arange(9), torch.arange(TOKENS - 9)))[None]
+    lengths = {f"cu_seq_lens_{one}": torch.tensor(bounds, dtype=torch.int32) for one in "qk"}
+    with torch.no_grad(), prefix_gates(0.5):
+        packed = model(tokens, position_ids=places, use_cache=False, **lengths).logits
+        alone = [model(tokens[:, a:b], use_cache=False).logits for a, b in pairwise(bounds)]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-4, rtol=1e-3)
